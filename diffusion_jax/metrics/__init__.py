@@ -292,8 +292,9 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
     values["autocorrelation_channel"] = channel
     values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
     arrays = {"autocorrelation_lags": found[0].lags, **_both("autocorrelation", found)}
+    one, other = found
     labels = "lag (positions)", "autocorrelation"
-    return Result(values, arrays, Curves("autocorrelation", found[0].lags, *found, labels))
+    return Result(values, arrays, Curves("autocorrelation", one.lags, one, other, labels))
 
 
 def _named(name: str, distance: Measurement) -> dict[str, Any]:

@@ -398,7 +398,8 @@ def sliced_wasserstein(
     for start in range(0, projections, size):
         indices = np.arange(start, min(start + size, projections))
         directions = _directions(key_directions, indices, reference[0].size)
-        projected = np.concatenate([_project(x, directions) for x in (reference, samples)])
+        blocks = (block.reshape(len(block), -1) for x in (reference, samples) for _, block in read_blocks(x))
+        projected = np.concatenate([block @ directions for block in blocks])
         order_of_values = projected.argsort(axis=0)
         values = np.take_along_axis(projected, order_of_values, axis=0)
         for i, assignment in enumerate(assignments):
@@ -421,10 +422,6 @@ def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndar
 
     vectors = np.asarray(jax.vmap(draw)(indices), np.float64).T
     return vectors / np.linalg.norm(vectors, axis=0)
-
-
-def _project(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    return np.concatenate([block.reshape(len(block), -1) @ directions for _, block in read_blocks(x)])
 
 
 def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:

@@ -137,21 +137,16 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
     rng = np.random.RandomState(seed)
     values = np.empty(subsets)
     for i in range(subsets):
-        x = samples[rng.choice(len(samples), subset_size, replace=False)]
-        y = reference[rng.choice(len(reference), subset_size, replace=False)]
-        values[i] = _squared_mmd(x.astype(np.float64), y.astype(np.float64))
+        x = samples[rng.choice(len(samples), subset_size, replace=False)].astype(np.float64)
+        y = reference[rng.choice(len(reference), subset_size, replace=False)].astype(np.float64)
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (subset_size * (subset_size - 1))
+        values[i] = within - 2 * xy.mean()
     # Two random subsets of m of n images share m/n of theirs, and their correlation is m/n (smaller for equal distributions,
     # whose error is then too large): the variance over subsets lacks that share.
     std, share = values.std(), subset_size / fewest
     error = np.sqrt(std**2 / (1 - share) * (share + (1 - share) / subsets)) if share < 1 else np.nan
     return Estimate(values.mean(), std, error)
-
-
-def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    m, dimensions = x.shape
-    xx, yy, xy = ((a @ b.T / dimensions + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return within - 2 * xy.mean()
 
 
 def inception_score(logits, split_size: int = 5000) -> Estimate:

@@ -37,6 +37,7 @@ __all__ = [
 
 _VALUE = "value (data units)"  # the label of an axis
 _MIN_WIDTH = 4.8  # inches, so that titles have room
+_PLOT_SIZE = (7.0, 4.0)  # inches, of a single plot
 _LETTERS_PER_INCH = 13  # of a title
 _MAX_CURVES = 16  # channels of a statistic
 _MAX_ERRORS = 60  # bars of a curve
@@ -353,14 +354,6 @@ def _draw_vectors(
 # ---- Plots
 
 
-def _make_axes(
-    title: str, labels: tuple[str, str], legend: Sequence[tuple[str, Mapping[str, Any]]]
-) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes."""
-    figure, (axes,) = make_figure(title, [], [""], 1, (7.0, 4.0), labels=labels, legend=legend)
-    return figure, axes
-
-
 def draw_bound_terms(vlb: np.ndarray, title: str, unit: str = "bits per dimension") -> Figure:
     """The terms of the bound [T] against t, both on logarithmic axes (Improved DDPM figure 2).
 
@@ -375,7 +368,8 @@ def draw_bound_terms(vlb: np.ndarray, title: str, unit: str = "bits per dimensio
     label = f"decoder $L_0$ = {vlb[0]:.3g}" + ("" if vlb[0] >= bottom else ", below the axis")
     labels = "timestep t (1 is the cleanest)", unit
     legend = [("transitions $L_{t-1}$", transitions), (label, decoder)]
-    figure, axes = _make_axes(f"Terms of the variational bound: {title}", labels, legend)
+    title = f"Terms of the variational bound: {title}"
+    figure, (axes,) = make_figure(title, [], [""], 1, _PLOT_SIZE, labels=labels, legend=legend)
     axes.plot(t[seen], vlb[seen], **transitions)
     axes.plot(t[:1], [max(vlb[0], bottom)], **decoder, clip_on=False, zorder=3)
     axes.set(xscale="log", yscale="log")
@@ -399,7 +393,8 @@ def draw_rate_distortion(
     legend = [("progressive code", code)]
     if lossless is not None:
         legend.append((f"lossless code: {lossless:.3f} {units[0]}", line))
-    figure, axes = _make_axes(f"Rate and distortion: {title}", labels, legend)
+    title = f"Rate and distortion: {title}"
+    figure, (axes,) = make_figure(title, [], [""], 1, _PLOT_SIZE, labels=labels, legend=legend)
     axes.plot(rate, distortion, **code)
     if lossless is not None:
         axes.axvline(lossless, **line)

@@ -92,7 +92,8 @@ def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_PO
         for name, label in labels.items():
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
             if points:
-                drawn.append(make_series(label, *np.array(points, np.float64).T, max_points))
+                x, y = np.array(points, np.float64).T
+                drawn.append(make_series(label, x, y, max_points))
         drawn = [series for series in drawn if series["x"]]
         if drawn:
             charts.append({"title": title, "x": "training step", "y": unit, "log": is_log, "series": drawn})
@@ -154,22 +155,25 @@ class Frames(NamedTuple):
 
 
 class Budget:
-    """The bytes that the pictures of a section may have together."""
+    """The bytes that the pictures of a section may have together. notes: get a line for each file that cannot be read."""
 
-    def __init__(self, num_bytes: int):
-        self.left = num_bytes
+    def __init__(self, num_bytes: int, notes: list[str]):
+        self.left, self._notes = num_bytes, notes
 
     def embed(self, source: pathlib.Path | np.ndarray, caption: str, side: int = _MAX_SIDE) -> Picture | None:
-        """A file, or uint8 [H, W, C], as a picture; None if no room is left.
+        """A file, or uint8 [H, W, C], as a picture; None if no room is left, or the file cannot be read.
 
         side: of the compressed picture, if its PNG is large.
-        Raises: OSError, ValueError, SyntaxError for a file that is not a picture.
         """
-        if isinstance(source, np.ndarray):
-            image = Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source)
-        else:
-            image = Image.open(source)
-        kind, content = "png", _encode(image, "PNG")
+        try:
+            if isinstance(source, np.ndarray):
+                image = Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source)
+            else:
+                image = Image.open(source)
+            kind, content = "png", _encode(image, "PNG")
+        except _READ_ERRORS as error:
+            self._notes.append(f"{getattr(source, 'name', caption)} could not be read: {error}")
+            return None
         if len(content) > _SMALL:
             image = image.convert("RGB")
             image.thumbnail((side, side))
@@ -193,7 +197,7 @@ def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FR
     frames = []
     for path in [paths[i] for i in even_subset(len(paths), most)]:  # the newest first
         caption = f"after {int(path.stem.removeprefix(_PREFIX)):,} training steps"
-        picture = _embed_file(budget, path, caption, run.notes, _FRAME_SIDE)
+        picture = budget.embed(path, caption, _FRAME_SIDE)
         if picture:
             frames.insert(0, (caption, (picture,)))
     note = "The same noise at every step, so that only the network changes."
@@ -252,15 +256,5 @@ def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[s
     paths = [*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")]
     paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
     paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
-    embedded = [(path.name, _embed_file(budget, path, path.name, run.notes)) for path in paths]
+    embedded = [(path.name, budget.embed(path, path.name)) for path in paths]
     return [picture for _, picture in embedded if picture], [name for name, picture in embedded if not picture]
-
-
-def _embed_file(
-    budget: Budget, path: pathlib.Path, caption: str, notes: list[str], side: int = _MAX_SIDE
-) -> Picture | None:
-    try:
-        return budget.embed(path, caption, side)
-    except _READ_ERRORS as error:
-        notes.append(f"{path.name} could not be read: {error}")
-        return None

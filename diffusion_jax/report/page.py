@@ -114,7 +114,9 @@ _LIKELIHOOD_TERMS = {
 def run_page(run: RunFiles) -> str:
     """The page of a run."""
     data: PageData = {"charts": {}, "frames": {}}
-    training, denoising, samples, others = (Budget(int(PICTURE_BYTES * share)) for share in (0.4, 0.15, 0.1, 0.35))
+    training, denoising, samples, others = (
+        Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.1, 0.35)
+    )
     sections = [
         _curves(run, data),
         _frames("training-samples", "Samples during training", figures.training_samples(run, training), data, -1),
@@ -152,7 +154,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
                 title = f"{chart['title']}: {series['label']}" if len(chart["series"]) > 1 else chart["title"]
                 joint = charts.setdefault(title, chart | {"title": title, "series": []})
                 joint["series"].append(series | {"label": name})
-        frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs)), most=1)
+        frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs), run.notes), most=1)
         for caption, (picture,) in frames.frames if frames else ():
             newest.append(_figure(picture, f"{name}, {caption}"))
     leaves = [{} if run.config is None else flatten(run.config) for run in runs]

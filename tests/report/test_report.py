@@ -1,6 +1,7 @@
-"""report.html: what it shows of complete, killed, damaged and empty work directories, how large it is, and its parts."""
+"""report.html: what it shows of complete, killed, damaged and empty work directories, its parts; and model cards."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import re
@@ -8,8 +9,9 @@ import shlex
 
 import numpy as np
 import pytest
+import yaml
 
-from diffusion_jax import cli, pictures
+from diffusion_jax import cli, pictures, pretrained
 from diffusion_jax.config import experiment, override
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import __main__ as command
@@ -17,6 +19,7 @@ from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
 from diffusion_jax.report.collect import collect, sample_command, table_cells, train_command
 from diffusion_jax.report.figures import Budget, make_series, training_charts
+from diffusion_jax.report.model_card import model_card
 from diffusion_jax.report.page import element, json_script, table
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.workdir import to_dict
@@ -204,11 +207,11 @@ def test_elements_escape_text_and_attributes():
 
 def test_pictures_have_at_most_their_bytes():
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
-    budget = Budget(100_000)
+    budget = Budget(100_000, [])
     picture = budget.embed(noise, "noise", side=150)
     assert (picture.width, picture.height, picture.caption) == (150, 100, "noise")
     assert budget.left == 100_000 - len(base64.b64decode(picture.src.partition("base64,")[2]))
-    assert Budget(10).embed(noise, "noise") is None
+    assert Budget(10, []).embed(noise, "noise") is None
     small = budget.embed(noise[:4, :4], "small")
     assert (small.width, small.height) == (4, 4) and small.src.startswith("data:image/png")
 
@@ -242,3 +245,46 @@ def test_the_command_of_samples_has_what_differs_from_the_run():
         "--config.sampling.label=(3,)",
         "--config.sampling.sampler=ddim",
     ]
+
+
+# ---- Model cards
+
+
+def front_matter(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(a run at step 1000, its model without parameters)."""
+    directory = tmp_path / "run"
+    write_run(directory)
+    return directory, of_weights(pretrained.describe(directory), "ema")
+
+
+def of_weights(net, kind):
+    return dataclasses.replace(net, provenance=Provenance(f"step1000_{kind}", {"step": 1000, "weights": kind}))
+
+
+def test_a_card_is_filled_from_the_run(run, tmp_path):
+    directory, net = run
+    card = model_card(net, tmp_path / "digits", directory)
+    found = front_matter(card)
+    assert found["license"] == "unknown" and found["library_name"] == "diffusers" and found["datasets"] == ["digits"]
+    for text in ("1,498 examples", "1,000 of batch 64", "0.1067 ± 0.04", "3.21 ± 0.02", "--config=digits_conditional"):
+        assert text in card, text
+    card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)  # the metrics are of other weights
+    assert "Nothing was measured of these weights" in card
+    card = model_card(net, tmp_path / "x.safetensors", None)  # as of published weights
+    assert front_matter(card)["library_name"] == "diffusion_jax"
+    assert "## Training" not in card and "network times 0 ..." in card
+
+
+def test_names_are_text(run, tmp_path):
+    directory, net = run
+    (record,) = json.loads((directory / "metrics.json").read_text())
+    (directory / "metrics.json").write_text(json.dumps([record | {"reference": "a|b <script>\n# c: ---"}]))
+    card = model_card(net, tmp_path / "x", directory)
+    assert "<script>" not in card.replace("\\<script\\>", "") and "a\\|b" in card
+    assert front_matter(card)["license"] == "unknown"
