@@ -120,7 +120,6 @@ def test_two_processes_measure_arrays_as_one(tmp_path):
         (record,) = json.loads((path / "metrics.json").read_text())
         assert set(record.pop("files").values()) <= set(os.listdir(path))
         assert record.pop("samples").startswith(str(path)) and record.pop("samples_sha256")
-        assert record["memorization"].pop("picture")
         records.append(record)
     assert reports[0]["num_examples"] == 22 and records[0]["num_samples"] == 42
     for one, two in (reports, records):
