@@ -95,15 +95,14 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
     """
     if resize not in RESIZES:
         raise ValueError(f"resize={resize!r} is unknown; known: {', '.join(RESIZES)}")
-    weights = load_inception(path)
+    params, digest, published = load_inception(path)
 
     def function(params, images):
         images = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
         return BatchFeatures(*Inception().apply({"params": params}, to_inception(images, resize)))
 
-    head = np.asarray(weights.params["fc"]["kernel"])
-    name, digest = "inception", f"{weights.digest}_{resize}"
-    return FeatureExtractor(name, digest, function, weights.params, head, resize, weights.published)
+    head = np.asarray(params["fc"]["kernel"])
+    return FeatureExtractor("inception", f"{digest}_{resize}", function, params, head, resize, published)
 
 
 def digits() -> FeatureExtractor:

@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,7 +22,7 @@ from diffusion_jax.errors import PretrainedError
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.storage.downloads import local_path
 
-__all__ = ["DOWNLOAD_SOURCES", "RESIZES", "Inception", "InceptionWeights", "load_inception", "to_inception"]
+__all__ = ["DOWNLOAD_SOURCES", "RESIZES", "Inception", "load_inception", "to_inception"]
 
 IMAGE_SIZE = 299  # pixels in height and width
 RESIZES = ("tf1", "pytorch", "clean")
@@ -222,20 +221,8 @@ class Inception(nn.Module):
 # ---- Weights
 
 
-class InceptionWeights(NamedTuple):
-    """The weights of a file.
-
-    params: of `Inception`. digest: SHA-256 of the file. published: whether it is one of the two files with
-    which published FIDs are computed.
-    """
-
-    params: Any
-    digest: str
-    published: bool
-
-
-def load_inception(path: str | os.PathLike) -> InceptionWeights:
-    """The weights of the Inception network of FID.
+def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
+    """(parameters of `Inception`, SHA-256 of their file, whether it is one of the two files of published FIDs).
 
     path: `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), its tensors as
     safetensors, or `classify_image_graph_def.pb`.
@@ -258,7 +245,7 @@ def load_inception(path: str | os.PathLike) -> InceptionWeights:
     shapes = parameters.flat_shapes(tree["params"])
     convert = parameters.keep_layout if is_graph else parameters.from_torch
     params = parameters.build_params(path, shapes, tensors, name_of, convert)
-    return InceptionWeights(params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5)
+    return params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5
 
 
 def _torch_name(path: parameters.Path) -> str:

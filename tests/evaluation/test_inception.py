@@ -56,13 +56,15 @@ def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, m
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
     path = tmp_path / "classify_image_graph_def.pb"
     path.write_bytes(graph.SerializeToString())
-    ported, frozen = inception.load_inception(port), inception.load_inception(path)
-    assert not frozen.published and not ported.published and frozen.digest != ported.digest
-    monkeypatch.setattr(inception, "_PORT_SHA256", ported.digest)
+    (ported, port_digest, port_published), (frozen, graph_digest, graph_published) = map(
+        inception.load_inception, (port, path)
+    )
+    assert not graph_published and not port_published and graph_digest != port_digest
+    monkeypatch.setattr(inception, "_PORT_SHA256", port_digest)
     monkeypatch.setattr(inception, "_GRAPH_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-    assert inception.load_inception(port).published and inception.load_inception(path).published
-    for found in (ported, frozen):
-        found = flax.traverse_util.flatten_dict(found.params)
+    assert inception.load_inception(port)[2] and inception.load_inception(path)[2]
+    for params in (ported, frozen):
+        found = flax.traverse_util.flatten_dict(params)
         assert found.keys() == redrawn.keys()
         for at, value in redrawn.items():
             np.testing.assert_array_equal(found[at], value)
