@@ -13,16 +13,21 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from diffusion_jax.distributed.processes import broadcast_from_process_0
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffusion_jax.console import ProgressBar, log
+from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
 from diffusion_jax.errors import StorageError
-from diffusion_jax.files import downloads_root, mirrors_root, with_urls
+from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 
-__all__ = ["BucketRunDir", "RunDir", "committed_steps", "open_run_dir"]
+__all__ = ["BucketRunDir", "ChunkStore", "RunDir", "committed_steps", "open_run_dir"]
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
@@ -214,3 +219,61 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False) 
     text = os.fspath(location)
     url = with_urls(text)
     return BucketRunDir(url, read_only or url != text) if is_url(url) else RunDir(text)
+
+
+class ChunkStore:
+    """Numbered chunks of computed arrays, one .npz each, in a separate directory, so that a rerun continues after them.
+
+    Process 0 writes, every process reads.
+    """
+
+    def __init__(self, directory: RunDir, exclusive: bool = True):
+        """exclusive: locks the directory until `delete`, or as long as the object exists. Raises: LockHeldError, OSError."""
+        self.directory, self._lock = directory, contextlib.ExitStack()
+        broadcast_from_process_0(lambda: directory.path.mkdir(parents=True, exist_ok=True))
+        if exclusive:
+            self._lock.enter_context(directory.locked("is already running this command"))
+        else:
+            directory.refresh()
+
+    def fill(
+        self,
+        title: str,
+        total: int,
+        size: int,
+        compute: Callable[[int], Mapping[str, np.ndarray]],
+        stall_timeout: float = 0.0,
+    ) -> int:
+        """Computes and saves the missing chunks of `total` examples, `size` in each; then every process can read them.
+
+        Every process calls this. title: of the progress bar. compute: returns the arrays of chunk i.
+        Returns: the number of chunks.
+        """
+        stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
+        finished = {int(stem) for stem in stems if stem.isdecimal()}
+        missing = [i for i in range(-(-total // size)) if i not in finished]
+        with ProgressBar(title, total, min(len(finished) * size, total)) as bar:
+            if missing:
+                log("Compiling the program and computing the first batch ...")
+            for i in watch_batches(missing, stall_timeout):
+                self.save(i, **compute(i))
+                bar.update(min((i + 1) * size, total))
+        multihost_utils.sync_global_devices(f"{title}: written")
+        return -(-total // size)
+
+    def save(self, i: int, **arrays: np.ndarray) -> None:
+        """Writes chunk i, on process 0 only."""
+        if jax.process_index() == 0:
+            path = self.directory / f"{i}.npz"
+            save_npz(path, arrays)
+            self.directory.upload(path)
+
+    def load(self, i: int) -> dict[str, np.ndarray]:
+        """The arrays of chunk i."""
+        with np.load(self.directory.fetch(self.directory / f"{i}.npz")) as arrays:
+            return dict(arrays)
+
+    def delete(self) -> None:
+        """Deletes all chunks; call it when the result files are written."""
+        self._lock.close()
+        self.directory.delete(self.directory.path)

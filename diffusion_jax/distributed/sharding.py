@@ -14,12 +14,16 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+
+from diffusion_jax.distributed.devices import compiler_options
 
 __all__ = [
     "DATA_AXES",
     "MIN_SPLIT_SIZE",
+    "BatchFunction",
     "batch_sharding",
     "check_divides",
     "gather_params",
@@ -149,3 +153,33 @@ def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """The rows of a global batch that this process reads, which are those on its own devices. int [rows], increasing."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+class BatchFunction:
+    """A function of parameters, numbers and a batch, compiled for a mesh; each device computes a part of the batch.
+
+    batch_size: a multiple of the number of devices.
+    """
+
+    def __init__(self, function: Callable, params: Any, mesh: Mesh, batch_size: int):
+        """function: (params, *numbers, batch) -> arrays [B, ...]. batch_size: is rounded up."""
+        whole, self._by_rows = replicated(mesh), batch_sharding(mesh)
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._params, self._own_rows = jax.device_put(params, whole), process_rows(self.batch_size, mesh)
+        self._compute = jax.jit(
+            lambda params, numbers, batch: function(params, *numbers, batch),
+            in_shardings=(whole, whole, self._by_rows),
+            out_shardings=self._by_rows,
+            compiler_options=compiler_options(),
+        )
+
+    def __call__(self, read: Callable[[np.ndarray], Any], start: int, count: int, *numbers: np.generic) -> Any:
+        """The results of the examples from `start` on, fewer than a batch at the end, which every process gets.
+
+        read: (indices) -> arrays; each process reads the rows of its devices. count: of all examples.
+        """
+        # The last batch is padded with copies of the last example, whose results are dropped.
+        own = read(np.minimum(start + self._own_rows, count - 1))
+        batch = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._by_rows, rows), own)
+        out = multihost_utils.process_allgather(self._compute(self._params, numbers, batch), tiled=True)
+        return jax.tree.map(lambda rows: np.asarray(rows)[: count - start], out)

@@ -6,19 +6,64 @@ The sets are each a file of arrays (.npz with samples in arr_0, or statistics mu
 images, the directory of a run (its newest samples), or a data set and its split, such as cifar10:train.
 """
 
+import argparse
+import pathlib
+
 from diffusion_jax.cli import Parser, program
-from diffusion_jax.distributed import signals
-from diffusion_jax.metrics import METRICS
+from diffusion_jax.distributed import devices, sharding, signals
+from diffusion_jax.errors import UserError
+from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_features
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; an error is one line and exit code 2. A rerun continues with the cached features."""
     with program(bad_input=(ValueError,)):
-        args = make_parser().parse_args(argv)
-        from diffusion_jax.runs.evaluate import compare_sets  # imports TensorFlow, now silenced
-
+        arguments = make_parser().parse_args(argv)
         signals.PROGRAM.resume_hint = signals.rerun_hint
-        compare_sets(args)
+        compare_sets(arguments)
+
+
+def compare_sets(arguments: argparse.Namespace) -> None:
+    """Measures the samples against the reference and adds a record to the output file.
+
+    Raises: DiffusionJaxError, ValueError, OSError: one line.
+    """
+    from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
+    from diffusion_jax.evaluation import features
+    from diffusion_jax.evaluation.compare import check_comparable, compare
+    from diffusion_jax.evaluation.example_sets import open_set
+    from diffusion_jax.run_dir import RunDir
+
+    requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
+    unknown = sorted(set(requested) - METRICS.keys())
+    if unknown:
+        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
+    output = pathlib.Path(arguments.output).expanduser()
+    output = output if output.suffix == ".json" else output / "metrics.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    reference, samples = (
+        open_set(location, arguments.data_dir, arguments.image_size)
+        for location in (arguments.reference, arguments.samples)
+    )
+    check_comparable(reference, samples)
+    of_images, normalization = samples.is_of_images, None
+    name = arguments.features or features.default_name(reference.name.partition(":")[0], of_images)
+    if not of_images and reference.examples is not None:
+        normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
+    spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
+    names = choose_metrics(requested, spatial_axes, of_images, bool(name))
+    extractor = None
+    if needs_features(names, of_images):
+        extractor = features.from_name(name, arguments.inception, arguments.resize, of_images)
+    devices.start()
+    pipeline = None
+    if extractor:
+        mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
+        pipeline = features.FeaturePipeline(extractor, mesh, arguments.batch_size)
+    cache = RunDir(features.cache_directory())
+    compare(reference, samples, names, output, pipeline, cache, Options(normalization=normalization), {})
 
 
 def make_parser() -> Parser:

@@ -19,7 +19,7 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.images import is_of_images
 from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
 from diffusion_jax.metrics.of_features import Moments
-from diffusion_jax.run_dir import RunDir
+from diffusion_jax.run_dir import ChunkStore
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = [
@@ -42,19 +42,14 @@ class SetFeatures(NamedTuple):
 
     pool: [N, D] float32, of its first 50,000 examples, or None for a set of statistics only. moments: of the features of all
     examples. spatial: moments of Inception's spatial features, or None. digest: of the examples, or of the statistics.
-    cache: the directory of the cached features.
+    chunks: the cached features.
     """
 
     pool: np.ndarray | None
     moments: Moments
     spatial: Moments | None
     digest: str
-    cache: RunDir | None = None
-
-    def delete_cache(self) -> None:
-        """Removes the cached features of a set that is not measured again; one process calls this."""
-        if self.cache:
-            self.cache.delete(self.cache.path)
+    chunks: ChunkStore | None = None
 
 
 @dataclasses.dataclass(frozen=True)

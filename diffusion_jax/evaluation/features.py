@@ -19,38 +19,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from diffusion_jax.config.values import import_function
-from diffusion_jax.distributed import devices, sharding
+from diffusion_jax.console import ProgressBar
 from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed.sharding import BatchFunction
 from diffusion_jax.evaluation.example_sets import ExampleSet, SetFeatures, read_examples, value_digest
-from diffusion_jax.files import save_npz, user_cache
+from diffusion_jax.evaluation.inception import DOWNLOAD_SOURCES, RESIZES, Inception, load_inception, to_inception
+from diffusion_jax.files import user_cache
 from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES
 from diffusion_jax.metrics.of_features import moments_of_chunks
-from diffusion_jax.models.inception import IMAGE_SIZE, Activations, Inception
-from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES, load_inception
-from diffusion_jax.run_dir import RunDir
+from diffusion_jax.run_dir import ChunkStore, RunDir
 
 __all__ = [
     "CHUNK",
     "DIGITS_PATH",
-    "RESIZES",
+    "NEEDS_INCEPTION",
     "BatchFeatures",
     "DigitsNetwork",
     "FeatureExtractor",
     "FeaturePipeline",
     "cache_directory",
+    "default_name",
     "digits",
     "feature_dimension",
     "from_function",
     "from_name",
     "inception",
-    "to_inception",
 ]
 
 CHUNK = 1024  # examples; sums are over chunks, so that no metric depends on the batch size
-RESIZES = ("tf1", "pytorch", "clean")
+NEEDS_INCEPTION = (
+    f"these metrics need inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES}); or features=digits, or "
+    "features=module:function"
+)
 DIGITS_PATH = pathlib.Path(__file__).with_name("digits.safetensors")
 
 
@@ -83,7 +87,7 @@ class FeatureExtractor(NamedTuple):
 
 
 def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
-    """FID's Inception, with the weights of a file for `pretrained.inception.load_inception`.
+    """FID's Inception, with the weights of a file for `inception.load_inception`.
 
     resize: of images to 299x299: "tf1", bilinear as in TensorFlow 1, which the FID is defined by; "pytorch", pytorch-fid's,
     with half-pixel centers; "clean", clean-fid's antialiased bicubic one. Gray images are repeated to three channels.
@@ -91,42 +95,14 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
     """
     if resize not in RESIZES:
         raise ValueError(f"resize={resize!r} is unknown; known: {', '.join(RESIZES)}")
-    weights = load_inception(path)
+    params, digest, published = load_inception(path)
 
     def function(params, images):
         images = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
-        activations = Inception().apply({"params": params}, to_inception(images, resize))
-        assert isinstance(activations, Activations)
-        return BatchFeatures(activations.pool, activations.spatial)
+        return BatchFeatures(*Inception().apply({"params": params}, to_inception(images, resize)))
 
-    head = np.asarray(weights.params["fc"]["kernel"])
-    name, digest = "inception", f"{weights.digest}_{resize}"
-    return FeatureExtractor(name, digest, function, weights.params, head, resize, weights.published)
-
-
-def to_inception(images, resize: str) -> jax.Array:
-    """Inception's input [B, 299, 299, 3], in about [-1, 1], of images float32 [B, H, W, 3] in 0 ... 255."""
-    if resize == "clean":
-        # Keys' cubic with a = -1/2, its support scaled when it shrinks images, as Pillow's BICUBIC.
-        shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
-        images = jax.image.resize(images, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
-        return (jnp.clip(images, 0, 255) - 128) / 128
-    center = 0.5 if resize == "pytorch" else 0.0
-    for axis in (2, 1):
-        images = _resize_linear(images, axis, center)
-    return images / 127.5 - 1 if resize == "pytorch" else (images - 128) / 128
-
-
-def _resize_linear(x, axis: int, center: float) -> jax.Array:
-    """x with one axis resized to 299 by linear interpolation. center: of a pixel, 0 (TensorFlow 1) or 0.5."""
-    size = x.shape[axis]
-    output_positions = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(center)
-    position = output_positions * np.float32(size / IMAGE_SIZE) - np.float32(center)
-    position = np.maximum(position, 0)
-    low = position.astype(np.int32)
-    weight = jnp.expand_dims(position - low, tuple(i for i in range(x.ndim) if i != axis))
-    first, second = jnp.take(x, low, axis), jnp.take(x, np.minimum(low + 1, size - 1), axis)
-    return first + (second - first) * weight
+    head = np.asarray(params["fc"]["kernel"])
+    return FeatureExtractor("inception", f"{digest}_{resize}", function, params, head, resize, published)
 
 
 def digits() -> FeatureExtractor:
@@ -157,14 +133,25 @@ def from_function(function: Callable, name: str, digest: str) -> FeatureExtracto
     return FeatureExtractor(name, digest, lambda _, images: BatchFeatures(function(images)), compiles=False)
 
 
-def from_name(name: str, inception_path: str = "", resize: str = "tf1") -> FeatureExtractor:
+def default_name(dataset: str, of_images: bool) -> str:
+    """The extractor of a data set: "digits" or "inception" for images, "" for other data, whose metrics need none."""
+    return ("digits" if dataset == "digits" else "inception") if of_images else ""
+
+
+def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_images: bool = True) -> FeatureExtractor:
     """The extractor "inception" (with the weights at `inception_path`), "digits", or an imported "module:function".
 
-    Raises: ValueError for another name; PretrainedError.
+    Raises: ValueError for another name, without the weights, or for features of images if the examples are none;
+      PretrainedError.
     """
+    if not of_images and ":" not in name:
+        raise ValueError(
+            f"features={name!r} are features of images; use module:function, a function of arrays [N, *spatial, C], "
+            'or "" for the metrics that need none'
+        )
     if name == "inception":
         if not inception_path:
-            raise ValueError(f"features='inception' needs the path of its weights: {DOWNLOAD_SOURCES}")
+            raise ValueError(NEEDS_INCEPTION)
         return inception(inception_path, resize)
     if name == "digits":
         return digits()
@@ -225,56 +212,39 @@ def cache_directory() -> pathlib.Path:
 
 
 class FeaturePipeline:
-    """Computes features with an extractor, in batches of `batch_size` over a mesh.
+    """Computes features with an extractor, in batches of `batch_size` over a mesh."""
 
-    progress_bar: (title, total, done) -> a context manager whose `update(done)` shows progress.
-    """
-
-    def __init__(self, extractor: FeatureExtractor, mesh, batch_size: int, progress_bar: Callable):
-        self.extractor, self._mesh, self._progress_bar = extractor, mesh, progress_bar
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._params, self._compute = None, extractor.function
+    def __init__(self, extractor: FeatureExtractor, mesh: Mesh, batch_size: int):
+        self.extractor, self._batch_size = extractor, batch_size
+        self._compute = None
         if extractor.compiles:
-            replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-            self._params, options = jax.device_put(extractor.params, replicated), devices.compiler_options()
-            self._compute = jax.jit(
-                extractor.function, in_shardings=(replicated, rows), out_shardings=rows, compiler_options=options
-            )
+            self._compute = BatchFunction(extractor.function, extractor.params, mesh, batch_size)
+            self._batch_size = self._compute.batch_size
 
     def __call__(self, images: np.ndarray) -> BatchFeatures:
         """Features of images uint8 [N, H, W, C], or arrays float32 [N, *spatial, C], which every process has.
 
         Raises: ValueError for features that are not finite, or not [N, D].
         """
-        return self._extract(images.__getitem__, len(images), lambda done: None)
+        return self._extract(images.__getitem__, len(images))
 
-    def _extract(
-        self, read: Callable[[np.ndarray], np.ndarray], count: int, progress: Callable[[int], None]
-    ) -> BatchFeatures:
-        """Features of `count` images, of which each process reads the rows of its devices.
-
-        progress: called with the number of finished images.
-        """
-        size, rows = self._batch_size, sharding.batch_sharding(self._mesh)
-        compiles = self.extractor.compiles
-        own_rows = sharding.process_rows(size, self._mesh) if compiles else np.arange(size)
-        batches = []
-        for start in range(0, count, size):
-            # The last batch is padded with copies of the last image, which are removed below.
-            batch = read(np.minimum(start + own_rows, count - 1))
-            if compiles:
-                batch = jax.make_array_from_process_local_data(rows, batch)
-            out: Any = self._compute(self._params, batch)
-            out = multihost_utils.process_allgather(out, tiled=True) if compiles else out
-            out = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), out)
-            if out.pool.ndim != 2 or len(out.pool) != size:
-                raise ValueError(
-                    f"{self.extractor.name} returns features of shape {out.pool.shape} for {size} images, not [{size}, D]"
-                )
-            batches.append(jax.tree.map(lambda leaf, start=start: leaf[: count - start], out))
-            progress(min(start + size, count))
-        features: BatchFeatures = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(features)):
+    def _extract(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> BatchFeatures:
+        """Features of `count` images. read: (indices) -> images."""
+        batches: list[BatchFeatures] = []
+        for start in range(0, count, self._batch_size):
+            if self._compute:
+                out = self._compute(read, start, count)
+            else:  # padded, too
+                out = self.extractor.function(None, read(np.minimum(start + np.arange(self._batch_size), count - 1)))
+                shape = np.shape(out.pool)
+                if len(shape) != 2 or shape[0] != self._batch_size:
+                    raise ValueError(
+                        f"{self.extractor.name} returns features of shape {shape} for {self._batch_size} images, not "
+                        f"[{self._batch_size}, D]"
+                    )
+            batches.append(jax.tree.map(lambda rows, start=start: np.asarray(rows, np.float32)[: count - start], out))
+        features: BatchFeatures = jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+        if not all(np.isfinite(rows).all() for rows in jax.tree.leaves(features)):
             raise ValueError(f"the features of {self.extractor.name} are not finite")
         return features
 
@@ -287,41 +257,27 @@ class FeaturePipeline:
         if source is None:
             assert statistics is not None
             return statistics
-        count, num_chunks = len(source), -(-len(source) // CHUNK)
-        with self._progress_bar(f"Reading {name}", count, 0) as bar:
+        count = len(source)
+        with ProgressBar(f"Reading {name}", count) as bar:
             digest = broadcast_from_process_0(lambda: value_digest(source, bar.update))
         key = (digest, self.extractor.digest, CHUNK, jax.default_backend())
-        cache = cache.subdirectory(hashlib.sha256(repr(key).encode()).hexdigest()[:16])
-        broadcast_from_process_0(lambda: cache.path.mkdir(parents=True, exist_ok=True))
-        stored = broadcast_from_process_0(lambda: [int(p.stem) for p in cache.path.glob("*.npz") if p.stem.isdecimal()])
-        with self._progress_bar(f"Features of {name}", count, min(len(stored) * CHUNK, count)) as bar:
-            for i in range(num_chunks):
-                if i in stored:
-                    continue
-                first, size = i * CHUNK, min(CHUNK, count - i * CHUNK)
+        name_of_chunks = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        # Another command may compute the features of the same reference.
+        chunks = ChunkStore(cache.subdirectory(name_of_chunks), exclusive=False)
 
-                def read(rows, first=first):
-                    return read_examples(source, first + rows)
+        def compute(i: int) -> dict[str, np.ndarray]:
+            first = i * CHUNK
+            features = self._extract(lambda rows: read_examples(source, first + rows), min(CHUNK, count - first))
+            return {kind: rows for kind, rows in features._asdict().items() if rows is not None}
 
-                features = self._extract(read, size, lambda done, first=first: bar.update(first + done))
-                if jax.process_index() == 0:
-                    arrays = {kind: leaf for kind, leaf in features._asdict().items() if leaf is not None}
-                    save_npz(cache / f"{i}.npz", arrays)
-                    cache.upload(cache / f"{i}.npz")
-        multihost_utils.sync_global_devices("features written")
-
-        def load(kind: str, i: int) -> np.ndarray:
-            with np.load(cache.fetch(cache / f"{i}.npz")) as arrays:
-                return arrays[kind]
-
-        pool = np.concatenate([load("pool", i) for i in range(min(num_chunks, -(-MAX_EXAMPLES // CHUNK)))])[
-            :MAX_EXAMPLES
-        ]
+        num_chunks = chunks.fill(f"Features of {name}", count, CHUNK, compute)
+        num_in_pool = min(num_chunks, -(-MAX_EXAMPLES // CHUNK))
+        pool = np.concatenate([chunks.load(i)["pool"] for i in range(num_in_pool)])[:MAX_EXAMPLES]
         if statistics is not None:
-            return statistics._replace(pool=pool, cache=cache)
-        moments = moments_of_chunks(load("pool", i) for i in range(num_chunks))
+            return statistics._replace(pool=pool, chunks=chunks)
+        moments = moments_of_chunks(chunks.load(i)["pool"] for i in range(num_chunks))
         spatial = None
         if self.extractor.name == "inception":
-            spatial = moments_of_chunks(load("spatial", i) for i in range(num_chunks))
+            spatial = moments_of_chunks(chunks.load(i)["spatial"] for i in range(num_chunks))
         multihost_utils.sync_global_devices("features read")
-        return SetFeatures(pool, moments, spatial, digest, cache)
+        return SetFeatures(pool, moments, spatial, digest, chunks)

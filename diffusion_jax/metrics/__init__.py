@@ -9,8 +9,9 @@ A metric is a function (reference, samples, options) -> `Result`, and one line o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.metrics import of_arrays, of_features
-from diffusion_jax.metrics.of_arrays import LazyExamples, Measurement, even_indices, select
+from diffusion_jax.metrics.of_arrays import Autocorrelation, LazyExamples, Measurement, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
 __all__ = [
@@ -29,9 +30,10 @@ __all__ = [
     "Metric",
     "Options",
     "Result",
+    "choose_metrics",
     "largest_z",
+    "needs_features",
     "reported_name",
-    "suitable_metrics",
 ]
 
 MAX_EXAMPLES = 50_000  # of a set of arrays, as the metrics of images have it
@@ -67,14 +69,14 @@ class Options(NamedTuple):
 class Curves(NamedTuple):
     """A statistic of both sets to draw, with a panel for each channel, in the units of the data.
 
-    name: of the picture. x: float [K], or the edges of bins [C, K + 1]. reference, samples: values [K, C] with standard
-    errors. labels: of the axes. notes: a text for each channel, or (). logarithmic: both axes.
+    name: of the picture. x: float [K], or the edges of bins [C, K + 1]. reference, samples: `value` [K, C] with its
+    `standard_error`. labels: of the axes. notes: a text for each channel, or (). logarithmic: both axes.
     """
 
     name: str
     x: np.ndarray
-    reference: Measurement
-    samples: Measurement
+    reference: Measurement | Autocorrelation
+    samples: Measurement | Autocorrelation
     labels: tuple[str, str]
     notes: Sequence[str] = ()
     logarithmic: bool = False
@@ -128,16 +130,31 @@ def reported_name(metric: str, published: bool, resize: str | None = None) -> st
     return metric if names is None else names[not published] + ("" if resize in (None, "tf1") else f"_{resize}")
 
 
-def suitable_metrics(spatial_axes: int, of_images: bool, has_features: bool) -> tuple[str, ...]:
-    """The metrics for examples with so many spatial axes. has_features: whether there are features of them.
+def needs_features(names: Iterable[str], of_images: bool) -> bool:
+    """Whether any of the metrics compares features, of images or of other arrays."""
+    return any(METRICS[name].needs_features(of_images) for name in names)
 
-    By default images have those of them that compare features, and other data all.
+
+def choose_metrics(
+    requested: Sequence[str] | None, spatial_axes: int, of_images: bool, has_features: bool
+) -> tuple[str, ...]:
+    """The requested metrics; if there are none, of images those that compare features, and of other examples all that suit.
+
+    spatial_axes: of the examples. has_features: whether there are features of them.
+    Raises: ValueError for a requested metric that does not suit the examples.
     """
-    return tuple(
+    suitable = [
         name
         for name, metric in METRICS.items()
         if spatial_axes in metric.spatial_axes and (has_features or not metric.needs_features(of_images))
-    )
+    ]
+    for name in requested or ():
+        if name not in suitable:
+            what = f"data with {spatial_axes} spatial axes"
+            if METRICS[name].needs_features(of_images):
+                what += " and without features=module:function"
+            raise ValueError(f"metrics: {name} is not for {what}; use names from {', '.join(suitable)}")
+    return tuple(requested or (name for name in suitable if not of_images or METRICS[name].needs_features(True)))
 
 
 # ---- Features
@@ -166,14 +183,11 @@ def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Option
     return Result({"": score.mean, "_std": score.std, "_split_size": _IS_SPLIT_SIZE})
 
 
-def _precision_recall(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
-    shares = of_features.precision_recall(reference, samples, _MANIFOLD_K)
-    return Result(shares._asdict() | {"precision_recall_k": _MANIFOLD_K})
-
-
-def _density_coverage(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
-    shares = of_features.density_coverage(reference, samples, _DENSITY_K)
-    return Result(shares._asdict() | {"density_coverage_k": _DENSITY_K})
+def _shares(
+    function: Callable, name: str, k: int, reference: np.ndarray, samples: np.ndarray, options: Options
+) -> Result:
+    """The shares that a function of the manifolds of k neighbors returns."""
+    return Result(function(reference, samples, k)._asdict() | {f"{name}_k": k})
 
 
 def _memorization(reference: _Examples, samples: _Examples, options: Options) -> Result:
@@ -212,27 +226,17 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
     # Samples beyond the range of the reference, which could widen the bins at will, do not count.
     limits = of_arrays.value_range(reference)
     histograms = of_arrays.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
-    distances, errors = histograms.distance
-    channel = int(np.argmax(distances))
-    values = {
-        "histogram_distance": float(distances[channel]),
-        "histogram_distance_standard_error": float(errors[channel]),
-        "histogram_distance_same_law": float(histograms.same_law[channel]),
-        "histogram_distance_channel": channel,
-        "histogram_distance_bins": _BINS,
-    }
+    distance = histograms.distance
+    channel = int(np.argmax(distance.value))
+    of_channel = Measurement(*(None if x is None else float(x[channel]) for x in distance))
+    values = _named("histogram_distance", of_channel)
+    values |= {"histogram_distance_channel": channel, "histogram_distance_bins": _BINS}
     offset, scale = options.units(reference.shape[-1])
     pair, edges = (histograms.reference, histograms.samples), histograms.edges * scale[:, None] + offset[:, None]
-    arrays = {
-        "histogram_edges": edges,
-        "histogram_distance": distances,
-        "histogram_distance_standard_error": errors,
-        "histogram_distance_same_law": histograms.same_law,
-        **_both("histogram", pair),
-    }
+    arrays = {"histogram_edges": edges, **_named("histogram_distance", distance), **_both("histogram", pair)}
     notes = [
-        f"total variation {distance:.3g} ± {error:.2g}\nexpected for equal laws: {same_law:.2g}"
-        for distance, error, same_law in zip(distances, errors, histograms.same_law, strict=True)
+        f"total variation {value:.3g} ± {error:.2g}\nexpected for equal laws: {same_law:.2g}"
+        for value, error, same_law in zip(*distance[:3], strict=True)
     ]
     one, other = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
     labels = "value (data units)", "share of the values"
@@ -288,14 +292,15 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
     values["autocorrelation_channel"] = channel
     values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
     arrays = {"autocorrelation_lags": found[0].lags, **_both("autocorrelation", found)}
-    one, other = (Measurement(each.value, each.standard_error) for each in found)
+    one, other = found
     labels = "lag (positions)", "autocorrelation"
-    return Result(values, arrays, Curves("autocorrelation", found[0].lags, one, other, labels))
+    return Result(values, arrays, Curves("autocorrelation", one.lags, one, other, labels))
 
 
-def _named(name: str, distance: NamedTuple) -> dict[str, Any]:
+def _named(name: str, distance: Measurement) -> dict[str, Any]:
     """{name: value, name_standard_error: ...} of a distance."""
-    return {name if field == "value" else f"{name}_{field}": x for field, x in distance._asdict().items()}
+    numbers = {field: x for field, x in distance._asdict().items() if x is not None}
+    return {name if field == "value" else f"{name}_{field}": x for field, x in numbers.items()}
 
 
 def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -345,8 +350,14 @@ METRICS: dict[str, Metric] = {
     "sfid": Metric(_frechet_distance, "spatial", 2, names=("sfid", "spatial_frechet_distance")),
     "kid": Metric(_kid, "pool", 8, names=("kid", "kernel_distance")),
     "is": Metric(_inception_score, "logits", 1, names=("inception_score", "inception_score")),
-    "precision_recall": Metric(_precision_recall, "pool", _MANIFOLD_K + 1),
-    "density_coverage": Metric(_density_coverage, "pool", _DENSITY_K + 1),
+    "precision_recall": Metric(
+        functools.partial(_shares, of_features.precision_recall, "precision_recall", _MANIFOLD_K),
+        "pool",
+        _MANIFOLD_K + 1,
+    ),
+    "density_coverage": Metric(
+        functools.partial(_shares, of_features.density_coverage, "density_coverage", _DENSITY_K), "pool", _DENSITY_K + 1
+    ),
     "energy_distance": Metric(_energy_distance, "examples", 4),
     "sliced_wasserstein": Metric(_sliced_wasserstein, "examples", 2 * _GROUPS),
     "marginal_histograms": Metric(_marginal_histograms, "examples", 2 * _GROUPS),

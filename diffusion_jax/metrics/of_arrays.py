@@ -18,13 +18,11 @@ import numpy as np
 
 __all__ = [
     "Autocorrelation",
-    "EnergyDistance",
     "LazyExamples",
     "MarginalHistograms",
     "MeanAndCovariance",
     "Measurement",
     "PowerSpectrum",
-    "SlicedWasserstein",
     "as_example_pair",
     "as_examples",
     "autocorrelation",
@@ -134,10 +132,16 @@ def relative_rounding(dtype: np.dtype) -> float:
 
 
 class Measurement(NamedTuple):
-    """Estimated numbers and their standard errors, of one shape."""
+    """An estimate and its standard error: numbers, or arrays of one shape.
+
+    same_law, same_law_std: of a distance, its mean and standard deviation if the two sets have one distribution; compare
+    `value` with them. The standard error is for distributions that differ, and too large for equal ones.
+    """
 
     value: Any
     standard_error: Any
+    same_law: Any = None
+    same_law_std: Any = None
 
 
 def z_scores(one: Any, other: Any) -> np.ndarray:
@@ -299,27 +303,15 @@ def _standard_error(total: np.ndarray, squares: np.ndarray, count: int) -> np.nd
 # ---- Energy distance
 
 
-class EnergyDistance(NamedTuple):
-    """value, standard_error: of the distance. same_law_std: the standard deviation if both distributions are equal.
-
-    To ask whether two distributions are equal, compare `value` with same_law_std; in one dimension about 2% of values exceed
-    3 same_law_std. The standard error is for distributions that differ, and too large for equal ones.
-    """
-
-    value: float
-    standard_error: float
-    same_law_std: float
-
-
-def energy_distance(reference: Any, samples: Any) -> EnergyDistance:
+def energy_distance(reference: Any, samples: Any) -> Measurement:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013): 0 for equal distributions, otherwise above 0.
 
     The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
     example. The errors are from Hoeffding's decomposition: same_law_std from the terms of second order, the only ones between
     equal distributions, and the standard error from both orders. The time grows as the square of the number of examples.
 
-    Returns: EnergyDistance. Raises: ValueError for fewer than four examples, different shapes of examples, or values that are
-      not finite.
+    Returns: Measurement with same_law_std; in one dimension about 2% of the values of equal distributions exceed 3 of them.
+    Raises: ValueError for fewer than four examples, different shapes of examples, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 4)
     center = np.asarray(sum(block.sum(axis=0) for _, block in read_blocks(reference))) / len(reference)
@@ -341,7 +333,8 @@ def energy_distance(reference: Any, samples: Any) -> EnergyDistance:
         projection = across / other - sums / (k - 1)
         first += 4 * (projection.var(ddof=1) - cross / other - v * (k - 2) / (k - 1) ** 2) / k
     second = max(second, 0.0)
-    return EnergyDistance(float(value), float(np.sqrt(max(first, 0.0) + second)), float(np.sqrt(second)))
+    error = np.sqrt(max(first, 0.0) + second)
+    return Measurement(float(value), float(error), same_law_std=float(np.sqrt(second)))
 
 
 def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -372,31 +365,19 @@ def _centered_variance(sums: np.ndarray, squares: float) -> float:
 # ---- Sliced Wasserstein
 
 
-class SlicedWasserstein(NamedTuple):
-    """value, standard_error: of the distance. same_law, same_law_std: of two sets of these sizes from one law.
-
-    The distance of finite sets is above 0 even if their laws are equal. same_law and same_law_std are its mean and standard
-    deviation when examples are assigned to the two sets at random; compare `value` with them.
-    """
-
-    value: float
-    standard_error: float
-    same_law: float
-    same_law_std: float
-
-
 def sliced_wasserstein(
     key: jax.Array, reference: Any, samples: Any, *, projections: int = 256, groups: int = 20, permutations: int = 20
-) -> SlicedWasserstein:
+) -> Measurement:
     """(E_u W_2(u.X, u.Y)^2)^(1/2) over random unit vectors u (Bonneel et al. 2015).
 
-    W_2 is the exact Wasserstein distance of the two projected sets, which may have different sizes.
+    W_2 is the exact Wasserstein distance of the two projected sets, which may have different sizes. The distance of finite
+    sets is above 0 even if their laws are equal.
 
     Args:
       key: draws the directions, the groups and the permutations.
       projections: how many directions, at least 2.
       groups: the standard error is a jackknife over so many groups of examples of both sets, plus the error of the choice of
-        directions. It is too large for equal laws, where the distance is not smooth.
+        directions.
       permutations: of the examples over both sets, for `same_law`.
     Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
     """
@@ -417,7 +398,8 @@ def sliced_wasserstein(
     for start in range(0, projections, size):
         indices = np.arange(start, min(start + size, projections))
         directions = _directions(key_directions, indices, reference[0].size)
-        projected = np.concatenate([_project(x, directions) for x in (reference, samples)])
+        blocks = (block.reshape(len(block), -1) for x in (reference, samples) for _, block in read_blocks(x))
+        projected = np.concatenate([block @ directions for block in blocks])
         order_of_values = projected.argsort(axis=0)
         values = np.take_along_axis(projected, order_of_values, axis=0)
         for i, assignment in enumerate(assignments):
@@ -429,7 +411,7 @@ def sliced_wasserstein(
     if value > 0:
         direction_error /= 2 * value
     error = np.sqrt(data_variance + direction_error**2)
-    return SlicedWasserstein(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
+    return Measurement(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
 
 
 def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndarray:
@@ -440,10 +422,6 @@ def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndar
 
     vectors = np.asarray(jax.vmap(draw)(indices), np.float64).T
     return vectors / np.linalg.norm(vectors, axis=0)
-
-
-def _project(x: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    return np.concatenate([block.reshape(len(block), -1) @ directions for _, block in read_blocks(x)])
 
 
 def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
@@ -466,15 +444,14 @@ def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray
 class MarginalHistograms(NamedTuple):
     """edges: of the bins [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
 
-    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C].
-    same_law: the distance to expect from the errors of the shares alone [C].
+    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C]; same_law is the distance to expect
+    from the errors of the shares alone.
     """
 
     edges: np.ndarray
     reference: Measurement
     samples: Measurement
     distance: Measurement
-    same_law: np.ndarray
 
 
 def marginal_histograms(
@@ -484,8 +461,8 @@ def marginal_histograms(
 
     Args:
       limits: (low, high) of the bins, numbers or arrays [C]; values outside are in the outermost bins.
-      groups: the standard error of the distance is a jackknife over so many groups of examples. It is too large for equal
-        laws. Those of the shares are from the scatter over examples.
+      groups: the standard error of the distance is a jackknife over so many groups of examples. Those of the shares are
+        from the scatter over examples.
     Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)
@@ -513,7 +490,7 @@ def marginal_histograms(
     noise = np.hypot(*(h.standard_error for h in histograms))
     same_law = np.sqrt(0.5 / np.pi) * noise.sum(axis=-1)
     edges = np.linspace(low, high, bins + 1, axis=-1)
-    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error), same_law)
+    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error, same_law))
 
 
 def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:

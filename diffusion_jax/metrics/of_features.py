@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.metrics.of_arrays import as_examples
+
 __all__ = [
     "DensityCoverage",
     "Estimate",
@@ -135,21 +137,16 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
     rng = np.random.RandomState(seed)
     values = np.empty(subsets)
     for i in range(subsets):
-        x = samples[rng.choice(len(samples), subset_size, replace=False)]
-        y = reference[rng.choice(len(reference), subset_size, replace=False)]
-        values[i] = _squared_mmd(x.astype(np.float64), y.astype(np.float64))
+        x = samples[rng.choice(len(samples), subset_size, replace=False)].astype(np.float64)
+        y = reference[rng.choice(len(reference), subset_size, replace=False)].astype(np.float64)
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (subset_size * (subset_size - 1))
+        values[i] = within - 2 * xy.mean()
     # Two random subsets of m of n images share m/n of theirs, and their correlation is m/n (smaller for equal distributions,
     # whose error is then too large): the variance over subsets lacks that share.
     std, share = values.std(), subset_size / fewest
     error = np.sqrt(std**2 / (1 - share) * (share + (1 - share) / subsets)) if share < 1 else np.nan
     return Estimate(values.mean(), std, error)
-
-
-def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    m, dimensions = x.shape
-    xx, yy, xy = ((a @ b.T / dimensions + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return within - 2 * xy.mean()
 
 
 def inception_score(logits, split_size: int = 5000) -> Estimate:
@@ -321,13 +318,9 @@ def _for_distances(
 
 def _checked(features, minimum: int) -> np.ndarray:
     """Features [N, D] of at least `minimum` images, as real numbers in float32 or better. Raises: ValueError."""
-    features = np.asarray(features)
-    if features.ndim != 2 or not features.shape[1]:
+    features = as_examples("features", features, minimum)
+    if features.ndim != 2:
         raise ValueError(f"features of shape {features.shape} are not [N, D]")
-    if not (jnp.issubdtype(features.dtype, jnp.floating) or jnp.issubdtype(features.dtype, jnp.integer)):
-        raise ValueError(f"features are {features.dtype}; they must be real numbers, float32 for instance")
-    if len(features) < minimum:
-        raise ValueError(f"{len(features)} images are too few: this needs {minimum}")
     if features.dtype.itemsize < 4:
         features = features.astype(np.float32)
     if not np.isfinite(features).all():

@@ -8,15 +8,13 @@ from diffusion_jax.images import is_of_images
 from diffusion_jax.pictures.figures import (
     draw_bound_terms,
     draw_curves,
-    draw_rate_distortion,
-)
-from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array
-from diffusion_jax.pictures.samples import (
     draw_edit,
     draw_neighbors,
+    draw_rate_distortion,
     draw_samples,
     draw_trajectory,
 )
+from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array
 
 __all__ = [
     "Picture",

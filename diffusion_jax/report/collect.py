@@ -1,28 +1,41 @@
 """What a work directory holds, as plain values for the page. Everything may be missing, also while the run is working.
 
 A measurement is a record of metrics.json with the bits per dimension of likelihood.json; `table_cells` makes a table of them.
+`train_command` and `sample_command` return the commands that repeat a run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_jax import config as configs
 from diffusion_jax.errors import DiffusionJaxError, shorten
+from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
 from diffusion_jax.pretrained import read_class_names
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
-from diffusion_jax.runs.evaluate import read_records
 from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
 
-__all__ = ["RunFiles", "collect", "format_value", "table_cells"]
+__all__ = [
+    "RunFiles",
+    "changed_settings",
+    "collect",
+    "format_value",
+    "sample_command",
+    "table_cells",
+    "train_command",
+]
 
 # Endings of entries that describe a metric, and are no metrics.
 _NOT_METRICS = ("_std", "_standard_error", "_same_law", "_limit", "_frequency")
@@ -110,7 +123,17 @@ def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], li
     keys = dict.fromkeys(key for each in values for key in each if not key.endswith("_digest"))
     differing = [key for key in keys if len({json.dumps(each.get(key)) for each in values}) > 1]
     settings = list(dict.fromkeys([*_FIRST_SETTINGS, *differing]))
-    rows = [_format_row(directory, record, settings) for directory, record in runs]
+    rows = []
+    for (directory, record), texts in zip(runs, values, strict=True):
+        row = {"run": str(directory)} | {key: str(texts[key]) for key in settings if texts.get(key) is not None}
+        if "samples" in row:
+            row["samples"] = pathlib.Path(row["samples"]).name
+        for key, value in record.items():
+            if isinstance(value, float) and not key.endswith(_NOT_METRICS):
+                row[key] = format_value(value, record.get(f"{key}_standard_error"))
+        if "memorization" in record:
+            row["close_share"] = f"{record['memorization']['close_share']:.4g}"
+        rows.append(row)
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
     order = ["run", *settings]
     columns.sort(key=lambda key: order.index(key) if key in order else len(order))
@@ -122,22 +145,58 @@ def format_value(value: float, error: float | None = None) -> str:
     return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
-def _format_row(directory: pathlib.Path, record: _Record, settings: list[str]) -> dict[str, str]:
-    values = _record_settings(record)
-    row = {"run": str(directory)} | {key: str(values[key]) for key in settings if values.get(key) is not None}
-    if "samples" in row:
-        row["samples"] = pathlib.Path(row["samples"]).name
-    for key, value in record.items():
-        if isinstance(value, float) and not key.endswith(_NOT_METRICS):
-            row[key] = format_value(value, record.get(f"{key}_standard_error"))
-    if "memorization" in record:
-        row["close_share"] = f"{record['memorization']['close_share']:.4g}"
-    return row
-
-
 def _record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the metrics of a record depend on, including the options of its sampler, as a flat dictionary."""
     sampling = {key: value for key, value in record.get("sampling", {}).items() if key not in record}
     keys = ("dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
     keys += ("reference", "samples", "num_reference", "num_samples")
     return {key: record[key] for key in keys if record.get(key) is not None} | sampling
+
+
+# ---- Settings and commands
+
+
+def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
+    """{name: (value, default, description)} of the settings that differ from the defaults."""
+    leaves = configs.CLASSIFIER_LEAVES if configs.is_classifier(config) else configs.LEAVES
+    values = _flatten(config)
+    return {
+        name: (values[name], leaf.default, leaf.description)
+        for name, leaf in leaves.items()
+        if values[name] != _with_tuples(leaf.default)
+    }
+
+
+def train_command(config: ConfigDict) -> str:
+    """Trains the config in a new directory: the experiment with the fewest differing settings, and these."""
+    wanted, is_classifier = _flatten(config), configs.is_classifier(config)
+    changes: dict[str, dict[str, Any]] = {}  # by experiment
+    for name in configs.experiment_names():
+        for variant in (name, f"{name}:{config.data.image_size}"):
+            with contextlib.suppress(configs.ConfigError):  # the experiment takes no argument, or not this one
+                experiment = configs.resolve(configs.experiment(variant))
+                values = _flatten(experiment)
+                if values.keys() == wanted.keys() and configs.is_classifier(experiment) == is_classifier:
+                    changes[variant] = {key: value for key, value in wanted.items() if value != values[key]}
+    name = min(changes, key=lambda variant: len(changes[variant]))
+    mode = ["--mode=train_classifier"] if is_classifier else []
+    changed = [f"--config.{key}={value}" for key, value in changes[name].items()]
+    return shlex.join(["diffusion-jax", f"--config={name}", "--workdir=DIR", *mode, *changed])
+
+
+def sample_command(config: ConfigDict, provenance: Provenance) -> str:
+    """Draws the samples of a record again, with the newest weights of the run in the directory DIR. config: the run's."""
+    stored = _flatten(config.sampling.to_dict() | {"clip": configs.resolve_clip(config)})
+    files = {name: path for name, path in provenance.details.items() if name in stored}
+    wanted = _flatten({**provenance.settings["sampling"], **files})
+    changed = [f"--config.sampling.{name}={value}" for name, value in wanted.items() if value != stored[name]]
+    return shlex.join(["diffusion-jax", "--workdir=DIR", "--mode=sample", *changed])
+
+
+def _flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    return {name: _with_tuples(value) for name, value in configs.flatten(config).items()}
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples of a config."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

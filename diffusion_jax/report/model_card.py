@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import pathlib
+import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Model, format_summary
-from diffusion_jax.report.collect import RunFiles, collect, table_cells
-from diffusion_jax.report.commands import train_command
+from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
 
 __all__ = ["card_path", "model_card", "write_card"]
-
-_LICENSE = "unknown"  # an identifier that hubs accept, until somebody fills in another
 
 
 def card_path(to: pathlib.Path) -> pathlib.Path:
@@ -39,45 +38,26 @@ def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pa
 def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
     """The card as Markdown that begins with metadata."""
     run = None if workdir is None else collect(open_run_dir(workdir))
-    parts = [
-        f"---\n{_metadata(net, to, run)}---",
-        f"# {to.stem}",
-        f"Weights of a diffusion model, written by `diffusion_jax.pretrained convert` (version {diffusion_jax.__version__}).",
-        "**Fill in:** the license (here and above), what the model is for, and its limits.",
-        "## Use\n\n" + _code(to),
-        f"## Network and diffusion\n\n```text\n{format_summary(net)}\n```",
-        "" if run is None else _training(run, net),
-        "" if run is None else _metrics(run, net),
-        "## License\n\nTo be filled in. The license of the data may restrict the use of the weights.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _metadata(net: Model, to: pathlib.Path, run: RunFiles | None) -> str:
-    """The lines of metadata; JSON values are YAML, too."""
-    fields: dict[str, Any] = {
-        "library_name": "diffusion_jax" if to.suffix == ".safetensors" else "diffusers",
+    is_file = to.suffix == ".safetensors"
+    metadata: dict[str, Any] = {
+        "library_name": "diffusion_jax" if is_file else "diffusers",
         "tags": ["diffusion", "ddpm", "jax", "diffusion_jax"],
     }
     if net.is_images:
-        fields["pipeline_tag"] = "unconditional-image-generation"
+        metadata["pipeline_tag"] = "unconditional-image-generation"
     if run is not None and run.config is not None:
-        fields["datasets"] = [run.config.data.dataset]
-    license_line = f"license: {json.dumps(_LICENSE)}  # fill in\n"
-    return license_line + "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items())
-
-
-def _code(to: pathlib.Path) -> str:
-    lines = [
-        "import jax",
-        "from diffusion_jax import pretrained, sampling",
-        "",
-        f"net = pretrained.load({to.name!r})",
-        "samples = net.sample(jax.random.key(0), 16, sampler=sampling.ddim(), steps=50)",
-    ]
-    if to.suffix != ".safetensors":
-        lines += ["", "# or", f"images = diffusers.DDPMPipeline.from_pretrained({to.name!r})().images"]
-    return "```python\n" + "\n".join(lines) + "\n```"
+        metadata["datasets"] = [run.config.data.dataset]
+    diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({to.name!r})().images"
+    template = importlib.resources.files("diffusion_jax.report") / "static" / "model_card.md"
+    return string.Template(template.read_text()).substitute(
+        metadata="".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items()),  # JSON values are YAML
+        name=to.stem,
+        version=diffusion_jax.__version__,
+        file=repr(to.name),
+        diffusers="" if is_file else diffusers,
+        summary=format_summary(net),
+        run="" if run is None else "".join(f"{part}\n\n" for part in (_training(run, net), _metrics(run, net)) if part),
+    )
 
 
 def _training(run: RunFiles, net: Model) -> str:

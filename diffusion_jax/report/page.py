@@ -6,30 +6,100 @@ A section is (id, title, element), or None if the run has nothing to show there.
 from __future__ import annotations
 
 import datetime
+import html
 import importlib.resources
+import json
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
+from diffusion_jax.console import format_duration
 from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.metrics import MEANINGS
 from diffusion_jax.provenance import Provenance
-from diffusion_jax.report import commands, gallery
-from diffusion_jax.report.charts import MAX_POINTS, chart_grid, training_charts
-from diffusion_jax.report.collect import RunFiles, format_value, table_cells
-from diffusion_jax.report.gallery import Budget, Frames, Picture
-from diffusion_jax.report.markup import Markup, definitions, element, join, json_script, table
-from diffusion_jax.runs.console import format_duration
+from diffusion_jax.report import figures
+from diffusion_jax.report.collect import (
+    RunFiles,
+    changed_settings,
+    format_value,
+    sample_command,
+    table_cells,
+    train_command,
+)
+from diffusion_jax.report.figures import MAX_POINTS, Budget, Frames, Picture, even_subset, training_charts
 
-__all__ = ["comparison_page", "run_page"]
+__all__ = ["Markup", "comparison_page", "element", "json_script", "run_page", "table"]
+
+# ---- HTML
+
+
+class Markup(str):
+    """HTML. Any other string is text, which is escaped."""
+
+
+def _escape(content: Any) -> str:
+    return content if isinstance(content, Markup) else html.escape(str(content))
+
+
+def join(parts: Iterable[Any]) -> Markup:
+    """Parts one after the other, text among them escaped."""
+    return Markup("".join(map(_escape, parts)))
+
+
+def element(name: str, /, *content: Any, **attributes: Any) -> Markup:
+    """<name attributes>content</name>; without content, a void element such as <img> where HTML has one.
+
+    attributes: `class_` is class, and other underscores are hyphens. True is an attribute without a value; None and False
+    are left out.
+    """
+    written = ""
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")
+        if value is True:
+            written += f" {key}"
+        elif value is not None and value is not False:
+            written += f' {key}="{html.escape(str(value))}"'
+    if name in ("img", "input", "meta", "link", "br"):
+        return Markup(f"<{name}{written}>")
+    return Markup(f"<{name}{written}>{join(content)}</{name}>")
+
+
+def table(caption: str, header: Sequence[Any], rows: Iterable[Sequence[Any]], class_: str | None = None) -> Markup:
+    """A table that scrolls sideways where it is wider than the page; the first cell of each row is its heading."""
+    head = element("tr", *(element("th", cell, scope="col") for cell in header))
+    body = (
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    )
+    return element(
+        "div",
+        element("table", element("caption", caption), element("thead", head), element("tbody", *body), class_=class_),
+        class_="scroll",
+        role="region",
+        aria_label=caption,
+        tabindex=0,
+    )
+
+
+def definitions(entries: Iterable[tuple[Any, Any]]) -> Markup:
+    """A list of terms and what they are."""
+    return element("dl", *(join([element("dt", term), element("dd", text)]) for term, text in entries))
+
+
+def json_script(identifier: str, value: Any) -> Markup:
+    """JSON for the page's script. No text in it can end the element, because "<" is written as an escape of JSON."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return Markup(f'<script type="application/json" id="{html.escape(identifier)}">{text}</script>')
+
+
+# ---- Pages
 
 Section = tuple[str, str, Markup]
 PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
 PICTURE_BYTES = 3_000_000  # before base64, which makes them a third larger
-_MAX_RECORDS = 20
-# Nothing is loaded from anywhere, even if a text were not escaped.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_MAX_RECORDS, _NUMBERS_OF_A_CHART = 20, 12
+_NO_LINES = "Nothing is logged yet."
 _LIKELIHOOD_TERMS = {
     "bits_per_dim": "total bound, upper bound of the negative log-likelihood",
     "nats_per_dim": "the same in nats",
@@ -44,11 +114,13 @@ _LIKELIHOOD_TERMS = {
 def run_page(run: RunFiles) -> str:
     """The page of a run."""
     data: PageData = {"charts": {}, "frames": {}}
-    training, denoising, samples, others = (Budget(int(PICTURE_BYTES * share)) for share in (0.4, 0.15, 0.1, 0.35))
+    training, denoising, samples, others = (
+        Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.1, 0.35)
+    )
     sections = [
         _curves(run, data),
-        _frames("training-samples", "Samples during training", gallery.training_samples(run, training), data, -1),
-        _frames("denoising", "Denoising, step by step", gallery.denoising(run, denoising), data, 0),
+        _frames("training-samples", "Samples during training", figures.training_samples(run, training), data, -1),
+        _frames("denoising", "Denoising, step by step", figures.denoising(run, denoising), data, 0),
         _samples(run, samples),
         _likelihood(run),
         _metrics({run.name: run}),
@@ -72,58 +144,50 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
     for run in runs:  # with a number where two names are equal
         count = sum(name == run.name or name.startswith(f"{run.name} (") for name in named)
         named[f"{run.name} ({count + 1})" if count else run.name] = run
+    states = list(dict.fromkeys(key for run in runs for key in run.status if key != "directory"))
+    rows = [[name, *(run.status.get(key, "") for key in states)] for name, run in named.items()]
+    charts: dict[str, dict[str, Any]] = {}  # with a line for each run
+    newest = []
+    for name, run in named.items():
+        for chart in training_charts(run.lines, max(MAX_POINTS // len(runs), 60)):
+            for series in chart["series"]:
+                title = f"{chart['title']}: {series['label']}" if len(chart["series"]) > 1 else chart["title"]
+                joint = charts.setdefault(title, chart | {"title": title, "series": []})
+                joint["series"].append(series | {"label": name})
+        frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs), run.notes), most=1)
+        for caption, (picture,) in frames.frames if frames else ():
+            newest.append(_figure(picture, f"{name}, {caption}"))
+    leaves = [{} if run.config is None else flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for each in leaves for key in each)
+    differing = [[key, *(str(each.get(key, "")) for each in leaves)] for key in keys]
+    differing = [row for row in differing if len(set(row[1:])) > 1]
+    differing_table = table("Leaves in which the runs differ", ["leaf", *named], differing)
     sections = [
-        _states(named),
-        _common_curves(named, data),
-        _differing_leaves(named),
+        _section("states", "Runs", table("The state of each run", ["run", *states], rows)),
+        _section("curves", "Curves", _chart_grid(charts.values(), data) if charts else element("p", _NO_LINES)),
+        _section("config", "Config", differing_table if differing else element("p", "The configs are equal.")),
         _metrics(named),
-        _newest_samples(named),
     ]
+    if newest:
+        newest_samples = element("div", *newest, class_="gallery")
+        sections.append(_section("samples", "Newest samples during training", newest_samples))
     notes = [_notes(run, f"{name}: ") for name, run in named.items()]
     return _page(f"{len(runs)} runs: {', '.join(named)}", notes, sections, data)
 
 
 def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None], data: PageData) -> str:
-    def static(name: str) -> str:
-        return (importlib.resources.files("diffusion_jax.report") / "static" / name).read_text()
-
-    written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    static = importlib.resources.files("diffusion_jax.report") / "static"
+    files = {path.name.replace(".", "_"): path.read_text() for path in static.iterdir() if path.name != "model_card.md"}
     shown = [section for section in sections if section is not None]
-    links = [element("li", element("a", name, href=f"#{identifier}")) for identifier, name, _ in shown]
-    document = element(
-        "html",
-        element(
-            "head",
-            element("meta", charset="utf-8"),
-            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("title", title),
-            Markup(f"<!-- uPlot, which draws the charts:\n{static('uPlot.LICENSE')}-->"),
-            Markup(f"<style>{static('uPlot.min.css')}{static('report.css')}</style>"),
-        ),
-        element(
-            "body",
-            element("a", "Skip to the content", href="#content", class_="skip"),
-            element(
-                "header",
-                element("h1", title),
-                element("p", f"Written {written} by diffusion_jax {diffusion_jax.__version__}."),
-            ),
-            element("nav", element("ul", *links), aria_label="Sections"),
-            element(
-                "main",
-                element("noscript", element("p", "Charts and sliders need scripts, which this browser does not run.")),
-                *head,
-                *(content for _, _, content in shown),
-                id="content",
-            ),
-            json_script("data", data),
-            Markup(f"<script>{static('uPlot.iife.min.js')}</script><script>{static('report.js')}</script>"),
-        ),
-        lang="en",
+    return string.Template(files.pop("page_html")).substitute(
+        files,
+        title=_escape(title),
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        version=diffusion_jax.__version__,
+        links=join(element("li", element("a", name, href=f"#{identifier}")) for identifier, name, _ in shown),
+        content=join([*head, *(content for _, _, content in shown)]),
+        data=json_script("data", data),
     )
-    return f"<!doctype html>\n{document}\n"
 
 
 def _section(identifier: str, title: str, *content: Any) -> Section:
@@ -139,19 +203,38 @@ def _notes(run: RunFiles, prefix: str = "") -> Markup:
     return element("ul", *(element("li", f"{prefix}{note}") for note in run.notes), class_="notes", aria_label="Notes")
 
 
+def _chart_grid(charts: Iterable[Mapping[str, Any]], data: PageData) -> Markup:
+    """The places of charts, which report.js fills; for those who do not see them, some numbers of each as tables.
+
+    data: of the page, gets the charts.
+    """
+    figures = []
+    for number, chart in enumerate(charts):
+        identifier, tables = f"curve{number}", []
+        data["charts"][identifier] = chart
+        for series in chart["series"]:
+            chosen = even_subset(len(series["x"]), _NUMBERS_OF_A_CHART)
+            rows = [[f"{series[name][i]:,.8g}" for name in ("x", "mean")] for i in chosen]
+            tables.append(table(f"{chart['title']}: {series['label']}", [chart["x"], chart["y"]], rows))
+        drawing = element("div", id=identifier, class_="chart", data_chart=identifier)
+        numbers = element("details", element("summary", "Numbers"), *tables)
+        figures.append(element("figure", element("figcaption", chart["title"]), drawing, numbers))
+    return element("div", *figures, class_="charts")
+
+
 # ---- Sections of one run
 
 
 def _curves(run: RunFiles, data: PageData) -> Section:
     charts = training_charts(run.lines)
     if not charts:
-        return _section("curves", "Curves", element("p", "Nothing is logged yet: the run has no line of metrics."))
+        return _section("curves", "Curves", element("p", _NO_LINES))
     longest = max(series["values"] for chart in charts for series in chart["series"])
     points = max(len(series["x"]) for chart in charts for series in chart["series"])
     text = f"{longest:,} lines of the log."
     if points < longest:
         text += f" They are shown as {points} means, with a band from the lowest to the highest value of each interval."
-    return _section("curves", "Curves", element("p", text), chart_grid("curve", charts, data))
+    return _section("curves", "Curves", element("p", text), _chart_grid(charts, data))
 
 
 def _frames(identifier: str, title: str, frames: Frames | None, data: PageData, start: int) -> Section | None:
@@ -198,7 +281,7 @@ def _figures(pictures: Iterable[Picture], class_: str = "gallery") -> Markup:
 
 
 def _samples(run: RunFiles, budget: Budget) -> Section | None:
-    rows, note = gallery.class_rows(run, budget)
+    rows, note = figures.class_rows(run, budget)
     return _section("samples", "Samples", element("p", note), _figures(rows, "classes")) if rows else None
 
 
@@ -233,7 +316,7 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
 
 
 def _pictures(run: RunFiles, budget: Budget) -> Section | None:
-    shown, left_out = gallery.other_pictures(run, budget)
+    shown, left_out = figures.other_pictures(run, budget)
     if not shown and not left_out:
         return None
     names = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" if len(left_out) > 10 else "")
@@ -264,7 +347,7 @@ def _launches(run: RunFiles) -> Section | None:
 def _config(run: RunFiles) -> Section | None:
     if run.config is None:
         return None
-    changed = commands.differences_from_defaults(run.config)
+    changed = changed_settings(run.config)
     rows = [[name, str(value), str(default), text] for name, (value, default, text) in changed.items()]
     every = table("All leaves", ["leaf", "value"], [[name, str(value)] for name, value in flatten(run.config).items()])
     return _section(
@@ -298,53 +381,8 @@ def _environment(run: RunFiles) -> Section | None:
 def _command(run: RunFiles) -> Section | None:
     if run.config is None:
         return None
-    text = f"# Train again, in a new directory DIR.\n{commands.train_command(run.config)}"
+    text = f"# Train again, in a new directory DIR.\n{train_command(run.config)}"
     provenance = next(filter(None, map(Provenance.read, sample_files(run.directory))), None)
     if provenance is not None:
-        text += f"\n# Draw the newest samples again.\n{commands.sample_command(run.config, provenance)}"
+        text += f"\n# Draw the newest samples again.\n{sample_command(run.config, provenance)}"
     return _section("reproduce", "Command to reproduce", element("pre", text, tabindex=0, aria_label="Command"))
-
-
-# ---- Sections of several runs
-
-
-def _states(runs: Mapping[str, RunFiles]) -> Section:
-    keys = list(dict.fromkeys(key for run in runs.values() for key in run.status if key != "directory"))
-    rows = [[name, *(run.status.get(key, "") for key in keys)] for name, run in runs.items()]
-    return _section("states", "Runs", table("The state of each run", ["run", *keys], rows))
-
-
-def _common_curves(runs: Mapping[str, RunFiles], data: PageData) -> Section:
-    """A chart for each value of the logs, with a line for each run."""
-    charts: dict[str, dict[str, Any]] = {}
-    for name, run in runs.items():
-        for chart in training_charts(run.lines, max(MAX_POINTS // len(runs), 60)):
-            for series in chart["series"]:
-                title = f"{chart['title']}: {series['label']}" if len(chart["series"]) > 1 else chart["title"]
-                joint = charts.setdefault(title, chart | {"title": title, "series": []})
-                joint["series"].append(series | {"label": name})
-    if not charts:
-        return _section("curves", "Curves", element("p", "Nothing is logged yet."))
-    return _section("curves", "Curves", chart_grid("curve", charts.values(), data))
-
-
-def _differing_leaves(runs: Mapping[str, RunFiles]) -> Section:
-    leaves = [{} if run.config is None else flatten(run.config) for run in runs.values()]
-    keys = dict.fromkeys(key for each in leaves for key in each)
-    differing = [key for key in keys if len({str(each.get(key)) for each in leaves}) > 1]
-    rows = [[key, *(str(each.get(key, "")) for each in leaves)] for key in differing]
-    if not rows:
-        return _section("config", "Config", element("p", "The configs are equal."))
-    return _section("config", "Config", table("Leaves in which the runs differ", ["leaf", *runs], rows))
-
-
-def _newest_samples(runs: Mapping[str, RunFiles]) -> Section | None:
-    figures = []
-    for name, run in runs.items():
-        frames = gallery.training_samples(run, Budget(PICTURE_BYTES // len(runs)), most=1)
-        if frames:
-            ((caption, (picture,)),) = frames.frames
-            figures.append(_figure(picture, f"{name}, {caption}"))
-    if not figures:
-        return None
-    return _section("samples", "Newest samples during training", element("div", join(figures), class_="gallery"))

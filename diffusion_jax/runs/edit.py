@@ -14,12 +14,12 @@ from PIL import Image
 
 from diffusion_jax import data, editing, pictures, pretrained
 from diffusion_jax.config import resolve
+from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
 from diffusion_jax.provenance import Provenance, array_digest, settings_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
-from diffusion_jax.runs.console import log
 from diffusion_jax.runs.sampling import (
     SamplingSettings,
     check_finite,

@@ -1,18 +1,17 @@
-"""`--mode=evaluate`: the likelihood of examples, and metrics of samples; and the comparison of two sets of examples.
+"""`--mode=evaluate`: the likelihood of examples that the model was not trained on, and metrics of samples.
 
-`compare` measures samples against a reference, images or other arrays, and adds a record to a metrics.json, with pictures
-beside it. `--mode=evaluate` calls it for the samples of a run, and `python -m diffusion_jax.evaluation` for any two sets.
+The likelihood is written to likelihood.json (bits per dimension, their parts and standard errors), likelihood.npz (the terms
+at every timestep), likelihood_terms.png and rate_distortion.png. Continuous data have a density, in the units of the data, of
+which nats per dimension are reported, too. The metrics are added to metrics.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import hashlib
 import json
+import math
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,44 +19,48 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-import diffusion_jax
-from diffusion_jax import data, pictures
-from diffusion_jax.config import resolve
+from diffusion_jax import data, likelihood, pictures
+from diffusion_jax.config import is_continuous, resolve, resolve_clip
+from diffusion_jax.console import log, progress_over
 from diffusion_jax.data.sources import read_in_order
-from diffusion_jax.distributed import devices, sharding
-from diffusion_jax.distributed.processes import broadcast_from_process_0
+from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import features
-from diffusion_jax.evaluation.example_sets import ExampleSet, open_set, read_examples, standardize, value_digest
-from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
+from diffusion_jax.evaluation.compare import check_count, compare
+from diffusion_jax.evaluation.example_sets import ExampleSet
+from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, reported_name, suitable_metrics
-from diffusion_jax.pretrained.inception import DOWNLOAD_SOURCES
-from diffusion_jax.provenance import Provenance
-from diffusion_jax.run_dir import RunDir, open_run_dir
-from diffusion_jax.runs import measure_likelihood
-from diffusion_jax.runs.console import ProgressBar, log, progress_over
+from diffusion_jax.images import to_model_range
+from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features
+from diffusion_jax.provenance import params_digest, settings_digest
+from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.sample import SampleFile
-from diffusion_jax.runs.workdir import rename_leaves_in_errors, to_dict, write_config_if_untrained
+from diffusion_jax.runs.workdir import (
+    check_source,
+    digest_of_some,
+    load_weights,
+    normalize,
+    open_model,
+    rename_leaves_in_errors,
+    to_dict,
+    write_config_if_untrained,
+)
 from diffusion_jax.training import condition_shape
 
 __all__ = [
-    "add_record",
-    "compare",
-    "compare_sets",
+    "LikelihoodRun",
     "features_cache",
     "load_pipeline",
     "load_reference",
+    "measure_likelihood",
     "measure_samples",
-    "read_records",
     "run",
 ]
 
-_HOW_TO_GET_INCEPTION = f"evaluation.inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES})"
-_EXPECTED_CLOSE_SHARE = 0.01  # of examples that the model was not trained on
-_WIDTH = 28  # of names in the log
-# Two records with equal values of these keys are of the same comparison.
-_COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
+
+_TABLES = ("vlb", "mse", "x_0_mse")
+_EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
+_REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in likelihood.json, if they are others
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
@@ -74,9 +77,48 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     if options.num_samples:
         _metric_names(config)  # an error before the likelihood, which may take hours
     if options.likelihood:
-        measure_likelihood.run(config, workdir)
+        measure_likelihood(config, workdir)
     if options.num_samples:
         measure_samples(config, workdir)
+
+
+def measure_likelihood(
+    config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None
+) -> None:
+    """Measures the bits per dimension of `evaluation.split`.
+
+    Every batch is kept until the files are written, so that a rerun continues after the last one.
+    source: examples that take the place of that split, in the units of the data.
+    Raises: UserError, also if the ODE solver fails, DataError, PretrainedError.
+    """
+    config, workdir = resolve(config), open_run_dir(workdir)
+    measured, options = LikelihoodRun(config, workdir, source), config.evaluation
+    net, count, size = measured.net, measured.num_examples, measured.batch_size
+    log(f"Measuring the bound of {count:,} {_noun(config)} with the {net.weights} weights of step {net.step}.")
+    with as_user_error("config.evaluation"):
+        jax.eval_shape(measured.bound, net.params, np.uint32(0), np.int32(0), measured.read(np.zeros(size, int)))
+    assert net.mesh is not None
+    compute = sharding.BatchFunction(measured.bound, net.params, net.mesh, size)
+    chunks = ChunkStore(workdir.subdirectory(f".likelihood_{measured.digest}"))
+
+    def measure_batch(i: int) -> dict[str, np.ndarray]:
+        out = compute(measured.read, i * size, count, np.uint32(options.seed), np.int32(i))
+        return _sum_over_examples(out, net.schedule.num_timesteps)
+
+    num_batches = chunks.fill("Evaluating", count, size, measure_batch, config.training.stall_timeout)
+    arrays = _join([chunks.load(i) for i in range(num_batches)], measured.standardization_bits)
+    multihost_utils.sync_global_devices("likelihood chunks read")
+    num_failed = (~np.isfinite(arrays.get("example_ode", np.zeros(1)))).sum()
+    if jax.process_index() == 0:
+        if not num_failed:
+            _write(measured, arrays)
+        chunks.delete()  # after a failure, a rerun would only read the same numbers again
+    if num_failed:
+        raise UserError(
+            f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE did not converge "
+            f"for {num_failed} of {count} {_noun(config)}; try a larger one"
+        )
+    write_config_if_untrained(config, workdir)
 
 
 def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
@@ -88,26 +130,16 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     config, workdir = resolve(config), open_run_dir(workdir)
     options, names, of_images = config.evaluation, _metric_names(config), data.is_of_images(config.data)
     pipeline = None
-    if any(METRICS[name].needs_features(of_images) for name in names):
-        if _features_name(config) == "inception" and not options.inception:
-            advice = f"set {_HOW_TO_GET_INCEPTION}; or evaluation.num_samples=0 to leave them out"
-            if not options.likelihood:
-                raise UserError(f"metrics of samples need features: {advice}")
-            return log(f"No metrics of samples: {advice}.")
+    if needs_features(names, of_images):
+        if of_images and options.likelihood and _features_name(config) == "inception" and not options.inception:
+            return log(f"No metrics of samples: {features.NEEDS_INCEPTION}; evaluation.num_samples=0 leaves them out.")
         pipeline = load_pipeline(config)
         with as_user_error("config.evaluation"):
             features.feature_dimension(pipeline.extractor, data.example_shape(config.data))
     reference = load_reference(config, source)
-    minimum = max(METRICS[name].minimum for name in names)
-    if len(reference.source) < minimum:
-        raise UserError(
-            f"{reference.name} has {len(reference.source)} examples: these metrics need at least {minimum} "
-            "(evaluation.metrics)"
-        )
-    if options.num_samples < minimum:
-        raise UserError(
-            f"evaluation.num_samples={options.num_samples} is too few: these metrics need at least {minimum}"
-        )
+    with as_user_error("config.evaluation"):
+        check_count(reference.name, len(reference.source), names)
+        check_count("evaluation.num_samples", options.num_samples, names)
     if not of_images:
         reference = reference.limit(MAX_EXAMPLES)
     sampling_config = ConfigDict(to_dict(config))
@@ -115,349 +147,31 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     file = SampleFile(sampling_config, workdir, _reference_conditions(config, reference))
     file.draw(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
-    settings = _settings(config, file)
+    settings = {"dataset": config.data.dataset}
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"those of the examples of {reference.name}"
+    samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
     is_periodic = config.model.get("padding") == "periodic"
     metric_options = Options(options.seed, file.net.normalizations.get("x"), is_periodic)
     output, cache = workdir / "metrics.json", features_cache(workdir)
     try:
         written = compare(reference, samples, names, output, pipeline, cache, metric_options, settings)
-        workdir.upload(*written)
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
+    workdir.upload(*written)
     write_config_if_untrained(config, workdir)
-
-
-def compare_sets(arguments: argparse.Namespace) -> None:
-    """Measures the samples against the reference and adds a record to the output file.
-
-    arguments: of `python -m diffusion_jax.evaluation`. Raises: DiffusionJaxError, ValueError, OSError: one line.
-    """
-    requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
-    unknown = sorted(set(requested) - METRICS.keys())
-    if unknown:
-        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
-    output = pathlib.Path(arguments.output).expanduser()
-    output = output if output.suffix == ".json" else output / "metrics.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    reference, samples = (
-        open_set(location, arguments.data_dir, arguments.image_size)
-        for location in (arguments.reference, arguments.samples)
-    )
-    _check_comparable(reference, samples)
-    of_images, normalization, name = samples.is_of_images, None, arguments.features
-    if of_images:
-        name = name or ("digits" if reference.name.startswith("digits:") else "inception")
-    elif reference.examples is not None:
-        normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
-    spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
-    names = requested or _default_metrics(suitable_metrics(spatial_axes, of_images, bool(name)), of_images)
-    extractor = None
-    if any(METRICS[metric].needs_features(of_images) for metric in names):
-        if name == "inception" and not arguments.inception:
-            raise UserError(
-                f"--inception=PATH is needed: the weights of FID's network ({DOWNLOAD_SOURCES}); or --features=digits, or "
-                "module:function"
-            )
-        extractor = features.from_name(name, arguments.inception, arguments.resize)
-    devices.start()
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
-    pipeline = FeaturePipeline(extractor, mesh, arguments.batch_size, ProgressBar) if extractor else None
-    cache = RunDir(features.cache_directory())
-    compare(reference, samples, names, output, pipeline, cache, Options(normalization=normalization), {})
-
-
-def compare(
-    reference: ExampleSet,
-    samples: ExampleSet,
-    metric_names: Sequence[str],
-    output: pathlib.Path,
-    pipeline: FeaturePipeline | None,
-    cache: RunDir,
-    options: Options,
-    settings: Mapping[str, Any],
-) -> list[pathlib.Path]:
-    """Measures the samples against the reference and adds a record to `output`, with the settings.
-
-    Pictures, and an .npz of the statistics of arrays, are written beside it. pipeline: None for metrics without features.
-    cache: of features, a directory that every process sees. Every process calls this, and process 0 writes.
-    Returns: the files that this process has written.
-    Raises: ValueError, before anything is computed, for sets that cannot be compared.
-    """
-    read_records(output)
-    extractor = pipeline.extractor if pipeline else None
-    names = _possible_metrics(reference, samples, extractor, metric_names)
-    of_images = samples.is_of_images
-    if not of_images:
-        reference, samples = reference.limit(MAX_EXAMPLES), samples.limit(MAX_EXAMPLES)
-    sets = []
-    if pipeline and any(METRICS[name].needs_features(of_images) for name in names):
-        # Samples are rarely measured again: their features are kept only until the record is written.
-        folders = ((reference, "references"), (samples, "samples"))
-        sets = [pipeline.extract_set(each, cache.subdirectory(folder)) for each, folder in folders]
-    if jax.process_index() != 0:
-        return []
-    log("Comparing ...")
-
-    @functools.cache
-    def inputs(needs: str) -> tuple[Any, Any]:
-        """What the metrics need of the reference and of the samples."""
-        if needs == "examples":
-            normalization = options.normalization
-            return standardize(reference.source, normalization), standardize(samples.source, normalization)
-        if needs == "vectors":
-            return inputs("pool" if of_images else "examples")
-        if needs == "logits":
-            assert extractor is not None and extractor.head is not None and sets[1].pool is not None
-            return None, sets[1].pool @ extractor.head
-        return getattr(sets[0], needs), getattr(sets[1], needs)
-
-    results, values = {}, {}
-    for name in names:
-        result = results[name] = METRICS[name].compute(*inputs(METRICS[name].needs), options)
-        prefix = ""
-        if METRICS[name].names:
-            assert extractor is not None
-            prefix = reported_name(name, extractor.published, extractor.resize)
-        values |= {f"{prefix}{key}": value for key, value in result.values.items()}
-        if result.note:
-            log(f"Note: {result.note}.")
-    digests = [each.digest for each in sets] or [value_digest(each.source) for each in (reference, samples)]
-    used = {
-        "features": extractor.name if extractor else None,
-        "features_digest": extractor.digest if extractor else None,
-        "resize": extractor.resize if extractor else None,
-    }
-    suffix = hashlib.sha256(json.dumps([*digests, *used.values()]).encode()).hexdigest()[:6]
-    suffix = f"{pathlib.Path(samples.name).stem}_{suffix}"
-    files = _write_files(output.parent, suffix, reference, samples, results, extractor)
-    record = {
-        **values,
-        "files": files,
-        "num_reference": None if reference.statistics else len(reference.source),
-        "num_samples": None if samples.statistics else len(samples.source),
-        "reference": reference.name,
-        "reference_sha256": digests[0],
-        "samples": samples.name,
-        "samples_sha256": digests[1],
-        **used,
-        **settings,
-        "versions": {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
-        "backend": jax.default_backend(),
-    }
-    add_record(output, record)
-    for each in sets[1:]:
-        each.delete_cache()
-    _log_values(values)
-    log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
-    return [output, *(output.with_name(name) for name in files.values())]
-
-
-def _possible_metrics(
-    reference: ExampleSet, samples: ExampleSet, extractor: FeatureExtractor | None, metric_names: Sequence[str]
-) -> list[str]:
-    """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
-    if samples.examples is None:
-        raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
-    _check_comparable(reference, samples)
-    reasons = {name: _why_not(METRICS[name].needs, reference, extractor) for name in metric_names}
-    missing = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
-    if missing:
-        log(f"Not measured: {'; '.join(missing)}.")
-    names = [name for name, reason in reasons.items() if not reason]
-    if not names:
-        raise ValueError("nothing is left to measure; name other metrics")
-    if extractor and extractor.name == "inception" and not extractor.published:
-        log("Note: these are not the published weights of FID's Inception, so none of these metrics is called FID.")
-    for each in (reference, samples):
-        for name in names:
-            minimum = METRICS[name].minimum
-            if each.examples is not None and len(each.examples) < minimum:
-                noun = "images" if each.is_of_images else "examples"
-                raise ValueError(
-                    f"{each.name}: {len(each.examples)} {noun} are too few for {name}, which needs {minimum}"
-                )
-    statistics = reference.statistics
-    if statistics and extractor:
-        dimensions = features.feature_dimension(extractor, samples.first.shape[1:])
-        if dimensions and len(statistics.moments.mean) != dimensions:
-            raise ValueError(
-                f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
-                f"{extractor.name} have {dimensions}; use the features of the statistics"
-            )
-    return names
-
-
-def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | None) -> str:
-    """Why a metric with these needs cannot be measured, or ""."""
-    if needs == "spatial" and extractor and extractor.name != "inception":
-        return "only Inception has spatial features"
-    if needs == "spatial" and reference.statistics and reference.statistics.spatial is None:
-        return "the reference has no spatial statistics (mu_s, sigma_s)"
-    if needs == "logits" and extractor and not extractor.published:
-        return "it needs the classes of the published Inception"
-    if needs in ("pool", "vectors", "examples") and reference.examples is None:
-        return "the reference has statistics only"
-    return ""
-
-
-def _check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
-    """Raises: ValueError if the examples of the two sets differ in shape; gray and color images are comparable."""
-    if reference.examples is None or samples.examples is None:
-        return
-    if reference.is_of_images != samples.is_of_images:
-        images, others = (reference, samples) if reference.is_of_images else (samples, reference)
-        raise ValueError(
-            f"{others.name} holds {others.first.dtype} {[len(others.source), *others.first.shape[1:]]}, not uint8 "
-            f"[N, H, W, 1 or 3] as {images.name}; save floats x in [-1, 1] as round((x + 1) * 127.5)"
-        )
-    of_images = reference.is_of_images
-    one, other = (each.first.shape[1:3] if of_images else each.first.shape[1:] for each in (reference, samples))
-    if one != other:
-        noun, advice = ("images", "; --image_size=N resizes folders and data sets") if of_images else ("examples", "")
-        one, other = ("x".join(map(str, shape)) for shape in (one, other))
-        raise ValueError(
-            f"{reference.name} holds {one} {noun} and {samples.name} holds {other} {noun}, which are not comparable{advice}"
-        )
-
-
-# ---- Outputs
-
-
-def _write_files(
-    folder: pathlib.Path,
-    suffix: str,
-    reference: ExampleSet,
-    samples: ExampleSet,
-    results: Mapping[str, Result],
-    extractor: FeatureExtractor | None,
-) -> dict[str, str]:
-    """Writes the pictures, and the statistics as an .npz. Returns: their names by what they show."""
-    files: dict[str, str] = {}
-    one, other = (pathlib.Path(each.name) for each in (reference, samples))
-    arrays = {name: array for result in results.values() for name, array in result.arrays.items()}
-    for name, result in results.items():
-        picture, curves = None, result.curves
-        if curves is not None:
-            name = curves.name
-            picture = pictures.draw_curves(curves, f"Samples of {other.stem} and {one.name}")
-        elif result.neighbors is not None and samples.first.ndim > 2:  # a vector has no picture
-            limit = result.values[name]["close_distance"]
-            space = (
-                f"of {extractor.name} features" if extractor and samples.is_of_images else "of standardized examples"
-            )
-            title = f"Samples of {other.name} and their nearest examples in {one.name}; "
-            title += f"Euclidean distances {space}; at most {limit:.3g} is close"
-            picture = _draw_neighbors(reference, samples, result, title)
-        if picture is not None:
-            files[name] = f"{name}_{suffix}.png"
-            pictures.save(folder / files[name], picture)
-    if arrays:
-        files["statistics"] = f"statistics_{suffix}.npz"
-        path = folder / files["statistics"]
-        if path.exists():  # other statistics of the same two sets
-            with np.load(path) as stored:
-                arrays = dict(stored) | arrays
-        save_npz(path, arrays)
-    return files
-
-
-def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, title: str) -> pictures.Picture:
-    """A row for each of the samples nearest to examples of the reference: the sample, and these examples."""
-    assert result.neighbors is not None and result.rows is not None
-    rows, (indices, distances) = result.rows, result.neighbors
-    count, nearest = (10, indices.shape[1]) if samples.is_of_images else (4, 1)
-    suspects = np.argsort(distances[:, 0], kind="stable")[:count]
-    examples = np.stack([read_examples(reference.source, indices[i, :nearest]) for i in suspects])
-    shown = read_examples(samples.source, rows[suspects])
-    if shown.shape[-1] != examples.shape[-1]:  # gray and color images
-        channels = max(shown.shape[-1], examples.shape[-1])
-        shown, examples = (np.broadcast_to(x, (*x.shape[:-1], channels)) for x in (shown, examples))
-    return pictures.draw_neighbors(shown, rows[suspects].tolist(), examples, distances[suspects, :nearest], title)
-
-
-def _log_values(values: Mapping[str, Any]) -> None:
-    """Logs a line for each metric, with its standard error, and its value for equal laws if that is not 0 or 1."""
-    for name, value in values.items():
-        if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_law")):
-            error, same_law = (values.get(f"{name}_{of}") for of in ("standard_error", "same_law"))
-            line = f"{name:{_WIDTH}} {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
-            log(line + (f" (equal laws: {same_law:.4g})" if same_law is not None else ""))
-    if "memorization" in values:
-        share = values["memorization"]["close_share"]
-        log(f"{'closer than the reference':{_WIDTH}} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh examples)")
-
-
-def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Appends a record to a JSON list, or merges it into the record of the same comparison: new metrics replace old ones."""
-    records, earlier = [], {}
-    for old in read_records(path):
-        if all(old.get(key) == record.get(key) for key in _COMPARISON):
-            earlier |= old
-        else:
-            records.append(old)
-    merged = earlier | dict(record)
-    merged["files"] = earlier.get("files", {}) | record["files"]
-    write_text(path, json.dumps([*records, merged], indent=2, allow_nan=False) + "\n")
-
-
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.json, [] if there is no file. Raises: ValueError for another file."""
-    if not path.exists():
-        return []
-    problem = "not a list of records"
-    try:
-        records = json.loads(path.read_text())
-        if isinstance(records, list) and all(isinstance(record, dict) for record in records):
-            return records
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    raise ValueError(f"{path} is not a valid metrics.json ({problem}); name another file, or move this one away")
-
-
-# ---- Settings of a config
-
-
-def _default_metrics(suitable: Sequence[str], of_images: bool) -> tuple[str, ...]:
-    """All that are suitable, of images those that compare features."""
-    return tuple(name for name in suitable if not of_images or METRICS[name].needs_features(of_images))
 
 
 def _metric_names(config: ConfigDict) -> tuple[str, ...]:
     """`evaluation.metrics`, or the default. Raises: UserError for metrics that do not suit the data."""
-    requested, spatial_axes = config.evaluation.metrics, len(data.example_shape(config.data)) - 1
-    of_images, has_features = data.is_of_images(config.data), bool(_features_name(config))
-    suitable = suitable_metrics(spatial_axes, of_images, has_features)
-    for name in requested or ():
-        if name not in suitable:
-            what = f"data with {spatial_axes} spatial axes"
-            if METRICS[name].needs_features(of_images):
-                what += " and without evaluation.features=module:function"
-            raise UserError(
-                f"evaluation.metrics: {name} is not for {what}; use None, or names from {', '.join(suitable)}"
-            )
-    return requested or _default_metrics(suitable, of_images)
+    spatial_axes, of_images = len(data.example_shape(config.data)) - 1, data.is_of_images(config.data)
+    with as_user_error("config.evaluation"):
+        return choose_metrics(config.evaluation.metrics, spatial_axes, of_images, bool(_features_name(config)))
 
 
 def _features_name(config: ConfigDict) -> str:
-    """`evaluation.features`, or the default of the data set: "" for metrics without features.
-
-    Raises: UserError for features of images with other data.
-    """
-    name = config.evaluation.features
-    if data.is_of_images(config.data):
-        return name or ("digits" if config.data.dataset == "digits" else "inception")
-    if name and ":" not in name:
-        shape = ", ".join(map(str, ("N", *data.example_shape(config.data))))
-        raise UserError(
-            f"evaluation.features={name!r} are features of images; use module:function, a function of arrays [{shape}], "
-            'or "" for the metrics that need none'
-        )
-    return name
+    """`evaluation.features`, or the default of the data set: "" for metrics without features."""
+    return config.evaluation.features or features.default_name(config.data.dataset, data.is_of_images(config.data))
 
 
 def load_pipeline(config: ConfigDict) -> FeaturePipeline:
@@ -465,11 +179,9 @@ def load_pipeline(config: ConfigDict) -> FeaturePipeline:
     options, name = config.evaluation, _features_name(config)
     if not name:
         raise UserError("these data have no features: set evaluation.features=module:function")
-    if name == "inception" and not options.inception:
-        raise UserError(f"metrics of features need {_HOW_TO_GET_INCEPTION}")
     with as_user_error("config.evaluation"):
-        extractor = features.from_name(name, options.inception)
-    return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, ProgressBar)
+        extractor = features.from_name(name, options.inception, of_images=data.is_of_images(config.data))
+    return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size)
 
 
 def load_reference(config: ConfigDict, source: data.Source | None = None) -> ExampleSet:
@@ -503,25 +215,258 @@ def _reference_conditions(config: ConfigDict, reference: ExampleSet) -> np.ndarr
     return np.concatenate([batch["condition"] for batch in read_in_order(rows, 1024)])
 
 
-def _settings(config: ConfigDict, file: SampleFile) -> dict[str, Any]:
-    """The settings that the metrics depend on besides the two sets and the features, as the record stores them."""
-    settings = file.provenance.settings
-    sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
-    sampling |= {"classifier": config.sampling.classifier, "use_ema": config.evaluation.use_ema}
+# ---- The likelihood of examples
 
-    def read_details() -> Mapping[str, Any]:
-        stored = Provenance.read(file.path)
-        assert stored is not None  # the file has just been written or found to hold these settings
-        return stored.details
 
-    return {
-        "dataset": config.data.dataset,
-        "init_from": config.init_from or None,
-        "weights": settings["weights"],
-        "step": settings["step"],
-        "steps": settings["num_steps"],
-        "sampling": sampling | {"batch_size": settings["batch_size"]},
-        "weights_digest": settings["weights_digest"],
-        "classifier_digest": settings["classifier_digest"],
-        "drawn_with": broadcast_from_process_0(read_details),
+class LikelihoodRun:
+    """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
+
+    source: normalized. dataset, split: the origin of the examples; the split is None for examples without one: a source that
+    a caller gives, or a folder or file that `evaluation.data_dir` names.
+    standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the
+    ODE, None without it. digest: of everything that the numbers depend on.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
+        """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
+        options = config.evaluation
+        self.config, self.workdir = config, open_run_dir(workdir)
+        self.dequantization = None
+        if options.ode:
+            self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
+            if is_continuous(config) and self.dequantization != "none":
+                raise UserError(
+                    f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
+                    "for continuous data (data.levels=None)"
+                )
+        self.net = load_weights(open_model(config, self.workdir), config, self.workdir, options.use_ema)
+        is_trained_here = "init_from" not in self.net.provenance.details
+        loaded, self.split = _load_source(config, source, is_trained_here)
+        check_source(config, loaded)
+        self.dataset = config.data.dataset if source is None else type(source).__name__
+        self.source = normalize(config, loaded, self.net.normalizations)
+        self.num_examples = min(options.num_examples or len(self.source), len(self.source))
+        devices = self.net.num_devices
+        self.batch_size = -(-min(options.batch_size, self.num_examples) // devices) * devices
+        self.standardization_bits = 0.0
+        if is_continuous(config) and "x" in self.net.normalizations:
+            scale = self.net.normalizations["x"].scale
+            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # any float64, unlike the core's function
+        options = to_dict(options) | {
+            "clip": resolve_clip(config, "evaluation"),
+            "ode_dequantization": self.dequantization,
+        }
+        constants = {name: value.to_json() for name, value in self.net.normalizations.items()}
+        given = None if source is None else [len(self.source), digest_of_some(self.source)]
+        sizes = (self.net.step, self.num_examples, self.batch_size)
+        self.digest = settings_digest(
+            constants, given, options, to_dict(config.data), params_digest(self.net.params), *sizes
+        )
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch: "image" or "x", "label", and "condition" if the network takes one.
+
+        Raises: DataError for images with other gray levels than `data.levels`, or values that are not finite.
+        """
+        batch = dict(self.source.read(indices))
+        if "image" in batch:
+            data.check_levels(batch["image"], self.config.data.levels)
+        batch.setdefault("label", np.zeros(len(indices), np.int32))
+        names = ["image", "x", "label"] + ["condition"] * (condition_shape(self.config) is not None)
+        return {name: batch[name] for name in names if name in batch}
+
+    def denoise_fn(self, params, batch) -> Callable:
+        """The network for a batch, as a function of x_t and time."""
+        net, y = self.net.with_params(params), batch["label"] if self.net.num_classes else None
+        return lambda x_t, time: net.denoise_fn(x_t, time, y, condition=batch.get("condition"))
+
+    def bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
+        """{"total", ..., "t", the tables, "ode"} of a batch; pure. index: of the batch."""
+        options, diffusion, schedule = self.config.evaluation, self.config.diffusion, self.net.schedule
+        parameterization = {
+            "prediction": diffusion.prediction,
+            "variance": diffusion.variance,
+            "gray_levels": self.config.data.levels,
+        }
+        key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        x_0 = batch["x"] if "x" in batch else to_model_range(batch["image"])
+        denoise_fn = self.denoise_fn(params, batch)
+        bits = likelihood.bits_per_dim(
+            key_bound,
+            schedule,
+            denoise_fn,
+            x_0,
+            clip=bool(resolve_clip(self.config, "evaluation")),
+            cdf=options.cdf,
+            strata=options.strata,
+            **parameterization,
+        )
+        out = {name: getattr(bits, name) for name in ("total", "prior", "decoder", "t", *_TABLES)}
+        if options.ode:
+            out["ode"], _ = _import_ode_likelihood().bits_per_dim(
+                key_ode,
+                schedule,
+                denoise_fn,
+                x_0,
+                dequantization=self.dequantization or "none",
+                trace=options.ode_trace,
+                tolerance=options.ode_tolerance,
+                **parameterization,
+            )
+        return out
+
+
+def _noun(config: ConfigDict) -> str:
+    return "examples" if is_continuous(config) else "images"
+
+
+def _load_source(
+    config: ConfigDict, source: data.Source | None, is_trained_here: bool
+) -> tuple[data.Source, str | None]:
+    """(the examples of `evaluation.split` and `evaluation.data_dir`, or the given source, their split). Raises: DataError.
+
+    is_trained_here: whether the model was trained on `config.data`. A note tells if these are the training examples.
+    """
+    progress = progress_over(f"Reading the {_noun(config)}")
+    if source is not None:
+        return data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source), None
+    options, renamed = config.evaluation, {"data.split": "evaluation.split"}
+    location, split = ConfigDict({**config.data, "split": options.split}), options.split
+    own, other = (
+        path and os.path.realpath(os.path.expanduser(path)) for path in (config.data.data_dir, options.data_dir)
+    )
+    is_elsewhere = other and other != own
+    if is_elsewhere:
+        location.update(data_dir=options.data_dir, holdout=0.0)
+        renamed["data.data_dir"] = "evaluation.data_dir"
+    if not data.has_splits(location):  # all examples are measured
+        location.split, split = "train", "train" if is_trained_here and not is_elsewhere else None
+    with rename_leaves_in_errors(renamed):
+        loaded = data.load(location, progress)
+    if is_trained_here and not is_elsewhere and split == config.data.split:
+        log(
+            f"Note: these are the {_noun(config)} that the model was trained on (split {split!r}); to measure others, "
+            "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
+        )
+    return loaded, split
+
+
+def _import_ode_likelihood():
+    """The module of the ODE likelihood, which needs diffrax. Raises: UserError."""
+    try:
+        from diffusion_jax.evaluation import ode_likelihood
+    except ImportError as error:
+        raise UserError(f"evaluation.ode needs diffrax ({error}); pip install '.[ode]'") from error
+    return ode_likelihood
+
+
+def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
+    """The numbers of a batch, with its tables summed over the examples, float64 [T]."""
+    chunk = {f"example_{name}": out[name] for name in _EXAMPLE_TERMS if name in out}
+    t = out["t"].ravel()
+    chunk["count"] = np.bincount(t, minlength=num_timesteps)
+    for table in _TABLES:
+        values = out[table].ravel().astype(np.float64)
+        chunk[table] = np.bincount(t, values, num_timesteps)
+        chunk[f"{table}_squares"] = np.bincount(t, values**2, num_timesteps)
+    return chunk
+
+
+def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str, np.ndarray]:
+    """The arrays of likelihood.npz except t, time, rate and distortion.
+
+    They are in bits per dimension; of continuous data, those of the density in the units of the data, but mse and x_0_mse of
+    standardized data. Means and standard errors are NaN for too few examples.
+    density_bits: added to the terms with a density of x_0, which are the decoder and the ODE.
+    """
+    arrays = {}
+    for key in chunks[0]:
+        batches = [chunk[key] for chunk in chunks]
+        is_of_examples = key.startswith("example_")
+        arrays[key] = (
+            np.concatenate(batches).astype(np.float64) if is_of_examples else functools.reduce(np.add, batches)
+        )
+    for key in arrays.keys() & {"example_total", "example_decoder", "example_ode"}:
+        arrays[key] += density_bits
+    count = arrays["count"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for table in _TABLES:
+            mean = arrays[table] = arrays[table] / count
+            variance = np.maximum(arrays.pop(f"{table}_squares") / count - mean**2, 0) * count / (count - 1)
+            arrays[f"{table}_standard_error"] = np.where(count > 1, np.sqrt(variance / count), np.nan)
+    arrays["vlb"][0] += density_bits
+    return arrays
+
+
+def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The contents of likelihood.json."""
+    config, net, options = measured.config, measured.net, measured.config.evaluation
+    numbers = {name: arrays[f"example_{name}"] for name in _EXAMPLE_TERMS if f"example_{name}" in arrays}
+    numbers["transitions"] = numbers["total"] - numbers["prior"] - numbers["decoder"]
+    numbers = {_REPORTED.get(name, name): values for name, values in numbers.items()}
+    if is_continuous(config):
+        bits = {key: values for key, values in numbers.items() if key in _REPORTED.values()}
+        numbers |= {key.replace("bits", "nats"): values * math.log(2) for key, values in bits.items()}
+    report: dict[str, Any] = {}
+    for key, values in numbers.items():
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        report |= {key: float(values.mean()), f"{key}_standard_error": error}
+    if is_continuous(config):
+        # Already part of bits_per_dim and decoder: the density of standardized data has as many bits less.
+        report["standardization_bits"] = measured.standardization_bits
+    report |= {
+        "weights": net.weights,
+        "step": net.step,
+        "dataset": measured.dataset,
+        "split": measured.split,
+        "num_examples": measured.num_examples,
+        "levels": config.data.levels,
+        "num_timesteps": net.schedule.num_timesteps,
+        "prediction": config.diffusion.prediction,
+        "variance": config.diffusion.variance,
+        "clip": resolve_clip(config, "evaluation"),
+        "batch_size": measured.batch_size,  # the noise depends on it
+        **{key: options[key] for key in ("data_dir", "strata", "cdf", "seed")},
     }
+    if options.ode:
+        report |= {key: options[key] for key in ("ode_trace", "ode_tolerance")}
+        report["ode_dequantization"] = measured.dequantization
+    return report
+
+
+def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
+    """Writes all files and logs the result."""
+    workdir, net, continuous = measured.workdir, measured.net, is_continuous(measured.config)
+    report = _report(measured, arrays)
+    # Timesteps without examples are interpolated. The distortion is the root of the mean squared error of x_0.
+    filled, all_steps = np.flatnonzero(arrays["count"]), np.arange(len(arrays["count"]))
+    vlb, x_0_mse = (np.interp(all_steps, filled, arrays[name][filled]) for name in ("vlb", "x_0_mse"))
+    rate, distortion = map(np.asarray, likelihood.rate_distortion(arrays["example_prior"].mean(), vlb, x_0_mse))
+    if continuous:  # of standardized data; otherwise on the scale 0-255
+        distortion = np.sqrt(x_0_mse)
+    arrays = {"t": all_steps, "time": net.schedule.timesteps, **arrays, "rate": rate, "distortion": distortion}
+    save_npz(workdir / "likelihood.npz", arrays)
+    write_text(workdir / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    # Continuous data have a density, which is shown in nats, and no lossless code.
+    unit, scale, lossless = ("nats", math.log(2), None) if continuous else ("bits", 1.0, report["bits_per_dim"])
+    units = f"{unit} per dimension", "standardized data" if continuous else "pixel values of 0 to 255"
+    title = f"{measured.dataset} {measured.split or ''}".strip() + f", step {net.step}, {net.weights} weights"
+    drawn = {
+        "likelihood_terms.png": pictures.draw_bound_terms(scale * arrays["vlb"], title, units[0]),
+        "rate_distortion.png": pictures.draw_rate_distortion(scale * rate, distortion, lossless, title, units),
+    }
+    for name, picture in drawn.items():
+        pictures.save(workdir / name, picture)
+    files = ("likelihood.json", "likelihood.npz", *drawn)
+    workdir.upload(*(workdir / name for name in files))
+    parts = ", ".join(f"{name} {scale * report[name]:.4f}" for name in ("prior", "transitions", "decoder"))
+    endings = {
+        "": f"{' in the units of the data' if continuous else ''}: {parts}",
+        "ode_": " by the probability-flow ODE",
+    }
+    for prefix, ending in endings.items():
+        key = f"{prefix}{unit}_per_dim"
+        if key in report:
+            error = report[f"{key}_standard_error"]
+            log(f"{report[key]:.4f}{'' if error is None else f' ± {error:.4f}'} {unit} per dimension{ending}")
+    log(f"Written to {workdir}: {', '.join(files)}")

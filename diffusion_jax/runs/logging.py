@@ -27,11 +27,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax.config import flatten
+from diffusion_jax.console import log
 from diffusion_jax.distributed.devices import describe_environment
 from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, UserError, shorten
 from diffusion_jax.files import with_urls, write_text
 from diffusion_jax.run_dir import BucketRunDir, RunDir
-from diffusion_jax.runs.console import log
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import EVENTS, local_path
 

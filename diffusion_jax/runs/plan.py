@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, training
 from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip
+from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import DataError, as_user_error
-from diffusion_jax.runs.console import log
 from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
 from diffusion_jax.training.state import abstract_params
 

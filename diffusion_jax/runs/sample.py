@@ -12,13 +12,12 @@ from ml_collections import ConfigDict
 import diffusion_jax
 from diffusion_jax import pictures, schedules
 from diffusion_jax.config import is_continuous, resolve
+from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import as_user_error
 from diffusion_jax.provenance import Provenance
-from diffusion_jax.run_dir import RunDir, open_run_dir
-from diffusion_jax.runs.chunk_store import ChunkStore
-from diffusion_jax.runs.console import log
+from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.sampling import (
     FILES,
     check_finite,

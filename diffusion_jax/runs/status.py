@@ -10,8 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_jax.console import format_duration
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.console import format_duration
 from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
 
 __all__ = ["describe", "report", "run", "sparkline"]

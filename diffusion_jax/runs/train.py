@@ -23,6 +23,14 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, pretrained, training
 from diffusion_jax.config import is_classifier, is_upsampler, resolve
+from diffusion_jax.console import (
+    ProgressBar,
+    format_duration,
+    log,
+    log_compilation,
+    log_parameters,
+    progress_over,
+)
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
 from diffusion_jax.distributed.signals import SignalHandler
@@ -31,14 +39,6 @@ from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import of_features, reported_name
 from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.console import (
-    ProgressBar,
-    format_duration,
-    log,
-    log_compilation,
-    log_parameters,
-    progress_over,
-)
 from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes

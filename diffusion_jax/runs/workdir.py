@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.config import identity_leaves, is_classifier, resolve
+from diffusion_jax.console import log, progress_over
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError, as_user_error, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.console import log, progress_over
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
 from diffusion_jax.training.optimizer import raw_weights_note

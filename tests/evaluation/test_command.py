@@ -27,9 +27,8 @@ def test_the_command_writes_records(tmp_path):
     assert (record["num_samples"], record["num_reference"], record["features"]) == (200, 1498, "digits")
     assert Image.open(tmp_path / record["files"]["memorization"]).width > 6 * 64
     command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), "--metrics=fid,kid"])
-    assert not list(
-        (tmp_path / "cache" / "diffusion_jax" / "features" / "samples").iterdir()
-    )  # and no parts of samples stay
+    cache = tmp_path / "cache" / "diffusion_jax" / "features"
+    assert not list((cache / "samples").iterdir()) and list((cache / "references").iterdir())
     command.main(["digits:train", "more.npz", "--metrics=precision_recall"])  # adds to what is there
     record = json.loads((tmp_path / "metrics.json").read_text())[-1]
     assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
@@ -105,7 +104,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
         ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
-        (("digits", good, "--features=inception"), "--inception=PATH is needed"),
+        (("digits", good, "--features=inception"), "need inception=PATH, the weights of FID"),
         ((good, wider), "8x8 images and .*wider.npz holds 16x16 images, .* not comparable; .*--image_size"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments

@@ -1,14 +1,15 @@
-"""Features of sets of images, extracted in parts, and the metrics that they allow."""
+"""Sets of images and statistics, their features, extracted in parts, and the metrics that they allow."""
+
+import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax import data, metrics
-from diffusion_jax.evaluation import example_sets, features
+from diffusion_jax.evaluation import compare, example_sets, features
 from diffusion_jax.metrics import METRICS, of_features
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs import evaluate
-from diffusion_jax.runs.console import ProgressBar
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save, single_mesh
 
@@ -26,7 +27,7 @@ def test_the_digits_network_classifies_digits():
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 50)
-    extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size, ProgressBar)
+    extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size)
     source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:151]))
     found = extraction.extract_set(source, RunDir(tmp_path / str(batch_size)))
     expected = by_hand(all_digits()[:151])
@@ -45,9 +46,7 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
-    extraction = features.FeaturePipeline(
-        features.from_function(judge_images, "mine", "1"), single_mesh(), 20, ProgressBar
-    )
+    extraction = features.FeaturePipeline(features.from_function(judge_images, "mine", "1"), single_mesh(), 20)
     source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_set(source, RunDir(tmp_path / "parts"))
@@ -55,7 +54,7 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
     extraction.extract_set(source, RunDir(tmp_path / "parts"))
     assert len(calls) == 6  # all of them now
-    found.delete_cache()
+    found.chunks.delete()
     assert not any((tmp_path / "parts").iterdir())
 
 
@@ -65,9 +64,7 @@ def test_invalid_features_are_refused(tmp_path):
         (lambda x: np.zeros((1, 2)), r"features of shape \(1, 2\)"),
         (lambda x: np.full((len(x), 2), np.nan), "not finite"),
     ):
-        extraction = features.FeaturePipeline(
-            features.from_function(function, "mine", "1"), single_mesh(), 4, ProgressBar
-        )
+        extraction = features.FeaturePipeline(features.from_function(function, "mine", "1"), single_mesh(), 4)
         with pytest.raises(ValueError, match=words):
             extraction(all_digits()[:3])
 
@@ -83,26 +80,20 @@ def test_only_published_inception_has_the_names_of_its_metrics():
         assert metrics.reported_name("fid", *options) == name
 
 
-def test_published_inception_has_all_metrics_and_others_have_fewer():
-    """On arrays in place of features: which numbers there are, and that each is its own function's."""
+def test_the_metrics_of_features_are_those_of_their_functions():
     rng = np.random.default_rng(0)
     pools = [rng.normal(size=(40, 6)).astype(np.float32) for _ in range(2)]
-    moments, logits = [of_features.moments(pool) for pool in pools], pools[1] @ rng.normal(size=(6, 10))
-
-    def values(name, *inputs):
-        return METRICS[name].compute(*inputs, metrics.Options()).values
-
-    kid = of_features.kid(*pools, 100, 10)
-    assert values("fid", *moments) == values("sfid", *moments) == {"": of_features.frechet_distance(*moments)}
-    found = values("kid", *pools)
+    logits, kid = pools[1] @ rng.normal(size=(6, 10)), of_features.kid(*pools, 100, 10)
+    found = METRICS["kid"].compute(*pools, metrics.Options()).values
     assert (found[""], found["_standard_error"], found["_subset_size"]) == (kid.mean, kid.standard_error, 10)
-    found = values("is", None, logits)
+    found = METRICS["is"].compute(None, logits, metrics.Options()).values
     assert found[""] == of_features.inception_score(logits).mean and found["_split_size"] == 5000
-    found = values("precision_recall", *pools) | values("density_coverage", *pools)
-    assert (found["precision"], found["recall"]) == of_features.precision_recall(*pools)
-    assert (found["density"], found["coverage"]) == of_features.density_coverage(*pools)
+
+
+def test_published_inception_has_all_metrics_and_others_have_fewer():
     published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
-    statistics = example_sets.ExampleSet("x", None, example_sets.SetFeatures(None, moments[0], None, "0"))
+    moments = of_features.Moments(np.zeros(2), np.eye(2), 9)
+    statistics = example_sets.ExampleSet("x", None, example_sets.SetFeatures(None, moments, None, "0"))
     images = example_sets.ExampleSet("x", data.Digits("test", (8, 8), 1))
     without_images = ["sfid", "kid", "precision_recall", "density_coverage", "memorization"]
     names = [name for name, metric in METRICS.items() if metric.needs_features(True)]
@@ -111,7 +102,7 @@ def test_published_inception_has_all_metrics_and_others_have_fewer():
         (statistics, published, without_images),
         (images, features.digits(), ["sfid", "is"]),
     ):
-        assert [name for name in names if evaluate._why_not(METRICS[name].needs, reference, extractor)] == missing
+        assert [name for name in names if compare._why_not(METRICS[name].needs, reference, extractor)] == missing
 
 
 def test_copies_of_the_reference_are_found():
@@ -124,3 +115,49 @@ def test_copies_of_the_reference_are_found():
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
     reference[10:20] = reference[:10]  # duplicates of its own must not hide them
     assert of_features.memorization_report(reference, reference[:300])[0]["close_share"] == 1
+
+
+# ---- Sets in files
+
+
+def test_a_folder_is_read_without_resizing(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
+    for i, image in enumerate(drawn):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    np.testing.assert_array_equal(example_sets.open_set(str(folder)).examples.read(np.arange(3))["image"], drawn)
+    Image.fromarray(drawn[0, :5]).save(folder / "z.png")
+    with pytest.raises(data.DataError, match="z.png is 9x5, but the first image is 9x6"):
+        example_sets.open_set(str(folder)).examples.read(np.arange(4))
+    resized = example_sets.open_set(str(folder), image_size=8).examples.read(np.arange(4))["image"]
+    assert resized.shape == (4, 8, 8, 3)
+    turned = Image.fromarray(drawn[0])
+    turned.getexif()[0x0112] = 6  # to be turned by a quarter: then it is no longer of that size
+    turned.save(folder / "z.png", exif=turned.getexif())
+    with pytest.raises(data.DataError, match="z.png is 6x9"):
+        example_sets.open_set(str(folder)).examples.read(np.arange(4))
+
+
+def test_a_work_directory_stands_for_its_newest_samples(tmp_path):
+    run = tmp_path / "run" / "samples"
+    run.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a run without samples"):
+        example_sets.open_set(str(run.parent))
+    (run / "edits").mkdir()
+    for i, name in enumerate(("b.npz", "a.npz", "edits/inpaint.npz", "c.partial.npz")):
+        save(run / name, all_digits()[:2])
+        os.utime(run / name, (i, i))
+    assert example_sets.open_set(str(run.parent)).name == str(run / "a.npz")
+
+
+def test_statistics_files_are_read(tmp_path):
+    x = np.random.default_rng(0).normal(size=(50, 64))
+    mu, sigma = x.mean(0), np.cov(x, rowvar=False)
+    np.savez(tmp_path / "alone.npz", mu=mu, sigma=sigma)
+    alone = example_sets.open_set(str(tmp_path / "alone.npz"))
+    assert alone.examples is None and alone.statistics.spatial is None
+    np.testing.assert_array_equal(alone.statistics.moments.covariance, sigma)
+    both = example_sets.open_set(save(tmp_path / "b.npz", all_digits()[:9], mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma))
+    assert len(both.examples) == 9 and both.statistics.spatial is not None

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import features
-from diffusion_jax.pretrained import PretrainedError, inception
-from diffusion_jax.runs.console import ProgressBar
+from diffusion_jax.evaluation import features, inception
+from diffusion_jax.pretrained import PretrainedError
 from helpers import inception_peer
 from helpers.image_files import single_mesh
 
@@ -57,13 +56,15 @@ def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, m
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
     path = tmp_path / "classify_image_graph_def.pb"
     path.write_bytes(graph.SerializeToString())
-    ported, frozen = inception.load_inception(port), inception.load_inception(path)
-    assert not frozen.published and not ported.published and frozen.digest != ported.digest
-    monkeypatch.setattr(inception, "_PORT_SHA256", ported.digest)
+    (ported, port_digest, port_published), (frozen, graph_digest, graph_published) = map(
+        inception.load_inception, (port, path)
+    )
+    assert not graph_published and not port_published and graph_digest != port_digest
+    monkeypatch.setattr(inception, "_PORT_SHA256", port_digest)
     monkeypatch.setattr(inception, "_GRAPH_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-    assert inception.load_inception(port).published and inception.load_inception(path).published
-    for found in (ported, frozen):
-        found = flax.traverse_util.flatten_dict(found.params)
+    assert inception.load_inception(port)[2] and inception.load_inception(path)[2]
+    for params in (ported, frozen):
+        found = flax.traverse_util.flatten_dict(params)
         assert found.keys() == redrawn.keys()
         for at, value in redrawn.items():
             np.testing.assert_array_equal(found[at], value)
@@ -96,7 +97,7 @@ def test_the_tf1_resize_equals_tensorflow(shape):
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 256, (2, *shape, 3)).astype(np.float32)
     theirs = tf.compat.v1.image.resize_bilinear(drawn, (299, 299), align_corners=False, half_pixel_centers=False)
-    ours = np.asarray(features.to_inception(drawn, "tf1")) * 128 + 128
+    ours = np.asarray(inception.to_inception(drawn, "tf1")) * 128 + 128
     np.testing.assert_allclose(ours, theirs, atol=255 * 2**-22)  # two roundings of float32
 
 
@@ -106,7 +107,7 @@ def test_the_clean_resize_equals_pillow():
         drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
         channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
         theirs = np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
-        ours = np.asarray(features.to_inception(drawn[None], "clean"))[0] * 128 + 128
+        ours = np.asarray(inception.to_inception(drawn[None], "clean"))[0] * 128 + 128
         np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
 
 
@@ -115,7 +116,7 @@ def test_features_of_inception_equal_those_of_torch_fidelity(port):
     """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
     extractor = features.inception(port)
     stored = np.load(inception_peer.FIXTURE)
-    extraction = features.FeaturePipeline(extractor, single_mesh(), 2, ProgressBar)
+    extraction = features.FeaturePipeline(extractor, single_mesh(), 2)
     found = extraction(stored["images"])
     for ours, theirs in (
         (found.pool, stored["pool"]),

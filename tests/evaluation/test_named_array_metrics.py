@@ -16,14 +16,13 @@ ARRAY_METRICS = [name for name, metric in metrics.METRICS.items() if not metric.
 
 
 class Found:
-    """The results of metrics together: values and notes, and of memorization the neighbors."""
+    """The results of metrics together: values and notes."""
 
     def __init__(self, reference, samples, names, normalization=None):
         options = metrics.Options(normalization=normalization)
         results = [metrics.METRICS[name].compute(reference, samples, options) for name in names]
         self.values = {key: value for result in results for key, value in result.values.items()}
         self.notes = [result.note for result in results if result.note]
-        self.last = results[-1]
 
 
 def series(seed, n=200, slope=0.8, length=16):
@@ -93,15 +92,6 @@ def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
     rng, limit = np.random.default_rng(0), metrics.largest_z(count)
     exceeded = np.mean(np.abs(rng.standard_normal((4000, count))).max(axis=1) > limit)
     assert exceeded == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))
-
-
-def test_copies_of_the_data_are_found():
-    x = series(1)
-    copies = np.concatenate([series(2, 100), x[50:150]])
-    found = Found(x, copies, ("memorization",))
-    assert 0.5 <= found.values["memorization"]["close_share"] < 0.55
-    np.testing.assert_array_equal(found.last.neighbors.indices[100:, 0], np.arange(50, 150))
-    np.testing.assert_array_equal(found.last.rows, np.arange(200))
 
 
 def test_one_far_sample_does_not_hide_the_others():

@@ -167,27 +167,23 @@ def test_variational_dequantization_of_a_traced_schedule(steps):
     np.testing.assert_allclose(bits, (log_q - log_p - decoder) / 3 / np.log(2), atol=1e-3)
 
 
-def test_an_output_that_only_broadcasts_is_an_error():
-    x = jnp.zeros((2, 3, 4))
-    for shape in ((2, 3, 1), (1, 3, 4), (3, 4), (2, 1, 4), (2, 3, 5), ()):
-        with pytest.raises(ValueError, match=r"returned .* for x of shape \(2, 3, 4\); it must return that shape"):
-            ode_likelihood.log_density(jax.random.key(0), SCHEDULE, lambda x, t, s=shape: jnp.zeros(s), x)
-
-
 def test_a_solver_that_gives_up_says_nan():
     density = ode_likelihood.log_density(jax.random.key(1), SCHEDULE, exact, data(4), max_steps=3)
     assert np.isnan(density.log_density).all()
 
 
 def test_bad_arguments():
-    x = jnp.zeros((2, 3))
-    with pytest.raises(ValueError, match="known: uniform, variational, none"):
-        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, dequantization="flow")
-    with pytest.raises(ValueError, match="gray_levels=None"):
-        ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x, gray_levels=None)
-    for dequantization in ("uniform", "variational"):
-        with pytest.raises(ValueError, match="value 3, outside of"):
-            ode_likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, exact, x + 3, dequantization=dequantization)
-    for tolerance in (0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="above 0"):
-            ode_likelihood.log_density(jax.random.key(0), SCHEDULE, exact, x, tolerance=tolerance)
+    x, key = jnp.zeros((2, 3)), jax.random.key(0)
+    for options, words in (
+        ({"dequantization": "flow"}, "known: uniform, variational, none"),
+        ({"gray_levels": None}, "gray_levels=None"),
+        ({"x_0": x + 3, "dequantization": "uniform"}, "value 3, outside of"),
+        ({"x_0": x + 3, "dequantization": "variational"}, "value 3, outside of"),
+        *(({"tolerance": tolerance}, "above 0") for tolerance in (0, -1.0, float("nan"))),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ode_likelihood.bits_per_dim(key, SCHEDULE, exact, **{"x_0": x} | options)
+    x = jnp.zeros((2, 3, 4))
+    for shape in ((2, 3, 1), (1, 3, 4), (3, 4), (2, 1, 4), (2, 3, 5), ()):  # some of them would broadcast
+        with pytest.raises(ValueError, match=r"returned .* for x of shape \(2, 3, 4\); it must return that shape"):
+            ode_likelihood.log_density(key, SCHEDULE, lambda x, t, s=shape: jnp.zeros(s), x)

@@ -11,8 +11,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from diffusion_jax.models.inception import Inception
-from diffusion_jax.pretrained import inception
+from diffusion_jax.evaluation import inception
+from diffusion_jax.evaluation.inception import Inception
 from helpers.paths import FIXTURES
 
 FIXTURE = FIXTURES / "inception.npz"

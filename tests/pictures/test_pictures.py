@@ -1,11 +1,221 @@
-"""Plots and grids: what is drawn equals what is given, and every point is inside the axes."""
+"""Pictures: what is drawn equals what is given, every point is inside the axes, and what is left out is stated."""
 
 import numpy as np
 import pytest
 
 from diffusion_jax import pictures
-from diffusion_jax.pictures import samples
+from diffusion_jax.metrics import Curves
+from diffusion_jax.metrics.of_arrays import Measurement
+from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, figures, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
+
+SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
+
+
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def lines(axes):
+    return [line.get_ydata() for line in axes.get_lines()]
+
+
+def images(figure):
+    """The axes with images, without color bars, and their images."""
+    shown = [axes for axes in figure.axes if axes.get_images()]
+    return shown, [axes.get_images()[0] for axes in shown]
+
+
+# ---- Examples
+
+
+def test_series_are_lines_of_all_channels():
+    x = drawn(0, 5, 40, 3)
+    figure = draw_samples(x, title="samples", captions=["0: a", "1: b"])
+    assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "example 2", "example 3", "example 4"]
+    for example, axes in zip(x, figure.axes, strict=True):
+        np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), example)
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
+
+
+@pytest.mark.parametrize("factors", [np.ones(7), [1, 1000]])
+def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
+    x = drawn(1, 4, 40, len(factors)) * np.float32(factors)
+    figure = draw_samples(x, title="samples")
+    assert len(figure.axes) == len(factors)
+    for c, axes in enumerate(figure.axes):
+        np.testing.assert_array_equal(lines(axes), x[..., c])
+        assert np.ptp(axes.get_ylim()) < 1.2 * np.ptp(x[..., c])
+
+
+def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
+    x = drawn(5, 3, 6, 9, 3)
+    x[..., 1] = np.abs(x[..., 1]) + 280
+    x[..., 2] = np.linspace(-0.01, 1, 54).reshape(6, 9)
+    figure = draw_samples(x, title="fields")
+    shown, pictures = images(figure)
+    assert len(shown) == 9 and len(figure.axes) == 9 + 3  # a color bar for each channel
+    for i, picture in enumerate(pictures):
+        channel, example = divmod(i, 3)
+        np.testing.assert_array_equal(picture.get_array(), x[example, ..., channel])
+        values = x[..., channel]
+        limits = (-np.abs(values).max(), np.abs(values).max()) if channel == 0 else (values.min(), values.max())
+        np.testing.assert_allclose(picture.get_clim(), limits, rtol=1e-6)
+        assert picture.cmap.name == ("RdBu_r" if channel == 0 else "viridis")
+
+
+def test_volumes_are_slices_and_the_values_farthest_from_zero():
+    x = drawn(7, 2, 4, 5, 6, 2)
+    shown, pictures = images(draw_samples(x, title="volumes"))
+    assert len(shown) == 2 * 2 * 6
+    for row in range(4):
+        volume = x[row // 2, ..., row % 2]
+        expected = [volume[2], volume[:, 2], volume[:, :, 3]]
+        for axis in range(3):
+            index = np.abs(volume).argmax(axis=axis, keepdims=True)
+            expected.append(np.take_along_axis(volume, index, axis).squeeze(axis))
+        for picture, array in zip(pictures[6 * row : 6 * row + 6], expected, strict=True):
+            np.testing.assert_array_equal(picture.get_array(), array)
+        assert len({picture.get_clim() for picture in pictures[row % 2 :: 12]}) == 1
+
+
+def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
+    x, reference = drawn(8, 500, 2), drawn(9, 300, 2) + 1
+    figure = draw_samples(x, title="vectors", reference=reference)
+    assert len(figure.axes) == 3
+    for entry, axes in enumerate(figure.axes[:2]):
+        for patch, values in zip(axes.patches, (x, reference), strict=True):
+            heights, edges, _ = patch.get_data()
+            assert (heights * np.diff(edges)).sum() == pytest.approx(1)
+            counts = np.histogram(values[:, entry], edges)[0]
+            np.testing.assert_allclose(heights * np.diff(edges) * len(values), counts, atol=1e-9)
+    below, above = figure.axes[2].get_lines()
+    np.testing.assert_array_equal(np.transpose(above.get_data()), x)
+    np.testing.assert_array_equal(np.transpose(below.get_data()), reference)
+
+
+# ---- Trajectories
+
+
+@pytest.mark.parametrize("shape", [(1,), *SHAPES])
+def test_a_trajectory_has_a_column_for_each_time(shape):
+    """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
+    x = drawn(12, 4, 2, *shape) * np.array([100, 50, 10, 1]).reshape(-1, *[1] * (len(shape) + 1))
+    figure = draw_trajectory(x, [9, 5, 1], title="being denoised")
+    if len(shape) == 1:
+        for axes, points in zip(figure.axes, x, strict=True):
+            if shape[0] == 1:
+                assert len(axes.patches) == 1
+            else:
+                (line,) = axes.get_lines()
+                np.testing.assert_array_equal(np.transpose(line.get_data()), points[:, :2])
+    elif len(shape) == 2:
+        for i, axes in enumerate(figure.axes):
+            np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), x[i % 4, i // 4])
+        spans = [np.ptp(axes.get_ylim()) for axes in figure.axes]
+        assert spans[:4] == spans[4:] and spans[0] > 5 * spans[2] > 25 * spans[3]
+    else:
+        shown, pictures = images(figure)
+        assert len(shown) == 2 * 2 * 4
+        slices = x if len(shape) == 3 else x[:, :, 2]
+        for i, picture in enumerate(pictures):
+            row, column = divmod(i, 4)
+            np.testing.assert_array_equal(picture.get_array(), slices[column, row // 2, ..., row % 2])
+            last = slices[-1, ..., row % 2]
+            limit = max(last.max(), -last.min()) + np.ptp(last) / 2
+            np.testing.assert_allclose(picture.get_clim(), (-limit, limit), rtol=1e-6)
+        assert pictures[0].colorbar.extend == "both"
+
+
+def test_channels_of_different_sizes_have_rows_of_a_trajectory():
+    x = drawn(13, 3, 5, 40, 2) * np.float32([1, 1000])
+    figure = draw_trajectory(x, [2, 1], title="series")
+    assert len(figure.axes) == 3 * 2 * 3
+    for i, axes in enumerate(figure.axes):
+        row, column = divmod(i, 3)
+        np.testing.assert_array_equal(lines(axes), [x[column, row // 2, :, row % 2]])
+
+
+# ---- Limits, and values that are not finite
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_axes"),
+    [
+        ((64, 40, 30), 12),
+        ((64, 6, 9, 30), 8 * 6 + 6),
+        ((2, 6, 900, 1), 2 + 1),
+        ((64, 4, 4, 4, 9), 4 * 3 * (6 + 1)),
+        ((100_001, 100), 16),
+    ],
+)
+def test_large_sets_are_drawn_in_part(shape, num_axes):
+    x = np.broadcast_to(drawn(22, *shape[1:]), shape)
+    figure = draw_samples(x, title="samples")
+    assert len(figure.axes) == num_axes and ("first" in figure.get_suptitle() or "1 of 4" in figure.get_suptitle())
+    figure = draw_trajectory(np.broadcast_to(x[:40], (50, *x[:40].shape)), range(49, 0, -1), title="")
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles[0] == "t = 49" and titles[-1] == "sample" and len(titles) == 10 and len(figure.axes) <= 66
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_that_are_not_finite_are_counted_and_marked(shape):
+    x = drawn(24, 4, *shape)
+    x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
+    figure = draw_samples(x, title="not finite")
+    counted = "9 of 1184" if len(shape) == 4 else f"3 of {x.size}"  # of volumes, those of slices and projections
+    assert f"{counted} drawn values are NaN or infinite" in figure.get_suptitle()
+    marked = (to_array(figure) == [255, 0, 255]).all(axis=-1).any()
+    assert marked == (len(shape) > 2)  # those of vectors are counted only
+    to_array(draw_trajectory(np.stack([x, x]), [1], title="not finite"))
+
+
+@pytest.mark.parametrize("value", [3.0, np.nan])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_example_of_one_value_with_text_that_is_not_mathematical_notation(shape, value):
+    """A name that Matplotlib cannot read as a formula would raise."""
+    x, text = np.full((1, *shape), value, np.float32), "$\\frac{$ a" + 40 * "b"
+    options = {"title": text, "captions": [text]}
+    for figure in (draw_samples(x, **options, reference=x), draw_trajectory(x[None], [], **options)):
+        assert to_array(figure).dtype == np.uint8
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="at most three spatial axes"):
+        draw_samples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
+    with pytest.raises(ValueError, match="at most 3 spatial axes"):
+        draw_trajectory(np.zeros((3, 2)), [2, 1], title="")
+
+
+# ---- Statistics of two sets
+
+
+@pytest.mark.parametrize(("kind", "length"), [("bins", 50), ("logarithmic", 9), ("linear", 200)])
+def test_statistics_have_error_bars_for_both_sets(kind, length):
+    rng, every = np.random.default_rng(0), 3 if length == 200 else 1
+    pair = [Measurement(0.5 + rng.random((length, 2)), 0.1 * rng.random((length, 2))) for _ in range(2)]
+    x = np.sort(rng.random((2, length + 1))) if kind == "bins" else 1 + np.arange(length)
+    figure = draw_curves(Curves("name", x, *pair, ("x", "y"), logarithmic=kind == "logarithmic"), "title")
+    for c, axes in enumerate(figure.axes):
+        assert (axes.get_xscale() == axes.get_yscale() == "log") == (kind == "logarithmic")
+        for container, statistic in zip(axes.containers, pair, strict=True):
+            line, _, (bars,) = container.lines
+            ends = np.array(bars.get_segments())[:, :, 1]
+            np.testing.assert_allclose(ends.mean(axis=1), statistic.value[::every, c])
+            np.testing.assert_allclose(np.ptp(ends, axis=1) / 2, statistic.standard_error[::every, c], atol=1e-12)
+            if kind != "bins":
+                np.testing.assert_array_equal(line.get_data(), [x, statistic.value[:, c]])
+        for patch, statistic in zip(axes.patches, pair, strict=kind == "bins"):
+            np.testing.assert_array_equal(patch.get_data()[0], statistic.value[:, c])
+            np.testing.assert_array_equal(patch.get_data()[1], x[c])
+
+
+def test_curves_without_a_positive_value_are_drawn():
+    zero = Measurement(np.zeros((4, 1)), np.zeros((4, 1)))
+    to_array(draw_curves(Curves("name", np.arange(1, 5), zero, zero, ("x", "y"), logarithmic=True), "without power"))
+
+
+# ---- Plots and grids
 
 
 @pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 1e-12, -1e-9])
@@ -29,7 +239,7 @@ def test_the_plot_of_one_step_has_only_the_decoder_term():
 def test_samples_stand_before_their_neighbors(monkeypatch):
     drawn = []
     for name in ("draw_grid", "draw_samples"):
-        monkeypatch.setattr(samples, name, lambda x, *more, **options: drawn.append((x, [*more, *options.values()])))
+        monkeypatch.setattr(figures, name, lambda x, *more, **options: drawn.append((x, [*more, *options.values()])))
     distances = np.array([[0.5, 1.5], [0.75, 2.5]])
     captions = ["sample 7", "distance 0.5", "distance 1.5", "sample 3", "distance 0.75", "distance 2.5"]
     for x in (np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 2), np.float32)):

@@ -1,17 +1,28 @@
-"""report.html: what it shows of complete, killed, damaged and empty work directories, and how large it is."""
+"""report.html: what it shows of complete, killed, damaged and empty work directories, its parts; and model cards."""
 
+import base64
+import dataclasses
 import html.parser
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
+import yaml
 
-from diffusion_jax import cli, pictures
+from diffusion_jax import cli, pictures, pretrained
+from diffusion_jax.config import experiment, override
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import __main__ as command
 from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
+from diffusion_jax.report.collect import collect, sample_command, table_cells, train_command
+from diffusion_jax.report.figures import Budget, make_series, training_charts
+from diffusion_jax.report.model_card import model_card
+from diffusion_jax.report.page import element, json_script, table
 from diffusion_jax.run_dir import RunDir
+from diffusion_jax.runs.workdir import to_dict
 from helpers.simulated_runs import write_log, write_results, write_run
 
 SECTIONS = ["curves", "training-samples", "denoising", "samples", "likelihood", "metrics", "pictures", "launches"]
@@ -49,15 +60,10 @@ class Page(html.parser.HTMLParser):
             self.text += data
 
 
-@pytest.fixture(scope="module")
-def complete(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("complete") / "run"
-    write_run(directory)
-    return directory, Page(write_report(directory))
-
-
-def test_a_complete_run_has_every_section(complete):
-    _, page = complete
+def test_a_complete_run_has_every_section(tmp_path):
+    """And every frame of training and denoising."""
+    write_run(tmp_path)
+    page = Page(write_report(tmp_path))
     assert page.sections == SECTIONS
     assert len(page.scripts) == 3 and not page.loaded
     assert page.size < 1e6
@@ -66,15 +72,10 @@ def test_a_complete_run_has_every_section(complete):
         assert text in page.text, text
     launches = page.text[page.text.index("steps done again later") :]
     assert "16:400600200" in launches  # 16:40, from step 0 to step 600, of which 200 were lost
-
-
-def test_frames_step_through_training_and_denoising(complete):
-    _, page = complete
     frames = page.data["frames"]
     assert frames["training-samples"]["captions"][-1] == "after 1,000 training steps"
     assert frames["training-samples"]["start"] == 3 and len(frames["training-samples"]["images"]) == 4
     assert frames["denoising"]["captions"][:2] == ["network time t = 999", "network time t = 774"]
-    assert len(frames["denoising"]["images"]) == 6
     for each in frames.values():  # each picture once: the first one shown is in the page itself
         missing = [i for i, images in enumerate(each["images"]) if images[0] is None]
         assert missing == [each["start"]]
@@ -87,23 +88,18 @@ def test_an_empty_directory_and_a_missing_one_give_a_page(tmp_path):
         assert "holds no run yet" in page.text and "Nothing is logged yet" in page.text
 
 
-@pytest.mark.parametrize("name", ["config.json", "goodput.json", "metrics.json"])
-def test_a_damaged_file_is_a_note(tmp_path, name):
-    write_run(tmp_path / "run")
-    (tmp_path / "run" / name).write_bytes(b"[{")
-    page = Page(write_report(tmp_path / "run"))
-    assert name == "goodput.json" or f"{name} could not be read" in page.text
-    assert "curves" in page.sections
-
-
-def test_a_damaged_picture_and_trajectory_are_notes(tmp_path):
+def test_damaged_files_are_notes(tmp_path):
     write_run(tmp_path / "run")
     samples = tmp_path / "run" / "samples"
-    (samples / "train_step00000500.png").write_bytes(b"\x89PNG damaged")
-    next((samples / "trajectories").glob("*.npz")).write_bytes(b"PK")
+    damaged = {name: b"[{" for name in ("config.json", "goodput.json", "metrics.json")}
+    damaged |= {"samples/train_step00000500.png": b"\x89PNG damaged"}
+    damaged |= {f"samples/trajectories/{path.name}": b"PK" for path in (samples / "trajectories").glob("*.npz")}
+    for name, content in damaged.items():
+        (tmp_path / "run" / name).write_bytes(content)
     page = Page(write_report(tmp_path / "run"))
-    assert "train_step00000500.png could not be read" in page.text
-    assert "n12.npz could not be read" in page.text
+    assert "curves" in page.sections
+    for name in damaged.keys() - {"goodput.json"}:
+        assert f"{name.rpartition('/')[2]} could not be read" in page.text, name
 
 
 EVIL = '</script><script>alert("x")</script>'
@@ -152,26 +148,143 @@ def test_runs_are_compared(tmp_path):
     assert "training.num_steps" in page.text and "optimizer.learning_rate" not in page.text
 
 
-def test_the_command_writes_a_page(tmp_path, capsys):
-    write_log(tmp_path / "run")
-    command.main([str(tmp_path / "run")])
-    assert (tmp_path / "run" / "report.html").exists()
-    with pytest.raises(SystemExit) as caught:
-        command.main([str(tmp_path / "missing")])
-    assert caught.value.code == 2
-    assert "is no directory" in capsys.readouterr().err
-
-
-def test_the_mode_changes_nothing_but_the_page(tmp_path):
+def test_the_command_and_the_mode_write_a_page_and_nothing_else(tmp_path, capsys):
     write_run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    cli.main([f"--workdir={tmp_path}", "--mode=report"])
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert after.pop(tmp_path / "report.html") and after == before
+    for write in (lambda: command.main([str(tmp_path)]), lambda: cli.main([f"--workdir={tmp_path}", "--mode=report"])):
+        write()
+        after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        assert after.pop(tmp_path / "report.html") and after == before
+        (tmp_path / "report.html").unlink()
+    with pytest.raises(SystemExit) as caught:
+        command.main([str(tmp_path / "missing")])
+    assert caught.value.code == 2 and "is no directory" in capsys.readouterr().err
 
 
-def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    (tmp_path / "run").write_text("a file")
-    cli._write_report(None, RunDir(tmp_path / "run"))
-    out = capsys.readouterr().out
-    assert out.startswith("Note: ") and "could not be written" in out and out.count("\n") == 1
+def test_the_table_has_bits_per_dimension(tmp_path):
+    """In the row of the weights they are of, or in a row of their own."""
+    bound = {"bits_per_dim": 3.7043, "bits_per_dim_standard_error": 0.012, "step": 500, "weights": "ema"}
+    bound["dataset"] = "cifar10"
+    record = {"frechet_distance": 12.5, "step": 500, "weights": "ema", "dataset": "cifar10"}
+    run = collect(RunDir(tmp_path))
+    run.records, pairs = [record, record | {"weights": "raw"}], []
+    for likelihood in (bound, bound | {"step": 400}):
+        run.likelihood = likelihood
+        pairs += [(tmp_path, row) for row in run.measurements()]
+    columns, rows = table_cells(pairs)
+    assert columns == ["run", "step", "weights", "frechet_distance", "bits_per_dim"]
+    found = [[row.get(column, "") for column in columns[1:]] for row in rows]
+    value = "3.704 ± 0.01"
+    assert found[:3] == [["500", "ema", "12.5", value], ["500", "raw", "12.5", ""], ["500", "ema", "12.5", ""]]
+    assert found[3:] == [["500", "raw", "12.5", ""], ["400", "ema", "", value]]
+
+
+# ---- Parts
+
+
+def test_intervals_have_their_mean_lowest_and_highest_value():
+    series = make_series("x", np.arange(12.0), np.array([0, 1, 5, 3, 4, 5, 9, 7, 8, 9, 10, 11.0]), max_points=4)
+    assert series["x"] == [1, 4, 7, 10]
+    assert series["mean"] == [2, 4, 8, 10]
+    assert series["low"] == [0, 3, 7, 9] and series["high"] == [5, 5, 9, 11]
+    assert series["values"] == 12
+
+
+def test_other_values_of_the_log_have_charts_of_their_own():
+    charts = training_charts([{"step": 2, "loss": 1.0}, {"step": 1, "loss": 2.0, "frechet_distance": 3.0, "note": "x"}])
+    assert [chart["title"] for chart in charts] == ["Loss", "frechet distance"]
+    assert charts[0]["series"][0]["x"] == [1, 2] and charts[0]["series"][0]["mean"] == [2, 1]
+
+
+def test_elements_escape_text_and_attributes():
+    written = element("p", "<b>&", element("i", '"'), title='"><script>', data_x_y=1, hidden=True, id=None)
+    assert written == '<p title="&quot;&gt;&lt;script&gt;" data-x-y="1" hidden>&lt;b&gt;&amp;<i>&quot;</i></p>'
+    assert "<script" not in table("<script>", ["<script>"], [["<script>", "<script>"]])
+    written = json_script("data", ["</script>"])
+    assert written.count("</script>") == 1
+    assert json.loads(written.partition(">")[2].rpartition("<")[0]) == ["</script>"]
+
+
+def test_pictures_have_at_most_their_bytes():
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    budget = Budget(100_000, [])
+    picture = budget.embed(noise, "noise", side=150)
+    assert (picture.width, picture.height, picture.caption) == (150, 100, "noise")
+    assert budget.left == 100_000 - len(base64.b64decode(picture.src.partition("base64,")[2]))
+    assert Budget(10, []).embed(noise, "noise") is None
+    small = budget.embed(noise[:4, :4], "small")
+    assert (small.width, small.height) == (4, 4) and small.src.startswith("data:image/png")
+
+
+def parsed(command, mode):
+    words = shlex.split(command)
+    assert words[0] == "diffusion-jax"
+    result = cli.parse(words[1:])
+    assert result.mode == mode
+    return to_dict(result.config)
+
+
+@pytest.mark.parametrize("name", ["digits_conditional", "imagenet_adm:128", "cifar10_classifier"])
+def test_the_command_of_training_parses_to_the_config(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changed = {"training.num_steps": "77", "optimizer.learning_rate": "3e-05", "sampling.sampler": "heun", "seed": "5"}
+    config = override(experiment(name), changed)
+    command = train_command(config)
+    assert f"--config={name} " in command
+    mode = "train_classifier" if "classifier" in name else "train"
+    assert parsed(command, mode) == to_dict(config)
+
+
+def test_the_command_of_samples_has_what_differs_from_the_run():
+    config = experiment("digits")
+    sampling = config.sampling.to_dict() | {"clip": True, "sampler": "ddim", "label": [3]}
+    provenance = Provenance("step4_ema", {"sampling": sampling}, {"jax": "0", "conditions": "a b.npy"})
+    start, *changed = shlex.split(sample_command(config, provenance).replace(" --mode=sample", "", 1))[1:]
+    assert start == "--workdir=DIR" and sorted(changed) == [
+        "--config.sampling.conditions=a b.npy",
+        "--config.sampling.label=(3,)",
+        "--config.sampling.sampler=ddim",
+    ]
+
+
+# ---- Model cards
+
+
+def front_matter(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(a run at step 1000, its model without parameters)."""
+    directory = tmp_path / "run"
+    write_run(directory)
+    return directory, of_weights(pretrained.describe(directory), "ema")
+
+
+def of_weights(net, kind):
+    return dataclasses.replace(net, provenance=Provenance(f"step1000_{kind}", {"step": 1000, "weights": kind}))
+
+
+def test_a_card_is_filled_from_the_run(run, tmp_path):
+    directory, net = run
+    card = model_card(net, tmp_path / "digits", directory)
+    found = front_matter(card)
+    assert found["license"] == "unknown" and found["library_name"] == "diffusers" and found["datasets"] == ["digits"]
+    for text in ("1,498 examples", "1,000 of batch 64", "0.1067 ± 0.04", "3.21 ± 0.02", "--config=digits_conditional"):
+        assert text in card, text
+    card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)  # the metrics are of other weights
+    assert "Nothing was measured of these weights" in card
+    card = model_card(net, tmp_path / "x.safetensors", None)  # as of published weights
+    assert front_matter(card)["library_name"] == "diffusion_jax"
+    assert "## Training" not in card and "network times 0 ..." in card
+
+
+def test_names_are_text(run, tmp_path):
+    directory, net = run
+    (record,) = json.loads((directory / "metrics.json").read_text())
+    (directory / "metrics.json").write_text(json.dumps([record | {"reference": "a|b <script>\n# c: ---"}]))
+    card = model_card(net, tmp_path / "x", directory)
+    assert "<script>" not in card.replace("\\<script\\>", "") and "a\\|b" in card
+    assert front_matter(card)["license"] == "unknown"

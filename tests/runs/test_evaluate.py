@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, errors, likelihood, pretrained, training
-from diffusion_jax.runs import chunk_store, measure_likelihood
+from diffusion_jax import data, errors, likelihood, pretrained, run_dir, training
 from helpers.configs import tiny_config
 from helpers.program import evaluate
 from helpers.work_directories import untrained
@@ -116,12 +115,10 @@ def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_o
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    made, save = [], chunk_store.ChunkStore.save
-    monkeypatch.setattr(
-        chunk_store.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays))
-    )
+    made, save = [], run_dir.ChunkStore.save
+    monkeypatch.setattr(run_dir.ChunkStore, "save", lambda self, i, **arrays: (made.append(i), save(self, i, **arrays)))
     with monkeypatch.context() as patch:
-        patch.setattr(measure_likelihood.pictures, "draw_bound_terms", full)
+        patch.setattr("diffusion_jax.pictures.draw_bound_terms", full)
         with pytest.raises(OSError, match="No space"):
             evaluate(config_with(**{"evaluation.strata": 2}), trained)
     evaluate(config_with(**{"evaluation.strata": 2, "evaluation.seed": 1}), trained)

@@ -7,8 +7,7 @@ import pytest
 
 from diffusion_jax import files
 from diffusion_jax.errors import LeaseLostError, StorageError, UserError
-from diffusion_jax.run_dir import BucketRunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.chunk_store import ChunkStore
+from diffusion_jax.run_dir import BucketRunDir, ChunkStore, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import is_safe, local_path
 from diffusion_jax.storage.objects import open_store
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.runs import console
+from diffusion_jax import console
 
 PARAMS = {
     "conv_in": {"kernel": np.zeros((3, 3, 1, 8)), "bias": np.zeros(8)},

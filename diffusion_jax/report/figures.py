@@ -1,4 +1,7 @@
-"""The pictures of a run for the page: samples during training, denoising, samples by class, and others."""
+"""What the page draws: curves of the log of a run, thinned to intervals, and its pictures.
+
+Pictures are those of samples during training, of denoising, of samples by class, and others.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import base64
 import io
 import pathlib
 import zipfile
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,15 +22,111 @@ from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.runs.sampling import class_captions
 
 __all__ = [
+    "MAX_POINTS",
     "Budget",
+    "Chart",
     "Frames",
     "Picture",
     "class_rows",
     "denoising",
     "even_subset",
+    "make_series",
     "other_pictures",
+    "training_charts",
     "training_samples",
 ]
+
+
+def even_subset(count: int, most: int) -> list[int]:
+    """At most `most` numbers of 0 ... count - 1, evenly spread, with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
+
+
+# ---- Curves
+
+Chart = dict[str, Any]  # as report.js draws it
+MAX_POINTS = 600  # of a line
+
+# Title, unit, names of the log's values with their labels, whether the axis is logarithmic at first.
+_CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
+    ("Loss", "loss", {"loss": "loss"}, True),
+    (
+        "Loss by noise level",
+        "loss",
+        {
+            "loss_q1": "least noisy quarter of the timesteps",
+            "loss_q2": "second quarter",
+            "loss_q3": "third quarter",
+            "loss_q4": "noisiest quarter",
+        },
+        True,
+    ),
+    ("Squared error of the prediction", "mse", {"mse": "mse"}, True),
+    ("Terms of the variational bound", "bits per dimension", {"vlb": "vlb"}, True),
+    ("Accuracy of the classifier", "fraction", {"accuracy": "accuracy"}, False),
+    ("Learning rate", "learning rate", {"learning_rate": "learning rate"}, False),
+    ("Gradient norm", "L2 norm", {"grad_norm": "gradient"}, True),
+    ("Parameter norm", "L2 norm", {"param_norm": "parameters"}, False),
+    ("Speed", "examples per second", {"images_per_second": "examples per second"}, False),
+    ("Seconds per step", "seconds", {"step_seconds": "seconds per step"}, False),
+    (
+        "Where the time goes",
+        "fraction of the time",
+        {"compute": "train steps", "data_wait": "waiting for data", "logging": "lines, pictures and checkpoints"},
+        False,
+    ),
+    ("Goodput", "fraction of the wall time", {"goodput": "steps that count, since the first launch"}, False),
+)
+_NOT_DRAWN = {"step", "seconds_left"}
+_MAX_OTHER_CHARTS = 12
+
+
+def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> list[Chart]:
+    """The charts of a log. Values that `_CHARTS` does not list have a chart each."""
+    known = {name for _, _, labels, _ in _CHARTS for name in labels}
+    others = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in known | _NOT_DRAWN]
+    wanted = [*_CHARTS, *((name.replace("_", " "), name, {name: name}, False) for name in others[:_MAX_OTHER_CHARTS])]
+    charts = []
+    for title, unit, labels, is_log in wanted:
+        drawn = []
+        for name, label in labels.items():
+            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+            if points:
+                x, y = np.array(points, np.float64).T
+                drawn.append(make_series(label, x, y, max_points))
+        drawn = [series for series in drawn if series["x"]]
+        if drawn:
+            charts.append({"title": title, "x": "training step", "y": unit, "log": is_log, "series": drawn})
+    return charts
+
+
+def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
+    """A line of at most `max_points` points: x, the mean, and the lowest and highest value of each interval.
+
+    Values that are not finite are left out.
+    """
+    order = np.argsort(x, kind="stable")
+    order = order[(np.isfinite(x) & np.isfinite(y))[order]]
+    x, y = np.asarray(x, np.float64)[order], np.asarray(y, np.float64)[order]
+    low, high = y, y
+    series: dict[str, Any] = {"label": label, "values": len(x)}
+    if len(x) > max_points:
+        starts = np.unique(np.linspace(0, len(x), max_points, endpoint=False).astype(int))
+        counts = np.diff([*starts, len(x)])
+        x, y = np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+        low, high = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
+    series |= {"x": _rounded(x, 8), "mean": _rounded(y)}
+    if (low < high).any():
+        series |= {"low": _rounded(low), "high": _rounded(high)}
+    return series
+
+
+def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
+    """Numbers with so many digits, which the JSON of the page stores."""
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+# ---- Pictures
 
 _PREFIX = "train_step"  # of the pictures during training
 _MAX_TRAINING_FRAMES = 12
@@ -55,22 +155,25 @@ class Frames(NamedTuple):
 
 
 class Budget:
-    """The bytes that the pictures of a section may have together."""
+    """The bytes that the pictures of a section may have together. notes: get a line for each file that cannot be read."""
 
-    def __init__(self, num_bytes: int):
-        self.left = num_bytes
+    def __init__(self, num_bytes: int, notes: list[str]):
+        self.left, self._notes = num_bytes, notes
 
     def embed(self, source: pathlib.Path | np.ndarray, caption: str, side: int = _MAX_SIDE) -> Picture | None:
-        """A file, or uint8 [H, W, C], as a picture; None if no room is left.
+        """A file, or uint8 [H, W, C], as a picture; None if no room is left, or the file cannot be read.
 
         side: of the compressed picture, if its PNG is large.
-        Raises: OSError, ValueError, SyntaxError for a file that is not a picture.
         """
-        if isinstance(source, np.ndarray):
-            image = Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source)
-        else:
-            image = Image.open(source)
-        kind, content = "png", _encode(image, "PNG")
+        try:
+            if isinstance(source, np.ndarray):
+                image = Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source)
+            else:
+                image = Image.open(source)
+            kind, content = "png", _encode(image, "PNG")
+        except _READ_ERRORS as error:
+            self._notes.append(f"{getattr(source, 'name', caption)} could not be read: {error}")
+            return None
         if len(content) > _SMALL:
             image = image.convert("RGB")
             image.thumbnail((side, side))
@@ -87,11 +190,6 @@ def _encode(image: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def even_subset(count: int, most: int) -> list[int]:
-    """At most `most` numbers of 0 ... count - 1, evenly spread, with both ends."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
-
-
 def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
     """The pictures samples/train_step*.png in order, at most `most`."""
     paths = sorted((run.directory / "samples").glob(f"{_PREFIX}*.png"), reverse=True)
@@ -99,7 +197,7 @@ def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FR
     frames = []
     for path in [paths[i] for i in even_subset(len(paths), most)]:  # the newest first
         caption = f"after {int(path.stem.removeprefix(_PREFIX)):,} training steps"
-        picture = _embed_file(budget, path, caption, run.notes, _FRAME_SIDE)
+        picture = budget.embed(path, caption, _FRAME_SIDE)
         if picture:
             frames.insert(0, (caption, (picture,)))
     note = "The same noise at every step, so that only the network changes."
@@ -158,15 +256,5 @@ def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[s
     paths = [*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")]
     paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
     paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
-    embedded = [(path.name, _embed_file(budget, path, path.name, run.notes)) for path in paths]
+    embedded = [(path.name, budget.embed(path, path.name)) for path in paths]
     return [picture for _, picture in embedded if picture], [name for name, picture in embedded if not picture]
-
-
-def _embed_file(
-    budget: Budget, path: pathlib.Path, caption: str, notes: list[str], side: int = _MAX_SIDE
-) -> Picture | None:
-    try:
-        return budget.embed(path, caption, side)
-    except _READ_ERRORS as error:
-        notes.append(f"{path.name} could not be read: {error}")
-        return None

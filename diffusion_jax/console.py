@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from diffusion_jax.distributed.processes import log
 
@@ -69,6 +68,8 @@ class ProgressBar:
         self._title, self._total, self._initial, self._start_time = title, total, done, time.perf_counter()
         self._last_line, self._rich = self._start_time, None
         if jax.process_index() == 0 and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # refusals need no bar
+
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
             self._task = self._rich.add_task(title, total=total, completed=done, note="")

@@ -1,0 +1,301 @@
+"""The comparison of two sets of examples, images or other arrays: metrics, pictures, and a record in a metrics.json."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import diffusion_jax
+from diffusion_jax import pictures
+from diffusion_jax.distributed.processes import log
+from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
+from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline, feature_dimension
+from diffusion_jax.files import save_npz, write_text
+from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, reported_name
+from diffusion_jax.provenance import Provenance
+from diffusion_jax.run_dir import RunDir
+
+__all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
+
+_EXPECTED_CLOSE_SHARE = 0.01  # of examples that the model was not trained on
+_WIDTH = 28  # of names in the log
+# Two records with equal values of these keys are of the same comparison.
+_COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
+
+
+def compare(
+    reference: ExampleSet,
+    samples: ExampleSet,
+    metric_names: Sequence[str],
+    output: pathlib.Path,
+    pipeline: FeaturePipeline | None,
+    cache: RunDir,
+    options: Options,
+    settings: Mapping[str, Any],
+) -> list[pathlib.Path]:
+    """Measures the samples against the reference and adds a record to `output`, with the settings.
+
+    Pictures, and an .npz of the statistics of arrays, are written beside it. The record has the provenance that a file of
+    samples stores. pipeline: None for metrics without features. cache: of features, a directory that every process sees.
+    Every process calls this, and process 0 writes.
+    Returns: the files that this process has written.
+    Raises: ValueError, before anything is computed, for sets that cannot be compared.
+    """
+    read_records(output)
+    extractor, of_images = pipeline.extractor if pipeline else None, samples.is_of_images
+    names = _possible_metrics(reference, samples, extractor, metric_names)
+    if not of_images:
+        reference, samples = reference.limit(MAX_EXAMPLES), samples.limit(MAX_EXAMPLES)
+    sets = []
+    if pipeline and any(METRICS[name].needs_features(of_images) for name in names):
+        sets = [pipeline.extract_set(reference, cache.subdirectory("references"))]
+        sets += [pipeline.extract_set(samples, cache.subdirectory("samples"))]
+    if jax.process_index() != 0:
+        return []
+    log("Comparing ...")
+
+    @functools.cache
+    def inputs(needs: str) -> tuple[Any, Any]:
+        """What the metrics need of the reference and of the samples."""
+        if needs == "examples":
+            normalization = options.normalization
+            return standardize(reference.source, normalization), standardize(samples.source, normalization)
+        if needs == "vectors":
+            return inputs("pool" if of_images else "examples")
+        if needs == "logits":
+            assert extractor is not None and extractor.head is not None and sets[1].pool is not None
+            return None, sets[1].pool @ extractor.head
+        return getattr(sets[0], needs), getattr(sets[1], needs)
+
+    results, values = {}, {}
+    for name in names:
+        result = results[name] = METRICS[name].compute(*inputs(METRICS[name].needs), options)
+        prefix = ""
+        if METRICS[name].names:
+            assert extractor is not None
+            prefix = reported_name(name, extractor.published, extractor.resize)
+        values |= {f"{prefix}{key}": value for key, value in result.values.items()}
+        if result.note:
+            log(f"Note: {result.note}.")
+    digests = [each.digest for each in sets] or [value_digest(each.source) for each in (reference, samples)]
+    used = {
+        "features": extractor.name if extractor else None,
+        "features_digest": extractor.digest if extractor else None,
+        "resize": extractor.resize if extractor else None,
+    }
+    suffix = hashlib.sha256(json.dumps([*digests, *used.values()]).encode()).hexdigest()[:6]
+    suffix = f"{pathlib.Path(samples.name).stem}_{suffix}"
+    files = _write_files(output.parent, suffix, reference, samples, results, extractor)
+    record = {
+        **values,
+        "files": files,
+        "num_reference": None if reference.statistics else len(reference.source),
+        "num_samples": None if samples.statistics else len(samples.source),
+        "reference": reference.name,
+        "reference_sha256": digests[0],
+        "samples": samples.name,
+        "samples_sha256": digests[1],
+        **used,
+        **settings,
+        **_drawing_settings(pathlib.Path(samples.name)),
+        "versions": {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "backend": jax.default_backend(),
+    }
+    add_record(output, record)
+    if sets and sets[1].chunks:  # samples are rarely measured again
+        sets[1].chunks.delete()
+    _log_values(values)
+    log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
+    return [output, *(output.with_name(name) for name in files.values())]
+
+
+def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
+    """The settings of a record that tell how the samples in a file were drawn; {} if the file does not store them."""
+    stored = Provenance.read(path)
+    if stored is None:
+        return {}
+    settings, details = stored.settings, stored.details
+    sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
+    return {
+        **{key: settings[key] for key in ("weights", "step", "weights_digest", "classifier_digest")},
+        "steps": settings["num_steps"],
+        "sampling": sampling | {"classifier": details.get("classifier", ""), "batch_size": settings.get("batch_size")},
+        "init_from": details.get("init_from"),
+        "drawn_with": details,
+    }
+
+
+# ---- Checks
+
+
+def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
+    """Raises: ValueError if a set, or a setting, called `name` has fewer examples than a metric needs."""
+    for metric in metric_names:
+        if count < METRICS[metric].minimum:
+            raise ValueError(
+                f"{name}: {count} examples are too few for {metric}, which needs {METRICS[metric].minimum}"
+            )
+
+
+def _possible_metrics(
+    reference: ExampleSet, samples: ExampleSet, extractor: FeatureExtractor | None, metric_names: Sequence[str]
+) -> list[str]:
+    """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
+    if samples.examples is None:
+        raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
+    check_comparable(reference, samples)
+    reasons = {name: _why_not(METRICS[name].needs, reference, extractor) for name in metric_names}
+    missing = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    if missing:
+        log(f"Not measured: {'; '.join(missing)}.")
+    names = [name for name, reason in reasons.items() if not reason]
+    if not names:
+        raise ValueError("nothing is left to measure; name other metrics")
+    if extractor and extractor.name == "inception" and not extractor.published:
+        log("Note: these are not the published weights of FID's Inception, so none of these metrics is called FID.")
+    for each in (reference, samples):
+        if each.examples is not None:
+            check_count(each.name, len(each.examples), names)
+    statistics = reference.statistics
+    if statistics and extractor:
+        dimensions = feature_dimension(extractor, samples.first.shape[1:])
+        if dimensions and len(statistics.moments.mean) != dimensions:
+            raise ValueError(
+                f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
+                f"{extractor.name} have {dimensions}; use the features of the statistics"
+            )
+    return names
+
+
+def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | None) -> str:
+    """Why a metric with these needs cannot be measured, or ""."""
+    if needs == "spatial" and extractor and extractor.name != "inception":
+        return "only Inception has spatial features"
+    if needs == "spatial" and reference.statistics and reference.statistics.spatial is None:
+        return "the reference has no spatial statistics (mu_s, sigma_s)"
+    if needs == "logits" and extractor and not extractor.published:
+        return "it needs the classes of the published Inception"
+    if needs in ("pool", "vectors", "examples") and reference.examples is None:
+        return "the reference has statistics only"
+    return ""
+
+
+def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
+    """Raises: ValueError if the examples of the two sets differ in shape; gray and color images are comparable."""
+    if reference.examples is None or samples.examples is None:
+        return
+    if reference.is_of_images != samples.is_of_images:
+        images, others = (reference, samples) if reference.is_of_images else (samples, reference)
+        raise ValueError(
+            f"{others.name} holds {others.first.dtype} {[len(others.source), *others.first.shape[1:]]}, not uint8 "
+            f"[N, H, W, 1 or 3] as {images.name}; save floats x in [-1, 1] as round((x + 1) * 127.5)"
+        )
+    of_images = reference.is_of_images
+    one, other = (each.first.shape[1:3] if of_images else each.first.shape[1:] for each in (reference, samples))
+    if one != other:
+        noun, advice = ("images", "; --image_size=N resizes folders and data sets") if of_images else ("examples", "")
+        one, other = ("x".join(map(str, shape)) for shape in (one, other))
+        raise ValueError(
+            f"{reference.name} holds {one} {noun} and {samples.name} holds {other} {noun}, which are not comparable{advice}"
+        )
+
+
+# ---- Outputs
+
+
+def _write_files(
+    folder: pathlib.Path,
+    suffix: str,
+    reference: ExampleSet,
+    samples: ExampleSet,
+    results: Mapping[str, Result],
+    extractor: FeatureExtractor | None,
+) -> dict[str, str]:
+    """Writes the pictures, and the statistics as an .npz. Returns: their names by what they show."""
+    files: dict[str, str] = {}
+    one, other = (pathlib.Path(each.name) for each in (reference, samples))
+    for name, result in results.items():
+        picture, curves = None, result.curves
+        if curves is not None:
+            name = curves.name
+            picture = pictures.draw_curves(curves, f"Samples of {other.stem} and {one.name}")
+        elif result.neighbors is not None and samples.first.ndim > 2:  # a vector has no picture
+            limit = result.values[name]["close_distance"]
+            space = (
+                f"of {extractor.name} features" if extractor and samples.is_of_images else "of standardized examples"
+            )
+            title = f"Samples of {other.name} and their nearest examples in {one.name}; "
+            title += f"Euclidean distances {space}; at most {limit:.3g} is close"
+            picture = _draw_neighbors(reference, samples, result, title)
+        if picture is not None:
+            files[name] = f"{name}_{suffix}.png"
+            pictures.save(folder / files[name], picture)
+    arrays = {name: array for result in results.values() for name, array in result.arrays.items()}
+    if arrays:
+        files["statistics"] = f"statistics_{suffix}.npz"
+        path = folder / files["statistics"]
+        if path.exists():  # other statistics of the same two sets
+            with np.load(path) as stored:
+                arrays = dict(stored) | arrays
+        save_npz(path, arrays)
+    return files
+
+
+def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, title: str) -> pictures.Picture:
+    """A row for each of the samples nearest to examples of the reference: the sample, and these examples."""
+    assert result.neighbors is not None and result.rows is not None
+    rows, (indices, distances) = result.rows, result.neighbors
+    count, nearest = (10, indices.shape[1]) if samples.is_of_images else (4, 1)
+    suspects = np.argsort(distances[:, 0], kind="stable")[:count]
+    examples = np.stack([read_examples(reference.source, indices[i, :nearest]) for i in suspects])
+    shown = read_examples(samples.source, rows[suspects])
+    if shown.shape[-1] != examples.shape[-1]:  # gray and color images
+        channels = max(shown.shape[-1], examples.shape[-1])
+        shown, examples = (np.broadcast_to(x, (*x.shape[:-1], channels)) for x in (shown, examples))
+    return pictures.draw_neighbors(shown, rows[suspects].tolist(), examples, distances[suspects, :nearest], title)
+
+
+def _log_values(values: Mapping[str, Any]) -> None:
+    """Logs a line for each metric, with its standard error, and its value for equal laws if that is not 0 or 1."""
+    for name, value in values.items():
+        if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_law")):
+            error, same_law = (values.get(f"{name}_{of}") for of in ("standard_error", "same_law"))
+            line = f"{name:{_WIDTH}} {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
+            log(line + (f" (equal laws: {same_law:.4g})" if same_law is not None else ""))
+    if "memorization" in values:
+        share = values["memorization"]["close_share"]
+        log(f"{'closer than the reference':{_WIDTH}} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh examples)")
+
+
+def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Appends a record to a JSON list, or merges it into the record of the same comparison: new metrics replace old ones."""
+    records, earlier = [], {}
+    for old in read_records(path):
+        if all(old.get(key) == record.get(key) for key in _COMPARISON):
+            earlier |= old
+        else:
+            records.append(old)
+    merged = earlier | dict(record)
+    merged["files"] = earlier.get("files", {}) | record["files"]
+    write_text(path, json.dumps([*records, merged], indent=2, allow_nan=False) + "\n")
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics.json, [] if there is no file. Raises: ValueError for another file."""
+    if not path.exists():
+        return []
+    problem = "not a list of records"
+    try:
+        records = json.loads(path.read_text())
+        if isinstance(records, list) and all(isinstance(record, dict) for record in records):
+            return records
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    raise ValueError(f"{path} is not a valid metrics.json ({problem}); name another file, or move this one away")
