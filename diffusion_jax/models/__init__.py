@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.config.presets import UNET_PRESETS, preset_fields
+from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.models.layers import timestep_embedding
@@ -36,8 +36,9 @@ _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 def preset(name: str) -> UNet | Classifier:
     """A published network by name, one of the table in `config.presets`. Raises: ValueError for an unknown name."""
-    fields = preset_fields(name)
-    return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**fields)
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**CLASSIFIER_PRESETS[name])
 
 
 def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:

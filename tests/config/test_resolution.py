@@ -66,7 +66,7 @@ def test_a_classifier_has_the_leaves_of_its_own_network():
     ("leaf", "text", "value"),
     [
         ("training.num_steps", "1e4", 10_000),
-        ("training.num_steps", "9007199254740993", 2**53 + 1),  # no float
+        ("training.num_steps", "2147483647", 2**31 - 1),
         ("optimizer.learning_rate", "3e-4", 3e-4),
         ("model.remat", "true", True),
         ("model.head_channels", "None", None),
@@ -97,6 +97,7 @@ def test_text_is_read_as_the_type_of_its_leaf(leaf, text, value):
     [
         ("training.num_steps", "2 * 5", "must be a whole number of at least 1; write it as 10000 or 1e4"),
         ("training.num_steps", "1.5", "must be a whole number"),
+        ("training.num_steps", "1e30", "must be a whole number of at least 1; the largest whole number is 2147483647"),
         ("optimizer.learning_rate", "nan", "must be a number above 0"),
         ("optimizer.learning_rate", "0", "must be a number above 0"),
         ("model.dropout", "1", "must be a number in [0, 1)"),
