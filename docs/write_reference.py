@@ -90,11 +90,8 @@ def configuration() -> str:
     lines = [_CONFIGURATION]
     for group, (description, leaves) in table.GROUPS.items():
         lines += _leaves(group, f"`{group}`" if group else "Leaves without a group", description, leaves)
-        if group == "model":
-            heading = "`model` of a classifier (`diffusion.loss=classify`)"
-            missing = ", ".join(f"`{name}`" for name in table.MODEL if name not in table.CLASSIFIER_MODEL)
-            text = f"The fields of `models.Classifier`: those of the U-Net, except {missing}."
-            lines += _leaves(group, heading, text, table.CLASSIFIER_MODEL)
+    differing = (f"`{name}={value!r}`" for name, value in table.CLASSIFIER_DEFAULTS.items())
+    lines += ["## Defaults of a classifier", "", f"With `diffusion.loss=classify`: {', '.join(differing)}.", ""]
     lines += ["## Values of `data.dataset`", "", "| name | examples |", "|---|---|"]
     lines += [f"| `{name}` | {_first_line(source)} |" for name, source in data.SOURCES.items()]
     lines += [f"| any other name | {_first_line(Tfds)} |", f"| `module:function` | {_first_line(CheckedSource)} |", ""]

@@ -22,11 +22,11 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config.table import (
-    CLASSIFIER_LEAVES,
     GROUPS,
     LEAVES,
     Leaf,
     clips_by_default,
+    defaults,
     flatten,
     identity_leaves,
     is_classifier,
@@ -38,13 +38,13 @@ from diffusion_jax.config.values import OneOf
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
-    "CLASSIFIER_LEAVES",
     "LEAVES",
     "ConfigDict",
     "ConfigError",
     "clips_by_default",
     "default",
     "default_classifier",
+    "defaults",
     "experiment",
     "experiment_names",
     "flatten",
@@ -67,10 +67,7 @@ def default() -> ConfigDict:
 
 
 def default_classifier() -> ConfigDict:
-    """The config of a classifier of noisy images.
-
-    `diffusion.loss` is "classify" and `model` has the fields of `models.Classifier`.
-    """
+    """The config of a classifier of noisy images: `diffusion.loss` is "classify", and `model` has other defaults."""
     return resolve({"diffusion": {"loss": "classify"}})
 
 
@@ -93,16 +90,10 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     _check_mapping(config)
     texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
     given = flatten(config)
-    leaves = _leaves_of(given | texts)
-    if texts.get("diffusion.loss") == "classify" and any(name in LEAVES.keys() - leaves for name in given):
-        raise ConfigError(
-            "diffusion.loss=classify: the network of this config is not a classifier; use the experiment of a classifier, "
-            "such as --config=digits_classifier"
-        )
     values = {}
     for name, text in texts.items():
-        _check_known(name, leaves)
-        values[name] = _convert(name, leaves[name], text, leaves[name].kind.parse, text)
+        _check_known(name)
+        values[name] = _convert(name, LEAVES[name], text, LEAVES[name].kind.parse, text)
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse, so that of several fields with one reference the first decides
         changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
@@ -161,12 +152,11 @@ def _folder() -> pathlib.Path:
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
     """The config with these values by the full names of their leaves, and the defaults of all others. Raises: ConfigError."""
-    leaves = _leaves_of(given)
     for name in given:
-        _check_known(name, leaves)
+        _check_known(name)
     config = ConfigDict({group: {} for group in GROUPS if group})
-    for name, leaf in leaves.items():
-        value = given.get(name, leaf.default)
+    for name, value in (defaults(given) | given).items():
+        leaf = LEAVES[name]
         value = _convert(name, leaf, value, leaf.kind.check, _shown(value))
         if isinstance(leaf.kind, OneOf):  # a ConfigDict would allow only the type of the first value
             value = FieldReference(value, field_type=object)
@@ -185,12 +175,6 @@ def _convert(name: str, leaf: Leaf, value: Any, convert: Callable[[Any], Any], s
         raise ConfigError(f"{name}={shown} must be {leaf.kind.allowed}; {advice}") from None
 
 
-def _leaves_of(given: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The table of a config, by the values of its leaves: the model of a classifier has other leaves."""
-    loss = given.get("diffusion.loss")
-    return CLASSIFIER_LEAVES if isinstance(loss, str) and loss == "classify" else LEAVES
-
-
 def _check_mapping(config: Any) -> None:
     """Raises: ConfigError for anything but a mapping."""
     if not isinstance(config, Mapping | ConfigDict):
@@ -199,18 +183,14 @@ def _check_mapping(config: Any) -> None:
         )
 
 
-def _check_known(name: str, leaves: Mapping[str, Leaf]) -> None:
+def _check_known(name: str) -> None:
     """Raises: ConfigError for a name that is no leaf."""
-    if name in leaves:
+    if name in LEAVES:
         return
-    inside = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+    inside = [leaf for leaf in LEAVES if leaf.startswith(f"{name}.")]
     if inside:
         raise ConfigError(f"{name} is a group; set one of its leaves, such as {inside[0]}")
-    if name in LEAVES:
-        raise ConfigError(
-            f"unknown leaf {name}: the model of a classifier (diffusion.loss=classify) has none; remove it"
-        )
-    near = closest_names(name, [*leaves, *filter(None, GROUPS)])
+    near = closest_names(name, [*LEAVES, *filter(None, GROUPS)])
     advice = f"did you mean {near[0]}?" if near else "docs/reference/configuration.md lists all leaves"
     raise ConfigError(f"unknown leaf {name}; {advice}")
 

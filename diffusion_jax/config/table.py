@@ -25,11 +25,12 @@ from diffusion_jax.config.values import (
 from diffusion_jax.metrics import METRICS
 
 __all__ = [
-    "CLASSIFIER_LEAVES",
+    "CLASSIFIER_DEFAULTS",
     "GROUPS",
     "LEAVES",
     "Leaf",
     "clips_by_default",
+    "defaults",
     "flatten",
     "identity_leaves",
     "is_classifier",
@@ -116,8 +117,8 @@ MODEL: dict[str, Leaf] = {
     "kind": Leaf(
         "unet",
         Choice("unet", "mlp"),
-        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. An mlp has the leaves that are fields of "
-        "`models.MLP`, and the others must keep their defaults.",
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. The leaves of `model` that are not fields of "
+        "`models.MLP`, or of a classifier's `models.Classifier`, must keep their defaults.",
     ),
     "channels": Leaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": Leaf(
@@ -181,15 +182,6 @@ MODEL: dict[str, Leaf] = {
         "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions that do.",
     ),
 }
-
-# The defaults of models.Classifier that differ from those of the U-Net: ADM's classifier of ImageNet at 128x128 pixels.
-_CLASSIFIER_DEFAULTS = CLASSIFIER_PRESETS["adm_classifier128"]
-_NOT_OF_CLASSIFIERS = ("kind", "label_dropout", "out_channels")
-CLASSIFIER_MODEL: dict[str, Leaf] = {
-    name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
-    for name, leaf in MODEL.items()
-    if name not in _NOT_OF_CLASSIFIERS and not name.startswith("condition_")
-} | {"num_classes": Leaf(1000, Integer(2), "Number of classes.")}
 
 DIFFUSION: dict[str, Leaf] = {
     "schedule": Leaf("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
@@ -467,17 +459,11 @@ GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
 }
 
 
-def _by_name(groups: Mapping[str, tuple[str, dict[str, Leaf]]]) -> dict[str, Leaf]:
-    return {
-        f"{group}.{name}" if group else name: leaf
-        for group, (_, leaves) in groups.items()
-        for name, leaf in leaves.items()
-    }
-
-
-LEAVES = _by_name(GROUPS)
-# With diffusion.loss=classify the config trains a classifier, whose network has other fields.
-CLASSIFIER_LEAVES = _by_name(GROUPS | {"model": ("The network: the fields of `models.Classifier`.", CLASSIFIER_MODEL)})
+LEAVES = {
+    f"{group}.{name}" if group else name: leaf for group, (_, leaves) in GROUPS.items() for name, leaf in leaves.items()
+}
+# The defaults of a classifier that differ: ADM's classifier of ImageNet at 128x128 pixels.
+CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
 
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
 _NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers", "precision")
@@ -498,6 +484,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of every leaf by its full name; a classifier (`diffusion.loss=classify`) has other defaults of `model`."""
+    loss = flatten(config).get("diffusion.loss")
+    is_classifier = isinstance(loss, str) and loss == "classify"
+    return {name: leaf.default for name, leaf in LEAVES.items()} | (CLASSIFIER_DEFAULTS if is_classifier else {})
 
 
 def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def fields_of(model: _Network | type[_Network]) -> dict[str, Any]:
 def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
     """The network whose fields are the leaves of `config.model`, and the field `spatial_dims`, which no leaf gives.
 
-    kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. For an MLP the leaves that are
-    fields of the U-Net alone must have their defaults.
+    kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. Leaves that are fields of the
+    U-Net alone must have their defaults for another network.
     Raises: ValueError for a leaf that is not a field.
     """
     options: dict[str, Any] = {
@@ -82,13 +82,11 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
         kind = _KINDS[named]
     fields = fields_of(kind)
-    if kind is MLP:
-        unused = {name: default for name, default in fields_of(UNet).items() if name not in fields}
-        for name in unused.keys() & options.keys():
-            if options.pop(name) != unused[name]:
-                raise ValueError(
-                    f"model.{name}={config[name]!r} has no effect on an MLP (model.kind='mlp'); use {unused[name]!r}"
-                )
+    unused = {name: default for name, default in fields_of(UNet).items() if name not in fields}
+    for name in unused.keys() & options.keys():
+        if options.pop(name) != unused[name]:
+            network = "an MLP (model.kind='mlp')" if kind is MLP else "a classifier (diffusion.loss='classify')"
+            raise ValueError(f"model.{name}={config[name]!r} has no effect on {network}; use {unused[name]!r}")
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(

@@ -16,12 +16,12 @@ __all__ = ["differences_from_defaults", "sample_command", "train_command"]
 
 def differences_from_defaults(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
     """{leaf: (value, default, description)} of the leaves that differ from the defaults."""
-    leaves = configs.CLASSIFIER_LEAVES if configs.is_classifier(config) else configs.LEAVES
     values = {name: _plain(value) for name, value in configs.flatten(config).items()}
+    defaults = configs.defaults(values)
     return {
-        name: (values[name], leaf.default, leaf.description)
-        for name, leaf in leaves.items()
-        if values[name] != _plain(leaf.default)
+        name: (values[name], default, configs.LEAVES[name].description)
+        for name, default in defaults.items()
+        if values[name] != _plain(default)
     }
 
 

@@ -96,7 +96,7 @@ def test_learning_rates():
         ({"diffusion.loss": "hybrid"}, "use learned_range"),
         ({"diffusion.loss": "vlb", "diffusion.weighting": "snr"}, "is for L_simple"),
         ({"model.num_groups": 3}, "num_groups=3"),
-        ({"diffusion.loss": "classify"}, "unknown leaf model.condition_channels: the model of a classifier"),
+        ({"diffusion.loss": "classify"}, "num_classes=0: a classifier needs at least 2 classes"),
     ],
 )
 def test_configs_that_cannot_be_built(overrides, words):
