@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real, Shaped
 
@@ -79,8 +80,10 @@ def classifier_free(
     Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside of
       0 ... 1; when called, if y or scale and x_t differ in the number of rows.
     """
-    if interval is not None and not any(isinstance(end, Tracer) for end in interval) and not interval[0] <= interval[1]:
-        raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
+    if interval is not None and not any(isinstance(end, Tracer) for end in interval):
+        low, high = map(np.asarray, interval)
+        if not low <= high:
+            raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in 0 ... 1, got {rescale}")
     both = jax.tree.map(lambda y, null: _append_null(jnp.asarray(y), null), y, null_y)

@@ -260,8 +260,9 @@ def _draw_noise(key, schedule, x_0, timestep_sampler):
     """Draws t and eps. Returns (x_0 promoted, t, importance, eps, x_t, network time)."""
     x_0 = process.as_batch("x_0", x_0)
     key_t, key_eps = jax.random.split(key)
-    sampler = timestep_sampler if callable(timestep_sampler) else timesteps.sampler_by_name(timestep_sampler)
-    t, importance = sampler(key_t, x_0.shape[0], schedule.num_timesteps)
+    if isinstance(timestep_sampler, str):
+        timestep_sampler = timesteps.sampler_by_name(timestep_sampler)
+    t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
     t, importance = (
         _per_example(f"the {name} of timestep_sampler", x, x_0.shape[0])
         for name, x in (("timesteps", t), ("weights", importance))

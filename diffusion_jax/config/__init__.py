@@ -155,7 +155,7 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
     for name in given:
         _check_known(name)
     config = ConfigDict({group: {} for group in GROUPS if group})
-    for name, value in (defaults(given) | given).items():
+    for name, value in {**defaults(given), **given}.items():
         leaf = LEAVES[name]
         value = _convert(name, leaf, value, leaf.kind.check, _shown(value))
         if isinstance(leaf.kind, OneOf):  # a ConfigDict would allow only the type of the first value

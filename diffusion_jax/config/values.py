@@ -136,12 +136,15 @@ class Number:
 
     def check(self, value: Any) -> float:
         value = _to_scalar(value)
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if self.whole and self.maximum is None and is_number and _LARGEST < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError
+        number = float(value)
+        if self.whole and self.maximum is None and _LARGEST < number < math.inf:
             raise ValueError(f"the largest whole number is {_LARGEST}")
-        if not is_number or (self.whole and not isinstance(value, numbers.Integral)):
-            raise ValueError(f"write {int(value)}" if isinstance(value, float) and value.is_integer() else "")
-        number = int(value) if self.whole else float(value)
+        if self.whole:
+            if not isinstance(value, numbers.Integral):
+                raise ValueError(f"write {int(number)}" if number.is_integer() else "")
+            number = int(value)
         inside = (
             (math.isfinite(number) or not self.finite)
             and (self.minimum is None or number >= self.minimum)
