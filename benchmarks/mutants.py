@@ -41,7 +41,7 @@ BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
 # The tests of a file or a folder, below tests/: those most likely to fail first. All other folders have tests/FOLDER.
 CORE = {
-    "process": ("test_process.py", "test_refusals.py", "sampling"),
+    "process.py": ("test_process.py", "test_refusals.py", "test_dtypes.py", "sampling"),
     "schedules": ("test_schedules.py", "test_refusals.py"),
     "sampling": ("sampling", "test_refusals.py"),
     "losses.py": ("test_losses.py", "test_refusals.py", "test_dtypes.py", "models/test_classifier.py"),
@@ -59,6 +59,9 @@ ELSEWHERE = {
     "errors.py": ("runs", "config"),
     "files.py": ("test_files.py", "runs"),
     "images.py": ("test_data_range.py", "data", "pictures"),
+    "metrics": ("evaluation",),
+    "provenance.py": ("runs",),
+    "run_dir.py": ("storage", "runs"),
     "types.py": ("test_types.py",),
 }
 

@@ -180,7 +180,8 @@ def decoded_data(root: str, data_dir: str) -> None:
 def programs(presets: list[str], compiled: bool) -> None:
     """Prints two lines for each network: its train step, and a sampler of 50 steps of DDIM; the seconds are CPU seconds."""
     from diffusion_jax import models, training
-    from diffusion_jax.config import default, preset_fields
+    from diffusion_jax.config import default
+    from diffusion_jax.config.presets import UNET_PRESETS
     from diffusion_jax.distributed import devices
 
     devices.collect_garbage_rarely()  # as `devices.start`, which would also use the compilation cache
@@ -188,7 +189,7 @@ def programs(presets: list[str], compiled: bool) -> None:
     print(f"| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name in presets:
         config = default()
-        config.model.update(preset_fields(name))
+        config.model.update(UNET_PRESETS[name] | {"out_channels": None})
         config.data.image_size = PIXELS[name]
         config.training.batch_size = 2
         if models.preset(name).out_channels == 6:

@@ -15,21 +15,33 @@ Expected, not measured: years on one current GPU; these are for pods. `--config.
 guiding classifiers are imagenet_classifier.py's, the upsamplers imagenet256_upsample.py and imagenet512_upsample.py.
 """
 
-from diffusion_jax.config import ConfigDict, default, experiment, preset_fields
-
-_STEPS = {"128": 4_360_000, "256": 1_980_000, "256_unconditional": 1_980_000, "512": 1_940_000}
+from diffusion_jax.config import ConfigDict, default
 
 
 def get_config(variant: str = "256") -> ConfigDict:
     """variant: "128", "256", "256_unconditional" or "512"."""
-    if variant not in _STEPS:
-        raise ValueError(f"imagenet_adm.py:{variant}: known are {', '.join(_STEPS)}")
-    config = experiment("imagenet64_adm")
-    config.data.update(dataset="imagenet2012", image_size=int(variant.split("_")[0]))
-    config.model = default().model
-    config.model.update(preset_fields(f"adm_imagenet{variant}"))
-    config.diffusion.schedule = "linear"
-    config.training.update(num_steps=_STEPS[variant], batch_size=256)
-    config.optimizer.learning_rate = 1e-4
-    config.sampling.update(num_samples=16, batch_size=16)
+    if variant not in ("128", "256", "256_unconditional", "512"):
+        raise ValueError(f"imagenet_adm.py:{variant}: known are 128, 256, 256_unconditional, 512")
+    config = default()
+    config.data.update(dataset="imagenet2012", image_size=256)
+    config.model.update(channels=256, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(3, 4, 5))
+    config.model.update(head_channels=64, resample_blocks=True, scale_shift_norm=True)
+    config.model.update(embedding_cos_first=True, embedding_freq_shift=0.0, downsample_padding=(1, 1))
+    config.model.update(norm_epsilon=1e-5, initializer="openai", dropout=0.0, num_classes=1000)
+    config.diffusion.update(variance="learned_range", loss="hybrid")
+    config.training.update(num_steps=1_980_000, batch_size=256)
+    config.optimizer.update(name="adamw", learning_rate=1e-4, warmup_steps=0, grad_clip=0.0)
+    config.sampling.update(steps=250, spacing="openai", num_samples=16, batch_size=16)
+    config.evaluation.split = "validation"
+    if variant == "256_unconditional":
+        config.model.num_classes = 0
+    if variant == "128":
+        config.data.image_size = 128
+        config.model.update(channel_multipliers=(1, 1, 2, 3, 4), attention_levels=(2, 3, 4))
+        config.model.update(num_heads=4, head_channels=None)
+        config.training.num_steps = 4_360_000
+    if variant == "512":
+        config.data.image_size = 512
+        config.model.update(channel_multipliers=(0.5, 1, 1, 2, 2, 4, 4), attention_levels=(4, 5, 6))
+        config.training.num_steps = 1_940_000
     return config

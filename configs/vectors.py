@@ -14,27 +14,25 @@ The samples are compared with the exact laws by `python benchmarks/known_laws.py
 
 from diffusion_jax.config import ConfigDict, default
 
-_VARIANTS = ("moons", "conditional")
-
 
 def get_config(variant: str = "moons") -> ConfigDict:
     """variant: "moons" or "conditional"."""
-    if variant not in _VARIANTS:
-        raise ValueError(f"vectors.py:{variant}: known are {', '.join(_VARIANTS)}")
+    if variant not in ("moons", "conditional"):
+        raise ValueError(f"vectors.py:{variant}: known are moons, conditional")
     config = default()
-    config.data.update(dataset=f"diffusion_jax.data.synthetic:{variant}", image_size=(), channels=2)
+    config.data.update(dataset="diffusion_jax.data.synthetic:moons", image_size=(), channels=2)
     config.data.update(levels=None, random_flip=False)
-    config.model.update(kind="mlp", channels=128, num_res_blocks=3, dropout=0.0, scale_shift_norm=True)
-    config.model.condition_features = 1 if variant == "conditional" else 0
+    config.model.update(kind="mlp", channels=64, num_res_blocks=4, scale_shift_norm=True, dropout=0.0)
     config.diffusion.update(prediction="v", timestep_sampler="stratified")
-    config.training.update(num_steps=4000, batch_size=256, log_every=100, sample_every=0, checkpoint_every=1000)
-    if variant == "moons":  # sharp curves in two dimensions need more steps, and less width
-        config.model.update(channels=64, num_res_blocks=4)
-        config.training.num_steps = 8000
-    config.training.checkpoint_keep_every = 0
-    config.optimizer.update(warmup_steps=100, schedule="cosine", decay_steps=config.training.num_steps)
-    config.optimizer.learning_rate = 3e-3 if variant == "moons" else 2e-3
+    config.training.update(num_steps=8000, batch_size=256, sample_every=0)  # the moons are sharp curves
+    config.training.update(checkpoint_every=1000, checkpoint_keep_every=0)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine", decay_steps=8000)
     config.ema.update(decay=0.999, warmup=True)
-    config.sampling.update(sampler="dpm_solver_pp", spacing="log_snr", steps=50, num_samples=4000, batch_size=1000)
+    config.sampling.update(sampler="dpm_solver_pp", steps=50, spacing="log_snr", num_samples=4000, batch_size=1000)
     config.evaluation.num_samples = 4000
+    if variant == "conditional":
+        config.data.dataset = "diffusion_jax.data.synthetic:conditional"
+        config.model.update(channels=128, num_res_blocks=3, condition_features=1)
+        config.training.num_steps = 4000
+        config.optimizer.update(learning_rate=2e-3, decay_steps=4000)
     return config

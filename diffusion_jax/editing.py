@@ -30,7 +30,7 @@ from diffusion_jax import process, sampling
 from diffusion_jax.sampling import Sampler, Step, StepFn
 from diffusion_jax.sampling.driver import check_sampler
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Clip, DenoiseFn
+from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
 __all__ = [
     "EDITS",
@@ -66,7 +66,7 @@ def sdedit(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
+    x_0: BatchLike,
     sampler: Sampler,
     *,
     strength: float = 0.5,
@@ -120,7 +120,7 @@ class replacement(Sampler):
     """
 
     sampler: Sampler
-    x_0: Float[ArrayLike, "B *shape"]
+    x_0: BatchLike
     mask: Shaped[ArrayLike, "..."]
     prediction: str = dataclasses.field(init=False, repr=False)
     variance: str = dataclasses.field(init=False, repr=False)
@@ -142,7 +142,7 @@ class replacement(Sampler):
     def calls_between_steps(self) -> bool:
         return self.sampler.calls_between_steps
 
-    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)
 
     def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
@@ -182,13 +182,13 @@ def repaint(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
+    x_0: BatchLike,
     mask: Shaped[ArrayLike, "..."],
     sampler: Sampler | None = None,
     *,
     resamplings: int = 10,
     jump: int = 10,
-) -> Float[Array, "B *shape"]:
+) -> Batch:
     """RePaint (Lugmayr et al. 2022): inpainting by replacement that repeats every `jump` steps, for smoother borders.
 
     Args:
@@ -233,7 +233,7 @@ def repaint(
     return x
 
 
-LinearMap: TypeAlias = Callable[[Float[ArrayLike, "B *shape"]], Float[Array, "B *result_shape"]]
+LinearMap: TypeAlias = Callable[[BatchLike], Float[Array, "B *result_shape"]]
 
 
 class LinearOperator(NamedTuple):
@@ -292,9 +292,7 @@ def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: C
     return projected
 
 
-def slerp(
-    x: Float[ArrayLike, "B *shape"], y: Float[ArrayLike, "B *shape"], weight: Real[ArrayLike, ""]
-) -> Float[Array, "B *shape"]:
+def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
     """Spherical interpolation of each example as one vector, from x (weight 0) to y (weight 1); keeps the norm of noise."""
     x, y = process.promote(x=x, y=y)
     weight = jnp.asarray(weight, x.dtype)
@@ -317,8 +315,8 @@ def interpolate(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x: Float[ArrayLike, "B *shape"],
-    y: Float[ArrayLike, "B *shape"],
+    x: BatchLike,
+    y: BatchLike,
     weights: Sequence[float] | Real[ArrayLike, "W"],
     sampler: Sampler,
     *,

@@ -18,8 +18,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real, Shaped
 
 from diffusion_jax import labels, process
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import DenoiseFn, LogitsFn, LogProbFn
+from diffusion_jax.schedules import NoiseLevel, Schedule
+from diffusion_jax.types import Batch, DenoiseFn, LogitsFn, LogProbFn
 
 __all__ = ["ConditionalDenoiseFn", "class_log_prob", "classifier", "classifier_free", "log_prob_gradient"]
 
@@ -31,9 +31,7 @@ class ConditionalDenoiseFn(Protocol):
     y: [B, ...], or a tree of such arrays, for instance {"y": labels, "condition": vectors}.
     """
 
-    def __call__(
-        self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], y: PyTree[Shaped[Array, "B ..."]], /
-    ) -> ArrayLike: ...
+    def __call__(self, x_t: Batch, time: Float[Array, "B"], y: PyTree[Shaped[Array, "B ..."]], /) -> ArrayLike: ...
 
 
 def _expand_rows(values, like):
@@ -48,14 +46,11 @@ def _expand_rows(values, like):
 
 def _append_null(y, null):
     """y [B, ...] and the condition "none" in as many rows: [2 B, ...]. Raises: ValueError for a null of another kind."""
-    null = null if isinstance(null, jax.Array) else np.asarray(null)
     dtype = y.dtype
     if jnp.issubdtype(dtype, jnp.integer):
-        if not jnp.issubdtype(null.dtype, jnp.integer):
-            raise ValueError(f"null_y must be int, as y is; got {null.dtype}")
-        dtype = dtype if dtype.itemsize >= 4 else np.dtype(np.int32)  # 8 bits cannot hold the null label of 256 classes
-        if isinstance(null, np.ndarray) and not (null.astype(dtype) == null).all():
-            raise ValueError(f"null_y={null} does not fit into {dtype}, the type of the labels")
+        if not jnp.issubdtype(jnp.result_type(null), jnp.integer):
+            raise ValueError(f"null_y must be int, as y is; got {jnp.result_type(null)}")
+        dtype = dtype if dtype.itemsize >= 4 else jnp.int32  # 8 bits cannot hold the null label of 256 classes
     return jnp.concatenate([y.astype(dtype), jnp.broadcast_to(jnp.asarray(null, dtype), y.shape)])
 
 
@@ -85,17 +80,9 @@ def classifier_free(
     Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside of
       0 ... 1; when called, if y or scale and x_t differ in the number of rows.
     """
-    if interval is not None:
-        try:
-            low, high = interval
-            ordered = (
-                isinstance(low, Tracer)
-                or isinstance(high, Tracer)
-                or bool(np.asarray(low, float) <= np.asarray(high, float))
-            )
-        except (TypeError, ValueError):  # not two numbers
-            ordered = False
-        if not ordered:
+    if interval is not None and not any(isinstance(end, Tracer) for end in interval):
+        low, high = map(np.asarray, interval)
+        if not low <= high:
             raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in 0 ... 1, got {rescale}")
@@ -189,8 +176,8 @@ def classifier(
         x_t = process.as_float("x_t", x_t)
         output, g = denoise_fn(x_t, time), gradient(x_t, time)
         output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
-        log_snr = schedule.log_snr(time)
-        alpha, sigma = (_expand_rows(jnp.sqrt(jax.nn.sigmoid(sign * log_snr)), x_t) for sign in (1, -1))
+        level = NoiseLevel.at_log_snr(schedule.log_snr(time))
+        alpha, sigma = _expand_rows(level.alpha, x_t), _expand_rows(level.sigma, x_t)
         has_signal = alpha > 1e-15  # smaller only where a schedule ends at alpha_bar = 0, under x64
         # d eps = -s sigma g, converted to the other predictions. Where alpha is 0, x_t is independent of y, so g is 0.
         shift = {

@@ -23,7 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 from diffusion_jax import labels, likelihood, process, timesteps
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Clip, DenoiseFn, LogitsFn, TimestepSampler
+from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn, LogitsFn, TimestepSampler
 
 __all__ = [
     "LOSSES",
@@ -53,8 +53,8 @@ class LossAux(NamedTuple):
     importance: Float[Array, "B"]
     mse: Float[Array, "B"]
     vlb: Float[Array, "B"] | None
-    eps: Float[Array, "B *shape"]
-    x_t: Float[Array, "B *shape"]
+    eps: Batch
+    x_t: Batch
     output: Float[Array, "B *output_shape"]
 
 
@@ -67,7 +67,7 @@ class ClassifyAux(NamedTuple):
     t: Int[Array, "B"]
     importance: Float[Array, "B"]
     accuracy: Float[Array, "B"]
-    x_t: Float[Array, "B *shape"]
+    x_t: Batch
     logits: Float[Array, "B K"]
 
 
@@ -107,7 +107,7 @@ def simple(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
+    x_0: BatchLike,
     *,
     prediction: str = "eps",
     weighting: str | WeightFn | None = None,
@@ -142,7 +142,7 @@ def vlb(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
+    x_0: BatchLike,
     *,
     prediction: str = "eps",
     variance: str = "learned_range",
@@ -174,7 +174,7 @@ def hybrid(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_0: Float[ArrayLike, "B *shape"],
+    x_0: BatchLike,
     *,
     prediction: str = "eps",
     variance: str = "learned_range",
@@ -213,7 +213,7 @@ def classify(
     key: Key[Array, ""],
     schedule: Schedule,
     logits_fn: LogitsFn,
-    x_0: Float[ArrayLike, "B *shape"],
+    x_0: BatchLike,
     y: Integer[ArrayLike, "B"],
     *,
     timestep_sampler: str | TimestepSampler = timesteps.uniform,
@@ -249,22 +249,6 @@ LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
 }
 
 
-def _timestep_sampler(sampler: str | TimestepSampler) -> TimestepSampler:
-    if callable(sampler):
-        return sampler
-    if sampler == "loss_second_moment":
-        raise ValueError(
-            "timestep_sampler='loss_second_moment' needs a history of the losses; use "
-            "timesteps.loss_second_moment(history), with a history from timesteps.loss_history"
-        )
-    if sampler not in timesteps.SAMPLERS:
-        raise ValueError(
-            f"unknown timestep_sampler {sampler!r}; known: {', '.join(timesteps.SAMPLERS)}, or a function "
-            "(key, batch_size, num_timesteps) -> (t, weight)"
-        )
-    return timesteps.SAMPLERS[sampler]
-
-
 def _per_example(name, x, batch_size):
     """x as an array [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
     if jnp.shape(x) not in ((), (batch_size,)):
@@ -276,7 +260,9 @@ def _draw_noise(key, schedule, x_0, timestep_sampler):
     """Draws t and eps. Returns (x_0 promoted, t, importance, eps, x_t, network time)."""
     x_0 = process.as_batch("x_0", x_0)
     key_t, key_eps = jax.random.split(key)
-    t, importance = _timestep_sampler(timestep_sampler)(key_t, x_0.shape[0], schedule.num_timesteps)
+    if isinstance(timestep_sampler, str):
+        timestep_sampler = timesteps.sampler_by_name(timestep_sampler)
+    t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
     t, importance = (
         _per_example(f"the {name} of timestep_sampler", x, x_0.shape[0])
         for name, x in (("timesteps", t), ("weights", importance))

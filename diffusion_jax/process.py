@@ -28,7 +28,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Clip, Index
+from diffusion_jax.types import Batch, BatchLike, Clip, Index
 
 __all__ = [
     "PREDICTIONS",
@@ -53,6 +53,7 @@ __all__ = [
     "to_score",
     "to_v",
     "to_x_0",
+    "x_0_at",
 ]
 
 PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score")
@@ -74,7 +75,7 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Float[Array, "B *shape"]:
+def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:
     """x as `as_float`. Raises: ValueError as `as_float`, and for a number or one vector."""
     x = as_float(name, x)
     if x.ndim < 2:
@@ -105,14 +106,12 @@ def check_same_shape(
 class Gaussian(NamedTuple):
     """A diagonal Gaussian; every field has the shape of x_t."""
 
-    mean: Float[Array, "B *shape"]
-    variance: Float[Array, "B *shape"]
-    log_variance: Float[Array, "B *shape"]
+    mean: Batch
+    variance: Batch
+    log_variance: Batch
 
 
-def q_mean_variance(
-    schedule: Schedule, x_0: Float[ArrayLike, "B *shape"], t: Index
-) -> tuple[Float[Array, "B *shape"], Float[Array, "B *shape"]]:
+def q_mean_variance(schedule: Schedule, x_0: BatchLike, t: Index) -> tuple[Batch, Batch]:
     """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4."""
     x_0 = as_float("x_0", x_0)
     at = schedule.at(t, x_0)
@@ -120,9 +119,7 @@ def q_mean_variance(
     return mean, jnp.broadcast_to(at.sigma**2, mean.shape)
 
 
-def q_sample(
-    schedule: Schedule, x_0: Float[ArrayLike, "B *shape"], t: Index, eps: Float[ArrayLike, "B *shape"]
-) -> Float[Array, "B *shape"]:
+def q_sample(schedule: Schedule, x_0: BatchLike, t: Index, eps: BatchLike) -> Batch:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw of q(x_t | x_0) for eps ~ N(0, I) (DDPM eq. 4).
 
     Raises: ValueError if x_0 and eps differ in shape.
@@ -133,9 +130,7 @@ def q_sample(
     return at.alpha * x_0 + at.sigma * eps
 
 
-def q_step_mean_variance(
-    schedule: Schedule, x_prev: Float[ArrayLike, "B *shape"], t: Index
-) -> tuple[Float[Array, "B *shape"], Float[Array, "B *shape"]]:
+def q_step_mean_variance(schedule: Schedule, x_prev: BatchLike, t: Index) -> tuple[Batch, Batch]:
     """Mean and variance of one forward step, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2).
 
     x_prev: x_{t-1}, which is x_0 at index 0.
@@ -146,9 +141,7 @@ def q_step_mean_variance(
     return mean, jnp.broadcast_to(beta, mean.shape)
 
 
-def q_step(
-    schedule: Schedule, x_prev: Float[ArrayLike, "B *shape"], t: Index, eps: Float[ArrayLike, "B *shape"]
-) -> Float[Array, "B *shape"]:
+def q_step(schedule: Schedule, x_prev: BatchLike, t: Index, eps: BatchLike) -> Batch:
     """One forward step, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM eq. 2); x_prev as `q_step_mean_variance`."""
     check_same_shape("eps", eps, "x_prev", x_prev)
     x_prev, eps = promote(x_prev=x_prev, eps=eps)
@@ -156,9 +149,7 @@ def q_step(
     return mean + jnp.sqrt(variance) * eps
 
 
-def q_posterior(
-    schedule: Schedule, x_0: Float[ArrayLike, "B *shape"], x_t: Float[ArrayLike, "B *shape"], t: Index
-) -> Gaussian:
+def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) -> Gaussian:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7.
 
     At index 0 the mean is x_0 and the variance 0; the log variance there is the finite one of
@@ -172,13 +163,7 @@ def q_posterior(
     return Gaussian(mean, *variances)
 
 
-def to_x_0(
-    schedule: Schedule,
-    output: Float[ArrayLike, "B *shape"],
-    x_t: Float[ArrayLike, "B *shape"],
-    t: Index,
-    prediction: str = "eps",
-) -> Float[Array, "B *shape"]:
+def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
     """x_0 from a network's output.
 
     eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) (DDPM eq. 15); v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v;
@@ -192,24 +177,30 @@ def to_x_0(
     _check_output(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
     at = schedule.at(t, x_t)
-    if prediction == "x_0":
-        return output
-    if prediction == "v":
-        return at.alpha * x_t - at.sigma * output
     if prediction == "x_prev":
         return (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0
-    alpha, sigma = at.alpha, at.sigma
-    eps = output if prediction == "eps" else -sigma * output
-    return (x_t - sigma * eps) / (jnp.where(alpha > 0, alpha, jnp.nan) if schedule.zero_terminal_snr else alpha)
+    alpha = at.alpha
+    if schedule.zero_terminal_snr and prediction in ("eps", "score"):
+        alpha = jnp.where(alpha > 0, alpha, jnp.nan)
+    return x_0_at(alpha, at.sigma, output, x_t, prediction)
+
+
+def x_0_at(
+    alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
+) -> Batch:
+    """x_0 from a network's output at any noise level; arguments and errors as `eps_at`."""
+    output, x_t = promote(output=output, x_t=x_t)
+    alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
+    if prediction == "x_0":
+        return output
+    if prediction == "v":  # without a division by alpha, which may be 0
+        return alpha * x_t - sigma * output
+    return (x_t - sigma * eps_at(alpha, sigma, output, x_t, prediction)) / alpha
 
 
 def eps_at(
-    alpha: Float[ArrayLike, "..."],
-    sigma: Float[ArrayLike, "..."],
-    output: Float[ArrayLike, "B *shape"],
-    x_t: Float[ArrayLike, "B *shape"],
-    prediction: str,
-) -> Float[Array, "B *shape"]:
+    alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
+) -> Batch:
     """eps from a network's output at any noise level, x_t = alpha x_0 + sigma eps, also between a schedule's steps.
 
     x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t.
@@ -228,13 +219,7 @@ def eps_at(
     raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: eps, x_0, v, score")
 
 
-def to_eps(
-    schedule: Schedule,
-    output: Float[ArrayLike, "B *shape"],
-    x_t: Float[ArrayLike, "B *shape"],
-    t: Index,
-    prediction: str = "eps",
-) -> Float[Array, "B *shape"]:
+def to_eps(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
     """eps from a network's output, as `eps_at`; arguments and errors as `to_x_0`."""
     # Where alpha_bar is 0 only x_0 is undefined, so t is checked only on the way through `to_x_0`.
     _check_output(schedule, output, x_t, None, prediction)
@@ -245,13 +230,7 @@ def to_eps(
     return eps_at(at.alpha, at.sigma, output, x_t, prediction)
 
 
-def to_v(
-    schedule: Schedule,
-    output: Float[ArrayLike, "B *shape"],
-    x_t: Float[ArrayLike, "B *shape"],
-    t: Index,
-    prediction: str = "eps",
-) -> Float[Array, "B *shape"]:
+def to_v(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); arguments and errors as `to_x_0`."""
     _check_output(schedule, output, x_t, None, prediction)
     output, x_t = promote(output=output, x_t=x_t)
@@ -263,13 +242,7 @@ def to_v(
     return at.alpha * eps - at.sigma * x_0
 
 
-def to_score(
-    schedule: Schedule,
-    output: Float[ArrayLike, "B *shape"],
-    x_t: Float[ArrayLike, "B *shape"],
-    t: Index,
-    prediction: str = "eps",
-) -> Float[Array, "B *shape"]:
+def to_score(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
     """grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021); arguments and errors as `to_x_0`."""
     eps = to_eps(schedule, output, x_t, t, prediction)
     return -eps / schedule.at(t, eps).sigma
@@ -286,16 +259,14 @@ def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = 
     first = last if first is None else first
     if not schedule.zero_terminal_snr or prediction not in ("eps", "score"):
         return
-    lowest, exact = last, True  # the first index without signal, and whether its alpha_bar is 0 also in float64
+    lowest = last  # the first index without signal
     if not isinstance(schedule.sqrt_alpha_bar, Tracer):
         lowest = int(np.argmax(np.asarray(schedule.sqrt_alpha_bar) < np.finfo(np.float32).tiny))
-        exact = schedule.alpha_bar[lowest] == 0
     if lowest <= first <= last:
-        problem = "alpha_bar is 0" if exact else "alpha = sqrt(alpha_bar) underflows in float32"
-        betas = "" if exact else "use fewer or smaller betas (linear: beta_start=0.1 / T, beta_end=20 / T), "
         raise ValueError(
-            f"{problem} at index {first}: {prediction} does not determine x_0 there; predict v or x_0, {betas}"
-            f"or keep only the steps below index {lowest}: schedules.respace(schedule, range({lowest}))"
+            f"alpha_bar is 0 at index {first} (or its square root in float32): {prediction} does not determine x_0 there; "
+            f"predict v or x_0, use smaller betas, or keep only the steps below index {lowest}: "
+            f"schedules.respace(schedule, range({lowest}))"
         )
 
 
@@ -314,10 +285,10 @@ def _check_output(schedule, output, x_t, t, prediction):
 class Reverse(NamedTuple):
     """p(x_{t-1} | x_t) and the x_0 it was computed from; every field has the shape of x_t."""
 
-    mean: Float[Array, "B *shape"]
-    variance: Float[Array, "B *shape"]
-    log_variance: Float[Array, "B *shape"]
-    x_0: Float[Array, "B *shape"]
+    mean: Batch
+    variance: Batch
+    log_variance: Batch
+    x_0: Batch
 
 
 def split_variance(
@@ -368,7 +339,7 @@ class dynamic_threshold:
         if not 0 < self.quantile <= 1:
             raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
 
-    def __call__(self, x_0: Float[ArrayLike, "B *shape"]) -> Float[Array, "B *shape"]:
+    def __call__(self, x_0: BatchLike) -> Batch:
         x_0 = as_float("x_0", x_0)
         s = jnp.quantile(jnp.abs(x_0), float(self.quantile), axis=tuple(range(1, x_0.ndim)), keepdims=True)
         s = jnp.maximum(s, 1.0)
@@ -378,7 +349,7 @@ class dynamic_threshold:
 def p_mean_variance(
     schedule: Schedule,
     output: Float[ArrayLike, "B *output_shape"],
-    x_t: Float[ArrayLike, "B *shape"],
+    x_t: BatchLike,
     t: Index,
     prediction: str = "eps",
     variance: str = "fixed_large",

@@ -1,16 +1,19 @@
 """Timestep samplers: which timesteps a batch trains on.
 
 A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight)`: t int32 [B], the indices, and weight
-float [B], which multiplies the losses so that their mean estimates the mean over all T steps. Those of `SAMPLERS` draw
-each t uniformly, so their weights are 1; they differ in the variance of the batch's mean. `loss_second_moment` draws steps
-with large losses more often, from a `LossHistory` that the caller updates.
+float [B], which multiplies the losses so that their mean estimates the mean over all T steps. `SAMPLERS` has the timestep
+samplers of the config by name. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they
+differ in the variance of the batch's mean. `loss_second_moment` draws steps with large losses more often, from a
+`LossHistory` that the caller updates.
 
 t is int32 and the weights are float32, with x64 on or off.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,9 @@ __all__ = [
     "antithetic",
     "loss_history",
     "loss_second_moment",
+    "needs_history",
     "record",
+    "sampler_by_name",
     "step_probabilities",
     "stratified",
     "uniform",
@@ -60,9 +65,6 @@ def stratified(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tupl
     position = (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
     t = jnp.floor(position * num_timesteps).astype(jnp.int32)
     return jnp.minimum(t, num_timesteps - 1), _ones(batch_size)
-
-
-SAMPLERS: dict[str, TimestepSampler] = {"uniform": uniform, "antithetic": antithetic, "stratified": stratified}
 
 
 class LossHistory(NamedTuple):
@@ -126,3 +128,34 @@ def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001)
         return t, 1 / (num_timesteps * p[t])
 
     return sampler
+
+
+# An entry is a timestep sampler, or a function of a history that returns one.
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "uniform": uniform,
+    "antithetic": antithetic,
+    "stratified": stratified,
+    "loss_second_moment": loss_second_moment,
+}
+
+
+def needs_history(name: str) -> bool:
+    """Whether the timestep sampler of a name in `SAMPLERS` draws from a `LossHistory`."""
+    return "history" in inspect.signature(SAMPLERS[name]).parameters
+
+
+def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSampler:
+    """The timestep sampler of a name in `SAMPLERS`. Raises: ValueError for another name or a missing history."""
+    if name not in SAMPLERS:
+        raise ValueError(
+            f"unknown timestep_sampler {name!r}; known: {', '.join(SAMPLERS)}, or a function "
+            "(key, batch_size, num_timesteps) -> (t, weight)"
+        )
+    if not needs_history(name):
+        return SAMPLERS[name]
+    if history is None:
+        raise ValueError(
+            f"timestep_sampler={name!r} needs a history of the losses; use timesteps.{name}(history), with a history from "
+            "timesteps.loss_history"
+        )
+    return SAMPLERS[name](history)

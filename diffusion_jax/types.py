@@ -13,7 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
-__all__ = ["Clip", "DenoiseFn", "Index", "LogProbFn", "LogitsFn", "TimestepSampler"]
+__all__ = ["Batch", "BatchLike", "Clip", "DenoiseFn", "Index", "LogProbFn", "LogitsFn", "TimestepSampler"]
+
+# A batch of float arrays of any shape: of a result, and of an argument.
+Batch: TypeAlias = Float[Array, "B *shape"]
+BatchLike: TypeAlias = Float[ArrayLike, "B *shape"]
 
 # An index of the schedule for each row of a batch, or one for all rows.
 Index: TypeAlias = Integer[ArrayLike, "B"] | Integer[ArrayLike, ""]
@@ -29,21 +33,21 @@ class DenoiseFn(Protocol):
     The output has the shape of x_t, or twice its channels for a learned variance.
     """
 
-    def __call__(self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], /) -> ArrayLike: ...
+    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> ArrayLike: ...
 
 
 @runtime_checkable
 class LogitsFn(Protocol):
     """A classifier of noisy images: (x_t float [B, ...], network time float [B]) -> logits float [B, K]."""
 
-    def __call__(self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], /) -> ArrayLike: ...
+    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> ArrayLike: ...
 
 
 @runtime_checkable
 class LogProbFn(Protocol):
     """log p(y | x_t) of a condition y: (x_t float [B, ...], network time float [B]) -> float [B], differentiable in x_t."""
 
-    def __call__(self, x_t: Float[Array, "B *shape"], time: Float[Array, "B"], /) -> Float[Array, "B"]: ...
+    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> Float[Array, "B"]: ...
 
 
 @runtime_checkable

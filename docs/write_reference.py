@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diffusion_jax import cli, config, data, files, metrics  # noqa: E402
+from diffusion_jax import cli, data, files, metrics  # noqa: E402
+from diffusion_jax.config import table  # noqa: E402
 from diffusion_jax.data.sources import CheckedSource  # noqa: E402
 from diffusion_jax.data.tfds import Tfds  # noqa: E402
 from diffusion_jax.evaluation import __main__ as evaluation  # noqa: E402
@@ -31,7 +32,25 @@ _COMPARED = {
     "vectors": "features of images, otherwise the examples",
     "examples": "the examples",
 }
-_INTRODUCTION = """# Command line
+_CONFIGURATION = """# Configuration
+
+A config is a nested mapping of leaves, `group.leaf`. An experiment of `configs/` differs from the defaults in some leaves,
+and so may any mapping:
+
+    from diffusion_jax import config, training
+
+    cfg = config.experiment("digits")                                   # or config.default(), DDPM on CIFAR-10
+    state, train_step = training.create({"data": {"dataset": "digits", "image_size": 8, "channels": 1}})
+
+`config.resolve(mapping)` completes a mapping with the defaults and checks it. On the command line,
+`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
+
+The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
+them. The others may change between launches.
+
+This page is the output of `make reference`.
+"""
+_COMMAND_LINE = """# Command line
 
 Three commands: one for the runs of a model, one for weights, and one for sets of images. This page is the output of
 `make reference`.
@@ -68,7 +87,12 @@ _EXIT_CODES = """### Exit codes
 
 def configuration() -> str:
     """The page of the leaves of a config in Markdown."""
-    lines = ["## Values of `data.dataset`", "", "| name | examples |", "|---|---|"]
+    lines = [_CONFIGURATION]
+    for group, (description, leaves) in table.GROUPS.items():
+        lines += _leaves(group, f"`{group}`" if group else "Leaves without a group", description, leaves)
+    differing = (f"`{name}={value!r}`" for name, value in table.CLASSIFIER_DEFAULTS.items())
+    lines += ["## Defaults of a classifier", "", f"With `diffusion.loss=classify`: {', '.join(differing)}.", ""]
+    lines += ["## Values of `data.dataset`", "", "| name | examples |", "|---|---|"]
     lines += [f"| `{name}` | {_first_line(source)} |" for name, source in data.SOURCES.items()]
     lines += [f"| any other name | {_first_line(Tfds)} |", f"| `module:function` | {_first_line(CheckedSource)} |", ""]
     lines += ["## Values of `evaluation.metrics`", "", "| name | compares | spatial axes | examples, at least |"]
@@ -78,7 +102,17 @@ def configuration() -> str:
         lines.append(f"| `{name}` | {_COMPARED[metric.needs]} | {axes} | {metric.minimum} |")
     meanings = ["", "The numbers that they report:", "", "| number | meaning |", "|---|---|"]
     meanings += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in metrics.MEANINGS.items()]
-    return config.reference() + "\n" + "\n".join(lines + meanings) + "\n"
+    return "\n".join(lines + meanings) + "\n"
+
+
+def _leaves(group: str, heading: str, description: str, leaves: Mapping[str, table.Leaf]) -> Iterator[str]:
+    yield f"## {heading}\n\n{description}\n"
+    yield "| leaf | default | allowed | identity | description |\n|---|---|---|---|---|"
+    for name, leaf in leaves.items():
+        identity = "yes" if table.is_identity(f"{group}.{name}" if group else name) else "no"
+        cells = (f"`{name}`", f"`{leaf.default!r}`", leaf.kind.allowed, identity, leaf.description)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
 
 
 def _first_line(source: type) -> str:
@@ -94,7 +128,7 @@ def command_line() -> str:
         '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all leaves.'
     )
     parts = [
-        _INTRODUCTION,
+        _COMMAND_LINE,
         *_flags(cli.make_parser()),
         "",
         "### Overrides",

@@ -1,4 +1,4 @@
-"""Results are float32 for float32, bfloat16 and float16, with x64 on or off, and float64 for float64 under x64.
+"""Results are float32 for float32, bfloat16 and float16, and float64 for float64 under x64; other arrays are refused.
 
 Every public function of the core that takes arrays has a row here. Most rows compute shapes alone (`jax.eval_shape`).
 """
@@ -72,8 +72,10 @@ CASES = {
     "process.to_eps": lambda x: [process.to_eps(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
     "process.to_v": lambda x: [process.to_v(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
     "process.to_score": lambda x: [process.to_score(FULL, low(x), x, T, p) for p in process.PREDICTIONS],
-    "process.eps_at": lambda x: [
-        process.eps_at(np.float64(0.6), np.float64(0.8), low(x), x, p) for p in ("eps", "x_0", "v", "score")
+    "process.eps_at, x_0_at": lambda x: [
+        convert(np.float64(0.6), np.float64(0.8), low(x), x, p)
+        for convert in (process.eps_at, process.x_0_at)
+        for p in ("eps", "x_0", "v", "score")
     ],
     "process.split_variance": lambda x: process.split_variance(jnp.concatenate([x, x], -1), x, "learned"),
     "process.clip_x_0": lambda x: [process.clip_x_0(x, clip) for clip in (True, False, lambda x: low(x))],
@@ -156,36 +158,37 @@ SAMPLING |= {
 DTYPES = [(dtype, x64) for x64 in (False, True) for dtype in ("float16", "bfloat16", "float32")] + [("float64", True)]
 
 
-def check(function, dtype, x64, evaluate=False):
+@pytest.mark.parametrize(("dtype", "x64"), DTYPES)
+@pytest.mark.parametrize("name", CASES | SAMPLING)
+def test_results_are_float32_or_float64_by_the_rule(name, dtype, x64):
     with jax.enable_x64(x64):
-        shape = (2, 4, 4, 3)
-        if evaluate:
-            results = function(jnp.asarray(np.linspace(-1, 1, np.prod(shape)).reshape(shape), dtype))
-        else:
-            results = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, dtype))
+        results = jax.eval_shape((CASES | SAMPLING)[name], jax.ShapeDtypeStruct((2, 4, 4, 3), dtype))
         found = {leaf.dtype for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.floating)}
         assert found == {jnp.dtype("float64" if dtype == "float64" else "float32")}
         whole = {leaf.dtype for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.integer)}
         assert whole <= {jnp.dtype("int32"), jnp.dtype("int64")}
-        return results
 
 
-@pytest.mark.parametrize(("dtype", "x64"), DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_results_are_float32_or_float64_by_the_rule(name, dtype, x64):
-    check(CASES[name], dtype, x64)
+def test_low_precision_is_promoted_before_arithmetic(name):
+    """Results for bfloat16 arrays are those for the same values in float32."""
+    x = jnp.asarray(np.linspace(-1, 1, 96).reshape(2, 4, 4, 3), jnp.bfloat16)
+    found, expected = (jax.tree.leaves(jax.jit(CASES[name])(x)) for x in (x, x.astype(jnp.float32)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "x64"), DTYPES)
-@pytest.mark.parametrize("name", SAMPLING)
-def test_samples_are_float32_or_float64_by_the_rule(name, dtype, x64):
-    check(SAMPLING[name], dtype, x64)
+INTEGERS_ARE_NUMBERS = ("schedules.Schedule.at", "schedules.Schedule.log_snr", "schedules.Schedule.time_at_log_snr")
+INTEGERS_ARE_NUMBERS += ("likelihood.gaussian_kl",)
 
 
-@pytest.mark.parametrize(("dtype", "x64"), [("bfloat16", False), ("float32", True), ("float64", True)])
-@pytest.mark.parametrize("name", ["process.p_mean_variance", "likelihood.decoder_log_prob", "guidance.classifier"])
-def test_computed_results_have_the_dtype_too(name, dtype, x64):
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(check(CASES[name], dtype, x64, evaluate=True)))
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+@pytest.mark.parametrize("name", [name for name in CASES | SAMPLING if name not in INTEGERS_ARE_NUMBERS])
+def test_arrays_that_are_not_float_are_refused(name, dtype):
+    advice = "; images are float" if dtype == "uint8" else ""
+    with pytest.raises(ValueError, match=f"must be float; got {dtype}{advice}"):
+        (CASES | SAMPLING)[name](jnp.full((2, 4, 4, 3), 200, dtype))
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -194,18 +197,19 @@ def test_timesteps_are_int32_and_their_weights_float32(x64):
         history = timesteps.record(timesteps.loss_history(20, 2), T, jnp.asarray([0.5, 2.0]))
         assert [leaf.dtype for leaf in history] == [jnp.float32, jnp.int32]
         assert timesteps.step_probabilities(history).dtype == jnp.float32
-        for sampler in (*timesteps.SAMPLERS.values(), timesteps.loss_second_moment(history)):
-            t, weight = sampler(KEY, 5, 20)
+        for name in timesteps.SAMPLERS:
+            t, weight = timesteps.sampler_by_name(name, history)(KEY, 5, 20)
             assert (t.dtype, weight.dtype) == (jnp.int32, jnp.float32)
 
 
 def test_x64_changes_no_draw():
     """The same timesteps and noise for float32 images, whatever the mode."""
     x_0 = np.full((4, 2, 2, 1), 0.25, np.float32)
-    for sampler in timesteps.SAMPLERS:
+    for name in timesteps.SAMPLERS:
         drawn = []
         for x64 in (False, True):
             with jax.enable_x64(x64):
+                sampler = timesteps.sampler_by_name(name, timesteps.loss_history(20))
                 loss, parts = losses.simple(KEY, FULL, lambda x, time: 0 * x, x_0, timestep_sampler=sampler)
                 drawn.append([np.asarray(v) for v in (loss, parts.t, parts.eps, parts.x_t)])
         for off, on in zip(*drawn, strict=True):

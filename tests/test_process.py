@@ -110,17 +110,6 @@ def test_every_conversion_at_every_step(name, source, target, x64):
     np.testing.assert_allclose(got, values[target], rtol=tolerance, atol=tolerance)
 
 
-def test_conversions_in_float32_under_vmap():
-    t = np.array([0, 1, 500, 999])
-    x_t, values = everything("cosine", t, (4, 2, 2, 1))
-    for source in ("x_0", "v"):
-        out = jax.vmap(lambda o, x, i, source=source: process.to_x_0(SCHEDULES["cosine"], o, x, i, source))(
-            jnp.float32(values[source]), jnp.float32(x_t), jnp.asarray(t)
-        )
-        assert out.dtype == jnp.float32
-        np.testing.assert_allclose(out, values["x_0"], atol=2e-6)
-
-
 def test_eps_is_refused_at_a_step_without_signal():
     schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
     for prediction in ("eps", "score"):
@@ -212,31 +201,6 @@ def test_gradients_are_finite():
 
     for t in (0, 1, 999):
         assert np.isfinite(jax.grad(total)(jnp.full((1, 4), 0.3), jnp.array([t]))).all()
-
-
-def test_low_precision_is_promoted_before_arithmetic():
-    """Every function of bfloat16 arrays gives what it gives of the same values in float32."""
-    schedule, t = SCHEDULES["linear"], jnp.array([0, 300, 999])
-    x, other = (jnp.asarray(draw((3, 50), seed), jnp.bfloat16) for seed in (6, 7))
-    functions = {
-        "q_sample": lambda x, y: process.q_sample(schedule, x, t, y),
-        "q_step": lambda x, y: process.q_step(schedule, x, t, y),
-        "q_posterior": lambda x, y: process.q_posterior(schedule, x, y, t),
-        "eps_at": lambda x, y: process.eps_at(0.6, 0.8, x, y, "v"),
-        "threshold": lambda x, y: process.dynamic_threshold(0.7)(x),
-    }
-    for p in process.PREDICTIONS:
-        for name, convert in CONVERSIONS.items():
-            functions[f"{name} of {p}"] = lambda x, y, p=p, convert=convert: convert(schedule, x, y, t, p)
-        functions[f"p of {p}"] = lambda x, y, p=p: process.p_mean_variance(schedule, x, y, t, p)
-    wide = jnp.float32
-    for name, function in functions.items():
-        expected = jax.tree.leaves(function(x.astype(wide), other.astype(wide)))
-        for low, mixed, exact in zip(
-            jax.tree.leaves(function(x, other)), jax.tree.leaves(function(x, other.astype(wide))), expected, strict=True
-        ):
-            np.testing.assert_allclose(low, exact, rtol=1e-6, err_msg=name)
-            np.testing.assert_allclose(mixed, exact, rtol=1e-6, err_msg=name)
 
 
 def test_the_dynamic_threshold_uses_all_axes_of_each_example():

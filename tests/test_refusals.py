@@ -12,7 +12,6 @@ from diffusion_jax import (
     labels,
     likelihood,
     losses,
-    models,
     process,
     sampling,
     schedules,
@@ -26,47 +25,11 @@ FULL = schedules.from_betas(schedules.betas("linear", 20))
 JSD = schedules.from_betas(schedules.betas("jsd", 20))
 T = jnp.array([0, 7])
 PIXELS = np.full((2, 4, 4, 3), 200, np.uint8)
-X, MASK = jnp.zeros((2, 4, 4, 3)), np.array([True, False, True])
+X = jnp.zeros((2, 4, 4, 3))
 
 
 def network(x, time):
     return 0.3 * x
-
-
-TAKERS = {
-    "q_mean_variance": lambda x: process.q_mean_variance(FULL, x, T),
-    "q_sample": lambda x: process.q_sample(FULL, x, T, X),
-    "q_step_mean_variance": lambda x: process.q_step_mean_variance(FULL, x, T),
-    "q_step": lambda x: process.q_step(FULL, x, T, X),
-    "q_posterior": lambda x: process.q_posterior(FULL, x, X, T),
-    "to_x_0": lambda x: process.to_x_0(FULL, X, x, T),
-    "to_eps": lambda x: process.to_eps(FULL, X, x, T),
-    "to_v": lambda x: process.to_v(FULL, X, x, T),
-    "to_score": lambda x: process.to_score(FULL, X, x, T),
-    "p_mean_variance": lambda x: process.p_mean_variance(FULL, X, x, T),
-    "simple": lambda x: losses.simple(KEY, FULL, network, x),
-    "vlb": lambda x: losses.vlb(KEY, FULL, network, x, variance="fixed_small"),
-    "decoder_log_prob": lambda x: likelihood.decoder_log_prob(x, X, X),
-    "prior_term": lambda x: likelihood.prior_term(FULL, x),
-    "bound_term": lambda x: likelihood.bound_term(FULL, X, x, X, T),
-    "bits_per_dim": lambda x: likelihood.bits_per_dim(KEY, FULL, network, x),
-    "sample": lambda x: sampling.sample(KEY, FULL, network, x, sampling.ddim()),
-    "encode": lambda x: sampling.encode(FULL, network, x),
-    "sdedit": lambda x: editing.sdedit(KEY, FULL, network, x, sampling.ddim()),
-    "replacement": lambda x: editing.replacement(sampling.ddim(), x, MASK),
-    "repaint": lambda x: editing.repaint(KEY, FULL, network, x, MASK, jump=5),
-    "project": lambda x: editing.project(editing.average_pool(2), x),
-    "slerp": lambda x: editing.slerp(x, X, 0.5),
-    "interpolate": lambda x: editing.interpolate(KEY, FULL, network, x, X, [0.5], sampling.ddim()),
-}
-
-
-@pytest.mark.parametrize("name", TAKERS)
-@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
-def test_images_that_are_not_float(name, dtype):
-    advice = "; images are float" if dtype == "uint8" else "$"
-    with pytest.raises(ValueError, match=f"must be float; got {dtype}{advice}"):
-        TAKERS[name](PIXELS.astype(dtype))
 
 
 @pytest.mark.whole
@@ -132,17 +95,6 @@ def test_labels_of_8_and_16_bits_keep_their_classes(dtype, num_classes):
         )
 
 
-@pytest.mark.whole
-def test_labels_out_of_range_give_nan_with_a_single_class():
-    model = models.UNet(
-        channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), num_groups=4, num_classes=1
-    )
-    x, time, y = jnp.ones((3, 4, 4, 1)), jnp.zeros(3), jnp.array([0, -1, 1])
-    params = jax.jit(model.init)(KEY, x, time, jnp.zeros(3, int))
-    output = jax.jit(model.apply)(params, x, time, y)
-    np.testing.assert_array_equal(np.isnan(output).any((1, 2, 3)), [False, True, True])
-
-
 def test_labels_of_another_shape_are_refused():
     for y in (np.array([1]), np.array([0, 1, 2]), np.array([[0], [1]])):
         with pytest.raises(ValueError, match="give each a label"):
@@ -182,10 +134,6 @@ OF_ANOTHER_KIND = {
     "null label": (
         lambda: guidance.classifier_free(network, LABELS, 10.7, 2.0),
         "null_y must be int, as y is; got float",
-    ),
-    "large null label": (
-        lambda: guidance.classifier_free(network, LABELS, 2**40, 2.0),
-        "null_y=1099511627776 does not fit into int32",
     ),
     "guidance scale": (
         lambda: guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2)))(X, jnp.zeros(2)),
@@ -250,12 +198,6 @@ def test_a_spacing_for_explicit_steps_is_refused(steps, spacing, words):
         schedules.respace(FULL, steps, spacing)
 
 
-def test_openai_s_spacing_by_name_is_the_string():
-    for count in (1, 7, 20):
-        by_name, by_string = schedules.respace(FULL, count, "openai"), schedules.respace(FULL, str(count))
-        np.testing.assert_array_equal(by_name.timesteps, by_string.timesteps)
-
-
 def test_encoding_options_with_an_index_are_refused():
     for options in ({"ordr": 7}, {"order": 2}):
         with pytest.raises(ValueError, match=rf"interpolate does not take {next(iter(options))} with t=3"):
@@ -296,14 +238,19 @@ def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(prediction):
 
 
 def test_timestep_samplers_by_name():
-    for name, sampler in timesteps.SAMPLERS.items():
+    for name in timesteps.SAMPLERS:
         for loss in (losses.simple, losses.vlb, losses.hybrid):
             f = network if loss is losses.simple else lambda x, time: jnp.concatenate([0.3 * x, x], -1)
-            by_name, by_function = (loss(KEY, FULL, f, X, timestep_sampler=s)[1].t for s in (name, sampler))
+            if timesteps.needs_history(name):
+                with pytest.raises(
+                    ValueError, match=rf"needs a history of the losses; use timesteps.{name}\(history\)"
+                ):
+                    loss(KEY, FULL, f, X, timestep_sampler=name)
+                continue
+            by_name, by_function = (
+                loss(KEY, FULL, f, X, timestep_sampler=sampler)[1].t for sampler in (name, timesteps.SAMPLERS[name])
+            )
             np.testing.assert_array_equal(by_name, by_function)
-        losses.classify(KEY, FULL, logits, X, jnp.array([0, 1]), timestep_sampler=name)
-    with pytest.raises(ValueError, match=r"needs a history of the losses; use timesteps.loss_second_moment\(history\)"):
-        losses.simple(KEY, FULL, network, X, timestep_sampler="loss_second_moment")
     with pytest.raises(ValueError, match="unknown timestep_sampler 'even'; known: uniform, antithetic, stratified"):
         losses.simple(KEY, FULL, network, X, timestep_sampler="even")
 

@@ -9,39 +9,42 @@
 docs/reference/configuration.md lists all leaves.
 """
 
-from ml_collections import ConfigDict
+from __future__ import annotations
 
-from diffusion_jax.config.presets import preset_fields
-from diffusion_jax.config.resolution import (
-    default,
-    default_classifier,
-    experiment,
-    experiment_names,
-    override,
-    resolve,
-)
+import copy
+import pathlib
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
 from diffusion_jax.config.table import (
-    CLASSIFIER_LEAVES,
+    GROUPS,
     LEAVES,
+    Leaf,
     clips_by_default,
+    defaults,
     flatten,
     identity_leaves,
     is_classifier,
     is_continuous,
     is_upsampler,
-    reference,
     resolve_clip,
 )
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.config.values import OneOf
+from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
-    "CLASSIFIER_LEAVES",
     "LEAVES",
     "ConfigDict",
     "ConfigError",
     "clips_by_default",
     "default",
     "default_classifier",
+    "defaults",
     "experiment",
     "experiment_names",
     "flatten",
@@ -50,8 +53,147 @@ __all__ = [
     "is_continuous",
     "is_upsampler",
     "override",
-    "preset_fields",
-    "reference",
     "resolve",
     "resolve_clip",
 ]
+
+_ALIASES = {"sampling.class": "sampling.label"}
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def default() -> ConfigDict:
+    """The config of DDPM on CIFAR-10 (Ho et al. 2020), from which every experiment differs in some leaves."""
+    return resolve({})
+
+
+def default_classifier() -> ConfigDict:
+    """The config of a classifier of noisy images: `diffusion.loss` is "classify", and `model` has other defaults."""
+    return resolve({"diffusion": {"loss": "classify"}})
+
+
+def resolve(config: Mapping[str, Any]) -> ConfigDict:
+    """A complete config with the leaves of `config`, which may be partial, and the defaults of all others.
+
+    config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
+    Raises: ConfigError for an unknown leaf, and for a value of the wrong type or outside the range of its leaf.
+    """
+    _check_mapping(config)
+    return _complete(flatten(config))
+
+
+def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
+    """`config`, resolved, with leaves replaced by values of a command line: {"training.num_steps": "1e4"}.
+
+    Fields of a ConfigDict that refer to a replaced one (`get_ref`) follow it.
+    Raises: ConfigError as `resolve`, and for text that is no value of its leaf.
+    """
+    _check_mapping(config)
+    texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
+    given = flatten(config)
+    values = {}
+    for name, text in texts.items():
+        _check_known(name)
+        values[name] = _convert(name, LEAVES[name], text, LEAVES[name].kind.parse, text)
+    changed = copy.deepcopy(ConfigDict(config))
+    with changed.ignore_type():  # in reverse, so that of several fields with one reference the first decides
+        changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
+    return _complete(flatten(changed) | values)
+
+
+def experiment(name: str) -> ConfigDict:
+    """The config of an experiment, by its name ("digits", "imagenet_adm:128") or its file ("mine.py", "mine.py:ARGUMENT").
+
+    Raises: ConfigError that starts with `name`: no such experiment or file, or an error in the file, with its line.
+    """
+    # A colon before .py belongs to the file, as in C:/runs/mine.py.
+    match = re.fullmatch(r"(?s)(.*?\.py|[^:]*)(?::(.*))?", name)
+    assert match is not None
+    file, argument = match.groups()
+    if file in experiment_names():
+        file = str(_folder() / f"{file}.py")
+    elif not pathlib.Path(file).is_file():
+        near = closest_names(pathlib.PurePath(file).stem, experiment_names()) or ["digits"]
+        raise ConfigError(f"{name}: no such file or experiment; give a Python file, or a name such as {near[0]}")
+    elif pathlib.Path(file).suffix not in ("", ".py"):
+        raise ConfigError(
+            f"{name}: {file} is not a Python file; give FILE.py with get_config(), or a name such as digits (arrays are "
+            "--config.data.data_dir=FILE, and --workdir=DIR alone uses the config.json of a run)"
+        )
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise ConfigError(f"{file} defines no function get_config(), which must return the ConfigDict")
+        config = get_config() if argument is None else get_config(argument)
+        resolved = resolve(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{name}: line {error.lineno} of {error.filename} is not valid Python ({error.msg})"
+        ) from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]} of {file}" if lines else file
+        text = shorten(str(error), 300)  # some list a whole config
+        raise ConfigError(f"{name}: {where} raises {type(error).__name__}: {text}") from error
+    return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
+
+
+def experiment_names() -> list[str]:
+    """The names of this project's experiments, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def _folder() -> pathlib.Path:
+    """The folder of experiments: diffusion_jax/configs of an installed package, configs of a clone."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def _complete(given: Mapping[str, Any]) -> ConfigDict:
+    """The config with these values by the full names of their leaves, and the defaults of all others. Raises: ConfigError."""
+    for name in given:
+        _check_known(name)
+    config = ConfigDict({group: {} for group in GROUPS if group})
+    for name, value in {**defaults(given), **given}.items():
+        leaf = LEAVES[name]
+        value = _convert(name, leaf, value, leaf.kind.check, _shown(value))
+        if isinstance(leaf.kind, OneOf):  # a ConfigDict would allow only the type of the first value
+            value = FieldReference(value, field_type=object)
+        group, _, last = name.rpartition(".")
+        (config[group] if group else config)[last] = value
+    return config
+
+
+def _convert(name: str, leaf: Leaf, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
+    """`convert(value)`. Raises: ConfigError if the leaf does not allow the value, which the message has as `shown`."""
+    try:
+        return convert(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        advice = str(error) if isinstance(error, ValueError) else ""
+        advice = advice or f"description: {leaf.description.split('. ')[0].rstrip('.')}"
+        raise ConfigError(f"{name}={shown} must be {leaf.kind.allowed}; {advice}") from None
+
+
+def _check_mapping(config: Any) -> None:
+    """Raises: ConfigError for anything but a mapping."""
+    if not isinstance(config, Mapping | ConfigDict):
+        raise ConfigError(
+            f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
+        )
+
+
+def _check_known(name: str) -> None:
+    """Raises: ConfigError for a name that is no leaf."""
+    if name in LEAVES:
+        return
+    inside = [leaf for leaf in LEAVES if leaf.startswith(f"{name}.")]
+    if inside:
+        raise ConfigError(f"{name} is a group; set one of its leaves, such as {inside[0]}")
+    near = closest_names(name, [*LEAVES, *filter(None, GROUPS)])
+    advice = f"did you mean {near[0]}?" if near else "docs/reference/configuration.md lists all leaves"
+    raise ConfigError(f"unknown leaf {name}; {advice}")
+
+
+def _shown(value: Any) -> str:
+    return shorten(" ".join(repr(value).split()), 80)  # the repr of an array has several lines

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CLASSIFIER_PRESETS", "MULTIPLIERS", "OPENAI", "PRESETS", "UNET_PRESETS", "preset_fields"]
+__all__ = ["CLASSIFIER_PRESETS", "OPENAI", "PRESETS", "UNET_PRESETS"]
 
 # The fields that all of OpenAI's networks share and that differ from Ho et al.'s.
 OPENAI: dict[str, Any] = {
@@ -29,8 +29,7 @@ _UPSAMPLER = {
 }
 
 # The channel multipliers of OpenAI's networks by image size.
-MULTIPLIERS = {
-    32: (1, 2, 2, 2),
+_MULTIPLIERS = {
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -40,7 +39,7 @@ MULTIPLIERS = {
 
 def _fields_at(pixels: int) -> dict[str, Any]:
     """The fields that depend on the image size; ADM has attention at 32, 16 and 8 pixels."""
-    multipliers = MULTIPLIERS[pixels]
+    multipliers = _MULTIPLIERS[pixels]
     levels = tuple(i for i in range(len(multipliers)) if pixels >> i in (32, 16, 8))
     return {"channel_multipliers": multipliers, "attention_levels": levels}
 
@@ -54,10 +53,10 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
         "out_channels": 3,
     },
     "improved_cifar10": _IMPROVED | {"attention_levels": (1, 2), "dropout": 0.3},
-    "improved_imagenet64": _IMPROVED | {"channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3)},
+    "improved_imagenet64": _IMPROVED | {"channel_multipliers": _MULTIPLIERS[64], "attention_levels": (2, 3)},
     "improved_imagenet64_conditional": _IMPROVED
-    | {"channels": 192, "channel_multipliers": MULTIPLIERS[64], "attention_levels": (2, 3), "num_classes": 1000},
-    "improved_lsun": OPENAI | {"channel_multipliers": MULTIPLIERS[256], "attention_levels": (4,), "out_channels": 6},
+    | {"channels": 192, "channel_multipliers": _MULTIPLIERS[64], "attention_levels": (2, 3), "num_classes": 1000},
+    "improved_lsun": OPENAI | {"channel_multipliers": _MULTIPLIERS[256], "attention_levels": (4,), "out_channels": 6},
     "improved_upsampler_64_256": _IMPROVED | _UPSAMPLER | {"num_res_blocks": 2, "attention_levels": (4, 5)},
     "adm_imagenet64": _ADM
     | _fields_at(64)
@@ -77,15 +76,3 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
     "adm_classifier512": _CLASSIFIER | _fields_at(512),
 }
 PRESETS = (*UNET_PRESETS, *CLASSIFIER_PRESETS)
-
-
-def preset_fields(name: str) -> dict[str, Any]:
-    """Leaves of `model` for a published network: its fields that differ from the defaults.
-
-    Without `out_channels` and `condition_channels`, which follow from the data and the variance of a config.
-    Raises: ValueError for an unknown name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    fields = (UNET_PRESETS | CLASSIFIER_PRESETS)[name].items()
-    return {field: value for field, value in fields if field not in ("out_channels", "condition_channels")}

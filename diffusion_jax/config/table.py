@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,17 +25,18 @@ from diffusion_jax.config.values import (
 from diffusion_jax.metrics import METRICS
 
 __all__ = [
-    "CLASSIFIER_LEAVES",
+    "CLASSIFIER_DEFAULTS",
     "GROUPS",
     "LEAVES",
     "Leaf",
     "clips_by_default",
+    "defaults",
     "flatten",
     "identity_leaves",
     "is_classifier",
     "is_continuous",
+    "is_identity",
     "is_upsampler",
-    "reference",
     "resolve_clip",
 ]
 
@@ -116,8 +117,8 @@ MODEL: dict[str, Leaf] = {
     "kind": Leaf(
         "unet",
         Choice("unet", "mlp"),
-        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. An mlp has the leaves that are fields of "
-        "`models.MLP`, and the others must keep their defaults.",
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. The leaves of `model` that are not fields of "
+        "`models.MLP`, or of a classifier's `models.Classifier`, must keep their defaults.",
     ),
     "channels": Leaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": Leaf(
@@ -182,15 +183,6 @@ MODEL: dict[str, Leaf] = {
     ),
 }
 
-# The defaults of models.Classifier that differ from those of the U-Net: ADM's classifier of ImageNet at 128x128 pixels.
-_CLASSIFIER_DEFAULTS = CLASSIFIER_PRESETS["adm_classifier128"]
-_NOT_OF_CLASSIFIERS = ("kind", "label_dropout", "out_channels")
-CLASSIFIER_MODEL: dict[str, Leaf] = {
-    name: dataclasses.replace(leaf, default=_CLASSIFIER_DEFAULTS.get(name, leaf.default))
-    for name, leaf in MODEL.items()
-    if name not in _NOT_OF_CLASSIFIERS and not name.startswith("condition_")
-} | {"num_classes": Leaf(1000, Integer(2), "Number of classes.")}
-
 DIFFUSION: dict[str, Leaf] = {
     "schedule": Leaf("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
     "num_timesteps": Leaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
@@ -214,9 +206,7 @@ DIFFUSION: dict[str, Leaf] = {
         0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
     "weighting": Leaf("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
-    "timestep_sampler": Leaf(
-        "uniform", Choice(*timesteps.SAMPLERS, "loss_second_moment"), "Distribution of the timesteps of a batch."
-    ),
+    "timestep_sampler": Leaf("uniform", Choice(*timesteps.SAMPLERS), "Distribution of the timesteps of a batch."),
 }
 
 TRAINING: dict[str, Leaf] = {
@@ -469,24 +459,18 @@ GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
 }
 
 
-def _by_name(groups: Mapping[str, tuple[str, dict[str, Leaf]]]) -> dict[str, Leaf]:
-    return {
-        f"{group}.{name}" if group else name: leaf
-        for group, (_, leaves) in groups.items()
-        for name, leaf in leaves.items()
-    }
+LEAVES = {
+    f"{group}.{name}" if group else name: leaf for group, (_, leaves) in GROUPS.items() for name, leaf in leaves.items()
+}
+# The defaults of a classifier that differ: ADM's classifier of ImageNet at 128x128 pixels.
+CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
 
-
-LEAVES = _by_name(GROUPS)
-# With diffusion.loss=classify the config trains a classifier, whose network has other fields.
-CLASSIFIER_LEAVES = _by_name(GROUPS | {"model": ("The network: the fields of `models.Classifier`.", CLASSIFIER_MODEL)})
-
-# The leaves that decide the numbers of a run, so that a relaunch must not change them.
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
 _NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers", "precision")
 
 
-def _is_identity(name: str) -> bool:
+def is_identity(name: str) -> bool:
+    """Whether a leaf, group.leaf, decides the numbers of a run, so that a relaunch must not change it."""
     group, _, last = name.rpartition(".")
     return name in ("seed", "training.batch_size") or (group in _IDENTITY_GROUPS and last not in _NOT_IDENTITY)
 
@@ -502,9 +486,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of every leaf by its full name; a classifier (`diffusion.loss=classify`) has other defaults of `model`."""
+    loss = flatten(config).get("diffusion.loss")
+    is_classifier = isinstance(loss, str) and loss == "classify"
+    return {name: leaf.default for name, leaf in LEAVES.items()} | (CLASSIFIER_DEFAULTS if is_classifier else {})
+
+
 def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that must agree between the launches of one run, as {"group.leaf": value}."""
-    return {name: value for name, value in flatten(config).items() if name in LEAVES and _is_identity(name)}
+    return {name: value for name, value in flatten(config).items() if name in LEAVES and is_identity(name)}
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -531,46 +522,3 @@ def resolve_clip(config: Mapping[str, Any], group: str = "sampling") -> bool | s
     """The leaf `clip` of a group of a complete config; None follows the data."""
     clip = config[group]["clip"]
     return clips_by_default(config) if clip is None else clip
-
-
-_INTRODUCTION = """# Configuration
-
-A config is a nested mapping of leaves, `group.leaf`. An experiment of `configs/` differs from the defaults in some leaves,
-and so may any mapping:
-
-    from diffusion_jax import config, training
-
-    cfg = config.experiment("digits")                                   # or config.default(), DDPM on CIFAR-10
-    state, train_step = training.create({"data": {"dataset": "digits", "image_size": 8, "channels": 1}})
-
-`config.resolve(mapping)` completes a mapping with the defaults and checks it. On the command line,
-`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
-
-The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
-them. The others may change between launches.
-
-`make reference` writes this page from `config.reference()`.
-"""
-
-
-def reference() -> str:
-    """The reference of all leaves in Markdown: docs/reference/configuration.md."""
-    lines = [_INTRODUCTION]
-    for group, (description, leaves) in GROUPS.items():
-        lines += _group_lines(group, f"`{group}`" if group else "Leaves without a group", description, leaves)
-        if group == "model":
-            heading = "`model` of a classifier (`diffusion.loss=classify`)"
-            missing = ", ".join(f"`{name}`" for name in MODEL if name not in CLASSIFIER_MODEL)
-            text = f"The fields of `models.Classifier`: those of the U-Net, except {missing}."
-            lines += _group_lines(group, heading, text, CLASSIFIER_MODEL)
-    return "\n".join(lines)
-
-
-def _group_lines(group: str, heading: str, description: str, leaves: Mapping[str, Leaf]) -> Iterator[str]:
-    yield f"## {heading}\n\n{description}\n"
-    yield "| leaf | default | allowed | identity | description |\n|---|---|---|---|---|"
-    for name, leaf in leaves.items():
-        identity = "yes" if _is_identity(f"{group}.{name}" if group else name) else "no"
-        cells = (f"`{name}`", f"`{leaf.default!r}`", leaf.kind.allowed, identity, leaf.description)
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    yield ""

@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+_LARGEST = 2**31 - 1
+
+
 class ValueKind(Protocol):
     """The values that a leaf allows. allowed: a noun phrase that continues "must be"."""
 
@@ -109,7 +112,10 @@ class Boolean(Choice):
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number. minimum, maximum: included; above, below: excluded; None for no bound. whole: an int, otherwise a float."""
+    """A number. minimum, maximum: included; above, below: excluded; None for no bound. whole: an int, otherwise a float.
+
+    A whole number without a maximum must fit into 32 bits, as the numbers of training steps and of timesteps do.
+    """
 
     minimum: float | None = None
     maximum: float | None = None
@@ -130,9 +136,15 @@ class Number:
 
     def check(self, value: Any) -> float:
         value = _to_scalar(value)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral if self.whole else numbers.Real):
-            raise ValueError(f"write {int(value)}" if isinstance(value, float) and value.is_integer() else "")
-        number = int(value) if isinstance(value, numbers.Integral) and self.whole else float(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError
+        number = float(value)
+        if self.whole and self.maximum is None and _LARGEST < number < math.inf:
+            raise ValueError(f"the largest whole number is {_LARGEST}")
+        if self.whole:
+            if not isinstance(value, numbers.Integral):
+                raise ValueError(f"write {int(number)}" if number.is_integer() else "")
+            number = int(value)
         inside = (
             (math.isfinite(number) or not self.finite)
             and (self.minimum is None or number >= self.minimum)
@@ -146,10 +158,10 @@ class Number:
 
     def parse(self, text: str) -> float:
         try:
-            number = int(text) if self.whole and text.isdecimal() else float(text)  # a float has 53 bits
+            number = float(text)
         except ValueError:
             raise ValueError("write it as 10000 or 1e4" if self.whole else "write it as 0.5 or 2e-4") from None
-        return self.check(int(number) if self.whole and math.isfinite(number) and number == int(number) else number)
+        return self.check(int(number) if self.whole and number.is_integer() else number)
 
 
 Integer = partial(Number, whole=True)

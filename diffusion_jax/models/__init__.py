@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.config.presets import UNET_PRESETS, preset_fields
+from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
@@ -35,8 +35,9 @@ _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 def preset(name: str) -> UNet | Classifier:
     """A published network by name, one of the table in `config.presets`. Raises: ValueError for an unknown name."""
-    fields = preset_fields(name)
-    return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**fields)
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**CLASSIFIER_PRESETS[name])
 
 
 def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
@@ -67,8 +68,8 @@ def fields_of(model: _Network | type[_Network]) -> dict[str, Any]:
 def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
     """The network whose fields are the leaves of `config.model`, and the field `spatial_dims`, which no leaf gives.
 
-    kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. For an MLP the leaves that are
-    fields of the U-Net alone must have their defaults.
+    kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. Leaves that are fields of the
+    U-Net alone must have their defaults for another network.
     Raises: ValueError for a leaf that is not a field.
     """
     options: dict[str, Any] = {
@@ -80,13 +81,11 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
         kind = _KINDS[named]
     fields = fields_of(kind)
-    if kind is MLP:
-        unused = {name: default for name, default in fields_of(UNet).items() if name not in fields}
-        for name in unused.keys() & options.keys():
-            if options.pop(name) != unused[name]:
-                raise ValueError(
-                    f"model.{name}={config[name]!r} has no effect on an MLP (model.kind='mlp'); use {unused[name]!r}"
-                )
+    unused = {name: default for name, default in fields_of(UNet).items() if name not in fields}
+    for name in unused.keys() & options.keys():
+        if options.pop(name) != unused[name]:
+            network = "an MLP (model.kind='mlp')" if kind is MLP else "a classifier (diffusion.loss='classify')"
+            raise ValueError(f"model.{name}={config[name]!r} has no effect on {network}; use {unused[name]!r}")
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(

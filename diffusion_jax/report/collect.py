@@ -158,12 +158,11 @@ def _record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
     """{name: (value, default, description)} of the settings that differ from the defaults."""
-    leaves = configs.CLASSIFIER_LEAVES if configs.is_classifier(config) else configs.LEAVES
     values = _flatten(config)
     return {
-        name: (values[name], leaf.default, leaf.description)
-        for name, leaf in leaves.items()
-        if values[name] != _with_tuples(leaf.default)
+        name: (values[name], default, configs.LEAVES[name].description)
+        for name, default in configs.defaults(values).items()
+        if values[name] != _with_tuples(default)
     }
 
 

@@ -1,6 +1,6 @@
 """Samplers: pure functions from noise to images, and back.
 
-`driver` has the base class and the loop, `spacing` the choice of steps, and each other module a family of samplers.
+`driver` has the base class and the loop, `ancestral` and `solvers` the samplers, and `spacing` the choice of steps.
 `SAMPLERS` has the samplers of the config by name. An argument of a sampler that has the name of a setting
 `sampling.<name>` of a config is set by it.
 """
@@ -8,12 +8,9 @@
 import inspect
 from collections.abc import Callable
 
-from diffusion_jax.sampling import ancestral, exponential, runge_kutta
-from diffusion_jax.sampling.ancestral import ddim, ddpm, euler, euler_ancestral
+from diffusion_jax.sampling.ancestral import ddim, ddpm, encode, euler, euler_ancestral
 from diffusion_jax.sampling.driver import Denoised, Sampler, Stability, Step, StepFn, Trajectory, sample
-from diffusion_jax.sampling.exponential import deis, dpm_solver_pp, unipc
-from diffusion_jax.sampling.inversion import encode
-from diffusion_jax.sampling.runge_kutta import heun, plms, pndm
+from diffusion_jax.sampling.solvers import deis, dpm_solver_pp, heun, plms, pndm, unipc
 from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_error_growth, find_problem
 
 __all__ = [
@@ -44,16 +41,16 @@ __all__ = [
 ]
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
-    "ddpm": ancestral.ddpm,
-    "ddim": ancestral.ddim,
-    "euler": ancestral.euler,
-    "euler_ancestral": ancestral.euler_ancestral,
-    "heun": runge_kutta.heun,
-    "dpm_solver_pp": exponential.dpm_solver_pp,
-    "unipc": exponential.unipc,
-    "deis": exponential.deis,
-    "pndm": runge_kutta.pndm,
-    "plms": runge_kutta.plms,
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpm_solver_pp": dpm_solver_pp,
+    "unipc": unipc,
+    "deis": deis,
+    "pndm": pndm,
+    "plms": plms,
 }
 
 

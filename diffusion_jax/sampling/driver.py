@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
 from diffusion_jax.schedules import NoiseLevel, Schedule
-from diffusion_jax.types import Clip, DenoiseFn
+from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
 __all__ = [
     "Denoised",
@@ -36,17 +36,17 @@ __all__ = [
 
 
 class Denoised(NamedTuple):
-    """The network's prediction: x_0 after the clip, and the eps computed from it."""
+    """The network's prediction: x_0 after the clip, and eps, by default the one computed from this x_0."""
 
-    x_0: Float[Array, "B *shape"]
-    eps: Float[Array, "B *shape"]
+    x_0: Batch
+    eps: Batch
 
 
 class Step(NamedTuple):
     """The result of one step: x_{t-1}, the predicted x_0, and the sampler's state for the next step."""
 
-    x_prev: Float[Array, "B *shape"]
-    x_0: Float[Array, "B *shape"]
+    x_prev: Batch
+    x_0: Batch
     state: PyTree = ()
 
 
@@ -125,7 +125,7 @@ class Sampler:
         """The effect of errors; None if it is not known, so that no steps are refused."""
         return None
 
-    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> PyTree:
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
         """The state before the first of `num_steps` steps, a pytree of arrays; () for a sampler without a state."""
         return ()
 
@@ -134,7 +134,7 @@ class Sampler:
         key: Key[Array, ""],
         schedule: Schedule,
         denoise_fn: DenoiseFn,
-        x_t: Float[Array, "B *shape"],
+        x_t: Batch,
         t: Int[Array, ""],
         state: PyTree,
     ) -> Step:
@@ -150,42 +150,32 @@ class Sampler:
         return [(self.step, num_steps)]
 
     def denoise(
-        self, schedule: Schedule, denoise_fn: DenoiseFn, x_t: Float[Array, "B *shape"], t: Int[Array, ""]
+        self, schedule: Schedule, denoise_fn: DenoiseFn, x_t: Batch, t: Int[Array, ""], clipped_eps: bool = True
     ) -> Denoised:
-        """One network call at index t."""
+        """One network call at index t. clipped_eps: False keeps the network's own eps, where x_0 is clipped."""
         output, _ = process.split_variance(call_network(schedule, denoise_fn, x_t, t), x_t, self.variance)
         x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
-        return Denoised(x_0, process.to_eps(schedule, x_0, x_t, t, "x_0"))
+        source = (x_0, "x_0") if clipped_eps else (output, self.prediction)
+        return Denoised(x_0, process.to_eps(schedule, source[0], x_t, t, source[1]))
 
-    def denoise_between_steps(
-        self, schedule: Schedule, denoise_fn: DenoiseFn, x: Float[Array, "B *shape"], level: NoiseLevel
-    ) -> Denoised:
+    def denoise_between_steps(self, schedule: Schedule, denoise_fn: DenoiseFn, x: Batch, level: NoiseLevel) -> Denoised:
         """One network call at any noise level of the training grid. Raises: ValueError for the prediction x_prev."""
         time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * level.lam).astype(x.dtype))
         output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
         output, _ = process.split_variance(output, x, self.variance)
-        if self.prediction == "x_0":
-            x_0 = output
-        elif self.prediction == "v":  # like x_0, without a division by alpha, which may be 0
-            x_0 = level.alpha * x - level.sigma * output
-        else:
-            eps = process.eps_at(level.alpha, level.sigma, output, x, self.prediction)
-            x_0 = (x - level.sigma * eps) / level.alpha
-        x_0 = process.clip_x_0(x_0, self.clip)
+        x_0 = process.clip_x_0(process.x_0_at(level.alpha, level.sigma, output, x, self.prediction), self.clip)
         return Denoised(x_0, (x - level.alpha * x_0) / level.sigma)
 
 
 def call_network(
-    schedule: Schedule, denoise_fn: DenoiseFn, x_t: Float[Array, "B *shape"], t: Int[Array, ""]
+    schedule: Schedule, denoise_fn: DenoiseFn, x_t: Batch, t: Int[Array, ""]
 ) -> Float[Array, "B *output_shape"]:
     """The network's output at index t, in the dtype of x_t."""
     output = denoise_fn(x_t, jnp.full(x_t.shape[:1], schedule.at(t, x_t).time))
     return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
 
 
-def ddim_step(
-    denoised: Denoised, eps: Float[Array, "B *shape"], current: NoiseLevel, target: NoiseLevel
-) -> Float[Array, "B *shape"]:
+def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: NoiseLevel) -> Batch:
     """The step from one noise level to another along a direction eps: DDIM's eq. 12 for the network's own eps.
 
     (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps, written in terms of the network's own x_0 and eps, so that it is
@@ -226,39 +216,39 @@ def sample(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_T: Float[ArrayLike, "B *shape"],
+    x_T: BatchLike,
     sampler: Sampler,
     *,
     start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: Literal[False] = False,
     progress: Callable[[int], None] | None = None,
-) -> Float[Array, "B *shape"]: ...
+) -> Batch: ...
 @overload
 def sample(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_T: Float[ArrayLike, "B *shape"],
+    x_T: BatchLike,
     sampler: Sampler,
     *,
     start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: Literal[True] | Sequence[int] | Int[np.ndarray, "K"],
     progress: Callable[[int], None] | None = None,
-) -> tuple[Float[Array, "B *shape"], Trajectory]: ...
+) -> tuple[Batch, Trajectory]: ...
 def sample(
     key: Key[Array, ""],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
-    x_T: Float[ArrayLike, "B *shape"],
+    x_T: BatchLike,
     sampler: Sampler,
     *,
     start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: bool | np.bool_ | Sequence[int] | Int[np.ndarray, "K"] = False,
     progress: Callable[[int], None] | None = None,
-) -> Float[Array, "B *shape"] | tuple[Float[Array, "B *shape"], Trajectory]:
+) -> Batch | tuple[Batch, Trajectory]:
     """Draws x_0 from x_T with every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
 
     Outside of `jax.jit` every call compiles the loop again. Compile it once, with everything that changes as an argument:

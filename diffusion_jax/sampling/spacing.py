@@ -12,10 +12,10 @@ import numpy as np
 
 from diffusion_jax.sampling.driver import Sampler, Stability, check_sampler
 from diffusion_jax.schedules import Schedule, respace
+from diffusion_jax.schedules.respacing import DATA_STD
 
 __all__ = ["default_spacing", "find_blur", "find_error_growth", "find_problem"]
 
-_DATA_STD = 0.5
 _NETWORK_ERROR = 0.05  # of eps where there is much noise: that of a small trained network
 # By `Stability.order`: about the norm of Adams-Bashforth weights, (3/2, -1/2) and so on, which multiplies independent errors.
 _EXTRAPOLATION = {1: 1.0, 2: 1.7, 3: 2.4, 4: 3.7}
@@ -94,7 +94,7 @@ def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
 def find_blur(schedule: Schedule) -> str | None:
     """The reason why the last step blurs the samples of every sampler, or None. schedule: not traced."""
     sigma = _noise_levels(schedule)[-1:]
-    if not sigma.size or sigma[0] <= 2 * _DATA_STD:
+    if not sigma.size or sigma[0] <= 2 * DATA_STD:
         return None
     return f"the last step removes noise of {sigma[0]:.3g} times the data at once, which blurs the samples"
 
@@ -129,11 +129,11 @@ def _noise_levels(schedule: Schedule) -> np.ndarray:
 def _step_errors(stability: Stability, sigma: np.ndarray) -> np.ndarray:
     """The relative error of each step from sigma[i] to sigma[i + 1], with exact previous values; [len(sigma) - 1]."""
     high, low = sigma[:-1], sigma[1:]
-    spread = np.hypot(_DATA_STD, sigma)  # x / alpha along the exact flow
-    x_0, eps = _DATA_STD**2 / spread, sigma / spread
+    spread = np.hypot(DATA_STD, sigma)  # x / alpha along the exact flow
+    x_0, eps = DATA_STD**2 / spread, sigma / spread
     if stability.along_eps:
         euler = spread[:-1] + (low - high) * eps[:-1]
-        predicted = spread[:-1] + (low - high) / 2 * (eps[:-1] + low / np.hypot(_DATA_STD, low) ** 2 * euler)
+        predicted = spread[:-1] + (low - high) / 2 * (eps[:-1] + low / np.hypot(DATA_STD, low) ** 2 * euler)
     else:  # DPM-Solver++ 2M; the others extrapolate in the same way
         h = np.log(high / low)
         previous_h = np.append(np.inf, h[:-1])  # the first step does not extrapolate

@@ -9,9 +9,16 @@ time (float, the unit the network was trained on) is `schedule.timesteps[t]` and
 `at = schedule.at(t, x)` has the values of index t in a shape that multiplies x: at.alpha * x_0 + at.sigma * eps is x_t.
 """
 
-from diffusion_jax.schedules.beta_schedules import SCHEDULES, betas
 from diffusion_jax.schedules.respacing import SPACINGS, respace
-from diffusion_jax.schedules.schedule import NoiseLevel, Schedule, ScheduleStep, cast_table, from_betas
+from diffusion_jax.schedules.schedule import (
+    SCHEDULES,
+    NoiseLevel,
+    Schedule,
+    ScheduleStep,
+    betas,
+    cast_table,
+    from_betas,
+)
 
 __all__ = [
     "SCHEDULES",

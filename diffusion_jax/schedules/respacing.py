@@ -9,7 +9,7 @@ from jaxtyping import Num
 
 from diffusion_jax.schedules.schedule import Schedule, from_tables
 
-__all__ = ["SPACINGS", "respace"]
+__all__ = ["DATA_STD", "SPACINGS", "respace"]
 
 
 def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
@@ -50,7 +50,7 @@ _INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
-_DATA_STD = 0.5  # of images in [-1, 1], roughly (EDM's sigma_data)
+DATA_STD = 0.5  # of images in [-1, 1], roughly (EDM's sigma_data)
 
 
 def _karras(position, sigma_min, sigma_max):
@@ -62,8 +62,8 @@ def _uniform_log_snr(position, sigma_min, sigma_max):
 
 
 def _uniform_angle(position, sigma_min, sigma_max):
-    low, high = np.arctan(sigma_min / _DATA_STD), np.arctan(sigma_max / _DATA_STD)
-    return _DATA_STD * np.tan(high + position * (low - high))
+    low, high = np.arctan(sigma_min / DATA_STD), np.arctan(sigma_max / DATA_STD)
+    return DATA_STD * np.tan(high + position * (low - high))
 
 
 # Spacings of sigma = sqrt((1 - alpha_bar) / alpha_bar), from the noisiest (position 0) to the cleanest (position 1).
@@ -116,41 +116,15 @@ def _spaced_log_alpha_bar(schedule: Schedule, count: int, spacing: str) -> np.nd
             f"spacing {spacing!r} needs a finite noise level at the end, but alpha_bar ends at 0; use 'trailing', or leave "
             "the last step out"
         )
-    alpha_bar, one_minus_alpha_bar = (values[[0, -1]] for values in _precise_alpha_bar(schedule))
-    sigma_min, sigma_max = np.sqrt(one_minus_alpha_bar / alpha_bar)
+    alpha_bar = schedule.alpha_bar[[0, -1]]
+    sigma_min, sigma_max = np.sqrt((1 - alpha_bar) / alpha_bar)
     sigma = _SIGMA_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1]
     return -np.log1p(sigma**2)
 
 
-def _precise_alpha_bar(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha_bar, 1 - alpha_bar), float64 [T].
-
-    If the tables are float32, as those of a schedule that jit returned, both are computed from the SNR, which loses no digits
-    at either end.
-    """
-    alpha_bar = np.asarray(schedule.alpha_bar)
-    if alpha_bar.dtype == np.float64:
-        return alpha_bar, 1 - alpha_bar
-    snr = np.asarray(schedule.snr, np.float64)
-    return snr / (1 + snr), 1 / (1 + snr)
-
-
-def _respaced_betas(schedule: Schedule, indices: np.ndarray, alpha_bar: np.ndarray) -> np.ndarray:
-    """1 - alpha_bar_i / alpha_bar_{i-1} of the selected steps.
-
-    With float32 tables the quotient has lost its digits, so the skipped betas are multiplied instead.
-    """
-    if np.asarray(schedule.alpha_bar).dtype == np.float64:
-        return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    betas = np.asarray(schedule.betas, np.float64)
-    starts = np.append(0, indices[:-1] + 1)
-    return np.array([1 - np.prod(1 - betas[a : b + 1]) for a, b in zip(starts, indices, strict=True)])
-
-
 def _interpolated_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
     """(timesteps, log alpha_bar), float64 [S], if `steps` lie between the schedule's own; None if `steps` are indices."""
-    grid_timesteps = np.asarray(schedule.grid_timesteps, np.float64)
-    grid_log_alpha_bar = np.asarray(schedule.grid_log_alpha_bar, np.float64)
+    grid_timesteps, grid_log_alpha_bar = schedule.grid_timesteps, schedule.grid_log_alpha_bar
     if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
         log_alpha_bar = _spaced_log_alpha_bar(schedule, steps, spacing)
         return np.interp(log_alpha_bar, grid_log_alpha_bar[::-1], grid_timesteps[::-1]), log_alpha_bar
@@ -193,12 +167,16 @@ def respace(
       spacing: only for an int; strings and explicit steps define their own.
 
     Returns: a Schedule of these steps with beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
-      schedule's, or interpolated as in `Schedule.log_snr`. For a schedule with float32 tables (one that a jitted function
-      returned) betas have float32 precision, and less where network times are close to each other.
+      schedule's, or interpolated as in `Schedule.log_snr`.
     Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
       repeated step, an unknown spacing, a spacing for steps that are not an int, one step of "leading", "linspace" or
-      "quadratic", or one of the last three spacings if alpha_bar ends at 0.
+      "quadratic", one of the last three spacings if alpha_bar ends at 0, or tables that are not float64.
     """
+    if not isinstance(schedule.alpha_bar, np.ndarray) or schedule.alpha_bar.dtype != np.float64:
+        raise ValueError(
+            "respace needs the float64 tables of a schedule, and a jitted function has rounded or traced them; respace the "
+            "schedule outside of jax.jit"
+        )
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
     if spacing is not None and (isinstance(steps, str) or np.ndim(steps) > 0):
@@ -218,9 +196,9 @@ def respace(
         indices = _select_indices(steps, spacing, total)
         if indices[0] < 0 or indices[-1] >= total:
             raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
-        timesteps = np.asarray(schedule.timesteps, np.float64)[indices]
-        alpha_bar, one_minus_alpha_bar = (values[indices] for values in _precise_alpha_bar(schedule))
-        betas = _respaced_betas(schedule, indices, alpha_bar)
+        timesteps, alpha_bar = schedule.timesteps[indices], schedule.alpha_bar[indices]
+        one_minus_alpha_bar = 1 - alpha_bar
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
     repeated = timesteps[1:][np.diff(timesteps) <= 0]
     if repeated.size:
         raise ValueError(
@@ -231,6 +209,6 @@ def respace(
         one_minus_alpha_bar,
         betas,
         timesteps,
-        grid_timesteps=np.asarray(schedule.grid_timesteps, np.float64),
-        grid_log_alpha_bar=np.asarray(schedule.grid_log_alpha_bar, np.float64),
+        grid_timesteps=schedule.grid_timesteps,
+        grid_log_alpha_bar=schedule.grid_log_alpha_bar,
     )

@@ -20,7 +20,6 @@ from clu.metrics import Average
 from diffusion_jax import models, timesteps
 
 __all__ = [
-    "IMPORTANCE_SAMPLER",
     "QUARTERS",
     "Network",
     "TrainState",
@@ -37,8 +36,6 @@ __all__ = [
 ]
 
 Network = models.UNet | models.MLP | models.Classifier
-
-IMPORTANCE_SAMPLER = "loss_second_moment"
 
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -97,7 +94,7 @@ def initial_state(
     params = initial_params(jax.random.key(seed), model, shape)
     window = empty_window(metric_names(diffusion["loss"]))
     history = None
-    if diffusion["timestep_sampler"] == IMPORTANCE_SAMPLER:
+    if timesteps.needs_history(diffusion["timestep_sampler"]):
         history = timesteps.loss_history(diffusion["num_timesteps"])
     ema_params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), window, history)

@@ -107,10 +107,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         if low_resolution:
             condition = _small_image(key_low, x_0, low_resolution, max_noise)
-        if history is None:
-            timestep_sampler = timesteps.SAMPLERS[sampler_name]
-        else:
-            timestep_sampler = timesteps.loss_second_moment(history)
+        timestep_sampler = timesteps.sampler_by_name(sampler_name, history)
 
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()

@@ -32,7 +32,8 @@ def test_draws_are_one_line_each_at_different_places_and_stay_when_other_lines_c
     assert kept == [mutant.source for mutant in many]
 
 
-def test_equivalent_mutants_are_recorded_by_their_lines_which_exist():
+def test_every_file_has_tests_and_equivalent_mutants_are_recorded_by_their_lines():
+    assert all(mutants.package_files(mutants.ROOT))
     diff = "--- a/x\n+++ b/x\n@@ -1 +1 @@\n-    return a * b\n+    return a / b"
     reasons = {("x.py", "return a * b", "return a / b"): "b is 1."}
     mutant = mutant_drawing.Mutant("x.py", "", "", diff)

@@ -1,7 +1,5 @@
 """The table of leaves: every leaf refuses a wrong type and a wrong value, and the table agrees with what reads it."""
 
-import dataclasses
-
 import pytest
 
 from diffusion_jax import config, models, sampling
@@ -44,18 +42,14 @@ def test_every_leaf_refuses_a_wrong_type_and_a_wrong_value(name):
 
 def test_the_model_leaves_are_the_fields_of_the_networks():
     """Besides `kind`, the class, and `spatial_dims`, which follows from the data."""
-    defaults = []
-    for network, leaves in ((models.UNet, config.LEAVES), (models.Classifier, config.CLASSIFIER_LEAVES)):
-        fields = {field.name: field.default for field in dataclasses.fields(network)}
-        stored = {name.removeprefix("model."): leaf for name, leaf in leaves.items() if name.startswith("model.")}
-        defaults.append({name: leaf.default for name, leaf in stored.items()})
-        assert {name: fields[name] for name in fields.keys() - {"parent", "name", "spatial_dims"}} == {
-            name: value for name, value in defaults[-1].items() if name != "kind"
-        }
-    mlp = {
-        field.name: field.default for field in dataclasses.fields(models.MLP) if field.name not in ("parent", "name")
+    for network, loss in ((models.UNet, "simple"), (models.MLP, "simple"), (models.Classifier, "classify")):
+        fields = models.fields_of(network)
+        fields.pop("spatial_dims", None)
+        defaults = config.defaults({"diffusion": {"loss": loss}})
+        assert fields == {name: defaults[f"model.{name}"] for name in fields}
+    assert {f"model.{name}" for name in ["kind", *models.fields_of(models.UNet)]} - {"model.spatial_dims"} == {
+        name for name in config.LEAVES if name.startswith("model.")
     }
-    assert mlp == {name: defaults[0][name] for name in mlp}
 
 
 def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():

@@ -4,6 +4,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import default
+from helpers.configs import small_run
 
 SHAPES = {"vectors": (3,), "series": (8, 2), "field": (6, 8, 5), "volume": (4, 4, 4, 1)}
 
@@ -18,12 +19,7 @@ def array_config(kind, data_dir, **overrides) -> ConfigDict:
     else:
         config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
         config.model.attention_levels = ()
-    config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
-    config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2)
-    config.optimizer.warmup_steps = 0
-    config.evaluation.num_samples = 0
-    config.update_from_flattened_dict(overrides)
-    return config
+    return small_run(config, **overrides)
 
 
 def examples(kind, count=24, seed=0):

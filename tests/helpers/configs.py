@@ -25,15 +25,20 @@ def digits_config() -> ConfigDict:
     return experiment("digits")
 
 
-def tiny_config(**overrides):
-    config = experiment("digits")
-    config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+def small_run(config, **overrides):
+    """The config with four steps, few samples and no metrics of samples."""
     config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
     config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
     config.optimizer.warmup_steps = 0
     config.evaluation.num_samples = 0
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def tiny_config(**overrides):
+    config = experiment("digits")
+    config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+    return small_run(config, **overrides)
 
 
 def a_batch(config, key=0, batch_size=None):

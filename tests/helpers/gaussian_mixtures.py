@@ -11,13 +11,14 @@ M, S2 = 0.3, 0.25
 MEANS, VARIANCES, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.05, 0.1]), np.array([0.4, 0.6])
 
 
-def as_prediction(eps, x, alpha, sigma, prediction):
-    """The output of a network of that prediction where the noise is `eps`."""
-    x_0 = (x - sigma * eps) / alpha
+def as_prediction(eps, x, alpha, sigma, prediction, x_0=None):
+    """The output of a network of that prediction where the noise is `eps`; x_0 is given where alpha may be 0."""
+    x_0 = (x - sigma * eps) / alpha if x_0 is None else x_0
     return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma}[prediction]
 
 
-def _alpha_sigma(time, schedule):
+def levels(time, schedule=FULL):
+    """(alpha, sigma) [B, 1] at network times."""
     log_snr = schedule.log_snr(time)[:, None]
     return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
@@ -26,24 +27,24 @@ def gaussian(prediction="eps", schedule=FULL):
     """N(M, S2) in every dimension; x [B, D]."""
 
     def denoise_fn(x, time):
-        alpha, sigma = _alpha_sigma(time, schedule)
+        alpha, sigma = levels(time, schedule)
         eps = sigma * (x - alpha * M) / (alpha**2 * S2 + sigma**2)
         return as_prediction(eps, x, alpha, sigma, prediction)
 
     return denoise_fn
 
 
-def mixture(prediction="eps", schedule=FULL):
+def mixture(prediction="eps", schedule=FULL, variances=VARIANCES):
     """Two Gaussians in every dimension, each on its own; x [B, D]."""
 
     def denoise_fn(x, time):
-        alpha, sigma = _alpha_sigma(time, schedule)
+        alpha, sigma = levels(time, schedule)
         # Copies in NumPy: JAX keeps the float32 copy of an array and reuses it after x64 is switched on.
-        means, variances, log_weights = (values.astype(alpha.dtype) for values in (MEANS, VARIANCES, np.log(WEIGHTS)))
+        means, spreads, log_weights = (values.astype(alpha.dtype) for values in (MEANS, variances, np.log(WEIGHTS)))
         away = x[..., None] - alpha[..., None] * means
-        spread = alpha[..., None] ** 2 * variances + sigma[..., None] ** 2
+        spread = alpha[..., None] ** 2 * spreads + sigma[..., None] ** 2
         weights = jax.nn.softmax(log_weights - 0.5 * jnp.log(spread) - 0.5 * away**2 / spread, axis=-1)
-        eps = sigma * (weights * away / spread).sum(-1)
-        return as_prediction(eps, x, alpha, sigma, prediction)
+        x_0 = (weights * (means + alpha[..., None] * spreads / spread * away)).sum(-1)
+        return as_prediction(sigma * (weights * away / spread).sum(-1), x, alpha, sigma, prediction, x_0)
 
     return denoise_fn

@@ -1,4 +1,4 @@
-"""Steps of the solvers against float64 NumPy, with the noise of the sampler itself: the first, the last, those to x_0."""
+"""Steps of the solvers against float64 NumPy, with the noise of the sampler itself, and against numbers of diffusers."""
 
 import jax
 import jax.numpy as jnp
@@ -182,3 +182,40 @@ def test_the_last_step_returns_the_predicted_x_0(name, order, lower_order_final,
     x_0, kept = walk(sampler, 2 * order - 1, trajectory=True)  # its last step would end a group
     # UniPC corrects the x before, but its last step starts from the corrected one and predicts with the same x_0.
     np.testing.assert_allclose(x_0, kept.x_0[-1], rtol=1e-9)
+
+
+SAMPLE = (np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2).astype(np.float32)
+LINSPACE = np.round(np.linspace(0, 999, 11)).astype(int)
+FULL_ORDER = {"clip": False, "lower_order_final": False}
+# diffusers' tests of its schedulers: (sampler, the levels that are walked, mean of |x| at the level of index 0). With
+# Karras's and Lu's levels diffusers ends there twice.
+PUBLISHED = {
+    "2M": (sampling.dpm_solver_pp(2, **FULL_ORDER), (LINSPACE,), 0.3301),
+    "2M v": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (LINSPACE,), 0.2251),
+    "2M v karras": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (10, "karras"), 0.2096),
+    "2M v lu": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (10, "log_snr"), 0.1554),
+    "singlestep": (sampling.dpm_solver_pp(2, singlestep=True, **FULL_ORDER), (LINSPACE,), 0.2791),
+    "UniPC": (sampling.unipc(2, clip=False), (LINSPACE,), 0.2464),
+    "DEIS": (sampling.deis(2, clip=False), (LINSPACE,), 0.23916),
+    "PNDM": (sampling.pndm(clip=False), (10, "leading"), 0.2580),
+}
+
+
+def dummy_model(x, time):
+    return x * (time / (time + 1)).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_solvers_agree_with_published_numbers(name):
+    sampler, steps, mean = PUBLISHED[name]
+    x = sampling.sample(KEY, schedules.respace(FULL, *steps), dummy_model, SAMPLE, sampler, final_step=False)
+    assert abs(np.abs(x).mean() - mean) < 1e-3
+
+
+@pytest.mark.parametrize(("prediction", "total", "inverse"), [("eps", 172.0067, 671.6816), ("v", 52.5302, 1394.2185)])
+def test_ddim_and_its_inverse_agree_with_published_numbers(prediction, total, inverse):
+    schedule = schedules.respace(FULL, 10, "leading")
+    sampler = sampling.ddim(prediction=prediction, clipped_eps=False)
+    x_0 = sampling.sample(KEY, schedule, dummy_model, SAMPLE, sampler)
+    x_T = sampling.encode(schedule, dummy_model, SAMPLE, prediction=prediction, clip=True)
+    assert abs(np.abs(x_0).sum() - total) < 1e-2 and abs(np.abs(x_T).sum() - inverse) < 1e-2

@@ -149,29 +149,6 @@ def test_every_solver_from_pure_noise(name):
         sampling.sample(KEY, schedule, network, x_T, MAKERS[name]())
 
 
-@pytest.mark.parametrize("prediction", ["v", "x_0"])
-def test_noise_levels_between_steps_include_pure_noise(prediction):
-    """x_0 there needs no division by alpha, and neither does its gradient."""
-    zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
-    network = lambda x, time: 0.3 * x + 0.1  # noqa: E731
-    x = jnp.array([[0.5, -1.0]])
-
-    def x_0(x, alpha):
-        level = schedules.NoiseLevel(alpha, jnp.sqrt(1 - alpha**2), jnp.float32(-40.0))
-        return sampling.Sampler(prediction=prediction, clip=False).denoise_between_steps(zero, network, x, level).x_0
-
-    for alpha in (0.0, 1e-30, 0.6):
-        alpha = jnp.float32(alpha)
-        expected = network(x, 0)
-        if prediction == "v":
-            expected = alpha * x - jnp.sqrt(1 - alpha**2) * expected
-        np.testing.assert_allclose(x_0(x, alpha), expected, rtol=1e-6)
-        slope = jax.grad(lambda x, alpha=alpha: x_0(x, alpha).sum())(x)
-        np.testing.assert_allclose(
-            slope, 0.3 if prediction == "x_0" else alpha - 0.3 * jnp.sqrt(1 - alpha**2), rtol=1e-6
-        )
-
-
 @pytest.mark.whole
 def test_learned_variances_do_not_change_deterministic_solvers():
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jax.random.normal(KEY, (3, 2))
@@ -223,8 +200,6 @@ def test_start_final_step_and_progress():
     run(x_T).block_until_ready()
     jax.effects_barrier()
     assert sorted(seen) == list(range(1, 21))
-    quiet = jax.make_jaxpr(lambda x: sampling.sample(KEY, schedule, mixture(), x, sampler))(x_T)
-    assert "callback" not in str(quiet)
 
 
 @pytest.mark.whole
@@ -252,7 +227,6 @@ def test_solvers_refuse_wrong_options():
         ("churn", np.inf),
         ("churn_noise", -1),
         ("churn_range", (5, 1)),
-        ("churn_range", 1),
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(str(bad))}"):
             sampling.heun(**{name: bad})

@@ -76,7 +76,7 @@ def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
         ({"diffusion.loss": "hybrid"}, "use learned_range"),
         ({"diffusion.loss": "vlb", "diffusion.weighting": "snr"}, "is for L_simple"),
         ({"model.num_groups": 3}, "num_groups=3"),
-        ({"diffusion.loss": "classify"}, "unknown leaf model.condition_channels: the model of a classifier"),
+        ({"diffusion.loss": "classify"}, "num_classes=0: a classifier needs at least 2 classes"),
     ],
 )
 def test_configs_that_cannot_be_built(overrides, words):

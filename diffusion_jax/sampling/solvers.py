@@ -1,34 +1,38 @@
-"""Exponential integrators in lambda = log(alpha / sigma): DPM-Solver++, UniPC and DEIS.
+"""Solvers of the probability-flow ODE and of the reverse SDE: DPM-Solver++, UniPC, DEIS, Heun's method and PNDM.
 
-They solve the linear part of the probability-flow ODE exactly and interpolate the network's prediction, a smooth function of
-lambda, through its last values. From lambda to lambda' = lambda + h, with D the x_0 prediction,
+DPM-Solver++, UniPC and DEIS are exponential integrators in lambda = log(alpha / sigma): they solve the linear part exactly
+and interpolate the network's prediction, a smooth function of lambda, through its last values. From lambda to
+lambda' = lambda + h, with D the x_0 prediction,
 
     x' = (sigma'/sigma) x + alpha' int_0^h e^{-(h - u)} D(lambda + u) du            (DPM-Solver++ eq. 9; UniPC)
     x' = (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du             (DPM-Solver eq. 3.4; DEIS)
 
-Each method here is one choice of polynomial, whose order is at most the number of values so far. The step to x_0 is of
-order 1: it returns the predicted x_0.
+Each of these methods is one choice of polynomial, whose order is at most the number of values so far. The step to x_0 is of
+order 1: it returns the predicted x_0. Their common options: `order`, 1 to 3; `lower_order_final`, True for at most order n in
+the n-th step from the end, which is necessary with few steps; `prediction`, `variance` and `clip` as `Sampler`. All raise
+ValueError for another order.
 
-Common options: `order`, 1 to 3; `lower_order_final`, True for at most order n in the n-th step from the end, which is
-necessary with few steps; `prediction`, `variance` and `clip` as `Sampler`. All raise ValueError for another order.
+Heun's method and PNDM make several network calls in some steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, PyTree
+from jaxtyping import Array, Int, Int32, PyTree
 
-from diffusion_jax.sampling.driver import Sampler, Stability, Step
-from diffusion_jax.schedules import NoiseLevel, Schedule
-from diffusion_jax.types import Clip  # noqa: F401  # an annotation of the inherited __init__
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, StepFn, ddim_step
+from diffusion_jax.schedules import NoiseLevel, Schedule, cast_table
+from diffusion_jax.types import Batch, Clip
 
-__all__ = ["History", "choose", "deis", "dpm_solver_pp", "empty_history", "push", "unipc"]
+__all__ = ["deis", "dpm_solver_pp", "heun", "plms", "pndm", "unipc"]
 
 
 class History(NamedTuple):
@@ -36,16 +40,16 @@ class History(NamedTuple):
 
     steps_taken: Int32[Array, ""]
     steps_left: Int32[Array, ""]
-    values: tuple[Float[Array, "B *shape"], ...]
+    values: tuple[Batch, ...]
     extra: PyTree = ()
 
 
-def empty_history(x_T: Float[Array, "B *shape"], num_steps: int, num_values: int, extra: PyTree = ()) -> History:
+def empty_history(x_T: Batch, num_steps: int, num_values: int, extra: PyTree = ()) -> History:
     """The history before the first of `num_steps` steps."""
     return History(jnp.int32(0), jnp.int32(num_steps), (jnp.zeros_like(x_T),) * num_values, extra)
 
 
-def push(history: History, value: Float[Array, "B *shape"], extra: PyTree = ()) -> History:
+def push(history: History, value: Batch, extra: PyTree = ()) -> History:
     """The history after a step with this prediction."""
     values = (value, *history.values)[: len(history.values)]
     return History(history.steps_taken + 1, history.steps_left - 1, values, extra)
@@ -68,8 +72,13 @@ class _Multistep(Sampler):
     def stability(self) -> Stability:
         return Stability(self.order)
 
-    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         return empty_history(x_T, num_steps, self.order - 1)
+
+    def _step_order(self, history: History, t: Int[Array, ""]) -> Int[Array, ""]:
+        """The order of this step: at most the option, the number of values so far, and the number of steps left."""
+        order = jnp.minimum(self.order, history.steps_taken + 1)
+        return jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(t > 0, order, 1)
 
 
 def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]:
@@ -78,12 +87,6 @@ def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]
     Those above T - 1 are the level of T - 1: they belong to steps before the first, whose values are unused.
     """
     return [schedule.at(jnp.minimum(t + i, schedule.num_timesteps - 1), x).level for i in range(count)]
-
-
-def _step_order(max_order: int, history: History, t, lower_order_final: bool) -> jax.Array:
-    """The order of this step, int []: limited by `max_order`, the values so far and the steps left."""
-    order = jnp.minimum(max_order, history.steps_taken + 1)
-    return jnp.minimum(order, history.steps_left) if lower_order_final else jnp.where(t > 0, order, 1)
 
 
 def _slopes(values, gaps):
@@ -104,7 +107,7 @@ def _gaps(nodes):
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
 
-def choose(index: Int[Array, ""], candidates: list[Float[Array, "B *shape"]]) -> Float[Array, "B *shape"]:
+def choose(index: Int[Array, ""], candidates: list[Batch]) -> Batch:
     """candidates[index], with all of them computed, because a branch makes an accelerator wait for the host."""
     return jax.lax.select_n(index, *candidates)
 
@@ -143,11 +146,8 @@ class dpm_solver_pp(_Multistep):
 
     @property
     def stability(self) -> Stability:
-        if self.singlestep or (self.sde and self.order == 3):
-            limit = 0.1 if self.order == 3 else None
-        else:
-            limit = 0.3 if self.order > 1 else None
-        return Stability(self.order, eta=float(self.sde), limit=limit)
+        limits = (None, None, 0.1) if self.singlestep else (None, 0.3, 0.1 if self.sde else 0.3)
+        return Stability(self.order, eta=float(self.sde), limit=limits[self.order - 1])
 
     @property
     def _rate(self) -> float:
@@ -180,7 +180,7 @@ class dpm_solver_pp(_Multistep):
         if not self.singlestep:
             nodes = _levels(schedule, t, x_t, order)
             drifts = [self._integral(current, target, values[:n], nodes[:n]) for n in range(1, order + 1)]
-            drift = choose(_step_order(order, state, t, self.lower_order_final) - 1, drifts)
+            drift = choose(self._step_order(state, t) - 1, drifts)
             return Step(x_scale * x_t + drift + noise, x_0, push(state, x_0))
 
         x_first, path = state.extra
@@ -197,7 +197,7 @@ class dpm_solver_pp(_Multistep):
         x_prev = choose(position, [from_first(n) for n in range(1, order + 1)]) + path
         return Step(x_prev, x_0, push(state, x_0, (x_first, path)))
 
-    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         extra = (x_T, jnp.zeros_like(x_T)) if self.singlestep else ()
         return empty_history(x_T, num_steps, self.order - 1, extra)
 
@@ -222,7 +222,7 @@ class deis(_Multistep):
             return target.sigma * (first * slope + (first - h**2 / 2) * curve)
 
         changes = [jnp.zeros_like(x_t), *(higher_order_terms(n) for n in range(2, self.order + 1))]
-        change = choose(_step_order(self.order, state, t, self.lower_order_final) - 1, changes)
+        change = choose(self._step_order(state, t) - 1, changes)
         x_prev = target.alpha * denoised.x_0 + target.sigma * denoised.eps - change
         return Step(x_prev, denoised.x_0, push(state, denoised.eps))
 
@@ -283,7 +283,7 @@ class unipc(_Multistep):
             return self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)
 
         corrected = choose(last_order, [x_t, *map(correct, range(1, order + 1))])
-        step_order = _step_order(order, state, t, self.lower_order_final)
+        step_order = self._step_order(state, t)
         values = (x_0, *state.values)
 
         def predict(p):
@@ -292,6 +292,180 @@ class unipc(_Multistep):
         x_prev = choose(step_order - 1, [*map(predict, range(1, order + 1))])
         return Step(x_prev, x_0, push(state, x_0, (corrected, step_order)))
 
-    def init_state(self, schedule: Schedule, x_T: Float[Array, "B *shape"], num_steps: int) -> History:
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         # One value more than a predictor needs, because the corrector starts from the previous step.
         return empty_history(x_T, num_steps, self.order, (x_T, jnp.int32(0)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class heun(Sampler):
+    """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
+
+    Two network calls for each step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's. It fails on steps
+    over many octaves of sigma, such as the first ones of a cosine schedule: respace with "karras" or "log_snr".
+
+    churn: S_churn; above 0 each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
+      1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the training grid, with fresh noise of
+      S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
+    prediction, variance, clip: as `Sampler`; with churn not "x_prev".
+    Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
+    """
+
+    churn: float | np.floating = 0.0
+    churn_range: tuple[float, float] = (0.0, float("inf"))
+    churn_noise: float | np.floating = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.churn < float("inf"):
+            raise ValueError(f"churn must be a number of at least 0, got {self.churn}")
+        if not 0 <= self.churn_noise < float("inf"):
+            raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
+        low, high = map(float, self.churn_range)
+        if not low <= high:
+            raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range!r}")
+        object.__setattr__(self, "churn_range", (low, high))
+
+    @property
+    def is_stochastic(self) -> bool:
+        return bool(self.churn > 0)
+
+    @property
+    def calls_between_steps(self) -> bool:
+        return bool(self.churn > 0)
+
+    @property
+    def stability(self) -> Stability:
+        return Stability(order=2, along_eps=True, limit=0.5)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        return self._step(t > 0, key, schedule, denoise_fn, x_t, t, state)
+
+    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        last = int(final_step)
+        return [(functools.partial(self._step, True), num_steps - last), (functools.partial(self._step, False), last)]
+
+    def _step(self, corrected: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        """A step with its second network call, or Euler's."""
+        at = schedule.at(t, x_t)
+        current, target = at.level, at.previous
+        if self.churn:
+            x_t, current = self._add_churn(key, schedule, x_t, current)
+            denoised = self.denoise_between_steps(schedule, denoise_fn, x_t, current)
+        else:
+            denoised = self.denoise(schedule, denoise_fn, x_t, t)
+        euler = ddim_step(denoised, denoised.eps, current, target)
+
+        def heun():
+            endpoint = self.denoise(schedule, denoise_fn, euler, t - 1)
+            return ddim_step(denoised, (denoised.eps + endpoint.eps) / 2, current, target)
+
+        return Step(_cond(corrected, heun, lambda: euler), denoised.x_0)
+
+    def _add_churn(self, key, schedule, x_t, current: NoiseLevel):
+        """x_t with fresh noise, and its noise level."""
+        alpha = jnp.maximum(current.alpha, 1e-10)  # x_t is pure noise below
+        sigma = current.sigma / alpha
+        raised = sigma * (1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1))
+        highest = jnp.exp(-schedule.log_snr(cast_table(schedule.grid_timesteps, x_t.dtype)[-1]) / 2)
+        inside = (self.churn_range[0] <= sigma) & (sigma <= self.churn_range[1])
+        raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
+        added = self.churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma))
+        noise = added * jax.random.normal(key, x_t.shape, x_t.dtype)
+        target = NoiseLevel.at_log_snr(-2 * jnp.log(raised))
+        return target.alpha * (x_t / alpha + noise), target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class pndm(Sampler):
+    """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, 55/24, -59/24, 37/24, -9/24 (F-PNDM).
+
+    Of second order for steps that are uniform in network time ("leading", "linspace"); like `heun` it fails on steps over
+    many octaves of sigma.
+
+    runge_kutta: the first three steps have four network calls each, two of them at the midpoint; False starts with the lower
+      orders instead, with one call for each step and two in the first (PLMS).
+    prediction, variance, clip: as `Sampler`; not "x_prev" with `runge_kutta`.
+    """
+
+    runge_kutta: bool = True
+
+    @property
+    def calls_between_steps(self) -> bool:
+        return self.runge_kutta
+
+    @property
+    def stability(self) -> Stability:
+        return Stability(order=4, along_eps=True, limit=0.5)
+
+    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        starting = (t > 0) & (state.steps_taken < self._num_starting)
+        return self._step(starting, key, schedule, denoise_fn, x_t, t, state)
+
+    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        starting = min(self._num_starting, num_steps - final_step)
+        return [
+            (functools.partial(self._step, True), starting),
+            (functools.partial(self._step, False), num_steps - starting),
+        ]
+
+    @property
+    def _num_starting(self) -> int:
+        """The number of first steps with further network calls."""
+        return 3 if self.runge_kutta else 1
+
+    def _step(self, starting: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
+        """A step with further network calls, or along a mean of the last eps."""
+        at = schedule.at(t, x_t)
+        current, target = at.level, at.previous
+        denoised = self.denoise(schedule, denoise_fn, x_t, t)
+        e_1, values = denoised.eps, state.values
+
+        def eps_at_end(eps):
+            """eps at the end of the step along `eps`."""
+            x = ddim_step(denoised, eps, current, target)
+            return self.denoise(schedule, denoise_fn, x, t - 1).eps
+
+        def two_calls():
+            return (e_1 + eps_at_end(e_1)) / 2
+
+        def four_calls():
+            times = jnp.asarray(cast_table(schedule.timesteps, x_t.dtype))
+            midpoint = NoiseLevel.at_log_snr(schedule.log_snr((times[t] + times[t - 1]) / 2))
+
+            def eps_at_midpoint(eps):
+                x = ddim_step(denoised, eps, current, midpoint)
+                return self.denoise_between_steps(schedule, denoise_fn, x, midpoint).eps
+
+            e_2 = eps_at_midpoint(e_1)
+            e_3 = eps_at_midpoint(e_2)
+            return (e_1 + 2 * e_2 + 2 * e_3 + eps_at_end(e_3)) / 6
+
+        def mean():
+            means = [
+                e_1,  # also in the last step, to x_0, which is DDIM's
+                (3 * e_1 - values[0]) / 2,
+                (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
+                (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
+            ]
+            return choose(jnp.where(t > 0, jnp.minimum(state.steps_taken, 3), 0), means)
+
+        eps = _cond(starting, four_calls if self.runge_kutta else two_calls, mean)
+        return Step(ddim_step(denoised, eps, current, target), denoised.x_0, push(state, e_1))
+
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
+        return empty_history(x_T, num_steps, 3)
+
+
+def plms(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
+    """PLMS (Liu et al. 2022; Stable Diffusion's code): it is `pndm` without the Runge-Kutta steps."""
+    return pndm(runge_kutta=False, prediction=prediction, variance=variance, clip=clip)
+
+
+def _cond(
+    predicate: bool | jax.Array, if_true: Callable[[], jax.Array], if_false: Callable[[], jax.Array]
+) -> jax.Array:
+    """`lax.cond`, decided while the program is traced if the predicate is a Python bool."""
+    if isinstance(predicate, bool):
+        return if_true() if predicate else if_false()
+    return jax.lax.cond(predicate, if_true, if_false)
