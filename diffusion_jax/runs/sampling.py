@@ -177,7 +177,9 @@ def resolve_sampling(
             if given_labels is not None and labels is not None and options["label"] is None:
                 labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
             net.check_small_images(small_images is not None, options["low_resolution_noise"])
-            net.check_condition(conditions, 1 if conditions is None else len(conditions))
+            where = f"sampling.conditions={options['conditions']!r}" if options["conditions"] else "config.sampling"
+            with as_user_error(where):
+                net.check_condition(conditions, 1 if conditions is None else len(conditions))
         has_condition = conditions is not None or (not read_files and net.condition_shape is not None)
         net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, options["classifier_form"])
     notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
