@@ -56,6 +56,7 @@ ELSEWHERE = {
     "__init__.py": ("test_package.py",),
     "cli.py": ("runs",),
     "config": ("config", "runs/test_bad_configs.py"),
+    "console.py": ("test_console.py",),
     "errors.py": ("runs", "config"),
     "files.py": ("test_files.py", "runs"),
     "images.py": ("test_data_range.py", "data", "pictures"),

@@ -26,6 +26,7 @@ __all__ = ["FileLock", "Lease", "LockHeldError"]
 
 _WAIT_SECONDS = 30.0  # for a lock that another launch holds, and how long a lease is valid without a renewal
 _RENEW_SECONDS = 10.0
+_COUNTDOWN_SECONDS = 10.0
 
 
 class LockHeldError(OSError):
@@ -38,9 +39,12 @@ def _this_process() -> str:
 
 def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
     """Asks `is_free` for half a minute until it is true. Returns: whether it was."""
+    start = shown = time.monotonic()
     print(f"Note: {holder} holds {name}; waiting {_WAIT_SECONDS:g} s.", flush=True)
-    end = time.monotonic() + _WAIT_SECONDS
-    while time.monotonic() < end:
+    while (now := time.monotonic()) - start < _WAIT_SECONDS:
+        if now - shown > _COUNTDOWN_SECONDS:
+            shown = now
+            print(f"Note: {_WAIT_SECONDS - (now - start):.0f} s left.", flush=True)
         if is_free():
             return True
         time.sleep(min(1.0, _WAIT_SECONDS / 30))

@@ -205,6 +205,21 @@ def close_to(directory, whole):
     np.testing.assert_allclose([row["loss"] for row in two[:20]], [row["loss"] for row in one[:20]], rtol=1e-3)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_ends_its_peer(tmp_path, victim):
+    directory = tmp_path / "two"
+    pair = joined(directory)
+    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    pair[victim].kill()
+    began = time.monotonic()
+    code = pair[1 - victim].wait(timeout=PATIENCE)
+    seconds = time.monotonic() - began
+    text = directory.with_suffix(f".{1 - victim}.log").read_text()
+    assert code in (EXIT_PEER_LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
+    pair[victim].wait()
+    figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
+
+
 def test_stuck_process_ends_both(tmp_path):
     """The data of one stands still, its heartbeats go on."""
     directory = tmp_path / "two"
@@ -268,6 +283,56 @@ def late(*arguments):
 
 
 train._compile = late
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_full_disk_of_one_process_ends_both(tmp_path, process):
+    """Of process 1 when it writes its part, or of process 0 when it commits the step: both report it in the same step."""
+    directory = tmp_path / "two"
+    program = tmp_path / "full.py"
+    program.write_text(FULL)
+    pair = joined(directory, "--config.mesh.fsdp=4", program=str(program), FULL=str(process))
+    until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
+    began = time.monotonic()
+    codes = [process.wait(timeout=PATIENCE) for process in pair]
+    texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
+    assert codes == [1, 1] and all("is the disk full?" in text for text in texts), texts
+    errors = [[line for line in text.splitlines() if line.startswith("error:")] for text in texts]
+    assert errors[0] == errors[1] and len(errors[0]) == 1, texts
+    kept = checkpoints.committed_steps(directory / "checkpoints")
+    assert kept and kept[-1] < 30
+    seconds = time.monotonic() - began
+    figure(f"two processes, no room for process {process} at step 30: exit codes {codes} after {seconds:.0f} s")
+
+
+FULL = f"""
+import errno, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion_jax import cli
+from diffusion_jax.training import checkpoints
+
+write_part, write_manifest = checkpoints.write_part, checkpoints.write_manifest
+
+
+def check_room(directory, process):
+    if os.environ["FULL"] == str(process) and directory.parent.name == "30.partial":
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def write(part, *arguments):
+    if "--process_id=1" in sys.argv:
+        check_room(part, 1)
+    return write_part(part, *arguments)
+
+
+def commit(directory, table):
+    check_room(directory, 0)
+    write_manifest(directory, table)
+
+
+checkpoints.write_part, checkpoints.write_manifest = write, commit
 cli.main()
 """
 

@@ -2,19 +2,21 @@
 that goes on with fewer than it began with."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from diffusion_jax import data
 from diffusion_jax.metrics import of_features
-from diffusion_jax.runs import sample, train
-from helpers.array_configs import array_config, write_arrays
+from diffusion_jax.run_dir import RunDir
+from diffusion_jax.runs import sample, train, workdir
+from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
 from helpers.paths import ROOT
 from helpers.program import ALL_MODES, evaluate, run_together, tiny_flags
-from helpers.work_directories import assert_close_losses
+from helpers.work_directories import assert_close_losses, untrained
 
 pytestmark = pytest.mark.whole
 
@@ -56,14 +58,19 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
     assert_close_losses(tmp_path, two)
 
 
-CONFIG = """
+CONFIG_OF_ARRAYS = """
 import sys
-sys.path.insert(0, {path!r})
+sys.path.insert(0, {tests!r})
 from helpers.array_configs import array_config
 
 def get_config():
-    return array_config("vectors", {data_file!r}, **{overrides!r})
+    return array_config({kind!r}, {data!r}, **{overrides!r})
 """
+
+
+def write_config(path, kind, data_file, overrides):
+    path.write_text(CONFIG_OF_ARRAYS.format(tests=str(ROOT / "tests"), kind=kind, data=data_file, overrides=overrides))
+    return path
 
 
 def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditions(tmp_path):
@@ -75,8 +82,8 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
     overrides |= {"sampling.conditions": str(tmp_path / "conditions.npy"), "sampling.guidance_scale": 2.0}
     overrides |= {"sampling.num_samples": 4, "sampling.batch_size": 4, "training.accumulation_steps": 2}
     split = overrides | {"mesh.fsdp": 4, "data.memory_mb": 0, "data.workers": 1}
-    file, program = tmp_path / "config.py", tmp_path / "program.py"
-    file.write_text(CONFIG.format(path=str(ROOT / "tests"), data_file=data_file, overrides=split))
+    file = write_config(tmp_path / "config.py", "vectors", data_file, split)
+    program = tmp_path / "program.py"
     program.write_text(ALL_MODES.replace("(sample, evaluate)", "(sample,)"))
     run_together(2, f"--config={file}", f"--workdir={tmp_path / 'two'}", program=program)
     config = array_config("vectors", data_file, **overrides)
@@ -88,3 +95,39 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
         (path,) = (tmp_path / name / "samples").glob("*.npz")
         drawn.append(np.load(path)["arr_0"])
     np.testing.assert_allclose(*drawn, rtol=1e-3)
+
+
+def test_two_processes_measure_arrays_as_one(tmp_path):
+    """The same weights: the likelihoods and the metrics differ by rounding only, and each is written once."""
+    data_file = str(write_arrays("series", tmp_path / "data.npz", 48, condition=np.linspace(-3, 5, 48)[:, None]))
+    overrides = {"model.condition_features": 1, "diffusion.num_timesteps": 20, "evaluation.split": "train"}
+    overrides |= {"evaluation.num_examples": 22, "evaluation.batch_size": 8, "evaluation.ode": True}
+    overrides |= {"evaluation.num_samples": 42, "sampling.batch_size": 16, "sampling.sampler": "ddim"}
+    config, source = (
+        array_config("series", data_file, **overrides),
+        data.ArrayFiles(data_file, "train", SHAPES["series"]),
+    )
+    for name in ("one", "two"):
+        workdir.check_data(
+            source, RunDir(untrained(tmp_path / name, config)), data.find_normalizations(config.data, source)
+        )
+    evaluate(config, tmp_path / "one")
+    file = write_config(tmp_path / "config.py", "series", data_file, overrides)
+    run_together(2, f"--config={file}", f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
+    reports, records = [], []
+    for path in (tmp_path / "one", tmp_path / "two"):
+        reports.append(json.loads((path / "likelihood.json").read_text()))
+        (record,) = json.loads((path / "metrics.json").read_text())
+        assert set(record.pop("files").values()) <= set(os.listdir(path))
+        assert record.pop("samples").startswith(str(path)) and record.pop("samples_sha256")
+        records.append(record)
+    assert reports[0]["num_examples"] == 22 and records[0]["num_samples"] == 42
+    for one, two in (reports, records):
+        assert same_but_for_rounding(one, two), (one, two)
+
+
+def same_but_for_rounding(one, two):
+    """Whether two JSON values are equal, floats to a relative error of 1e-3."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same_but_for_rounding(one[key], two[key]) for key in one)
+    return one == (pytest.approx(two, rel=1e-3, abs=1e-6) if isinstance(one, float) else two)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.distributed.processes import EXIT_PREEMPTED
 from diffusion_jax.run_dir import BucketRunDir
 from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
@@ -147,6 +148,18 @@ def test_network_faults_change_nothing(runs, whole):
     assert_nothing_leaked(runs.url)
     assert sum(proxy.injected.values()) >= 30, proxy.injected
     figure(f"network faults of {runs.url[:2]}://: {dict(proxy.injected)}; equal to the bit, no object left over")
+
+
+def test_sigterm_saves_and_the_next_launch_resumes(runs, whole):
+    process = runs.launch()
+    while "Training" not in runs.text() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == EXIT_PREEMPTED, runs.text()
+    assert "rerun the same command" in runs.text()
+    runs.to_the_end()
+    assert_same(runs.url, whole)
+    assert_nothing_leaked(runs.url)
 
 
 def test_a_suspended_launch_that_was_replaced_writes_no_more_checkpoints(runs, whole):

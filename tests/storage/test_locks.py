@@ -12,7 +12,7 @@ import pytest
 from diffusion_jax import run_dir
 from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.run_dir import BucketRunDir, RunDir
-from diffusion_jax.storage import locks
+from diffusion_jax.storage import locks, objects
 from diffusion_jax.storage.locks import LockHeldError
 from helpers.paths import ROOT
 
@@ -27,6 +27,7 @@ def short_times(monkeypatch):
 def set_times(monkeypatch, renew=0.1, wait=1.0):
     monkeypatch.setattr(locks, "_RENEW_SECONDS", renew)
     monkeypatch.setattr(locks, "_WAIT_SECONDS", wait)
+    monkeypatch.setattr(locks, "_COUNTDOWN_SECONDS", wait / 3)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_second_launch_is_refused_while_the_first_renews(workdir, capfd):
         with pytest.raises(LockHeldError, match=f"^{HERE}.* is training: a second launch must wait until it ends"):
             hold(BucketRunDir(str(workdir))).__enter__()
         out = capfd.readouterr().out
-        assert f"Note: {HERE}" in out and "waiting 1 s" in out
+        assert f"Note: {HERE}" in out and "waiting 1 s" in out and "Note: 0 s left." in out
         count = stored(workdir)["count"]
         wait_for(lambda: stored(workdir)["count"] > count + 1)
     assert workdir.find_holder() is None
@@ -130,12 +131,33 @@ def test_a_holder_notices_that_it_was_replaced(workdir, monkeypatch):
     assert workdir.find_holder() is None
 
 
+def test_the_end_of_a_launch_leaves_the_lease_of_another(workdir, monkeypatch):
+    set_times(monkeypatch, renew=60)
+    with pytest.raises(LeaseLostError), hold(workdir):
+        abandon(workdir)
+    assert workdir.find_holder().startswith("process 7 of there")
+
+
 def test_a_deleted_lease_is_lost_and_reported_once(workdir, capfd):
     with pytest.raises(LeaseLostError, match="another launch has taken over"), hold(workdir):
         lease = lease_of(workdir)
         workdir.store.delete([".lock"])
         wait_for(lambda: not lease._thread.is_alive())
         assert capfd.readouterr().out.count("Warning: ") == 1
+
+
+@pytest.mark.whole
+def test_a_lease_survives_faults(workdir, proxy):
+    """Renewals are refused, lost, unanswered and late; the holder notices nothing."""
+    lease = locks.Lease(objects.open_store(str(workdir)), ".lock")  # which passes the proxy
+    assert lease.acquire() is None
+    for fault in ("refuse", "lose", "cut", "silence", "delay"):
+        injected = proxy.injected[fault]
+        proxy.inject(fault, "write", times=2, seconds=1)
+        wait_for(lambda fault=fault, injected=injected: proxy.injected[fault] == injected + 2)
+        lease.check()
+    lease.release()
+    assert workdir.find_holder() is None
 
 
 def test_process_0_alone_holds_the_lease(workdir, monkeypatch):
@@ -168,7 +190,7 @@ def test_a_file_is_locked_until_its_process_ends(tmp_path, capfd):
             hold(workdir).__enter__()
         assert time.monotonic() - start >= 1
         out = capfd.readouterr().out
-        assert f"Note: {name}" in out and f"holds {path}; waiting 1 s." in out
+        assert f"Note: {name}" in out and f"holds {path}; waiting 1 s." in out and " s left." in out
         threading.Timer(0.3, holder.kill).start()
         with hold(RunDir(tmp_path)):  # waits for the end
             assert path.read_text().startswith(HERE)

@@ -2,6 +2,9 @@
 
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +16,7 @@ from diffusion_jax import training
 from diffusion_jax.errors import CheckpointError, SaveError
 from diffusion_jax.training import checkpoints
 from helpers.configs import tiny_config
+from helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +215,57 @@ def test_a_save_holds_the_state_at_its_call(tmp_path):
         saved.finish(2)
         restored = saved.restore(small_state(0))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(small_state(2)))
+
+
+KILLED = f"""
+import os, pathlib, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import jax
+from diffusion_jax.training import checkpoints
+from diffusion_jax.training.checkpoints import Checkpoints
+from helpers import saving
+
+number_of_calls = int(sys.argv[2])
+
+
+def killing(function):
+    def call(*arguments):
+        global number_of_calls
+        number_of_calls -= 1
+        if number_of_calls < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+
+    return call
+
+
+abstract = saving.abstract_state(1)
+with Checkpoints(pathlib.Path(sys.argv[1]), kept=2) as saved:
+    state = saved.restore(abstract)
+    step = 0 if state is None else int(saved.steps()[-1])
+    if step:
+        saving.assert_holds(state, abstract, step)
+    print(step, flush=True)
+    checkpoints.digest = killing(checkpoints.digest)
+    checkpoints.write_manifest = killing(checkpoints.write_manifest)
+    while True:
+        step += 1
+        saved.save(step, saving.random_state(abstract, step))
+        saved.finish(step)
+"""
+
+
+@pytest.mark.faults
+def test_kills_between_orbax_s_commit_and_the_digests_lose_one_step_at_most(tmp_path):
+    """Twenty programs, each killed before it hashes a file that Orbax has committed, or before it writes the digests."""
+    program, directory, rng = tmp_path / "killed.py", tmp_path / "checkpoints", np.random.default_rng(0)
+    program.write_text(KILLED)
+    before = 0
+    for _ in range(20):
+        num_calls = int(rng.integers(1, 100))
+        command = [sys.executable, str(program), str(directory), str(num_calls)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL and int(done.stdout) == before, done
+        assert any(directory.glob("*.partial/0/_CHECKPOINT_METADATA"))  # Orbax has committed its step
+        before = max(checkpoints.committed_steps(directory), default=0)
+    assert before >= 10
