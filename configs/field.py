@@ -3,8 +3,8 @@
     python main.py --config=configs/field.py --workdir=runs/field
     python main.py --workdir=runs/field --mode=sample
 
-Convolutions continue the field periodically. The samples are compared with the exact law by
-`python benchmarks/known_laws.py field`.
+Convolutions continue the field periodically. The samples are compared with the exact distribution by
+`python benchmarks/known_distributions.py field`.
 """
 
 from diffusion_jax.config import ConfigDict, default

@@ -1,10 +1,10 @@
-"""Time series with one spatial axis: 64 positions and 2 channels of a synthetic process whose law is known.
+"""Time series with one spatial axis: 64 positions and 2 channels of a synthetic process whose distribution is known.
 
     python main.py --config=configs/series.py --workdir=runs/series
     python main.py --workdir=runs/series --mode=sample
 
-The series are a damped oscillation with delays, and rough noise. The samples are compared with the exact law by
-`python benchmarks/known_laws.py series`. The network predicts v: without a clip of x_0, a network that predicts eps
+The series are a damped oscillation with delays, and rough noise. The samples are compared with the exact distribution by
+`python benchmarks/known_distributions.py series`. The network predicts v: without a clip of x_0, a network that predicts eps
 amplifies its errors at the first steps of a deterministic sampler.
 """
 

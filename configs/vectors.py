@@ -9,7 +9,7 @@
 | moons (the default) | two half circles with noise in the plane |
 | conditional | points on a spiral in the plane, at the place that a number gives: `--config.sampling.conditions=FILE` |
 
-The samples are compared with the exact laws by `python benchmarks/known_laws.py moons conditional`.
+The samples are compared with the exact distributions by `python benchmarks/known_distributions.py moons conditional`.
 """
 
 from diffusion_jax.config import ConfigDict, default

@@ -3,7 +3,7 @@
     python main.py --config=configs/volume.py --workdir=runs/volume
     python main.py --workdir=runs/volume --mode=sample
 
-The samples are compared with the exact law by `python benchmarks/known_laws.py volume`.
+The samples are compared with the exact distribution by `python benchmarks/known_distributions.py volume`.
 """
 
 from diffusion_jax.config import ConfigDict, default

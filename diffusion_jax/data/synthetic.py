@@ -1,6 +1,6 @@
-"""Data sets whose laws are known exactly, to compare samples and likelihoods with.
+"""Data sets whose distributions are known exactly, to compare samples and likelihoods with.
 
-| `data.dataset` | spatial axes, channels | law |
+| `data.dataset` | spatial axes, channels | distribution |
 |---|---|---|
 | `diffusion_jax.data.synthetic:series` | 1, 2 | `SERIES`: a stationary Gaussian process |
 | `diffusion_jax.data.synthetic:field` | 2, 5 | `FIELD`: a periodic Gaussian field |
@@ -8,13 +8,13 @@
 | `diffusion_jax.data.synthetic:moons` | 0, 2 | `MOONS`: two half circles with noise |
 | `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
 
-Each has a split "train" and a split "test", with independent draws. A law has its exact covariance, spectrum, density or
-conditional mean, its entropy, and `sample`.
+Each has a split "train" and a split "test", with independent draws. A distribution has its exact covariance, spectrum,
+density or conditional mean, its entropy, and `sample`.
 
     --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2
 
-Arrays of a law are float64 NumPy. A law is a frozen dataclass, so `dataclasses.replace(law, ...)` is another law of the same
-kind. Densities and entropies are in nats, entropies per dimension. Spectra have the convention of
+Arrays of a distribution are float64 NumPy. A distribution is a frozen dataclass; `dataclasses.replace` makes another one of
+the same kind. Densities and entropies are in nats, entropies per dimension. Spectra have the convention of
 `evaluation.power_spectrum`: with F_c(k) = sum_r (x_c(r) - mean_c) exp(-2 pi i k.r) and N positions they are
 E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
 """
@@ -37,10 +37,10 @@ __all__ = [
     "MOONS",
     "SERIES",
     "VOLUME",
-    "ConditionalLaw",
-    "FieldLaw",
-    "MoonsLaw",
-    "SeriesLaw",
+    "ConditionalDistribution",
+    "FieldDistribution",
+    "MoonsDistribution",
+    "SeriesDistribution",
     "conditional",
     "field",
     "moons",
@@ -55,7 +55,7 @@ _NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
 
 
 @dataclasses.dataclass(frozen=True)
-class SeriesLaw:
+class SeriesDistribution:
     """A stationary Gaussian series of C channels: a damped oscillation that reaches them with delays, and rough noise.
 
     x_c(s) = mean_c + scale_c (a_c u(s - delay_c) + sqrt(1 - a_c^2) v_c(s)), a_c = oscillating_c, with
@@ -116,7 +116,7 @@ class SeriesLaw:
 
 
 @dataclasses.dataclass(frozen=True)
-class FieldLaw:
+class FieldDistribution:
     """A stationary Gaussian field of C channels on a torus of any size, with as many spatial axes as `lengths` has columns.
 
     x_c(r) = mean_c + scale_c (sum_j mixing_cj u_j(r - shift_c) + sqrt(noise) w_c(r)), with white noise w of variance 1 and
@@ -135,7 +135,7 @@ class FieldLaw:
     def _transfer(self, shape: tuple[int, ...]) -> np.ndarray:
         """From the white noises of the fields u to the channels, without the scales: complex [*K, C, J]."""
         if len(shape) != len(self.lengths[0]):
-            raise ValueError(f"shape={shape} must have {len(self.lengths[0])} spatial axes, as this law")
+            raise ValueError(f"shape={shape} must have {len(self.lengths[0])} spatial axes, as this distribution")
         frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"), axis=-1)
         squares = np.square(2 * np.pi * frequencies) @ np.square(self.lengths).T
         power = (1 + squares) ** -np.array(self.exponents)
@@ -169,7 +169,7 @@ class FieldLaw:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoonsLaw:
+class MoonsDistribution:
     """Two half circles in the plane, with equal weights, plus Gaussian noise: vectors [n, 2].
 
     The upper moon is (cos a, sin a), the lower (1 - cos a, 1/2 - sin a), with a uniform in [0, pi].
@@ -206,7 +206,7 @@ class MoonsLaw:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConditionalLaw:
+class ConditionalDistribution:
     """Vectors x [n, 2] around a spiral, at the place that a condition c [n, 1] gives.
 
     c is uniform in [low, high]. Given c, x is Gaussian with the mean c (cos 2c, sin 2c), the standard deviation
@@ -248,8 +248,8 @@ class ConditionalLaw:
         return self.mean(condition) + self.standard_deviation(condition) * noise
 
 
-SERIES = SeriesLaw()
-FIELD = FieldLaw(
+SERIES = SeriesDistribution()
+FIELD = FieldDistribution(
     means=(280.0, 5.0, 0.0, 1000.0, -2.0),
     scales=(10.0, 2.0, 1.0, 20.0, 0.5),
     mixing=(
@@ -264,7 +264,7 @@ FIELD = FieldLaw(
     shifts=((0, 0), (0, 2), (1, 0), (0, 0), (-2, 1)),
     noise=0.05,
 )
-VOLUME = FieldLaw(
+VOLUME = FieldDistribution(
     means=(0.5,),
     scales=(0.2,),
     mixing=((1.0,),),
@@ -273,11 +273,11 @@ VOLUME = FieldLaw(
     shifts=((0, 0, 0),),
     noise=0.05,
 )
-MOONS, CONDITIONAL = MoonsLaw(), ConditionalLaw()
+MOONS, CONDITIONAL = MoonsDistribution(), ConditionalDistribution()
 
 
 def series(config: Mapping[str, Any]) -> InMemory:
-    """20,000 series for training and 4,000 for test, of the law `SERIES`: 2 channels, any length."""
+    """20,000 series for training and 4,000 for test, of the distribution `SERIES`: 2 channels, any length."""
     size = config["image_size"]
     if not isinstance(size, tuple | list) or len(size) != 1:
         raise DataError(f"data.image_size={size!r}: a series has one spatial axis; use a tuple of 1, like (64,)")
@@ -285,31 +285,33 @@ def series(config: Mapping[str, Any]) -> InMemory:
 
 
 def field(config: Mapping[str, Any]) -> InMemory:
-    """20,000 periodic fields for training and 4,000 for test, of the law `FIELD`: 5 channels, any two sizes."""
+    """20,000 periodic fields for training and 4,000 for test, of the distribution `FIELD`: 5 channels, any two sizes."""
     return _periodic(config, "field", FIELD)
 
 
 def volume(config: Mapping[str, Any]) -> InMemory:
-    """20,000 periodic volumes for training and 4,000 for test, of the law `VOLUME`: 1 channel, any three sizes."""
+    """20,000 periodic volumes for training and 4,000 for test, of the distribution `VOLUME`: 1 channel, any three sizes."""
     return _periodic(config, "volume", VOLUME)
 
 
 def moons(config: Mapping[str, Any]) -> InMemory:
-    """20,000 vectors for training and 4,000 for test, of the law `MOONS`: 2 channels."""
+    """20,000 vectors for training and 4,000 for test, of the distribution `MOONS`: 2 channels."""
     return _examples(x=MOONS.sample(*_draws(config, "moons")))
 
 
 def conditional(config: Mapping[str, Any]) -> InMemory:
-    """20,000 vectors with conditions for training and 4,000 for test, of the law `CONDITIONAL`: 2 channels."""
+    """20,000 vectors with conditions for training and 4,000 for test, of the distribution `CONDITIONAL`: 2 channels."""
     rng, count = _draws(config, "conditional")
     condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
     return _examples(x=CONDITIONAL.sample(rng, condition.astype(np.float64)), condition=condition)
 
 
-def _periodic(config: Mapping[str, Any], name: str, law: FieldLaw) -> InMemory:
+def _periodic(config: Mapping[str, Any], name: str, distribution: FieldDistribution) -> InMemory:
     rng, count = _draws(config, name)
     shape = example_shape(config)[:-1]
-    blocks = (law.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000))  # float64 takes memory
+    blocks = (
+        distribution.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000)
+    )  # float64 takes memory
     return _examples(x=np.concatenate(list(blocks)))
 
 

@@ -263,12 +263,12 @@ def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, 
 
 
 def _log_values(values: Mapping[str, Any]) -> None:
-    """Logs a line for each metric, with its standard error, and its value for equal laws if that is not 0 or 1."""
+    """Logs a line for each metric, with its standard error, and its value for equal distributions if that is not 0 or 1."""
     for name, value in values.items():
-        if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_law")):
-            error, same_law = (values.get(f"{name}_{of}") for of in ("standard_error", "same_law"))
+        if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_distribution")):
+            error, same_distribution = (values.get(f"{name}_{of}") for of in ("standard_error", "same_distribution"))
             line = f"{name:{_WIDTH}} {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
-            log(line + (f" (equal laws: {same_law:.4g})" if same_law is not None else ""))
+            log(line + (f" (equal distributions: {same_distribution:.4g})" if same_distribution is not None else ""))
     if "memorization" in values:
         share = values["memorization"]["close_share"]
         log(f"{'closer than the reference':{_WIDTH}} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh examples)")

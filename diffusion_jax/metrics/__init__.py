@@ -235,8 +235,8 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
     pair, edges = (histograms.reference, histograms.samples), histograms.edges * scale[:, None] + offset[:, None]
     arrays = {"histogram_edges": edges, **_named("histogram_distance", distance), **_both("histogram", pair)}
     notes = [
-        f"total variation {value:.3g} ± {error:.2g}\nexpected for equal laws: {same_law:.2g}"
-        for value, error, same_law in zip(*distance[:3], strict=True)
+        f"total variation {value:.3g} ± {error:.2g}\nexpected for equal distributions: {same_distribution:.2g}"
+        for value, error, same_distribution in zip(*distance[:3], strict=True)
     ]
     one, other = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
     labels = "value (data units)", "share of the values"
@@ -336,7 +336,7 @@ def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[
 
 
 def largest_z(count: int) -> float:
-    """What the largest |z| of `count` independent z-scores exceeds with a probability of 5% if the laws are equal.
+    """What the largest |z| of `count` independent z-scores exceeds with a probability of 5% if the distributions are equal.
 
     z-scores that depend on each other exceed it less often.
     """
@@ -367,7 +367,7 @@ METRICS: dict[str, Metric] = {
     "memorization": Metric(_memorization, "vectors", 2),
 }
 _DISTANCE = "distance of Gaussians with the mean and covariance of the features of the two sets; 0 for equal ones"
-_MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal laws"
+_MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
 # What the numbers of a record mean, by their reported names without the name of a resize.
 MEANINGS = {
     "fid": f"Frechet Inception distance: {_DISTANCE}. Lower is better; it falls with the number of samples",
@@ -379,15 +379,16 @@ MEANINGS = {
     "inception_score": "exp of the mean divergence of Inception's classes of an image from those of all; higher is better",
     "precision": "share of samples within the manifold of the reference (nearest-neighbor balls): fidelity",
     "recall": "share of reference images within the manifold of the samples: diversity",
-    "density": "mean number of reference balls that hold a sample, over k: fidelity, 1 for equal laws",
+    "density": "mean number of reference balls that hold a sample, over k: fidelity, 1 for equal distributions",
     "coverage": "share of reference images whose ball holds a sample: diversity",
     "close_share": "share of samples nearer to a reference image than 99% of the reference images are to each other: about "
     "0.01 for new images, near 1 for copies",
-    "energy_distance": "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal laws, within "
-    "a few same_law_std",
-    "sliced_wasserstein": "(mean over directions of W_2^2)^(1/2) of standardized data; for equal laws about same_law",
-    "histogram_distance": "total variation of the histograms of a channel, the largest of all channels; for equal laws "
-    "about same_law",
+    "energy_distance": "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal distributions, within "
+    "a few same_distribution_std",
+    "sliced_wasserstein": "(mean over directions of W_2^2)^(1/2) of standardized data; for equal distributions about "
+    "same_distribution",
+    "histogram_distance": "total variation of the histograms of a channel, the largest of all channels; for equal "
+    "distributions about same_distribution",
     "mean_deviation": "samples minus data, of standardized channels, where |z| is largest",
     "covariance_deviation": "samples minus data, of standardized channels at one position, where |z| is largest",
     "power_spectrum_deviation": "samples / data - 1, at the frequency and channel where |z| is largest",

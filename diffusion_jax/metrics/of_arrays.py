@@ -134,22 +134,22 @@ def relative_rounding(dtype: np.dtype) -> float:
 class Measurement(NamedTuple):
     """An estimate and its standard error: numbers, or arrays of one shape.
 
-    same_law, same_law_std: of a distance, its mean and standard deviation if the two sets have one distribution; compare
-    `value` with them. The standard error is for distributions that differ, and too large for equal ones.
+    same_distribution, same_distribution_std: of a distance, its mean and standard deviation if the two sets have one
+    distribution; compare `value` with them. The standard error is for different distributions, too large for equal ones.
     """
 
     value: Any
     standard_error: Any
-    same_law: Any = None
-    same_law_std: Any = None
+    same_distribution: Any = None
+    same_distribution_std: Any = None
 
 
 def z_scores(one: Any, other: Any) -> np.ndarray:
     """(one - other) / standard error of the difference, of two independent statistics.
 
-    one, other: values with the fields `value` and `standard_error`; `other` may be an array, the numbers of a known law.
-    z-scores of one statistic are correlated with each other, for example those of neighboring lags. Two equal numbers without
-    an error have the z-score 0.
+    one, other: values with the fields `value` and `standard_error`; `other` may be an array, exact numbers. z-scores of one
+    statistic are correlated with each other, for example those of neighboring lags. Two equal numbers without an error have
+    the z-score 0.
     """
     exact = not hasattr(other, "standard_error")
     difference = np.asarray(one.value) - np.asarray(other if exact else other.value)
@@ -307,10 +307,12 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013): 0 for equal distributions, otherwise above 0.
 
     The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
-    example. The errors are from Hoeffding's decomposition: same_law_std from the terms of second order, the only ones between
-    equal distributions, and the standard error from both orders. The time grows as the square of the number of examples.
+    example. The errors are from Hoeffding's decomposition: same_distribution_std from the terms of second order, the only
+    ones between equal distributions, and the standard error from both orders. The time grows as the square of the number of
+    examples.
 
-    Returns: Measurement with same_law_std; in one dimension about 2% of the values of equal distributions exceed 3 of them.
+    Returns: Measurement with same_distribution_std; in one dimension about 2% of the values of equal distributions exceed
+    three times this number.
     Raises: ValueError for fewer than four examples, different shapes of examples, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 4)
@@ -334,7 +336,7 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
         first += 4 * (projection.var(ddof=1) - cross / other - v * (k - 2) / (k - 1) ** 2) / k
     second = max(second, 0.0)
     error = np.sqrt(max(first, 0.0) + second)
-    return Measurement(float(value), float(error), same_law_std=float(np.sqrt(second)))
+    return Measurement(float(value), float(error), same_distribution_std=float(np.sqrt(second)))
 
 
 def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -371,14 +373,14 @@ def sliced_wasserstein(
     """(E_u W_2(u.X, u.Y)^2)^(1/2) over random unit vectors u (Bonneel et al. 2015).
 
     W_2 is the exact Wasserstein distance of the two projected sets, which may have different sizes. The distance of finite
-    sets is above 0 even if their laws are equal.
+    sets is above 0 even if their distributions are equal.
 
     Args:
       key: draws the directions, the groups and the permutations.
       projections: how many directions, at least 2.
       groups: the standard error is a jackknife over so many groups of examples of both sets, plus the error of the choice of
         directions.
-      permutations: of the examples over both sets, for `same_law`.
+      permutations: of the examples over both sets, for `same_distribution`.
     Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)
@@ -444,8 +446,8 @@ def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray
 class MarginalHistograms(NamedTuple):
     """edges: of the bins [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
 
-    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C]; same_law is the distance to expect
-    from the errors of the shares alone.
+    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C]; same_distribution is the distance to
+    expect from the errors of the shares alone.
     """
 
     edges: np.ndarray
@@ -488,9 +490,9 @@ def marginal_histograms(
     value, error = distance(*(h.value for h in histograms)), np.sqrt((groups - 1) * left_out.var(axis=0))
     # E|z| of a normal z is its standard deviation times sqrt(2 / pi).
     noise = np.hypot(*(h.standard_error for h in histograms))
-    same_law = np.sqrt(0.5 / np.pi) * noise.sum(axis=-1)
+    same_distribution = np.sqrt(0.5 / np.pi) * noise.sum(axis=-1)
     edges = np.linspace(low, high, bins + 1, axis=-1)
-    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error, same_law))
+    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error, same_distribution))
 
 
 def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:

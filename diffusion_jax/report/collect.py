@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Endings of entries that describe a metric, and are no metrics.
-_NOT_METRICS = ("_std", "_standard_error", "_same_law", "_limit", "_frequency")
+_NOT_METRICS = ("_std", "_standard_error", "_same_distribution", "_limit", "_frequency")
 _FIRST_SETTINGS = ("step", "weights", "sampler", "steps", "features", "num_samples")
 _Record = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The synthetic sources: their draws against their exact laws, and the laws against independent formulas."""
+"""The synthetic sources: draws against exact distributions, and distributions against independent formulas."""
 
 import dataclasses
 import pickle
@@ -38,7 +38,7 @@ def spectral_z_scores(x, law_spectrum):
 
 
 def agrees(z):
-    """Whether z-scores are those of an exact law: standard normal numbers, apart from their correlations."""
+    """Whether z-scores are those of an exact distribution: standard normal numbers, apart from their correlations."""
     return np.abs(z).max() < 5 and 0.8 < np.sqrt(np.mean(z**2)) < 1.25
 
 
@@ -58,7 +58,7 @@ def test_sources_repeat_and_their_splits_share_no_example(name):
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
-def simulate_series(law, rng, count, length):
+def simulate_series(distribution, rng, count, length):
     """The series as autoregressive recursions, whose covariances need no matrix: a complex one, and one for each channel."""
     start, steps = 8, length + 8
 
@@ -69,26 +69,35 @@ def simulate_series(law, rng, count, length):
             values[:, s] = coefficient * values[:, s - 1] + np.sqrt(1 - abs(coefficient) ** 2) * noise[:, s]
         return values
 
-    rotation = np.exp(-1 / law.damping + 2j * np.pi * law.frequency)
+    rotation = np.exp(-1 / distribution.damping + 2j * np.pi * distribution.frequency)
     parts = rng.standard_normal((2, count, steps))
     oscillation = recursion(rotation, parts[0] + 1j * parts[1]).real
     shared, own = rng.standard_normal((count, steps)), rng.standard_normal((2, count, steps))
     rough = [
-        recursion(np.exp(-1 / law.roughness), np.sqrt(law.correlation) * shared + np.sqrt(1 - law.correlation) * noise)
+        recursion(
+            np.exp(-1 / distribution.roughness),
+            np.sqrt(distribution.correlation) * shared + np.sqrt(1 - distribution.correlation) * noise,
+        )
         for noise in own
     ]
     channels = [
         mean + scale * (a * np.roll(oscillation, int(delay), axis=1) + np.sqrt(1 - a**2) * v)
-        for mean, scale, a, delay, v in zip(law.means, law.scales, law.oscillating, law.delays, rough, strict=True)
+        for mean, scale, a, delay, v in zip(
+            distribution.means, distribution.scales, distribution.oscillating, distribution.delays, rough, strict=True
+        )
     ]
     return np.stack(channels, axis=-1)[:, start:]
 
 
 @pytest.mark.parametrize("draw", ["source", "recursion"])
 def test_the_spectrum_of_series_is_the_exact_one_and_no_other(draw):
-    law = synthetic.SERIES
-    x = load("series").arrays["x"] if draw == "source" else simulate_series(law, np.random.default_rng(3), 20_000, 16)
-    assert agrees(spectral_z_scores(x, law.spectrum(16)))
+    distribution = synthetic.SERIES
+    x = (
+        load("series").arrays["x"]
+        if draw == "source"
+        else simulate_series(distribution, np.random.default_rng(3), 20_000, 16)
+    )
+    assert agrees(spectral_z_scores(x, distribution.spectrum(16)))
     for change in (
         {"frequency": 0.13},
         {"damping": 12.0},
@@ -97,82 +106,92 @@ def test_the_spectrum_of_series_is_the_exact_one_and_no_other(draw):
         {"delays": (2.0, 0.0)},
         {"oscillating": (0.85, 0.6)},
     ):
-        assert not agrees(spectral_z_scores(x, dataclasses.replace(law, **change).spectrum(16))), change
+        assert not agrees(spectral_z_scores(x, dataclasses.replace(distribution, **change).spectrum(16))), change
 
 
 def test_the_entropy_of_series_is_the_mean_of_minus_log_density():
-    law = synthetic.SERIES
+    distribution = synthetic.SERIES
     x = load("series", split="test").arrays["x"].reshape(4_000, -1).astype(np.float64)
-    values = -stats.multivariate_normal(np.tile(law.means, 16), law.covariance(16).reshape(32, 32)).logpdf(x) / 32
-    assert abs(values.mean() - law.entropy(16)) < 4 * values.std() / np.sqrt(4_000)
+    values = (
+        -stats.multivariate_normal(np.tile(distribution.means, 16), distribution.covariance(16).reshape(32, 32)).logpdf(
+            x
+        )
+        / 32
+    )
+    assert abs(values.mean() - distribution.entropy(16)) < 4 * values.std() / np.sqrt(4_000)
     assert np.isclose(
-        law.entropy(1), stats.multivariate_normal(np.zeros(2), law.cross_covariance([0])[0]).entropy() / 2
+        distribution.entropy(1),
+        stats.multivariate_normal(np.zeros(2), distribution.cross_covariance([0])[0]).entropy() / 2,
     )
 
 
 @pytest.mark.parametrize("name", ["field", "volume"])
 def test_the_spectrum_of_periodic_arrays_is_the_exact_one_and_no_other(name):
     source = load(name)
-    law, x, shape = getattr(synthetic, name.upper()), source.arrays["x"], SHAPES[name][0]
-    assert agrees(spectral_z_scores(x, law.spectrum(shape)))
-    changes = [{"exponents": tuple(1.1 * e for e in law.exponents)}, {"noise": 0.06}]
-    changes.append({"lengths": tuple(row[::-1] for row in law.lengths)})
+    distribution, x, shape = getattr(synthetic, name.upper()), source.arrays["x"], SHAPES[name][0]
+    assert agrees(spectral_z_scores(x, distribution.spectrum(shape)))
+    changes = [{"exponents": tuple(1.1 * e for e in distribution.exponents)}, {"noise": 0.06}]
+    changes.append({"lengths": tuple(row[::-1] for row in distribution.lengths)})
     if name == "field":
-        changes.append({"shifts": tuple((-a, -b) for a, b in law.shifts)})
-        changes.append({"mixing": ((0.9, -0.3, 0.0, 0.2, 0.0), *law.mixing[1:])})
+        changes.append({"shifts": tuple((-a, -b) for a, b in distribution.shifts)})
+        changes.append({"mixing": ((0.9, -0.3, 0.0, 0.2, 0.0), *distribution.mixing[1:])})
     for change in changes:
-        assert not agrees(spectral_z_scores(x, dataclasses.replace(law, **change).spectrum(shape))), change
+        assert not agrees(spectral_z_scores(x, dataclasses.replace(distribution, **change).spectrum(shape))), change
     means = x.astype(np.float64).mean(axis=tuple(range(1, x.ndim - 1)))
-    assert np.abs((means.mean(axis=0) - law.means) / (means.std(axis=0) / np.sqrt(len(x)))).max() < 4.5
+    assert np.abs((means.mean(axis=0) - distribution.means) / (means.std(axis=0) / np.sqrt(len(x)))).max() < 4.5
 
 
-@pytest.mark.parametrize("law, shape", [(synthetic.FIELD, (4, 5)), (synthetic.VOLUME, (3, 4, 2))])
-def test_entropy_and_covariance_of_periodic_arrays_are_those_of_the_whole_matrix(law, shape):
-    table = law.cross_covariance(shape)
+@pytest.mark.parametrize("distribution, shape", [(synthetic.FIELD, (4, 5)), (synthetic.VOLUME, (3, 4, 2))])
+def test_entropy_and_covariance_of_periodic_arrays_are_those_of_the_whole_matrix(distribution, shape):
+    table = distribution.cross_covariance(shape)
     positions = list(np.ndindex(*shape))
     matrix = np.block([[table[tuple(np.subtract(a, b) % shape)] for b in positions] for a in positions])
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-9 * np.abs(matrix).max())
     size = len(matrix)
     exact = 0.5 * np.log(2 * np.pi * np.e) + 0.5 * np.linalg.slogdet(matrix)[1] / size
-    assert np.isclose(law.entropy(shape), exact, rtol=1e-10)
-    x = law.sample(np.random.default_rng(1), 20_000, shape)
-    x = x.reshape(20_000, -1) - np.tile(law.means, size // len(law.means))
-    products = x[:, : len(law.means), None] * x[:, None, :]  # of the first position with all
-    z = (products.mean(axis=0) - matrix[: len(law.means)]) / (products.std(axis=0) / np.sqrt(len(x)))
+    assert np.isclose(distribution.entropy(shape), exact, rtol=1e-10)
+    x = distribution.sample(np.random.default_rng(1), 20_000, shape)
+    x = x.reshape(20_000, -1) - np.tile(distribution.means, size // len(distribution.means))
+    products = x[:, : len(distribution.means), None] * x[:, None, :]  # of the first position with all
+    z = (products.mean(axis=0) - matrix[: len(distribution.means)]) / (products.std(axis=0) / np.sqrt(len(x)))
     assert np.abs(z).max() < 5
 
 
 def test_the_density_of_moons_is_that_of_the_draws():
-    law, rng = synthetic.MOONS, np.random.default_rng(0)
+    distribution, rng = synthetic.MOONS, np.random.default_rng(0)
     points = np.array([[1.0, 0.0], [0.5, 0.25], [0.0, 0.5], [-1.1, -0.2], [2.0, 0.3]])
     angles = rng.uniform(0, np.pi, 400_000)
     upper = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     lower = np.stack([1 - np.cos(angles), 0.5 - np.sin(angles)], axis=-1)
-    for point, exact in zip(points, np.exp(law.log_density(points)), strict=True):
+    for point, exact in zip(points, np.exp(distribution.log_density(points)), strict=True):
         kernels = sum(np.exp(-np.square(point - c).sum(axis=-1) / 0.02) for c in (upper, lower)) / (4 * np.pi * 0.01)
         assert abs(kernels.mean() - exact) < 5 * kernels.std() / np.sqrt(len(kernels))
     x = load("moons").arrays["x"].astype(np.float64)
-    for candidate in (law, dataclasses.replace(law, noise=0.11)):
-        values = -candidate.log_density(x) / 2  # their mean is the entropy if the candidate is the law of the draws
-        assert (abs(values.mean() - candidate.entropy()) < 4 * values.std() / np.sqrt(len(x))) == (candidate is law)
+    for candidate in (distribution, dataclasses.replace(distribution, noise=0.11)):
+        values = (
+            -candidate.log_density(x) / 2
+        )  # their mean is the entropy if the candidate is the distribution of the draws
+        assert (abs(values.mean() - candidate.entropy()) < 4 * values.std() / np.sqrt(len(x))) == (
+            candidate is distribution
+        )
 
 
 def test_vectors_follow_their_condition():
-    law, arrays = synthetic.CONDITIONAL, load("conditional").arrays
+    distribution, arrays = synthetic.CONDITIONAL, load("conditional").arrays
     c, x = arrays["condition"].astype(np.float64), arrays["x"].astype(np.float64)
     assert c.shape == (20_000, 1) and c.min() >= 0 and c.max() <= 4
     place = np.floor(c[:, 0] * 5).astype(int)
     for k in range(20):
         inside = place == k
-        residual = (x - law.mean(c))[inside] / law.standard_deviation(c)[inside]
+        residual = (x - distribution.mean(c))[inside] / distribution.standard_deviation(c)[inside]
         assert np.abs(residual.mean(axis=0)).max() < 4.5 / np.sqrt(inside.sum())
         assert np.abs(residual.var(axis=0) - 1).max() < 4.5 * np.sqrt(2 / inside.sum())
         assert abs(np.corrcoef(residual.T)[0, 1] - 0.6) < 4.5 * 0.64 / np.sqrt(inside.sum())
-    np.testing.assert_allclose(law.mean(np.array([[np.pi / 4]])), [[0.0, np.pi / 4]], atol=1e-12)
-    residual = (x - law.mean(c)) / law.standard_deviation(c)
+    np.testing.assert_allclose(distribution.mean(np.array([[np.pi / 4]])), [[0.0, np.pi / 4]], atol=1e-12)
+    residual = (x - distribution.mean(c)) / distribution.standard_deviation(c)
     log_density = stats.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]]).logpdf(residual)
-    values = -(log_density - np.log(law.standard_deviation(c)).sum(axis=1)) / 2
-    assert abs(values.mean() - law.entropy()) < 4 * values.std() / np.sqrt(len(c))
+    values = -(log_density - np.log(distribution.standard_deviation(c)).sum(axis=1)) / 2
+    assert abs(values.mean() - distribution.entropy()) < 4 * values.std() / np.sqrt(len(c))
 
 
 @pytest.mark.parametrize(

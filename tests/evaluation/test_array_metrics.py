@@ -204,16 +204,20 @@ def test_energy_distance_of_two_gaussians_and_its_standard_error():
 
 @pytest.mark.parametrize(("dimensions", "sizes"), [(1, (30, 30)), (3, (8, 60)), (10, (30, 20))])
 def test_energy_distance_of_equal_distributions(dimensions, sizes):
-    """Unbiased, and the square of same_law_std is the variance within four errors of the ratio, which are 4 to 11% of it (the
+    """Unbiased, and the square of same_distribution_std is the variance within four errors of the ratio, 4 to 11% of it (the
     estimate is a weighted sum of chi-squares, whose fourth moment is measured). The standard error is never below it."""
     rng, count = np.random.default_rng(0), 3000
     found = [of_arrays.energy_distance(*(gaussian(rng, n, (dimensions,)) for n in sizes)) for _ in range(count)]
-    values, errors, same_law = np.array([(f.value, f.standard_error, f.same_law_std) for f in found]).T
+    values, errors, same_distribution = np.array(
+        [(f.value, f.standard_error, f.same_distribution_std) for f in found]
+    ).T
     assert abs(values.mean()) < 4 * values.std() / np.sqrt(count)
     squares = (values - values.mean()) ** 2
-    error = np.hypot(squares.std() / squares.mean(), (same_law**2).std() / (same_law**2).mean()) / np.sqrt(count)
-    assert abs((same_law**2).mean() / squares.mean() - 1) < 4 * error < 0.35
-    assert (errors >= same_law).all() and 0.005 < np.mean(values > 3 * same_law) < 0.04
+    error = np.hypot(
+        squares.std() / squares.mean(), (same_distribution**2).std() / (same_distribution**2).mean()
+    ) / np.sqrt(count)
+    assert abs((same_distribution**2).mean() / squares.mean() - 1) < 4 * error < 0.35
+    assert (errors >= same_distribution).all() and 0.005 < np.mean(values > 3 * same_distribution) < 0.04
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.5])
@@ -256,8 +260,8 @@ def test_the_jackknife_of_few_groups():
     np.testing.assert_allclose(found[:2], [[0.5], [(7 / 8 - 1 / 8) / 2]], rtol=1e-12)
 
 
-def test_sliced_wasserstein_of_one_law():
-    """The permutations give the distance of finite sets of one law, and a different law is far above it."""
+def test_sliced_wasserstein_of_one_distribution():
+    """The permutations give the distance of finite sets of one distribution, and a different distribution is far above it."""
     keys = iter(jax.random.split(jax.random.key(1), 60))
     rng = np.random.default_rng(0)
 
@@ -267,10 +271,10 @@ def test_sliced_wasserstein_of_one_law():
         )
 
     found = [draw(1.0) for _ in range(50)]
-    z = np.array([(f.value - f.same_law) / f.same_law_std for f in found])
+    z = np.array([(f.value - f.same_distribution) / f.same_distribution_std for f in found])
     assert abs(z.mean()) < 4 * z.std() / np.sqrt(50) and 0.6 < z.std() < 1.6
     other = draw(2.0)
-    assert other.value > other.same_law + 6 * other.same_law_std
+    assert other.value > other.same_distribution + 6 * other.same_distribution_std
 
 
 def test_shares_are_those_of_numpy(tiny_blocks):
@@ -300,7 +304,7 @@ def test_histograms_against_the_normal_distribution():
     assert abs(found.distance.value[0] - distance) < 4 * found.distance.standard_error[0] < 0.05
 
 
-def test_the_standard_error_of_the_distance_and_the_distance_of_one_law():
+def test_the_standard_error_of_the_distance_and_the_distance_of_one_distribution():
     def distances(shift):
         rng, found = np.random.default_rng(1), []
         for _ in range(100):
@@ -309,12 +313,12 @@ def test_the_standard_error_of_the_distance_and_the_distance_of_one_law():
         values, errors = (
             np.array([getattr(f.distance, name)[0] for f in found]) for name in ("value", "standard_error")
         )
-        return values, errors, np.array([f.distance.same_law[0] for f in found])
+        return values, errors, np.array([f.distance.same_distribution[0] for f in found])
 
     values, errors, _ = distances(1.0)
     assert abs(np.sqrt(np.mean(errors**2)) / values.std(ddof=1) - 1) < 0.35
-    values, errors, same_law = distances(0.0)
-    assert abs(values.mean() / same_law.mean() - 1) < 0.05 and np.sqrt(np.mean(errors**2)) > 0.9 * values.std()
+    values, errors, same_distribution = distances(0.0)
+    assert abs(values.mean() / same_distribution.mean() - 1) < 0.05 and np.sqrt(np.mean(errors**2)) > 0.9 * values.std()
 
 
 def test_bad_arguments():

@@ -41,14 +41,14 @@ def same():
     return Found(series(1), series(2), ARRAY_METRICS)
 
 
-def test_equal_laws_are_within_their_limits(same):
+def test_equal_distributions_are_within_their_limits(same):
     values = same.values
     for name in ("mean", "covariance", "power_spectrum", "autocorrelation"):
         limit = values["mean_and_covariance_z_limit" if name in ("mean", "covariance") else f"{name}_z_limit"]
         assert abs(values[f"{name}_z"]) < limit + 0.5, name
     assert abs(values["energy_distance"]) < 4 * values["energy_distance_standard_error"]
     for name in ("sliced_wasserstein", "histogram_distance"):
-        assert values[name] < 1.5 * values[f"{name}_same_law"]
+        assert values[name] < 1.5 * values[f"{name}_same_distribution"]
     assert values["memorization"]["close_share"] < 0.05
     json.dumps(values, allow_nan=False)
 

@@ -1,12 +1,12 @@
-"""Trains the configs whose data have a known law, draws samples and compares them with the law.
+"""Trains the configs whose data have a known distribution, draws samples and compares them with the distribution.
 
-    python benchmarks/known_laws.py [series field volume moons conditional] [--workdir=runs/laws] [--seed=0]
+    python benchmarks/known_distributions.py [series field volume moons conditional] [--workdir=runs/known] [--seed=0]
 
-Each line of the output is one comparison: the largest deviation from the exact law, the error bar, and the largest deviation
-from a wrong law, which must be outside its error bar. An error bar is the stated bias of a network that is trained for
-minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data
-must be at least the entropy of the law, and at most the entropy plus the slack of the bound and a stated excess. A work
-directory with a finished run is not trained again.
+Each line of the output is one comparison: the largest deviation from the exact distribution, the error bar, and the largest
+deviation from a wrong distribution, which must be outside its error bar. An error bar is the stated bias of a network that is
+trained for minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data must be at
+least the entropy of the distribution, and at most the entropy plus the slack of the bound and a stated excess. A work directory with
+a finished run is not trained again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 from diffusion_jax import data, likelihood, pretrained
 from diffusion_jax.config import resolve
 from diffusion_jax.data import synthetic
-from diffusion_jax.data.synthetic import FieldLaw, SeriesLaw
+from diffusion_jax.data.synthetic import FieldDistribution, SeriesDistribution
 from diffusion_jax.metrics.of_arrays import mean_and_covariance, power_spectrum
 from diffusion_jax.runs import sample, train
 
@@ -43,7 +43,7 @@ CONFIGS = {
     "moons": ("vectors", "moons"),
     "conditional": ("vectors", "conditional"),
 }
-WRONG_LAWS = {
+WRONG_DISTRIBUTIONS = {
     "series": {"half the damping": {"damping": 8.0}, "another correlation": {"correlation": 0.0}},
     "field": {"other exponents": {"exponents": (1.0, 1.0, 1.0, 1.0, 1.0)}, "no mixing": {"mixing": np.eye(5).tolist()}},
     "volume": {"other exponents": {"exponents": (1.0,)}},
@@ -51,7 +51,7 @@ WRONG_LAWS = {
 
 
 def report(name: str, what: str, deviation: np.ndarray, bar: np.ndarray | float, is_wrong: bool = False) -> bool:
-    """Prints and returns whether deviations are within their error bars (of a wrong law: whether one is outside)."""
+    """Prints and returns whether deviations are within their error bars (of a wrong distribution: whether one is outside)."""
     ratio = np.abs(deviation) / bar
     worst = int(np.argmax(ratio))
     largest, its_bar = np.ravel(np.abs(deviation))[worst], np.ravel(np.broadcast_to(bar, np.shape(deviation)))[worst]
@@ -60,7 +60,7 @@ def report(name: str, what: str, deviation: np.ndarray, bar: np.ndarray | float,
     return good
 
 
-# ---- Stationary Gaussian laws
+# ---- Stationary Gaussian distributions
 
 
 def shell_average(values: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
@@ -71,28 +71,36 @@ def shell_average(values: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
     return np.stack([power[shells == shell].mean(axis=0) for shell in np.unique(shells)])
 
 
-def law_at(law: SeriesLaw | FieldLaw, spatial: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:
+def distribution_at(
+    distribution: SeriesDistribution | FieldDistribution, spatial: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, float]:
     """(spectrum, correlation of the channels at one position, entropy) of arrays of this shape."""
-    if isinstance(law, SeriesLaw):
-        spectrum, covariance, entropy = law.spectrum(spatial[0]), law.cross_covariance([0])[0], law.entropy(spatial[0])
+    if isinstance(distribution, SeriesDistribution):
+        spectrum, covariance, entropy = (
+            distribution.spectrum(spatial[0]),
+            distribution.cross_covariance([0])[0],
+            distribution.entropy(spatial[0]),
+        )
     else:
-        covariance = law.cross_covariance(spatial)[(0,) * len(spatial)]
-        spectrum, entropy = law.spectrum(spatial), law.entropy(spatial)
+        covariance = distribution.cross_covariance(spatial)[(0,) * len(spatial)]
+        spectrum, entropy = distribution.spectrum(spatial), distribution.entropy(spatial)
     deviations = np.sqrt(np.diag(covariance))
     return spectrum, covariance / np.outer(deviations, deviations), entropy
 
 
-def compare_gaussian(name: str, x: np.ndarray, law: SeriesLaw | FieldLaw) -> list[bool]:
-    """Power in every shell of frequencies, and the correlations of channels, against the law and against wrong ones."""
+def compare_gaussian(name: str, x: np.ndarray, distribution: SeriesDistribution | FieldDistribution) -> list[bool]:
+    """Power in every shell of frequencies, and correlations of channels, against the distribution and wrong ones."""
     spatial = x.shape[1:-1]
     measured = power_spectrum(x)
     moments = mean_and_covariance(x).covariance
-    laws = {"the law": law}
-    laws |= {wrong: dataclasses.replace(law, **change) for wrong, change in WRONG_LAWS[name].items()}
+    distributions = {"the distribution": distribution}
+    distributions |= {
+        wrong: dataclasses.replace(distribution, **change) for wrong, change in WRONG_DISTRIBUTIONS[name].items()
+    }
     results = []
     spectral, correlated = [], []
-    for candidate in laws.values():
-        spectrum, correlation, _ = law_at(candidate, spatial)
+    for candidate in distributions.values():
+        spectrum, correlation, _ = distribution_at(candidate, spatial)
         exact = shell_average(spectrum, spatial)
         spectral.append((measured.value / exact - 1, POWER_BIAS + 4 * measured.standard_error / exact))
         scales = np.sqrt(np.diag(moments.value))
@@ -104,7 +112,7 @@ def compare_gaussian(name: str, x: np.ndarray, law: SeriesLaw | FieldLaw) -> lis
     print(f"     {name}: root mean square of these: {np.sqrt(np.mean(spectral[0][0] ** 2)):.4f}")
     if x.shape[-1] > 1:
         results.append(report(name, "correlation of two channels", *correlated[0]))
-    for i, wrong in enumerate(list(laws)[1:], start=1):
+    for i, wrong in enumerate(list(distributions)[1:], start=1):
         either = [(d, np.broadcast_to(b, d.shape)) for d, b in (spectral[i], correlated[i])]
         deviations, bars = (np.concatenate([part.ravel() for part in parts]) for parts in zip(*either, strict=True))
         results.append(report(name, f"power or correlation, against {wrong}", deviations, bars, is_wrong=True))
@@ -118,15 +126,15 @@ def compare_vectors(name: str, x: np.ndarray, condition: np.ndarray | None) -> l
     """Conditional means, or the mean log density of samples."""
     if name == "conditional":
         assert condition is not None
-        law = synthetic.CONDITIONAL
+        distribution = synthetic.CONDITIONAL
         place = np.floor(condition[:, 0] * 4).astype(int).clip(0, 15)
-        deviation = law.standard_deviation(condition)
+        deviation = distribution.standard_deviation(condition)
         errors = 1 / np.sqrt(np.bincount(place, minlength=16))
 
         def mean_in_bins(values: np.ndarray) -> np.ndarray:
             return np.stack([values[place == k].mean(axis=0) for k in range(16)])
 
-        residual = (x - law.mean(condition)) / deviation
+        residual = (x - distribution.mean(condition)) / deviation
         linear = np.stack([np.polyval(np.polyfit(condition[:, 0], column, 1), condition[:, 0]) for column in x.T], -1)
         bar = MEAN_BIAS + 4 * errors[:, None]
         print(f"     {name}: standard deviation over the exact one {residual.std(axis=0).round(3)}")
@@ -156,10 +164,10 @@ def compare_vectors(name: str, x: np.ndarray, condition: np.ndarray | None) -> l
 
 
 def exact_slack(schedule, variances: np.ndarray) -> float:
-    """The bound of a Gaussian law with the exact score, minus its entropy, in nats per dimension, for fixed_large.
+    """The bound of a Gaussian distribution with the exact score, minus its entropy, in nats per dimension, for fixed_large.
 
     variances: of the standardized data along their principal axes [K]. Nearly all of the slack is from the smallest noise,
-    where it is the same for every law with a density.
+    where it is the same for every distribution with a density.
     """
     alpha_bar, reverse = schedule.alpha_bar[:, None], schedule.fixed_large_variance[:, None]
     posterior = np.exp(schedule.posterior_log_variance)[:, None]
@@ -173,18 +181,18 @@ def exact_slack(schedule, variances: np.ndarray) -> float:
     return float((prior + decoder + kl[1:].sum(axis=0) - entropy).mean())
 
 
-def principal_variances(name: str, law, scale: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
-    """The variances along the principal axes of the standardized data; 1 for vectors, whose laws are not Gaussian."""
+def principal_variances(name: str, distribution, scale: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
+    """The variances along the principal axes of the standardized data; 1 for vectors, which are not Gaussian."""
     if name == "series":
         size = spatial[0] * len(scale)
         scales = np.tile(scale, spatial[0])
-        return np.linalg.eigvalsh(law.covariance(spatial[0]).reshape(size, size) / np.outer(scales, scales))
+        return np.linalg.eigvalsh(distribution.covariance(spatial[0]).reshape(size, size) / np.outer(scales, scales))
     if name in ("field", "volume"):
-        return np.linalg.eigvalsh(law.spectrum(spatial) / np.outer(scale, scale)).ravel()
+        return np.linalg.eigvalsh(distribution.spectrum(spatial) / np.outer(scale, scale)).ravel()
     return np.array([1.0])
 
 
-def compare_likelihood(name: str, config, net: pretrained.Model, law) -> list[bool]:
+def compare_likelihood(name: str, config, net: pretrained.Model, distribution) -> list[bool]:
     """The variational bound of test data in nats per dimension, in their units, against the entropy."""
     normalizations = net.normalizations
     scale = np.asarray(normalizations["x"].scale, np.float64)
@@ -213,8 +221,8 @@ def compare_likelihood(name: str, config, net: pretrained.Model, law) -> list[bo
     )(jax.random.key(0), batch["x"])
     nats = np.asarray(bits, np.float64) * np.log(2) + np.log(scale).mean()
     spatial = tuple(config.data.image_size)
-    entropy = law_at(law, spatial)[2] if spatial else law.entropy()
-    slack = exact_slack(net.schedule, principal_variances(name, law, scale, spatial))
+    entropy = distribution_at(distribution, spatial)[2] if spatial else distribution.entropy()
+    slack = exact_slack(net.schedule, principal_variances(name, distribution, scale, spatial))
     error = nats.std(ddof=1) / np.sqrt(NUM_TEST)
     good = entropy - 4 * error <= nats.mean() <= entropy + slack + EXCESS_NATS + 4 * error
     print(
@@ -248,14 +256,14 @@ def run(name: str, root: pathlib.Path, seed: int) -> bool:
     (path,) = (workdir / "samples").glob(f"*_n{config.sampling.num_samples}.npz")
     with np.load(path) as arrays:
         x, condition = arrays["arr_0"].astype(np.float64), arrays.get("condition")
-    law = getattr(synthetic, name.upper())
+    distribution = getattr(synthetic, name.upper())
     net = pretrained.load(workdir)
-    results = compare_gaussian(name, x, law) if x.ndim > 2 else compare_vectors(name, x, condition)
-    return all(results + compare_likelihood(name, config, net, law))
+    results = compare_gaussian(name, x, distribution) if x.ndim > 2 else compare_vectors(name, x, condition)
+    return all(results + compare_likelihood(name, config, net, distribution))
 
 
 def sample_run(config, workdir: pathlib.Path) -> None:
-    """Draws the samples; those with a condition for conditions that the law draws."""
+    """Draws the samples; those with a condition for conditions that the distribution draws."""
     if config.model.condition_features:
         conditions = synthetic.CONDITIONAL.sample_conditions(np.random.default_rng(1), config.sampling.num_samples)
         np.save(workdir / "conditions.npy", conditions)
@@ -266,7 +274,7 @@ def sample_run(config, workdir: pathlib.Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; by default all")
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/laws"))
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/known"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if unknown := set(options.names) - set(CONFIGS):
