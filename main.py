@@ -1,6 +1,6 @@
 """The command line of a clone.
 
-    python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
+    python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.setting=value ...]
 
 `diffusion_jax.cli` has the modes and the flags, and the installed command `diffusion-jax` runs the same.
 """

@@ -58,14 +58,16 @@ def main():
     directory = pathlib.Path(sys.argv[1])
     folder, run = make_files(directory), directory / "run"
     command = [sys.executable, str(ROOT / "main.py"), f"--workdir={run}"]
-    leaves = [f"--config.data.{leaf}" for leaf in ("dataset=folder", f"data_dir={folder}", "channels=3", "levels=256")]
+    settings = [
+        f"--config.data.{setting}" for setting in ("dataset=folder", f"data_dir={folder}", "channels=3", "levels=256")
+    ]
     train = [
         f"--config={ROOT}/configs/digits.py",
         "--config.training.num_steps=4000",
         "--config.training.sample_every=0",
     ]
-    subprocess.run([*command, *train, *leaves], check=True)
-    files = [f"--config.editing.{leaf}={directory}/{leaf}.png" for leaf in ("image", "other", "mask")]
+    subprocess.run([*command, *train, *settings], check=True)
+    files = [f"--config.editing.{setting}={directory}/{setting}.png" for setting in ("image", "other", "mask")]
     for task, options in TASKS.items():
         edit = [*command, "--mode=edit", f"--config.editing.task={task}", *files, *options]
         subprocess.run(edit, check=True)

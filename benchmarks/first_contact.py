@@ -63,7 +63,7 @@ class Skipped(Exception):
     """The reason why a check does not apply to this machine."""
 
 
-def make_config(batch_size: int = 8, **leaves: Any) -> ConfigDict:
+def make_config(batch_size: int = 8, **settings: Any) -> ConfigDict:
     """A small network of DDPM's kind with deterministic kernels in full float32; batch_size: at least, for each step."""
     config = default()
     config.model.update(channels=64, channel_multipliers=(1, 2), num_res_blocks=1, precision="highest")
@@ -72,7 +72,7 @@ def make_config(batch_size: int = 8, **leaves: Any) -> ConfigDict:
         config.data.image_size = 8
     config.training.update(batch_size=-(-batch_size // jax.device_count()) * jax.device_count(), deterministic=True)
     config.optimizer.warmup_steps = 0
-    config.update_from_flattened_dict(leaves)
+    config.update_from_flattened_dict(settings)
     return config
 
 

@@ -5,8 +5,8 @@
 Each line of the output is one comparison: the largest deviation from the exact distribution, the error bar, and the largest
 deviation from a wrong distribution, which must be outside its error bar. An error bar is the stated bias of a network that is
 trained for minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data must be at
-least the entropy of the distribution, and at most the entropy plus the slack of the bound and a stated excess. A work directory with
-a finished run is not trained again.
+least the entropy of the distribution, and at most the entropy plus the slack of the bound and a stated excess. A work
+directory with a finished run is not trained again.
 """
 
 import argparse

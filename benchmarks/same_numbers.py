@@ -70,10 +70,10 @@ def write_images(directory: pathlib.Path, size: int) -> None:
 
 def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
     """Trains and samples; returns the values of the log, the arrays of the checkpoint and the samples, by name."""
-    leaves = ALL | RUNS[name]
-    if leaves.get("data.dataset") == "folder":
-        leaves["data.data_dir"] = str(data_dir)
-    flags = [f"--config.{leaf}={value}" for leaf, value in leaves.items()]
+    settings = ALL | RUNS[name]
+    if settings.get("data.dataset") == "folder":
+        settings["data.data_dir"] = str(data_dir)
+    flags = [f"--config.{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
     for mode in ("train", "sample"):
         command = [python, "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}", f"--mode={mode}", *flags]

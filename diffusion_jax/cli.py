@@ -1,6 +1,6 @@
 """Trains, samples, edits and measures diffusion models.
 
-    diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.leaf=value ...]
+    diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.setting=value ...]
 
 A rerun of the same command resumes the run. Omit --config for a directory that holds a run, and with --pretrained=PATH, the
 weights (as `diffusion_jax.pretrained.load` takes them) from which any mode then starts.
@@ -67,12 +67,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command, without the overrides of leaves."""
+    """The flags of the command, without the overrides of settings."""
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = Parser(
         "diffusion-jax",
         f"{__doc__}\nModes:\n{modes}",
-        epilog="--config.group.leaf=VALUE overrides a leaf of the config; docs/reference/configuration.md lists all leaves.",
+        epilog="--config.group.setting=VALUE overrides a setting; docs/reference/configuration.md lists all settings.",
     )
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """{"group.leaf": text} of --config.group.leaf=text. Raises: UserError for anything else."""
+    """{"group.setting": text} of --config.group.setting=text. Raises: UserError for anything else."""
     overrides = {}
     for argument in arguments:
         flag, equals, text = argument.partition("=")

@@ -42,7 +42,7 @@ class UserError(DiffusionJaxError):
 
 
 class ConfigError(UserError, ValueError):
-    """A config with an unknown leaf, or with a value that its leaf does not allow."""
+    """A config with an unknown setting, or with a value that its setting does not allow."""
 
 
 class StorageError(UserError):

@@ -1,6 +1,6 @@
 """Writes the generated pages of the reference: `make reference`.
 
-docs/reference/configuration.md has every leaf of a config, and every data set and metric with a name;
+docs/reference/configuration.md has every setting of a config, and every data set and metric with a name;
 docs/reference/command_line.md has every flag of every command. Each page is written completely or not at all, and a test
 compares them with the code.
 """
@@ -34,8 +34,8 @@ _COMPARED = {
 }
 _CONFIGURATION = """# Configuration
 
-A config is a nested mapping of leaves, `group.leaf`. An experiment of `configs/` differs from the defaults in some leaves,
-and so may any mapping:
+A config is a nested mapping of settings, `group.setting`. An experiment of `configs/` differs from the defaults in some
+settings, and so may any mapping:
 
     from diffusion_jax import config, training
 
@@ -43,9 +43,9 @@ and so may any mapping:
     state, train_step = training.create({"data": {"dataset": "digits", "image_size": 8, "channels": 1}})
 
 `config.resolve(mapping)` completes a mapping with the defaults and checks it. On the command line,
-`--config.group.leaf=VALUE` overrides a leaf: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
+`--config.group.setting=VALUE` overrides a setting: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
 
-The column "identity" shows which leaves decide the numbers of a run: a relaunch in the same work directory must not change
+The column "identity" shows which settings decide the numbers of a run: a relaunch in the same work directory must not change
 them. The others may change between launches.
 
 This page is the output of `make reference`.
@@ -86,10 +86,10 @@ _EXIT_CODES = """### Exit codes
 
 
 def configuration() -> str:
-    """The page of the leaves of a config in Markdown."""
+    """The page of the settings of a config in Markdown."""
     lines = [_CONFIGURATION]
-    for group, (description, leaves) in table.GROUPS.items():
-        lines += _leaves(group, f"`{group}`" if group else "Leaves without a group", description, leaves)
+    for group, (description, settings) in table.GROUPS.items():
+        lines += _settings(group, f"`{group}`" if group else "Settings without a group", description, settings)
     differing = (f"`{name}={value!r}`" for name, value in table.CLASSIFIER_DEFAULTS.items())
     lines += ["## Defaults of a classifier", "", f"With `diffusion.loss=classify`: {', '.join(differing)}.", ""]
     lines += ["## Values of `data.dataset`", "", "| name | examples |", "|---|---|"]
@@ -105,12 +105,12 @@ def configuration() -> str:
     return "\n".join(lines + meanings) + "\n"
 
 
-def _leaves(group: str, heading: str, description: str, leaves: Mapping[str, table.Leaf]) -> Iterator[str]:
+def _settings(group: str, heading: str, description: str, settings: Mapping[str, table.Setting]) -> Iterator[str]:
     yield f"## {heading}\n\n{description}\n"
-    yield "| leaf | default | allowed | identity | description |\n|---|---|---|---|---|"
-    for name, leaf in leaves.items():
+    yield "| setting | default | allowed | identity | description |\n|---|---|---|---|---|"
+    for name, setting in settings.items():
         identity = "yes" if table.is_identity(f"{group}.{name}" if group else name) else "no"
-        cells = (f"`{name}`", f"`{leaf.default!r}`", leaf.kind.allowed, identity, leaf.description)
+        cells = (f"`{name}`", f"`{setting.default!r}`", setting.kind.allowed, identity, setting.description)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
 
@@ -123,9 +123,9 @@ def command_line() -> str:
     """The page of the command line in Markdown."""
     modes = ["### Modes", "", "| mode | what it does |", "|---|---|"]
     modes += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in cli.MODES.items()]
-    leaves = (
-        "`--config.group.leaf=VALUE` overrides a leaf of the config: `--config.training.num_steps=1e4`,\n"
-        '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all leaves.'
+    settings = (
+        "`--config.group.setting=VALUE` overrides a setting of the config: `--config.training.num_steps=1e4`,\n"
+        '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all settings.'
     )
     parts = [
         _COMMAND_LINE,
@@ -133,7 +133,7 @@ def command_line() -> str:
         "",
         "### Overrides",
         "",
-        leaves,
+        settings,
         "",
         *modes,
         "",

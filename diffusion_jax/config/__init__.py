@@ -1,4 +1,4 @@
-"""Configs: every leaf once, with its default, allowed values and description, and functions that read this table.
+"""Configs: every setting once, with its default, allowed values and description, and functions that read this table.
 
     from diffusion_jax import config
 
@@ -6,7 +6,7 @@
     cfg = config.experiment("digits")                               # an experiment of configs/
     cfg = config.resolve({"data": {"dataset": "digits"}})           # complete and validated, from a partial mapping
 
-docs/reference/configuration.md lists all leaves.
+docs/reference/configuration.md lists all settings.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config.table import (
     GROUPS,
-    LEAVES,
-    Leaf,
+    SETTINGS,
+    Setting,
     clips_by_default,
     defaults,
     flatten,
-    identity_leaves,
+    identity_settings,
     is_classifier,
     is_continuous,
     is_upsampler,
@@ -38,7 +38,7 @@ from diffusion_jax.config.values import OneOf
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
-    "LEAVES",
+    "SETTINGS",
     "ConfigDict",
     "ConfigError",
     "clips_by_default",
@@ -48,7 +48,7 @@ __all__ = [
     "experiment",
     "experiment_names",
     "flatten",
-    "identity_leaves",
+    "identity_settings",
     "is_classifier",
     "is_continuous",
     "is_upsampler",
@@ -62,7 +62,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def default() -> ConfigDict:
-    """The config of DDPM on CIFAR-10 (Ho et al. 2020), from which every experiment differs in some leaves."""
+    """The config of DDPM on CIFAR-10 (Ho et al. 2020), from which every experiment differs in some settings."""
     return resolve({})
 
 
@@ -72,20 +72,20 @@ def default_classifier() -> ConfigDict:
 
 
 def resolve(config: Mapping[str, Any]) -> ConfigDict:
-    """A complete config with the leaves of `config`, which may be partial, and the defaults of all others.
+    """A complete config with the settings of `config`, which may be partial, and the defaults of all others.
 
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
-    Raises: ConfigError for an unknown leaf, and for a value of the wrong type or outside the range of its leaf.
+    Raises: ConfigError for an unknown setting, and for a value of the wrong type or outside the range of its setting.
     """
     _check_mapping(config)
     return _complete(flatten(config))
 
 
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
-    """`config`, resolved, with leaves replaced by values of a command line: {"training.num_steps": "1e4"}.
+    """`config`, resolved, with settings replaced by values of a command line: {"training.num_steps": "1e4"}.
 
     Fields of a ConfigDict that refer to a replaced one (`get_ref`) follow it.
-    Raises: ConfigError as `resolve`, and for text that is no value of its leaf.
+    Raises: ConfigError as `resolve`, and for text that is no value of its setting.
     """
     _check_mapping(config)
     texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
@@ -93,7 +93,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     values = {}
     for name, text in texts.items():
         _check_known(name)
-        values[name] = _convert(name, LEAVES[name], text, LEAVES[name].kind.parse, text)
+        values[name] = _convert(name, SETTINGS[name], text, SETTINGS[name].kind.parse, text)
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse, so that of several fields with one reference the first decides
         changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
@@ -151,28 +151,28 @@ def _folder() -> pathlib.Path:
 
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
-    """The config with these values by the full names of their leaves, and the defaults of all others. Raises: ConfigError."""
+    """The config with these values by the full names of the settings, the others with defaults. Raises: ConfigError."""
     for name in given:
         _check_known(name)
     config = ConfigDict({group: {} for group in GROUPS if group})
     for name, value in {**defaults(given), **given}.items():
-        leaf = LEAVES[name]
-        value = _convert(name, leaf, value, leaf.kind.check, _shown(value))
-        if isinstance(leaf.kind, OneOf):  # a ConfigDict would allow only the type of the first value
+        setting = SETTINGS[name]
+        value = _convert(name, setting, value, setting.kind.check, _shown(value))
+        if isinstance(setting.kind, OneOf):  # a ConfigDict would allow only the type of the first value
             value = FieldReference(value, field_type=object)
         group, _, last = name.rpartition(".")
         (config[group] if group else config)[last] = value
     return config
 
 
-def _convert(name: str, leaf: Leaf, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
-    """`convert(value)`. Raises: ConfigError if the leaf does not allow the value, which the message has as `shown`."""
+def _convert(name: str, setting: Setting, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
+    """`convert(value)`. Raises: ConfigError if the setting does not allow the value, which the message has as `shown`."""
     try:
         return convert(value)
     except (ValueError, TypeError, OverflowError) as error:
         advice = str(error) if isinstance(error, ValueError) else ""
-        advice = advice or f"description: {leaf.description.split('. ')[0].rstrip('.')}"
-        raise ConfigError(f"{name}={shown} must be {leaf.kind.allowed}; {advice}") from None
+        advice = advice or f"description: {setting.description.split('. ')[0].rstrip('.')}"
+        raise ConfigError(f"{name}={shown} must be {setting.kind.allowed}; {advice}") from None
 
 
 def _check_mapping(config: Any) -> None:
@@ -184,15 +184,15 @@ def _check_mapping(config: Any) -> None:
 
 
 def _check_known(name: str) -> None:
-    """Raises: ConfigError for a name that is no leaf."""
-    if name in LEAVES:
+    """Raises: ConfigError for a name that is no setting."""
+    if name in SETTINGS:
         return
-    inside = [leaf for leaf in LEAVES if leaf.startswith(f"{name}.")]
+    inside = [setting for setting in SETTINGS if setting.startswith(f"{name}.")]
     if inside:
-        raise ConfigError(f"{name} is a group; set one of its leaves, such as {inside[0]}")
-    near = closest_names(name, [*LEAVES, *filter(None, GROUPS)])
-    advice = f"did you mean {near[0]}?" if near else "docs/reference/configuration.md lists all leaves"
-    raise ConfigError(f"unknown leaf {name}; {advice}")
+        raise ConfigError(f"{name} is a group; set one of its settings, such as {inside[0]}")
+    near = closest_names(name, [*SETTINGS, *filter(None, GROUPS)])
+    advice = f"did you mean {near[0]}?" if near else "docs/reference/configuration.md lists all settings"
+    raise ConfigError(f"unknown setting {name}; {advice}")
 
 
 def _shown(value: Any) -> str:

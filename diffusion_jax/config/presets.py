@@ -1,4 +1,4 @@
-"""The published networks by name: the leaves of `model` that differ from the defaults.
+"""The published networks by name: the settings of `model` that differ from the defaults.
 
 `models.preset` makes the networks. Super-resolution networks take the small image as their condition (`models.upsampling`).
 """

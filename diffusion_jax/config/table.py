@@ -1,4 +1,4 @@
-"""The table of all leaves, by group, and the questions about a config that several modules ask."""
+"""The table of all settings, by group, and the questions about a config that several modules ask."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from diffusion_jax.metrics import METRICS
 __all__ = [
     "CLASSIFIER_DEFAULTS",
     "GROUPS",
-    "LEAVES",
-    "Leaf",
+    "SETTINGS",
+    "Setting",
     "clips_by_default",
     "defaults",
     "flatten",
-    "identity_leaves",
+    "identity_settings",
     "is_classifier",
     "is_continuous",
     "is_identity",
@@ -42,8 +42,8 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A leaf of a config.
+class Setting:
+    """A setting of a config.
 
     default: the value of DDPM's run on CIFAR-10. kind: the allowed values. description: for the reference; errors show its
     first sentence.
@@ -58,211 +58,231 @@ SEED = Integer(0, 2**32 - 1)
 SHARE = Number(minimum=0, below=1)
 PATH = Text()
 
-ROOT: dict[str, Leaf] = {
-    "seed": Leaf(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
-    "init_from": Leaf("", PATH, "Weights that training starts from, a path as `pretrained.load` takes it."),
-    "init_flags": Leaf(
+ROOT: dict[str, Setting] = {
+    "seed": Setting(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
+    "init_from": Setting("", PATH, "Weights that training starts from, a path as `pretrained.load` takes it."),
+    "init_flags": Setting(
         "", Text(), "Flags of `pretrained.load` for `init_from`: the name of a preset, OpenAI's, or JSON."
     ),
 }
 
-DATA: dict[str, Leaf] = {
-    "dataset": Leaf(
+DATA: dict[str, Setting] = {
+    "dataset": Setting(
         "cifar10",
         Text(),
         'Name of a TFDS data set, "folder" (images below `data.data_dir`), "arrays" (.npy, .npz, .zarr or .h5 at '
         '`data.data_dir`), "digits" (scikit-learn\'s), or module:function (`config.data` to a `data.Source`).',
     ),
-    "data_dir": Leaf(
+    "data_dir": Setting(
         "", PATH, 'Directory of TFDS ("" for ~/tensorflow_datasets), folder of images, or file of arrays.'
     ),
-    "download": Leaf(True, Boolean(), "Whether a missing TFDS data set is downloaded and prepared."),
-    "split": Leaf("train", Text(), "Split of the data set that is trained on."),
-    "holdout": Leaf(
+    "download": Setting(True, Boolean(), "Whether a missing TFDS data set is downloaded and prepared."),
+    "split": Setting("train", Text(), "Split of the data set that is trained on."),
+    "holdout": Setting(
         0.0,
         SHARE,
         "Share of the examples of a folder or file that is never trained on, the split test. A hash of an example's path "
         "or values decides.",
     ),
-    "image_size": Leaf(
+    "image_size": Setting(
         32,
         OneOf(Integer(1), Tuple(Integer(1), "0 to 3 whole numbers", maximum_length=3, shown="(32, 48)")),
         "Height and width of square images, or the size of each spatial axis: (height, width) for images, (length,) for "
         "series, () for vectors.",
     ),
-    "channels": Leaf(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
-    "low_resolution": Leaf(0, Integer(0), "Height of the small images that an upsampler enlarges; 0 for other models."),
-    "levels": Leaf(
+    "channels": Setting(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
+    "low_resolution": Setting(
+        0, Integer(0), "Height of the small images that an upsampler enlarges; 0 for other models."
+    ),
+    "levels": Setting(
         256,
         optional(Integer(2, 256)),
         "Number of gray levels of a channel, whose probabilities are the likelihoods. None for continuous data, whose "
         "likelihoods are densities.",
     ),
-    "normalization": Leaf(
+    "normalization": Setting(
         "auto",
         Choice("auto", "limits", "none"),
         "Scale of continuous data. auto: each channel by its mean and standard deviation over `data.split`; limits: "
         "`data.limits` become [-1, 1]; none: unchanged. Images of gray levels become [-1, 1].",
     ),
-    "limits": Leaf(
+    "limits": Setting(
         (), Interval(Number(), "two rising numbers"), "Range of continuous data, for the normalization limits."
     ),
-    "random_flip": Leaf(True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for gray levels."),
-    "memory_mb": Leaf(2048, Integer(0), "Megabytes of decoded data that are kept in memory. A larger set is streamed."),
-    "cache_decoded": Leaf(True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."),
-    "workers": Leaf(8, Integer(0), "Number of processes that decode images of a streamed data set."),
+    "random_flip": Setting(
+        True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for gray levels."
+    ),
+    "memory_mb": Setting(
+        2048, Integer(0), "Megabytes of decoded data that are kept in memory. A larger set is streamed."
+    ),
+    "cache_decoded": Setting(
+        True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."
+    ),
+    "workers": Setting(8, Integer(0), "Number of processes that decode images of a streamed data set."),
 }
 
-MODEL: dict[str, Leaf] = {
-    "kind": Leaf(
+MODEL: dict[str, Setting] = {
+    "kind": Setting(
         "unet",
         Choice("unet", "mlp"),
-        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. The leaves of `model` that are not fields of "
-        "`models.MLP`, or of a classifier's `models.Classifier`, must keep their defaults.",
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. The settings of `model` that are not fields "
+        "of `models.MLP`, or of a classifier's `models.Classifier`, must keep their defaults.",
     ),
-    "channels": Leaf(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
-    "channel_multipliers": Leaf(
+    "channels": Setting(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
+    "channel_multipliers": Setting(
         (1, 2, 2, 2),
         Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)"),
         "Width of each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
     ),
-    "num_res_blocks": Leaf(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
-    "attention_levels": Leaf(
+    "num_res_blocks": Setting(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
+    "attention_levels": Setting(
         (1,),
         Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
         "Resolutions with self-attention; 0 is the full resolution. The middle of the network always has one layer.",
     ),
-    "num_heads": Leaf(1, Integer(1), "Attention heads of each layer."),
-    "head_channels": Leaf(
+    "num_heads": Setting(1, Integer(1), "Attention heads of each layer."),
+    "head_channels": Setting(
         None, optional(Integer(1)), "Channels of an attention head; None for `model.num_heads` heads."
     ),
-    "resample_blocks": Leaf(False, Boolean(), "Whether residual blocks change the resolution (ADM), not convolutions."),
-    "scale_shift_norm": Leaf(
+    "resample_blocks": Setting(
+        False, Boolean(), "Whether residual blocks change the resolution (ADM), not convolutions."
+    ),
+    "scale_shift_norm": Setting(
         False,
         Boolean(),
         "Whether the time embedding scales and shifts the second norm of a block, instead of being added.",
     ),
-    "embedding_cos_first": Leaf(False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."),
-    "embedding_freq_shift": Leaf(
+    "embedding_cos_first": Setting(
+        False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."
+    ),
+    "embedding_freq_shift": Setting(
         1.0, Number(), "Shift in the exponent of the time embedding's frequencies: 1 as Ho et al., 0 as OpenAI."
     ),
-    "downsample_padding": Leaf(
+    "downsample_padding": Setting(
         (0, 1),
         Tuple(Integer(0), "2 whole numbers", 2, 2, shown="(0, 1)"),
         "Padding before and after each side of a stride-2 convolution: (0, 1) as Ho et al., (1, 1) as OpenAI.",
     ),
-    "padding": Leaf("zeros", Choice("zeros", "periodic"), "Padding of convolutions; periodic is for data on a torus."),
-    "num_groups": Leaf(32, Integer(1), "Groups of every group norm."),
-    "norm_epsilon": Leaf(1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."),
-    "initializer": Leaf("ho", Choice("ho", "openai"), "Initialization of the weights, as Ho et al. or OpenAI."),
-    "dropout": Leaf(0.1, SHARE, "Dropout rate in each residual block, in training only."),
-    "num_classes": Leaf(0, Integer(0), "Number of classes; 0 for an unconditional model."),
-    "label_dropout": Leaf(
+    "padding": Setting(
+        "zeros", Choice("zeros", "periodic"), "Padding of convolutions; periodic is for data on a torus."
+    ),
+    "num_groups": Setting(32, Integer(1), "Groups of every group norm."),
+    "norm_epsilon": Setting(1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."),
+    "initializer": Setting("ho", Choice("ho", "openai"), "Initialization of the weights, as Ho et al. or OpenAI."),
+    "dropout": Setting(0.1, SHARE, "Dropout rate in each residual block, in training only."),
+    "num_classes": Setting(0, Integer(0), "Number of classes; 0 for an unconditional model."),
+    "label_dropout": Setting(
         0.0, SHARE, "Probability that training drops a label, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "condition_features": Leaf(0, Integer(0), "Length of the condition vector of an example; 0 for none."),
-    "condition_channels": Leaf(0, Integer(0), "Channels of the condition array of an example; 0 for none."),
-    "condition_dropout": Leaf(
+    "condition_features": Setting(0, Integer(0), "Length of the condition vector of an example; 0 for none."),
+    "condition_channels": Setting(0, Integer(0), "Channels of the condition array of an example; 0 for none."),
+    "condition_dropout": Setting(
         0.0, SHARE, "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "out_channels": Leaf(
+    "out_channels": Setting(
         None,
         optional(Integer(1)),
         "Channels of the output; None for the number that `data.channels` and `diffusion.variance` need.",
     ),
-    "dtype": Leaf("float32", Choice("float32", "bfloat16"), "Type that the layers compute in."),
-    "precision": Leaf(
+    "dtype": Setting("float32", Choice("float32", "bfloat16"), "Type that the layers compute in."),
+    "precision": Setting(
         "default",
         Choice("default", "high", "highest"),
         "Precision of float32 products on GPUs and TPUs: default rounds inputs to TF32 or bfloat16, highest is float32.",
     ),
-    "remat": Leaf(
+    "remat": Setting(
         False,
         OneOf(Boolean(), Tuple(Integer(0), "resolutions", shown="(0,)")),
         "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions that do.",
     ),
 }
 
-DIFFUSION: dict[str, Leaf] = {
-    "schedule": Leaf("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
-    "num_timesteps": Leaf(1000, Integer(1), "Number of timesteps T of the diffusion process."),
-    "beta_start": Leaf(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
-    "beta_end": Leaf(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
-    "prediction": Leaf("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
-    "rescale_timesteps": Leaf(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
-    "variance": Leaf(
+DIFFUSION: dict[str, Setting] = {
+    "schedule": Setting("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
+    "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T of the diffusion process."),
+    "beta_start": Setting(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
+    "beta_end": Setting(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
+    "prediction": Setting("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
+    "rescale_timesteps": Setting(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
+    "variance": Setting(
         "fixed_large",
         Choice(*process.VARIANCES),
         "Variance of p(x_{t-1} | x_t). The learned ones need the loss vlb or hybrid.",
     ),
-    "loss": Leaf(
+    "loss": Setting(
         "simple",
         Choice(*losses.LOSSES),
         "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; classify: the "
         "cross entropy of a classifier of noisy images, for guidance.",
     ),
-    "vlb_weight": Leaf(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
-    "conditioning_noise": Leaf(
+    "vlb_weight": Setting(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
+    "conditioning_noise": Setting(
         0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
-    "weighting": Leaf("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
-    "timestep_sampler": Leaf("uniform", Choice(*timesteps.SAMPLERS), "Distribution of the timesteps of a batch."),
+    "weighting": Setting("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
+    "timestep_sampler": Setting("uniform", Choice(*timesteps.SAMPLERS), "Distribution of the timesteps of a batch."),
 }
 
-TRAINING: dict[str, Leaf] = {
-    "num_steps": Leaf(800_000, Integer(1), "Number of training steps."),
-    "batch_size": Leaf(128, Integer(1), "Images in a step, over all devices together."),
-    "accumulation_steps": Leaf(1, Integer(1), "Microbatches that a batch is split into: less memory, the same step."),
-    "steps_per_call": Leaf(1, Integer(1), "Steps in one compiled program, on accelerators; on a CPU it is 1."),
-    "deterministic": Leaf(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
-    "log_every": Leaf(100, Integer(1), "Steps between two lines of metrics."),
-    "sample_every": Leaf(10_000, Integer(0), "Steps between two pictures of samples; 0 for none."),
-    "checkpoint_every": Leaf(5_000, Integer(1), "Steps between two checkpoints."),
-    "checkpoints_kept": Leaf(3, Integer(1), "Number of newest checkpoints that are kept."),
-    "checkpoint_keep_every": Leaf(
+TRAINING: dict[str, Setting] = {
+    "num_steps": Setting(800_000, Integer(1), "Number of training steps."),
+    "batch_size": Setting(128, Integer(1), "Images in a step, over all devices together."),
+    "accumulation_steps": Setting(
+        1, Integer(1), "Microbatches that a batch is split into: less memory, the same step."
+    ),
+    "steps_per_call": Setting(1, Integer(1), "Steps in one compiled program, on accelerators; on a CPU it is 1."),
+    "deterministic": Setting(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
+    "log_every": Setting(100, Integer(1), "Steps between two lines of metrics."),
+    "sample_every": Setting(10_000, Integer(0), "Steps between two pictures of samples; 0 for none."),
+    "checkpoint_every": Setting(5_000, Integer(1), "Steps between two checkpoints."),
+    "checkpoints_kept": Setting(3, Integer(1), "Number of newest checkpoints that are kept."),
+    "checkpoint_keep_every": Setting(
         100_000, Integer(0), "Steps between two checkpoints that are kept forever; 0 for none."
     ),
-    "stall_timeout": Leaf(
+    "stall_timeout": Setting(
         600.0, Number(minimum=0), "Seconds without a finished step after which the program ends; 0 for no limit."
     ),
-    "profile": Leaf(False, Boolean(), "Whether five steps, soon after the start, are traced for XProf."),
+    "profile": Setting(False, Boolean(), "Whether five steps, soon after the start, are traced for XProf."),
 }
 
-OPTIMIZER: dict[str, Leaf] = {
-    "name": Leaf("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
-    "learning_rate": Leaf(2e-4, Number(above=0), "Learning rate after the warm-up."),
-    "warmup_steps": Leaf(5_000, Integer(0), "Steps of linear warm-up from 0."),
-    "schedule": Leaf("constant", Choice("constant", "linear", "cosine"), "Learning-rate schedule after the warm-up."),
-    "decay_steps": Leaf(800_000, Integer(0), "Step at which the schedules linear and cosine reach 0."),
-    "b1": Leaf(0.9, SHARE, "Decay rate of the first moment."),
-    "b2": Leaf(0.999, SHARE, "Decay rate of the second moment."),
-    "eps": Leaf(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
-    "weight_decay": Leaf(0.0, Number(minimum=0), "Weight decay, of adamw."),
-    "grad_clip": Leaf(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
+OPTIMIZER: dict[str, Setting] = {
+    "name": Setting("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
+    "learning_rate": Setting(2e-4, Number(above=0), "Learning rate after the warm-up."),
+    "warmup_steps": Setting(5_000, Integer(0), "Steps of linear warm-up from 0."),
+    "schedule": Setting(
+        "constant", Choice("constant", "linear", "cosine"), "Learning-rate schedule after the warm-up."
+    ),
+    "decay_steps": Setting(800_000, Integer(0), "Step at which the schedules linear and cosine reach 0."),
+    "b1": Setting(0.9, SHARE, "Decay rate of the first moment."),
+    "b2": Setting(0.999, SHARE, "Decay rate of the second moment."),
+    "eps": Setting(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
+    "weight_decay": Setting(0.0, Number(minimum=0), "Weight decay, of adamw."),
+    "grad_clip": Setting(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
 }
 
 _WRITERS = ("tensorboard", "wandb", "mlflow", "trackio")
-LOGGING: dict[str, Leaf] = {
-    "writers": Leaf(
+LOGGING: dict[str, Setting] = {
+    "writers": Setting(
         ("tensorboard",),
         Tuple(Choice(*_WRITERS), f"names from {', '.join(_WRITERS)}", shown="('tensorboard', 'wandb')"),
         "Destinations of metrics and pictures besides metrics.jsonl. The trackers are packages of their own, which their "
         "environment variables configure.",
     ),
-    "project": Leaf("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
+    "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
 
-EMA: dict[str, Leaf] = {
-    "decay": Leaf(0.9999, Number(minimum=0, maximum=1), "Decay rate of the moving average of the parameters."),
-    "warmup": Leaf(False, Boolean(), "Whether the decay rate is min(decay, (1 + step) / (10 + step))."),
+EMA: dict[str, Setting] = {
+    "decay": Setting(0.9999, Number(minimum=0, maximum=1), "Decay rate of the moving average of the parameters."),
+    "warmup": Setting(False, Boolean(), "Whether the decay rate is min(decay, (1 + step) / (10 + step))."),
 }
 
-MESH: dict[str, Leaf] = {
-    "data": Leaf(
+MESH: dict[str, Setting] = {
+    "data": Setting(
         -1, OneOf(Choice(-1), Integer(1)), "Devices that split the batch; -1 for all that `mesh.fsdp` leaves."
     ),
-    "fsdp": Leaf(1, Integer(1), "Devices that split the batch and the state: parameters, optimizer, moving average."),
-    "device": Leaf(
+    "fsdp": Setting(
+        1, Integer(1), "Devices that split the batch and the state: parameters, optimizer, moving average."
+    ),
+    "device": Setting(
         None, optional(Choice("v4", "v5e", "a100", "h100")), "Device whose memory `--mode=plan` fits the settings to."
     ),
 }
@@ -273,13 +293,13 @@ _SAMPLERS_ALONG_EPS = [
     if (stability := make().stability) is not None and stability.along_eps
 ]
 # A setting that has the name of a sampler's argument sets this argument.
-SAMPLING: dict[str, Leaf] = {
-    "sampler": Leaf(
+SAMPLING: dict[str, Setting] = {
+    "sampler": Setting(
         "ddpm",
         Choice(*sampling.SAMPLERS),
         "Algorithm that draws the samples.",
     ),
-    "steps": Leaf(
+    "steps": Setting(
         None,
         OneOf(
             Choice(None),
@@ -289,26 +309,26 @@ SAMPLING: dict[str, Leaf] = {
         "Number of sampling steps; None for all timesteps. Several numbers are those of the sections of the chain, with "
         "the spacing openai, or the network times themselves, rising, with the spacing given.",
     ),
-    "spacing": Leaf(
+    "spacing": Setting(
         None,
         optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
         'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
         f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, otherwise trailing.",
     ),
-    "eta": Leaf(
+    "eta": Setting(
         0.0,
         Number(minimum=0, maximum=1),
         f"Noise of {', '.join(sampling.samplers_with('eta'))}: 0 is deterministic, 1 ancestral sampling.",
     ),
-    "order": Leaf(2, Choice(1, 2, 3), f"Order of {', '.join(sampling.samplers_with('order'))}."),
-    "clip": Leaf(
+    "order": Setting(2, Choice(1, 2, 3), f"Order of {', '.join(sampling.samplers_with('order'))}."),
+    "clip": Setting(
         None,
         OneOf(Boolean(), Choice("dynamic", None)),
         "Whether x_0 is clipped to [-1, 1] at every step; None: if the data are gray levels or have `data.limits`. dynamic: "
         "to a quantile of |x_0|, which is then scaled to 1.",
     ),
-    "clip_quantile": Leaf(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
-    "label": Leaf(
+    "clip_quantile": Setting(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
+    "label": Setting(
         None,
         OneOf(
             Choice(None),
@@ -319,131 +339,135 @@ SAMPLING: dict[str, Leaf] = {
         "Class of the samples, by number or name, or several that alternate; None for all classes. On the command line "
         "`--config.sampling.class` is an alias.",
     ),
-    "guidance_scale": Leaf(
+    "guidance_scale": Setting(
         1.0,
         Number(),
         "Scale of classifier-free guidance, which needs `model.label_dropout`: 1 for none, 0 for unconditional.",
     ),
-    "guidance_interval": Leaf(
+    "guidance_interval": Setting(
         (),
         Interval(Number(finite=False), "two rising numbers"),
         "Network times at which guidance is applied; () for all.",
     ),
-    "guidance_rescale": Leaf(
+    "guidance_rescale": Setting(
         0.0, Number(minimum=0, maximum=1), "Share of guidance's change of contrast that is removed."
     ),
-    "classifier": Leaf("", PATH, "Weights of the guiding classifier, a path as `pretrained.load` takes it."),
-    "classifier_scale": Leaf(1.0, Number(), "Scale of classifier guidance."),
-    "classifier_form": Leaf(
+    "classifier": Setting("", PATH, "Weights of the guiding classifier, a path as `pretrained.load` takes it."),
+    "classifier_scale": Setting(1.0, Number(), "Scale of classifier guidance."),
+    "classifier_form": Setting(
         "eps",
         Choice("eps", "mean"),
         "Quantity that the classifier shifts: the predicted noise, or the mean of ddpm (ADM).",
     ),
-    "low_resolution": Leaf("", PATH, "Small images for an upsampler: an .npz of --mode=sample, or a folder of images."),
-    "low_resolution_noise": Leaf(
+    "low_resolution": Setting(
+        "", PATH, "Small images for an upsampler: an .npz of --mode=sample, or a folder of images."
+    ),
+    "low_resolution_noise": Setting(
         0.0,
         Number(minimum=0),
         "Standard deviation of the noise on the small images, up to `diffusion.conditioning_noise`.",
     ),
-    "conditions": Leaf(
+    "conditions": Setting(
         "",
         PATH,
         'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i has row i '
         "modulo the number of rows.",
     ),
-    "num_samples": Leaf(64, Integer(1), "Number of samples of --mode=sample."),
-    "batch_size": Leaf(64, Integer(1), "Samples that are drawn at a time."),
-    "seed": Leaf(0, SEED, "Seed of the samples."),
-    "use_ema": Leaf(
+    "num_samples": Setting(64, Integer(1), "Number of samples of --mode=sample."),
+    "batch_size": Setting(64, Integer(1), "Samples that are drawn at a time."),
+    "seed": Setting(0, SEED, "Seed of the samples."),
+    "use_ema": Setting(
         True,
         Boolean(),
         "Whether the moving average of the parameters is used, once it holds at most a tenth of the initial weights.",
     ),
-    "trajectory": Leaf(
+    "trajectory": Setting(
         0, OneOf(Choice(0), Integer(2)), "Columns of the picture of the first samples being denoised; 0 for none."
     ),
-    "preview_samples": Leaf(
+    "preview_samples": Setting(
         16, Integer(0), "Samples in the pictures during training, drawn by DDIM; 0 for no pictures."
     ),
-    "preview_steps": Leaf(25, Integer(1), "Sampling steps of the pictures during training."),
+    "preview_steps": Setting(25, Integer(1), "Sampling steps of the pictures during training."),
 }
 
-EDITING: dict[str, Leaf] = {
-    "task": Leaf(
+EDITING: dict[str, Setting] = {
+    "task": Setting(
         "inpaint",
         Choice(*editing.EDITS),
         "Task of --mode=edit, which uses the sampler of `sampling`. inpaint is RePaint, replace its form without resampling.",
     ),
-    "image": Leaf("", PATH, "Image to edit; for data that are not images, an .npy of one example in their units."),
-    "mask": Leaf(
+    "image": Setting("", PATH, "Image to edit; for data that are not images, an .npy of one example in their units."),
+    "mask": Setting(
         "", PATH, "Mask of the known pixels: an image that is white there, or a bool .npy that is True there."
     ),
-    "other": Leaf("", PATH, "Second image or example of interpolate."),
-    "num_samples": Leaf(
+    "other": Setting("", PATH, "Second image or example of interpolate."),
+    "num_samples": Setting(
         8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."
     ),
-    "resamplings": Leaf(10, Integer(1), "Resamplings of inpaint."),
-    "jump": Leaf(10, Integer(1), "Length of the jumps of inpaint, in steps."),
-    "strength": Leaf(0.5, Number(above=0, maximum=1), "Strength of the changes by sdedit."),
-    "factor": Leaf(4, Integer(1), "Factor of super_resolution."),
-    "level": Leaf(
+    "resamplings": Setting(10, Integer(1), "Resamplings of inpaint."),
+    "jump": Setting(10, Integer(1), "Length of the jumps of inpaint, in steps."),
+    "strength": Setting(0.5, Number(above=0, maximum=1), "Strength of the changes by sdedit."),
+    "factor": Setting(4, Integer(1), "Factor of super_resolution."),
+    "level": Setting(
         None,
         optional(Integer(0)),
         "Step at which interpolate mixes the noised images; None mixes their encodings, for deterministic samplers.",
     ),
 }
 
-EVALUATION: dict[str, Leaf] = {
-    "split": Leaf("test", Text(), "Split whose likelihood is measured."),
-    "data_dir": Leaf("", PATH, 'Directory of that split; "" for `data.data_dir`.'),
-    "num_examples": Leaf(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
-    "batch_size": Leaf(64, Integer(1), "Examples that are measured at a time."),
-    "strata": Leaf(
+EVALUATION: dict[str, Setting] = {
+    "split": Setting("test", Text(), "Split whose likelihood is measured."),
+    "data_dir": Setting("", PATH, 'Directory of that split; "" for `data.data_dir`.'),
+    "num_examples": Setting(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
+    "batch_size": Setting(64, Integer(1), "Examples that are measured at a time."),
+    "strata": Setting(
         None,
         optional(Integer(1)),
         "Strata of the timesteps of the bound. None visits every timestep of every example; S visits the first and two in "
         "each of S strata.",
     ),
-    "cdf": Leaf("exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."),
-    "clip": Leaf(None, optional(Boolean()), "Whether x_0 is clipped to [-1, 1]; None as for `sampling.clip`."),
-    "seed": Leaf(0, SEED, "Seed of the noise of the measurements."),
-    "use_ema": Leaf(True, Boolean(), "Whether the moving average is measured, as `sampling.use_ema` for samples."),
-    "ode": Leaf(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
-    "ode_dequantization": Leaf(
+    "cdf": Setting(
+        "exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."
+    ),
+    "clip": Setting(None, optional(Boolean()), "Whether x_0 is clipped to [-1, 1]; None as for `sampling.clip`."),
+    "seed": Setting(0, SEED, "Seed of the noise of the measurements."),
+    "use_ema": Setting(True, Boolean(), "Whether the moving average is measured, as `sampling.use_ema` for samples."),
+    "ode": Setting(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
+    "ode_dequantization": Setting(
         None,
         optional(Choice("uniform", "variational", "none")),
         "Dequantization of the ODE's likelihood; None for uniform with gray levels, and none with continuous data.",
     ),
-    "ode_trace": Leaf(
+    "ode_trace": Setting(
         "hutchinson",
         Choice("hutchinson", "exact"),
         "Divergence of the ODE; exact takes as many derivatives as an example has values.",
     ),
-    "ode_tolerance": Leaf(1e-5, Number(above=0), "Error tolerance of the ODE solver."),
-    "likelihood": Leaf(True, Boolean(), "Whether --mode=evaluate measures the variational bound."),
-    "num_samples": Leaf(50_000, Integer(0), "Samples that --mode=evaluate compares with the data; 0 for none."),
-    "features": Leaf(
+    "ode_tolerance": Setting(1e-5, Number(above=0), "Error tolerance of the ODE solver."),
+    "likelihood": Setting(True, Boolean(), "Whether --mode=evaluate measures the variational bound."),
+    "num_samples": Setting(50_000, Integer(0), "Samples that --mode=evaluate compares with the data; 0 for none."),
+    "features": Setting(
         "",
         Text(),
         'Feature extractor: inception, digits, or module:function (examples to features); "" for digits on that data set, '
         "none for continuous data, and otherwise inception.",
     ),
-    "inception": Leaf(
+    "inception": Setting(
         "", PATH, 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.'
     ),
-    "metrics": Leaf(
+    "metrics": Setting(
         None,
         optional(Tuple(Choice(*METRICS), f"names from {', '.join(METRICS)}", minimum_length=1, shown="('fid',)")),
         "Metrics of samples. None for all that suit the data: those that compare features for images, those that compare "
         "examples for other data, and both for other data with `evaluation.features`.",
     ),
-    "reference_split": Leaf("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
-    "every": Leaf(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),
-    "every_samples": Leaf(1000, Integer(2), "Samples of the FID during training."),
+    "reference_split": Setting("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
+    "every": Setting(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),
+    "every_samples": Setting(1000, Integer(2), "Samples of the FID during training."),
 }
 
-# Each group's description and leaves, in the order of the reference.
-GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
+# Each group's description and settings, in the order of the reference.
+GROUPS: dict[str, tuple[str, dict[str, Setting]]] = {
     "": ("The run as a whole.", ROOT),
     "data": ("Training data.", DATA),
     "model": ("The network: the fields of `models.UNet`.", MODEL),
@@ -459,8 +483,10 @@ GROUPS: dict[str, tuple[str, dict[str, Leaf]]] = {
 }
 
 
-LEAVES = {
-    f"{group}.{name}" if group else name: leaf for group, (_, leaves) in GROUPS.items() for name, leaf in leaves.items()
+SETTINGS = {
+    f"{group}.{name}" if group else name: setting
+    for group, (_, settings) in GROUPS.items()
+    for name, setting in settings.items()
 }
 # The defaults of a classifier that differ: ADM's classifier of ImageNet at 128x128 pixels.
 CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
@@ -470,13 +496,13 @@ _NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers"
 
 
 def is_identity(name: str) -> bool:
-    """Whether a leaf, group.leaf, decides the numbers of a run, so that a relaunch must not change it."""
+    """Whether a setting, group.setting, decides the numbers of a run, so that a relaunch must not change it."""
     group, _, last = name.rpartition(".")
     return name in ("seed", "training.batch_size") or (group in _IDENTITY_GROUPS and last not in _NOT_IDENTITY)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested leaves as {"group.leaf": value}."""
+    """Nested settings as {"group.setting": value}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -487,15 +513,17 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The default of every leaf by its full name; a classifier (`diffusion.loss=classify`) has other defaults of `model`."""
+    """The default of every setting by its full name; a classifier (`diffusion.loss=classify`) has others in `model`."""
     loss = flatten(config).get("diffusion.loss")
     is_classifier = isinstance(loss, str) and loss == "classify"
-    return {name: leaf.default for name, leaf in LEAVES.items()} | (CLASSIFIER_DEFAULTS if is_classifier else {})
+    return {name: setting.default for name, setting in SETTINGS.items()} | (
+        CLASSIFIER_DEFAULTS if is_classifier else {}
+    )
 
 
-def identity_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves that must agree between the launches of one run, as {"group.leaf": value}."""
-    return {name: value for name, value in flatten(config).items() if name in LEAVES and is_identity(name)}
+def identity_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that must agree between the launches of one run, as {"group.setting": value}."""
+    return {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -519,6 +547,6 @@ def clips_by_default(config: Mapping[str, Any]) -> bool:
 
 
 def resolve_clip(config: Mapping[str, Any], group: str = "sampling") -> bool | str:
-    """The leaf `clip` of a group of a complete config; None follows the data."""
+    """The setting `clip` of a group of a complete config; None follows the data."""
     clip = config[group]["clip"]
     return clips_by_default(config) if clip is None else clip

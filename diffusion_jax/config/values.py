@@ -1,4 +1,4 @@
-"""The kinds of values that a leaf allows, as Python values and as text of a command line, which is never evaluated."""
+"""The kinds of values that a setting allows, as Python values and as text of a command line, which is never evaluated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LARGEST = 2**31 - 1
 
 
 class ValueKind(Protocol):
-    """The values that a leaf allows. allowed: a noun phrase that continues "must be"."""
+    """The values that a setting allows. allowed: a noun phrase that continues "must be"."""
 
     @property
     def allowed(self) -> str: ...

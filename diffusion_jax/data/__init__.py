@@ -102,11 +102,11 @@ def load(
 ) -> Source:
     """The source of `config.data`, in memory if it fits into `data.memory_mb`; its "x" are in the units of the data.
 
-    config: the leaves of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
+    config: the settings of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
     downloaded and prepared first, if `data.download` is true.
     progress: as for `InMemory.load`, while the examples are read. log: called with lines about the examples.
     source: a source to load instead of the one that `config` names; `data.holdout` must then be 0.
-    Raises: ConfigError for a value that its leaf does not allow; DataError with one line of advice.
+    Raises: ConfigError for a value that its setting does not allow; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
     share, split = config["holdout"], config["split"]

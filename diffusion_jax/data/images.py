@@ -27,7 +27,7 @@ from diffusion_jax.data.sources import (
     InMemory,
     NamedSource,
     Source,
-    check_image_leaves,
+    check_image_settings,
     classes_of_files,
     find_files,
     read_classes,
@@ -58,7 +58,7 @@ class Digits(InMemory, NamedSource):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Digits:
-        return cls(config["split"], *check_image_leaves(config))
+        return cls(config["split"], *check_image_settings(config))
 
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
@@ -92,7 +92,7 @@ class Folder(EncodedImages):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Folder:
-        return cls(config["data_dir"], *check_image_leaves(config))
+        return cls(config["data_dir"], *check_image_settings(config))
 
     @classmethod
     def check_location(cls, config: Mapping) -> None:

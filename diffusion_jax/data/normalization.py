@@ -152,7 +152,7 @@ def find_normalizations(
     standardized, too, unless it is none.
 
     progress: as for `data.InMemory.load`, called only if there is a pass.
-    Raises: DataError for a leaf that does not fit the data, values that are not finite, or a channel that is constant.
+    Raises: DataError for a setting that does not fit the data, values that are not finite, or a channel that is constant.
     """
     mode, first = config["normalization"], source.read([0])
     if mode != "auto" and "x" not in first:

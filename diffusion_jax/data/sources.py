@@ -34,7 +34,7 @@ __all__ = [
     "Source",
     "are_held_out",
     "check_examples",
-    "check_image_leaves",
+    "check_image_settings",
     "check_levels",
     "check_random_flip",
     "classes_of_files",
@@ -260,8 +260,8 @@ def is_of_images(config: Mapping) -> bool:
     return config["levels"] is not None and len(shape) == 3 and shape[-1] in (1, 3)
 
 
-def check_image_leaves(config: Mapping) -> tuple[tuple[int, int], int]:
-    """((height, width), channels) of a data set of image files. Raises: DataError for leaves that describe other data."""
+def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
+    """((height, width), channels) of a data set of image files. Raises: DataError for settings that describe other data."""
     shape, name = example_shape(config), config["dataset"]
     other = "other arrays are data.dataset=arrays or module:function"
     if len(shape) != 3 or shape[-1] not in (1, 3):

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax.data.images import EncodedImages, fit
-from diffusion_jax.data.sources import check_image_leaves
+from diffusion_jax.data.sources import check_image_settings
 from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.storage.objects import is_url
@@ -156,7 +156,7 @@ class Tfds(EncodedImages):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Tfds:
-        size, channels = check_image_leaves(config)
+        size, channels = check_image_settings(config)
         name, local_dir = config["dataset"], local_data_dir(config["dataset"], config["data_dir"] or None)
         if config["download"] and not is_url(config["data_dir"]):
             prepare(name, local_dir)

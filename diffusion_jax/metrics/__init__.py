@@ -2,7 +2,7 @@
 
 `of_features` compares features [N, D] of two sets, and `of_arrays` the examples themselves, float arrays [n, *spatial, C].
 
-A metric is a function (reference, samples, options) -> `Result`, and one line of `METRICS`. The leaf `evaluation.metrics`,
+A metric is a function (reference, samples, options) -> `Result`, and one line of `METRICS`. The setting `evaluation.metrics`,
 `--metrics` of the command, records, pictures and reports follow this table.
 """
 

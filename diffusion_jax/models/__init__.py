@@ -66,11 +66,11 @@ def fields_of(model: _Network | type[_Network]) -> dict[str, Any]:
 
 
 def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
-    """The network whose fields are the leaves of `config.model`, and the field `spatial_dims`, which no leaf gives.
+    """The network whose fields are the settings of `config.model`, and the field `spatial_dims`, which no setting gives.
 
-    kind: the class; by default that of the leaf `kind`, which is a U-Net if it is missing. Leaves that are fields of the
+    kind: the class; by default that of the setting `kind`, which is a U-Net if it is missing. Settings that are fields of the
     U-Net alone must have their defaults for another network.
-    Raises: ValueError for a leaf that is not a field.
+    Raises: ValueError for a setting that is not a field.
     """
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()

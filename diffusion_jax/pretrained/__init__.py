@@ -49,7 +49,7 @@ from diffusion_jax.training.state import abstract_params
 __all__ = [
     "Model",
     "PretrainedError",
-    "config_leaves",
+    "config_settings",
     "describe",
     "format_summary",
     "from_config",
@@ -83,7 +83,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Mode
       - a work directory, or a file of `save_safetensors`.
     flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
       text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for networks of Ho et al.'s code that were not published,
-      image_size, variance and other leaves of `config.diffusion`.
+      image_size, variance and other settings of `config.diffusion`.
     ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories. While the
       average of a work directory holds more than a tenth of the random initial weights, the raw weights replace it, with a
       warning.
@@ -161,7 +161,7 @@ def from_config(
     """The model that a config describes, with these parameters, for instance those of a `TrainState`.
 
     config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model.
-    Raises: ConfigError for a value that its leaf does not allow; ValueError for a config that cannot be built.
+    Raises: ConfigError for a value that its setting does not allow; ValueError for a config that cannot be built.
     """
     config = resolve(config)
     shape, diffusion = data.example_shape(config["data"]), config["diffusion"]
@@ -273,7 +273,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
     if clip is None:
         raise PretrainedError("clip: a file can store only True, False and a range")
     diffusion = net.diffusion
-    if diffusion is None:  # a table of betas, which is not in the leaves of a config
+    if diffusion is None:  # a table of betas, which is not in the settings of a config
         diffusion = {"prediction": net.prediction, "variance": net.variance}
         diffusion |= {"betas": net.schedule.betas.tolist(), "timesteps": net.schedule.timesteps.tolist()}
     stored = {name: getattr(net, name) for name in _STORED_FIELDS} | {
@@ -315,8 +315,8 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: boo
 # ---- Configs, and runs that start from other weights
 
 
-def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
-    """Leaves of a config that build the same network, schedule and shape of the data. Raises: PretrainedError."""
+def config_settings(description: Model) -> dict[str, dict[str, Any]]:
+    """Settings of a config that build the same network, schedule and shape of the data. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
             "a config cannot describe these weights' table of betas, or the range of their clip; use pretrained.load in a "
@@ -325,7 +325,7 @@ def config_leaves(description: Model) -> dict[str, dict[str, Any]]:
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, models.Classifier) else "hybrid" if is_learned else "simple"
     size, model = description.image_size, models.fields_of(description.model)
-    model.pop("spatial_dims", None)  # no leaf: the number of sizes
+    model.pop("spatial_dims", None)  # no setting: the number of sizes
     if description.low_resolution:
         del model["condition_channels"]  # follows from low_resolution
     if isinstance(description.model, models.MLP):

@@ -273,7 +273,7 @@ _VARIANCES = {
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None, bool | Callable]:
-    """(leaves of `config.diffusion`, betas float64 [T] or None, the clip as samplers take it) of a scheduler's config.
+    """(settings of `config.diffusion`, betas float64 [T] or None, the clip as samplers take it) of a scheduler's config.
 
     Raises: PretrainedError that names the field which is not supported.
     """
@@ -299,7 +299,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
     bound = float(config.get("clip_sample_range", 1.0))
     if clip and bound != 1:
         clip = make_clip(bound)
-    leaves = {
+    settings = {
         "schedule": _SCHEDULES[kind],
         "num_timesteps": len(table) if table is not None else config.get("num_train_timesteps", 1000),
         "beta_start": config.get("beta_start", 1e-4),
@@ -307,7 +307,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
         "prediction": _PREDICTIONS[prediction],
         "variance": _VARIANCES[variance],
     }
-    return leaves, None if table is None else np.asarray(table, np.float64), clip
+    return settings, None if table is None else np.asarray(table, np.float64), clip
 
 
 def scheduler_to_config(net: Model) -> dict[str, Any]:
@@ -332,11 +332,11 @@ def scheduler_to_config(net: Model) -> dict[str, Any]:
         "variance_type": net.variance,
         "clip_sample": net.clip,
     }
-    leaves = net.diffusion or {}
+    settings = net.diffusion or {}
     schedule_names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
-    if leaves.get("schedule") in schedule_names:
-        betas = {name: leaves.get(name, DIFFUSION_DEFAULTS[name]) for name in ("beta_start", "beta_end")}
-        return config | {"beta_schedule": schedule_names[leaves["schedule"]]} | betas
+    if settings.get("schedule") in schedule_names:
+        betas = {name: settings.get(name, DIFFUSION_DEFAULTS[name]) for name in ("beta_start", "beta_end")}
+        return config | {"beta_schedule": schedule_names[settings["schedule"]]} | betas
     return config | {"trained_betas": [float(beta) for beta in schedule.betas]}
 
 
@@ -381,17 +381,17 @@ def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
 def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model:
     """The network of a UNet2DModel's config and a scheduler's, without parameters."""
     size, model = config.get("sample_size"), unet_from_config(config)
-    leaves, betas, clip = scheduler_from_config(scheduler)
+    settings, betas, clip = scheduler_from_config(scheduler)
     channels = config.get("in_channels", _UNET_DEFAULTS["in_channels"])
     if size is None:
         raise PretrainedError("the config has no sample_size, the image size in pixels: add it")
-    needed = channels * (2 if leaves["variance"].startswith("learned") else 1)
+    needed = channels * (2 if settings["variance"].startswith("learned") else 1)
     if model.out_channels != needed:
         raise PretrainedError(
-            f"out_channels={model.out_channels} and variance_type={leaves['variance']!r} do not fit in_channels={channels}, "
-            f"which would need {needed}"
+            f"out_channels={model.out_channels} and variance_type={settings['variance']!r} do not fit "
+            f"in_channels={channels}, which would need {needed}"
         )
-    net = make_model(f"diffusers, {config.get('_diffusers_version', '')}", model, size, leaves, channels, clip=clip)
+    net = make_model(f"diffusers, {config.get('_diffusers_version', '')}", model, size, settings, channels, clip=clip)
     if betas is None:
         return net
     return dataclasses.replace(net, schedule=schedules.from_betas(betas), diffusion=None)

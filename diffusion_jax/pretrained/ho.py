@@ -18,7 +18,7 @@ from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_model
 
 __all__ = ["NAMING", "PRESETS", "is_ho", "load_ho"]
 
-# Presets of `models`: the image size, and the leaves of `config.diffusion` that differ from `DIFFUSION_DEFAULTS`.
+# Presets of `models`: the image size, and the settings of `config.diffusion` that differ from `DIFFUSION_DEFAULTS`.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm_cifar10": (32, {"variance": "fixed_large"}),
     "ddpm_256": (256, {"variance": "fixed_small"}),
@@ -77,13 +77,13 @@ def load_ho(
 ) -> Model:
     """The network of a checkpoint; with its parameters if `with_params`.
 
-    flags: None for a published network, otherwise image_size, variance and other leaves of `config.diffusion`.
+    flags: None for a published network, otherwise image_size, variance and other settings of `config.diffusion`.
     Raises: PretrainedError.
     """
     if isinstance(flags, str):
         raise PretrainedError(f"flags={flags!r}: for Ho et al.'s networks they are JSON with image_size and variance")
-    leaves = dict(flags or {})
-    unknown = sorted(set(leaves) - set(DIFFUSION_DEFAULTS) - {"image_size"})
+    settings = dict(flags or {})
+    unknown = sorted(set(settings) - set(DIFFUSION_DEFAULTS) - {"image_size"})
     if unknown:
         known = ", ".join(("image_size", *DIFFUSION_DEFAULTS))
         raise PretrainedError(f"flags: {list_names(unknown)} is unknown; known: {known}")
@@ -93,7 +93,7 @@ def load_ho(
     model = _infer_model({n: shape[::-1] if is_tensorflow else shape for n, shape in tensors.shapes.items()})
     matches = [name for name in PRESETS if dataclasses.replace(preset(name), dropout=0.0, parent=None) == model]
     size, diffusion = PRESETS[matches[0]] if matches else (None, {})
-    size, diffusion = leaves.pop("image_size", size), diffusion | leaves
+    size, diffusion = settings.pop("image_size", size), diffusion | settings
     if size is None or "variance" not in diffusion:
         raise PretrainedError(
             f"{path}: not a published network, so flags need image_size and variance (fixed_small or fixed_large)"

@@ -29,7 +29,7 @@ from diffusion_jax.training.state import Network
 
 __all__ = ["DIFFUSION_DEFAULTS", "Model", "format_normalization", "format_summary", "make_clip", "make_model"]
 
-# The leaves of `config.diffusion` that describe trained weights, with Ho et al.'s values.
+# The settings of `config.diffusion` that describe trained weights, with Ho et al.'s values.
 DIFFUSION_DEFAULTS: dict[str, Any] = {
     "schedule": "linear",
     "num_timesteps": 1000,
@@ -49,8 +49,8 @@ class Model:
     0 to 3 spatial axes, (height, width) for images. schedule: the one of training; its timesteps are the network times.
     prediction, variance, clip: as the samplers take them. params: the tree for `model.apply({"params": params}, x_t, time)`,
     float32; None from `pretrained.describe`. low_resolution: height of the small images of a super-resolution network, else
-    0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: leaves of `config.diffusion`; None
-    if the schedule is a table of betas, which no leaves describe. levels: gray levels of the data; None for continuous data.
+    0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: settings of `config.diffusion`;
+    None for a schedule from a table of betas, which no setting describes. levels: gray levels; None for continuous data.
     normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from their units to the network's;
     an array without one has the network's units. limits: (low, high) if that of "x" maps them to [-1, 1]. class_names: of
     the labels, () if they are not known. provenance: what made the weights: their name in files, and for those of a run
@@ -535,12 +535,12 @@ def make_model(
     channels: int = 3,
     **fields: Any,
 ) -> Model:
-    """A `Model` without parameters, from leaves of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
+    """A `Model` without parameters, from settings of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
 
     image_size: the size of each spatial axis, or one number for two axes. fields: further ones of `Model`.
     Raises: ValueError for values that `training.schedule_from_config` does not allow.
     """
-    leaves = DIFFUSION_DEFAULTS | dict(diffusion)
+    settings = DIFFUSION_DEFAULTS | dict(diffusion)
     if fields.get("low_resolution"):
         noise = fields.get("conditioning_noise", 0.0)
         model = model.clone(condition_channels=upsampling.condition_channels(channels, noise))
@@ -549,10 +549,10 @@ def make_model(
         model,
         channels,
         (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
-        training.schedule_from_config(leaves | {"loss": "classify" if isinstance(model, Classifier) else "simple"}),
-        leaves["prediction"],
-        leaves["variance"],
-        diffusion=leaves,
+        training.schedule_from_config(settings | {"loss": "classify" if isinstance(model, Classifier) else "simple"}),
+        settings["prediction"],
+        settings["variance"],
+        diffusion=settings,
         **fields,
     )
 

@@ -160,7 +160,7 @@ def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
     """{name: (value, default, description)} of the settings that differ from the defaults."""
     values = _flatten(config)
     return {
-        name: (values[name], default, configs.LEAVES[name].description)
+        name: (values[name], default, configs.SETTINGS[name].description)
         for name, default in configs.defaults(values).items()
         if values[name] != _with_tuples(default)
     }

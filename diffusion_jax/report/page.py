@@ -138,7 +138,7 @@ def run_page(run: RunFiles) -> str:
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> str:
-    """One page about several runs: their states, curves, differing leaves, metrics and newest pictures."""
+    """One page about several runs: their states, curves, differing settings, metrics and newest pictures."""
     data: PageData = {"charts": {}, "frames": {}}
     named: dict[str, RunFiles] = {}
     for run in runs:  # with a number where two names are equal
@@ -157,11 +157,11 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
         frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs), run.notes), most=1)
         for caption, (picture,) in frames.frames if frames else ():
             newest.append(_figure(picture, f"{name}, {caption}"))
-    leaves = [{} if run.config is None else flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for each in leaves for key in each)
-    differing = [[key, *(str(each.get(key, "")) for each in leaves)] for key in keys]
+    settings = [{} if run.config is None else flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    differing = [[key, *(str(each.get(key, "")) for each in settings)] for key in keys]
     differing = [row for row in differing if len(set(row[1:])) > 1]
-    differing_table = table("Leaves in which the runs differ", ["leaf", *named], differing)
+    differing_table = table("Settings in which the runs differ", ["setting", *named], differing)
     sections = [
         _section("states", "Runs", table("The state of each run", ["run", *states], rows)),
         _section("curves", "Curves", _chart_grid(charts.values(), data) if charts else element("p", _NO_LINES)),
@@ -349,12 +349,14 @@ def _config(run: RunFiles) -> Section | None:
         return None
     changed = changed_settings(run.config)
     rows = [[name, str(value), str(default), text] for name, (value, default, text) in changed.items()]
-    every = table("All leaves", ["leaf", "value"], [[name, str(value)] for name, value in flatten(run.config).items()])
+    every = table(
+        "All settings", ["setting", "value"], [[name, str(value)] for name, value in flatten(run.config).items()]
+    )
     return _section(
         "config",
         "Config",
-        table("Leaves that differ from the defaults", ["leaf", "value", "default", "meaning"], rows),
-        element("details", element("summary", "All leaves"), every),
+        table("Settings that differ from the defaults", ["setting", "value", "default", "meaning"], rows),
+        element("details", element("summary", "All settings"), every),
     )
 
 

@@ -114,26 +114,26 @@ class _Files:
         self._options, self._net = config.editing, net
         self._shape, self._size = net.example_shape, net.image_size
 
-    def _open(self, leaf: str) -> Any:
-        """The decoded image, or the array, of `config.editing[leaf]`. Raises: UserError."""
-        path = self._options[leaf]
+    def _open(self, setting: str) -> Any:
+        """The decoded image, or the array, of `config.editing[setting]`. Raises: UserError."""
+        path = self._options[setting]
         if not path:
             file = "FILE is needed: the path of an image" if self._net.is_images else "FILE.npy is needed: an array"
-            raise UserError(f"editing.{leaf}={file}")
+            raise UserError(f"editing.{setting}={file}")
         if not self._net.is_images:
-            array = load_arrays(f"editing.{leaf}", path)
+            array = load_arrays(f"editing.{setting}", path)
             if not isinstance(array, np.ndarray):
-                raise UserError(f"editing.{leaf}={path!r} holds several arrays; save the one to use with np.save")
+                raise UserError(f"editing.{setting}={path!r} holds several arrays; save the one to use with np.save")
             return array
         try:
             with Image.open(local_path(path)) as image:
                 image.load()
                 return image
         except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"editing.{leaf}={path!r} cannot be read as an image file: {error}") from None
+            raise UserError(f"editing.{setting}={path!r} cannot be read as an image file: {error}") from None
 
-    def read(self, leaf: str, factor: int | None = None, known: np.ndarray | None = None) -> np.ndarray:
-        """`config.editing[leaf]`, an example, or one that is smaller by a factor along both axes.
+    def read(self, setting: str, factor: int | None = None, known: np.ndarray | None = None) -> np.ndarray:
+        """`config.editing[setting]`, an example, or one that is smaller by a factor along both axes.
 
         known: where values must be finite and within the limits of the data; None for everywhere. Raises: UserError.
         """
@@ -147,26 +147,26 @@ class _Files:
             if any(n % factor for n in size):
                 raise UserError(f"editing.factor={factor} must divide the model's {size[0]}x{size[1]} pixels")
             size = tuple(n // factor for n in size)
-        example, shape = self._open(leaf), (*size, self._shape[-1])
+        example, shape = self._open(setting), (*size, self._shape[-1])
         if self._net.is_images:
             height, width, channels = shape
             return data.fit(example, (height, width), channels)
         is_allowed = example.dtype.kind in "iuf" if is_continuous else example.dtype == np.uint8
         if example.shape != shape or not is_allowed:
             raise UserError(
-                f"editing.{leaf}={self._options[leaf]!r} holds {example.dtype} {list(example.shape)}; it must be one example "
-                f"of shape {list(shape)} of {'real numbers, in the units of the data' if is_continuous else 'uint8'}"
+                f"editing.{setting}={self._options[setting]!r} holds {example.dtype} {list(example.shape)}; it must be one "
+                f"example of shape {list(shape)} of {'real numbers in the units of the data' if is_continuous else 'uint8'}"
             )
         values = example if known is None else example[np.broadcast_to(known, shape)]
         if not np.isfinite(values).all():
             raise UserError(
-                f"editing.{leaf} has values that are not finite; repair them (editing.task=inpaint generates values that "
+                f"editing.{setting} has values that are not finite; repair them (editing.task=inpaint generates values that "
                 "editing.mask leaves out)"
             )
         if values.size and limits and (values.min() < limits[0] or values.max() > limits[1]):
             raise UserError(
-                f"editing.{leaf} has values from {values.min():g} to {values.max():g}, outside data.limits={tuple(limits)}; "
-                "clip them"
+                f"editing.{setting} has values from {values.min():g} to {values.max():g}, outside data.limits="
+                f"{tuple(limits)}; clip them"
             )
         return example.astype(np.float64) if is_continuous and example.dtype.kind != "f" else example
 

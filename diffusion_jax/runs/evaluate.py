@@ -41,7 +41,7 @@ from diffusion_jax.runs.workdir import (
     load_weights,
     normalize,
     open_model,
-    rename_leaves_in_errors,
+    rename_settings_in_errors,
     to_dict,
     write_config_if_untrained,
 )
@@ -195,7 +195,7 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
         return ExampleSet(type(source).__name__, loaded)
     own_split = config.evaluation.reference_split
     location = ConfigDict({**config.data, "split": own_split or config.data.split})
-    with rename_leaves_in_errors({"data.split": "evaluation.reference_split"} if own_split else {}):
+    with rename_settings_in_errors({"data.split": "evaluation.reference_split"} if own_split else {}):
         return ExampleSet(data.origin(location), data.load(location, progress))
 
 
@@ -341,7 +341,7 @@ def _load_source(
         renamed["data.data_dir"] = "evaluation.data_dir"
     if not data.has_splits(location):  # all examples are measured
         location.split, split = "train", "train" if is_trained_here and not is_elsewhere else None
-    with rename_leaves_in_errors(renamed):
+    with rename_settings_in_errors(renamed):
         loaded = data.load(location, progress)
     if is_trained_here and not is_elsewhere and split == config.data.split:
         log(

@@ -255,7 +255,7 @@ def _network(config: Mapping[str, Any], batch_size: int):
 def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
     """Without, with the first levels, and with all, of which each recomputes more; and that of the config."""
     choices: list[Remat] = [False, True]
-    if config["model"].get("kind", "unet") == "unet":  # a classifier has no such leaf
+    if config["model"].get("kind", "unet") == "unet":  # a classifier has no such setting
         choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
     return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
 

@@ -81,7 +81,7 @@ class SampleFile:
                 "jax": jax.__version__,
                 "backend": jax.default_backend(),
                 **self.net.provenance.details,
-                **{leaf: options[leaf] for leaf in FILES if options[leaf]},
+                **{setting: options[setting] for setting in FILES if options[setting]},
             },
         )
         self.path = self.workdir / "samples" / f"{self.provenance.name}.npz"

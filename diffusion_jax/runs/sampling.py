@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pictures, pretrained, process, sampling, schedules
-from diffusion_jax.config import LEAVES, clips_by_default, resolve, resolve_clip
+from diffusion_jax.config import SETTINGS, clips_by_default, resolve, resolve_clip
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
 from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_uint8
@@ -41,15 +41,15 @@ __all__ = [
     "sampler_from_config",
     "steps_from_config",
     "to_examples",
-    "unused_leaves",
+    "unused_settings",
     "write_examples",
 ]
 
-FILES = ("classifier", "low_resolution", "conditions")  # leaves of `config.sampling`, compared by their contents
-# Leaves of `config.sampling` that no sample depends on.
-_LEAVES_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
-# Leaves that the name of a file shows.
-_NAMED_LEAVES = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
+FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling`, compared by their contents
+# Settings of `config.sampling` that no sample depends on.
+_SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
+# Settings that the name of a file shows.
+_NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
 
 
@@ -101,7 +101,8 @@ class SamplingSettings:
         hashed = {
             name: value
             for name, value in options.items()
-            if name not in (*_LEAVES_WITHOUT_EFFECT, *_NAMED_LEAVES) and value != LEAVES[f"sampling.{name}"].default
+            if name not in (*_SETTINGS_WITHOUT_EFFECT, *_NAMED_SETTINGS)
+            and value != SETTINGS[f"sampling.{name}"].default
         }
         if options["clip"] != clips_by_default(self.config):
             hashed["clip"] = options["clip"]
@@ -126,7 +127,7 @@ class SamplingSettings:
     def provenance(self, net: pretrained.Model) -> dict[str, Any]:
         """The settings that decide the values of samples, except those of rounding, as JSON values."""
         options = to_dict(self.config)
-        sampling = {k: v for k, v in options["sampling"].items() if k not in (*_LEAVES_WITHOUT_EFFECT, *FILES)}
+        sampling = {k: v for k, v in options["sampling"].items() if k not in (*_SETTINGS_WITHOUT_EFFECT, *FILES)}
         if sampling["label"] is not None and self.labels is not None:  # a name and a number may be of one class
             sampling["label"] = self.labels.tolist()
         return {
@@ -192,7 +193,7 @@ def resolve_sampling(
         small_images=small_images,
         classifier=classifier,
         class_names=net.class_names,
-        notes=(*notes, *(f"{leaf} has no effect here" for leaf in unused_leaves(options))),
+        notes=(*notes, *(f"{setting} has no effect here" for setting in unused_settings(options))),
     )
 
 
@@ -223,18 +224,18 @@ def sampler_from_config(options: Mapping[str, Any], parameterization: Mapping[st
     return make_sampler(**{name: settings[name] for name in names})
 
 
-def unused_leaves(options: Mapping) -> list[str]:
-    """Leaves of `config.sampling` without effect, each with the setting that would use it."""
+def unused_settings(options: Mapping) -> list[str]:
+    """Settings of `config.sampling` without effect, each with the setting that would use it."""
     unused = []
-    for leaf, value in options.items():
-        readers = sampling.samplers_with(leaf)
-        if readers and options["sampler"] not in readers and value != LEAVES[f"sampling.{leaf}"].default:
-            unused.append(f"sampling.{leaf}={value!r} (only with sampling.sampler={', '.join(readers)})")
+    for setting, value in options.items():
+        readers = sampling.samplers_with(setting)
+        if readers and options["sampler"] not in readers and value != SETTINGS[f"sampling.{setting}"].default:
+            unused.append(f"sampling.{setting}={value!r} (only with sampling.sampler={', '.join(readers)})")
     if options["classifier_scale"] != 1 and not options["classifier"]:
         unused.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
-    for leaf in ("guidance_interval", "guidance_rescale"):
-        if options[leaf] and options["guidance_scale"] == 1:
-            unused.append(f"sampling.{leaf}={options[leaf]!r} (only with a sampling.guidance_scale other than 1)")
+    for setting in ("guidance_interval", "guidance_rescale"):
+        if options[setting] and options["guidance_scale"] == 1:
+            unused.append(f"sampling.{setting}={options[setting]!r} (only with a sampling.guidance_scale other than 1)")
     return unused
 
 
@@ -375,13 +376,13 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
     return conditions
 
 
-def load_arrays(leaf: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of an .npy, or all arrays of an .npz by name, at the path that a leaf gives. Raises: UserError."""
+def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of an .npy, or all arrays of an .npz by name, at the path that a setting gives. Raises: UserError."""
     try:
         loaded = np.load(local_path(path), allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{leaf}={path!r} cannot be read as an .npy or .npz file: {error}") from None
+        raise UserError(f"{setting}={path!r} cannot be read as an .npy or .npz file: {error}") from None
 
 
 def condition_captions(conditions: np.ndarray | None) -> list[str] | None:

@@ -64,14 +64,16 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
-      source: the data, in place of those that `config.data` names; its other leaves describe them.
+      source: the data, in place of those that `config.data` names; its other settings describe them.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; signals.StoppedBySignal after a signal.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     launch = LaunchTimes(workdir)
     options = config.training
-    intervals = {f"training.{leaf}": options[leaf] for leaf in ("log_every", "sample_every", "checkpoint_every")}
+    intervals = {
+        f"training.{setting}": options[setting] for setting in ("log_every", "sample_every", "checkpoint_every")
+    }
     for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
         if interval % options.steps_per_call:
             raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")

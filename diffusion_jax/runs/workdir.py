@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained
-from diffusion_jax.config import identity_leaves, is_classifier, resolve
+from diffusion_jax.config import identity_settings, is_classifier, resolve
 from diffusion_jax.console import log, progress_over
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed import sharding
@@ -36,7 +36,7 @@ __all__ = [
     "load_weights",
     "normalize",
     "open_model",
-    "rename_leaves_in_errors",
+    "rename_settings_in_errors",
     "run_normalizations",
     "to_dict",
     "write_config",
@@ -70,15 +70,15 @@ def config_from_weights(path: str, flags: str = "") -> ConfigDict:
     description = pretrained.describe(path, flags or None)
     config = load_config(path) if pretrained.is_workdir(path) else None
     if config is None:
-        leaves = pretrained.config_leaves(description)
+        settings = pretrained.config_settings(description)
         dataset = "folder" if description.is_images else "arrays"
-        config = resolve(leaves | {"data": leaves["data"] | {"dataset": dataset, "random_flip": False}})
+        config = resolve(settings | {"data": settings["data"] | {"dataset": dataset, "random_flip": False}})
     config.init_from, config.init_flags = path, flags
     return config
 
 
 def check_identity(config: ConfigDict, workdir: RunDir) -> None:
-    """Raises: UserError that lists every differing leaf if the directory holds another run.
+    """Raises: UserError that lists every differing setting if the directory holds another run.
 
     A directory without a checkpoint holds no run: after a launch that failed or stopped before its first checkpoint, another
     config may be used.
@@ -86,7 +86,7 @@ def check_identity(config: ConfigDict, workdir: RunDir) -> None:
     stored = load_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
         return
-    old, new = identity_leaves(to_dict(stored)), identity_leaves(to_dict(config))
+    old, new = identity_settings(to_dict(stored)), identity_settings(to_dict(config))
     differing = [key for key in new if old.get(key) != new[key]]
     if not differing:
         return
@@ -215,10 +215,10 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
     expected, given = condition_shape(config), batch.get("condition")
     shape = None if given is None else given.shape[1:]
     if expected is None and shape is not None and not is_classifier(config):
-        leaf = "condition_features" if len(shape) == 1 else "condition_channels"
+        setting = "condition_features" if len(shape) == 1 else "condition_channels"
         raise UserError(
             f"the data has conditions of shape {list(shape)}, but the network takes none; use "
-            f"--config.model.{leaf}={shape[-1]}, or a source without conditions"
+            f"--config.model.{setting}={shape[-1]}, or a source without conditions"
         )
     if expected is not None and shape != expected:
         has = "no conditions (an array 'condition')" if shape is None else f"conditions of shape {list(shape)}"
@@ -229,13 +229,13 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
 
 
 @contextlib.contextmanager
-def rename_leaves_in_errors(leaves: Mapping[str, str]) -> Iterator[None]:
-    """Replaces names of leaves in the message of a DataError, such as {"data.split": "evaluation.split"}."""
+def rename_settings_in_errors(settings: Mapping[str, str]) -> Iterator[None]:
+    """Replaces names of settings in the message of a DataError, such as {"data.split": "evaluation.split"}."""
     try:
         yield
     except DataError as error:
         message = str(error)
-        for old, new in leaves.items():
+        for old, new in settings.items():
             message = message.replace(f"{old}=", f"{new}=")
         raise DataError(message) from error
 

@@ -76,10 +76,10 @@ def _small_image_channels(config: Mapping[str, Any]) -> int:
         )
     if is_classifier(config):
         raise ValueError(f"data.low_resolution={low}: a classifier (diffusion.loss=classify) has none; use 0")
-    for leaf in ("condition_features", "condition_channels", "condition_dropout"):
-        if config["model"].get(leaf):
+    for setting in ("condition_features", "condition_channels", "condition_dropout"):
+        if config["model"].get(setting):
             raise ValueError(
-                f"model.{leaf}={config['model'][leaf]}: the small image is the condition of an upsampler "
+                f"model.{setting}={config['model'][setting]}: the small image is the condition of an upsampler "
                 f"(data.low_resolution={low}); use 0"
             )
     return upsampling.condition_channels(channels, noise)
@@ -90,9 +90,9 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
     Raises: ValueError for an unknown schedule, prediction or variance, and for values that contradict each other.
     """
-    for leaf, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
-        if config[leaf] not in known:
-            raise ValueError(f"diffusion.{leaf}={config[leaf]!r} is unknown; use {', '.join(known)}")
+    for setting, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
+        if config[setting] not in known:
+            raise ValueError(f"diffusion.{setting}={config[setting]!r} is unknown; use {', '.join(known)}")
     betas = schedules.betas(
         config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
     )
@@ -183,7 +183,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     """Builds the network, the schedule and the compiled functions of a config.
 
     config: any mapping that `config.resolve` takes, partial ones included; `init_from` is not read. Raises: ConfigError for a
-    value that its leaf does not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    value that its setting does not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
     """
     config = resolve(config)
     mesh = sharding.make_mesh(config["mesh"])

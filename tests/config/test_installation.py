@@ -92,7 +92,7 @@ def test_an_installed_package_trains_from_any_directory(environment, tmp_path):
     code = "import diffusion_jax.configs.digits; from diffusion_jax import config; print(*config.experiment_names())"
     names, _ = run(environment / "python", "-c", code, cwd=elsewhere)
     assert names.split() == config.experiment_names()
-    flags = [f"--config.{leaf}={value}" for leaf, value in SMALL.items()]
+    flags = [f"--config.{setting}={value}" for setting, value in SMALL.items()]
     command = [environment / "diffusion-jax", "--config=digits", "--workdir=run", *flags]
     out, _ = run(*command, cwd=elsewhere, JAX_PLATFORMS="cpu")
     assert "Done: 20 steps" in out and (elsewhere / "run" / "checkpoints" / "20").is_dir()

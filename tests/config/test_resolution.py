@@ -23,16 +23,16 @@ def test_resolving_changes_nothing_twice_and_leaves_its_argument_alone():
     resolved = config.resolve(given)
     assert resolved.data.image_size == (8, 16) and given.to_dict() == {"data": {"image_size": [8, 16]}}
     assert config.resolve(resolved).to_dict() == resolved.to_dict()
-    resolved.sampling.steps, resolved.data.image_size = 5, 8  # leaves of several types stay open to all of them
+    resolved.sampling.steps, resolved.data.image_size = 5, 8  # settings of several types stay open to all of them
     assert config.resolve(resolved).sampling.steps == 5
 
 
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"training": {"batchsize": 3}}, "unknown leaf training.batchsize; did you mean training.batch_size?"),
-        ({"xyz": 3}, "unknown leaf xyz; docs/reference/configuration.md lists all leaves"),
-        ({"training": 5}, "training is a group; set one of its leaves, such as training.num_steps"),
+        ({"training": {"batchsize": 3}}, "unknown setting training.batchsize; did you mean training.batch_size?"),
+        ({"xyz": 3}, "unknown setting xyz; docs/reference/configuration.md lists all settings"),
+        ({"training": 5}, "training is a group; set one of its settings, such as training.num_steps"),
         (
             {"training": {"num_steps": 1e4}},
             "training.num_steps=10000.0 must be a whole number of at least 1; write 10000",
@@ -60,7 +60,7 @@ def test_a_classifier_has_the_defaults_of_its_own_network():
 
 
 @pytest.mark.parametrize(
-    ("leaf", "text", "value"),
+    ("setting", "text", "value"),
     [
         ("training.num_steps", "1e4", 10_000),
         ("training.num_steps", "2147483647", 2**31 - 1),
@@ -84,13 +84,13 @@ def test_a_classifier_has_the_defaults_of_its_own_network():
         ("evaluation.metrics", "('fid', 'kid')", ("fid", "kid")),
     ],
 )
-def test_text_is_read_as_the_type_of_its_leaf(leaf, text, value):
-    found = config.flatten(config.override({}, {leaf: text}))[leaf.replace("class", "label")]
+def test_text_is_read_as_the_type_of_its_setting(setting, text, value):
+    found = config.flatten(config.override({}, {setting: text}))[setting.replace("class", "label")]
     assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("leaf", "text", "words"),
+    ("setting", "text", "words"),
     [
         ("training.num_steps", "2 * 5", "must be a whole number of at least 1; write it as 10000 or 1e4"),
         ("training.num_steps", "1.5", "must be a whole number"),
@@ -106,18 +106,18 @@ def test_text_is_read_as_the_type_of_its_leaf(leaf, text, value):
         ("model.remat", "maybe", "must be True or False or a tuple of resolutions"),
     ],
 )
-def test_text_that_is_no_value_of_its_leaf_is_refused(leaf, text, words):
+def test_text_that_is_no_value_of_its_setting_is_refused(setting, text, words):
     with pytest.raises(config.ConfigError) as caught:
-        config.override({}, {leaf: text})
-    assert str(caught.value).startswith(f"{leaf}={text} must be") and words in str(caught.value)
+        config.override({}, {setting: text})
+    assert str(caught.value).startswith(f"{setting}={text} must be") and words in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("leaf", "value"), [("num_steps", True), ("checkpoint_every", 2.5), ("profile", 1), ("num_steps", None)]
+    ("setting", "value"), [("num_steps", True), ("checkpoint_every", 2.5), ("profile", 1), ("num_steps", None)]
 )
-def test_values_of_another_type_are_refused(leaf, value):
-    with pytest.raises(config.ConfigError, match=f"training.{leaf}={value} must be"):
-        config.resolve({"training": {leaf: value}})
+def test_values_of_another_type_are_refused(setting, value):
+    with pytest.raises(config.ConfigError, match=f"training.{setting}={value} must be"):
+        config.resolve({"training": {setting: value}})
 
 
 def test_fields_that_refer_to_an_overridden_one_follow_it():

@@ -1,4 +1,4 @@
-"""The table of leaves: every leaf refuses a wrong type and a wrong value, and the table agrees with what reads it."""
+"""The table of settings: every setting refuses a wrong type and a wrong value, and the table agrees with what reads it."""
 
 import pytest
 
@@ -24,12 +24,12 @@ def wrong_value(kind):
             return b"bytes"
 
 
-@pytest.mark.parametrize("name", config.LEAVES)
-def test_every_leaf_refuses_a_wrong_type_and_a_wrong_value(name):
-    """The line has the leaf, the value and what is allowed; the default is allowed as a value and as text."""
-    leaf = config.LEAVES[name]
-    kind = leaf.kind
-    assert kind.check(leaf.default) == leaf.default and kind.parse(str(leaf.default)) == leaf.default
+@pytest.mark.parametrize("name", config.SETTINGS)
+def test_every_setting_refuses_a_wrong_type_and_a_wrong_value(name):
+    """The line has the setting, the value and what is allowed; the default is allowed as a value and as text."""
+    setting = config.SETTINGS[name]
+    kind = setting.kind
+    assert kind.check(setting.default) == setting.default and kind.parse(str(setting.default)) == setting.default
     group, _, last = name.rpartition(".")
     for value in (b"bytes", wrong_value(kind)):
         with pytest.raises(config.ConfigError) as caught:
@@ -40,7 +40,7 @@ def test_every_leaf_refuses_a_wrong_type_and_a_wrong_value(name):
         assert isinstance(caught.value, ValueError) and caught.value.exit_code == 2
 
 
-def test_the_model_leaves_are_the_fields_of_the_networks():
+def test_the_model_settings_are_the_fields_of_the_networks():
     """Besides `kind`, the class, and `spatial_dims`, which follows from the data."""
     for network, loss in ((models.UNet, "simple"), (models.MLP, "simple"), (models.Classifier, "classify")):
         fields = models.fields_of(network)
@@ -48,13 +48,13 @@ def test_the_model_leaves_are_the_fields_of_the_networks():
         defaults = config.defaults({"diffusion": {"loss": loss}})
         assert fields == {name: defaults[f"model.{name}"] for name in fields}
     assert {f"model.{name}" for name in ["kind", *models.fields_of(models.UNet)]} - {"model.spatial_dims"} == {
-        name for name in config.LEAVES if name.startswith("model.")
+        name for name in config.SETTINGS if name.startswith("model.")
     }
 
 
 def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():
-    def names(leaf):
-        kind = config.LEAVES[leaf].kind
+    def names(setting):
+        kind = config.SETTINGS[setting].kind
         kind = kind.kinds[0] if isinstance(kind, values.OneOf) else kind
         kind = kind.item if isinstance(kind, values.Tuple) else kind
         return kind.choices
@@ -65,7 +65,7 @@ def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():
 
 
 def test_identity_is_what_decides_the_numbers_of_a_run():
-    identity = config.identity_leaves(config.default())
+    identity = config.identity_settings(config.default())
     assert {"seed", "data.dataset", "model.channels", "training.batch_size", "optimizer.b1", "ema.decay"} <= set(
         identity
     )

@@ -114,9 +114,9 @@ def test_resize_crops_the_center(tmp_path):
     np.testing.assert_array_equal(data.fit(Image.fromarray(pixels), (10, 10), 3), 200)
 
 
-def load_logged(folder, **leaves):
+def load_logged(folder, **settings):
     lines = []
-    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "channels": 3, **leaves}
+    config = {**CONFIG, "dataset": "folder", "data_dir": str(folder), "channels": 3, **settings}
     return data.load(config, log=lines.append), lines
 
 
@@ -152,7 +152,7 @@ def test_corrupted_images_are_listed_in_one_error(folder):
     assert str(copy) == str(error.value) and copy.failures == error.value.failures
 
 
-def test_folders_and_leaves_that_do_not_fit_are_refused(folder):
+def test_folders_and_settings_that_do_not_fit_are_refused(folder):
     (folder / "empty").mkdir()
     with pytest.raises(data.DataError, match="no images below"):
         load_logged(folder / "empty")
@@ -166,13 +166,13 @@ def test_folders_and_leaves_that_do_not_fit_are_refused(folder):
 
 @pytest.mark.parametrize("function", [data.load, data.check_location])
 @pytest.mark.parametrize(
-    ("leaves", "words"),
+    ("settings", "words"),
     [
         ({"dataset": "folder", "data_dir": "nowhere"}, "is not a folder"),
         ({"dataset": "my data"}, "must be a TFDS data set"),
         ({"dataset": "mnist", "data_dir": "nowhere"}, "prepare it with: python -c .*download_and_prepare"),
     ],
 )
-def test_data_that_do_not_exist_are_refused(function, leaves, words):
+def test_data_that_do_not_exist_are_refused(function, settings, words):
     with pytest.raises(data.DataError, match=words):
-        function({**CONFIG, **leaves})
+        function({**CONFIG, **settings})

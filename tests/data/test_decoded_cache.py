@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def load(folder, log=lambda line: None, **leaves):
+def load(folder, log=lambda line: None, **settings):
     """(the examples, whether they were decoded)."""
     decoded = []
 
@@ -37,15 +37,15 @@ def load(folder, log=lambda line: None, **leaves):
         decoded.append(total)
         return sizes
 
-    config = {"dataset": "folder", "data_dir": str(folder), "image_size": 8, **leaves}
+    config = {"dataset": "folder", "data_dir": str(folder), "image_size": 8, **settings}
     source = data.load(config, progress, log)
     assert (source.num_classes, source.class_names) == (2, ("cats", "dogs"))
     return source.read(np.arange(len(source))), bool(decoded)
 
 
-def assert_decoded_as_without_cache(folder, expected=True, **leaves):
-    plain, _ = load(folder, cache_decoded=False, **leaves)
-    found, decoded = load(folder, **leaves)
+def assert_decoded_as_without_cache(folder, expected=True, **settings):
+    plain, _ = load(folder, cache_decoded=False, **settings)
+    found, decoded = load(folder, **settings)
     assert decoded == expected and plain.keys() == found.keys()
     for name in plain:
         assert plain[name].dtype == found[name].dtype and type(found[name]) is np.ndarray
@@ -63,7 +63,7 @@ def test_the_second_launch_reads_the_same_examples_without_decoding(folder, cach
 @pytest.mark.parametrize("change", ["content", "name", "size"])
 def test_a_changed_source_is_decoded_again(folder, change):
     load(folder)
-    path, leaves = folder / "cats" / "1.png", {}
+    path, settings = folder / "cats" / "1.png", {}
     if change == "content":  # of the same size and time
         before, stat = path.read_bytes(), path.stat()
         path.write_bytes((folder / "dogs" / "1.png").read_bytes()[: len(before)].ljust(len(before), b"\0"))
@@ -71,8 +71,8 @@ def test_a_changed_source_is_decoded_again(folder, change):
     elif change == "name":
         path.rename(folder / "dogs" / "9.png")
     else:
-        leaves = {"image_size": 6}
-    assert_decoded_as_without_cache(folder, **leaves)
+        settings = {"image_size": 6}
+    assert_decoded_as_without_cache(folder, **settings)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated"])

@@ -17,7 +17,7 @@ def source_of(**arrays):
     return data.InMemory(arrays)
 
 
-def leaves(**changes):
+def settings(**changes):
     return dict(default().data) | {"levels": None, "random_flip": False, "image_size": (4,), "channels": 2} | changes
 
 
@@ -29,7 +29,7 @@ def series(count=1000, dtype=np.float64, offset=(300.0, -5e6), scale=(7.0, 0.3))
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
 def test_channels_are_standardized_by_their_mean_and_deviation(dtype):
     x = series(dtype=dtype, scale=(7.0, 40.0))
-    found = data.find_normalizations(leaves(), source_of(x=x))["x"]
+    found = data.find_normalizations(settings(), source_of(x=x))["x"]
     exact = x.astype(np.float64).reshape(-1, 2)
     np.testing.assert_allclose(found.offset, exact.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(found.scale, exact.std(axis=0), rtol=1e-9)
@@ -42,7 +42,7 @@ def test_channels_are_standardized_by_their_mean_and_deviation(dtype):
 
 
 def test_limits_become_the_range_of_the_model():
-    config = leaves(normalization="limits", limits=(-10.0, 30.0))
+    config = settings(normalization="limits", limits=(-10.0, 30.0))
     x = np.array([-10.0, 10.0, 30.0, 20.0] * 2, np.float32).reshape(1, 4, 2)
     found = data.find_normalizations(config, source_of(x=x))
     np.testing.assert_allclose(found["x"].apply(x).ravel(), [-1, 0, 1, 0.5] * 2)
@@ -57,7 +57,7 @@ def test_conditions_are_standardized_too():
     images = np.zeros((100, 4, 2), np.uint8)
     for arrays, names in (({"image": images}, {"condition"}), ({"x": series(100)}, {"x", "condition"})):
         source = source_of(**arrays, condition=c)
-        config = leaves(levels=256 if "image" in arrays else None)
+        config = settings(levels=256 if "image" in arrays else None)
         found = data.find_normalizations(config, source)
         assert found.keys() == names
         read = data.Normalized(source, found).read(np.arange(100))
@@ -67,7 +67,7 @@ def test_conditions_are_standardized_too():
         np.testing.assert_array_equal([stored.low, stored.high], [c.min(axis=0), c.max(axis=0)])
         if "image" in arrays:
             assert read["image"] is not None and read["image"].dtype == np.uint8
-    assert data.find_normalizations(leaves(normalization="none"), source_of(x=series(100), condition=c)) == {}
+    assert data.find_normalizations(settings(normalization="none"), source_of(x=series(100), condition=c)) == {}
 
 
 def with_nan(x, row):
@@ -96,7 +96,7 @@ def with_nan(x, row):
 )
 def test_data_that_cannot_be_normalized_are_refused_in_one_line(changes, arrays, words):
     with pytest.raises(data.DataError, match=words) as error:
-        data.find_normalizations(leaves(**changes), source_of(**arrays))
+        data.find_normalizations(settings(**changes), source_of(**arrays))
     assert "\n" not in str(error.value)
 
 
@@ -109,7 +109,7 @@ def test_values_that_are_not_finite_are_refused_when_they_are_read():
 
 def test_a_normalized_source_is_picklable_and_keeps_its_names():
     inner = data.InMemory({"x": series(20), "label": np.arange(20, dtype=np.int32) % 2}, 2, ("low", "high"))
-    source = pickle.loads(pickle.dumps(data.Normalized(inner, data.find_normalizations(leaves(), inner))))
+    source = pickle.loads(pickle.dumps(data.Normalized(inner, data.find_normalizations(settings(), inner))))
     assert (source.num_classes, source.class_names) == (2, ("low", "high"))
     assert source.read([3])["label"] == [1] and len(source) == 20
 
@@ -118,7 +118,7 @@ def test_large_offsets_keep_the_digits_of_the_data():
     """float32 has steps of 0.5 at 5e6, more than the deviation: x float32 has a precision of 6e-8 deviations, and so must the
     data have. Smaller offsets stay float32."""
     x = series()
-    found = data.find_normalizations(leaves(), source_of(x=x))["x"]
+    found = data.find_normalizations(settings(), source_of(x=x))["x"]
     for restored in (found.invert(found.apply(x)), found.invert(jnp.asarray(found.apply(x)))):
         assert isinstance(restored, np.ndarray) and restored.dtype == np.float64
         np.testing.assert_allclose((restored - x) / x.std(axis=(0, 1)), 0, atol=1e-6)
@@ -135,12 +135,12 @@ def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
     x[..., 1] = dtype(0.1) + rng.integers(-1, 2, x.shape[:-1]).astype(dtype) * dtype(ulp)
     assert len(np.unique(x[..., 1])) == 3
     with pytest.raises(data.DataError, match="channel 1 of the data is constant up to rounding"):
-        data.find_normalizations(leaves(), source_of(x=x))
+        data.find_normalizations(settings(), source_of(x=x))
     with pytest.raises(ValueError, match="channel 1 is constant"):
         of_arrays.autocorrelation(x)
     if dtype == np.float32:
         x[..., 1] = dtype(0.1) + rng.integers(-4, 5, x.shape[:-1]).astype(dtype) * dtype(ulp)
-        data.find_normalizations(leaves(), source_of(x=x))
+        data.find_normalizations(settings(), source_of(x=x))
         of_arrays.autocorrelation(x)
 
 

@@ -25,7 +25,7 @@ class Function:
         return self.function(np.asarray(indices))
 
 
-def leaves(**changes):
+def settings(**changes):
     return dict(default().data) | {"levels": None, "random_flip": False, "image_size": (), "channels": 4} | changes
 
 
@@ -59,7 +59,7 @@ def labeled(i):
 )
 def test_a_batch_unlike_the_first_example_is_refused(memory_mb, function, words):
     with pytest.raises(data.DataError, match=words) as error:
-        data.load(leaves(memory_mb=memory_mb), source=Function(function, num_classes=3)).read(np.arange(150, 400))
+        data.load(settings(memory_mb=memory_mb), source=Function(function, num_classes=3)).read(np.arange(150, 400))
     assert "\n" not in str(error.value) and "read at the indices" in str(error.value)
 
 
@@ -81,7 +81,7 @@ IMAGES = np.zeros((600, 4), np.uint8)
 )
 def test_examples_that_do_not_fit_the_config_are_refused_in_one_line(changes, arrays, words):
     with pytest.raises(data.DataError, match=words) as error:
-        data.check_examples(leaves(**changes), data.InMemory(arrays))
+        data.check_examples(settings(**changes), data.InMemory(arrays))
     assert "\n" not in str(error.value)
 
 
@@ -94,13 +94,13 @@ def failing(config):
 
 
 def test_a_source_is_found_by_the_name_of_its_function():
-    assert len(data.load(leaves(dataset=f"{__name__}:hundred"))) == 100
+    assert len(data.load(settings(dataset=f"{__name__}:hundred"))) == 100
     for name, words in (
         (f"{__name__}:failing", "raises RuntimeError: no such server"),
         ("no_module_of_this_name:f", "cannot be imported"),
     ):
         with pytest.raises(data.DataError, match=words):
-            data.load(leaves(dataset=name))
+            data.load(settings(dataset=name))
 
 
 class Lists:
@@ -116,7 +116,7 @@ class Lists:
 
 
 def test_lists_are_arrays_and_classes_stay():
-    source = pickle.loads(pickle.dumps(data.load(leaves(memory_mb=0), source=Lists())))
+    source = pickle.loads(pickle.dumps(data.load(settings(memory_mb=0), source=Lists())))
     batch = source.read(np.array([3, 0]))
     assert batch["x"].dtype == np.float64 and batch["label"].tolist() == [1, 0]
     assert data.describe(source) == "600 examples of 2 classes: 0 even, 1 odd"

@@ -204,9 +204,9 @@ def test_vectors_follow_their_condition():
 )
 def test_configs_that_do_not_fit_are_refused(name, changes, message):
     size, channels = SHAPES[name]
-    leaves = {"image_size": size, "channels": channels, "split": "test", "levels": None, "random_flip": False}
+    settings = {"image_size": size, "channels": channels, "split": "test", "levels": None, "random_flip": False}
     with pytest.raises(data.DataError, match=message):
-        data.load({"dataset": f"diffusion_jax.data.synthetic:{name}", **leaves, **changes})
+        data.load({"dataset": f"diffusion_jax.data.synthetic:{name}", **settings, **changes})
 
 
 @pytest.mark.parametrize("name", ["series", "field", "volume", "vectors:moons", "vectors:conditional"])

@@ -36,7 +36,7 @@ def test_the_sampler_takes_its_settings_and_samples(monkeypatch):
         options = dict(tiny_config().sampling) | {"sampler": "damped", "eta": eta, "clip": False}
         sampler = sampling_settings.sampler_from_config(options, {"prediction": "eps", "variance": "fixed_small"})
         assert (sampler.eta, sampler.variance) == (eta, "fixed_small")
-        assert sampling_settings.unused_leaves(options) == []
+        assert sampling_settings.unused_settings(options) == []
         x = sampling.sample(KEY, schedules.respace(FULL, 20, "log_snr"), gaussian(), x_T, sampler)
         assert abs(x.mean() - 0.3) < 0.1
         spread.append(x.std())

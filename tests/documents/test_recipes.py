@@ -32,8 +32,8 @@ def commands(path):
 def test_the_command_line_parses_the_commands(path):
     assert commands(path)
     for _, *arguments in commands(path):
-        flags, leaves = cli.make_parser().parse_known_args(arguments)
-        overrides = dict(leaf.removeprefix("--config.").split("=", 1) for leaf in leaves)
+        flags, settings = cli.make_parser().parse_known_args(arguments)
+        overrides = dict(setting.removeprefix("--config.").split("=", 1) for setting in settings)
         config.override(config.experiment(flags.config), overrides)
         assert re.fullmatch(r"(gs|s3)://BUCKET/\w+", flags.workdir)
 

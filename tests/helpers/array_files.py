@@ -35,8 +35,8 @@ def save_store(path, **arrays):
 
 def load(path, split="train", shape=SHAPE, levels=None):
     """The examples at a path, not in memory."""
-    leaves = {"image_size": shape[:-1], "channels": shape[-1], "levels": levels, "random_flip": False, "memory_mb": 0}
-    return data.load({"dataset": "arrays", "data_dir": str(path), "split": split, **leaves})
+    settings = {"image_size": shape[:-1], "channels": shape[-1], "levels": levels, "random_flip": False, "memory_mb": 0}
+    return data.load({"dataset": "arrays", "data_dir": str(path), "split": split, **settings})
 
 
 def message(path, split="train", shape=SHAPE):

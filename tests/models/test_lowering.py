@@ -119,7 +119,7 @@ def test_the_default_high_and_an_unknown_precision():
 
 
 @pytest.mark.parametrize("make_config", [tiny_config, classifier_config])
-def test_the_leaf_sets_the_precision_of_the_train_step(make_config):
+def test_the_setting_sets_the_precision_of_the_train_step(make_config):
     config = make_config(**{"model.precision": "highest", "training.accumulation_steps": 2})
     program = training.build_program(config)
     text = program.train_step.lower(program.abstract_state, a_batch(config)).as_text()

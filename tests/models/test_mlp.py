@@ -76,7 +76,7 @@ def test_options_change_what_they_say():
     assert abs(dropped - exact).max() > 1e-3
 
 
-def test_from_config_takes_the_leaves_of_its_kind():
+def test_from_config_takes_the_settings_of_its_kind():
     config = {"kind": "mlp", "channels": 16, "attention_levels": [1], "num_groups": 32}  # the defaults of the U-Net
     assert models.from_config(config) == models.MLP(channels=16)
     assert models.from_config({"kind": "unet", "spatial_dims": 1}) == models.UNet(spatial_dims=1)

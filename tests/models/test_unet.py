@@ -159,7 +159,7 @@ def test_fields_and_inputs_that_do_not_fit_are_refused(kind, shape, fields, inpu
         model.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), **inputs)
 
 
-def test_from_config_builds_a_unet_and_refuses_unknown_leaves():
+def test_from_config_builds_a_unet_and_refuses_unknown_settings():
     assert models.from_config({**TINY, "channel_multipliers": [1, 2]}) == models.UNet(**TINY)
     with pytest.raises(ValueError, match=r"model.width is not a field"):
         models.from_config({"width": 3})

@@ -49,14 +49,14 @@ def test_scale_shift_without_a_norm_in_the_middle_is_named():
 
 
 def test_schedulers():
-    leaves, table, clip = diffusers.scheduler_from_config({})
-    assert leaves.items() >= {"schedule": "linear", "variance": "fixed_small", "prediction": "eps"}.items()
+    settings, table, clip = diffusers.scheduler_from_config({})
+    assert settings.items() >= {"schedule": "linear", "variance": "fixed_small", "prediction": "eps"}.items()
     assert table is None and clip is True
-    leaves, table, clip = diffusers.scheduler_from_config(
+    settings, table, clip = diffusers.scheduler_from_config(
         {"trained_betas": [0.1, 0.2], "clip_sample_range": 2.0, "prediction_type": "v_prediction"}
         | {"variance_type": "fixed_large_log", "beta_schedule": "scaled_linear"}
     )
-    assert (leaves["prediction"], leaves["variance"], leaves["num_timesteps"]) == ("v", "fixed_large", 2)
+    assert (settings["prediction"], settings["variance"], settings["num_timesteps"]) == ("v", "fixed_large", 2)
     np.testing.assert_array_equal(table, [0.1, 0.2])
     np.testing.assert_array_equal(clip(jnp.array([-3.0, 1.5])), [-2.0, 1.5])
     assert diffusers.scheduler_from_config({"clip_sample": False})[2] is False

@@ -66,8 +66,8 @@ def test_what_diffusers_cannot_store_is_refused_by_field(fields, changes, words,
 
 def test_unusual_diffusions_come_back_from_diffusers(tmp_path):
     net, _ = load(tmp_path, "port_narrow")
-    leaves = dict(net.diffusion) | {"schedule": "quadratic", "beta_end": 0.015, "beta_start": 2e-4, "prediction": "v"}
-    changed = make_model("x", net.model, (16, 16), leaves, clip=False, params=net.params)
+    settings = dict(net.diffusion) | {"schedule": "quadratic", "beta_end": 0.015, "beta_start": 2e-4, "prediction": "v"}
+    changed = make_model("x", net.model, (16, 16), settings, clip=False, params=net.params)
     pretrained.save_diffusers(changed, tmp_path / "out")
     again = pretrained.load(tmp_path / "out")
     assert (again.clip, again.prediction, again.variance) == (False, "v", "fixed_small")
@@ -91,7 +91,7 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
     with pytest.raises(PretrainedError, match="only True, False and a range"):
         pretrained.save_safetensors(dataclasses.replace(net, clip=jnp.tanh), tmp_path / "y.safetensors")
     with pytest.raises(PretrainedError, match="table of betas"):
-        pretrained.config_leaves(net)
+        pretrained.config_settings(net)
 
 
 @pytest.mark.whole

@@ -12,7 +12,7 @@ from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
 
-# Leaf, value, and words of the message: what the leaf alone does not show.
+# Setting, value, and words of the message: what the setting alone does not show.
 BAD = [
     ("training.steps_per_call", 3, "training.log_every=2 must be a multiple of training.steps_per_call=3"),
     ("mesh.data", 3, "mesh.data=3"),
@@ -100,7 +100,7 @@ def wrong(tmp_path_factory):
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    ("leaves", "words"),
+    ("settings", "words"),
     [
         ({"steps": (3, 4), "spacing": "trailing"}, "are several numbers"),
         ({"low_resolution": "small.npz"}, "is for models that enlarge images"),
@@ -109,7 +109,7 @@ def wrong(tmp_path_factory):
         ({"classifier": "somewhere", "label": 3}, None),  # which may know classes
     ],
 )
-def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypatch):
+def test_training_refuses_what_sampling_would(settings, words, tmp_path, monkeypatch):
     """Before anything is written or compiled; and takes the rest."""
 
     def noting(*_):
@@ -117,7 +117,9 @@ def test_training_refuses_what_sampling_would(leaves, words, tmp_path, monkeypat
 
     monkeypatch.setattr("diffusion_jax.runs.train.log_notes", noting)
     with pytest.raises((UserError, DataError)) as caught:
-        train.run(tiny_config(**{f"sampling.{leaf}": value for leaf, value in leaves.items()}), tmp_path / "run")
+        train.run(
+            tiny_config(**{f"sampling.{setting}": value for setting, value in settings.items()}), tmp_path / "run"
+        )
     assert (words or "taken") in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -154,11 +156,11 @@ def test_a_rerun_with_the_same_weights_keeps_their_flags(tmp_path):
     assert cli.parse([*flags, "--pretrained_flags=other"]).config.init_flags == "other"
 
 
-@pytest.mark.parametrize(("leaf", "value", "words"), BAD, ids=[f"{leaf}={value}" for leaf, value, _ in BAD])
-def test_a_bad_leaf_is_refused(leaf, value, words, tmp_path):
+@pytest.mark.parametrize(("setting", "value", "words"), BAD, ids=[f"{setting}={value}" for setting, value, _ in BAD])
+def test_a_bad_setting_is_refused(setting, value, words, tmp_path):
     directory = tmp_path / "run"
     with pytest.raises((UserError, DataError, CheckpointError, PretrainedError, OSError)) as caught:
-        train.run(tiny_config(**{leaf: value}), directory)
+        train.run(tiny_config(**{setting: value}), directory)
     text = str(caught.value)
     assert words in text and getattr(caught.value, "exit_code", 2) == 2 and len(text) < 500, text
 

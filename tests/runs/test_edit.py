@@ -33,7 +33,7 @@ def files(tmp_path_factory):
 
 
 def editing_config(files, **overrides):
-    named = {f"editing.{leaf}": str(files / f"{leaf}.png") for leaf in ("image", "other", "mask")}
+    named = {f"editing.{setting}": str(files / f"{setting}.png") for setting in ("image", "other", "mask")}
     return conditional(**{"editing.num_samples": 3, "editing.resamplings": 2, "editing.jump": 2, **named, **overrides})
 
 
@@ -91,12 +91,12 @@ def test_edits_equal_those_of_the_core(root, files):
     by_classifier = base | {"sampling.classifier": str(root / "classifier"), "sampling.classifier_scale": 5.0}
     made = set()
     for task, run in tasks.items():
-        for leaves, network, sampler in (
+        for settings, network, sampler in (
             (base, plain, sampling.ddpm(**small)),
             (by_classifier, guided, sampling.ddpm(**small)),
             (by_classifier | {"sampling.classifier_form": "mean"}, plain, sampling.ddpm(mean_shift=shift, **small)),
         ):
-            edit.run(editing_config(files, **{**leaves, "editing.task": task}), directory)
+            edit.run(editing_config(files, **{**settings, "editing.task": task}), directory)
             (path,) = set((directory / "samples" / "edits").glob(f"{task}_*.npz")) - made
             made.add(path)
             with np.load(path) as arrays:

@@ -51,7 +51,7 @@ def roots(tmp_path_factory):
 
 
 def configured(kind, root, task, **overrides):
-    files = {f"editing.{leaf}": str(root / f"{leaf}.npy") for leaf in ("image", "other", "mask")}
+    files = {f"editing.{setting}": str(root / f"{setting}.npy") for setting in ("image", "other", "mask")}
     conditions = {"sampling.conditions": str(root / "two.npy"), "editing.task": task}
     return array_config(kind, root / "data.npz", **{**BASE, **files, **conditions, **overrides})
 

@@ -18,7 +18,7 @@ OFF_DEFAULT = {"eta": 0.5, "order": 3}
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same function as the core's with the same options, by what it draws; each option changes that."""
-    options = {leaf: value for leaf, value in OFF_DEFAULT.items() if name in sampling.samplers_with(leaf)}
+    options = {setting: value for setting, value in OFF_DEFAULT.items() if name in sampling.samplers_with(setting)}
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
     x_T = jax.random.normal(jax.random.key(2), (2, 3))
@@ -27,27 +27,29 @@ def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     def run(sampler):
         return np.asarray(sampling.sample(jax.random.key(0), schedule, network, x_T, sampler))
 
-    def configured(**leaves):
-        leaves = {"sampler": name, "clip": True, **leaves}
-        leaves = {f"sampling.{leaf}": value for leaf, value in leaves.items()}
-        return run(sampling_settings.sampler_from_config(conditional(**leaves).sampling, diffusion))
+    def configured(**settings):
+        settings = {"sampler": name, "clip": True, **settings}
+        settings = {f"sampling.{setting}": value for setting, value in settings.items()}
+        return run(sampling_settings.sampler_from_config(conditional(**settings).sampling, diffusion))
 
     np.testing.assert_array_equal(configured(**options), run(sampling.SAMPLERS[name](prediction="v", **options)))
-    for leaf in options:
-        without = {key: value for key, value in options.items() if key != leaf}
-        assert (configured(**without) != configured(**options)).any(), leaf
+    for setting in options:
+        without = {key: value for key, value in options.items() if key != setting}
+        assert (configured(**without) != configured(**options)).any(), setting
 
 
 def test_every_clip_of_a_config_changes_the_predicted_x_0():
     x = 3 * jax.random.normal(jax.random.key(2), (1, 50))
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 2, "log_snr")
     diffusion = ConfigDict({"prediction": "x_0", "variance": "fixed_large"})
-    for leaves, expected in (
+    for settings, expected in (
         ({"clip": True}, np.clip(x, -1, 1)),
         ({"clip": False}, x),
         ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
     ):
-        options = conditional(**{f"sampling.{leaf}": value for leaf, value in {"sampler": "ddim", **leaves}.items()})
+        options = conditional(
+            **{f"sampling.{setting}": value for setting, value in {"sampler": "ddim", **settings}.items()}
+        )
         sampler = sampling_settings.sampler_from_config(options.sampling, diffusion)
         x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
         np.testing.assert_allclose(x_0, expected, rtol=1e-6)
@@ -89,15 +91,15 @@ def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
 
 def test_leaves_without_effect_are_listed():
     """Each alone, beside what reads it and beside what does not."""
-    assert sampling_settings.unused_leaves(tiny_config().sampling) == []
-    for leaf, value, reader, other in (
+    assert sampling_settings.unused_settings(tiny_config().sampling) == []
+    for setting, value, reader, other in (
         ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
         ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
         ("classifier_scale", 4.0, {"classifier": "runs/classifier"}, {}),
         ("guidance_rescale", 0.7, {"guidance_scale": 2.0}, {}),
         ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
     ):
-        options = dict(tiny_config().sampling) | {leaf: value}
-        assert sampling_settings.unused_leaves(options | reader) == []
-        (line,) = sampling_settings.unused_leaves(options | other)
-        assert line.startswith(f"sampling.{leaf}={value!r} (only ")
+        options = dict(tiny_config().sampling) | {setting: value}
+        assert sampling_settings.unused_settings(options | reader) == []
+        (line,) = sampling_settings.unused_settings(options | other)
+        assert line.startswith(f"sampling.{setting}={value!r} (only ")

@@ -128,8 +128,8 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
             sample.run(config(**{"sampling.low_resolution": path}), directory)
 
 
-def of(leaves, **diffusion):
-    config = conditional(**{f"sampling.{leaf}": value for leaf, value in leaves.items()})
+def of(settings, **diffusion):
+    config = conditional(**{f"sampling.{setting}": value for setting, value in settings.items()})
     config.diffusion.update(diffusion)
     return sampling_settings.resolve_sampling(config, pretrained.from_config(config))
 
@@ -142,11 +142,11 @@ def test_different_sampling_options_have_different_file_names(root):
         "ddpm5_guided2.0000001": {"guidance_scale": 2.0000001},
         "ddim5_openai_class3-5": {"sampler": "ddim", "spacing": "openai", "label": (3, 5)},
     }
-    for name, leaves in names.items():
-        assert of(leaves).name == name
+    for name, settings in names.items():
+        assert of(settings).name == name
     hashed = {
-        of(leaves).name
-        for leaves in (
+        of(settings).name
+        for settings in (
             {"clip": "dynamic"},
             {"clip": "dynamic", "clip_quantile": 0.9},
             {"steps": (2, 3)},
@@ -173,8 +173,8 @@ def test_steps_on_which_a_sampler_fails_are_refused():
     unclipped = of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine)
     log_snr = of({"sampler": "ddim", "steps": 20, "clip": False, "spacing": "log_snr"}, **cosine)
     np.testing.assert_array_equal(unclipped.schedule.timesteps, log_snr.schedule.timesteps)
-    for leaves in ({"steps": 20, "spacing": "trailing"}, {"steps": None}, {"steps": 5, "spacing": "log_snr"}):
-        (note,) = of({"sampler": "ddim", "clip": False, **leaves}, **cosine).notes
+    for settings in ({"steps": 20, "spacing": "trailing"}, {"steps": None}, {"steps": 5, "spacing": "log_snr"}):
+        (note,) = of({"sampler": "ddim", "clip": False, **settings}, **cosine).notes
         assert "use spacing='log_snr' or more steps, a clip for data in [-1, 1], or a network that predicts v" in note
     assert of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine, prediction="v").notes == ()
     blurred = of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)

@@ -36,8 +36,8 @@ def fruit(folder, count=6):
     return folder
 
 
-def options(**leaves):
-    return tiny_config(**{f"data.{name}": value for name, value in leaves.items()}).data
+def options(**settings):
+    return tiny_config(**{f"data.{name}": value for name, value in settings.items()}).data
 
 
 def test_a_folder_of_images(bucket_url, tmp_path, own_cache):

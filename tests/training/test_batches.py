@@ -57,11 +57,11 @@ def test_weights_to_start_from_are_not_for_create():
     training.build_program(tiny_config(init_from="runs/old"))  # the program loads them itself
 
 
-@pytest.mark.parametrize("leaves", [{"levels": None}, {"image_size": (8,)}, {"image_size": (8, 8, 8)}])
-def test_only_images_are_mirrored(leaves):
+@pytest.mark.parametrize("settings", [{"levels": None}, {"image_size": (8,)}, {"image_size": (8, 8, 8)}])
+def test_only_images_are_mirrored(settings):
     """A config without `random_flip` has True."""
     model = {"channels": 4, "channel_multipliers": (1,), "num_groups": 4, "num_res_blocks": 1, "attention_levels": ()}
-    config = {"data": {"image_size": 8, "channels": 1} | leaves, "model": model, "training": {"batch_size": 8}}
+    config = {"data": {"image_size": 8, "channels": 1} | settings, "model": model, "training": {"batch_size": 8}}
     with pytest.raises(DataError, match="random_flip=True mirrors images of gray levels; use data.random_flip=False"):
         training.build_program(config)
     config["data"]["random_flip"] = False

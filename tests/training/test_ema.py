@@ -14,18 +14,18 @@ from helpers.configs import tiny_config
 from helpers.work_directories import last_state
 
 
-def config_of(**leaves):
+def config_of(**settings):
     config = default()
-    config.ema.update(leaves)
+    config.ema.update(settings)
     return config
 
 
 @pytest.mark.parametrize(
-    "leaves", [{}, {"decay": 0.999, "warmup": True}, {"decay": 0.5, "warmup": True}, {"decay": 0.0}]
+    "settings", [{}, {"decay": 0.999, "warmup": True}, {"decay": 0.5, "warmup": True}, {"decay": 0.0}]
 )
 @pytest.mark.parametrize("step", [1, 2, 5, 3000])
-def test_the_share_is_that_of_an_average_of_zeros_that_began_with_one(leaves, step):
-    config, average = config_of(**leaves), 1.0
+def test_the_share_is_that_of_an_average_of_zeros_that_began_with_one(settings, step):
+    config, average = config_of(**settings), 1.0
     for i in range(step):
         average += (1 - float(ema_decay(i, config.ema))) * (0.0 - average)
     np.testing.assert_allclose(initial_share(config, step), average, rtol=1e-9, atol=1e-300)

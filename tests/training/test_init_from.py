@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
     )
 
 
-def small(config, **leaves):
+def small(config, **settings):
     with config.unlocked():
         config.sampling.update(num_samples=2, batch_size=2, steps=3, sampler="ddim")
-        for key, value in leaves.items():
-            group, leaf = key.split(".")
-            config[group][leaf] = value
+        for key, value in settings.items():
+            group, setting = key.split(".")
+            config[group][setting] = value
     return config
 
 
@@ -44,7 +44,9 @@ def small(config, **leaves):
 def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     """--pretrained: the same images as by pretrained.load and the core. The directory then names them by itself."""
     flags = [f"--{name}" for name in ("mode=sample", f"pretrained={folder}", f"workdir={tmp_path / 'out'}")]
-    flags += [f"--config.sampling.{leaf}" for leaf in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")]
+    flags += [
+        f"--config.sampling.{setting}" for setting in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")
+    ]
     code, out, err = finish(start(*flags))
     assert code == 0 and "from narrow (EMA weights)" in out, err
     (path,) = (tmp_path / "out" / "samples").glob("narrow_ema_ddim3_*.npz")

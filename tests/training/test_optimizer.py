@@ -13,7 +13,7 @@ from diffusion_jax.training import optimizer
 def test_global_norm_is_that_of_all_numbers():
     draws = np.random.default_rng(0)
     tree = {"kernel": draws.normal(size=(3, 3, 4, 5)), "bias": draws.normal(size=7), "scalar": draws.normal(size=())}
-    exact = np.sqrt(sum(np.square(leaf).sum() for leaf in tree.values()))
+    exact = np.sqrt(sum(np.square(setting).sum() for setting in tree.values()))
     np.testing.assert_allclose(optimizer.global_norm(jax.tree.map(jnp.float32, tree)), exact, rtol=1e-6)
 
 
