@@ -210,6 +210,12 @@ def test_statistics_have_error_bars_for_both_sets(kind, length):
             np.testing.assert_array_equal(patch.get_data()[1], x[c])
 
 
+def test_each_lowest_panel_and_each_left_panel_has_its_label():
+    _, axes = figures.make_figure("title", [], list("abcde"), 3, (2, 2), labels=("x", "y"))
+    assert [axis.get_xlabel() for axis in axes] == ["", "", "x", "x", "x"]
+    assert [axis.get_ylabel() for axis in axes] == ["y", "", "", "y", ""]
+
+
 def test_curves_without_a_positive_value_are_drawn():
     zero = Measurement(np.zeros((4, 1)), np.zeros((4, 1)))
     to_array(draw_curves(Curves("name", np.arange(1, 5), zero, zero, ("x", "y"), logarithmic=True), "without power"))

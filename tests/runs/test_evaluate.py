@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, errors, likelihood, pretrained, run_dir, training
+from diffusion_jax import data, errors, likelihood, pictures, pretrained, run_dir, training
 from helpers.configs import tiny_config
 from helpers.program import evaluate
 from helpers.work_directories import untrained
@@ -60,7 +60,11 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
 
 
 @pytest.mark.whole
-def test_the_report_agrees_with_the_bound_of_the_core(trained):
+def test_the_report_agrees_with_the_bound_of_the_core(trained, monkeypatch):
+    drawn, draw = [], pictures.draw_rate_distortion
+    monkeypatch.setattr(
+        pictures, "draw_rate_distortion", lambda *arguments: drawn.append(arguments) or draw(*arguments)
+    )
     evaluate(config_with(), trained)
     expected, got = bound_by_hand(config_with(), trained), report(trained)
     assert got["num_examples"] == 10 and got["weights"] == "ema" and got["step"] == 1 and got["levels"] == 17
@@ -79,6 +83,7 @@ def test_the_report_agrees_with_the_bound_of_the_core(trained):
         rate, distortion = likelihood.rate_distortion(expected.prior.mean(), arrays["vlb"], arrays["x_0_mse"])
         np.testing.assert_allclose(arrays["rate"], rate, rtol=1e-4)
         np.testing.assert_allclose(arrays["distortion"], distortion, rtol=1e-4)
+        np.testing.assert_array_equal(drawn[0][0], arrays["rate"])  # the picture is in bits, too
     assert not list(trained.glob(".likelihood_*")) and not list(trained.glob("*partial*"))
     evaluate(config_with(**{"evaluation.use_ema": False}), trained)
     raw = report(trained)

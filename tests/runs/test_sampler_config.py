@@ -1,5 +1,7 @@
 """The sampler and the steps of config.sampling, against those of the core."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,19 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_jax import pretrained, process, sampling, schedules
+from diffusion_jax.config import SETTINGS
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs import sampling as sampling_settings
 from helpers.configs import conditional, tiny_config
 
 OFF_DEFAULT = {"eta": 0.5, "order": 3}
+
+
+@pytest.mark.parametrize("name", sampling.SAMPLERS)
+def test_the_defaults_of_the_settings_are_those_of_the_samplers(name):
+    parameters = inspect.signature(sampling.SAMPLERS[name]).parameters
+    for setting in parameters.keys() & {"eta", "order"}:
+        assert parameters[setting].default == SETTINGS[f"sampling.{setting}"].default
 
 
 @pytest.mark.whole

@@ -2,12 +2,14 @@
 
 import fcntl
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from diffusion_jax import data, errors, training
+from diffusion_jax.distributed import sharding
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.train import BatchLoader
@@ -37,6 +39,19 @@ def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         f"train_step0000000{step}.png" for step in (3, 4)
     ]
+
+
+@pytest.mark.parametrize("start, counts", [(0, [3, 3, 1, 1]), (1, [1, 1, 3, 1, 1]), (6, [1, 1])])
+def test_calls_of_several_steps_end_at_their_multiples(start, counts):
+    """Eight steps, at most three in a call, where the devices scan them; a resumed run starts at any step."""
+    config = tiny_config(**{"training.num_steps": 8, "training.steps_per_call": 3, "training.log_every": 3})
+    program = types.SimpleNamespace(mesh=sharding.make_mesh(config.mesh), train_steps=lambda *_: None)
+    step, found, loader = start, [], BatchLoader(config, program, data.load(config.data), start)
+    while step < 8:
+        batch, count = loader.next(step)
+        assert batch["label"].shape == (8,) if count == 1 else (3, 8)
+        step, found = step + count, [*found, count]
+    assert found == counts and loader.next(step) == (None, 0)
 
 
 def test_rerunning_a_finished_run_does_nothing(trained, capsys):

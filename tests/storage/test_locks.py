@@ -190,7 +190,8 @@ def test_a_file_is_locked_until_its_process_ends(tmp_path, capfd):
             hold(workdir).__enter__()
         assert time.monotonic() - start >= 1
         out = capfd.readouterr().out
-        assert f"Note: {name}" in out and f"holds {path}; waiting 1 s." in out and " s left." in out
+        assert f"Note: {name}" in out and f"holds {path}; waiting 1 s." in out
+        assert 1 <= out.count(" s left.") <= 3  # one in a third of the second, not one in each try
         threading.Timer(0.3, holder.kill).start()
         with hold(RunDir(tmp_path)):  # waits for the end
             assert path.read_text().startswith(HERE)
