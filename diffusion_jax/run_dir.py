@@ -39,7 +39,7 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
 class RunDir(os.PathLike):
     """The local directory of a run, or a subdirectory, which need not exist yet.
 
-    path: the local path. `run_dir / name` joins paths; str(run_dir) is the location that the user gave.
+    path: the local path. `run_dir / name` joins paths; str(run_dir) is the path, or the URL for a bucket.
     """
 
     def __init__(self, path: str | os.PathLike):
