@@ -34,13 +34,13 @@ class ArrayFiles(NamedSource):
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
     - `.npz` with "x" or "image", optionally "label" and "condition"; or with samples, "arr_0". Uncompressed arrays
-    (`np.savez`) are memory-mapped; every process loads a compressed array.
+      (`np.savez`) are memory-mapped; every process loads a compressed array.
     - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Each chunk that a batch touches is
-    decoded, so small chunks are fastest.
+      decoded, so small chunks are fastest.
     - a folder with `.npy` files, searched recursively in path order, without hidden files. Each file holds one example
-    [*spatial, C] or several [n, *spatial, C]. If every file is in a subfolder, each subfolder is a class.
+      [*spatial, C] or several [n, *spatial, C]. If every file is in a subfolder, each subfolder is a class.
     - a folder with one of the above for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. All other
-    data have only the split "train".
+      data have only the split "train".
 
     shape: (*spatial, C), from `data.image_size` and `data.channels`. With C = 1 the files may lack the channel axis. ()
     accepts files with any shape.

@@ -107,7 +107,7 @@ Normalizations = Mapping[str, Normalization]
 
 
 class Normalized(DerivedSource):
-    """A source with float32 arrays, standardized "x" and "condition"; other arrays are unchanged.
+    """A source with float32, standardized "x" and "condition"; other arrays are unchanged.
 
     normalizations: by array name; an array without a normalization is only converted to float32.
     bounded: names of arrays that must lie in [-1, 1] after normalization, because limits were given.

@@ -406,7 +406,7 @@ class CheckedSource(DerivedSource, NamedSource):
 def are_held_out(keys: Iterable[bytes], share: float) -> np.ndarray:
     """Returns bool [N]: whether the SHA-256 of each example's key falls into the held-out share.
 
-    An example's split does not change when others are added, removed or reordered; examples with equal keys share a split.
+    An example's split does not change when other examples come, go or move; examples with equal keys share a split.
     """
     hashes = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
     return np.array([value < share * 2**64 for value in hashes], bool)
@@ -476,8 +476,8 @@ def stream(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterates over the batches from step `start`, prefetched by Grain.
 
-    workers: processes that decode one whole batch each; 0 for a thread in this process, which suits data in memory.
-    prefetch: the number of batches that (each worker) reads ahead.
+    workers: processes that decode, each a whole batch at a time; 0 for a thread in this process, which suits data in memory.
+    prefetch: the number of batches that each worker (or the thread) reads ahead.
     """
     import grain  # grain and absl's flags are slow to import; other data do not need them
     from absl import flags
