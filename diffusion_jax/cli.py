@@ -319,7 +319,7 @@ def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...]) -> None
         _fail(str(error), 1 if error.errno in _FULL_DISK else 2)
     if isinstance(error, bad_input):
         _fail(str(error), 2)
-    if processes.is_multiprocess():  # a normal exit would wait for the other processes, and they wait for this one
+    if processes.is_multiprocess():  # at a normal exit the processes would wait for each other
         import jax
 
         traceback.print_exc()

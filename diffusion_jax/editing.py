@@ -51,7 +51,7 @@ __all__ = [
 
 
 def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
-    """The mask as bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
+    """Converts a mask to bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
     if not isinstance(mask, Tracer):
         values = np.asarray(mask)
         other = values[(values != 0) & (values != 1)]

@@ -93,7 +93,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays, in their order, to a new .npz file or over an existing one."""
+    """Writes named arrays, in order, to an .npz file, replacing an existing file."""
     with atomic_write(path) as temporary:
         np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
 

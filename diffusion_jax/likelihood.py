@@ -175,7 +175,7 @@ def _decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None, cdf: str
     mirrored = jnp.where(first, False, jnp.where(last, True, lower + upper > 0))
     a, b = jnp.where(mirrored, -upper, lower), jnp.where(mirrored, -lower, upper)
     edge = first | last
-    # Finite arguments replace those of a branch that is not taken, or its gradient would be NaN.
+    # A branch that is not taken gets finite arguments, or its gradient would be NaN.
     log_b = _log_cdf(b)
     middle, width = 0.5 * (a + b), 2 * half * inverse_sd
     narrow = width * (1 + jnp.abs(middle)) < 0.05  # a difference of CDFs would cancel: the midpoint rule, to width^4
@@ -213,7 +213,7 @@ def bound_term(
     gray_levels: int | None = 256,
     cdf: str = "exact",
 ) -> tuple[Float[Array, "B"], process.Reverse]:
-    """One term of the bound, from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
+    """Computes one term of the bound from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
     output: with twice the channels of x_t for a learned variance. prediction, variance, clip: as `process.p_mean_variance`.
     gray_levels, cdf: as `decoder_log_prob`.

@@ -241,7 +241,7 @@ def classify(
     return importance * loss, ClassifyAux(t, importance, accuracy, x_t, logits)
 
 
-# The losses of the config. An argument with the name of a setting, such as `weighting`, is set by it.
+# The losses by config name. A setting, such as `weighting`, sets the argument with the same name.
 LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
     "simple": simple,
     "vlb": vlb,
@@ -251,7 +251,7 @@ LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
 
 
 def _per_example(name, x, batch_size):
-    """x as an array [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
+    """Broadcasts x to [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
     if jnp.shape(x) not in ((), (batch_size,)):
         raise ValueError(f"{name} must have shape [{batch_size}], one for each example; got {list(jnp.shape(x))}")
     return jnp.broadcast_to(x, batch_size)
@@ -289,7 +289,7 @@ def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampl
 
 
 def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
-    """T times the bound's term at the drawn steps, [B]."""
+    """Returns T times the bound's term at the drawn steps, [B]."""
     term, _ = likelihood.bound_term(
         schedule,
         output,
@@ -305,7 +305,7 @@ def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
 
 
 def _target(schedule, x_0, x_t, t, eps, prediction):
-    """The quantity that the network is trained to predict."""
+    """Returns the training target."""
     at = schedule.at(t, x_0)
     if prediction == "eps":
         return eps
@@ -321,7 +321,7 @@ def _target(schedule, x_0, x_t, t, eps, prediction):
 
 
 def _weight_of_target(schedule, aux, prediction, weighting):
-    """The weight of the predicted quantity's error, [B], from a weight of the eps error."""
+    """Converts a weight on the eps error to a weight on the error of the predicted quantity, [B]."""
     if weighting is None or weighting == "none":
         return 1.0
     if not callable(weighting) and weighting not in WEIGHTINGS:

@@ -164,7 +164,7 @@ def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) ->
 
 
 def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
-    """x_0 from a network's output.
+    """Converts a network's output to x_0.
 
     eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) (DDPM eq. 15); v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v;
     x_prev: the posterior mean (DDPM eq. 7) solved for x_0; score: as eps.
@@ -187,7 +187,7 @@ def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, pred
 def x_0_at(
     alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
 ) -> Batch:
-    """x_0 from a network's output at any noise level; arguments and errors as `eps_at`."""
+    """Converts a network's output to x_0 at any noise level; arguments and errors as `eps_at`."""
     output, x_t = promote(output=output, x_t=x_t)
     alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
     if prediction == "x_0":
@@ -200,7 +200,7 @@ def x_0_at(
 def eps_at(
     alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
 ) -> Batch:
-    """eps from a network's output at any noise level, x_t = alpha x_0 + sigma eps, also between a schedule's steps.
+    """Converts a network's output to eps at any noise level x_t = alpha x_0 + sigma eps, also between a schedule's steps.
 
     x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t.
     Raises: ValueError for x_prev, which is defined for a step only, or an unknown prediction.
@@ -219,7 +219,7 @@ def eps_at(
 
 
 def to_eps(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
-    """eps from a network's output, as `eps_at`; arguments and errors as `to_x_0`."""
+    """Converts a network's output to eps, as `eps_at`; arguments and errors as `to_x_0`."""
     # Where alpha_bar is 0 only x_0 is undefined, so only `to_x_0` checks t.
     _check_output(schedule, output, x_t, None, prediction)
     output, x_t = promote(output=output, x_t=x_t)
@@ -354,7 +354,7 @@ def p_mean_variance(
     variance: str = "fixed_large",
     clip: Clip = True,
 ) -> Reverse:
-    """The model's reverse step p(x_{t-1} | x_t), from a network's output.
+    """Computes the model's reverse step p(x_{t-1} | x_t) from a network's output.
 
     The output is converted to x_0, x_0 is clipped, and q(x_{t-1} | x_t, x_0) gives the mean (DDPM eq. 7; eq. 11 for eps
     without a clip). DDPM's code clips although its Algorithm 2 does not. For `x_prev` the output itself is the mean, as in

@@ -1,4 +1,4 @@
-"""Provenance: the settings that made a file. They name the file, are stored in it, and decide whether it is reused."""
+"""Provenance: the settings that made a file. The settings name the file, are stored in it, and decide on reuse."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class RunDir(os.PathLike):
     def locked(self, activity: str) -> Iterator[None]:
         """Holds the lock on the directory for all processes of this launch.
 
-        Process 0 holds the lock. It waits half a minute if another launch, which may be about to end, holds it.
+        Process 0 holds the lock. If another launch, which may be about to end, holds the lock, process 0 waits half a minute.
         activity: completes the message "process 1 of HOST ...", for example "is training in DIR".
         Raises: LockHeldError if another launch holds the lock, LeaseLostError if another launch has taken it over, OSError.
         """

@@ -130,7 +130,7 @@ def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001)
     return sampler
 
 
-# An entry is a timestep sampler, or a function of a history that returns one.
+# An entry is a timestep sampler, or a function: history -> timestep sampler.
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "uniform": uniform,
     "antithetic": antithetic,

@@ -34,7 +34,7 @@ Values = TypeVar("Values", jax.Array, np.ndarray)
 class Normalization:
     """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data.
 
-    low, high: the training range, for conditions only; () if unknown. They affect no number.
+    low, high: the training range, for conditions only; () if unknown; used only for notes.
     """
 
     offset: tuple[float, ...]

@@ -155,7 +155,7 @@ class NamedSource(Source):
         return []
 
     def holdout_keys(self, loaded: Source) -> Iterable[bytes]:
-        """Returns the bytes of each example whose hash decides the held-out split: the values, without label and condition.
+        """Yields each example's key for `are_held_out`: the bytes of the values, without label and condition.
 
         loaded: the source itself or its copy in memory.
         """

@@ -238,8 +238,8 @@ def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) 
     """Returns (a report on samples that copy reference images, the samples' k nearest neighbors).
 
     reference, samples: features [N, D]. close_distance is the 1% quantile of the distances from reference images to their
-    nearest others; close_share is the share of samples within this distance of a reference image: about 0.01 for new images,
-    near 1 for copies.
+    nearest neighbors; close_share is the share of samples within this distance of a reference image: about 0.01 for new
+    images, near 1 for copies.
     """
     neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))
     reference_distances = nearest_neighbors(reference, reference, others=True).distances[:, 0]

@@ -1,4 +1,4 @@
-"""Networks, as Flax Linen modules. They contain no diffusion mathematics."""
+"""Networks, as Flax Linen modules, without diffusion mathematics."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
 
 
 def _middle_mean(x) -> jax.Array:
-    """The mean of about sqrt(N) of the N positions, in the middle of x. float32 [B, C]."""
+    """Averages about sqrt(N) positions in the middle of x, which has N positions. float32 [B, C]."""
     if x.ndim > 2:
         size, positions = x.shape[1], math.prod(x.shape[1:-1])
         rows = max(1, math.isqrt(positions) * size // positions)

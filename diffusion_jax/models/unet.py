@@ -243,7 +243,7 @@ class UNet(Encoder, Conditional):
         return jnp.pad(x, ((0, 0), *((0, size) for size in missing), (0, 0)))
 
     def _decode(self, h, skips: list[jax.Array], embedding, train: bool) -> jax.Array:
-        """The upsampling path: from the middle's output to [B, *spatial, channels]."""
+        """Applies the upsampling path: the middle's output to [B, *spatial, channels]."""
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)

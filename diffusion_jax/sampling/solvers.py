@@ -119,7 +119,7 @@ def _vandermonde_solve(points: list, right: list) -> list:
     """
     weights = []
     for j, point in enumerate(points):
-        # The coefficients, lowest first, of the polynomial that is 1 at this point and 0 at the others.
+        # Coefficients, lowest first: the polynomial is 1 at this point and 0 at the other points.
         coefficients = [1.0]
         for other in points[:j] + points[j + 1 :]:
             shifted, scaled = [0.0, *coefficients], [other * c for c in coefficients] + [0.0]

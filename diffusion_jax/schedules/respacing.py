@@ -144,7 +144,7 @@ def respace(
     steps: str | int | np.integer | Sequence[int] | Sequence[float] | Num[np.ndarray, "S"],
     spacing: str | None = None,
 ) -> Schedule:
-    """A shorter schedule that visits some of the steps and keeps alpha_bar there (Improved DDPM section 4, eq. 19).
+    """Returns a shorter schedule that visits some of the steps and keeps their alpha_bar (Improved DDPM section 4, eq. 19).
 
     Args:
       schedule: the schedule to shorten, T steps.
