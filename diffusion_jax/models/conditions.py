@@ -31,8 +31,8 @@ class Conditional(nn.Module):
       none.
     condition_channels: K for a condition float [B, *spatial, K] with x_t's spatial shape, which is concatenated to the
       channels of x_t; 0 for none. A network takes one kind of condition.
-    condition_dropout: probability with which training replaces an example's condition by the null condition. For a vector it
-      is a separate embedding. For an array it is zeros, and an extra input channel is 1 for examples with a condition and 0
+    condition_dropout: probability with which training replaces an example's condition by the null condition. A null vector is
+      a separate embedding. A null array is zeros, and an extra input channel is 1 for examples with a condition and 0
       without, because zeros can be data. At 0 there is no null condition. A network with condition_dropout accepts
       condition=None for no conditions, and `null_condition` (NaN everywhere) for an example without a condition. Training
       drops label and condition together with the smaller of the two probabilities, because the unconditional half of guidance

@@ -17,9 +17,9 @@ _REMAT_BLOCK = nn.remat(ResBlock, static_argnums=(3,))
 class MLP(Conditional):
     """A residual MLP for vectors.
 
-    `MLP(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, out_channels] float32. Each block is x +
-    dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all channels. Fields: `Conditional`'s
-    (an array condition is [B, K] here), and
+    `MLP(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, out_channels] float32. Each block is
+    x + dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all channels.
+    Fields: `Conditional`'s (an array condition is [B, K] here), and
 
     channels: width of every block, an even number.
     num_res_blocks: the number of blocks.
