@@ -144,7 +144,7 @@ class Conditional(nn.Module):
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
     def _check_condition(self, condition, x_t) -> jax.Array | None:
-        """Returns the condition as an array, with nulls for None; None for an unconditional network. Raises: ValueError."""
+        """Returns the condition as an array, with nulls for None; None for a network without. Raises: ValueError."""
         features, channels, dropout = self.condition_features, self.condition_channels, self.condition_dropout
         if features and channels:
             raise ValueError(

@@ -41,7 +41,7 @@ def condition_channels(channels: int, conditioning_noise: float) -> int:
 
 
 def condition(low, shape: tuple[int, ...], noise_std=None) -> jax.Array:
-    """Makes the condition of a super-resolution network: the resized small image and, with noise, its deviation.
+    """Makes the condition of a super-resolution network: the resized small image and a constant channel of the noise's std.
 
     low: [B, h, w, C], in [-1, 1] plus any noise; at H x W it is not resized. shape: (B, H, W, C) of x_t. noise_std: float, or
     [B], the standard deviation of the noise, for a network trained with `diffusion.conditioning_noise`.
