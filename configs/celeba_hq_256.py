@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.training.update(num_steps=500_000, batch_size=64)
     config.optimizer.learning_rate = 2e-5
     config.sampling.update(num_samples=32, batch_size=32)
-    config.evaluation.split = "train"  # the only one that TFDS has
+    config.evaluation.split = "train"  # the only split in TFDS
     return config

@@ -2,8 +2,8 @@
 
     python main.py --config=configs/cifar10.py --workdir=DIR
 
-Published result: FID 3.17 on 50,000 samples with the EMA weights and 1,000 ancestral steps. Expected time, not measured:
-Ho et al. report 21 steps a second on a TPU v3-8, so about 11 hours there. On a laptop, try that it runs:
+Published result: FID 3.17 on 50,000 samples with the EMA weights and 1,000 ancestral steps. Expected time, not measured: Ho
+et al. report 21 steps a second on a TPU v3-8, so about 11 hours there. To try the config on a laptop:
 
     python main.py --config=configs/cifar10.py --workdir=DIR --config.training.batch_size=8 --config.training.num_steps=4
 """
@@ -12,7 +12,7 @@ from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
-    """Section 4 and appendix B of the paper; warm-up and gradient clipping are those of its code."""
+    """Section 4 and appendix B of the paper; warm-up and gradient clipping as in the published code."""
     config = default()
     config.data.update(dataset="cifar10", image_size=32, channels=3, random_flip=True)
     config.model.update(channels=128, channel_multipliers=(1, 2, 2, 2), num_res_blocks=2, dropout=0.1)

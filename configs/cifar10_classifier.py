@@ -9,7 +9,7 @@ from diffusion_jax.config import ConfigDict, default_classifier
 
 
 def get_config() -> ConfigDict:
-    """Three levels of 32, 16 and 8 pixels, half as wide; the schedule of the diffusion model."""
+    """Three levels of 32, 16 and 8 pixels, half as wide, with the diffusion model's schedule."""
     config = default_classifier()
     config.model.update(channels=64, channel_multipliers=(1, 2, 3), attention_levels=(1, 2), head_channels=64)
     config.model.update(resample_blocks=True, scale_shift_norm=True)

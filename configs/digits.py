@@ -1,9 +1,9 @@
-"""Handwritten digits, 8x8, from scikit-learn: from nothing to recognizable samples in about two minutes on two CPU cores.
+"""Handwritten digits, 8x8, from scikit-learn: recognizable samples after about two minutes on two CPU cores.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --workdir=runs/digits --mode=sample
 
-`make demo` does both. A network of 651,041 parameters. For better digits, train longer with the same command and
+`make demo` runs both commands. The network has 651,041 parameters. For better digits, train longer with the same command and
 --config.training.num_steps=8000.
 """
 

@@ -1,4 +1,4 @@
-"""A noise-aware classifier of the digits, to guide the model of digits.py: about a minute on two CPU cores.
+"""A noise-aware classifier for the digits, which guides the model of digits.py: about a minute on two CPU cores.
 
     python main.py --config=configs/digits_classifier.py --workdir=runs/digits_classifier --mode=train_classifier
 
@@ -10,7 +10,7 @@ from diffusion_jax.config import ConfigDict, default_classifier
 
 
 def get_config() -> ConfigDict:
-    """As narrow as the diffusion model, and of the same schedule."""
+    """As wide as the diffusion model, with the same schedule."""
     config = default_classifier()
     config.data.update(dataset="digits", image_size=8, channels=1, levels=17, random_flip=False)
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=())

@@ -1,4 +1,4 @@
-"""Digits by their class, with classifier-free guidance: about two minutes to the digit asked for on two CPU cores.
+"""Digits by class, with classifier-free guidance: about two minutes to samples of a requested digit on two CPU cores.
 
 python main.py --config=configs/digits_conditional.py --workdir=runs/conditional
 """
@@ -7,7 +7,7 @@ from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
-    """The digits' network with ten classes, each label left out one time in ten."""
+    """The digits network with ten classes; training drops each label with probability 0.1."""
     config = default()
     config.data.update(dataset="digits", image_size=8, channels=1, levels=17, random_flip=False)
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=())

@@ -1,10 +1,10 @@
-"""Fields of five correlated channels on a torus: a synthetic Gaussian field whose spectrum is known.
+"""Fields with five correlated channels on a torus: a synthetic Gaussian field with a known spectrum.
 
     python main.py --config=configs/field.py --workdir=runs/field
     python main.py --workdir=runs/field --mode=sample
 
-Convolutions continue the field periodically. The samples are compared with the exact distribution by
-`python benchmarks/known_distributions.py field`.
+Convolutions pad the field periodically. `python benchmarks/known_distributions.py field` compares the samples with the exact
+distribution.
 """
 
 from diffusion_jax.config import ConfigDict, default

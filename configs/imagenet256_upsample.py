@@ -1,10 +1,10 @@
-"""ADM's upsampler of ImageNet from 64x64 to 256x256 (Dhariwal & Nichol 2021, section 5.3): 311,795,910 parameters.
+"""ADM's ImageNet upsampler from 64x64 to 256x256 (Dhariwal & Nichol 2021, section 5.3): 311,795,910 parameters.
 
     python main.py --config=configs/imagenet256_upsample.py --workdir=DIR
 
-Published result, from the guided samples of the model at 64 pixels: FID 3.94. The published code does not say how long it was
-trained: here 500,000 steps of batch 256. Expected, not measured: weeks on eight GPUs. Needs the TFDS set imagenet2012,
-whose files TFDS asks you to download by hand.
+Published result, from guided samples of the 64-pixel model: FID 3.94. The published code does not give the training length:
+here 500,000 steps of batch 256. Expected, not measured: weeks on eight GPUs. Needs the TFDS data set imagenet2012, whose
+files TFDS asks you to download by hand.
 """
 
 from diffusion_jax.config import ConfigDict, default

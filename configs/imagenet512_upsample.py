@@ -1,15 +1,15 @@
-"""ADM's upsampler of ImageNet from 128x128 to 512x512 (Dhariwal & Nichol 2021, section 5.3): 308,835,270 parameters.
+"""ADM's ImageNet upsampler from 128x128 to 512x512 (Dhariwal & Nichol 2021, section 5.3): 308,835,270 parameters.
 
     python main.py --config=configs/imagenet512_upsample.py --workdir=DIR
 
-Published result, from the guided samples of the model at 128 pixels: FID 3.85. As imagenet256_upsample.py otherwise.
+Published result, from guided samples of the 128-pixel model: FID 3.85. Otherwise as imagenet256_upsample.py.
 """
 
 from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
-    """Six levels from 512 to 16 pixels, attention at 32 and 16, 64 channels a head."""
+    """Six levels from 512 to 16 pixels, attention at 32 and 16, 64 channels per head."""
     config = default()
     config.data.update(dataset="imagenet2012", image_size=512, low_resolution=128)
     config.model.update(channels=192, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4, 5))

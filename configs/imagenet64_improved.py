@@ -10,8 +10,8 @@
 | unconditional, vlb | 121,063,942 | 1,500,000 steps of batch 128 | 3.53 bits per dimension |
 | conditional, hybrid loss | 273,049,350 | 250,000 steps of batch 2,048 | FID 2.92 |
 
-Expected, not measured: weeks on one current GPU. Needs a TFDS set that TFDS downloads and prepares:
-downsampled_imagenet/64x64, which the bits per dimension are of, and for the conditional model imagenet_resized/64x64.
+Expected, not measured: weeks on one current GPU. Needs a data set that TFDS downloads and prepares:
+downsampled_imagenet/64x64 (the published bits per dimension use it), or imagenet_resized/64x64 for the conditional model.
 """
 
 from diffusion_jax.config import ConfigDict, default
@@ -37,7 +37,8 @@ def get_config(variant: str = "hybrid") -> ConfigDict:
     if variant == "conditional":
         config.data.dataset = "imagenet_resized/64x64"
         config.model.update(channels=192, num_classes=1000)
-        # Its run rescaled neither the timesteps nor the bound: one sampled term had weight 1, the whole bound 1 / T.
+        # The published run rescaled neither the timesteps nor the bound: one sampled term had weight 1, the whole bound
+        # 1 / T.
         config.diffusion.update(rescale_timesteps=False, vlb_weight=1 / 4000)
         config.training.update(num_steps=250_000, batch_size=2048)
         config.optimizer.learning_rate = 3e-4

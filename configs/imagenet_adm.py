@@ -10,9 +10,9 @@
 | 256_unconditional | 552,814,086 | 1,980,000 | |
 | 512 | 558,997,638 | 1,940,000 | 7.72 |
 
-Expected, not measured: years on one current GPU; these are for pods. `--config.model.dtype=bfloat16` and
-`--config.model.remat=True` save memory. Needs the TFDS set imagenet2012, whose files TFDS asks you to download by hand. The
-guiding classifiers are imagenet_classifier.py's, the upsamplers imagenet256_upsample.py and imagenet512_upsample.py.
+Expected, not measured: years on one current GPU; these models are for pods. `--config.model.dtype=bfloat16` and
+`--config.model.remat=True` save memory. Needs the TFDS data set imagenet2012, whose files TFDS asks you to download by hand.
+imagenet_classifier.py has the guiding classifiers, imagenet256_upsample.py and imagenet512_upsample.py the upsamplers.
 """
 
 from diffusion_jax.config import ConfigDict, default

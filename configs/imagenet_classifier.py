@@ -10,10 +10,10 @@
 | 256 | 54,096,360 |
 | 512 | 54,448,360 |
 
-300,000 steps of batch 256, as published for 128 pixels. Published results of guidance with them: FID 2.07, 2.97, 4.59 and
-7.72. Where it differs: images are resized and cropped in the middle, not at random. Expected, not measured: days on one
-current GPU. Needs the TFDS set imagenet2012, whose files TFDS asks you to download by hand; 64 pixels use
-imagenet_resized/64x64, which TFDS downloads.
+300,000 steps of batch 256, as published for 128 pixels. Published FIDs with this guidance: 2.07, 2.97, 4.59 and 7.72. One
+difference: images are resized and cropped in the middle, not at random. Expected, not measured: days on one current GPU.
+Needs the TFDS data set imagenet2012, whose files TFDS asks you to download by hand; 64 pixels use imagenet_resized/64x64,
+which TFDS downloads.
 """
 
 from diffusion_jax.config import ConfigDict, default_classifier
@@ -32,11 +32,11 @@ def get_config(size: str = "128") -> ConfigDict:
     config.training.update(num_steps=300_000, batch_size=256, checkpoint_every=10_000)
     config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=0, schedule="linear", decay_steps=300_000)
     config.optimizer.update(weight_decay=0.05, grad_clip=0.0)
-    config.ema.decay = 0.0  # it is used as it is
+    config.ema.decay = 0.0  # guidance uses the weights without averaging
     if size == "64":
         config.data.update(dataset="imagenet_resized/64x64", image_size=64)
         config.model.update(channel_multipliers=(1, 2, 3, 4), num_res_blocks=4, attention_levels=(1, 2, 3))
-        config.diffusion.schedule = "cosine"  # as imagenet64_adm.py, which it guides
+        config.diffusion.schedule = "cosine"  # as imagenet64_adm.py, the guided model
     if size == "256":
         config.data.image_size = 256
         config.model.update(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(3, 4, 5))

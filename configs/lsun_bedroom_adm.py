@@ -2,7 +2,7 @@
 
     python main.py --config=configs/lsun_bedroom_adm.py --workdir=DIR
 
-Published result: FID 1.90. The published code does not say how long it was trained: here 500,000 steps of batch 256.
+Published result: FID 1.90. The published code does not give the training length: here 500,000 steps of batch 256.
 Expected, not measured: months on one current GPU. Needs the TFDS set lsun/bedroom, which TFDS downloads and prepares.
 """
 

@@ -1,4 +1,4 @@
-"""ADM's LSUN horse model at 256x256 (Dhariwal & Nichol 2021): the network and the length of lsun_bedroom_adm.py.
+"""ADM's LSUN horse model at 256x256 (Dhariwal & Nichol 2021): network and training length as lsun_bedroom_adm.py.
 
     python main.py --config=configs/lsun_horse_adm.py --workdir=DIR
 

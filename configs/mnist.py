@@ -2,7 +2,7 @@
 
     python main.py --config=configs/mnist.py --workdir=DIR
 
-Expected, not measured: about an hour on one current GPU. No published result; a run that works shows clean digits.
+Expected, not measured: about an hour on one current GPU. No published result; a successful run shows clean digits.
 """
 
 from diffusion_jax.config import ConfigDict, default

@@ -1,11 +1,11 @@
-"""Time series with one spatial axis: 64 positions and 2 channels of a synthetic process whose distribution is known.
+"""Time series with one spatial axis: 64 positions and 2 channels, from a synthetic process with a known distribution.
 
     python main.py --config=configs/series.py --workdir=runs/series
     python main.py --workdir=runs/series --mode=sample
 
-The series are a damped oscillation with delays, and rough noise. The samples are compared with the exact distribution by
-`python benchmarks/known_distributions.py series`. The network predicts v: without a clip of x_0, a network that predicts eps
-amplifies its errors at the first steps of a deterministic sampler.
+The series are a damped oscillation with delays, and rough noise. `python benchmarks/known_distributions.py series` compares
+the samples with the exact distribution. The network predicts v: without a clip of x_0, a network that predicts eps amplifies
+its errors at the first steps of a deterministic sampler.
 """
 
 from diffusion_jax.config import ConfigDict, default

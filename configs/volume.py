@@ -1,9 +1,9 @@
-"""Volumes on a torus: a synthetic Gaussian field of 8x8x8 positions whose spectrum is known.
+"""Volumes on a torus: a synthetic Gaussian field on 8x8x8 positions with a known spectrum.
 
     python main.py --config=configs/volume.py --workdir=runs/volume
     python main.py --workdir=runs/volume --mode=sample
 
-The samples are compared with the exact distribution by `python benchmarks/known_distributions.py volume`.
+`python benchmarks/known_distributions.py volume` compares the samples with the exact distribution.
 """
 
 from diffusion_jax.config import ConfigDict, default

@@ -1,7 +1,7 @@
 """Denoising diffusion probabilistic models in JAX.
 
-`import diffusion_jax` loads the pure core, which needs jax, numpy and jaxtyping only. Import networks, data and the training
-program by name: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
+`import diffusion_jax` loads the pure core, which needs only jax, numpy and jaxtyping. Import networks, data and the training
+program explicitly: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 """
 
 from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps, types

@@ -2,8 +2,8 @@
 
     diffusion-jax --config=NAME --workdir=DIR [--mode=MODE] [--config.group.setting=value ...]
 
-A rerun of the same command resumes the run. Omit --config for a directory that holds a run, and with --pretrained=PATH, the
-weights (as `diffusion_jax.pretrained.load` takes them) from which any mode then starts.
+Rerun the same command to resume the run. Omit --config if DIR already holds a run, or with --pretrained=PATH, which starts
+any mode from the weights at PATH (see `diffusion_jax.pretrained.load`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODES = {
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a run that failed; other errors of files are bad input
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a failed run; other file errors are bad input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a command, whose description is the docstring of a module; an invalid one is a UserError."""
+    """An argument parser with a module's docstring as its description; an invalid argument raises UserError."""
 
     def __init__(self, prog: str, description: str | None, **options):
         formatter = argparse.RawTextHelpFormatter
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command, without the overrides of settings."""
+    """Returns the parser of all flags except the `--config.group.setting` overrides."""
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = Parser(
         "diffusion-jax",
@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The parsed command line, without the name of the program. Raises: UserError for an invalid one."""
+    """Parses the command-line arguments, without the program name. Raises: UserError for an invalid command line."""
     parser = make_parser()
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """{"group.setting": text} of --config.group.setting=text. Raises: UserError for anything else."""
+    """Parses --config.group.setting=text into {"group.setting": text}. Raises: UserError for any other argument."""
     overrides = {}
     for argument in arguments:
         flag, equals, text = argument.partition("=")
@@ -148,7 +148,7 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
 
 
 def _open_workdir(workdir: str, mode: str) -> RunDir:
-    """The directory of a run. Raises: UserError if it cannot hold a run."""
+    """Opens the run directory. Raises: UserError if the path cannot be a run directory."""
     opened = open_run_dir(workdir, read_only=mode == "status")
     if isinstance(opened, BucketRunDir):
         return opened
@@ -166,11 +166,11 @@ def _open_workdir(workdir: str, mode: str) -> RunDir:
 def _config_with_weights(
     config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str
 ) -> tuple[ConfigDict, dict[str, str]]:
-    """`config` (None for the one that the weights describe), and overrides with the weights that training starts from."""
+    """Returns `config`, by default the config of the weights, and the overrides that start training from the weights."""
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
     if workdir is not None and committed_steps(workdir / "checkpoints"):
-        stored = load_config(workdir)  # of a relaunch
+        stored = load_config(workdir)  # exists if this is a relaunch
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
@@ -184,7 +184,7 @@ def _config_with_weights(
 
 
 def check_mode(mode: str, config: ConfigDict) -> None:
-    """Raises: UserError for a mode that is not for the config's kind of network: classifier, upsampler or diffusion model."""
+    """Raises UserError if the mode does not suit the network: a classifier, an upsampler or a diffusion model."""
     is_classifier = configs.is_classifier(config)
     if is_classifier and mode not in ("train_classifier", "plan", "status", "report"):
         raise UserError(
@@ -223,13 +223,13 @@ def run(command: Command) -> None:
     trains = mode in ("train", "train_classifier")
     processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
     if not trains:
-        signals.PROGRAM.install()  # JAX's preemption service, which only training uses, has taken over SIGTERM
+        signals.PROGRAM.install()  # JAX's preemption service, used only by training, has replaced the SIGTERM handler
     devices.start()
-    if trains and not (workdir / "checkpoints").exists():  # a run that is finished needs no data
+    if trains and not (workdir / "checkpoints").exists():  # a finished run needs no data
         from diffusion_jax import data
 
         data.check_location(config.data)
-    # This import takes most of a second, so it follows the checks of flags.
+    # This import takes almost a second, so the flags are checked first.
     function = importlib.import_module(f"diffusion_jax.runs.{'train' if trains else mode}").run
     if trains:
         from diffusion_jax.training.checkpoints import resume_hint
@@ -241,7 +241,7 @@ def run(command: Command) -> None:
 
 
 def _write_report(config: ConfigDict, workdir: RunDir) -> None:
-    """Writes the report at the end of a mode; an error is one line, because the mode has done its work."""
+    """Writes the report when a mode ends; an error is logged as one line, because the mode itself succeeded."""
     import jax
 
     from diffusion_jax.report import write_report
@@ -257,10 +257,10 @@ def _write_report(config: ConfigDict, workdir: RunDir) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line, by default that of this process. An error ends the program with one line and an exit code.
+    """Runs a command line, by default `sys.argv`. An error ends the program with one line and an exit code.
 
-    Exit codes: 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C, 75 after SIGTERM, 141 if the reader of its
-    output ends, and `EXIT_PEER_LOST`.
+    Exit codes: 0, 2 for bad input, 1 for a failed run, 130 after Ctrl-C, 75 after SIGTERM, 141 after a broken output pipe,
+    and `EXIT_PEER_LOST`.
     """
     with program():
         command = parse(sys.argv[1:] if arguments is None else arguments)
@@ -269,18 +269,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(command)
         except OSError as error:
             raise _explain_os_error(error, command.workdir) from error
-        signals.PROGRAM.resume_hint = signals.rerun_hint  # while the process exits
+        signals.PROGRAM.resume_hint = signals.rerun_hint  # for signals during exit
 
 
 @contextlib.contextmanager
 def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Runs the block as a program: an error, a signal or the end of its reader ends it with one line and an exit code.
+    """Runs the block as a program: an error, a signal or a broken output pipe ends it with one line and an exit code.
 
-    bad_input: types of exceptions that a wrong command raises, besides those of this package. Others are raised again.
+    bad_input: exception types that a wrong command raises, besides this package's errors. Any other exception is
+    raised again.
     """
     signals.PROGRAM.resume_hint = lambda: "nothing had started"
     signals.PROGRAM.install()
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed by the shell
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
     devices.silence_libraries()
     try:
         with processes.exit_if_output_is_closed():
@@ -295,10 +296,10 @@ def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
 
 
 def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
-    """The error of a directory that cannot be written, which is bad input, or of a bucket that fails; otherwise `error`."""
+    """Returns the error to report: bad input for an unwritable directory, a failing bucket, otherwise `error` itself."""
     if isinstance(error, LockHeldError) or processes.is_peer_failure(error):
         return error
-    if isinstance(workdir, BucketRunDir):  # it could be used when the program started
+    if isinstance(workdir, BucketRunDir):  # the bucket worked when the program started
         return UserError(str(error), exit_code=1)
     if workdir is not None and error.errno not in _FULL_DISK and str(error.filename).startswith(str(workdir)):
         return UserError(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written")
@@ -306,7 +307,7 @@ def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
 
 
 def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...]) -> None:
-    """Ends the program with the exit code of an error; an unexpected error is raised again."""
+    """Ends the program with the error's exit code; an unexpected error is raised again."""
     if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
         message = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
         processes.abort_process(f"{message} ({error})", processes.EXIT_PEER_LOST)
@@ -318,7 +319,7 @@ def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...]) -> None
         _fail(str(error), 1 if error.errno in _FULL_DISK else 2)
     if isinstance(error, bad_input):
         _fail(str(error), 2)
-    if processes.is_multiprocess():  # at its end JAX would wait for the others, and they for this process
+    if processes.is_multiprocess():  # at a normal exit the processes would wait for each other
         import jax
 
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Terminal output of a run: single lines, and a progress bar with the speed and the remaining time."""
+"""Terminal output of a run: single lines, and a progress bar with speed and remaining time."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def log_compilation(program: str) -> Iterator[None]:
     log(f"Compiled {program} in {time.perf_counter() - start:.1f} s.")
 
 
-_Row = dataclasses.make_dataclass("_Row", ["level", "arrays", "parameters", "share"])  # of the table of parameters
+_Row = dataclasses.make_dataclass("_Row", ["level", "arrays", "parameters", "share"])  # of the parameter table
 
 
 def log_parameters(params: Mapping) -> None:
-    """Logs a table of a network's parameters with one row for each level of the network, such as `down_0` and `mid_block`.
+    """Logs a table of the network's parameters with one row for each level, such as `down_0` or `mid_block`.
 
-    params: {layer: parameters}, arrays or their shapes. A level is the first two words of the names of its layers.
+    params: {layer: parameters}, arrays or their shapes. The first two words of a layer name are its level.
     """
-    from clu import parameter_overview  # it imports Flax, which refusals of a command line do not need
+    from clu import parameter_overview  # imports Flax, which is slow; a rejected command line does not need it
 
     levels: dict[str, list[int]] = collections.defaultdict(list)
     for name, leaf in parameter_overview.flatten_dict(dict(params)).items():
@@ -51,7 +51,7 @@ def log_parameters(params: Mapping) -> None:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as 1:02 or 3:04:05, and more than two days as "5 days"."""
+    """Formats seconds as 1:02 or 3:04:05, and more than two days as "5 days"."""
     if seconds > 48 * 3600:
         return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(round(seconds), 60)
@@ -60,7 +60,7 @@ def format_duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """A progress bar in a terminal; in a log file, at most one line every ten seconds, and one at the end."""
+    """A progress bar in a terminal; a log file gets at most one line every ten seconds, and a final line."""
 
     _SECONDS_BETWEEN_LINES = 10
 
@@ -68,7 +68,7 @@ class ProgressBar:
         self._title, self._total, self._initial, self._start_time = title, total, done, time.perf_counter()
         self._last_line, self._rich = self._start_time, None
         if jax.process_index() == 0 and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # refusals need no bar
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # errors need no bar
 
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
@@ -84,7 +84,7 @@ class ProgressBar:
             self._rich.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` of the total are finished. note: other values to show (loss, speed)."""
+        """Shows that `done` items are finished. note: other values to show (loss, speed)."""
         now = time.perf_counter()
         notes = [note] if note else []
         if done > self._initial:
@@ -98,7 +98,7 @@ class ProgressBar:
 
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:
-    """A function (sizes, total) -> sizes that shows how many of `total` images the chunks of these sizes hold so far."""
+    """Returns a function (sizes, total) -> sizes that shows progress: the summed chunk sizes out of `total` images."""
 
     def show(sizes: Iterable[int], total: int) -> Iterator[int]:
         done = 0

@@ -5,7 +5,7 @@
     linear measurements  `project`: colorization, super-resolution, any y = A x_0, as the `clip` of any sampler
     between two images   `interpolate`
 
-`EDITS` has the edits of `--mode=edit` by name.
+`EDITS` maps the names of `--mode=edit` to edits.
 
 A mask is 1 (or True) where pixels are known, and has x_0's shape or broadcasts to it.
 
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
-    """The mask as bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
+    """Converts a mask to bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
     if not isinstance(mask, Tracer):
         values = np.asarray(mask)
         other = values[(values != 0) & (values != 1)]
@@ -72,11 +72,11 @@ def sdedit(
     strength: float = 0.5,
     **options: Any,
 ) -> Any:
-    """Image to image (Meng et al. 2022): x_0 is noised to the fraction `strength` of the schedule and denoised again.
+    """Image to image (Meng et al. 2022): noises x_0 to the fraction `strength` of the schedule, then denoises.
 
     x_0: a sketch, a collage, a photo. strength: in (0, 1]; 0.3 keeps the layout, 1 keeps almost nothing.
-    options: final_step, trajectory and progress of `sampling.sample`. Returns: as `sampling.sample`.
-    Raises: ValueError for another strength.
+    options: final_step, trajectory and progress, as `sampling.sample`. Returns: as `sampling.sample`.
+    Raises: ValueError for a strength outside (0, 1].
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
@@ -93,7 +93,7 @@ def _add_noise(key, schedule, x_0, t):
 
 
 def _as_mask_of(mask, x_0, several=False):
-    """As `as_mask`. Raises: ValueError also for a mask that does not broadcast to x_0; several: masks [B, ...] of one x_0."""
+    """`as_mask`, for a mask that broadcasts to x_0, else ValueError. several: allows masks [B, ...] for a single x_0."""
     mask, shape = as_mask(mask), jnp.shape(x_0)
     sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
     fits = len(sizes) == len(shape) and all(
@@ -105,7 +105,7 @@ def _as_mask_of(mask, x_0, several=False):
 
 
 def _replace_known(key, schedule, x_prev, x_0, mask, t):
-    """x_{t-1} with its known pixels drawn from q(x_{t-1} | x_0); at t = 0 they are those of x_0."""
+    """Returns x_{t-1} with the known pixels drawn from q(x_{t-1} | x_0); at t = 0 they equal the pixels of x_0."""
     at, x_0 = schedule.at(t, x_prev), x_0.astype(x_prev.dtype)
     noised = at.alpha_prev * x_0 + at.sigma_prev * jax.random.normal(key, x_prev.shape, x_prev.dtype)
     return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
@@ -115,8 +115,8 @@ def _replace_known(key, schedule, x_prev, x_0, mask, t):
 class replacement(Sampler):
     """Inpainting by replacement (Song et al. 2021, appendix I.2): each step draws the known pixels from q(x_{t-1} | x_0).
 
-    Wraps any other sampler. Known pixels are returned exactly; unknown pixels depend on them only through the network, so
-    borders may be visible: `repaint` reduces that.
+    Wraps any other sampler. Known pixels are returned exactly. The network alone connects unknown pixels to known pixels, so
+    borders may be visible; `repaint` reduces them.
     """
 
     sampler: Sampler
@@ -153,16 +153,17 @@ class replacement(Sampler):
         return [(functools.partial(self._step, step_fn), length) for step_fn, length in parts]
 
     def _step(self, step_fn: StepFn, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        """A step of the wrapped sampler, and the known pixels."""
+        """Takes a step of the wrapped sampler, then replaces the known pixels."""
         new = step_fn(key, schedule, denoise_fn, x_t, t, state)
         x_prev = _replace_known(jax.random.fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
         return Step(x_prev, new.x_0, new.state)
 
 
 def _repaint_steps(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:
-    """RePaint's steps: the index of each denoising step, and the index to noise to after it (-1 if none).
+    """RePaint's steps: the index of each denoising step, and the index to noise to after it (-1 for no noising).
 
-    Every `jump`-th index from 0, except the highest ones, is visited `resamplings` times (Lugmayr et al. 2022, appendix B).
+    Every `jump`-th index from 0, except the highest such indices, is visited `resamplings` times (Lugmayr et al. 2022,
+    appendix B).
     """
     remaining = dict.fromkeys(range(0, num_timesteps - jump, jump), resamplings - 1)
     t, denoise_from, noise_to = num_timesteps - 1, [], []
@@ -194,13 +195,13 @@ def repaint(
     Args:
       key, schedule, denoise_fn: as `sampling.sample`.
       x_0: pixels where `mask` is 0 are ignored.
-      sampler: one without a state; the default is `sampling.ddpm()`.
+      sampler: a sampler without a state; the default is `sampling.ddpm()`.
       resamplings: how often each interval of `jump` steps is denoised; 1 is `replacement`. The paper uses 10, with jump 10,
-        on a schedule of 250 steps. The number of network calls is about `resamplings` times the number of steps.
-    Returns: images with the known pixels of x_0. With more resamplings the mean of the unknown pixels approaches their
+        on a schedule with 250 steps. The network is called about `resamplings` times per step.
+    Returns: images with the known pixels of x_0. With more resamplings, the mean of the unknown pixels approaches their
       conditional mean, but their variance falls below the conditional variance.
-    Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump of the
-      number of steps or more.
+    Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump that is
+      not below the number of steps.
     """
     if not all(isinstance(number, int | np.integer) and number >= 1 for number in (resamplings, jump)):
         raise ValueError(f"resamplings and jump must be whole numbers of at least 1, got {resamplings} and {jump}")
@@ -221,7 +222,7 @@ def repaint(
         key_step, key_known, key_noise = jax.random.split(jax.random.fold_in(key_steps, i), 3)
         new = sampler.step(key_step, schedule, denoise_fn, x_t, t, ())
         x_prev = _replace_known(key_known, schedule, new.x_prev, x_0, mask, t)
-        # q(x_s | x_{t-1}) for s = noise_to, in one draw (the composition of several steps of DDPM eq. 2).
+        # Draws q(x_s | x_{t-1}) for s = noise_to at once: several steps of DDPM eq. 2 compose to one Gaussian.
         s = jnp.maximum(noise_to, 0)
         alpha = schedule.at(s, x_t).alpha_bar / schedule.at(t, x_t).alpha_bar_prev
         noise = jax.random.normal(key_noise, x_t.shape, x_t.dtype)
@@ -244,7 +245,7 @@ class LinearOperator(NamedTuple):
 
 
 def gray(channels: int = 3) -> LinearOperator:
-    """The mean over the channels: colorization. y: [B, H, W, 1]."""
+    """Colorization: measures the mean over the channels. y: [B, H, W, 1]."""
     return LinearOperator(
         lambda x: jnp.mean(process.as_float("x", x), axis=-1, keepdims=True),
         lambda y: jnp.broadcast_to(process.as_float("y", y), (*jnp.shape(y)[:-1], channels)),
@@ -252,7 +253,7 @@ def gray(channels: int = 3) -> LinearOperator:
 
 
 def average_pool(factor: int) -> LinearOperator:
-    """The mean over squares of `factor` pixels: super-resolution. y: [B, H / factor, W / factor, C]."""
+    """Super-resolution: measures the mean over squares of `factor` pixels. y: [B, H / factor, W / factor, C]."""
 
     def measure(x):
         x = process.as_float("x", x)
@@ -268,7 +269,7 @@ def average_pool(factor: int) -> LinearOperator:
 
 
 def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
-    """The known pixels: inpainting. y: as the image, 0 where pixels are unknown."""
+    """Inpainting: measures the known pixels. y: shaped like the image, 0 where pixels are unknown."""
     mask = as_mask(mask)
     return LinearOperator(
         lambda x: jnp.where(mask, process.as_float("x", x), 0.0),
@@ -277,11 +278,12 @@ def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
 
 
 def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: Clip = True) -> LinearMap:
-    """A `clip` for any sampler: x_0 + A+ (y - A x_0), the projection of x_0 on A x_0 = y (DDNM, Wang et al. 2023 eq. 12).
+    """Returns a `clip` for samplers: x_0 + A+ (y - A x_0), the projection on A x_0 = y (DDNM, Wang et al. 2023 eq. 12).
 
-    `sampling.ddpm(clip=project(average_pool(4), y))` samples images whose 4x4 means are y; with eta, by `sampling.ddim`.
+    `sampling.ddpm(clip=project(average_pool(4), y))` samples images whose 4x4 means are y; for eta, use `sampling.ddim`.
     clip: applied to x_0 before the projection, as `process.p_mean_variance`. The last step returns a projected x_0, so
-    A x_0 = y holds for samples up to rounding, except with `sampling.ddpm(prediction="x_prev")`, whose mean is the output.
+    samples satisfy A x_0 = y up to rounding, except with `sampling.ddpm(prediction="x_prev")`, whose mean is the network's
+    output.
     """
     y = process.as_float("y", y)
 
@@ -303,7 +305,7 @@ def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
 
     lengths = dot(x, x) * dot(y, y)
     cosine = dot(x, y) / jnp.sqrt(jnp.where(lengths > 0, lengths, 1.0))
-    # For parallel vectors and for 0 the angle defines no arc, so the interpolation is linear.
+    # Parallel vectors and 0 define no arc, so the interpolation is linear.
     straight = (lengths == 0) | (jnp.abs(cosine) > 1 - 1e-7)
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
     a = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / jnp.sin(angle))
@@ -325,13 +327,13 @@ def interpolate(
 ) -> Float[Array, "W B *shape"]:
     """Images between x (weight 0) and y (weight 1).
 
-    t None: both are encoded to noise (DDIM section 5.3), mixed by `slerp`, and sampled; for deterministic samplers.
-    t an index: both are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every weight.
-    A small t keeps details of both, a large t gives new images.
+    t None: both images are encoded to noise (DDIM section 5.3), mixed by `slerp`, and sampled; for deterministic samplers.
+    t an index: both images are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every
+    weight. A small t keeps the details of both images, a large t gives new images.
 
-    encoding: order, start and clip of `sampling.encode`, only with t None; `start` is the index of the noise level at which
-      the images are mixed, T - 1 by default.
-    Raises: ValueError for options of the encoding with an index t, if x and y differ in shape, and as `sampling.sample`.
+    encoding: order, start and clip, as `sampling.encode`; only with t None. The images are mixed at the noise level of index
+    `start`, T - 1 by default.
+    Raises: ValueError for encoding options with an index t, if x and y differ in shape, and as `sampling.sample`.
     """
     if t is not None and encoding:
         raise ValueError(
@@ -362,10 +364,10 @@ def interpolate(
 
 
 class Edit(NamedTuple):
-    """The result of a function of `EDITS`: what an edit passes to `pretrained.Model.sample`.
+    """The result of an edit: the arguments for `pretrained.Model.sample`.
 
     arguments: `sampler`, or `algorithm`, a function (key, schedule, denoise_fn, sampler) -> x_0. shown: a caption and the
-    measurement as examples [N, ...], for an edit of a measurement.
+    measurement as examples [N, ...], for an edit that measures the image.
     """
 
     arguments: dict[str, Any]
@@ -391,7 +393,7 @@ def _sdedit(sampler: Sampler, image, *, strength: float) -> Edit:
 
 
 def _restore(sampler: Sampler, operator: LinearOperator, y, caption: str) -> Edit:
-    """Samples with the measurement y [N, ...]: every predicted x_0 is projected onto it."""
+    """Samples with the measurement y [N, ...]: projects every predicted x_0 onto A x_0 = y."""
     if sampler.prediction == "x_prev" and sampler.is_stochastic:
         raise ValueError(
             "a projection cannot act on an ancestral mean that the network predicts itself (prediction='x_prev'): use the "
@@ -432,8 +434,8 @@ def _interpolate(sampler: Sampler, image, other, *, num_samples: int, level: int
     return Edit({"algorithm": algorithm})
 
 
-# The edits of a config by name. Each takes the sampler and, by their names, examples [N, ...] in the range of the network
-# (`image`, and `other` to mix with it), a `mask`, and further settings of `config.editing`.
+# The edits by config name. Each function takes the sampler and, as keyword arguments, examples [N, ...] in the network's
+# range (`image`, and `other` to mix with it), a `mask`, and settings of `config.editing`.
 EDITS: dict[str, Callable[..., Edit]] = {
     "inpaint": _inpaint,
     "replace": _replace,

@@ -25,16 +25,16 @@ __all__ = [
 
 
 class DiffusionJaxError(Exception):
-    """The base of this package's errors: the message is one line: the problem, the allowed values, and what to type.
+    """The base class of this package's errors, whose message is one line: the problem, the allowed values, what to type.
 
-    `exit_code`: 2 for bad input, 1 for a run that failed.
+    `exit_code`: 2 for bad input, 1 for a failed run.
     """
 
     exit_code = 2
 
 
 class UserError(DiffusionJaxError):
-    """A config, a command line or a work directory that cannot be used."""
+    """An invalid config, command line or work directory."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -42,23 +42,23 @@ class UserError(DiffusionJaxError):
 
 
 class ConfigError(UserError, ValueError):
-    """A config with an unknown setting, or with a value that its setting does not allow."""
+    """A config with an unknown setting or an invalid value."""
 
 
 class StorageError(UserError):
-    """An object store that cannot be used: wrong URL, missing package, no credentials, no such bucket, or no permission."""
+    """An unusable object store: wrong URL, missing package, no credentials, no such bucket, or no permission."""
 
 
 class LeaseLostError(UserError):
-    """Another launch has taken over the work directory in an object store, so this one must not write there any more."""
+    """Another launch took over the work directory in an object store, so this launch must stop writing there."""
 
 
 class DataError(DiffusionJaxError):
-    """Data that is missing, unreadable or of the wrong kind."""
+    """Missing or unreadable data, or data of the wrong kind."""
 
 
 class UnreadableFilesError(DataError):
-    """Files that cannot be read. failures: (path, reason) of each."""
+    """Files that cannot be read. failures: (path, reason) for each file."""
 
     _SHOWN = 5
 
@@ -73,7 +73,7 @@ class UnreadableFilesError(DataError):
             super().__init__(f"cannot read {count:,} images: {shown}{more}; repair or remove them")
 
     def __reduce__(self):
-        return UnreadableFilesError, (self.failures,)  # data workers send it to the main process
+        return UnreadableFilesError, (self.failures,)  # data workers pickle this error for the main process
 
 
 class PretrainedError(DiffusionJaxError):
@@ -91,7 +91,7 @@ class SaveError(CheckpointError):
 
 
 def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
-    """Returns up to `count` names, the most similar to `name` first."""
+    """Returns up to `count` names, most similar to `name` first."""
     names = list(names)
     # Two swapped letters: for difflib, "ddmi" is as similar to ddpm as to ddim.
     swapped = [known for known in names if sorted(known) == sorted(name)]
@@ -100,20 +100,20 @@ def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:
-    """The first `limit` names, and how many more there are."""
+    """Lists the first `limit` names, and the number of further names."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text, or its beginning and "..." if it has more than `limit` characters."""
+    """Returns the text, cut and ended by "..." if it has more than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextlib.contextmanager
 def as_user_error(where: str) -> Iterator[None]:
-    """Turns the errors that a wrong value raises while a config is built into a UserError that starts with `where`."""
+    """Turns errors from a wrong value while a config is built into a UserError whose message starts with `where`."""
     try:
         yield
     except DiffusionJaxError:

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, the user's cache, and the places of local copies of objects in buckets."""
+"""Atomic writes of files, the user's cache, and the local copies of objects in buckets."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ __all__ = [
 
 
 def user_cache() -> pathlib.Path:
-    """The directory of everything that later runs can make again: programs, features, decoded images, downloads."""
+    """Returns the cache directory, for files that later runs can recreate: programs, features, decoded images, downloads."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "diffusion_jax"
 
 
 def downloads_root() -> pathlib.Path:
-    """The directory of copies of objects that are read: that of gs://BUCKET/NAME is gs/BUCKET/NAME below it."""
+    """Returns the directory for downloaded objects: gs://BUCKET/NAME is gs/BUCKET/NAME below it."""
     return user_cache() / "downloads"
 
 
 def mirrors_root() -> pathlib.Path:
-    """The directory of the mirrors of work directories that launches write: RANDOM/gs/BUCKET/NAME below it."""
+    """Returns the directory for mirrors of work directories that launches write: RANDOM/gs/BUCKET/NAME below it."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     return pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_mirrors_{user}"
 
 
 def with_urls(text: str) -> str:
-    """A text in which the URLs of objects replace the paths of their local copies."""
+    """Replaces the paths of local copies in a text by the URLs of their objects."""
     downloads, mirrors = re.escape(str(downloads_root())), re.escape(str(mirrors_root()))
     return re.sub(rf"(?:{downloads}|{mirrors}/[^/]+)/(gs|s3)/", r"\1://", text)
 
@@ -54,7 +54,7 @@ def with_urls(text: str) -> str:
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path in the directory of `path`, with its suffix, for the block to write.
 
-    The temporary file replaces `path` when the block ends, and is removed if the block raises.
+    The temporary file replaces `path` when the block ends, and is deleted if the block raises.
     """
     temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
@@ -70,10 +70,11 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary directory beside `path` for the block to fill.
 
-    It replaces `path`, which may be an empty directory, when the block ends, and is removed if the block raises.
+    The temporary directory replaces `path`, which may be an empty directory, when the block ends, and is deleted if the block
+    raises.
     """
     temporary = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted write
+    shutil.rmtree(temporary, ignore_errors=True)  # from an interrupted write
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -92,13 +93,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays, in their order, to a new .npz file or over an existing one."""
+    """Writes named arrays, in order, to an .npz file, replacing an existing file."""
     with atomic_write(path) as temporary:
         np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
 
 
 def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
-    """An array of an .npz, memory-mapped and read-only, or loaded if it is compressed.
+    """Returns an array from an .npz, memory-mapped and read-only, or loaded if the array is compressed.
 
     Raises: OSError, ValueError; KeyError for an unknown name; zipfile.BadZipFile.
     """

@@ -26,7 +26,7 @@ __all__ = ["ConditionalDenoiseFn", "class_log_prob", "classifier", "classifier_f
 
 @runtime_checkable
 class ConditionalDenoiseFn(Protocol):
-    """A network with a condition: (x_t [B, ...], network time [B], y) -> output, such as `UNet.apply`.
+    """A conditional network: (x_t [B, ...], network time [B], y) -> output, such as `UNet.apply`.
 
     y: [B, ...], or a tree of such arrays, for instance {"y": labels, "condition": vectors}.
     """
@@ -35,7 +35,7 @@ class ConditionalDenoiseFn(Protocol):
 
 
 def _expand_rows(values, like):
-    """[B] or [] as [B, 1, ..., 1] or [], in the dtype of `like`. Raises: ValueError for another shape."""
+    """Reshapes [B] to [B, 1, ..., 1] in the dtype of `like`; a scalar stays []. Raises: ValueError for another shape."""
     values = jnp.asarray(values, like.dtype)
     if values.ndim and (values.shape[0] not in (1, like.shape[0]) or any(size != 1 for size in values.shape[1:])):
         raise ValueError(
@@ -45,7 +45,7 @@ def _expand_rows(values, like):
 
 
 def _append_null(y, null):
-    """y [B, ...] and the condition "none" in as many rows: [2 B, ...]. Raises: ValueError for a null of another kind."""
+    """Concatenates y [B, ...] and B null conditions to [2 B, ...]. Raises: ValueError for a float null where y is int."""
     dtype = y.dtype
     if jnp.issubdtype(dtype, jnp.integer):
         if not jnp.issubdtype(jnp.result_type(null), jnp.integer):
@@ -65,19 +65,20 @@ def classifier_free(
 ) -> DenoiseFn:
     """(1 - s) unconditional + s conditional (Ho & Salimans 2022 eq. 6 with s = 1 + w), in one call of twice the batch.
 
-    s = 1 is bit-identical to the conditional half of that call and s = 0 to the unconditional half. The mixture is the same
-    for eps, x_0, v, x_prev and the score, which are linear in each other.
+    s = 1 is bit-identical to the conditional half of that call and s = 0 to the unconditional half. The same mixture applies
+    to eps, x_0, v, x_prev and the score, which are linear functions of each other.
 
     Args:
       denoise_fn: called with x_t [2 B, ...], network time [2 B] and y [2 B, ...].
-      y: the conditions, an array or a tree of arrays. null_y: the condition that means "none", of y's shape or broadcast to
-        it (`UNet.null_label`, `UNet.null_condition`), or a tree of such; a part that null_y repeats is not guided.
-      scale: s, one number or one for each row: [B] or [B, 1, ..., 1].
-      interval: (low, high), the network times at which s applies; at others it is 1 (Kynkaanniemi et al. 2024).
-      rescale: phi of Lin et al. 2024 section 3.4, in 0 ... 1: 1 gives the result the standard deviation of the conditional
-        output over each example, against the overexposure of a large s; 0 does nothing.
-    Returns: a denoise_fn(x_t [B, ...], time [B]). A learned variance is that of the conditional output.
-    Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside of
+      y: the conditions, an array or a tree of arrays. null_y: the condition that means "none" (`UNet.null_label`,
+        `UNet.null_condition`), of y's shape or broadcast to it, or a tree of null conditions. An array of y that null_y
+        repeats is not guided.
+      scale: s, one number or one per row: [B] or [B, 1, ..., 1].
+      interval: (low, high), the network times at which s applies; at other times s is 1 (Kynkaanniemi et al. 2024).
+      rescale: phi from Lin et al. 2024 section 3.4, in 0 ... 1, against the overexposure that a large s causes: 1 rescales
+        each example to the standard deviation of the conditional output; 0 does nothing.
+    Returns: a denoise_fn(x_t [B, ...], time [B]), with the learned variance of the conditional output.
+    Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside
       0 ... 1; when called, if y or scale and x_t differ in the number of rows.
     """
     if interval is not None and not any(isinstance(end, Tracer) for end in interval):
@@ -119,8 +120,8 @@ def classifier_free(
 def class_log_prob(logits_fn: LogitsFn, y: Integer[ArrayLike, "B"]) -> LogProbFn:
     """log p(y | x_t) from a classifier's logits [B, K].
 
-    y: labels in 0 ... K - 1; the result of a traced label out of range is NaN. Raises: ValueError, when called, for labels
-    that are not int or out of range, or if the number of labels is not that of the rows.
+    y: labels in 0 ... K - 1; a traced label out of range gives NaN. Raises: ValueError, when called, for labels that are not
+    int or out of range, or if the numbers of labels and rows differ.
     """
 
     def log_prob(x_t, time):
@@ -155,11 +156,11 @@ def classifier(
 ) -> DenoiseFn:
     """eps - s sqrt(1 - alpha_bar) grad_x log p(y | x_t) (ADM eq. 14), for any prediction of the network.
 
-    At s = 1 and with the exact gradient this is the eps of the conditional data. The shift is before a sampler's clip; ADM's
-    other form, which shifts the mean after it, is `sampling.ddpm(mean_shift=log_prob_gradient(...))`.
+    At s = 1 and with the exact gradient, the result is the eps of the conditional data. This form shifts eps before a
+    sampler's clip; ADM's other form, `sampling.ddpm(mean_shift=log_prob_gradient(...))`, shifts the mean after the clip.
 
     Args:
-      log_prob: `class_log_prob` returns one for a classifier.
+      log_prob: for a classifier, the result of `class_log_prob`.
       schedule: gives the noise level at a network time.
       scale: s. prediction: the quantity that the network predicts: eps, x_0, v or score.
     Returns: a denoise_fn that predicts the same quantity.

@@ -1,4 +1,4 @@
-"""Which arrays are images, and their conversion between uint8 and the range of the models, [-1, 1]."""
+"""Conversion of images between uint8 and the range of the models, [-1, 1], and a check for arrays that are images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Images = TypeVar("Images", jax.Array, np.ndarray)
 
 
 def is_of_images(x: np.ndarray | jax.Array) -> bool:
-    """Whether arrays [N, ...] are images: uint8 [N, H, W, C] with one or three channels."""
+    """Whether an array [N, ...] holds images: uint8 [N, H, W, C] with one or three channels."""
     return x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
 
 
 def to_model_range(images: Images) -> Images:
-    """float32 in [-1, 1] of uint8 images of any shape; NumPy arrays stay NumPy arrays.
+    """Converts uint8 images of any shape to float32 in [-1, 1]; NumPy arrays stay NumPy arrays.
 
     Raises: ValueError for another dtype.
     """
@@ -30,7 +30,7 @@ def to_model_range(images: Images) -> Images:
 
 
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
-    """uint8 images of float arrays in [-1, 1]: rounded, and clipped to 0 ... 255.
+    """Converts float arrays in [-1, 1] to uint8 images: rounded, and clipped to 0 ... 255.
 
     Raises: ValueError for arrays that are not float, such as uint8 images.
     """

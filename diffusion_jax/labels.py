@@ -1,4 +1,4 @@
-"""Class labels, with a check of their range: a gather would silently clamp a wrong label to another class.
+"""Class labels, with a range check: a gather would silently clamp an invalid label to another class.
 
 Imports nothing else from this package.
 """
@@ -15,11 +15,10 @@ __all__ = ["in_range", "log_prob"]
 
 
 def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool = False) -> Integer[Array, "*shape"]:
-    """y, with labels outside 0 ... num_classes - 1 replaced by num_classes, so that a gather with mode "fill" gives NaN.
+    """Replaces labels of y outside 0 ... num_classes - 1 by num_classes, for which a gather with mode "fill" gives NaN.
 
-    null_label: whether the last of the num_classes labels is the null label, which error messages then mention.
-    Raises: ValueError for a y that is not int, and for labels out of range unless y is traced, because its values are then
-      unknown.
+    null_label: whether the last label is the null label, which error messages then mention.
+    Raises: ValueError for a y that is not int, and for labels out of range; the values of a traced y are not checked.
     """
     if not isinstance(y, Tracer):
         y = np.asarray(y)
@@ -28,7 +27,7 @@ def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool 
     )
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"labels must be int, {allowed}; got {y.dtype}")
-    y = y.astype(jnp.promote_types(y.dtype, jnp.int32))  # num_classes itself may not fit into 8 bits
+    y = y.astype(jnp.promote_types(y.dtype, jnp.int32))  # num_classes may not fit into 8 bits
     outside = (y < 0) | (y >= num_classes)
     if isinstance(y, np.ndarray) and outside.any():
         raise ValueError(f"labels must lie in {allowed}, got {y[outside].flat[0]}")
@@ -38,7 +37,7 @@ def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool 
 def log_prob(logits: Float[Array | np.ndarray, "B K"], y: Shaped[ArrayLike, "..."]) -> Float[Array, "B"]:
     """log p(y) of each row, from logits and labels in 0 ... K - 1; NaN for a traced label out of range.
 
-    Raises: ValueError as `in_range`, and if the number of labels is not that of the rows.
+    Raises: ValueError as `in_range`, and if the numbers of labels and rows differ.
     """
     y = in_range(y, logits.shape[-1])
     if y.shape != logits.shape[:1]:

@@ -3,11 +3,11 @@
     E_q[ KL(q(x_T | x_0) || p(x_T))  +  sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))  -  log p(x_0 | x_1) ]
          L_T, the prior                 L_{t-1}, the transitions                              L_0, the decoder
 
-(DDPM eq. 5), for any callable `denoise_fn(x_t, time) -> output`. Results are in bits per dimension, nats / (D ln 2) for D
-numbers in an example, except those of `gaussian_kl` and `decoder_log_prob`, which are in nats. Index t of the tables holds
-L_t for the 0-based t: L_0 is the decoder, index t >= 1 the transition from x_{t+1} to x_t of the papers.
+(DDPM eq. 5), for any callable `denoise_fn(x_t, time) -> output`. Results are in bits per dimension, nats / (D ln 2) for
+examples with D numbers; `gaussian_kl` and `decoder_log_prob` return nats. Index t of a table holds L_t for the 0-based t:
+L_0 is the decoder, and index t >= 1 is the papers' transition from x_{t+1} to x_t.
 
-Gray levels, and a clip of x_0, assume data in [-1, 1] (exceeded by at most 1/32, by rounding). Other data need
+Gray levels, and clipping x_0, assume data in [-1, 1] (exceeded by at most 1/32, by rounding). Other data need
 gray_levels=None and clip=False: otherwise values outside raise ValueError, or give NaN if they are traced.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
@@ -53,9 +53,9 @@ class BitsPerDim(NamedTuple):
 
     total: prior + decoder + the transitions, or their estimate with strata.
     prior: L_T. decoder: L_0.
-    standard_error: of `total`, from the choice of steps; None if every step was visited.
-    t: the index of each column of the tables. vlb: L_t there. mse, x_0_mse: mean squared errors of eps and x_0, computed from
-      the x_0 that the bound uses (after the clip). All None with tables=False.
+    standard_error: the error of `total` from drawing steps; None if every step was visited.
+    t: the index of each table column. vlb: L_t at t. mse, x_0_mse: mean squared errors of eps and x_0, computed from the x_0
+      in the bound (after the clip). All are None with tables=False.
     """
 
     total: Float[Array, "B"]
@@ -90,8 +90,8 @@ def _log_cdf(z):
 
 @_log_cdf.defjvp
 def _log_cdf_jvp(primals, tangents):
-    # The derivative phi(z) / Phi(z) is a difference of logarithms of size z^2 / 2, which has no digits left in float32 far
-    # below 0; its asymptotic expansion replaces it there.
+    # The derivative phi(z) / Phi(z) subtracts logarithms of size z^2 / 2. Far below 0 no digits remain in float32, so an
+    # asymptotic expansion replaces the difference.
     (z,), (tangent,) = primals, tangents
     value = _log_cdf(z)
     far = jnp.minimum(z, -30.0)
@@ -101,14 +101,14 @@ def _log_cdf_jvp(primals, tangents):
 
 
 def _tanh_cdf(z):
-    """OpenAI's approximation of the standard normal CDF; its error is at most 1.8e-4."""
+    """OpenAI's approximation of the standard normal CDF, with an error of at most 1.8e-4."""
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def in_model_range(x_0: Float[Array, "*shape"], gray_levels: int | None, clip: Clip = False) -> Float[Array, "*shape"]:
-    """x_0, with NaN in place of traced values outside [-1, 1] if gray levels or a clip assume that range.
+    """Returns x_0, with NaN for traced values outside [-1, 1] if gray levels or a clip assume this range.
 
-    Raises: ValueError for such values unless x_0 is traced, because its values are then unknown.
+    Raises: ValueError for values outside [-1, 1] if x_0 is not traced.
     """
     is_clipped = isinstance(clip, bool | np.bool_) and bool(clip)  # a function may have any range
     if gray_levels is None and not is_clipped:
@@ -134,18 +134,18 @@ def decoder_log_prob(
     gray_levels: int | None = 256,
     cdf: str = "exact",
 ) -> Float[Array, "*shape"]:
-    """log p(x_0 | x_1) of every element, in nats: the Gaussian's mass in the bin of each gray level (DDPM eq. 13).
+    """Returns log p(x_0 | x_1) of every element, in nats: the Gaussian mass in each gray level's bin (DDPM eq. 13).
 
-    With L gray levels, level k is x_0 = 2 k / (L - 1) - 1. Its bin reaches halfway to its neighbors and the outermost bins
+    With L gray levels, level k is x_0 = 2 k / (L - 1) - 1. Each bin reaches halfway to its neighbors, and the outermost bins
     reach to infinity, so the probabilities of all levels sum to 1.
 
     Args:
       log_variance: values below -60 count as -60.
-      gray_levels: L, the number of values that the data has (256; scikit-learn's digits 17) in [-1, 1]; x_0 is rounded to
-        the nearest. None for continuous data: the log density of N(mean, variance) at x_0.
-      cdf: "exact", or "tanh" for OpenAI's approximation with its lower bound of log 1e-12, to reproduce their numbers.
+      gray_levels: L, the number of gray levels of the data in [-1, 1] (256; 17 for scikit-learn's digits); x_0 is rounded to
+        the nearest level. None for continuous data: returns the log density of N(mean, variance) at x_0.
+      cdf: "exact", or "tanh" for OpenAI's approximation with their lower bound log 1e-12, to reproduce OpenAI's numbers.
     Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
-      gray levels; a traced one gives NaN.
+      gray levels (NaN if x_0 is traced).
     """
     x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
     return _decoder_log_prob(in_model_range(x_0, gray_levels), mean, log_variance, gray_levels, cdf)
@@ -175,7 +175,7 @@ def _decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None, cdf: str
     mirrored = jnp.where(first, False, jnp.where(last, True, lower + upper > 0))
     a, b = jnp.where(mirrored, -upper, lower), jnp.where(mirrored, -lower, upper)
     edge = first | last
-    # Arguments of a branch that is not taken are replaced by finite ones, or its gradient would be NaN.
+    # A branch that is not taken gets finite arguments, or its gradient would be NaN.
     log_b = _log_cdf(b)
     middle, width = 0.5 * (a + b), 2 * half * inverse_sd
     narrow = width * (1 + jnp.abs(middle)) < 0.05  # a difference of CDFs would cancel: the midpoint rule, to width^4
@@ -194,7 +194,7 @@ def _bits(nats):
 
 
 def prior_term(schedule: Schedule, x_0: Float[ArrayLike, "B *shape"]) -> Float[Array, "B"]:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, which does not depend on the network."""
+    """Returns L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension; the network does not affect it."""
     x_0 = process.as_float("x_0", x_0)
     alpha_bar = jnp.asarray(schedule.alpha_bar[-1], x_0.dtype)
     return _bits(0.5 * (alpha_bar * jnp.square(x_0) - alpha_bar - jnp.log1p(-alpha_bar)))
@@ -213,12 +213,12 @@ def bound_term(
     gray_levels: int | None = 256,
     cdf: str = "exact",
 ) -> tuple[Float[Array, "B"], process.Reverse]:
-    """One term of the bound, from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
+    """Computes one term of the bound from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
     output: with twice the channels of x_t for a learned variance. prediction, variance, clip: as `process.p_mean_variance`.
     gray_levels, cdf: as `decoder_log_prob`.
-    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) that they belong to).
-    Raises: ValueError as both, and for an x_0 outside [-1, 1] with gray levels or clip=True; a traced one gives NaN.
+    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) behind them).
+    Raises: ValueError as both functions, and for an x_0 outside [-1, 1] with gray levels or clip=True (NaN if x_0 is traced).
     """
     output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
     x_0 = in_model_range(x_0, gray_levels, clip)
@@ -226,10 +226,10 @@ def bound_term(
 
 
 def _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf):
-    """As `bound_term`, of arrays of one float type whose range has been checked."""
+    """`bound_term`, for arrays with one float type and a checked range."""
     reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
-    # A learned log variance can be so small that its exponential is 0 in float32, also in the branch that is not taken.
+    # The exponential of a small learned log variance can underflow to 0 in float32, even in the branch that is not taken.
     log_variance = jnp.maximum(reverse.log_variance, _MIN_LOG_VARIANCE)
     kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, log_variance)
     decoder = -_decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
@@ -252,21 +252,21 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """The variational bound on -log2 p(x_0) / D of every example (DDPM eq. 5; OpenAI's calc_bpd_loop).
 
-    It draws noise once for each step, in one scan.
+    Noise is drawn once per step, in one scan.
 
     Args:
-      key: draws the noise of every step, and the steps with strata.
+      key: draws the noise of every step and, with strata, the steps.
       x_0: images in [-1, 1]; other data [B, ..., C] with gray_levels=None and clip=False.
       prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip.
-      gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits are of a density of x_0 and may be
+      gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits measure the density of x_0 and may be
         negative; add `standardization_bits` for the density of the data before standardization.
-      strata: None visits all T steps. A number S visits 1 + 2 S of them: index 0, and two in each of S intervals of the
-        others (short ones where t is small and terms are large), drawn for each example. The estimate is unbiased, and
-        `standard_error` is computed from the differences of these pairs.
+      strata: None visits all T steps. A number S visits 1 + 2 S steps, drawn for each example: index 0, and two steps in each
+        of S intervals (short intervals where t is small and terms are large). The estimate is unbiased; the differences
+        within the pairs give `standard_error`.
       tables: False omits the tables, so that memory does not grow with T.
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; for prediction eps or score if alpha_bar ends at
       0; for strata outside 1 ... T - 1; for an x_0 that is not float [B, ..., C]; for an x_0 outside [-1, 1] with gray levels
-      or clip=True. An example with traced values outside has NaN in every field.
+      or clip=True. Traced values outside make every field of their example NaN.
     """
     process.check_terminal_snr(schedule, prediction)
     x_0 = in_model_range(process.as_batch("x_0", x_0), gray_levels, clip)
@@ -288,7 +288,7 @@ def bits_per_dim(
         )
         term, reverse = _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
         eps_hat = process.to_eps(schedule, reverse.x_0, x_t, t, "x_0")
-        # Rows 1 and 2, 3 and 4, ... are the pairs of one stratum, whose sum is estimated as size (first + second) / 2.
+        # Rows 1 and 2, 3 and 4, ... are the pairs in each stratum, whose sum is estimated as size (first + second) / 2.
         second = (i > 0) & (i % 2 == 0)
         squared_error += jnp.where(second, jnp.square(size * (term - previous)), 0.0)
         carry = (total + size * term, squared_error, jnp.where(i == 0, term, decoder), term)
@@ -307,13 +307,13 @@ def bits_per_dim(
 
 
 def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]:
-    """The bits per dimension to add to those of x = (data - offset) / scale, for the density of the data in its own units.
+    """Bits per dimension that convert the bits of x = (data - offset) / scale to the density of the data in their own units.
 
-    By the change of variables -log p(data) = -log p(x) + sum log |scale|, so this is the mean of log2 |scale|. It applies to
-    `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. Nats are
-    bits times ln 2.
+    By the change of variables -log p(data) = -log p(x) + sum log |scale|, so the result is the mean of log2 |scale|. Add it
+    to `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. Nats
+    are bits times ln 2.
 
-    scale: of each channel [C], not 0; or one number, or an array of the data's spatial shape.
+    scale: not 0; one per channel [C], one number, or an array with the data's spatial shape.
     """
     return jnp.mean(jnp.log2(jnp.abs(process.as_float("scale", scale))))
 
@@ -323,10 +323,10 @@ def rate_distortion(
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
     """The rate and distortion of progressive coding (DDPM section 4.3).
 
-    Rate at index t: the bits per dimension received until x_t is known, L_T + sum_{s > t} L_s; the remaining terms, L_t and
-    below, make the code lossless. Distortion: the root mean squared error of the x_0 predicted from x_t, on the 0-255 scale.
+    Rate at index t: the bits per dimension received when x_t is known, L_T + sum_{s > t} L_s; the remaining terms (L_t and
+    below) make the code lossless. Distortion: the root mean squared error of the x_0 predicted from x_t, on the 0-255 scale.
 
-    The tables hold every step, for each example or averaged over them.
+    The tables must hold every step, for each example or averaged over examples.
     Returns: (rate, distortion).
     """
     prior, vlb, x_0_mse = process.promote(prior=prior, vlb=vlb, x_0_mse=x_0_mse)
@@ -335,10 +335,10 @@ def rate_distortion(
 
 
 def _draw_stratified_steps(key, total_steps: int, strata: int, batch: int):
-    """Index 0, then two draws in each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
+    """Draws index 0 and two steps in each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
     if not 1 <= strata <= total_steps - 1:
         raise ValueError(f"strata={strata} must lie in 1 ... {total_steps - 1}, or be None for all steps")
-    # Terms decrease roughly as 1 / t, so strata of equal ratio, not of equal length, have sums of similar size.
+    # Terms decrease roughly as 1 / t, so strata with equal ratios, not equal lengths, have similar sums.
     edges = [1]
     for remaining in range(strata, 0, -1):
         ratio = (total_steps / edges[-1]) ** (1 / remaining)

@@ -1,15 +1,15 @@
 """Training losses, as pure functions of a key, a schedule and any callable `denoise_fn(x_t, time) -> output`.
 
-Each draws one timestep for each example and returns one loss for each, so that the caller chooses the mean, together with a
-`LossAux` of its intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
+Each loss draws one timestep per example and returns one loss per example, so that the caller chooses the mean, and a
+`LossAux` with intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
 sum of both, which trains a learned variance). `classify` trains a classifier of noisy images from labels.
 
-`LOSSES` has the losses of the config by name.
+`LOSSES` maps config names to losses.
 
-Data are batches [B, ..., C]. Continuous data, and others that are not in [-1, 1], need gray_levels=None in the bound.
+Data are batches [B, ..., C]. Continuous data, and data outside [-1, 1], need gray_levels=None in the bound.
 
-Noise, network time and losses are float32, or float64 for a float64 x_0 under x64; lower precisions are promoted, including
-that of the network's output.
+Noise, network time and losses are float32, or float64 for a float64 x_0 under x64. Lower precisions, including the network's
+output, are promoted.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ __all__ = [
 class LossAux(NamedTuple):
     """The intermediate values of a loss.
 
-    t: the drawn indices. importance: the weight of the timestep sampler, already in the loss. mse: the unweighted error of
-    the predicted quantity. vlb: T times the bound's term at t, in bits per dimension (an estimate of the bound without
-    L_T); None for `simple`. output: the network's, with twice the channels for a learned variance.
+    t: the drawn indices. importance: the weight from the timestep sampler, already in the loss. mse: the unweighted error of
+    the predicted quantity. vlb: T times the bound's term at t, in bits per dimension (an estimate of the bound without L_T);
+    None for `simple`. output: the network's output, with twice the channels for a learned variance.
     """
 
     t: Int[Array, "B"]
@@ -61,7 +61,7 @@ class LossAux(NamedTuple):
 class ClassifyAux(NamedTuple):
     """The intermediate values of `classify`.
 
-    t, importance: as in `LossAux`. accuracy: 1 where the largest logit is the label's, else 0.
+    t, importance: as in `LossAux`. accuracy: 1 where the largest logit is at the label, else 0.
     """
 
     t: Int[Array, "B"]
@@ -71,22 +71,22 @@ class ClassifyAux(NamedTuple):
     logits: Float[Array, "B K"]
 
 
-# A weight of the eps error as a function of the SNR, elementwise.
+# An elementwise function of the SNR: the weight of the eps error.
 WeightFn: TypeAlias = Callable[[Float[Array, "*shape"]], Float[ArrayLike, "*shape"]]
 
 
 def snr_weight(snr: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Weight 1 on the eps error, which is SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
+    """Weight 1 on the eps error, equal to weight SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
     return jnp.ones_like(process.as_float("snr", snr))
 
 
 def min_snr_weight(snr: Float[ArrayLike, "*shape"], gamma: float = 5.0) -> Float[Array, "*shape"]:
-    """Weight min(1, gamma / SNR) on the eps error, which is min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
+    """Weight min(1, gamma / SNR) on the eps error, equal to min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
     return jnp.minimum(1.0, gamma / process.as_float("snr", snr))
 
 
 def truncated_snr_weight(snr: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Weight max(1, 1 / SNR) on the eps error, which is max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
+    """Weight max(1, 1 / SNR) on the eps error, equal to max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
     return jnp.maximum(1.0, 1.0 / process.as_float("snr", snr))
 
 
@@ -115,15 +115,16 @@ def simple(
 ) -> tuple[Float[Array, "B"], LossAux]:
     """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
 
-    The square is a mean over pixels and channels, as in DDPM's and OpenAI's code (DDIM's sums).
+    The square is averaged over pixels and channels, as in DDPM's and OpenAI's code (DDIM's code sums).
 
     Args:
       key: draws t and eps.
-      denoise_fn: its output has the shape of x_t. A second half of the channels (a learned variance) is not in this loss.
+      denoise_fn: its output has the shape of x_t. The second half of the channels (a learned variance) does not enter this
+        loss.
       x_0: images in [-1, 1], or other data [B, ..., C]. One example [..., C] is x_0[None].
       prediction: the quantity that the network predicts: eps, x_0, v, x_prev or score.
-      weighting: None or "none": the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
-        L_simple. Otherwise a weight of the **eps error** for any prediction (the eps error is SNR times the x_0 error and
+      weighting: None or "none" for the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
+        L_simple. Otherwise a weight on the **eps error** for any prediction (the eps error is SNR times the x_0 error and
         SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their published
         constants) or a function SNR [B] -> weight [B].
       timestep_sampler: a name in `timesteps.SAMPLERS`, or a `TimestepSampler`.
@@ -150,17 +151,17 @@ def vlb(
     gray_levels: int | None = 256,
     timestep_sampler: str | TimestepSampler = timesteps.uniform,
 ) -> tuple[Float[Array, "B"], LossAux]:
-    """The variational bound (DDPM eq. 5) without its constant L_T, in bits per dimension: T times the term of one drawn step.
+    """The variational bound (DDPM eq. 5) without its constant L_T, in bits per dimension: T times the term at one drawn step.
 
-    Its mean is an unbiased estimate of `likelihood.bits_per_dim(...).total - .prior`. `timesteps.loss_second_moment` reduces
-    the variance of that estimate (Improved DDPM section 3.3).
+    The mean loss is an unbiased estimate of `likelihood.bits_per_dim(...).total - .prior`. `timesteps.loss_second_moment`
+    reduces the variance of this estimate (Improved DDPM section 3.3).
 
     Args:
       key, denoise_fn, x_0, prediction, timestep_sampler: as `simple`.
-      variance, clip: as `process.p_mean_variance`; by default training does not clip, as in OpenAI's code (Ho's clips).
+      variance, clip: as `process.p_mean_variance`; by default training does not clip, as in OpenAI's code (Ho's code clips).
       gray_levels: as `likelihood.decoder_log_prob`: 256 for images in [-1, 1], None for continuous data, with clip=False.
-    Returns: (loss [B], LossAux). The loss of an example with traced values outside [-1, 1] is NaN with gray levels or
-      clip=True.
+    Returns: (loss [B], LossAux). With gray levels or clip=True, an example with traced values outside [-1, 1] has a loss of
+      NaN.
     Raises: ValueError as `simple`, for an output whose channels do not match `variance`, for eps or score if alpha_bar ends
       at 0, and for an x_0 outside [-1, 1] with gray levels or clip=True.
     """
@@ -186,14 +187,14 @@ def hybrid(
 ) -> tuple[Float[Array, "B"], LossAux]:
     """L_hybrid = L_simple + vlb_weight L_vlb (Improved DDPM eq. 16), where the bound trains only the variance.
 
-    In the bound the first half of the output, which determines the mean, is a constant (`stop_gradient`): its gradient is
-    that of L_simple. The bound is in bits per dimension, a sum over all T steps, and `vlb_weight` multiplies this sum.
-    Published: 0.001 (OpenAI's code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False by 1, which
-    is a weight of 1 / T).
+    In the bound, the first half of the output, which determines the mean, is constant (`stop_gradient`), so only L_simple
+    trains the mean. The bound is in bits per dimension, summed over all T steps, and `vlb_weight` multiplies this sum.
+    Published: 0.001 (OpenAI's code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False it multiplies
+    by 1, a weight of 1 / T).
 
     Args: as `simple` and `vlb`.
     Returns: (loss [B], LossAux).
-    Raises: ValueError as `vlb`, and for a fixed variance, where the bound has nothing to train.
+    Raises: ValueError as `vlb`, and for a fixed variance, which the bound cannot train.
     """
     if not variance.startswith("learned"):
         raise ValueError(
@@ -223,7 +224,7 @@ def classify(
     Args:
       key: draws t and eps.
       x_0: images in [-1, 1], or other data [B, ..., C].
-      y: labels in 0 ... K - 1. The loss of a traced label outside of this range is NaN.
+      y: labels in 0 ... K - 1. A traced label outside this range has a loss of NaN.
       timestep_sampler: as `simple`.
     Returns: (loss [B], ClassifyAux).
     Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
@@ -240,7 +241,7 @@ def classify(
     return importance * loss, ClassifyAux(t, importance, accuracy, x_t, logits)
 
 
-# The losses of the config. An argument with the name of a setting, such as `weighting`, is set by it.
+# The losses by config name. A setting, such as `weighting`, sets the argument with the same name.
 LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
     "simple": simple,
     "vlb": vlb,
@@ -250,7 +251,7 @@ LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
 
 
 def _per_example(name, x, batch_size):
-    """x as an array [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
+    """Broadcasts x to [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
     if jnp.shape(x) not in ((), (batch_size,)):
         raise ValueError(f"{name} must have shape [{batch_size}], one for each example; got {list(jnp.shape(x))}")
     return jnp.broadcast_to(x, batch_size)
@@ -288,7 +289,7 @@ def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampl
 
 
 def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
-    """T times the bound's term at the drawn steps, [B]."""
+    """Returns T times the bound's term at the drawn steps, [B]."""
     term, _ = likelihood.bound_term(
         schedule,
         output,
@@ -304,7 +305,7 @@ def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
 
 
 def _target(schedule, x_0, x_t, t, eps, prediction):
-    """The quantity that the network is trained to predict."""
+    """Returns the training target."""
     at = schedule.at(t, x_0)
     if prediction == "eps":
         return eps
@@ -320,7 +321,7 @@ def _target(schedule, x_0, x_t, t, eps, prediction):
 
 
 def _weight_of_target(schedule, aux, prediction, weighting):
-    """The weight of the predicted quantity's error, [B], from a weight of the eps error."""
+    """Converts a weight on the eps error to a weight on the error of the predicted quantity, [B]."""
     if weighting is None or weighting == "none":
         return 1.0
     if not callable(weighting) and weighting not in WEIGHTINGS:

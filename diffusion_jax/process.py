@@ -1,13 +1,13 @@
 """The Gaussian diffusion process: q(x_t | x_0), q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t), and conversions of predictions.
 
-Everything here is a pure function of arrays and a `Schedule`. Shapes: x_0, x_t, eps and network outputs are float
-[B, ...] (images are [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index of the papers' t = 1 ... T. A scalar t
-applies to every row, and to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never another index's value.
+All functions are pure functions of arrays and a `Schedule`. Shapes: x_0, x_t, eps and network outputs are float [B, ...]
+(images are [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index for the papers' t = 1 ... T. A scalar t applies to
+every row, and to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never a value at another index.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
 functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
 
-The prediction of a network is one of five quantities. Given x_t, each determines the others, because
+A network predicts one of five quantities. Given x_t, each determines the others, because
 x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 
     eps      the noise itself (DDPM section 3.2)
@@ -61,7 +61,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """x as a jax array of float32, or of float64 if it is float64 and x64 is on: lower precisions are promoted.
+    """Converts x to a float32 jax array, or float64 if x is float64 and x64 is on; lower precisions are promoted.
 
     name: the name of x in the error message. Raises: ValueError for a dtype that is not float, such as uint8 images, and for
     a tuple, a dict or None, which a network may return by mistake.
@@ -76,7 +76,7 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
 
 
 def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:
-    """x as `as_float`. Raises: ValueError as `as_float`, and for a number or one vector."""
+    """`as_float`, for an x with a batch axis. Raises: ValueError as `as_float`, and for a number or one vector."""
     x = as_float(name, x)
     if x.ndim < 2:
         raise ValueError(
@@ -87,7 +87,7 @@ def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:
 
 
 def promote(**arrays: Shaped[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ...]:
-    """The arrays in their common dtype, float32 at least. Raises: ValueError as `as_float`."""
+    """Converts the arrays to their common dtype, at least float32. Raises: ValueError as `as_float`."""
     floats = [as_float(name, x) for name, x in arrays.items()]
     dtype = jnp.result_type(*floats)
     return tuple(x.astype(dtype) for x in floats)
@@ -96,7 +96,7 @@ def promote(**arrays: Shaped[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ..
 def check_same_shape(
     name: str, value: Shaped[ArrayLike, "..."], other_name: str, other: Shaped[ArrayLike, "..."]
 ) -> None:
-    """Raises ValueError if the two arrays differ in shape; the names are those of the error message."""
+    """Raises ValueError, with both names, if the two arrays differ in shape."""
     if jnp.shape(value) != jnp.shape(other):
         raise ValueError(
             f"{name} has shape {jnp.shape(value)} but {other_name} has {jnp.shape(other)}; they must be equal"
@@ -152,8 +152,8 @@ def q_step(schedule: Schedule, x_prev: BatchLike, t: Index, eps: BatchLike) -> B
 def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) -> Gaussian:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7.
 
-    At index 0 the mean is x_0 and the variance 0; the log variance there is the finite one of
-    `Schedule.posterior_log_variance`. Raises: ValueError if x_0 and x_t differ in shape.
+    At index 0 the mean is x_0 and the variance 0; the log variance is finite there (`Schedule.posterior_log_variance`).
+    Raises: ValueError if x_0 and x_t differ in shape.
     """
     check_same_shape("x_0", x_0, "x_t", x_t)
     x_0, x_t = promote(x_0=x_0, x_t=x_t)
@@ -164,15 +164,14 @@ def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) ->
 
 
 def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
-    """x_0 from a network's output.
+    """Converts a network's output to x_0.
 
     eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) (DDPM eq. 15); v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v;
     x_prev: the posterior mean (DDPM eq. 7) solved for x_0; score: as eps.
 
     prediction: the quantity that `output` is: eps, x_0, v, x_prev or score.
-    Raises: ValueError for an unknown prediction, differing shapes, or eps or score at a step whose alpha is 0 in float32,
-      where they contain no information about x_0. The value of a traced t is unknown, so the result at that step is NaN
-      instead.
+    Raises: ValueError for an unknown prediction, differing shapes, or eps or score at a step with alpha = 0 in float32, where
+      they contain no information about x_0; a traced t gives NaN at such a step.
     """
     _check_output(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
@@ -188,7 +187,7 @@ def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, pred
 def x_0_at(
     alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
 ) -> Batch:
-    """x_0 from a network's output at any noise level; arguments and errors as `eps_at`."""
+    """Converts a network's output to x_0 at any noise level; arguments and errors as `eps_at`."""
     output, x_t = promote(output=output, x_t=x_t)
     alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
     if prediction == "x_0":
@@ -201,7 +200,7 @@ def x_0_at(
 def eps_at(
     alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
 ) -> Batch:
-    """eps from a network's output at any noise level, x_t = alpha x_0 + sigma eps, also between a schedule's steps.
+    """Converts a network's output to eps at any noise level x_t = alpha x_0 + sigma eps, also between a schedule's steps.
 
     x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t.
     Raises: ValueError for x_prev, which is defined for a step only, or an unknown prediction.
@@ -220,8 +219,8 @@ def eps_at(
 
 
 def to_eps(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
-    """eps from a network's output, as `eps_at`; arguments and errors as `to_x_0`."""
-    # Where alpha_bar is 0 only x_0 is undefined, so t is checked only on the way through `to_x_0`.
+    """Converts a network's output to eps, as `eps_at`; arguments and errors as `to_x_0`."""
+    # Where alpha_bar is 0 only x_0 is undefined, so only `to_x_0` checks t.
     _check_output(schedule, output, x_t, None, prediction)
     output, x_t = promote(output=output, x_t=x_t)
     if prediction == "x_prev":
@@ -251,7 +250,7 @@ def to_score(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, pr
 def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = None) -> None:
     """Raises ValueError if a visited step has alpha = 0 in float32 and the prediction does not determine x_0 there.
 
-    The check does not depend on the dtype of x. Of a traced schedule only the last step is known to have alpha = 0.
+    The check does not depend on the dtype of x. For a traced schedule, only the last step is checked.
 
     first: the highest index that is visited; the default is T - 1.
     """
@@ -271,7 +270,7 @@ def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = 
 
 
 def _check_output(schedule, output, x_t, t, prediction):
-    """Raises ValueError for a wrong prediction, shape or index; the values of a traced t are unknown."""
+    """Raises ValueError for an invalid prediction, shape or index; a traced t is not checked."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
     check_same_shape("output", output, "x_t", x_t)
@@ -283,7 +282,7 @@ def _check_output(schedule, output, x_t, t, prediction):
 
 
 class Reverse(NamedTuple):
-    """p(x_{t-1} | x_t) and the x_0 it was computed from; every field has the shape of x_t."""
+    """p(x_{t-1} | x_t) and the predicted x_0; every field has the shape of x_t."""
 
     mean: Batch
     variance: Batch
@@ -294,10 +293,10 @@ class Reverse(NamedTuple):
 def split_variance(
     output: Float[ArrayLike, "*shape output_channels"], x_t: Float[ArrayLike, "*shape channels"], variance: str
 ) -> tuple[Float[Array, "*shape channels"], Float[Array, "*shape channels"] | None]:
-    """Splits a network's output into the prediction and the values of a learned variance, its second half of the channels.
+    """Splits a network's output into the prediction and the learned variance, the second half of the channels.
 
-    output: [B, ..., C] for a fixed variance, where the second result is None; [B, ..., 2 C] for a learned one (Improved DDPM
-    section 3.1). Raises: ValueError for another shape or an unknown variance.
+    output: [B, ..., C] for a fixed variance, where the second result is None; [B, ..., 2 C] for a learned variance (Improved
+    DDPM section 3.1). Raises: ValueError for another shape or an unknown variance.
     """
     output = as_float("output", output)
     if variance not in VARIANCES:
@@ -314,7 +313,7 @@ def split_variance(
 
 
 def clip_x_0(x_0: Float[ArrayLike, "*shape"], clip: Clip) -> Float[Array, "*shape"]:
-    """x_0 clipped to [-1, 1] (True), unchanged (False), or the result of the caller's function.
+    """Clips x_0 to [-1, 1] (True), returns it unchanged (False), or applies the caller's function.
 
     Raises: ValueError for any other `clip`.
     """
@@ -330,7 +329,7 @@ def clip_x_0(x_0: Float[ArrayLike, "*shape"], clip: Clip) -> Float[Array, "*shap
 class dynamic_threshold:
     """Imagen's dynamic threshold (Saharia et al. 2022, section 2.3) as a `clip`: x_0 [B, ...] -> clip(x_0, -s, s) / s.
 
-    s, of each example, is the quantile of |x_0|, at least 1. Raises: ValueError for a quantile outside (0, 1].
+    s is a quantile of |x_0| for each example, at least 1. Raises: ValueError for a quantile outside (0, 1].
     """
 
     quantile: float | np.floating = 0.995
@@ -355,11 +354,11 @@ def p_mean_variance(
     variance: str = "fixed_large",
     clip: Clip = True,
 ) -> Reverse:
-    """The model's reverse step p(x_{t-1} | x_t), from a network's output.
+    """Computes the model's reverse step p(x_{t-1} | x_t) from a network's output.
 
-    The output is converted to x_0, x_0 is clipped, and the mean is that of q(x_{t-1} | x_t, x_0) (DDPM eq. 7; with eps
-    and no clip this is eq. 11). DDPM's code clips although its Algorithm 2 does not. For `x_prev` the output itself is the
-    mean, as in OpenAI's code, and only the returned x_0 is clipped.
+    The output is converted to x_0, x_0 is clipped, and q(x_{t-1} | x_t, x_0) gives the mean (DDPM eq. 7; eq. 11 for eps
+    without a clip). DDPM's code clips although its Algorithm 2 does not. For `x_prev` the output itself is the mean, as in
+    OpenAI's code, and only the returned x_0 is clipped.
 
     Args:
       output: [B, ..., C], or [B, ..., 2 C] with a learned variance in the second half of the channels.
@@ -370,11 +369,11 @@ def p_mean_variance(
         fixed_small    the posterior variance beta-tilde_t (optimal for a single x_0)
         learned        the output is the log variance
         learned_range  exp(f log beta + (1 - f) log beta-tilde), f = (output + 1) / 2 (Improved DDPM eq. 15)
-      clip: True clips x_0 to [-1, 1], the range of images; False, for data that leave this range, does nothing; a function
+      clip: True clips x_0 to [-1, 1], the range of images; False, for data outside this range, does nothing; a function
         x_0 -> x_0 is applied (`dynamic_threshold`).
-    Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the posterior variance of
+    Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the posterior variance at
       index 1, as in OpenAI's code; samplers add no noise there.
-    Raises: ValueError as `to_x_0`, for a number of channels that does not match `variance`, and for another `clip`.
+    Raises: ValueError as `to_x_0`, for a number of channels that does not match `variance`, and for an invalid `clip`.
     """
     output, x_t = promote(output=output, x_t=x_t)
     output, learned = split_variance(output, x_t, variance)

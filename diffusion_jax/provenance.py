@@ -1,4 +1,4 @@
-"""The record of what made a file: it names the file, is stored in it, and decides whether the file is used again."""
+"""Provenance: the settings that made a file. The settings name the file, are stored in it, and decide on reuse."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from diffusion_jax.errors import shorten
 
 __all__ = ["Provenance", "array_digest", "params_digest", "settings_digest"]
 
-_ARRAY = "provenance"  # of an .npz
+_ARRAY = "provenance"  # its name in an .npz
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """These settings made this file, or these weights.
+    """The settings that made a file or weights.
 
     name: readable, for file names: the weights, then the settings that are changed most often. settings: JSON values that
-    decide the content, up to rounding. details: facts that do not decide it, such as paths and versions.
+    determine the content, up to rounding. details: facts that do not determine the content, such as paths and versions.
     """
 
     name: str
@@ -35,23 +35,23 @@ class Provenance:
 
     @property
     def digest(self) -> str:
-        """12 hexadecimal digits of a hash of the settings."""
+        """Returns 12 hexadecimal digits of a hash of the settings."""
         return settings_digest(self.settings)
 
     def differences(self, stored: Provenance) -> str:
-        """The settings in which a stored record differs from this one, in one line; "" for equal settings."""
+        """Lists the settings in which a stored record differs from this record, in one line; "" if all are equal."""
         old, new = flatten(stored.settings), flatten(json.loads(json.dumps(self.settings)))
         keys = [key for key in new | old if old.get(key) != new.get(key)]
         changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in keys]
         return shorten("; ".join(changes), 300)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The entry of an .npz that stores this record."""
+        """Returns the .npz entry that stores this record."""
         return {_ARRAY: np.array(json.dumps(dataclasses.asdict(self)))}
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Provenance | None:
-        """The record that an .npz stores; None for a file without one, and for a file that cannot be read."""
+        """Reads the record from an .npz; None for a file without a record or an unreadable file."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**json.loads(str(arrays[_ARRAY])))
@@ -60,17 +60,17 @@ class Provenance:
 
 
 def settings_digest(*settings: Any) -> str:
-    """12 hexadecimal digits of a hash of JSON values."""
+    """Returns 12 hexadecimal digits of a hash of JSON values."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
 def array_digest(array: np.ndarray | None) -> str | None:
-    """SHA-256 of the values of an array; None for None."""
+    """Returns the SHA-256 of the values of an array; None for None."""
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def params_digest(params: Any) -> str:
-    """SHA-256 of every name, shape, dtype and value of a tree of arrays; it does not depend on their devices."""
+    """Returns the SHA-256 of the names, shapes, dtypes and values in a tree of arrays, on whatever devices they are."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)

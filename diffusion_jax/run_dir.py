@@ -1,7 +1,7 @@
-"""The directory of a run: where its files are, which launch may write them, and in a bucket, how they are uploaded.
+"""The run directory: the paths of its files, its lock, and for a bucket, the uploads.
 
-A run works on local files. Whatever writes one gets the `RunDir` and uploads the finished file, which for a local directory
-does nothing. An object appears completely or not at all, as a file that is renamed does.
+A run works on local files. A function that writes a file gets the `RunDir` and uploads the finished file; for a local
+directory `upload` does nothing. An object appears completely or not at all, like a renamed file.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["BucketRunDir", "ChunkStore", "RunDir", "committed_steps", "open_run_
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a committed checkpoint in a directory of checkpoints, in increasing order."""
+    """Lists the steps with a committed checkpoint in a checkpoint directory, in increasing order."""
     paths = directory.glob(f"*/{MANIFEST}")
     return sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
 
 
 class RunDir(os.PathLike):
-    """The local directory of a run, or a directory in it, which need not exist yet.
+    """The local directory of a run, or a subdirectory, which need not exist yet.
 
-    path: the local path. `run_dir / name` is a path in it, and str(run_dir) the name that people know.
+    path: the local path. `run_dir / name` joins paths; str(run_dir) is the path, or the URL for a bucket.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path).expanduser()
-        self._locks: list[FileLock | Lease] = []  # that this launch holds
+        self._locks: list[FileLock | Lease] = []  # held by this launch
 
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
@@ -56,30 +56,30 @@ class RunDir(os.PathLike):
         return str(self.path)
 
     def subdirectory(self, name: str) -> RunDir:
-        """A directory in this one, whose files are uploaded if these are."""
+        """Returns a subdirectory, with uploads if this directory has them."""
         directory = copy.copy(self)
         directory.path = self / name
         return directory
 
     def upload(self, *paths: pathlib.Path) -> None:
-        """Uploads finished files, or all files of directories. Raises: OSError."""
+        """Uploads finished files, or all files in directories. Raises: OSError."""
 
     def fetch(self, path: pathlib.Path) -> pathlib.Path:
-        """The same path, after a file or directory that another process uploaded is downloaded. Raises: OSError."""
+        """Downloads a file or directory that another process uploaded. Returns: `path`. Raises: OSError."""
         return path
 
     def refresh(self) -> None:
-        """Downloads what other launches have changed. Raises: OSError."""
+        """Downloads the changes by other launches. Raises: OSError."""
 
     def delete(self, directory: pathlib.Path) -> None:
-        """Deletes a directory; a step of a checkpoint no longer exists when the deletion begins."""
+        """Deletes a directory; a checkpoint step stops existing when the deletion begins."""
         removed = directory.with_name(f"{directory.name}.removed")
         shutil.rmtree(removed, ignore_errors=True)  # from an earlier launch
         directory.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
 
     def rename(self, directory: pathlib.Path, name: str) -> None:
-        """Renames a directory, which replaces another of that name."""
+        """Renames a directory, replacing any directory with the new name."""
         renamed = directory.with_name(name)
         shutil.rmtree(renamed, ignore_errors=True)  # from an earlier launch
         directory.rename(renamed)
@@ -88,9 +88,9 @@ class RunDir(os.PathLike):
     def locked(self, activity: str) -> Iterator[None]:
         """Holds the lock on the directory for all processes of this launch.
 
-        Process 0 holds the lock, and waits half a minute for the one of another launch, which may be about to end.
+        Process 0 holds the lock. If another launch, which may be about to end, holds the lock, process 0 waits half a minute.
         activity: completes the message "process 1 of HOST ...", for example "is training in DIR".
-        Raises: LockHeldError if another launch holds the lock, LeaseLostError if one has taken it over, OSError.
+        Raises: LockHeldError if another launch holds the lock, LeaseLostError if another launch has taken it over, OSError.
         """
         lock = self._make_lock()
         try:
@@ -99,7 +99,7 @@ class RunDir(os.PathLike):
                 raise LockHeldError(
                     f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
                 )
-            self.refresh()  # another launch may have written until now
+            self.refresh()  # for files that another launch wrote before the lock was free
             self._locks.append(lock)
             yield
             lock.check()
@@ -109,12 +109,12 @@ class RunDir(os.PathLike):
             lock.release()
 
     def check_locks(self) -> None:
-        """Raises: LeaseLostError if another launch has taken over a lock. Process 0 calls it before it commits a step."""
+        """Raises LeaseLostError if another launch has taken over a lock. Process 0 calls this before it commits a step."""
         for lock in self._locks:
             lock.check()
 
     def find_holder(self) -> str | None:
-        """The process that holds the lock on the directory, such as "process 1 of HOST"; None if none does."""
+        """Returns the process that holds the directory's lock, such as "process 1 of HOST"; None if the lock is free."""
         return self._make_lock().find_holder()
 
     def _make_lock(self) -> FileLock | Lease:
@@ -122,9 +122,9 @@ class RunDir(os.PathLike):
 
 
 class BucketRunDir(RunDir):
-    """The directory of a run in a bucket, or a directory in it, with a local copy of its small files; others are fetched.
+    """A run directory or subdirectory in a bucket, with a local copy of its small files; `fetch` downloads large files.
 
-    A launch that writes has a copy of its own, a mirror that is removed at the end; one that is read_only shares a copy in
+    A launch that writes has its own mirror, a copy that is deleted when the launch ends. A read_only launch shares a copy in
     the user's cache, and raises PermissionError instead of uploading.
     """
 
@@ -142,7 +142,7 @@ class BucketRunDir(RunDir):
         return f"{self.store.url}/{self.name_of(self.path)}".removesuffix("/.")
 
     def name_of(self, path: pathlib.Path) -> str:
-        """The name of the object of a file."""
+        """Returns the object name for a local path."""
         return path.relative_to(self._root).as_posix()
 
     def upload(self, *paths: pathlib.Path) -> None:
@@ -166,7 +166,7 @@ class BucketRunDir(RunDir):
             self.fetch(self.path)
 
     def delete(self, directory: pathlib.Path) -> None:
-        """Deletes a directory and its objects, the manifest first: then a step does not exist."""
+        """Deletes a directory and its objects, the manifest first, so that a partly deleted step does not exist."""
         store, name = self._writable_store(), self.name_of(directory)
         store.delete([f"{name}/{MANIFEST}"])
         store.delete(store.list(f"{name}/"))
@@ -174,7 +174,7 @@ class BucketRunDir(RunDir):
             super().delete(directory)
 
     def rename(self, directory: pathlib.Path, name: str) -> None:
-        """Renames a directory and its objects, the manifest first, so that a step does not exist meanwhile."""
+        """Renames a directory and its objects, the manifest first, so that the step does not exist during the rename."""
         store, old, new = self._writable_store(), self.name_of(directory), self.name_of(directory.with_name(name))
         super().rename(directory, name)
         for found in sorted(store.list(f"{old}/"), key=lambda found: not found.endswith(f"/{MANIFEST}")):
@@ -189,14 +189,14 @@ class BucketRunDir(RunDir):
         return Lease(self.store, self.name_of(self / LOCK))
 
     def _make_mirror(self) -> pathlib.Path:
-        """A directory that is removed at exit; those of processes that were killed are removed now."""
+        """Makes a directory that is deleted at exit, and deletes the mirrors of killed processes."""
         import filelock  # not installed with the core
 
         parent = mirrors_root()
         parent.mkdir(mode=0o700, exist_ok=True)
         if hasattr(os, "getuid") and parent.stat().st_uid != os.getuid():
             raise StorageError(f"{parent} belongs to another user; set TMPDIR to a directory of your own")
-        with filelock.FileLock(parent / "lock"):  # no other process makes or removes one meanwhile
+        with filelock.FileLock(parent / "lock"):  # no other process makes or deletes mirrors
             for path in parent.glob("*.lock"):
                 with contextlib.suppress(filelock.Timeout), filelock.FileLock(path, blocking=False):
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
@@ -210,9 +210,9 @@ class BucketRunDir(RunDir):
 
 
 def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False) -> RunDir:
-    """The directory of a run by its path or URL, or by the path of a local copy, then read-only; a RunDir as it is.
+    """Opens a run directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
-    read_only: of a bucket, as for BucketRunDir. Raises: StorageError if it cannot be used, OSError.
+    read_only: for a bucket, as for BucketRunDir. Raises: StorageError if the bucket cannot be used, OSError.
     """
     if isinstance(location, RunDir):
         return location
@@ -222,13 +222,13 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False) 
 
 
 class ChunkStore:
-    """Numbered chunks of computed arrays, one .npz each, in a separate directory, so that a rerun continues after them.
+    """Numbered chunks of computed arrays, one .npz each, in a separate directory, so that a rerun can resume after them.
 
     Process 0 writes, every process reads.
     """
 
     def __init__(self, directory: RunDir, exclusive: bool = True):
-        """exclusive: locks the directory until `delete`, or as long as the object exists. Raises: LockHeldError, OSError."""
+        """exclusive: locks the directory until `delete`, or while this object exists. Raises: LockHeldError, OSError."""
         self.directory, self._lock = directory, contextlib.ExitStack()
         broadcast_from_process_0(lambda: directory.path.mkdir(parents=True, exist_ok=True))
         if exclusive:
@@ -244,9 +244,9 @@ class ChunkStore:
         compute: Callable[[int], Mapping[str, np.ndarray]],
         stall_timeout: float = 0.0,
     ) -> int:
-        """Computes and saves the missing chunks of `total` examples, `size` in each; then every process can read them.
+        """Computes and saves the missing chunks of `total` examples, `size` per chunk; then every process can read them.
 
-        Every process calls this. title: of the progress bar. compute: returns the arrays of chunk i.
+        Every process calls this. title: the progress bar's title. compute: returns the arrays of chunk i.
         Returns: the number of chunks.
         """
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
@@ -269,11 +269,11 @@ class ChunkStore:
             self.directory.upload(path)
 
     def load(self, i: int) -> dict[str, np.ndarray]:
-        """The arrays of chunk i."""
+        """Returns the arrays of chunk i."""
         with np.load(self.directory.fetch(self.directory / f"{i}.npz")) as arrays:
             return dict(arrays)
 
     def delete(self) -> None:
-        """Deletes all chunks; call it when the result files are written."""
+        """Deletes all chunks; call this after the result files are written."""
         self._lock.close()
         self.directory.delete(self.directory.path)

@@ -1,10 +1,10 @@
 """Timestep samplers: which timesteps a batch trains on.
 
-A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight)`: t int32 [B], the indices, and weight
-float [B], which multiplies the losses so that their mean estimates the mean over all T steps. `SAMPLERS` has the timestep
-samplers of the config by name. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they
-differ in the variance of the batch's mean. `loss_second_moment` draws steps with large losses more often, from a
-`LossHistory` that the caller updates.
+A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight)`: t int32 [B], the indices, and weight float
+[B], which multiplies the losses so that their mean estimates the mean over all T steps. `SAMPLERS` maps config names to
+timestep samplers. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they differ in the
+variance of the batch mean. `loss_second_moment` draws steps with large losses more often, using a `LossHistory` that the
+caller updates.
 
 t is int32 and the weights are float32, with x64 on or off.
 """
@@ -51,7 +51,7 @@ def uniform(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tuple[I
 
 
 def antithetic(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
-    """Half of the batch uniform, the other half its mirror T - 1 - t (DDIM's code). Returns as `uniform`."""
+    """Draws half of the batch uniformly and mirrors it, T - 1 - t, for the other half (DDIM's code). Returns as `uniform`."""
     half = _uniform(key, (batch_size + 1) // 2, num_timesteps)
     return jnp.concatenate([half, num_timesteps - 1 - half])[:batch_size], _ones(batch_size)
 
@@ -59,7 +59,7 @@ def antithetic(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tupl
 def stratified(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
     """One shared uniform offset and B equal strides, modulo T (Kingma et al. 2021, appendix I.1).
 
-    The distribution of each t is uniform, and together they cover all steps evenly. Returns as `uniform`.
+    Each t is uniform, and together they cover all steps evenly. Returns as `uniform`.
     """
     strides = jnp.arange(batch_size, dtype=jnp.float32) / batch_size
     position = (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
@@ -68,28 +68,28 @@ def stratified(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tupl
 
 
 class LossHistory(NamedTuple):
-    """The last H losses at every step, in a ring buffer for each, and the number of losses recorded so far."""
+    """A ring buffer with the last H losses at every step, and the number of losses recorded so far."""
 
     losses: Float[Array, "T H"]
     counts: Int32[Array, "T"]
 
 
 def loss_history(num_timesteps: int, length: int = 10) -> LossHistory:
-    """An empty history; Improved DDPM (section 3.3) keeps 10 losses of each step."""
+    """Returns an empty history; Improved DDPM (section 3.3) keeps 10 losses per step."""
     return LossHistory(jnp.zeros((num_timesteps, length), jnp.float32), jnp.zeros(num_timesteps, jnp.int32))
 
 
 def record(
     history: LossHistory, t: Integer[Array | np.ndarray, "B"], losses: Float[Array | np.ndarray, "B"]
 ) -> LossHistory:
-    """The history with the unweighted losses of a batch, in its order; losses that are not finite are skipped."""
+    """Adds the unweighted losses of a batch, in order, to the history; losses that are not finite are skipped."""
     length, losses = history.losses.shape[1], jnp.asarray(losses, jnp.float32)
     finite = jnp.isfinite(losses)
     same = (t[:, None] == t[None, :]) & finite
-    earlier = jnp.tril(same, -1).sum(axis=1)  # how many of the batch's losses at this step come before this one
+    earlier = jnp.tril(same, -1).sum(axis=1)  # number of earlier losses of the batch at the same step
     later = jnp.triu(same, 1).sum(axis=1)
     place = (history.counts[t] + earlier) % length
-    # If a batch has more than H losses of one step, only the last H are kept.
+    # If a batch has more than H losses at one step, only the last H are kept.
     row = jnp.where((later < length) & finite, t, history.counts.shape[0])
     return LossHistory(
         history.losses.at[row, place].set(losses, mode="drop"), history.counts.at[t].add(finite.astype(jnp.int32))
@@ -97,10 +97,10 @@ def record(
 
 
 def step_probabilities(history: LossHistory, uniform_probability: float = 0.001) -> Float[Array, "T"]:
-    """p_t proportional to sqrt(E[L_t^2]) over the recorded losses, mixed with `uniform_probability` of the uniform.
+    """p_t proportional to sqrt(E[L_t^2]) over the recorded losses; uniform with probability `uniform_probability`.
 
-    Uniform until H losses of every step are recorded (Improved DDPM eq. 18 and the text below it), and if all of them are 0
-    or their squares overflow.
+    Uniform until every step has H recorded losses (Improved DDPM eq. 18 and the text below it), and if all losses are 0 or
+    their squares overflow.
     """
     total, length = history.losses.shape
     root_mean_square = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
@@ -111,10 +111,10 @@ def step_probabilities(history: LossHistory, uniform_probability: float = 0.001)
 
 
 def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001) -> TimestepSampler:
-    """A timestep sampler that draws from `step_probabilities` with weights 1 / (T p_t), so that means are unbiased.
+    """Returns a timestep sampler that draws from `step_probabilities` with weights 1 / (T p_t), so that means are unbiased.
 
-    After each batch the caller passes `record(history, aux.t, unweighted_loss)` to the next one. Raises: ValueError, when
-    called, if the history and the schedule differ in length.
+    After each batch, the caller passes `record(history, aux.t, unweighted_loss)` to the next `loss_second_moment`. Raises:
+    ValueError, when called, if the history and the schedule differ in length.
     """
 
     def sampler(
@@ -130,7 +130,7 @@ def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001)
     return sampler
 
 
-# An entry is a timestep sampler, or a function of a history that returns one.
+# An entry is a timestep sampler, or a function: history -> timestep sampler.
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "uniform": uniform,
     "antithetic": antithetic,
@@ -140,12 +140,12 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
 
 
 def needs_history(name: str) -> bool:
-    """Whether the timestep sampler of a name in `SAMPLERS` draws from a `LossHistory`."""
+    """Whether the timestep sampler with a name in `SAMPLERS` draws from a `LossHistory`."""
     return "history" in inspect.signature(SAMPLERS[name]).parameters
 
 
 def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSampler:
-    """The timestep sampler of a name in `SAMPLERS`. Raises: ValueError for another name or a missing history."""
+    """Returns the timestep sampler with a name in `SAMPLERS`. Raises: ValueError for an unknown name or a missing history."""
     if name not in SAMPLERS:
         raise ValueError(
             f"unknown timestep_sampler {name!r}; known: {', '.join(SAMPLERS)}, or a function "

@@ -1,7 +1,7 @@
-"""Types that the signatures of the core share. Imports nothing else from this package.
+"""Types for the signatures of the core. Imports nothing else from this package.
 
-Shapes are written as in jaxtyping: `Float[ArrayLike, "B *shape"]` is a batch of B float arrays of any shape. They cost
-nothing; the tests check them with jaxtyping's import hook.
+Shapes are written as in jaxtyping: `Float[ArrayLike, "B *shape"]` is a batch of B float arrays of any shape. The annotations
+have no run-time cost; the tests check them with jaxtyping's import hook.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 __all__ = ["Batch", "BatchLike", "Clip", "DenoiseFn", "Index", "LogProbFn", "LogitsFn", "TimestepSampler"]
 
-# A batch of float arrays of any shape: of a result, and of an argument.
+# A batch of float arrays of any shape: as a result, and as an argument.
 Batch: TypeAlias = Float[Array, "B *shape"]
 BatchLike: TypeAlias = Float[ArrayLike, "B *shape"]
 
-# An index of the schedule for each row of a batch, or one for all rows.
+# A schedule index for each row of a batch, or one index for all rows.
 Index: TypeAlias = Integer[ArrayLike, "B"] | Integer[ArrayLike, ""]
 
 # How a predicted x_0 is limited: True clips to [-1, 1], False does nothing, a function x_0 -> x_0 does anything else.

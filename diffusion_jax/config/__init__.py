@@ -1,10 +1,10 @@
-"""Configs: every setting once, with its default, allowed values and description, and functions that read this table.
+"""Configs: the table of all settings with default, allowed values and description, and functions that read the table.
 
     from diffusion_jax import config
 
     cfg = config.default()                                          # DDPM on CIFAR-10, an ml_collections.ConfigDict
-    cfg = config.experiment("digits")                               # an experiment of configs/
-    cfg = config.resolve({"data": {"dataset": "digits"}})           # complete and validated, from a partial mapping
+    cfg = config.experiment("digits")                               # an experiment in configs/
+    cfg = config.resolve({"data": {"dataset": "digits"}})           # a complete, valid config from a partial mapping
 
 docs/reference/configuration.md lists all settings.
 """
@@ -62,30 +62,30 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def default() -> ConfigDict:
-    """The config of DDPM on CIFAR-10 (Ho et al. 2020), from which every experiment differs in some settings."""
+    """Returns the config of DDPM on CIFAR-10 (Ho et al. 2020), the base of the experiments."""
     return resolve({})
 
 
 def default_classifier() -> ConfigDict:
-    """The config of a classifier of noisy images: `diffusion.loss` is "classify", and `model` has other defaults."""
+    """Returns the config of a classifier of noisy images: `diffusion.loss` is "classify", and `model` has other defaults."""
     return resolve({"diffusion": {"loss": "classify"}})
 
 
 def resolve(config: Mapping[str, Any]) -> ConfigDict:
-    """A complete config with the settings of `config`, which may be partial, and the defaults of all others.
+    """Completes a config, which may be partial, with the defaults.
 
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
-    Raises: ConfigError for an unknown setting, and for a value of the wrong type or outside the range of its setting.
+    Raises: ConfigError for an unknown setting, or a value with a wrong type or out of range.
     """
     _check_mapping(config)
     return _complete(flatten(config))
 
 
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
-    """`config`, resolved, with settings replaced by values of a command line: {"training.num_steps": "1e4"}.
+    """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
-    Fields of a ConfigDict that refer to a replaced one (`get_ref`) follow it.
-    Raises: ConfigError as `resolve`, and for text that is no value of its setting.
+    ConfigDict fields that refer to a replaced field (`get_ref`) follow it.
+    Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
     _check_mapping(config)
     texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
@@ -95,17 +95,17 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
         _check_known(name)
         values[name] = _convert(name, SETTINGS[name], text, SETTINGS[name].kind.parse, text)
     changed = copy.deepcopy(ConfigDict(config))
-    with changed.ignore_type():  # in reverse, so that of several fields with one reference the first decides
+    with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
         changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
     return _complete(flatten(changed) | values)
 
 
 def experiment(name: str) -> ConfigDict:
-    """The config of an experiment, by its name ("digits", "imagenet_adm:128") or its file ("mine.py", "mine.py:ARGUMENT").
+    """Returns an experiment's config, by name ("digits", "imagenet_adm:128") or file ("mine.py", "mine.py:ARGUMENT").
 
-    Raises: ConfigError that starts with `name`: no such experiment or file, or an error in the file, with its line.
+    Raises: ConfigError, starting with `name`: no such experiment or file, or an error in the file, with its line number.
     """
-    # A colon before .py belongs to the file, as in C:/runs/mine.py.
+    # A colon before .py is part of the path, as in C:/runs/mine.py.
     match = re.fullmatch(r"(?s)(.*?\.py|[^:]*)(?::(.*))?", name)
     assert match is not None
     file, argument = match.groups()
@@ -134,31 +134,31 @@ def experiment(name: str) -> ConfigDict:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]} of {file}" if lines else file
-        text = shorten(str(error), 300)  # some list a whole config
+        text = shorten(str(error), 300)  # some errors list a whole config
         raise ConfigError(f"{name}: {where} raises {type(error).__name__}: {text}") from error
     return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
 
 
 def experiment_names() -> list[str]:
-    """The names of this project's experiments, sorted."""
+    """Lists the names of this project's experiments, sorted."""
     return sorted(path.stem for path in _folder().glob("*.py") if not path.stem.startswith("_"))
 
 
 def _folder() -> pathlib.Path:
-    """The folder of experiments: diffusion_jax/configs of an installed package, configs of a clone."""
+    """Returns the folder of experiments: diffusion_jax/configs in an installed package, configs in a clone."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
-    """The config with these values by the full names of the settings, the others with defaults. Raises: ConfigError."""
+    """Builds a config from values by full setting name, with defaults for the other settings. Raises: ConfigError."""
     for name in given:
         _check_known(name)
     config = ConfigDict({group: {} for group in GROUPS if group})
     for name, value in {**defaults(given), **given}.items():
         setting = SETTINGS[name]
         value = _convert(name, setting, value, setting.kind.check, _shown(value))
-        if isinstance(setting.kind, OneOf):  # a ConfigDict would allow only the type of the first value
+        if isinstance(setting.kind, OneOf):  # a ConfigDict would fix the type of the first value
             value = FieldReference(value, field_type=object)
         group, _, last = name.rpartition(".")
         (config[group] if group else config)[last] = value
@@ -166,7 +166,7 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
 
 
 def _convert(name: str, setting: Setting, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
-    """`convert(value)`. Raises: ConfigError if the setting does not allow the value, which the message has as `shown`."""
+    """Returns `convert(value)`. Raises: ConfigError, showing the value as `shown`, if the setting does not allow it."""
     try:
         return convert(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -176,7 +176,7 @@ def _convert(name: str, setting: Setting, value: Any, convert: Callable[[Any], A
 
 
 def _check_mapping(config: Any) -> None:
-    """Raises: ConfigError for anything but a mapping."""
+    """Raises ConfigError for anything but a mapping."""
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
             f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
@@ -184,7 +184,7 @@ def _check_mapping(config: Any) -> None:
 
 
 def _check_known(name: str) -> None:
-    """Raises: ConfigError for a name that is no setting."""
+    """Raises ConfigError for an unknown setting."""
     if name in SETTINGS:
         return
     inside = [setting for setting in SETTINGS if setting.startswith(f"{name}.")]
@@ -196,4 +196,4 @@ def _check_known(name: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return shorten(" ".join(repr(value).split()), 80)  # the repr of an array has several lines
+    return shorten(" ".join(repr(value).split()), 80)  # an array's repr has several lines

@@ -1,6 +1,6 @@
-"""The published networks by name: the settings of `model` that differ from the defaults.
+"""The published networks by name: the `model` settings that differ from the defaults.
 
-`models.preset` makes the networks. Super-resolution networks take the small image as their condition (`models.upsampling`).
+`models.preset` builds the networks. Super-resolution networks use the small image as their condition (`models.upsampling`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["CLASSIFIER_PRESETS", "OPENAI", "PRESETS", "UNET_PRESETS"]
 
-# The fields that all of OpenAI's networks share and that differ from Ho et al.'s.
+# The fields common to all OpenAI networks that differ from Ho et al.'s network.
 OPENAI: dict[str, Any] = {
     "embedding_cos_first": True,
     "embedding_freq_shift": 0.0,
@@ -28,7 +28,7 @@ _UPSAMPLER = {
     "condition_channels": 3,
 }
 
-# The channel multipliers of OpenAI's networks by image size.
+# Channel multipliers of OpenAI's networks by image size.
 _MULTIPLIERS = {
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),
@@ -38,7 +38,7 @@ _MULTIPLIERS = {
 
 
 def _fields_at(pixels: int) -> dict[str, Any]:
-    """The fields that depend on the image size; ADM has attention at 32, 16 and 8 pixels."""
+    """Returns the fields that depend on the image size; ADM has attention at 32, 16 and 8 pixels."""
     multipliers = _MULTIPLIERS[pixels]
     levels = tuple(i for i in range(len(multipliers)) if pixels >> i in (32, 16, 8))
     return {"channel_multipliers": multipliers, "attention_levels": levels}

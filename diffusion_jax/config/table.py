@@ -1,4 +1,4 @@
-"""The table of all settings, by group, and the questions about a config that several modules ask."""
+"""The table of all settings, by group, and questions about a config that several modules ask."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A setting of a config.
+    """A setting in the config.
 
-    default: the value of DDPM's run on CIFAR-10. kind: the allowed values. description: for the reference; errors show its
+    default: the value in DDPM's run on CIFAR-10. kind: the allowed values. description: for the reference; errors show the
     first sentence.
     """
 
@@ -60,9 +60,9 @@ PATH = Text()
 
 ROOT: dict[str, Setting] = {
     "seed": Setting(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
-    "init_from": Setting("", PATH, "Weights that training starts from, a path as `pretrained.load` takes it."),
+    "init_from": Setting("", PATH, "Path of the weights that training starts from, as for `pretrained.load`."),
     "init_flags": Setting(
-        "", Text(), "Flags of `pretrained.load` for `init_from`: the name of a preset, OpenAI's, or JSON."
+        "", Text(), "Flags for `init_from`, as for `pretrained.load`: a preset's name, OpenAI's flags, or JSON."
     ),
 }
 
@@ -77,12 +77,12 @@ DATA: dict[str, Setting] = {
         "", PATH, 'Directory of TFDS ("" for ~/tensorflow_datasets), folder of images, or file of arrays.'
     ),
     "download": Setting(True, Boolean(), "Whether a missing TFDS data set is downloaded and prepared."),
-    "split": Setting("train", Text(), "Split of the data set that is trained on."),
+    "split": Setting("train", Text(), "Training split of the data set."),
     "holdout": Setting(
         0.0,
         SHARE,
-        "Share of the examples of a folder or file that is never trained on, the split test. A hash of an example's path "
-        "or values decides.",
+        "Share of a folder's or file's examples that forms the split test and is never trained on. A hash of each example's "
+        "path or values decides.",
     ),
     "image_size": Setting(
         32,
@@ -97,23 +97,23 @@ DATA: dict[str, Setting] = {
     "levels": Setting(
         256,
         optional(Integer(2, 256)),
-        "Number of gray levels of a channel, whose probabilities are the likelihoods. None for continuous data, whose "
+        "Number of gray levels per channel, for likelihoods that are probabilities. None for continuous data, whose "
         "likelihoods are densities.",
     ),
     "normalization": Setting(
         "auto",
         Choice("auto", "limits", "none"),
         "Scale of continuous data. auto: each channel by its mean and standard deviation over `data.split`; limits: "
-        "`data.limits` become [-1, 1]; none: unchanged. Images of gray levels become [-1, 1].",
+        "`data.limits` become [-1, 1]; none: unchanged. Gray-level images always become [-1, 1].",
     ),
     "limits": Setting(
         (), Interval(Number(), "two rising numbers"), "Range of continuous data, for the normalization limits."
     ),
     "random_flip": Setting(
-        True, Boolean(), "Whether each image is mirrored with probability 1/2. Only for gray levels."
+        True, Boolean(), "Whether each image is mirrored with probability 1/2. Gray-level images only."
     ),
     "memory_mb": Setting(
-        2048, Integer(0), "Megabytes of decoded data that are kept in memory. A larger set is streamed."
+        2048, Integer(0), "Memory limit for decoded data, in megabytes. A larger data set is streamed."
     ),
     "cache_decoded": Setting(
         True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."
@@ -138,7 +138,7 @@ MODEL: dict[str, Setting] = {
     "attention_levels": Setting(
         (1,),
         Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
-        "Resolutions with self-attention; 0 is the full resolution. The middle of the network always has one layer.",
+        "Resolutions with self-attention; 0 is the full resolution. The middle of the network always has self-attention.",
     ),
     "num_heads": Setting(1, Integer(1), "Attention heads of each layer."),
     "head_channels": Setting(
@@ -166,23 +166,23 @@ MODEL: dict[str, Setting] = {
     "padding": Setting(
         "zeros", Choice("zeros", "periodic"), "Padding of convolutions; periodic is for data on a torus."
     ),
-    "num_groups": Setting(32, Integer(1), "Groups of every group norm."),
-    "norm_epsilon": Setting(1e-6, Number(minimum=0), "Epsilon of every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."),
+    "num_groups": Setting(32, Integer(1), "Groups in every group norm."),
+    "norm_epsilon": Setting(1e-6, Number(minimum=0), "Epsilon in every group norm: 1e-6 as Ho et al., 1e-5 as OpenAI."),
     "initializer": Setting("ho", Choice("ho", "openai"), "Initialization of the weights, as Ho et al. or OpenAI."),
     "dropout": Setting(0.1, SHARE, "Dropout rate in each residual block, in training only."),
     "num_classes": Setting(0, Integer(0), "Number of classes; 0 for an unconditional model."),
     "label_dropout": Setting(
         0.0, SHARE, "Probability that training drops a label, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "condition_features": Setting(0, Integer(0), "Length of the condition vector of an example; 0 for none."),
-    "condition_channels": Setting(0, Integer(0), "Channels of the condition array of an example; 0 for none."),
+    "condition_features": Setting(0, Integer(0), "Length of an example's condition vector; 0 for none."),
+    "condition_channels": Setting(0, Integer(0), "Channels of an example's condition array; 0 for none."),
     "condition_dropout": Setting(
         0.0, SHARE, "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual."
     ),
     "out_channels": Setting(
         None,
         optional(Integer(1)),
-        "Channels of the output; None for the number that `data.channels` and `diffusion.variance` need.",
+        "Channels of the output; None derives the number from `data.channels` and `diffusion.variance`.",
     ),
     "dtype": Setting("float32", Choice("float32", "bfloat16"), "Type that the layers compute in."),
     "precision": Setting(
@@ -193,15 +193,15 @@ MODEL: dict[str, Setting] = {
     "remat": Setting(
         False,
         OneOf(Boolean(), Tuple(Integer(0), "resolutions", shown="(0,)")),
-        "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions that do.",
+        "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions to recompute.",
     ),
 }
 
 DIFFUSION: dict[str, Setting] = {
     "schedule": Setting("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
     "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T of the diffusion process."),
-    "beta_start": Setting(1e-4, Number(above=0, maximum=1), "First beta, of the schedules that have end points."),
-    "beta_end": Setting(0.02, Number(above=0, maximum=1), "Last beta, of the schedules that have end points."),
+    "beta_start": Setting(1e-4, Number(above=0, maximum=1), "First beta, for schedules with end points."),
+    "beta_end": Setting(0.02, Number(above=0, maximum=1), "Last beta, for schedules with end points."),
     "prediction": Setting("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
     "rescale_timesteps": Setting(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
     "variance": Setting(
@@ -220,21 +220,21 @@ DIFFUSION: dict[str, Setting] = {
         0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
     "weighting": Setting("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
-    "timestep_sampler": Setting("uniform", Choice(*timesteps.SAMPLERS), "Distribution of the timesteps of a batch."),
+    "timestep_sampler": Setting("uniform", Choice(*timesteps.SAMPLERS), "Distribution of a batch's timesteps."),
 }
 
 TRAINING: dict[str, Setting] = {
     "num_steps": Setting(800_000, Integer(1), "Number of training steps."),
-    "batch_size": Setting(128, Integer(1), "Images in a step, over all devices together."),
+    "batch_size": Setting(128, Integer(1), "Examples per step, over all devices."),
     "accumulation_steps": Setting(
         1, Integer(1), "Microbatches that a batch is split into: less memory, the same step."
     ),
-    "steps_per_call": Setting(1, Integer(1), "Steps in one compiled program, on accelerators; on a CPU it is 1."),
-    "deterministic": Setting(False, Boolean(), "Whether runs on a GPU are bit-identical, which makes them slower."),
+    "steps_per_call": Setting(1, Integer(1), "Steps per compiled program on accelerators; always 1 on a CPU."),
+    "deterministic": Setting(False, Boolean(), "Whether GPU runs are bit-identical, which is slower."),
     "log_every": Setting(100, Integer(1), "Steps between two lines of metrics."),
     "sample_every": Setting(10_000, Integer(0), "Steps between two pictures of samples; 0 for none."),
     "checkpoint_every": Setting(5_000, Integer(1), "Steps between two checkpoints."),
-    "checkpoints_kept": Setting(3, Integer(1), "Number of newest checkpoints that are kept."),
+    "checkpoints_kept": Setting(3, Integer(1), "Number of newest checkpoints to keep."),
     "checkpoint_keep_every": Setting(
         100_000, Integer(0), "Steps between two checkpoints that are kept forever; 0 for none."
     ),
@@ -255,7 +255,7 @@ OPTIMIZER: dict[str, Setting] = {
     "b1": Setting(0.9, SHARE, "Decay rate of the first moment."),
     "b2": Setting(0.999, SHARE, "Decay rate of the second moment."),
     "eps": Setting(1e-8, Number(minimum=0), "Epsilon in the denominator of the update."),
-    "weight_decay": Setting(0.0, Number(minimum=0), "Weight decay, of adamw."),
+    "weight_decay": Setting(0.0, Number(minimum=0), "Weight decay, for adamw."),
     "grad_clip": Setting(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
 }
 
@@ -264,8 +264,8 @@ LOGGING: dict[str, Setting] = {
     "writers": Setting(
         ("tensorboard",),
         Tuple(Choice(*_WRITERS), f"names from {', '.join(_WRITERS)}", shown="('tensorboard', 'wandb')"),
-        "Destinations of metrics and pictures besides metrics.jsonl. The trackers are packages of their own, which their "
-        "environment variables configure.",
+        "Destinations of metrics and pictures besides metrics.jsonl. Trackers are separate packages, configured by their "
+        "environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
@@ -277,7 +277,9 @@ EMA: dict[str, Setting] = {
 
 MESH: dict[str, Setting] = {
     "data": Setting(
-        -1, OneOf(Choice(-1), Integer(1)), "Devices that split the batch; -1 for all that `mesh.fsdp` leaves."
+        -1,
+        OneOf(Choice(-1), Integer(1)),
+        "Devices that split the batch; -1 for the number of devices divided by `mesh.fsdp`.",
     ),
     "fsdp": Setting(
         1, Integer(1), "Devices that split the batch and the state: parameters, optimizer, moving average."
@@ -292,7 +294,7 @@ _SAMPLERS_ALONG_EPS = [
     for name, make in sampling.SAMPLERS.items()
     if (stability := make().stability) is not None and stability.along_eps
 ]
-# A setting that has the name of a sampler's argument sets this argument.
+# A setting sets the sampler argument with the same name.
 SAMPLING: dict[str, Setting] = {
     "sampler": Setting(
         "ddpm",
@@ -306,8 +308,8 @@ SAMPLING: dict[str, Setting] = {
             Integer(1),
             Tuple(OneOf(Integer(0), Number(minimum=0)), "at least 2 numbers", minimum_length=2, shown="(10, 15, 20)"),
         ),
-        "Number of sampling steps; None for all timesteps. Several numbers are those of the sections of the chain, with "
-        "the spacing openai, or the network times themselves, rising, with the spacing given.",
+        "Number of sampling steps; None for all timesteps. Several numbers are the steps per section of the chain "
+        "with the spacing openai, or rising network times with the spacing given.",
     ),
     "spacing": Setting(
         None,
@@ -324,8 +326,8 @@ SAMPLING: dict[str, Setting] = {
     "clip": Setting(
         None,
         OneOf(Boolean(), Choice("dynamic", None)),
-        "Whether x_0 is clipped to [-1, 1] at every step; None: if the data are gray levels or have `data.limits`. dynamic: "
-        "to a quantile of |x_0|, which is then scaled to 1.",
+        "Whether x_0 is clipped to [-1, 1] at every step; None: for gray levels and for data with `data.limits`. dynamic: "
+        "x_0 is clipped to a quantile of |x_0| and divided by this quantile.",
     ),
     "clip_quantile": Setting(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
     "label": Setting(
@@ -336,7 +338,7 @@ SAMPLING: dict[str, Setting] = {
             Tuple(OneOf(Integer(0), Text()), "class numbers or names", 1, shown="(3, 5)", brackets=True),
             Text(),
         ),
-        "Class of the samples, by number or name, or several that alternate; None for all classes. On the command line "
+        "Class of the samples, by number or name, or several alternating classes; None for all classes. On the command line "
         "`--config.sampling.class` is an alias.",
     ),
     "guidance_scale": Setting(
@@ -349,10 +351,8 @@ SAMPLING: dict[str, Setting] = {
         Interval(Number(finite=False), "two rising numbers"),
         "Network times at which guidance is applied; () for all.",
     ),
-    "guidance_rescale": Setting(
-        0.0, Number(minimum=0, maximum=1), "Share of guidance's change of contrast that is removed."
-    ),
-    "classifier": Setting("", PATH, "Weights of the guiding classifier, a path as `pretrained.load` takes it."),
+    "guidance_rescale": Setting(0.0, Number(minimum=0, maximum=1), "Share of guidance's contrast change to remove."),
+    "classifier": Setting("", PATH, "Path of the guiding classifier's weights, as for `pretrained.load`."),
     "classifier_scale": Setting(1.0, Number(), "Scale of classifier guidance."),
     "classifier_form": Setting(
         "eps",
@@ -370,42 +370,42 @@ SAMPLING: dict[str, Setting] = {
     "conditions": Setting(
         "",
         PATH,
-        'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i has row i '
+        'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i uses row i '
         "modulo the number of rows.",
     ),
     "num_samples": Setting(64, Integer(1), "Number of samples of --mode=sample."),
-    "batch_size": Setting(64, Integer(1), "Samples that are drawn at a time."),
+    "batch_size": Setting(64, Integer(1), "Samples per batch."),
     "seed": Setting(0, SEED, "Seed of the samples."),
     "use_ema": Setting(
         True,
         Boolean(),
-        "Whether the moving average of the parameters is used, once it holds at most a tenth of the initial weights.",
+        "Whether to use the parameters' moving average, once its share of the initial weights is at most a tenth.",
     ),
     "trajectory": Setting(
-        0, OneOf(Choice(0), Integer(2)), "Columns of the picture of the first samples being denoised; 0 for none."
+        0,
+        OneOf(Choice(0), Integer(2)),
+        "Columns in the picture that shows the first samples being denoised; 0 for no picture.",
     ),
     "preview_samples": Setting(
         16, Integer(0), "Samples in the pictures during training, drawn by DDIM; 0 for no pictures."
     ),
-    "preview_steps": Setting(25, Integer(1), "Sampling steps of the pictures during training."),
+    "preview_steps": Setting(25, Integer(1), "Sampling steps for the pictures during training."),
 }
 
 EDITING: dict[str, Setting] = {
     "task": Setting(
         "inpaint",
         Choice(*editing.EDITS),
-        "Task of --mode=edit, which uses the sampler of `sampling`. inpaint is RePaint, replace its form without resampling.",
+        "Task of --mode=edit, with the sampler in `sampling`. inpaint is RePaint; replace is RePaint without resampling.",
     ),
-    "image": Setting("", PATH, "Image to edit; for data that are not images, an .npy of one example in their units."),
-    "mask": Setting(
-        "", PATH, "Mask of the known pixels: an image that is white there, or a bool .npy that is True there."
+    "image": Setting(
+        "", PATH, "Image to edit; for data that are not images, an .npy with one example in the units of the data."
     ),
-    "other": Setting("", PATH, "Second image or example of interpolate."),
-    "num_samples": Setting(
-        8, Integer(1), "Number of results; for interpolate, images from one to the other, both included."
-    ),
-    "resamplings": Setting(10, Integer(1), "Resamplings of inpaint."),
-    "jump": Setting(10, Integer(1), "Length of the jumps of inpaint, in steps."),
+    "mask": Setting("", PATH, "Mask: an image that is white, or a bool .npy that is True, at the known pixels."),
+    "other": Setting("", PATH, "Second image or example for interpolate."),
+    "num_samples": Setting(8, Integer(1), "Number of results; for interpolate, including both images."),
+    "resamplings": Setting(10, Integer(1), "Resamplings for inpaint."),
+    "jump": Setting(10, Integer(1), "Jump length for inpaint, in steps."),
     "strength": Setting(0.5, Number(above=0, maximum=1), "Strength of the changes by sdedit."),
     "factor": Setting(4, Integer(1), "Factor of super_resolution."),
     "level": Setting(
@@ -417,26 +417,26 @@ EDITING: dict[str, Setting] = {
 
 EVALUATION: dict[str, Setting] = {
     "split": Setting("test", Text(), "Split whose likelihood is measured."),
-    "data_dir": Setting("", PATH, 'Directory of that split; "" for `data.data_dir`.'),
-    "num_examples": Setting(0, Integer(0), "Number of examples measured, the first of the split; 0 for all."),
-    "batch_size": Setting(64, Integer(1), "Examples that are measured at a time."),
+    "data_dir": Setting("", PATH, 'Directory of `evaluation.split`; "" for `data.data_dir`.'),
+    "num_examples": Setting(0, Integer(0), "Number of examples to measure, from the start of the split; 0 for all."),
+    "batch_size": Setting(64, Integer(1), "Examples measured per batch."),
     "strata": Setting(
         None,
         optional(Integer(1)),
-        "Strata of the timesteps of the bound. None visits every timestep of every example; S visits the first and two in "
-        "each of S strata.",
+        "Timestep strata for the bound. None visits every timestep for every example; S visits the first timestep and two "
+        "in each of S strata.",
     ),
     "cdf": Setting(
         "exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."
     ),
     "clip": Setting(None, optional(Boolean()), "Whether x_0 is clipped to [-1, 1]; None as for `sampling.clip`."),
-    "seed": Setting(0, SEED, "Seed of the noise of the measurements."),
+    "seed": Setting(0, SEED, "Seed of the measurement noise."),
     "use_ema": Setting(True, Boolean(), "Whether the moving average is measured, as `sampling.use_ema` for samples."),
-    "ode": Setting(False, Boolean(), "Whether the likelihood of the probability-flow ODE is measured, too."),
+    "ode": Setting(False, Boolean(), "Whether to also measure the probability-flow ODE's likelihood."),
     "ode_dequantization": Setting(
         None,
         optional(Choice("uniform", "variational", "none")),
-        "Dequantization of the ODE's likelihood; None for uniform with gray levels, and none with continuous data.",
+        "Dequantization for the ODE's likelihood; None: uniform for gray levels, none for continuous data.",
     ),
     "ode_trace": Setting(
         "hutchinson",
@@ -449,8 +449,8 @@ EVALUATION: dict[str, Setting] = {
     "features": Setting(
         "",
         Text(),
-        'Feature extractor: inception, digits, or module:function (examples to features); "" for digits on that data set, '
-        "none for continuous data, and otherwise inception.",
+        'Feature extractor: inception, digits, or module:function (examples to features); "": digits for the data set '
+        "digits, none for continuous data, otherwise inception.",
     ),
     "inception": Setting(
         "", PATH, 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.'
@@ -458,15 +458,15 @@ EVALUATION: dict[str, Setting] = {
     "metrics": Setting(
         None,
         optional(Tuple(Choice(*METRICS), f"names from {', '.join(METRICS)}", minimum_length=1, shown="('fid',)")),
-        "Metrics of samples. None for all that suit the data: those that compare features for images, those that compare "
-        "examples for other data, and both for other data with `evaluation.features`.",
+        "Metrics of samples. None for all that suit the data: feature metrics for images, example metrics for other data, "
+        "and both kinds for other data with `evaluation.features`.",
     ),
     "reference_split": Setting("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
-    "every": Setting(0, Integer(0), "Training steps between two measurements of the FID, of few samples; 0 for none."),
-    "every_samples": Setting(1000, Integer(2), "Samples of the FID during training."),
+    "every": Setting(0, Integer(0), "Training steps between two FID measurements, with few samples; 0 for none."),
+    "every_samples": Setting(1000, Integer(2), "Samples for the FID during training."),
 }
 
-# Each group's description and settings, in the order of the reference.
+# The description and the settings of each group, in the order of the reference.
 GROUPS: dict[str, tuple[str, dict[str, Setting]]] = {
     "": ("The run as a whole.", ROOT),
     "data": ("Training data.", DATA),
@@ -488,7 +488,7 @@ SETTINGS = {
     for group, (_, settings) in GROUPS.items()
     for name, setting in settings.items()
 }
-# The defaults of a classifier that differ: ADM's classifier of ImageNet at 128x128 pixels.
+# The classifier defaults that differ: ADM's classifier for ImageNet at 128x128 pixels.
 CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
 
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
@@ -496,13 +496,13 @@ _NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers"
 
 
 def is_identity(name: str) -> bool:
-    """Whether a setting, group.setting, decides the numbers of a run, so that a relaunch must not change it."""
+    """Whether a setting, group.setting, determines the numbers of a run, so that a relaunch must not change it."""
     group, _, last = name.rpartition(".")
     return name in ("seed", "training.batch_size") or (group in _IDENTITY_GROUPS and last not in _NOT_IDENTITY)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"group.setting": value}."""
+    """Flattens nested settings to {"group.setting": value}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -513,7 +513,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The default of every setting by its full name; a classifier (`diffusion.loss=classify`) has others in `model`."""
+    """Returns the default of every setting by full name; `model` has other defaults for `diffusion.loss=classify`."""
     loss = flatten(config).get("diffusion.loss")
     is_classifier = isinstance(loss, str) and loss == "classify"
     return {name: setting.default for name, setting in SETTINGS.items()} | (
@@ -522,7 +522,7 @@ def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that must agree between the launches of one run, as {"group.setting": value}."""
+    """Returns the settings that all launches of a run must agree on, as {"group.setting": value}."""
     return {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
 
 
@@ -532,21 +532,21 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 
 
 def is_upsampler(config: Mapping[str, Any]) -> bool:
-    """Whether the diffusion model of a complete config enlarges small images, which are an input of its network."""
+    """Whether a complete config describes an upsampler: a diffusion model whose network also takes small images."""
     return bool(config["data"]["low_resolution"])
 
 
 def is_continuous(config: Mapping[str, Any]) -> bool:
-    """Whether the data of a complete config are float numbers without gray levels."""
+    """Whether a complete config describes continuous data: float numbers without gray levels."""
     return config["data"]["levels"] is None
 
 
 def clips_by_default(config: Mapping[str, Any]) -> bool:
-    """Whether the data of a complete config lie in [-1, 1], so that the predicted x_0 is clipped to it."""
+    """Whether a complete config describes data in [-1, 1], so that the predicted x_0 is clipped."""
     return not is_continuous(config) or config["data"]["normalization"] == "limits"
 
 
 def resolve_clip(config: Mapping[str, Any], group: str = "sampling") -> bool | str:
-    """The setting `clip` of a group of a complete config; None follows the data."""
+    """Returns the setting `clip` in a group of a complete config; None depends on the data."""
     clip = config[group]["clip"]
     return clips_by_default(config) if clip is None else clip

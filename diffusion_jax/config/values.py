@@ -1,4 +1,4 @@
-"""The kinds of values that a setting allows, as Python values and as text of a command line, which is never evaluated."""
+"""The kinds of values that settings allow, as Python values and as command-line text, which is never evaluated."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ class ValueKind(Protocol):
     def allowed(self) -> str: ...
 
     def check(self, value: Any) -> Any:
-        """The value in its own Python type. Raises: ValueError if it is not allowed; its text is advice, or empty."""
+        """Converts the value to its Python type. Raises: ValueError if not allowed, with advice or "" as message."""
         ...
 
     def parse(self, text: str) -> Any:
-        """The value of an argument on the command line. Raises: as `check`."""
+        """Parses a command-line argument. Raises: as `check`."""
         ...
 
 
 def _to_scalar(value: Any) -> Any:
-    """A NumPy or JAX array without dimensions as the Python value that it holds; anything else unchanged."""
+    """Converts a NumPy or JAX array without dimensions to its Python value; anything else is unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _unquote(text: str) -> str:
-    """The text without one pair of quotes around it."""
+    """Removes one pair of quotes around the text."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A string, or an os.PathLike. Quotes around it, which mark a string that looks like a number, are removed."""
+    """A string, or an os.PathLike. Surrounding quotes, which mark a string that looks like a number, are removed."""
 
     allowed: str = "a string"
 
@@ -71,14 +71,14 @@ class Text:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(value, str):
             raise ValueError
-        return str(value)  # not a subclass, such as NumPy's
+        return str(value)  # a str, not a subclass such as NumPy's
 
     def parse(self, text: str) -> str:
         return _unquote(text)
 
 
 class Choice:
-    """One of some names, numbers or None. The name of a type may also be given as the type, such as jnp.bfloat16."""
+    """One of several names, numbers or None. A type's name may also be given as the type, such as jnp.bfloat16."""
 
     def __init__(self, *choices: str | int | None):
         self.choices = choices
@@ -114,7 +114,7 @@ class Boolean(Choice):
 class Number:
     """A number. minimum, maximum: included; above, below: excluded; None for no bound. whole: an int, otherwise a float.
 
-    A whole number without a maximum must fit into 32 bits, as the numbers of training steps and of timesteps do.
+    A whole number without a maximum must fit into 32 bits, like the numbers of training steps and timesteps.
     """
 
     minimum: float | None = None
@@ -171,9 +171,9 @@ Integer = partial(Number, whole=True)
 class Tuple:
     """A tuple (or another sequence) of items of one kind.
 
-    items: a plural noun for the items. shown: an example. brackets: whether a command line must put the items into brackets,
-    because without them the text is something else. rising: whether it is empty or has at least two items, each above the
-    one before.
+    items: a plural noun for the items. shown: an example. brackets: whether a command line needs brackets around the items,
+    because without brackets the text has another meaning. rising: whether the tuple is empty or has at least two items in
+    increasing order.
     """
 
     item: ValueKind
@@ -196,7 +196,7 @@ class Tuple:
         return self._convert(value, self.item.check)
 
     def parse(self, text: str) -> tuple:
-        """The items of "1,2", "(1, 2)" or "['a, b', c]"."""
+        """Parses the items in "1,2", "(1, 2)" or "['a, b', c]"."""
         text = text.strip()
         has_brackets = text[:1] + text[-1:] in ("()", "[]")
         if self.brackets and not has_brackets:
@@ -223,7 +223,7 @@ Interval = partial(Tuple, maximum_length=2, rising=True)  # (low, high), or ()
 
 
 class OneOf:
-    """The first of several kinds that allows a value."""
+    """Several kinds; the first that allows a value decides."""
 
     def __init__(self, *kinds: ValueKind):
         self.kinds = kinds
@@ -249,14 +249,14 @@ class OneOf:
 
 
 def optional(kind: ValueKind) -> OneOf:
-    """A kind, or None."""
+    """Allows a kind, or None."""
     return OneOf(kind, Choice(None))
 
 
 def import_function(name: str) -> Callable:
-    """The function that "module:function" names, also in a module of the current directory. Raises: ValueError."""
+    """Imports the function "module:function", also from a module in the current directory. Raises: ValueError."""
     module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:  # the installed command does not add it
+    if os.getcwd() not in sys.path:  # the installed command does not add the current directory
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)

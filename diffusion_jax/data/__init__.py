@@ -75,12 +75,12 @@ __all__ = [
 ]
 
 
-# By the name in `data.dataset`. Other names are data sets of TFDS, or module:function.
+# By the name in `data.dataset`. Other names are TFDS data sets, or module:function.
 SOURCES: dict[str, type[NamedSource]] = {"digits": Digits, "folder": Folder, "arrays": ArrayFiles}
 
 
 def describe(source: Source) -> str:
-    """The numbers of examples and classes of a source, with the names of up to 12 classes."""
+    """Returns the numbers of examples and classes in a source, with the names of up to 12 classes."""
     first, (num_classes, names) = _read_first(source), read_classes(source)
     noun = "example" if "x" in first or ("image" in first and first["image"].ndim != 4) else "image"
     examples = f"{len(source):,} {noun}{'s' * (len(source) != 1)}"
@@ -100,13 +100,13 @@ def load(
     log: Callable[[str], None] = lambda line: None,
     source: Source | None = None,
 ) -> Source:
-    """The source of `config.data`, in memory if it fits into `data.memory_mb`; its "x" are in the units of the data.
+    """Loads the source of `config.data`, in memory if it fits into `data.memory_mb`; "x" is in the units of the data.
 
-    config: the settings of the group `data`, which may be partial; the others have their defaults. A missing TFDS data set is
-    downloaded and prepared first, if `data.download` is true.
+    config: the settings of the group `data`, which may be partial; missing settings have their defaults. A missing TFDS data
+    set is downloaded and prepared first, if `data.download` is true.
     progress: as for `InMemory.load`, while the examples are read. log: called with lines about the examples.
-    source: a source to load instead of the one that `config` names; `data.holdout` must then be 0.
-    Raises: ConfigError for a value that its setting does not allow; DataError with one line of advice.
+    source: a source to load instead of the source in `config`; `data.holdout` must then be 0.
+    Raises: ConfigError for an invalid value; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
     share, split = config["holdout"], config["split"]
@@ -123,7 +123,7 @@ def load(
     log(f"{describe(source)}.")
     try:
         loaded = _load_into_memory(config, source, progress, log)
-    finally:  # also if corrupted images raise an error
+    finally:  # even if corrupted images raise an error
         for note in source.notes() if isinstance(source, NamedSource) else ():
             log(note)
     if not share:
@@ -135,10 +135,10 @@ def load(
 
 
 def check_location(config: Mapping) -> None:
-    """Checks that the data of a config exist, without reading them; what is in a bucket is not checked.
+    """Checks that the data of a config exist, without reading them; the contents of a bucket are not checked.
 
-    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a set
-    of TFDS that is neither in its directory nor to be downloaded.
+    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a TFDS data
+    set that is missing from its directory and not to be downloaded.
     """
     config = resolve({"data": config})["data"]
     if not _source_class(config).of_files:
@@ -148,12 +148,12 @@ def check_location(config: Mapping) -> None:
 
 
 def has_splits(config: Mapping) -> bool:
-    """Whether `data.split` selects some of the examples of a complete `config.data`."""
+    """Whether `data.split` selects some of the examples in a complete `config.data`."""
     return bool(config["holdout"]) or _source_class(config).has_splits(config)
 
 
 def origin(config: Mapping) -> str:
-    """The data set or the files that a complete `config.data` names, and the split if there are several: "cifar10:train"."""
+    """Names the data set or the files of a complete `config.data`, with the split if there are several: "cifar10:train"."""
     name = config["data_dir"] if _source_class(config).of_files else config["dataset"]
     return f"{name}:{config['split']}" if has_splits(config) else name
 
@@ -164,7 +164,7 @@ def _source_class(config: Mapping) -> type[NamedSource]:
 
 
 def _check_holdout(config: Mapping) -> None:
-    """Raises: DataError for a `data.holdout` of data that have splits of their own, or a split that it does not make."""
+    """Raises DataError for `data.holdout` on data with their own splits, or a split that `data.holdout` does not make."""
     share, name, source_class = config["holdout"], config["dataset"], _source_class(config)
     if not share:
         return
@@ -183,7 +183,7 @@ def _check_holdout(config: Mapping) -> None:
 
 
 def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
-    """The source in memory if it fits, otherwise the source itself."""
+    """Loads the source into memory if it fits, otherwise returns the source itself."""
     if _megabytes(source, config) > config["memory_mb"]:
         return source
     if isinstance(source, EncodedImages) and config["cache_decoded"]:
@@ -194,12 +194,12 @@ def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
 
 
 def _read_first(source: Source) -> dict[str, np.ndarray]:
-    """The first example; {} for image files, whose shape is known and whose damage is reported for all of them together."""
+    """Reads the first example; {} for image files, whose shape is known and whose corrupted files are reported together."""
     return {} if isinstance(source, EncodedImages) else source.read([0])
 
 
 def _megabytes(source: Source, config: Mapping) -> float:
-    """The size of a source in memory, in megabytes."""
+    """Returns the in-memory size of a source, in megabytes."""
     arrays = [array for name, array in _read_first(source).items() if name != "label"]
     bytes_per_example = sum(array.nbytes for array in arrays) if arrays else math.prod(example_shape(config))
     return len(source) * bytes_per_example / 2**20

@@ -1,4 +1,4 @@
-"""Arrays in files as a source: `data.dataset="arrays"`."""
+"""A source of arrays in files: `data.dataset="arrays"`."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "eval", "dev"}
 
 
 class ArrayFiles(NamedSource):
-    """Examples [*spatial, C] in files, read by index; the files may be larger than memory. Picklable: it holds paths.
+    """Examples [*spatial, C] in files, read by index; the files may exceed memory. Picklable, because it holds paths.
 
     path: one of
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
-    - `.npz` with "x" or "image", optionally "label" and "condition"; or samples, "arr_0". What `np.savez` writes is
-      memory-mapped; every process loads a compressed array.
-    - `.h5`, `.hdf5` or `.zarr` with arrays of these names. They need the extra `arrays`. Each chunk that a batch touches is
+    - `.npz` with "x" or "image", optionally "label" and "condition"; or with samples, "arr_0". Uncompressed arrays
+      (`np.savez`) are memory-mapped; every process loads a compressed array.
+    - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Each chunk that a batch touches is
       decoded, so small chunks are fastest.
-    - a folder with `.npy` files, searched recursively in order of their paths without hidden ones. Each is one example
-      [*spatial, C] or several [n, *spatial, C]. If all are in subfolders, each subfolder is a class.
-    - a folder with one of these for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. Everything else
-      has the split "train" only.
+    - a folder with `.npy` files, searched recursively in path order, without hidden files. Each file holds one example
+      [*spatial, C] or several [n, *spatial, C]. If every file is in a subfolder, each subfolder is a class.
+    - a folder with one of the above for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. All other
+      data have only the split "train".
 
-    shape: (*spatial, C), of `data.image_size` and `data.channels`. With C = 1 the files may lack the axis of channels. () for
-    files of any shape.
+    shape: (*spatial, C), from `data.image_size` and `data.channels`. With C = 1 the files may lack the channel axis. ()
+    accepts files with any shape.
     "image" is uint8 and "x" any other real type; in .npy files uint8 is "image".
 
     num_classes: the largest label + 1, or the number of subfolders; 0 without labels. class_names: the subfolders, or ().
@@ -64,7 +64,7 @@ class ArrayFiles(NamedSource):
 
     @classmethod
     def has_splits(cls, config: Mapping) -> bool:
-        """One file, store or folder of files has no splits."""
+        """False for a single file, store or folder of files."""
         root, split = local_path(config["data_dir"] or ""), config["split"]
         if not config["data_dir"] or not root.is_dir() or _kind(root.name):
             return False
@@ -89,9 +89,9 @@ class ArrayFiles(NamedSource):
         return next(iter(self._arrays.values())).shape[0]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The examples at n indices in [0, N), in any order, also repeated.
+        """Reads the examples at n indices in [0, N), in any order, with repetitions allowed.
 
-        Either "image" uint8 or "x" (real numbers as they are in the files) [n, *spatial, C]; if the files have them, "label"
+        Returns "image" uint8 or "x" (real numbers as in the files), [n, *spatial, C]; if the files have them, also "label"
         int32 [n] and "condition" [n, D] or [n, *spatial, K]. Raises: DataError for files that cannot be read.
         """
         rows = np.asarray(indices, np.int64)
@@ -104,7 +104,7 @@ class ArrayFiles(NamedSource):
         return batch
 
     def notes(self) -> list[str]:
-        """A line about arrays that are not read."""
+        """Returns a line about arrays that are not read."""
         names = list_names(map(repr, self._unknown), 8)
         return [f"Ignored arrays: {names}; arrays are x or image, label, and condition."] if self._unknown else []
 
@@ -114,12 +114,12 @@ def _key(examples: _Rows | _FolderRows) -> str:
 
 
 def _kind(name: str) -> str:
-    """The suffix of a file or a store that can be opened; "" for others."""
+    """Returns the suffix of a supported file or store; "" for others."""
     return next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
 
 
 def _find_split(path: str, split: str) -> pathlib.Path:
-    """The file or folder of a split. Raises: DataError."""
+    """Finds the file or folder of a split. Raises: DataError."""
     root = local_path(path or "")
     if not path or not root.exists():
         what = "no such file or folder" if path else "empty"
@@ -131,7 +131,7 @@ def _find_split(path: str, split: str) -> pathlib.Path:
             raise DataError(f"data.split={split!r}: {root} has {list_names(found)}; keep one of them")
         if found:
             return root / found[0]
-        if entries.keys() & _SPLIT_NAMES:  # a folder with test.npy alone is not training data
+        if entries.keys() & _SPLIT_NAMES:  # a folder with only test.npy is not training data
             other = "" if split == "train" else ", or set evaluation.data_dir to other examples"
             names = list_names(sorted(entries), 8)
             raise DataError(f"data.split={split!r}: {root} has the splits {names}; use one of them{other}")
@@ -147,7 +147,7 @@ def _find_split(path: str, split: str) -> pathlib.Path:
 
 
 def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
-    """The files and folders that can be a split, by its name, without hidden ones."""
+    """Maps split names to the files and folders that can be a split, without hidden ones."""
     entries = collections.defaultdict(list)
     with os.scandir(root) as listing:
         for entry in listing:
@@ -158,7 +158,7 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
 
 
 def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows | _FolderRows], list[str]]:
-    """(the arrays of a file or store, the examples first; the names of arrays that are not read). Raises: DataError."""
+    """Returns (the arrays in a file or store, examples first; the names of arrays that are not read). Raises: DataError."""
     if path.suffix.lower() == ".npy":
         names, chosen, examples = [], [], _Rows(str(path))
         found: dict[str, _Rows | _FolderRows] = {_key(examples): examples}
@@ -186,7 +186,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows | _FolderRows], list
 
 
 def _list_arrays(path: pathlib.Path) -> list[str]:
-    """The names of the arrays of a file or store that are outside groups."""
+    """Lists the arrays in a file or store that are outside groups."""
     if path.suffix.lower() != ".npz":
         store = _open_store(str(path))
         return [] if hasattr(store, "shape") else sorted(name for name in store if hasattr(store[name], "shape"))
@@ -195,7 +195,7 @@ def _list_arrays(path: pathlib.Path) -> list[str]:
 
 
 def _open_store(path: str) -> Any:
-    """A Zarr store or an HDF5 file: arrays by name. Raises: DataError if the package that reads it is not installed."""
+    """Opens a Zarr store or an HDF5 file: arrays by name. Raises: DataError if the reading package is not installed."""
     name = "zarr" if _kind(path) == ".zarr" else "h5py"
     try:
         package = importlib.import_module(name)
@@ -206,7 +206,7 @@ def _open_store(path: str) -> Any:
 
 @contextlib.contextmanager
 def _readable(path: str | pathlib.Path) -> Iterator[None]:
-    """Raises: DataError of one line for everything that reading a file raises, because codecs have errors of their own."""
+    """Turns any error from reading a file into a one-line DataError, because codecs raise their own errors."""
     try:
         yield
     except (DataError, MemoryError):
@@ -218,10 +218,10 @@ def _readable(path: str | pathlib.Path) -> Iterator[None]:
 
 
 class _Rows:
-    """An array [N, ...] in a file, opened at the first read in each process: a copy for another process has the path alone.
+    """An array [N, ...] in a file, opened at the first read in each process; pickling copies only the path.
 
-    name: of the array in an .npz, an HDF5 file or a Zarr store; "" for an .npy.
-    shape, dtype: of the whole array, in the byte order of this machine. Raises: DataError for files that cannot be read.
+    name: the array's name in an .npz, an HDF5 file or a Zarr store; "" for an .npy.
+    shape, dtype: of the whole array, in native byte order. Raises: DataError for files that cannot be read.
     """
 
     def __init__(self, path: str, name: str = ""):
@@ -235,13 +235,13 @@ class _Rows:
 
     @functools.cached_property
     def _opened(self) -> Any:
-        """The array, of which nothing is read yet."""
+        """Opens the array without reading its values."""
         if not self._name:
             return np.lib.format.open_memmap(self._path, mode="r")
         return map_array(self._path, self._name) if _kind(self._path) == ".npz" else _open_store(self._path)[self._name]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """[n, ...] at rows int [n], in any order, also repeated."""
+        """Reads [n, ...] at rows int [n], in any order, with repetitions allowed."""
         with _readable(self._path):
             return np.ascontiguousarray(self._take(rows), self.dtype)
 
@@ -250,7 +250,7 @@ class _Rows:
             return self._opened[rows]
         if _kind(self._path) == ".zarr":
             return self._opened.oindex[rows]
-        unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 reads increasing rows only
+        unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 reads only increasing rows
         values = np.empty((len(unique), *self.shape[1:]), self.dtype)
         starts = np.flatnonzero(np.diff(unique, prepend=-2) != 1)
         for start, end in zip(starts, [*starts[1:], len(unique)], strict=False):  # a list of rows is 5 times slower
@@ -259,9 +259,10 @@ class _Rows:
 
 
 class _FolderRows:
-    """The rows of several .npy files, one after the other; a file is open only while it is read.
+    """The rows of several .npy files, one file after another; a file is open only while it is read.
 
-    lengths: the number of rows of each file. row_shape: of one row; a file may contain one row without the first axis.
+    lengths: the number of rows in each file. row_shape: the shape of one row; a file may contain one row without the first
+    axis.
     """
 
     def __init__(self, paths: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype):
@@ -269,7 +270,7 @@ class _FolderRows:
         self.shape, self.dtype = (int(self._ends[-1]), *row_shape), dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """[n, ...] at rows int [n], in any order, also repeated. Raises: DataError."""
+        """Reads [n, ...] at rows int [n], in any order, with repetitions allowed. Raises: DataError."""
         values = np.empty((len(rows), *self.shape[1:]), self.dtype)
         indices = np.searchsorted(self._ends, rows, "right")
         for i in map(int, np.unique(indices)):
@@ -280,7 +281,7 @@ class _FolderRows:
 
 
 def _read_labels(where: str, array: _Rows | _FolderRows, length: int) -> tuple[np.ndarray, int]:
-    """(labels int32 [N], the largest + 1). Raises: DataError for labels that are not integers from 0 on."""
+    """Returns (labels int32 [N], the largest label + 1). Raises: DataError for labels that are not integers >= 0."""
     if array.dtype.kind not in "iu" or array.shape != (length,):
         raise DataError(f"{where} is {array.dtype} {list(array.shape)}, not integers [{length}], one for each example")
     labels = array.read(np.arange(length))
@@ -292,7 +293,7 @@ def _read_labels(where: str, array: _Rows | _FolderRows, length: int) -> tuple[n
 
 
 def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[_FolderRows, np.ndarray | None, tuple[str, ...]]:
-    """(the examples of the .npy files below a folder, their labels, the names of the classes). Raises: DataError."""
+    """Returns (the examples in the .npy files below a folder, their labels, the class names). Raises: DataError."""
     files = [path for path in find_files(root) if path.suffix.lower() == ".npy"]
     if not files:
         raise DataError(f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}")

@@ -1,7 +1,7 @@
-"""Sources of images: the digits of scikit-learn, a folder of image files, and the cache of decoded images.
+"""Image sources: scikit-learn's digits, a folder of image files, and the cache of decoded images.
 
-The cache is in the user's cache directory, so that a data set is decoded once and not at every launch. A file is named by
-the SHA-256 of the names and contents of the encoded files and of how they are decoded, so a changed source has another name.
+The cache is in the user's cache directory, so that a data set is decoded once and not at every launch. The SHA-256 of the
+encoded files (names and contents) and the decoding settings names a cache file, so a changed source has another name.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from diffusion_jax.storage.downloads import local_path
 __all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "fit"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_VERSION = 2  # increase it if sources decode the same files to other arrays
+_VERSION = 2  # increase if sources decode the same files to other arrays
 
 
 def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.ndarray:
-    """An image as uint8 [H, W, C] of size (H, W): resized to cover it (antialiased, bicubic) and center-cropped."""
-    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip instead of scaling
+    """Converts an image to uint8 [H, W, C]: resized to cover (H, W) (antialiased, bicubic) and center-cropped."""
+    if image.mode.startswith("I"):  # 16-bit gray; PIL would clip instead of scaling
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
@@ -54,7 +54,7 @@ def fit(image: Image.Image, image_size: tuple[int, int], channels: int) -> np.nd
 
 
 class Digits(InMemory, NamedSource):
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 gray levels. Every sixth is held out as "test"."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 gray levels. Every sixth digit is held out as "test"."""
 
     @classmethod
     def from_config(cls, config: Mapping) -> Digits:
@@ -63,7 +63,7 @@ class Digits(InMemory, NamedSource):
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
             raise DataError(f"data.split={split!r}: the digits have 'train' and 'test'")
-        sklearn = importlib.util.find_spec("sklearn")  # not imported, because that would take most of a second
+        sklearn = importlib.util.find_spec("sklearn")  # not imported, because the import takes almost a second
         if sklearn is None or sklearn.origin is None:
             raise DataError("data.dataset='digits' needs scikit-learn: pip install scikit-learn")
         table = np.loadtxt(pathlib.Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
@@ -74,18 +74,18 @@ class Digits(InMemory, NamedSource):
 
 
 class EncodedImages(NamedSource):
-    """A source of images that are decoded when they are read."""
+    """A source of images that are decoded on reading."""
 
     @abc.abstractmethod
     def encoded_files(self) -> list[tuple[str, pathlib.Path]]:
-        """The names and paths of all files that examples are decoded from."""
+        """Lists the names and paths of all files that examples are decoded from."""
 
 
 class Folder(EncodedImages):
-    """All image files below a folder, in order of their paths; if all are in subfolders, each subfolder is a class.
+    """All image files below a folder, in path order; if every image is in a subfolder, each subfolder is a class.
 
     Hidden files and folders are skipped; transparency is dropped, and only the first frame of an animation is read.
-    image_size: None for images of one size, which are not resized.
+    image_size: None for images with equal sizes, which are not resized.
     """
 
     of_files = True
@@ -104,7 +104,7 @@ class Folder(EncodedImages):
 
     @staticmethod
     def _find(directory: str) -> pathlib.Path:
-        """The local path of the folder. Raises: DataError if there is none."""
+        """Returns the local path of the folder. Raises: DataError if there is none."""
         root = local_path(directory)
         if not directory or not root.is_dir():
             raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
@@ -146,11 +146,11 @@ class Folder(EncodedImages):
         return [(file, self._root / file) for file in self._files]
 
     def holdout_keys(self, loaded: Source) -> Iterable[bytes]:
-        """The paths below the folder, so that no image must be read."""
+        """Returns the paths below the folder, so that no image is read."""
         return (name.replace("\\", "/").encode() for name in self._files)
 
     def notes(self) -> list[str]:
-        """Lines about skipped files, and about transparency and frames that `read` dropped (cached images are not read)."""
+        """Returns lines about skipped files, and about transparency and frames dropped by `read` (not for cached images)."""
         notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
         if self._outside:
             are = "is" if len(self._outside) == 1 else "are"
@@ -163,7 +163,7 @@ class Folder(EncodedImages):
         return notes
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Raises: UnreadableFilesError with every image that cannot be read."""
+        """Raises: UnreadableFilesError with all images that cannot be read."""
         images, failures = [], []
         for file in (self._files[i] for i in indices):
             try:
@@ -199,18 +199,18 @@ def decode_once(
     progress: Callable[[Iterable[int], int], Iterable],
     log: Callable[[str], None],
 ) -> InMemory:
-    """The source in memory: memory-mapped from the cache, or decoded and written to it.
+    """Returns the source in memory: memory-mapped from the cache, or decoded and written to the cache.
 
-    settings: what decides the arrays besides the files. A damaged file of the cache, which the checksums of .npz find, is
-    replaced; a cache that cannot be written costs a line of the log.
+    settings: what affects the arrays besides the files. A corrupted cache file, found by the .npz checksums, is replaced; if
+    the cache cannot be written, a line is logged.
     Raises: UnreadableFilesError with all corrupted images; DataError.
     """
     directory = user_cache() / "decoded"
     try:
         path = directory / f"{_source_digest(source, settings)}.npz"
-    except OSError:  # a file that cannot be read, which the source reports better
+    except OSError:  # an unreadable file; the source has a better message
         return InMemory.load(source, progress)
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # it does not exist, or is damaged
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # no cache file, or corrupted
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
             is_whole = archive.testzip() is None
@@ -219,7 +219,7 @@ def decode_once(
     loaded = InMemory.load(source, progress)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as temporary:  # processes may write the same file at once
+        with tempfile.TemporaryDirectory(dir=directory) as temporary:  # several processes may write the same file
             np.savez(f"{temporary}/{path.name}", **loaded.arrays)  # pyright: ignore[reportArgumentType]  # as in `save_npz`
             os.replace(f"{temporary}/{path.name}", path)
     except OSError as error:
@@ -229,7 +229,7 @@ def decode_once(
 
 
 def _source_digest(source: EncodedImages, settings: Mapping[str, object]) -> str:
-    """SHA-256 of the names and contents of the files of a source, and of everything that decides how they are decoded."""
+    """Returns the SHA-256 of a source's files (names and contents) and of everything that affects their decoding."""
 
     def file_digest(path: pathlib.Path) -> str:
         with path.open("rb") as file:

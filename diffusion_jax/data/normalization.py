@@ -1,4 +1,4 @@
-"""Standardization of float data: constants of each channel, and a source whose values are standardized."""
+"""Standardization of float data: constants per channel, and a source with standardized values."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = [
     "to_model_units",
 ]
 
-_MAX_FLOAT32_RATIO = 1000  # of an offset to its scale: float32 then has 14 of its 24 bits left for the scale
-_RANGE_MARGIN = 0.1  # share of the training range that conditions may exceed it by without a note
+_MAX_FLOAT32_RATIO = 1000  # offset / scale; float32 then has 14 of its 24 bits left for the scale
+_RANGE_MARGIN = 0.1  # conditions may exceed the training range by this share without a note
 _BLOCK = 256  # examples that are read at a time while the statistics are computed
 
 Values = TypeVar("Values", jax.Array, np.ndarray)
@@ -34,7 +34,7 @@ Values = TypeVar("Values", jax.Array, np.ndarray)
 class Normalization:
     """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data.
 
-    low, high: the range of the training data, of conditions only; () if it is unknown. It decides no number.
+    low, high: the training range, for conditions only; () if unknown; used only for notes.
     """
 
     offset: tuple[float, ...]
@@ -43,17 +43,17 @@ class Normalization:
     high: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
     def apply(self, data: np.ndarray) -> np.ndarray:
-        """float32 x of data [n, *spatial, C]. Float32 data are computed in float32, all others in float64."""
+        """Converts data [n, *spatial, C] to float32 x. Float32 data are computed in float32, all others in float64."""
         dtype = np.float32 if data.dtype in (np.float16, np.float32) else np.float64
         x = np.subtract(data, np.asarray(self.offset, dtype), dtype=dtype)
         x /= np.asarray(self.scale, dtype)
         return x.astype(np.float32, copy=False)
 
     def invert(self, x: Values) -> Values:
-        """The data, in their units, of x [n, *spatial, C]: float32, or float64 for a float64 x.
+        """Converts x [n, *spatial, C] to the units of the data: float32, or float64 for a float64 x.
 
-        If an offset is more than 1000 times its scale, float32 would round the data too much: the result is then a float64
-        NumPy array, also of a jax array. Traced arrays keep their dtype.
+        If an offset exceeds 1000 times its scale, float32 would round the data too much: the result is then a float64 NumPy
+        array, even for a jax array. Traced arrays keep their dtype.
         """
         large = bool(np.any(np.abs(self.offset) > _MAX_FLOAT32_RATIO * np.abs(self.scale)))
         if isinstance(x, np.ndarray) or (large and not isinstance(x, Tracer)):
@@ -64,7 +64,7 @@ class Normalization:
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
 
     def describe_outside(self, conditions: np.ndarray) -> str:
-        """The first of conditions [N, ..., C] outside [low, high], widened by a tenth, and what to use; "" for none."""
+        """Describes the first of conditions [N, ..., C] outside [low, high], widened by a tenth, with advice; "" for none."""
         if not self.low:
             return ""
         low, high = np.asarray(self.low), np.asarray(self.high)
@@ -82,35 +82,35 @@ class Normalization:
         )
 
     def to_json(self) -> dict[str, list[float]]:
-        """Lists, as data.json stores them."""
+        """Returns the lists that data.json stores."""
         return {name: list(values) for name, values in dataclasses.asdict(self).items() if values}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Sequence[float]]) -> Normalization:
-        """The reverse of `to_json`."""
+        """Inverts `to_json`."""
         limits = (tuple(map(float, stored.get(name, ()))) for name in ("low", "high"))
         return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])), *limits)
 
 
 def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.ndarray:
-    """float32 x of data [n, *spatial, C]; without a normalization the same numbers."""
+    """Converts data [n, *spatial, C] to float32 x; without a normalization the numbers are unchanged."""
     return data.astype(np.float32) if normalization is None else normalization.apply(data)
 
 
 def to_data_units(x: Values, normalization: Normalization | None) -> Values:
-    """The data of x [n, *spatial, C]; without a normalization x itself."""
+    """Converts x [n, *spatial, C] to the units of the data; without a normalization x is unchanged."""
     return x if normalization is None else normalization.invert(x)
 
 
-# The Normalization of each float array of a source, by name: "x" and "condition". Arrays without one are used as they are.
+# The normalization of each float array in a source, by name: "x" and "condition". Other arrays are used unchanged.
 Normalizations = Mapping[str, Normalization]
 
 
 class Normalized(DerivedSource):
-    """A source whose arrays "x" and "condition" are float32 and standardized; the others are those of `source`.
+    """A source with float32, standardized "x" and "condition"; other arrays are unchanged.
 
-    normalizations: of the arrays by name; an array without one is only converted to float32.
-    bounded: names of arrays that must lie in [-1, 1] afterward, because limits were given for them.
+    normalizations: by array name; an array without a normalization is only converted to float32.
+    bounded: names of arrays that must lie in [-1, 1] after normalization, because limits were given.
     """
 
     def __init__(self, source: Source, normalizations: Normalizations, bounded: Iterable[str] = ()):
@@ -133,7 +133,7 @@ class Normalized(DerivedSource):
 
 
 def _check_finite(name: str, values: np.ndarray, indices: Sequence[int] | np.ndarray) -> None:
-    """Raises: DataError for the first of n examples whose values are not all finite."""
+    """Raises DataError for the first of n examples with values that are not finite."""
     bad = np.argwhere(~np.isfinite(values))
     if bad.size:
         what = "" if name == "x" else f" in its {name}"
@@ -145,14 +145,14 @@ def find_normalizations(
     source: Source,
     progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
 ) -> Normalizations:
-    """The normalizations that `config.data` describes, of a source of the training split.
+    """Computes the normalizations that `config.data` describes, from the source of the training split.
 
-    `data.normalization` concerns float data: auto standardizes by the mean and the standard deviation of each channel, which
-    are computed in one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. Conditions are
-    standardized, too, unless it is none.
+    `data.normalization` applies to float data: auto standardizes each channel by its mean and standard deviation, computed in
+    one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. Conditions are also standardized,
+    unless the setting is none.
 
     progress: as for `data.InMemory.load`, called only if there is a pass.
-    Raises: DataError for a setting that does not fit the data, values that are not finite, or a channel that is constant.
+    Raises: DataError for a setting that does not fit the data, values that are not finite, or a constant channel.
     """
     mode, first = config["normalization"], source.read([0])
     if mode != "auto" and "x" not in first:
@@ -172,7 +172,7 @@ def find_normalizations(
 
 
 def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Totals]:
-    """Mean, standard deviation and range of each channel of the arrays."""
+    """Computes mean, standard deviation and range of each channel in the arrays."""
     totals: dict[str, _Totals] = {}
 
     def add(indices):
@@ -193,7 +193,7 @@ def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Total
 class _Totals:
     """Running mean and sum of squared deviations (Chan et al. 1979), which loses no digits when the mean is large.
 
-    low, high: the range of the values. dtype: of the values before their conversion to float64.
+    low, high: the range of the values. dtype: the dtype before conversion to float64.
     """
 
     def __init__(self, dtype: np.dtype):

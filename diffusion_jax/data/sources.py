@@ -1,8 +1,8 @@
-"""Sources of examples: their protocol, arrays in memory, sources made from another one, checks, splits and batches.
+"""Sources of examples: protocol, arrays in memory, derived sources, checks, splits and batches.
 
-Batches are a function of (seed, step), so that a run resumes from the number of its last step. The examples form one endless
-sequence: every epoch is a new permutation, the epochs follow one another without a gap, and step s reads positions
-s B ... (s + 1) B - 1. A batch may span two epochs; no example is omitted.
+Batches are a function of (seed, step), so that a run resumes from its last step number. The examples form an endless sequence
+of epochs without gaps. Each epoch is a new permutation, and step s reads positions s B ... (s + 1) B - 1. A batch may span
+two epochs; no example is omitted.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _ARRAYS = ("x", "image", "label", "condition")
 class Source(Protocol):
     """Examples with labels or conditions, read by index from any process.
 
-    A source is picklable, because worker processes read from copies of it; files are opened when they are read. Any object
-    with these members is a source and can be passed to `data.Batches` or `data.InMemory.load`:
+    A source is picklable, because worker processes read from copies; files are opened on reading. Any object with these
+    members is a source and can be passed to `data.Batches` or `data.InMemory.load`:
 
         class Stripes:
             num_classes, class_names = 2, ("horizontal", "vertical")
@@ -75,11 +75,10 @@ class Source(Protocol):
                 images[labels == 1, :, ::2] = 255
                 return {"image": images, "label": labels}
 
-    `runs.train.run` takes one as `source`. To name one on a command line, write a function of `config.data` that returns it,
-    in a module that Python can import: `--config.data.dataset=module:function`.
+    Pass it to `runs.train.run` as `source`. To use it on a command line, write a function `config.data` -> source in an
+    importable module: `--config.data.dataset=module:function`.
 
-    Two attributes are optional: num_classes, 0 if it is missing, for no labels; class_names, () if it is missing, for unknown
-    names.
+    Two attributes are optional: num_classes, by default 0 (no labels), and class_names, by default () (unknown names).
     """
 
     def __len__(self) -> int:
@@ -87,33 +86,33 @@ class Source(Protocol):
         ...
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of n examples, at these indices, by name. Raises: DataError.
+        """Returns the arrays of n examples, at these indices, by name. Raises: DataError.
 
         Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in the units of the data, which
-        `data.Normalized` standardizes. There are 0 to 3 spatial axes: none for vectors, one for series, two for images, three
-        for volumes. "label", int32 [n], is optional, and so is "condition", real numbers [n, D] or [n, *spatial, K].
+        `data.Normalized` standardizes. There are 0 to 3 spatial axes: 0 for vectors, 1 for series, 2 for images, 3 for
+        volumes. Optional: "label", int32 [n], and "condition", real numbers [n, D] or [n, *spatial, K].
         """
         ...
 
 
 def read_classes(source: Source) -> tuple[int, tuple[str, ...]]:
-    """The optional attributes of a source: (the number of classes, their names)."""
+    """Returns a source's optional attributes: (the number of classes, their names)."""
     return getattr(source, "num_classes", 0), tuple(getattr(source, "class_names", ()))
 
 
 def examples_of(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The examples of a batch, without labels and conditions."""
+    """Returns the examples in a batch, without labels and conditions."""
     return batch["image"] if "image" in batch else batch["x"]
 
 
 def find_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """The files below a folder, relative to it and in order of their paths, without hidden ones."""
+    """Lists the files below a folder, relative to the folder, in path order and without hidden files."""
     found = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
     return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """(the names of the subfolders, the label of each file int32 [N]); ((), None) if a file is in none of them."""
+    """Returns (the subfolder names, each file's label int32 [N]); ((), None) if a file is outside all subfolders."""
     if any(len(path.parts) == 1 for path in files):
         return (), None
     names, labels = np.unique([path.parts[0] for path in files], return_inverse=True)
@@ -121,15 +120,15 @@ def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np
 
 
 def read_in_order(source: Source, size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples of a source, `size` at a time."""
+    """Yields all examples of a source, `size` at a time."""
     for start in range(0, len(source), size):
         yield source.read(np.arange(start, min(start + size, len(source))))
 
 
 class NamedSource(Source):
-    """A source that `data.dataset` names: a class of `data.SOURCES`, or a data set of TFDS.
+    """A source that `data.dataset` names: a class in `data.SOURCES`, or a TFDS data set.
 
-    of_files: whether the examples are files at `data.data_dir`, which `data.holdout` may divide.
+    of_files: whether the examples are files at `data.data_dir`, which `data.holdout` may split.
     """
 
     num_classes: int = 0
@@ -139,11 +138,11 @@ class NamedSource(Source):
     @classmethod
     @abc.abstractmethod
     def from_config(cls, config: Mapping) -> Source:
-        """The source of a complete `config.data`. Raises: DataError."""
+        """Makes the source for a complete `config.data`. Raises: DataError."""
 
     @classmethod
     def check_location(cls, config: Mapping) -> None:
-        """Raises: DataError if the data do not exist. Reads none of them, and nothing in a bucket."""
+        """Raises DataError if the data do not exist. Reads no data, and nothing in a bucket."""
         return
 
     @classmethod
@@ -152,11 +151,11 @@ class NamedSource(Source):
         return True
 
     def notes(self) -> list[str]:
-        """Lines about what is not read."""
+        """Returns lines about data that are not read."""
         return []
 
     def holdout_keys(self, loaded: Source) -> Iterable[bytes]:
-        """Of each example, the bytes whose hash decides whether it is held out: its values, without label and condition.
+        """Yields each example's key for `are_held_out`: the bytes of the values, without label and condition.
 
         loaded: the source itself or its copy in memory.
         """
@@ -174,7 +173,7 @@ class InMemory:
     def load(
         cls, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes
     ) -> InMemory:
-        """All examples of a source.
+        """Reads all examples of a source.
 
         progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
         Raises: UnreadableFilesError with all corrupted images.
@@ -211,7 +210,7 @@ class InMemory:
 
 
 class DerivedSource:
-    """A source that is made from another one and has its classes."""
+    """A source derived from another source, with the same classes."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -225,14 +224,14 @@ class DerivedSource:
 
 
 def is_in_memory(source: Source) -> bool:
-    """Whether a source, or the one that it is made from, is in memory, so that its batches need no other processes."""
+    """Whether a source, or the source that it is derived from, is in memory, so that batches need no worker processes."""
     while isinstance(source, DerivedSource):
         source = source.source
     return isinstance(source, InMemory)
 
 
 class SelectedExamples(DerivedSource):
-    """The examples of a source at some indices [N]."""
+    """The examples at some indices [N] of a source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         super().__init__(source)
@@ -249,7 +248,7 @@ class SelectedExamples(DerivedSource):
 
 
 def example_shape(config: Mapping) -> tuple[int, ...]:
-    """(*spatial, C) of `config.data`, whose `image_size` is the size of each spatial axis, or one number for two axes."""
+    """Returns (*spatial, C) of `config.data`; `image_size` is the size of each spatial axis, or one number for two axes."""
     size = config["image_size"]
     return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
 
@@ -261,7 +260,7 @@ def is_of_images(config: Mapping) -> bool:
 
 
 def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
-    """((height, width), channels) of a data set of image files. Raises: DataError for settings that describe other data."""
+    """Returns ((height, width), channels) for image files. Raises: DataError for settings that describe other data."""
     shape, name = example_shape(config), config["dataset"]
     other = "other arrays are data.dataset=arrays or module:function"
     if len(shape) != 3 or shape[-1] not in (1, 3):
@@ -275,7 +274,7 @@ def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
 
 
 def check_levels(images: np.ndarray, levels: int) -> None:
-    """Raises: DataError for uint8 images with other values than `levels` even gray levels, which a likelihood assumes."""
+    """Raises DataError for uint8 images with values other than `levels` even gray levels, as a likelihood needs them."""
     grid = np.arange(256) * ((levels - 1) / 255)
     is_between = np.abs(grid - np.round(grid)) * (255 / (levels - 1)) > 0.5  # gray levels may be rounded to integers
     wrong = images[is_between[images]]
@@ -287,7 +286,7 @@ def check_levels(images: np.ndarray, levels: int) -> None:
 
 
 def check_random_flip(config: Mapping, name: str = "image") -> None:
-    """Raises: DataError if `data.random_flip` is True for data other than images. name: "x" for data that are not uint8."""
+    """Raises DataError if `data.random_flip` is True for data that are not images. name: "x" for data that are not uint8."""
     if config["random_flip"] and (name == "x" or config["levels"] is None or len(example_shape(config)) != 3):
         raise DataError(
             "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
@@ -295,7 +294,7 @@ def check_random_flip(config: Mapping, name: str = "image") -> None:
 
 
 def check_examples(config: Mapping, source: Source) -> None:
-    """Raises: DataError if a source has no examples, or its first ones have another shape or kind than `config.data`."""
+    """Raises DataError if a source has no examples, or if the shape or kind of its first examples contradicts the config."""
     if not len(source):
         raise DataError(f"data.dataset={config['dataset']!r} has no examples")
     batch: Any = source.read(np.arange(min(_NUM_CHECKED, len(source))))
@@ -330,7 +329,7 @@ def check_examples(config: Mapping, source: Source) -> None:
 
 
 def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
-    """Raises: DataError for a type that the name does not allow, or that contradicts `data.levels`."""
+    """Raises DataError for a dtype that the name does not allow, or that contradicts `data.levels`."""
     levels, is_real = config["levels"], dtype.kind in "iuf" or dtype.name == "bfloat16"
     if name == "image" and dtype != np.uint8:
         raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
@@ -344,11 +343,11 @@ def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
 
 
 class CheckedSource(DerivedSource, NamedSource):
-    """A user's source, of which every batch must have the arrays of the first example, in their shapes and types."""
+    """A user's source, in which every batch must have the arrays of the first example, with their shapes and types."""
 
     @classmethod
     def from_config(cls, config: Mapping) -> Source:
-        """The source that a function "module:function" returns for `config.data`."""
+        """Returns the source that "module:function" returns for `config.data`."""
         name, where = config["dataset"], f"data.dataset={config['dataset']!r}"
         try:
             function = import_function(name)
@@ -368,7 +367,7 @@ class CheckedSource(DerivedSource, NamedSource):
 
     @classmethod
     def wrap(cls, config: Mapping, source: Source) -> Source:
-        """A source from outside this package, checked now and whenever it is read. Raises: DataError."""
+        """Wraps a user's source, checked now and at every read. Raises: DataError."""
         check_examples(config, source)
         return source if isinstance(source, NamedSource) else cls(source)
 
@@ -405,18 +404,18 @@ class CheckedSource(DerivedSource, NamedSource):
 
 
 def are_held_out(keys: Iterable[bytes], share: float) -> np.ndarray:
-    """bool [N]: whether each example belongs to the share, by the SHA-256 of its key alone.
+    """Returns bool [N]: whether the SHA-256 of each example's key falls into the held-out share.
 
-    So an example keeps its side if others are added, removed or reordered, and examples with equal keys are on one side.
+    An example's split does not change when other examples come, go or move; examples with equal keys share a split.
     """
     hashes = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
     return np.array([value < share * 2**64 for value in hashes], bool)
 
 
 def select_split(source: NamedSource, loaded: Source, share: float, split: str) -> SelectedExamples:
-    """The examples of a split that `data.holdout` makes: the held-out share for "test", and the others for "train".
+    """Selects the examples of a split made by `data.holdout`: the held-out share for "test", and the others for "train".
 
-    source: before it was loaded. loaded: `source` itself or its copy in memory. Raises: DataError if a side has no example.
+    source: before loading. loaded: `source` itself or its copy in memory. Raises: DataError if a split has no example.
     """
     held_out = are_held_out(source.holdout_keys(loaded), share)
     if held_out.all() or not held_out.any():
@@ -436,7 +435,7 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def example_indices(seed: int, num_examples: int, positions) -> np.ndarray:
-    """The index int64 [...] of the example at each position int [...] of the endless sequence."""
+    """Returns the index int64 [...] of the example at each position int [...] in the endless sequence."""
     positions = np.asarray(positions, np.int64)
     indices = np.empty_like(positions)
     epochs = positions // num_examples
@@ -447,10 +446,9 @@ def example_indices(seed: int, num_examples: int, positions) -> np.ndarray:
 
 
 class Batches:
-    """Batches by step: `batches[step]` is what the source reads: {"image": uint8 [rows, H, W, C], ...}.
+    """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
 
-    batch_size: of all processes together. rows: a slice or indices, the rows of each batch that this process reads, by
-    default all.
+    batch_size: over all processes. rows: a slice or indices, the rows of each batch that this process reads, by default all.
     """
 
     def __init__(
@@ -463,13 +461,13 @@ class Batches:
         return self._num_steps
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The batch of a step."""
+        """Returns the batch at a step."""
         indices = example_indices(self._seed, len(self._source), index * self._batch_size + self._rows)
         return self._source.read(indices)
 
 
 def _ignore_ctrl_c(index: int, count: int) -> None:
-    """Ignores SIGINT in workers, because a terminal sends it to them too, and the main process still reads their batches."""
+    """Ignores SIGINT in workers: a terminal sends it to workers too, but the main process still reads their batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -478,10 +476,10 @@ def stream(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterates over the batches from step `start`, prefetched by Grain.
 
-    workers: processes that decode, whole batches each; 0 for a thread of this process, which suits data in memory.
-    prefetch: the number of batches that are read ahead (by each worker).
+    workers: processes that decode, each a whole batch at a time; 0 for a thread in this process, which suits data in memory.
+    prefetch: the number of batches that each worker (or the thread) reads ahead.
     """
-    import grain  # it and absl's flags are imported here because refusals of other data do not need them
+    import grain  # grain and absl's flags are slow to import; other data do not need them
     from absl import flags
 
     dataset = grain.MapDataset.source(batches)[start:]

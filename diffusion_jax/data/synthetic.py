@@ -1,4 +1,4 @@
-"""Data sets whose distributions are known exactly, to compare samples and likelihoods with.
+"""Data sets with exactly known distributions, to compare samples and likelihoods with.
 
 | `data.dataset` | spatial axes, channels | distribution |
 |---|---|---|
@@ -8,13 +8,13 @@
 | `diffusion_jax.data.synthetic:moons` | 0, 2 | `MOONS`: two half circles with noise |
 | `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
 
-Each has a split "train" and a split "test", with independent draws. A distribution has its exact covariance, spectrum,
-density or conditional mean, its entropy, and `sample`.
+Each has a split "train" and a split "test", drawn independently. A distribution has its exact covariance, spectrum, density
+or conditional mean, its entropy, and `sample`.
 
     --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2
 
-Arrays of a distribution are float64 NumPy. A distribution is a frozen dataclass; `dataclasses.replace` makes another one of
-the same kind. Densities and entropies are in nats, entropies per dimension. Spectra have the convention of
+Distributions return float64 NumPy arrays. A distribution is a frozen dataclass; `dataclasses.replace` makes another
+distribution of the same kind. Densities and entropies are in nats, entropies per dimension. Spectra follow
 `evaluation.power_spectrum`: with F_c(k) = sum_r (x_c(r) - mean_c) exp(-2 pi i k.r) and N positions they are
 E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
 """
@@ -56,7 +56,7 @@ _NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
 
 @dataclasses.dataclass(frozen=True)
 class SeriesDistribution:
-    """A stationary Gaussian series of C channels: a damped oscillation that reaches them with delays, and rough noise.
+    """A stationary Gaussian series with C channels: a damped oscillation that reaches channels with delays, and rough noise.
 
     x_c(s) = mean_c + scale_c (a_c u(s - delay_c) + sqrt(1 - a_c^2) v_c(s)), a_c = oscillating_c, with
     E u(s + h) u(s) = exp(-|h| / damping) cos(2 pi frequency h), and rough parts v (Matern processes of smoothness 1/2) with
@@ -88,27 +88,27 @@ class SeriesDistribution:
         )
 
     def covariance(self, length: int) -> np.ndarray:
-        """The covariance [L, C, L, C] of a whole series."""
+        """Returns the covariance [L, C, L, C] of a whole series."""
         positions = np.arange(length)
         lags = np.subtract.outer(positions, positions)
         table = self.cross_covariance(np.arange(1 - length, length))
         return table[lags + length - 1].transpose(0, 2, 1, 3)
 
     def spectrum(self, length: int) -> np.ndarray:
-        """The expected periodogram of a series of L positions: complex [L, C, C]."""
+        """Returns the expected periodogram for L positions: complex [L, C, C]."""
         lags = np.arange(1 - length, length)
         covariance = self.cross_covariance(lags)
         waves = np.exp(-2j * np.pi * np.outer(np.fft.fftfreq(length), lags)) * (1 - np.abs(lags) / length)
         return np.einsum("kh,hcd->kcd", waves, covariance)
 
     def entropy(self, length: int) -> float:
-        """The differential entropy of a series of L positions, in nats per dimension."""
+        """Returns the differential entropy for L positions, in nats per dimension."""
         size = length * len(self.means)
         _, log_determinant = np.linalg.slogdet(self.covariance(length).reshape(size, size))
         return _HALF_LOG_2_PI_E + 0.5 * float(log_determinant) / size
 
     def sample(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-        """`count` independent series [count, L, C]."""
+        """Draws `count` independent series [count, L, C]."""
         size = length * len(self.means)
         factor = np.linalg.cholesky(self.covariance(length).reshape(size, size))
         series = rng.standard_normal((count, size)) @ factor.T
@@ -117,7 +117,7 @@ class SeriesDistribution:
 
 @dataclasses.dataclass(frozen=True)
 class FieldDistribution:
-    """A stationary Gaussian field of C channels on a torus of any size, with as many spatial axes as `lengths` has columns.
+    """A stationary Gaussian field with C channels on a torus of any size; `lengths` has a column for each spatial axis.
 
     x_c(r) = mean_c + scale_c (sum_j mixing_cj u_j(r - shift_c) + sqrt(noise) w_c(r)), with white noise w of variance 1 and
     independent fields u_j of variance 1, whose spectrum is proportional to (1 + sum_a (2 pi k_a lengths_ja)^2)^-exponent_j at
@@ -133,7 +133,7 @@ class FieldDistribution:
     noise: float
 
     def _transfer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """From the white noises of the fields u to the channels, without the scales: complex [*K, C, J]."""
+        """The transfer from the fields' white noises u to the channels, without the scales: complex [*K, C, J]."""
         if len(shape) != len(self.lengths[0]):
             raise ValueError(f"shape={shape} must have {len(self.lengths[0])} spatial axes, as this distribution")
         frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"), axis=-1)
@@ -144,7 +144,7 @@ class FieldDistribution:
         return phases[..., :, None] * np.array(self.mixing) * np.sqrt(power)[..., None, :]
 
     def spectrum(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The spectra of all pairs of channels on a grid of this shape: complex [*K, C, C]."""
+        """Returns the spectra of all channel pairs on a grid with this shape: complex [*K, C, C]."""
         transfer = self._transfer(shape)
         standardized = transfer @ transfer.conj().swapaxes(-1, -2) + self.noise * np.eye(len(self.means))
         return standardized * np.outer(self.scales, self.scales)
@@ -154,12 +154,12 @@ class FieldDistribution:
         return np.fft.ifftn(self.spectrum(shape), axes=tuple(range(len(shape)))).real
 
     def entropy(self, shape: tuple[int, ...]) -> float:
-        """The differential entropy of a field of this shape, in nats per dimension."""
+        """Returns the differential entropy of a field with this shape, in nats per dimension."""
         _, log_determinants = np.linalg.slogdet(self.spectrum(shape))
         return _HALF_LOG_2_PI_E + 0.5 * float(log_determinants.mean()) / len(self.means)
 
     def sample(self, rng: np.random.Generator, count: int, shape: tuple[int, ...]) -> np.ndarray:
-        """`count` independent fields [count, *shape, C]."""
+        """Draws `count` independent fields [count, *shape, C]."""
         axes = tuple(range(1, len(shape) + 1))
         transfer = self._transfer(shape)
         transform = np.fft.fftn(rng.standard_normal((count, *shape, len(self.exponents))), axes=axes)
@@ -179,35 +179,35 @@ class MoonsDistribution:
     noise: float = 0.1
 
     def _centers(self, angles: np.ndarray) -> np.ndarray:
-        """Points of both half circles [2, K, 2]."""
+        """Returns points on both half circles [2, K, 2]."""
         x, y = np.cos(angles), np.sin(angles)
         return np.stack([np.stack([x, y], axis=-1), np.stack([1 - x, 0.5 - y], axis=-1)])
 
     def log_density(self, x: np.ndarray) -> np.ndarray:
-        """log p(x) of vectors [n, 2]; the integral over the angle by 200 nodes of Gauss and Legendre."""
+        """Returns log p(x) for vectors [n, 2]; Gauss-Legendre quadrature with 200 nodes integrates over the angle."""
         nodes, weights = np.polynomial.legendre.leggauss(200)
         centers = self._centers((nodes + 1) * (np.pi / 2)).reshape(-1, 2)
         constant = np.log(np.tile(weights, 2) / 4) - _LOG_2_PI - 2 * math.log(self.noise)
-        blocks = np.array_split(x, len(x) // _BLOCK + 1)  # the whole array of distances takes memory
+        blocks = np.array_split(x, len(x) // _BLOCK + 1)  # the full distance array would take much memory
         squares = (np.square(block[:, None] - centers).sum(axis=-1) for block in blocks)
         return np.concatenate([np.logaddexp.reduce(constant - s / (2 * self.noise**2), axis=-1) for s in squares])
 
     def entropy(self) -> float:
-        """The differential entropy in nats per dimension: -p log p on a grid, whose error is far below 1e-6."""
+        """Returns the differential entropy in nats per dimension: -p log p on a grid, with an error far below 1e-6."""
         step, margin = self.noise / 4, 9 * self.noise
         axes = [np.arange(low - margin, high + margin, step) for low, high in ((-1, 2), (-0.5, 1))]
         log_density = self.log_density(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2))
         return float(-(np.exp(log_density) * log_density).sum()) * step**2 / 2
 
     def sample(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` independent vectors [count, 2]."""
+        """Draws `count` independent vectors [count, 2]."""
         moon, angles = rng.integers(2, size=count), rng.uniform(0, np.pi, count)
         return self._centers(angles)[moon, np.arange(count)] + self.noise * rng.standard_normal((count, 2))
 
 
 @dataclasses.dataclass(frozen=True)
 class ConditionalDistribution:
-    """Vectors x [n, 2] around a spiral, at the place that a condition c [n, 1] gives.
+    """Vectors x [n, 2] around a spiral, at a place determined by a condition c [n, 1].
 
     c is uniform in [low, high]. Given c, x is Gaussian with the mean c (cos 2c, sin 2c), the standard deviation
     `noise` + `noise_slope` c in both dimensions, and the correlation `correlation` between them.
@@ -220,11 +220,11 @@ class ConditionalDistribution:
     correlation: float = 0.6
 
     def mean(self, condition: np.ndarray) -> np.ndarray:
-        """E(x | c) at conditions [n, 1]; [n, 2]."""
+        """Returns E(x | c) for conditions [n, 1]; [n, 2]."""
         return condition * np.concatenate([np.cos(2 * condition), np.sin(2 * condition)], axis=-1)
 
     def standard_deviation(self, condition: np.ndarray) -> np.ndarray:
-        """The standard deviation of x given c in each dimension, at conditions [n, 1]; [n, 2]."""
+        """Returns the standard deviation of x given c in each dimension, for conditions [n, 1]; [n, 2]."""
         return np.repeat(self.noise + self.noise_slope * condition, 2, axis=-1)
 
     def _factor(self) -> np.ndarray:
@@ -232,18 +232,18 @@ class ConditionalDistribution:
         return np.linalg.cholesky(np.array([[1.0, self.correlation], [self.correlation, 1.0]]))
 
     def entropy(self) -> float:
-        """The differential entropy of x given c, averaged over c, in nats per dimension; closed form."""
+        """Returns the differential entropy of x given c, averaged over c, in nats per dimension; closed form."""
         narrow, wide = (self.noise + self.noise_slope * c for c in (self.low, self.high))
         # The mean of log s over s uniform in [narrow, wide].
         mean_log = (wide * math.log(wide) - narrow * math.log(narrow)) / (wide - narrow) - 1
         return 0.5 * (_LOG_2_PI + 1) + mean_log + 0.25 * math.log(1 - self.correlation**2)
 
     def sample_conditions(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` independent conditions [count, 1]."""
+        """Draws `count` independent conditions [count, 1]."""
         return rng.uniform(self.low, self.high, (count, 1))
 
     def sample(self, rng: np.random.Generator, condition: np.ndarray) -> np.ndarray:
-        """One vector for each of the conditions [n, 1]; [n, 2]."""
+        """Draws one vector for each of the conditions [n, 1]; [n, 2]."""
         noise = rng.standard_normal((len(condition), 2)) @ self._factor().T
         return self.mean(condition) + self.standard_deviation(condition) * noise
 
@@ -277,7 +277,7 @@ MOONS, CONDITIONAL = MoonsDistribution(), ConditionalDistribution()
 
 
 def series(config: Mapping[str, Any]) -> InMemory:
-    """20,000 series for training and 4,000 for test, of the distribution `SERIES`: 2 channels, any length."""
+    """20,000 series for training and 4,000 for test, drawn from `SERIES`: 2 channels, any length."""
     size = config["image_size"]
     if not isinstance(size, tuple | list) or len(size) != 1:
         raise DataError(f"data.image_size={size!r}: a series has one spatial axis; use a tuple of 1, like (64,)")
@@ -285,22 +285,22 @@ def series(config: Mapping[str, Any]) -> InMemory:
 
 
 def field(config: Mapping[str, Any]) -> InMemory:
-    """20,000 periodic fields for training and 4,000 for test, of the distribution `FIELD`: 5 channels, any two sizes."""
+    """20,000 periodic fields for training and 4,000 for test, drawn from `FIELD`: 5 channels, any two sizes."""
     return _periodic(config, "field", FIELD)
 
 
 def volume(config: Mapping[str, Any]) -> InMemory:
-    """20,000 periodic volumes for training and 4,000 for test, of the distribution `VOLUME`: 1 channel, any three sizes."""
+    """20,000 periodic volumes for training and 4,000 for test, drawn from `VOLUME`: 1 channel, any three sizes."""
     return _periodic(config, "volume", VOLUME)
 
 
 def moons(config: Mapping[str, Any]) -> InMemory:
-    """20,000 vectors for training and 4,000 for test, of the distribution `MOONS`: 2 channels."""
+    """20,000 vectors for training and 4,000 for test, drawn from `MOONS`: 2 channels."""
     return _examples(x=MOONS.sample(*_draws(config, "moons")))
 
 
 def conditional(config: Mapping[str, Any]) -> InMemory:
-    """20,000 vectors with conditions for training and 4,000 for test, of the distribution `CONDITIONAL`: 2 channels."""
+    """20,000 vectors with conditions for training and 4,000 for test, drawn from `CONDITIONAL`: 2 channels."""
     rng, count = _draws(config, "conditional")
     condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
     return _examples(x=CONDITIONAL.sample(rng, condition.astype(np.float64)), condition=condition)
@@ -316,7 +316,7 @@ def _periodic(config: Mapping[str, Any], name: str, distribution: FieldDistribut
 
 
 def _draws(config: Mapping[str, Any], name: str) -> tuple[np.random.Generator, int]:
-    """(the generator of a split's draws, the number of examples). Raises: DataError for an unknown split."""
+    """Returns (the random generator for a split, the number of examples). Raises: DataError for an unknown split."""
     split = config["split"]
     if split not in _NUM_EXAMPLES:
         raise DataError(f"data.split={split!r}: the data set {name!r} has 'train' and 'test'")

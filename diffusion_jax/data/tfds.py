@@ -1,4 +1,4 @@
-"""Data sets of TFDS: prepared ones in array_record or tfrecord format as a source, missing ones downloaded first."""
+"""TFDS data sets in array_record or tfrecord format, as sources; missing data sets are downloaded first."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from diffusion_jax.storage.objects import is_url
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
-_ANSWER_SECONDS = 10.0  # for name resolution, connection and answer of a server
-_RECORD_HEADER = struct.Struct("<Q4x")  # of a TFRecord: the length of its data, and a checksum
-_CHECKSUM_BYTES = 4  # of the data, which follow it
+_ANSWER_SECONDS = 10.0  # for name resolution, connection and a server's answer
+_RECORD_HEADER = struct.Struct("<Q4x")  # a TFRecord's header: data length and checksum
+_CHECKSUM_BYTES = 4  # after the data
 
 
 def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = False) -> Any:
-    """TFDS's builder of a data set.
+    """Returns TFDS's builder for a data set.
 
-    Raises: DataError for an unknown name, without TFDS, or if the data set must be in the directory and is not.
+    Raises: DataError for an unknown name, without TFDS, or if the data set must be prepared and is not in the directory.
     """
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise DataError(
@@ -59,12 +59,12 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
 
 
 def local_data_dir(name: str, data_dir: str | None) -> str | None:
-    """The directory of TFDS; of one in a bucket, a copy of the part that belongs to a data set."""
+    """Returns the directory of TFDS; for a bucket, a local copy of the data set's files."""
     return str(local_path(data_dir, below=f"{name.split('/')[0].split(':')[0]}/")) if data_dir else None
 
 
 def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
-    """((H, W), channels) of a TFDS data set's images, (None, channels) if they differ in size. Raises: DataError."""
+    """Returns ((H, W), channels) of a TFDS data set's images, (None, channels) if sizes differ. Raises: DataError."""
     features = make_builder(name, local_data_dir(name, data_dir)).info.features
     _check_has_images(name, features)
     height, width, channels = features["image"].shape
@@ -77,7 +77,7 @@ def _check_has_images(name: str, features: Iterable[str]) -> None:
 
 
 def _preparation_command(name: str, data_dir: str | None) -> str:
-    """The shell command that prepares a data set."""
+    """Returns the shell command that prepares a data set."""
     return (
         'python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
@@ -85,7 +85,7 @@ def _preparation_command(name: str, data_dir: str | None) -> str:
 
 
 def prepare(name: str, data_dir: str | None) -> None:
-    """Downloads and prepares a data set that is missing, with TFDS's progress, or waits for the process that does so.
+    """Downloads and prepares a missing data set with TFDS's progress, or waits for another process that prepares it.
 
     Raises: DataError with the reason in one line.
     """
@@ -111,10 +111,10 @@ def prepare(name: str, data_dir: str | None) -> None:
         )
     print(f"The data set {name!r} is not in {root}: it is downloaded and prepared, once for all processes.", flush=True)
     try:
-        import tensorflow as tf  # which builders use
+        import tensorflow as tf  # builders use TensorFlow
         from filelock import FileLock
 
-        tf.config.set_visible_devices([], "GPU")  # it would reserve the memory of the accelerator
+        tf.config.set_visible_devices([], "GPU")  # TensorFlow would reserve the GPU's memory
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".prepare.lock", fallback_to_soft=False):
             builder = make_builder(name, data_dir)
@@ -129,7 +129,7 @@ def prepare(name: str, data_dir: str | None) -> None:
 
 
 def _unanswered_host(builder: Any) -> str:
-    """Which server of a data set does not answer, and why; "" if the first one does. TFDS would try for minutes."""
+    """Names a data set's server that does not answer, and why; "" if the first answers. TFDS would try for minutes."""
     import requests
 
     url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
@@ -202,7 +202,7 @@ class Tfds(EncodedImages):
 
     @functools.cached_property
     def _read_records(self) -> Callable[[list[int]], Sequence[dict]]:
-        """Reads examples, whose images stay encoded; each process opens the files itself."""
+        """Returns a function that reads examples with encoded images; each process opens the files itself."""
         import tensorflow_datasets as tfds
 
         builder, encoded = make_builder(self._name, self._data_dir), {"image": tfds.decode.SkipDecoding()}
@@ -225,10 +225,10 @@ class Tfds(EncodedImages):
 
 
 class _TfRecords:
-    """The records of TFDS's file instructions, in order: `records[i]` is bytes. Picklable.
+    """The records in TFDS's file instructions, in order: `records[i]` is bytes. Picklable.
 
-    The offsets of all records are computed once from the lengths of the records before them. Raises: DataError for files that
-    are missing or do not contain the expected records. The checksums of the data are not verified.
+    The offsets of all records are computed once from the record lengths. Raises: DataError for files that are missing or do
+    not contain the expected records. The checksums of the data are not verified.
     """
 
     def __init__(self, instructions: Sequence):
@@ -246,7 +246,7 @@ class _TfRecords:
 
 
 def _find_records(instruction) -> np.ndarray:
-    """int64 [n, 2]: offset and length of the data of each record that an instruction of TFDS reads from its file."""
+    """Returns int64 [n, 2]: data offset and length for each record that a TFDS instruction reads from its file."""
     spans, position = [], 0
     try:
         with open(instruction.filename, "rb") as file:

@@ -1,9 +1,9 @@
-"""Metrics of samples against a reference: pure functions of arrays, and `METRICS`, those that have a name in a config.
+"""Metrics that compare samples with a reference: pure functions of arrays, and `METRICS`, which maps config names to them.
 
-`of_features` compares features [N, D] of two sets, and `of_arrays` the examples themselves, float arrays [n, *spatial, C].
+`of_features` compares features [N, D] of two sets, and `of_arrays` compares the examples, float arrays [n, *spatial, C].
 
-A metric is a function (reference, samples, options) -> `Result`, and one line of `METRICS`. The setting `evaluation.metrics`,
-`--metrics` of the command, records, pictures and reports follow this table.
+A metric is a function (reference, samples, options) -> `Result` and one line in `METRICS`. The setting `evaluation.metrics`,
+the command's `--metrics`, records, pictures and reports follow this table.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = [
     "reported_name",
 ]
 
-MAX_EXAMPLES = 50_000  # of a set of arrays, as the metrics of images have it
+MAX_EXAMPLES = 50_000  # in a set of arrays, as in the image metrics
 _KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
 _IS_SPLIT_SIZE = 5000
 _MANIFOLD_K, _DENSITY_K = 3, 5
-_GROUPS = 20  # of the jackknives
-_ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # examples of a set; products of two numbers in all distances
+_GROUPS = 20  # for the jackknives
+_ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # examples per set; products in all distances
 _NEIGHBORS, _NEIGHBOR_PRODUCTS, _NEIGHBOR_BYTES = 5, 1e13, 2**31
 _MAX_COVARIANCE_CHANNELS = 512
 _BINS, _PROJECTIONS, _SLICED_EXAMPLES = 50, 256, 20_000
@@ -49,10 +49,10 @@ _Examples = np.ndarray | LazyExamples
 
 
 class Options(NamedTuple):
-    """What metrics of examples depend on besides the two sets.
+    """Options for array metrics, besides the two sets.
 
-    seed: of random directions. normalization: the examples are standardized, and examples * scale + offset are in the units
-    of the data; None if they are already. periodic: whether series are periodic.
+    seed: for random directions. normalization: maps standardized examples to the units of the data,
+    examples * scale + offset; None if they have these units already. periodic: whether series are periodic.
     """
 
     seed: int = 0
@@ -60,17 +60,17 @@ class Options(NamedTuple):
     periodic: bool = False
 
     def units(self, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """(offset, scale) of each channel [C]."""
+        """Returns (offset, scale) for each channel [C]."""
         if self.normalization is None:
             return np.zeros(num_channels), np.ones(num_channels)
         return np.asarray(self.normalization.offset), np.asarray(self.normalization.scale)
 
 
 class Curves(NamedTuple):
-    """A statistic of both sets to draw, with a panel for each channel, in the units of the data.
+    """A statistic of both sets to draw, with one panel per channel, in the units of the data.
 
-    name: of the picture. x: float [K], or the edges of bins [C, K + 1]. reference, samples: `value` [K, C] with its
-    `standard_error`. labels: of the axes. notes: a text for each channel, or (). logarithmic: both axes.
+    name: the picture's name. x: float [K], or bin edges [C, K + 1]. reference, samples: `value` [K, C] with its
+    `standard_error`. labels: for the axes. notes: a text for each channel, or (). logarithmic: whether both axes are.
     """
 
     name: str
@@ -83,11 +83,10 @@ class Curves(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a metric found.
+    """The result of a metric.
 
-    values: its numbers and settings, as a record has them. arrays: statistics of both sets in the units of the data.
-    curves: a picture of them. neighbors, rows: for the samples at these rows, the nearest examples of the reference.
-    note: for the user.
+    values: numbers and settings for the record. arrays: statistics of both sets in the units of the data. curves: a picture
+    of these statistics. neighbors, rows: the nearest reference examples for the samples at these rows. note: for the user.
     """
 
     values: Mapping[str, Any]
@@ -100,14 +99,15 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric of samples against a reference.
+    """A metric that compares samples with a reference.
 
-    compute: (reference, samples, options) -> Result, of what `needs` names:
+    compute: (reference, samples, options) -> Result; `needs` names its inputs:
       moments, spatial: `Moments` of features, and of Inception's spatial features. pool: features [N, D].
-      logits: of Inception's classes [N, classes]. examples: standardized arrays [n, *spatial, C].
-      vectors: the features of images, and the examples of other data.
-    minimum: the smallest number of examples in each set. spatial_axes: that examples may have. names: in records, with
-    features of the published Inception and of others; the names of the numbers in its result are then endings of this one.
+      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
+      vectors: the features of images, or the examples for other data.
+    minimum: the smallest number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
+    records, with features from the published Inception and from other extractors; the result's names are then endings of this
+    name.
     """
 
     compute: Callable[[Any, Any, Options], Result]
@@ -117,30 +117,30 @@ class Metric:
     names: tuple[str, str] | None = None
 
     def needs_features(self, of_images: bool) -> bool:
-        """Whether it compares features, of images or of other arrays."""
+        """Whether the metric compares features, for images or for other arrays."""
         return self.needs != "examples" and (of_images or self.needs != "vectors")
 
 
 def reported_name(metric: str, published: bool, resize: str | None = None) -> str:
-    """The name of a metric in reports.
+    """Returns the name of a metric in reports.
 
-    FID, sFID and KID are names for the published Inception only, and a resize other than TensorFlow 1's is part of the name.
+    Only the published Inception gives FID, sFID and KID; a resize other than TensorFlow 1's is part of the name.
     """
     names = METRICS[metric].names
     return metric if names is None else names[not published] + ("" if resize in (None, "tf1") else f"_{resize}")
 
 
 def needs_features(names: Iterable[str], of_images: bool) -> bool:
-    """Whether any of the metrics compares features, of images or of other arrays."""
+    """Whether any of the metrics compares features, for images or for other arrays."""
     return any(METRICS[name].needs_features(of_images) for name in names)
 
 
 def choose_metrics(
     requested: Sequence[str] | None, spatial_axes: int, of_images: bool, has_features: bool
 ) -> tuple[str, ...]:
-    """The requested metrics; if there are none, of images those that compare features, and of other examples all that suit.
+    """Returns the requested metrics; by default feature metrics for images, and all that suit other examples.
 
-    spatial_axes: of the examples. has_features: whether there are features of them.
+    spatial_axes: of the examples. has_features: whether features of the examples are available.
     Raises: ValueError for a requested metric that does not suit the examples.
     """
     suitable = [
@@ -186,12 +186,12 @@ def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Option
 def _shares(
     function: Callable, name: str, k: int, reference: np.ndarray, samples: np.ndarray, options: Options
 ) -> Result:
-    """The shares that a function of the manifolds of k neighbors returns."""
+    """Returns the shares from a function of the k-neighbor manifolds."""
     return Result(function(reference, samples, k)._asdict() | {f"{name}_k": k})
 
 
 def _memorization(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Of at most 50,000 examples, and fewer of large ones."""
+    """Uses at most 50,000 examples, and fewer if they are large."""
     dimensions = math.prod(reference.shape[1:])
     count = min(MAX_EXAMPLES, max(math.sqrt(_NEIGHBOR_PRODUCTS / dimensions), 1000), _NEIGHBOR_BYTES / (4 * dimensions))
     count = max(int(count), METRICS["memorization"].minimum)
@@ -207,7 +207,7 @@ def _memorization(reference: _Examples, samples: _Examples, options: Options) ->
 
 
 def _energy_distance(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    # The time grows as the square of the number of examples.
+    # Time is quadratic in the number of examples.
     count = int(min(_ENERGY_EXAMPLES, max(math.sqrt(_ENERGY_PRODUCTS / math.prod(reference.shape[1:])), 500)))
     sets = [select(x, count) for x in (reference, samples)]
     values = _named("energy_distance", of_arrays.energy_distance(*sets))
@@ -223,7 +223,7 @@ def _sliced_wasserstein(reference: _Examples, samples: _Examples, options: Optio
 
 
 def _marginal_histograms(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    # Samples beyond the range of the reference, which could widen the bins at will, do not count.
+    # Samples outside the reference's range, which could widen the bins without limit, do not count.
     limits = of_arrays.value_range(reference)
     histograms = of_arrays.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
     distance = histograms.distance
@@ -244,7 +244,7 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
 
 
 def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    # Time and memory grow as the square of the number of channels.
+    # Time and memory are quadratic in the number of channels.
     channels = even_indices(reference.shape[-1], _MAX_COVARIANCE_CHANNELS)
     shape = (*reference.shape[1:-1], len(channels))
     sets = [LazyExamples(lambda rows, x=x: x[rows][..., channels], (len(x), *shape)) for x in (reference, samples)]
@@ -273,7 +273,7 @@ def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) 
     _, scale = options.units(reference.shape[-1])
     spectra = [_rescaled(each, scale**2) for each in spectra]
     arrays = {"spectrum_frequencies": frequencies, **_both("spectrum", spectra)}
-    notes = [  # the frequency 0 has no place on a logarithmic axis
+    notes = [  # a logarithmic axis has no frequency 0
         "at frequency 0: " + ", ".join(f"{s.value[0, c]:.3g} ± {s.standard_error[0, c]:.1g}" for s in spectra)
         for c in range(len(scale))
     ]
@@ -285,7 +285,7 @@ def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) 
 def _autocorrelation(reference: _Examples, samples: _Examples, options: Options) -> Result:
     try:
         found = [of_arrays.autocorrelation(x, periodic=options.periodic) for x in (reference, samples)]
-    except ValueError as error:  # a constant channel, which the other metrics allow
+    except ValueError as error:  # a constant channel; other metrics allow it
         return Result({}, note=f"no autocorrelation: {error}")
     values, (lag, channel) = _deviation("autocorrelation", found)
     values["autocorrelation_lag"] = int(found[0].lags[lag])
@@ -298,13 +298,13 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
 
 
 def _named(name: str, distance: Measurement) -> dict[str, Any]:
-    """{name: value, name_standard_error: ...} of a distance."""
+    """Returns {name: value, name_standard_error: ...} for a distance."""
     numbers = {field: x for field, x in distance._asdict().items() if x is not None}
     return {name if field == "value" else f"{name}_{field}": x for field, x in numbers.items()}
 
 
 def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
-    """The statistic of the reference and of the samples with their standard errors, by names of arrays."""
+    """Returns a statistic of the reference and of the samples, with standard errors, by array name."""
     return {
         f"{name}_{side}{end}": np.asarray(getattr(statistic, field))
         for side, statistic in zip(("reference", "samples"), pair, strict=True)
@@ -313,13 +313,13 @@ def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
 
 
 def _rescaled(statistic: Any, factor: np.ndarray, shift: Any = 0.0) -> Any:
-    """A statistic of factor * x + shift."""
+    """Returns the statistic for factor * x + shift."""
     value, error = statistic.value * factor + shift, statistic.standard_error * np.abs(factor)
     return statistic._replace(value=value, standard_error=error)
 
 
 def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """(deviation of the samples where its |z| is largest, with its standard error and z-score; the index there).
+    """Returns (the deviation of the samples where |z| is largest, with standard error and z-score; its index).
 
     pair: the statistic of the reference and of the samples.
     """
@@ -330,15 +330,15 @@ def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[
     if relative:
         deviation, error = (y / x - 1, math.hypot(y_error, x_error * y / x) / x) if x else (math.inf, math.inf)
     values = {f"{name}_deviation": deviation, f"{name}_deviation_standard_error": error, f"{name}_z": float(z[index])}
-    # JSON has no infinity: there is none unless a number of the data is 0, or has no error.
+    # JSON has no infinity. Values are infinite only if a number of the data is 0 or has no error.
     finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
     return finite, tuple(map(int, index))
 
 
 def largest_z(count: int) -> float:
-    """What the largest |z| of `count` independent z-scores exceeds with a probability of 5% if the distributions are equal.
+    """The bound that the largest |z| of `count` independent z-scores exceeds with 5% probability for equal distributions.
 
-    z-scores that depend on each other exceed it less often.
+    Dependent z-scores exceed the bound less often.
     """
     return NormalDist().inv_cdf((1 + 0.95 ** (1 / count)) / 2)
 
@@ -368,7 +368,7 @@ METRICS: dict[str, Metric] = {
 }
 _DISTANCE = "distance of Gaussians with the mean and covariance of the features of the two sets; 0 for equal ones"
 _MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
-# What the numbers of a record mean, by their reported names without the name of a resize.
+# The meaning of the numbers in a record, by reported name without a resize.
 MEANINGS = {
     "fid": f"Frechet Inception distance: {_DISTANCE}. Lower is better; it falls with the number of samples",
     "frechet_distance": f"{_DISTANCE}. Lower is better; it falls with the number of samples",

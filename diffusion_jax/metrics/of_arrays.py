@@ -1,9 +1,9 @@
-"""Statistics of sets of float arrays [n, *spatial, C], and distances of two sets, without a network of features.
+"""Statistics of sets of float arrays [n, *spatial, C], and distances between two sets, without a feature network.
 
 Vectors, series, fields and volumes are compared as they are: if channels have different units, divide each by its standard
-deviation first. Examples are independent draws, but the positions of an example may depend on each other: every standard
+deviation first. Examples are independent draws, but the positions in an example may depend on each other, so every standard
 error comes from the scatter over examples. Sums are float64 NumPy, over blocks of examples, so a set may be a memory map that
-is larger than memory, or `LazyExamples`.
+exceeds memory, or `LazyExamples`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _MAX_BLOCK_BYTES = _MAX_PROJECTED_BYTES = 2**26
 
 
 def even_indices(total: int, count: int) -> np.ndarray:
-    """`count` indices below `total`, evenly spread, or all of them if there are fewer."""
+    """Returns `count` evenly spread indices below `total`, or all indices if there are fewer."""
     return np.arange(total) if count >= total else np.arange(count) * total // count
 
 
 def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExamples:
-    """`count` examples, evenly spread over the set, or all of them if it has fewer."""
+    """Selects `count` examples, evenly spread over the set, or all examples of a smaller set."""
     indices = even_indices(len(x), count)
     if isinstance(x, LazyExamples):
         return LazyExamples(lambda rows: x[indices[rows]], (len(indices), *x.shape[1:]))
@@ -60,9 +60,9 @@ def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExample
 
 
 class LazyExamples:
-    """Examples [n, *spatial, C] that are read when they are indexed; the metrics of this package take them as an array.
+    """Examples [n, *spatial, C] that are read on indexing; this package's metrics accept it as an array.
 
-    read: (indices int [b]) -> examples float32 [b, *spatial, C]. shape: of the whole set.
+    read: (indices int [b]) -> examples float32 [b, *spatial, C]. shape: the shape of the whole set.
     """
 
     dtype = np.dtype(np.float32)
@@ -79,7 +79,7 @@ class LazyExamples:
 
 
 def as_examples(name: str, x: Any, minimum: int) -> np.ndarray:
-    """x as an array [n, *spatial, C] of at least `minimum` examples, without a copy of a NumPy array.
+    """Returns x as an array [n, *spatial, C] with at least `minimum` examples; NumPy arrays are not copied.
 
     name: the name of x in the error message. Raises: ValueError for another shape, complex numbers, or fewer examples.
     """
@@ -94,7 +94,7 @@ def as_examples(name: str, x: Any, minimum: int) -> np.ndarray:
 
 
 def as_example_pair(reference: Any, samples: Any, minimum: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of examples of one shape. Raises: ValueError as `as_examples`, and for examples of different shapes."""
+    """Checks two sets of examples. Raises: ValueError as `as_examples`, and for examples with different shapes."""
     reference, samples = as_examples("reference", reference, minimum), as_examples("samples", samples, minimum)
     if reference.shape[1:] != samples.shape[1:]:
         raise ValueError(
@@ -105,9 +105,9 @@ def as_example_pair(reference: Any, samples: Any, minimum: int) -> tuple[np.ndar
 
 
 def read_blocks(x: Any, floats_per_example: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the first example, examples float64 [b, *spatial, C]) of consecutive blocks.
+    """Yields consecutive blocks: (index of the first example, examples float64 [b, *spatial, C]).
 
-    floats_per_example: what the caller computes from each example, if that is more than the example itself; it limits b.
+    floats_per_example: how many floats the caller computes per example, if more than the example has; limits b.
     Raises: ValueError for values that are not finite.
     """
     width = max(math.prod(x.shape[1:]), floats_per_example or 0)
@@ -124,9 +124,9 @@ def read_blocks(x: Any, floats_per_example: int | None = None) -> Iterator[tuple
 
 
 def relative_rounding(dtype: np.dtype) -> float:
-    """The ratio of standard deviation and magnitude that rounding alone can give a constant channel of a dtype.
+    """The ratio of standard deviation to magnitude that rounding alone can give a constant channel of a dtype.
 
-    This is the precision of the dtype, but at least 1e-12, because sums of float64 values are rounded, too.
+    This is the dtype's precision, but at least 1e-12, because sums of float64 values are also rounded.
     """
     return max(1e-12, float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0)
 
@@ -134,8 +134,9 @@ def relative_rounding(dtype: np.dtype) -> float:
 class Measurement(NamedTuple):
     """An estimate and its standard error: numbers, or arrays of one shape.
 
-    same_distribution, same_distribution_std: of a distance, its mean and standard deviation if the two sets have one
-    distribution; compare `value` with them. The standard error is for different distributions, too large for equal ones.
+    same_distribution, same_distribution_std: for a distance, its mean and standard deviation if both sets have the same
+    distribution; compare `value` with them. The standard error assumes different distributions and is too large for equal
+    distributions.
     """
 
     value: Any
@@ -145,11 +146,11 @@ class Measurement(NamedTuple):
 
 
 def z_scores(one: Any, other: Any) -> np.ndarray:
-    """(one - other) / standard error of the difference, of two independent statistics.
+    """Returns (one - other) / standard error of the difference, for two independent statistics.
 
-    one, other: values with the fields `value` and `standard_error`; `other` may be an array, exact numbers. z-scores of one
-    statistic are correlated with each other, for example those of neighboring lags. Two equal numbers without an error have
-    the z-score 0.
+    one, other: values with the fields `value` and `standard_error`; `other` may be an array of exact numbers. The z-scores
+    within one statistic are correlated, for example at neighboring lags. Two equal numbers without an error have the z-score
+    0.
     """
     exact = not hasattr(other, "standard_error")
     difference = np.asarray(one.value) - np.asarray(other if exact else other.value)
@@ -159,7 +160,7 @@ def z_scores(one: Any, other: Any) -> np.ndarray:
 
 
 class MeanAndCovariance(NamedTuple):
-    """mean: of each channel [C]. covariance: of the channels at one position [C, C]."""
+    """mean: of each channel [C]. covariance: between the channels at one position [C, C]."""
 
     mean: Measurement
     covariance: Measurement
@@ -168,7 +169,7 @@ class MeanAndCovariance(NamedTuple):
 def mean_and_covariance(x: Any) -> MeanAndCovariance:
     """The mean of each channel and the covariance between channels, over all examples and positions of x [n, *spatial, C].
 
-    The covariance is E (x_c - mean_c)(x_d - mean_d) at one position, unbiased: for vectors it is that of `numpy.cov`.
+    The covariance is E (x_c - mean_c)(x_d - mean_d) at one position, unbiased; for vectors it equals `numpy.cov`.
     Raises: ValueError for fewer than two examples, or values that are not finite.
     """
     x = as_examples("x", x, 2)
@@ -181,17 +182,17 @@ def mean_and_covariance(x: Any) -> MeanAndCovariance:
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
     error = _standard_error(total, squares, count)
-    # The estimated mean lies closer to the data than the true one, by its own covariance.
+    # The estimated mean lies closer to the data than the true mean; its own covariance corrects for this.
     return MeanAndCovariance(
         Measurement(mean, np.sqrt(np.diag(covariance_of_mean))), Measurement(total / count + covariance_of_mean, error)
     )
 
 
 class PowerSpectrum(NamedTuple):
-    """A spectrum, averaged over K shells of frequencies as wide as the lowest frequency, in which k and -k meet.
+    """A spectrum averaged over K shells of frequencies, each as wide as the lowest frequency; k and -k share a shell.
 
-    frequencies: the mean of a shell's absolute frequencies, in cycles per position [K]. value, standard_error: [K, C].
-    num_averaged: how many frequencies each shell has [K].
+    frequencies: the mean absolute frequency in each shell, in cycles per position [K]. value, standard_error: [K, C].
+    num_averaged: the number of frequencies in each shell [K].
     """
 
     frequencies: np.ndarray
@@ -201,12 +202,13 @@ class PowerSpectrum(NamedTuple):
 
 
 def power_spectrum(x: Any) -> PowerSpectrum:
-    """The power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting the mean of each channel.
+    """The power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting each channel's mean.
 
-    With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions it is E |F(k)|^2 / N: that of white noise is its
-    variance at every frequency, and the mean over all frequencies, sum(num_averaged * value) / sum(num_averaged), is the
-    variance (Parseval). It is the spectrum of a periodic field. For other data it is the expected periodogram, whose lags are
-    weighted by 1 - |lag| / length. Raises: ValueError for vectors, fewer than two examples, or values that are not finite.
+    With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions, the spectrum is E |F(k)|^2 / N. For white noise it
+    equals the variance at every frequency. The mean over all frequencies, sum(num_averaged * value) / sum(num_averaged), is
+    the variance (Parseval). For a periodic field the result is the field's spectrum, else the expected periodogram, whose
+    lags are weighted by 1 - |lag| / length. Raises: ValueError for vectors, fewer than two examples, or values that are not
+    finite.
     """
     x = as_examples("x", x, 2)
     if x.ndim < 3:
@@ -216,14 +218,14 @@ def power_spectrum(x: Any) -> PowerSpectrum:
     frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, spatial), indexing="ij"), axis=-1)
     lengths = np.linalg.norm(frequencies, axis=-1).reshape(-1)
     shell = np.round(lengths * max(spatial)).astype(int)
-    order = np.argsort(shell, kind="stable")  # frequencies of a shell are neighbors
+    order = np.argsort(shell, kind="stable")  # makes the frequencies in a shell neighbors
     _, starts, sizes = np.unique(shell[order], return_index=True, return_counts=True)
     mean, _ = _channel_means(x)
     total, squares = np.zeros((2, len(starts), channels))
     for _, block in read_blocks(x, 4 * math.prod(spatial) * channels):
         transform = np.fft.fftn(block - mean, axes=axes).reshape(len(block), -1, channels)
         power = _squared_magnitude(transform) / math.prod(spatial)
-        # The estimated mean lies closer to the data than the true one, which lowers the power at frequency 0.
+        # The estimated mean lies closer to the data than the true mean, which lowers the power at frequency 0.
         power[:, 0] *= count / (count - 1)
         power = np.add.reduceat(power[:, order], starts, axis=1) / sizes[:, None]
         total += power.sum(axis=0)
@@ -233,7 +235,7 @@ def power_spectrum(x: Any) -> PowerSpectrum:
 
 
 class Autocorrelation(NamedTuple):
-    """lags: int [K]. value, standard_error: of each channel [K, C]; at lag 0 exactly 1."""
+    """lags: int [K]. value, standard_error: for each channel [K, C]; exactly 1 at lag 0."""
 
     lags: np.ndarray
     value: np.ndarray
@@ -243,8 +245,8 @@ class Autocorrelation(NamedTuple):
 def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
     """The autocorrelation of series x [n, L, C]: E (x(s) - mean)(x(s + lag) - mean) / variance, for lags up to L / 2.
 
-    It assumes a stationary series: one mean and variance for all positions, over which it averages. periodic: whether
-    position L is position 0 again, so that every lag has L pairs; otherwise lag h has L - h.
+    Assumes a stationary series: one mean and variance for all positions, and averages over positions. periodic: whether
+    position L equals position 0, so that every lag has L pairs; otherwise lag h has L - h pairs.
 
     Raises: ValueError for another shape, fewer than two examples, values that are not finite, or a constant channel.
     """
@@ -256,7 +258,7 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
     count, length, channels = x.shape
     lags = np.arange(length // 2 + 1)
     pairs = np.full(len(lags), length) if periodic else length - lags
-    padded = length if periodic else 2 * length  # zeros, so that the ends of a series do not meet
+    padded = length if periodic else 2 * length  # zeros separate the ends of a series
     mean, covariance_of_mean = _channel_means(x)
     total, squares, with_variance = np.zeros((3, len(lags), channels))
     for _, block in read_blocks(x, 4 * padded * channels):
@@ -266,15 +268,15 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
         with_variance += (products * products[:, :1]).sum(axis=0)
-    # The estimated mean lies closer to the data than the true one, by its own variance.
+    # The estimated mean lies closer to the data than the true mean; its own variance corrects for this.
     covariance = total / count + np.diag(covariance_of_mean)
     variance = covariance[0]
     varies = variance > np.square(relative_rounding(x.dtype) * mean)
     if not varies.all():
         raise ValueError(f"channel {int(np.argmin(varies))} is constant; it has no autocorrelation: leave it out")
     value = covariance / variance
-    # Delta method: the ratio of two means has the error of the mean of (product at the lag - value * product at lag 0), over
-    # the variance.
+    # Delta method: the error of a ratio of means is the error of the mean of (product at the lag - value * product at lag 0),
+    # divided by the variance.
     centered = squares - 2 * value * with_variance + value**2 * squares[0]
     error = _standard_error(total - value * total[0], centered, count) / variance
     error[0] = 0.0
@@ -282,7 +284,7 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
 
 
 def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of each channel [C], and the covariance of these means as estimates [C, C]."""
+    """Returns the mean of each channel [C], and the covariance of these estimates [C, C]."""
     channels = x.shape[-1]
     means = np.concatenate([block.reshape(len(block), -1, channels).mean(axis=1) for _, block in read_blocks(x)])
     mean = means.mean(axis=0)
@@ -291,12 +293,12 @@ def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _squared_magnitude(x: np.ndarray) -> np.ndarray:
-    """|x|^2 of complex numbers, without the square root."""
+    """Returns |x|^2 for complex x, without a square root."""
     return np.square(np.real(x)) + np.square(np.imag(x))
 
 
 def _standard_error(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
-    """The standard error of total / count, from the sum of the squares of the summands."""
+    """Returns the standard error of total / count, from the summed squares of the summands."""
     return np.sqrt(np.maximum(squares - np.square(total) / count, 0) / (count * (count - 1)))
 
 
@@ -307,13 +309,12 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013): 0 for equal distributions, otherwise above 0.
 
     The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
-    example. The errors are from Hoeffding's decomposition: same_distribution_std from the terms of second order, the only
-    ones between equal distributions, and the standard error from both orders. The time grows as the square of the number of
-    examples.
+    example. Hoeffding's decomposition gives the errors: same_distribution_std from the second-order terms, the only terms for
+    equal distributions, and the standard error from both orders. Time is quadratic in the number of examples.
 
-    Returns: Measurement with same_distribution_std; in one dimension about 2% of the values of equal distributions exceed
-    three times this number.
-    Raises: ValueError for fewer than four examples, different shapes of examples, or values that are not finite.
+    Returns: Measurement with same_distribution_std; in one dimension, about 2% of the values for equal distributions exceed
+      three times this number.
+    Raises: ValueError for fewer than four examples, different example shapes, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 4)
     center = np.asarray(sum(block.sum(axis=0) for _, block in read_blocks(reference))) / len(reference)
@@ -325,7 +326,7 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
         within.append((sums, squared))
     mean = rows.sum() / (n * m)
     value = 2 * mean - sum(sums.sum() / (len(sums) * (len(sums) - 1)) for sums, _ in within)
-    # The variances of the kernel's parts that depend on both examples of a pair: doubly centered distances.
+    # Doubly centered distances have the variance of the kernel's second-order terms, which depend on both examples of a pair.
     centered = squares - (rows**2).sum() / m - (columns**2).sum() / n + n * m * mean**2
     cross = centered / ((n - 1) * (m - 1))
     inner = [_centered_variance(sums, squared) for sums, squared in within]
@@ -340,7 +341,7 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
 
 
 def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Sums of |x_i - y_j| over j [n] and over i [m], and the sum of squares; y None: of |x_i - x_j| for i != j."""
+    """Sums |x_i - y_j| over j [n] and over i [m], and sums all squares; y None: |x_i - x_j| for i != j."""
     columns_of = x if y is None else y
     rows, columns, total = np.zeros(len(x)), np.zeros(len(columns_of)), 0.0
     for i, x_block in read_blocks(x):
@@ -358,7 +359,7 @@ def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> t
 
 
 def _centered_variance(sums: np.ndarray, squares: float) -> float:
-    """The unbiased variance of the doubly centered distances within a set (U-centering, Szekely and Rizzo 2014)."""
+    """Returns the unbiased variance of doubly centered distances in a set (U-centering, Szekely and Rizzo 2014)."""
     n = len(sums)
     centered = squares - 2 * (sums**2).sum() / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
     return centered / (n * (n - 3))
@@ -372,16 +373,16 @@ def sliced_wasserstein(
 ) -> Measurement:
     """(E_u W_2(u.X, u.Y)^2)^(1/2) over random unit vectors u (Bonneel et al. 2015).
 
-    W_2 is the exact Wasserstein distance of the two projected sets, which may have different sizes. The distance of finite
-    sets is above 0 even if their distributions are equal.
+    W_2 is the exact Wasserstein distance between the projected sets, whose sizes may differ. The distance between finite sets
+    is above 0 even for equal distributions.
 
     Args:
       key: draws the directions, the groups and the permutations.
-      projections: how many directions, at least 2.
-      groups: the standard error is a jackknife over so many groups of examples of both sets, plus the error of the choice of
-        directions.
-      permutations: of the examples over both sets, for `same_distribution`.
-    Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
+      projections: the number of directions, at least 2.
+      groups: the standard error is a jackknife over `groups` groups of examples from both sets, plus the error from the
+        choice of directions.
+      permutations: the number of permutations of the examples over both sets, for `same_distribution`.
+    Raises: ValueError for too few examples for the groups, different example shapes, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)
     n, m = len(reference), len(samples)
@@ -389,12 +390,12 @@ def sliced_wasserstein(
     is_sample = np.arange(n + m) >= n
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_groups, (4,))))
     group = np.concatenate([rng.permutation(size) % groups for size in (n, m)])
-    # Which set an example is in; -1: in none.
+    # The set of each example; -1: no set.
     assignments = [is_sample.astype(int)]
     assignments += [np.where(group == g, -1, is_sample) for g in range(groups)]
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_permutations, (4,))))
     assignments += [rng.permutation(is_sample).astype(int) for _ in range(permutations)]
-    powers = np.empty((len(assignments), projections))  # W_2^2 of every assignment and direction
+    powers = np.empty((len(assignments), projections))  # W_2^2 for every assignment and direction
     width = max(reference[0].size, n + m)
     size = max(_MAX_PROJECTED_BYTES // (8 * width), 1)
     for start in range(0, projections, size):
@@ -417,7 +418,7 @@ def sliced_wasserstein(
 
 
 def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndarray:
-    """Unit vectors [D, len(indices)], each a function of the key and its index."""
+    """Returns unit vectors [D, len(indices)], each a function of the key and its index."""
 
     def draw(i):
         return jax.random.normal(jax.random.fold_in(key, i), (dimensions,), jnp.float32)
@@ -427,13 +428,13 @@ def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndar
 
 
 def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
-    """W_2^2 [P] of sorted numbers [N, P] that belong to set 0, to set 1 or, at -1, to none."""
+    """Returns W_2^2 [P] for sorted numbers [N, P] that belong to set 0, set 1 or, at -1, to none."""
     columns = values.shape[1]
     x, y = (values.T[(assignment == i).T].reshape(columns, -1) for i in (0, 1))
     n, m = x.shape[1], y.shape[1]
     if n == m:
         return np.square(x - y).mean(axis=1)
-    # Quantile functions are constant between multiples of 1/n and of 1/m, here in units of 1 / (n m).
+    # Quantile functions are constant between multiples of 1/n and 1/m, here in units of 1 / (n m).
     ends = np.union1d(np.arange(1, n + 1, dtype=np.int64) * m, np.arange(1, m + 1, dtype=np.int64) * n)
     lengths = np.diff(ends, prepend=0)
     differences = np.square(x[:, (ends - 1) // m] - y[:, (ends - 1) // n])
@@ -444,10 +445,10 @@ def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray
 
 
 class MarginalHistograms(NamedTuple):
-    """edges: of the bins [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
+    """edges: bin edges [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
 
-    distance: the total variation of the two histograms, sum |p - q| / 2, in [0, 1] [C]; same_distribution is the distance to
-    expect from the errors of the shares alone.
+    distance: the total variation between the histograms, sum |p - q| / 2, in [0, 1] [C]; same_distribution is the expected
+    distance from the errors of the shares alone.
     """
 
     edges: np.ndarray
@@ -459,13 +460,13 @@ class MarginalHistograms(NamedTuple):
 def marginal_histograms(
     reference: Any, samples: Any, bins: int = 50, *, limits: Any, groups: int = 20
 ) -> MarginalHistograms:
-    """Histograms of the values of each channel at all positions, with common bins of equal width, and their distances.
+    """Histograms of each channel's values at all positions, with common bins of equal width, and their distances.
 
     Args:
-      limits: (low, high) of the bins, numbers or arrays [C]; values outside are in the outermost bins.
-      groups: the standard error of the distance is a jackknife over so many groups of examples. Those of the shares are
-        from the scatter over examples.
-    Raises: ValueError for too few examples for the groups, different shapes of examples, or values that are not finite.
+      limits: (low, high) of the bins, numbers or arrays [C]; values outside count in the outermost bins.
+      groups: the distance's standard error is a jackknife over `groups` groups of examples. The standard errors of the shares
+        come from the scatter over examples.
+    Raises: ValueError for too few examples for the groups, different example shapes, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)
     low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in limits)
@@ -496,7 +497,7 @@ def marginal_histograms(
 
 
 def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(lowest, highest) value of each channel [C] of examples [n, *spatial, C]; a constant channel has width 1."""
+    """Returns each channel's (lowest, highest) value [C] in examples [n, *spatial, C]; a constant channel has width 1."""
     blocks = (block.reshape(-1, block.shape[-1]) for _, block in read_blocks(x))
     ranges = np.array([(block.min(axis=0), block.max(axis=0)) for block in blocks])
     low, high = ranges[:, 0].min(axis=0), ranges[:, 1].max(axis=0)
@@ -507,7 +508,7 @@ def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:
 def _group_shares(
     x: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int, groups: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums over examples of the shares of each bin by group [G, C, bins], of their squares [C, bins], and counts [G]."""
+    """Returns the summed shares in each bin by group [G, C, bins], their summed squares [C, bins], and counts [G]."""
     channels = x.shape[-1]
     total, squares = np.zeros((groups, channels, bins)), np.zeros((channels, bins))
     for start, block in read_blocks(x, channels * bins):

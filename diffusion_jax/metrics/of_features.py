@@ -1,7 +1,7 @@
-"""Metrics of samples against a reference, as pure functions of arrays of features.
+"""Metrics that compare samples with a reference, as pure functions of feature arrays.
 
 Sums and matrix roots are float64 NumPy on every backend; comparisons of every sample with every reference image run on a
-device, in blocks. Features are [N, D], of any extractor; a Frechet distance is the FID only for features of the published
+device, in blocks. Features are [N, D] from any extractor; a Frechet distance is the FID only for features from the published
 Inception.
 """
 
@@ -35,7 +35,7 @@ __all__ = [
     "precision_recall",
 ]
 
-_BLOCK = 512  # rows whose distances to all others a device holds at once
+_BLOCK = 512  # rows whose distances are on the device at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,12 +48,12 @@ class Moments:
 
 
 def moments(features) -> Moments:
-    """The moments of features [N, D]. Raises: ValueError for fewer than two, or for values that are not finite."""
+    """Computes the moments of features [N, D]. Raises: ValueError for fewer than two, or values that are not finite."""
     return moments_of_chunks([features])
 
 
 def _merge(one: Moments, other: Moments) -> Moments:
-    """The moments of the union of two sets (Chan et al. 1979)."""
+    """Merges the moments of two sets into the moments of their union (Chan et al. 1979)."""
     _check_moments(one, other)
     count, shift = one.count + other.count, other.mean - one.mean
     scatter = one.covariance * (one.count - 1) + other.covariance * (other.count - 1)
@@ -62,7 +62,7 @@ def _merge(one: Moments, other: Moments) -> Moments:
 
 
 def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
-    """The moments of features in chunks [n, D], so that a large set needs no array of all its features.
+    """Computes moments from chunks of features [n, D], so that a large set needs no array of all features.
 
     Raises: as `moments`.
     """
@@ -78,17 +78,17 @@ def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), between the Gaussians of two moments (Heusel et al. 2017, eq. 6).
+    """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), between the Gaussians of two `Moments` (Heusel et al. 2017, eq. 6).
 
-    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). These are exact up to rounding even if the
-    covariances are singular (fewer images than dimensions); eigenvalues of C_1 C_2, their squares, lose half the digits.
-    Raises: ValueError for moments of different dimensions, that are not finite, or that are not covariances.
+    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). The singular values are exact up to rounding
+    even for singular covariances (fewer images than dimensions); the eigenvalues of C_1 C_2, their squares, lose half the
+    digits. Raises: ValueError for moments with different dimensions, or that are not finite or no covariances.
     """
     _check_moments(one, other)
     shift = one.mean - other.mean
     cross = np.linalg.svd(_root(one.covariance).T @ _root(other.covariance), compute_uv=False).sum()
     distance = shift @ shift + np.trace(one.covariance) + np.trace(other.covariance) - 2 * cross
-    return max(float(distance), 0.0)  # of equal moments, rounding may give a small number below 0
+    return max(float(distance), 0.0)  # rounding may give a number below 0 for equal moments
 
 
 def _check_moments(one: Moments, other: Moments) -> None:
@@ -104,7 +104,7 @@ def _check_moments(one: Moments, other: Moments) -> None:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """R [D, r] with R R^T = C, without the directions in which C is zero to rounding."""
+    """Returns R [D, r] with R R^T = C, without the directions in which C is zero up to rounding."""
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
     if values[0] < -1e-6 * max(values[-1], 0) or values[-1] < 0:
@@ -124,16 +124,15 @@ class Estimate(NamedTuple):
 def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Estimate:
     """Kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    Averaged over random subsets of both sets, drawn as torch-fidelity draws them. The standard error takes into
-    account that subsets overlap; it is NaN if a subset is a whole set. Raises: ValueError for fewer images than a subset
-    has.
+    Averaged over random subsets of both sets, drawn as in torch-fidelity. The standard error accounts for overlapping
+    subsets; it is NaN if a subset is a whole set. Raises: ValueError if a set has fewer images than a subset.
     """
     reference, samples = _checked(reference, 2), _checked(samples, 2)
     _check_widths(reference, samples)
     fewest = min(len(reference), len(samples))
     if not 2 <= subset_size <= fewest:
         raise ValueError(f"a subset of {subset_size} for the KID must lie in 2 ... {fewest}, the number of images")
-    # NumPy's legacy generator, whose streams are frozen, and torch-fidelity's order of draws: sample set first.
+    # NumPy's legacy generator has frozen streams; the sample set is drawn first, as in torch-fidelity.
     rng = np.random.RandomState(seed)
     values = np.empty(subsets)
     for i in range(subsets):
@@ -142,8 +141,8 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (subset_size * (subset_size - 1))
         values[i] = within - 2 * xy.mean()
-    # Two random subsets of m of n images share m/n of theirs, and their correlation is m/n (smaller for equal distributions,
-    # whose error is then too large): the variance over subsets lacks that share.
+    # Two random subsets with m of n images share a fraction m/n of them, so their correlation is m/n (less for equal
+    # distributions, whose error is then too large), and the variance over subsets lacks this fraction.
     std, share = values.std(), subset_size / fewest
     error = np.sqrt(std**2 / (1 - share) * (share + (1 - share) / subsets)) if share < 1 else np.nan
     return Estimate(values.mean(), std, error)
@@ -152,7 +151,7 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
 def inception_score(logits, split_size: int = 5000) -> Estimate:
     """exp of the mean KL(p(y|x) | p(y)) (Salimans et al. 2016), over splits of the images in their order, as ADM's evaluator.
 
-    logits: [N, classes], without the bias, as its and torch-fidelity's. The last split may be smaller.
+    logits: [N, classes], without the bias, as in ADM's evaluator and torch-fidelity. The last split may be smaller.
     """
     logits = _checked(logits, 1).astype(np.float64)
     log_p = logits - logits.max(axis=1, keepdims=True)
@@ -160,7 +159,7 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
     scores = []
     for start in range(0, len(logits), split_size):
         part = log_p[start : start + split_size]
-        # The logarithm of the mean probability, which may itself be too small for float64.
+        # The log of the mean probability, which may underflow float64.
         log_mean = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
         divergence = (np.exp(part) * (part - log_mean)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
@@ -175,10 +174,10 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(reference, samples, k: int = 3) -> PrecisionRecall:
-    """The share of samples in the reference's manifold, and of reference images in the samples' (Kynkaanniemi et al. 2019).
+    """Share of samples in the reference's manifold, and of references in the samples' manifold (Kynkaanniemi et al. 2019).
 
-    A set's manifold is the union of the balls around its members, each with the distance to the k-th nearest other member as
-    its radius. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
+    A set's manifold is the union of balls around its members; a ball's radius is the distance to the k-th nearest other
+    member. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
     inside. Raises: ValueError for fewer than k + 1 images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
@@ -190,7 +189,7 @@ def precision_recall(reference, samples, k: int = 3) -> PrecisionRecall:
 
 
 class DensityCoverage(NamedTuple):
-    """density >= 0, about 1 for samples of the reference's distribution; coverage in [0, 1]."""
+    """density >= 0, about 1 if samples follow the reference's distribution; coverage in [0, 1]."""
 
     density: float
     coverage: float
@@ -199,8 +198,8 @@ class DensityCoverage(NamedTuple):
 def density_coverage(reference, samples, k: int = 5) -> DensityCoverage:
     """Density and coverage (Naeem et al. 2020, eq. 4 and 6).
 
-    density: the mean number of the reference's balls that contain a sample, over k. coverage: the share of balls that contain
-    a sample. Arguments and errors: as `precision_recall`.
+    density: the mean number of reference balls that contain a sample, divided by k. coverage: the share of reference balls
+    that contain a sample. Arguments and errors: as `precision_recall`.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     radii = _radii(reference, k)
@@ -214,37 +213,37 @@ def density_coverage(reference, samples, k: int = 5) -> DensityCoverage:
 
 
 class Neighbors(NamedTuple):
-    """The nearest reference features of each query, nearest first: indices int [N, k] and distances [N, k]."""
+    """The nearest reference features for each query, nearest first: indices int [N, k] and distances [N, k]."""
 
     indices: np.ndarray
     distances: np.ndarray
 
 
 def nearest_neighbors(reference, queries, k: int = 1, others: bool = False) -> Neighbors:
-    """The k nearest reference features of each query.
+    """Finds the k nearest reference features for each query.
 
-    others: whether the queries are the reference, and none is its own neighbor. Raises: ValueError for fewer than k
-    features, or k others, in the reference.
+    others: whether the queries are the reference itself, so that no query is its own neighbor. Raises: ValueError for fewer
+    than k features in the reference, or k other features.
     """
     reference, queries, scale = _for_distances(reference, queries, k, minimums=(k + 1 if others else k, 1))
     excluded = np.arange(len(queries)) if others else np.full(len(queries), -1)
     indices = _compare(lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), excluded)
-    # From the differences, because the products that gave the indices cancel for a query that is a copy.
+    # Computed from differences; the products that gave the indices would cancel for a query that is a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
     order = distances.argsort(axis=1, kind="stable")
     return Neighbors(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
 
 
 def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], Neighbors]:
-    """(a report of whether samples are copies of reference images, the samples' k nearest neighbors).
+    """Returns (a report on samples that copy reference images, the samples' k nearest neighbors).
 
-    reference, samples: features [N, D]. close_distance is the 1% quantile of the distances between reference images and their
-    nearest others; close_share is the share of samples at most that far from a reference image: about 0.01 for new images,
-    near 1 for copies.
+    reference, samples: features [N, D]. close_distance is the 1% quantile of the distances from reference images to their
+    nearest neighbors; close_share is the share of samples within this distance of a reference image: about 0.01 for new
+    images, near 1 for copies.
     """
     neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))
     reference_distances = nearest_neighbors(reference, reference, others=True).distances[:, 0]
-    distinct = reference_distances[reference_distances > 0]  # duplicates do not show which distances are small
+    distinct = reference_distances[reference_distances > 0]  # duplicates do not show what a small distance is
     limit = np.quantile(distinct, 0.01) if distinct.size else 0.0
     report = {
         "nearest_distance_median": float(np.median(neighbors.distances[:, 0])),
@@ -256,7 +255,7 @@ def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) 
 
 
 def _radii(features: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance [N] to the k-th nearest other."""
+    """Returns the squared distance [N] to the k-th nearest other feature."""
 
     def radius(d, slack, _, number):
         return _smallest(d, k, number)[0][-1]
@@ -265,18 +264,18 @@ def _radii(features: np.ndarray, k: int) -> np.ndarray:
 
 
 def _smallest(d, k: int, excluded):
-    """(values, indices) of the k smallest of d [N] in order, without the element at index `excluded`."""
+    """Returns (values, indices) of the k smallest entries of d [N], in order, without the index `excluded`."""
     values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == excluded, jnp.inf, d), k)
     return -values, indices
 
 
 def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, column_values, *row_values) -> np.ndarray:
-    """function(squared distances of a row to all columns, slack, column_values, *row_values) of every row, in blocks.
+    """Evaluates function(squared distances from a row to all columns, slack, column_values, *row_values) per row, in blocks.
 
-    column_values: array for all columns. row_values: arrays with one value for each row. slack: the rounding error of the
-    difference of two such distances.
+    column_values: array for all columns. row_values: arrays with one value per row. slack: the rounding error of the
+    difference between two squared distances.
     """
-    # A bound of the rounding of products and sums of D terms, of two distances; the measured error is below half of it.
+    # A bound for the rounding of D-term products and sums in two distances; the measured error is below half the bound.
     slack = float(np.finfo(rows.dtype).eps) * (8 + rows.shape[1] ** 0.5)
 
     def compare_row(row, columns, norms, column_values):
@@ -296,10 +295,10 @@ def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, column_v
 def _for_distances(
     reference, samples, k: int, minimums: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(reference, samples, scale): both minus the reference's mean and divided by scale, the largest entry, as device floats.
+    """Returns (reference, samples, scale): both sets minus the reference's mean, divided by scale, as device floats.
 
-    Products are most accurate there, and no square leaves the range of float32. minimums: of the numbers of images, k + 1 by
-    default. Raises: ValueError.
+    scale is the largest entry. Products are then most accurate, and no square leaves float32's range. minimums: the required
+    numbers of images, by default k + 1. Raises: ValueError.
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1 neighbor")
@@ -317,7 +316,7 @@ def _for_distances(
 
 
 def _checked(features, minimum: int) -> np.ndarray:
-    """Features [N, D] of at least `minimum` images, as real numbers in float32 or better. Raises: ValueError."""
+    """Returns features [N, D] from at least `minimum` images, as real numbers in float32 or better. Raises: ValueError."""
     features = as_examples("features", features, minimum)
     if features.ndim != 2:
         raise ValueError(f"features of shape {features.shape} are not [N, D]")

@@ -1,4 +1,4 @@
-"""Networks, as Flax Linen modules. They contain no diffusion mathematics, which takes any callable."""
+"""Networks, as Flax Linen modules, without diffusion mathematics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 
 def preset(name: str) -> UNet | Classifier:
-    """A published network by name, one of the table in `config.presets`. Raises: ValueError for an unknown name."""
+    """Returns a published network by its name in `config.presets`. Raises: ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**CLASSIFIER_PRESETS[name])
@@ -48,7 +48,7 @@ def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
 
 
 def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Zeros with the shapes that `model.init(key, **inputs)` needs: one x_t [*spatial, C], its label and condition."""
+    """Returns zeros with the shapes for `model.init(key, **inputs)`: one x_t [*spatial, C], its label and condition."""
     inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
     if isinstance(model, Conditional):
         if model.num_classes:
@@ -60,16 +60,16 @@ def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def fields_of(model: _Network | type[_Network]) -> dict[str, Any]:
-    """The fields of a network, or the defaults of its class, by name, without those that Flax adds."""
+    """Returns the fields of a network, or a class's defaults, by name, without the fields that Flax adds."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
     return {name: getattr(model, name) for name in names}
 
 
 def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
-    """The network whose fields are the settings of `config.model`, and the field `spatial_dims`, which no setting gives.
+    """Builds the network whose fields are the settings of `config.model`, and the field `spatial_dims`, which has no setting.
 
-    kind: the class; by default that of the setting `kind`, which is a U-Net if it is missing. Settings that are fields of the
-    U-Net alone must have their defaults for another network.
+    kind: the class; by default the setting `kind`, or a U-Net without this setting. Settings that only the U-Net has must
+    keep their defaults for another network.
     Raises: ValueError for a setting that is not a field.
     """
     options: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""What a network of a diffusion model is given besides x_t and the time: a class label, and a vector or an array.
+"""The conditions of a diffusion network, besides x_t and the time: a class label, and a vector or an array.
 
-A label or a vector is embedded and added to the time embedding; an array of x_t's spatial shape is concatenated to its
-channels. For classifier-free guidance training replaces an example's label, or its condition, by a null with some
+A label or a vector is embedded and added to the time embedding; an array with x_t's spatial shape is concatenated to the
+channels of x_t. For classifier-free guidance, training replaces an example's label or condition by a null with some
 probability.
 """
 
@@ -21,21 +21,22 @@ __all__ = ["Conditional"]
 
 
 class Conditional(nn.Module):
-    """The fields and layers for labels and conditions, which every network of a diffusion model has.
+    """The fields and layers for labels and conditions, common to every diffusion network.
 
-    num_classes: 0 for an unconditional network, else y int [B] in 0 ... num_classes - 1 is embedded and added to the
-      time embedding. A label outside raises an error, or makes its example NaN if y is traced.
-    label_dropout: probability with which training replaces an example's label by `null_label`, an embedding of its own for
-      no class, as classifier-free guidance needs (Ho & Salimans 2022). At 0 there is no such label.
-    condition_features: D of a condition float [B, D], which two dense layers embed and add to the time embedding; 0 for none.
-    condition_channels: K of a condition float [B, *spatial, K] with x_t's spatial shape, which is concatenated to the
+    num_classes: 0 for an unconditional network; otherwise y int [B] in 0 ... num_classes - 1 is embedded and added to the
+      time embedding. A label out of range raises an error, or gives NaN for its example if y is traced.
+    label_dropout: probability with which training replaces an example's label by `null_label`, a separate embedding for no
+      class, for classifier-free guidance (Ho & Salimans 2022). At 0 there is no null label.
+    condition_features: D for a condition float [B, D], which two dense layers embed and add to the time embedding; 0 for
+      none.
+    condition_channels: K for a condition float [B, *spatial, K] with x_t's spatial shape, which is concatenated to the
       channels of x_t; 0 for none. A network takes one kind of condition.
-    condition_dropout: probability with which training replaces an example's condition by the null condition: for a vector an
-      embedding of its own; for an array zeros, and one more input channel is 1 where an example has a condition and 0 where
-      it has none, because zeros can be data. At 0 there is neither. A network with condition_dropout takes condition=None
-      for no conditions, and `null_condition` (NaN everywhere) for an example without one. Training drops a label and a
-      condition together with the smaller of the two probabilities, and the other one of them alone with the rest of the
-      larger, because the unconditional half of guidance needs examples without both.
+    condition_dropout: probability with which training replaces an example's condition by the null condition. A null vector is
+      a separate embedding. A null array is zeros, and an extra input channel is 1 for examples with a condition and 0
+      without, because zeros can be data. At 0 there is no null condition. A network with condition_dropout accepts
+      condition=None for no conditions, and `null_condition` (NaN everywhere) for an example without a condition. Training
+      drops label and condition together with the smaller of the two probabilities, because the unconditional half of guidance
+      needs examples without both, and drops one alone with the rest of the larger probability.
     """
 
     num_classes: int = 0
@@ -46,40 +47,40 @@ class Conditional(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label for no class; None if the network has none."""
+        """The label for no class; None if the network has no such label."""
         return self.num_classes if self.num_classes and self.label_dropout else None
 
     @property
     def null_condition(self) -> float | None:
-        """The value of all entries of an example's condition that stands for none, NaN; None if the network has none.
+        """The value of all entries in a null condition, NaN; None for a network without null conditions.
 
-        `guidance.classifier_free` takes it as `null_y`, with a denoise_fn that passes its third argument as condition.
+        Use it as `null_y` in `guidance.classifier_free`, with a denoise_fn that passes its third argument as condition.
         """
         return float("nan") if self.condition_dropout else None
 
     def nulls_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The null label and condition, for those of "y" and "condition" that `given` has; the null_y of guidance.
+        """Returns the null_y for guidance: the null label and condition for the keys "y" and "condition" in `given`.
 
-        Where the network has no null, the given one itself, which guidance then leaves as it is.
+        If the network has no null for a key, the given value is returned, so that guidance leaves it unchanged.
         """
         nulls = {"y": self.null_label, "condition": self.null_condition}
         return {name: value if nulls[name] is None else nulls[name] for name, value in given.items()}
 
     def condition_shape(self, spatial: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape of an example's condition, (D,) or (*spatial, K); None for a network without conditions."""
+        """Returns the shape of an example's condition, (D,) or (*spatial, K); None for a network without conditions."""
         if self.condition_features:
             return (self.condition_features,)
         return (*spatial, self.condition_channels) if self.condition_channels else None
 
     @property
     def _num_labels(self) -> int:
-        """The number of classes and the null label."""
+        """The number of labels: the classes and the null label."""
         return self.num_classes + (1 if self.label_dropout else 0)
 
     def add_conditions(
         self, layers: LayerFactory, x_t, embedding, y, condition, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """(x_t with the channels of an array condition, the time embedding with those of the label and of a vector).
+        """Returns (x_t with an array condition's channels, the time embedding plus the embedded label and vector).
 
         Training drops labels and conditions. Raises: ValueError for fields, labels or conditions that do not fit together.
         """
@@ -89,7 +90,7 @@ class Conditional(nn.Module):
         features = embedding.shape[-1]
         if y is not None:
             label = layers.embed(self._num_labels, features, "class")(y)
-            if self._num_labels == 1:  # Flax returns the only row for every y
+            if self._num_labels == 1:  # Flax returns the only row for any y
                 label = jnp.where(jnp.reshape(y, (-1, 1)) == 0, label, jnp.nan)
             embedding += label
         if condition is None:
@@ -106,13 +107,13 @@ class Conditional(nn.Module):
                 vector = jnp.where(present[:, None], vector, null)
             return x_t, embedding + vector
         parts = [x_t, condition.astype(x_t.dtype)]
-        if self.condition_dropout:  # one more channel marks the examples that have a condition
+        if self.condition_dropout:  # an extra channel marks the examples with a condition
             marks = jnp.expand_dims(present, axes).astype(x_t.dtype)
             parts.append(jnp.broadcast_to(marks, (*x_t.shape[:-1], 1)))
         return jnp.concatenate(parts, axis=-1), embedding
 
     def _drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
-        """(y, condition) of training, with nulls in place of those that dropout draws; called once in a forward pass."""
+        """Replaces randomly drawn entries of (y, condition) by nulls for training; called once in a forward pass."""
         joint = min(self.label_dropout, self.condition_dropout)
         kept_jointly = self._draw_kept("joint_dropout", joint, y) if joint else True
 
@@ -127,11 +128,11 @@ class Conditional(nn.Module):
         return y, condition
 
     def _draw_kept(self, name: str, rate: float, rows):
-        """bool [B], True with probability 1 - rate. Dropout draws it, so that microbatches take their rows of it."""
+        """bool [B], True with probability 1 - rate, drawn by `nn.Dropout` so that microbatches split one draw."""
         return nn.Dropout(rate, deterministic=False, name=name)(jnp.ones(jnp.shape(rows)[:1])) > 0
 
     def _check_labels(self, y) -> jax.Array | None:
-        """y as int, with traced labels outside the range replaced by one beyond the embedding. Raises: ValueError."""
+        """Returns y as int, with traced labels out of range mapped one beyond the embedding. Raises: ValueError."""
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         if self.label_dropout and not self.num_classes:
@@ -143,7 +144,7 @@ class Conditional(nn.Module):
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
     def _check_condition(self, condition, x_t) -> jax.Array | None:
-        """The condition as an array, null conditions for None; None for a network without. Raises: ValueError."""
+        """Returns the condition as an array, with nulls for None; None for a network without. Raises: ValueError."""
         features, channels, dropout = self.condition_features, self.condition_channels, self.condition_dropout
         if features and channels:
             raise ValueError(

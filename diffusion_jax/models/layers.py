@@ -1,6 +1,6 @@
-"""The layers and blocks of networks: convolutions, norms, residual blocks, self-attention, and the embedding of the time.
+"""Layers and blocks of networks: convolutions, norms, residual blocks, self-attention, and the time embedding.
 
-Arrays are [B, *spatial, C], with any number of spatial axes (convolutions: 1, 2 or 3), and kernels [*kernel size, C, K].
+Arrays are [B, *spatial, C], with any number of spatial axes (convolutions: 1, 2 or 3); kernels are [*kernel size, C, K].
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ __all__ = [
     "upsample_2x",
 ]
 
-# The name, for a policy of jax.checkpoint, of the results of products inside a block, from which the rest is cheap to
-# recompute.
+# For jax.checkpoint policies: names the results of products inside a block, from which the rest is cheap to recompute.
 KEPT_INSIDE = "inside blocks"
 
 
 def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
     """[sin(time w_i), cos(time w_i)] with w_i = 10000^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
 
-    OpenAI's is `cos_first=True, freq_shift=0`. time: float [B], in the unit the network is trained on; returns float32
+    OpenAI's code has `cos_first=True, freq_shift=0`. time: float [B], in the network's unit of training; returns float32
     [B, dim]. Raises: ValueError for an odd dim.
     """
     if dim % 2 or dim < 4:
@@ -68,10 +67,10 @@ class _ScaleAndBias(nn.Module):
 class GroupNorm(nn.Module):
     """GroupNorm with float32 statistics in every compute dtype.
 
-    Sums are taken over pixels first, channel by channel, then over the few channels of a group; the rest of the norm is
-    one multiplication and one addition for each element, which include additions and a scaling by the caller. So x is read
-    twice: for both sums, and for the result. On CPUs this takes half the time of sums over groups, whose inner loops are 4
-    channels long.
+    Sums are computed over pixels first, channel by channel, then over the few channels in a group. The rest of the norm,
+    including additions and a scaling by the caller, is one multiplication and one addition per element. So x is read twice:
+    for the sums, and for the result. On CPUs this takes half the time of sums over groups, whose inner loops are 4 channels
+    long.
     """
 
     num_groups: int
@@ -97,7 +96,7 @@ class GroupNorm(nn.Module):
         )
 
 
-# Traced once for each shape: networks have about a hundred norms, of some twenty shapes.
+# Traced once per shape: networks have about a hundred norms, with some twenty shapes.
 @functools.partial(jax.jit, static_argnames=("num_groups", "epsilon", "dtype"))
 def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: float, dtype) -> jax.Array:
     """`GroupNorm` with its scale and bias, each float32 [C]."""
@@ -112,7 +111,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
     shift = jnp.zeros(()) if shift is None else shift
     center = jax.lax.stop_gradient(mean_of_group(_middle_mean(x) + shift) - shift)
     change = shift - jax.lax.stop_gradient(shift)  # 0, with the derivative of the shift
-    # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c, and precise for one that is close to the mean.
+    # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c, and precise for a c close to the mean.
     x = x.astype(jnp.float32)
     centered = x - center[to_pixels]
     first, second = centered.mean(pixel_axes), jnp.square(centered).mean(pixel_axes)
@@ -126,7 +125,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
 
 
 def _middle_mean(x) -> jax.Array:
-    """The mean of about as many positions as the square root of their number, in the middle of x. float32 [B, C]."""
+    """Averages about sqrt(N) positions in the middle of x, which has N positions. float32 [B, C]."""
     if x.ndim > 2:
         size, positions = x.shape[1], math.prod(x.shape[1:-1])
         rows = max(1, math.isqrt(positions) * size // positions)
@@ -135,9 +134,9 @@ def _middle_mean(x) -> jax.Array:
 
 
 class Dropout(nn.Module):
-    """Dropout that draws 16 random bits for an element instead of 32, because drawing them is most of its cost.
+    """Dropout that draws 16 random bits per element instead of 32, because drawing bits is most of its cost.
 
-    The rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate.
+    The rate is rounded to a multiple of 2^-16, and the scale follows the rounded rate.
     """
 
     rate: float
@@ -152,16 +151,16 @@ class Dropout(nn.Module):
         channels = x.shape[-1]
         pairs = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
         bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :channels]
-        num_dropped = max(1, min(round(self.rate * 2**16), 2**16 - 1))  # of the 2^16 values
+        num_dropped = max(1, min(round(self.rate * 2**16), 2**16 - 1))  # out of 2^16 values
         scaled = x.astype(jnp.float32) * (2**16 / (2**16 - num_dropped))
         return jnp.where(bits >= num_dropped, scaled, 0).astype(x.dtype)
 
 
 def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.Array:
-    """`jax.lax.conv_general_dilated`; on CPUs volumes [B, D, H, W, C] are convolved slice by slice of the kernel.
+    """`jax.lax.conv_general_dilated`; on CPUs, volumes [B, D, H, W, C] are convolved one slice of the kernel at a time.
 
-    XLA's gradient of a convolution with three axes is slow on CPUs: a train step of configs/volume.py takes 1.09 s with it
-    and 0.55 s with slices.
+    XLA's gradient of a convolution with three axes is slow on CPUs: a train step of configs/volume.py takes 1.09 s without
+    slices and 0.55 s with slices.
     """
     if x.ndim != 5 or any(stride != 1 for stride in strides) or jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
@@ -179,7 +178,7 @@ def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.A
 
 
 def convolve_periodic(x, kernel, strides, padding, **options) -> jax.Array:
-    """`convolve` of an array that repeats beyond its ends."""
+    """`convolve` for an array that repeats beyond its ends."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap")
     return convolve(x, kernel, strides, ((0, 0),) * len(padding), **options)
 
@@ -187,20 +186,20 @@ def convolve_periodic(x, kernel, strides, padding, **options) -> jax.Array:
 def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> jax.Array:
     """convolve(upsample_2x(x), kernel, ...), where `upsample_2x` repeats each position along every axis; [B, *2 spatial, K].
 
-    convolve: `convolve` or `convolve_periodic`. kernel: [3, ..., 3, C, K]; strides: 1. In an image the nine pixels that a
-    copy of a pixel sees are copies of four, two in each direction: if the kernel's rows and columns are added accordingly,
-    4 products replace 9 (2 replace 3 in a series, 8 replace 27 in a volume). The kernel is summed in its own dtype, float32,
-    and then rounded to x's dtype.
+    convolve: `convolve` or `convolve_periodic`. kernel: [3, ..., 3, C, K]; strides: 1. In an image, the nine pixels under the
+    kernel are copies of only four pixels, two in each direction. Adding the kernel's rows and columns accordingly replaces 9
+    products by 4 (3 by 2 in a series, 27 by 8 in a volume). The kernel is summed in its own dtype, float32, and then rounded
+    to x's dtype.
     """
     batch, *spatial, _ = x.shape
 
     def sum_taps(kernel, axis):
-        """The two taps of the first copy and of the second."""
+        """Returns the two taps for the first copy and for the second copy."""
         first, middle, last = jnp.split(kernel, 3, axis)
         return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
     def convolve_copies(kernel, padding) -> list[jax.Array]:
-        """The results [B, *spatial, K] for each copy of a position, the copies along the last axis next to each other."""
+        """Returns [B, *spatial, K] for each copy of a position; copies along the last axis are adjacent."""
         axis = len(padding)
         if axis == len(spatial):
             return [convolve(x, kernel.astype(x.dtype), strides, padding, **options)]
@@ -208,13 +207,13 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
         return [y for i, part in taps for y in convolve_copies(part, (*padding, (1 - i, i)))]
 
     copies = convolve_copies(kernel, ())
-    for axis in reversed(range(2, len(spatial) + 2)):  # in the end [B, H, 2, W, 2, K] of an image
+    for axis in reversed(range(2, len(spatial) + 2)):  # finally [B, H, 2, W, 2, K] for an image
         copies = [jnp.stack(copies[i : i + 2], axis=axis) for i in range(0, len(copies), 2)]
     return copies[0].reshape(batch, *(2 * size for size in spatial), -1)
 
 
 def _promote_except_kernel(x, kernel, bias, dtype):
-    """For `convolve_upsampled`, which sums parts of a kernel before it rounds them."""
+    """Leaves the kernel's dtype to `convolve_upsampled`, which sums taps before it rounds them."""
     return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
 
 
@@ -223,7 +222,7 @@ class Conv(nn.Conv):
 
     @nn.compact
     def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
-        """(the result without the bias, the bias float32 [features]), of a layer with use_bias=False."""
+        """Returns (the result without the bias, the bias float32 [features]), for a layer with use_bias=False."""
         return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
 
 
@@ -232,17 +231,17 @@ class Dense(nn.Dense):
 
     @nn.compact
     def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
-        """(the result without the bias, the bias float32 [features]), of a layer with use_bias=False."""
+        """Returns (the result without the bias, the bias float32 [features]), for a layer with use_bias=False."""
         return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactory:
-    """Makes the layers of a network with the options that they share.
+    """Makes a network's layers with their common options.
 
-    spatial_dims: the number of axes that convolutions go over; 0 for vectors, whose layers are all dense.
-    periodic: whether convolutions continue an array periodically beyond its ends, instead of by zeros.
-    precision: "high" or "highest", of float32 products; "default" follows `jax.default_matmul_precision`.
+    spatial_dims: the number of axes that convolutions cover; 0 for vectors, whose layers are all dense.
+    periodic: whether convolutions pad an array periodically, instead of with zeros.
+    precision: of float32 products, "high" or "highest"; "default" follows `jax.default_matmul_precision`.
     Raises: ValueError for an unknown initializer or precision.
     """
 
@@ -261,13 +260,13 @@ class LayerFactory:
             raise ValueError(f"precision={self.precision!r} must be 'default', 'high' or 'highest'")
 
     def _options(self, name: str, last: bool, use_bias: bool) -> dict[str, Any]:
-        """The options of a convolution or a dense layer."""
+        """Returns the options for a convolution or a dense layer."""
         precision = None if self.precision == "default" else self.precision
         options = {"dtype": self.dtype, "kernel_init": self._kernel_init(last), "precision": precision}
         return options | {"use_bias": use_bias, "name": name}
 
     def _kernel_init(self, last: bool):
-        """Layers that end a residual branch, and the network's last, start at 0 (OpenAI) or close to it (Ho et al.)."""
+        """The last layers of residual branches and of the network start at 0 (OpenAI) or close to 0 (Ho et al.)."""
         if self.initializer == "openai":
             return nn.initializers.zeros if last else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         return nn.initializers.variance_scaling(1e-10 if last else 1.0, "fan_avg", "uniform")
@@ -283,10 +282,10 @@ class LayerFactory:
         upsample: bool = False,
         use_bias: bool = True,
     ) -> Conv:
-        """A convolution with a kernel of size 3 along every axis.
+        """Makes a convolution with kernel size 3 along every axis.
 
-        last: whether it ends a residual branch or the network. padding: before and after, along every axis. upsample:
-        whether it takes `upsample_2x` of its input, computed with fewer multiplications.
+        last: whether the layer ends a residual branch or the network. padding: before and after, along every axis. upsample:
+        whether to convolve `upsample_2x` of the input, with fewer multiplications.
         """
         options = self._options(name, last, use_bias)
         function: Callable = convolve_periodic if self.periodic else convolve
@@ -296,7 +295,7 @@ class LayerFactory:
         return Conv(features, kernel_size, stride, padding=padding, conv_general_dilated=function, **options)
 
     def dense(self, features: int, name: str, *, last: bool = False, use_bias: bool = True) -> Dense:
-        """A dense layer over the last axis. last: whether it ends a residual branch."""
+        """Makes a dense layer over the last axis. last: whether it ends a residual branch."""
         return Dense(features, **self._options(name, last, use_bias))
 
     def attend(self, q, k, v) -> jax.Array:
@@ -307,18 +306,18 @@ class LayerFactory:
             return jax.nn.dot_product_attention(q, k, v)
 
     def norm(self, name: str) -> GroupNorm:
-        """A GroupNorm."""
+        """Makes a GroupNorm."""
         return GroupNorm(self.num_groups, self.norm_epsilon, self.dtype, name=name)
 
     def embed(self, num_classes: int, features: int, name: str) -> nn.Embed:
-        """An embedding of classes."""
+        """Makes a class embedding."""
         options: dict[str, Any] = {"dtype": self.dtype, "name": name}
         if self.initializer == "openai":
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
 
     def embed_time(self, time, channels: int, *, cos_first: bool, freq_shift: float) -> jax.Array:
-        """The embedding [B, 4 channels] of the network time [B]: sines and cosines, then two dense layers."""
+        """Embeds the network time [B] to [B, 4 channels]: sines and cosines, then two dense layers."""
         embedding = timestep_embedding(time, channels, cos_first=cos_first, freq_shift=freq_shift)
         embedding = nn.silu(self.dense(4 * channels, "time_0")(embedding.astype(self.dtype)))
         return self.dense(4 * channels, "time_1")(embedding)
@@ -328,13 +327,13 @@ class LayerFactory:
 
 
 def downsample_2x(x) -> jax.Array:
-    """[B, H, W, C] to [B, H / 2, W / 2, C]: the mean of each 2x2 pixels, and so on along any number of axes."""
+    """[B, H, W, C] to [B, H / 2, W / 2, C]: averages 2x2 pixels; likewise for any number of axes."""
     window = (2,) * (x.ndim - 2)
     return nn.avg_pool(x, window, window)
 
 
 def upsample_2x(x) -> jax.Array:
-    """[B, H, W, C] to [B, 2 H, 2 W, C]: each pixel four times, and so on along any number of axes."""
+    """[B, H, W, C] to [B, 2 H, 2 W, C]: repeats each pixel four times; likewise for any number of axes."""
     for axis in range(1, x.ndim - 1):
         x = x.repeat(2, axis=axis)
     return x
@@ -343,12 +342,12 @@ def upsample_2x(x) -> jax.Array:
 class ResBlock(nn.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a dense projection if the widths differ.
 
-    For vectors, which `layers.spatial_dims` = 0 describes, dense layers take the place of the convolutions.
+    For vectors (`layers.spatial_dims` = 0), dense layers replace the convolutions.
 
-    Biases are added where that needs no pass over an image: the first in the second norm, the others as one vector.
-    With `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
-    resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual one after its first SiLU (ADM
-    appendix A, as BigGAN). keep: name the first convolution's result `KEPT_INSIDE`.
+    Biases are added where no extra pass over an image is needed: the first in the second norm, the others as one vector. With
+    `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
+    resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual branch after the first SiLU (ADM
+    appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`.
     """
 
     features: int
@@ -360,7 +359,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, train: bool) -> jax.Array:
-        """x: [B, *spatial, C]; embedding: [B, E], of the time; train: whether dropout is active."""
+        """x: [B, *spatial, C]; embedding: [B, E], from the time; train: whether dropout is active."""
         h = nn.silu(self.layers.norm("norm1")(x))
         upsample = self.resample is upsample_2x
         if self.resample is not None:
@@ -382,7 +381,7 @@ class ResBlock(nn.Module):
         return x + (h + bias.astype(h.dtype))
 
     def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Conv | Dense:
-        """The first or second convolution, or dense layer of a vector, whose bias is split."""
+        """Makes the first or second convolution, or a vector's dense layer, with a separate bias."""
         options: dict[str, Any] = {"last": last, "use_bias": False}
         if self.layers.spatial_dims:
             return self.layers.conv(self.features, f"conv{number}", upsample=upsample, **options)
@@ -390,7 +389,7 @@ class ResBlock(nn.Module):
 
 
 def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
-    """The number of heads of a layer: channels / head_channels if that is given, else num_heads. Raises: ValueError."""
+    """The number of heads in a layer: channels / head_channels if given, else num_heads. Raises: ValueError."""
     name, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
     if value < 1 or channels % value:
         raise ValueError(f"{name}={value} does not divide an attention layer of {channels} channels")
@@ -400,7 +399,7 @@ def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int
 class Attention(nn.Module):
     """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax.
 
-    keep: name q, k, v and the weighted sum of v `KEPT_INSIDE`.
+    keep: names q, k, v and the weighted sum of v `KEPT_INSIDE`.
     """
 
     num_heads: int

@@ -1,4 +1,4 @@
-"""A network for vectors [B, C]: residual blocks of dense layers, with the time embedding and the conditions of the U-Net."""
+"""A network for vectors [B, C]: residual blocks of dense layers, with the U-Net's time embedding and conditions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class MLP(Conditional):
     """A residual MLP for vectors.
 
     `MLP(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, out_channels] float32. Each block is
-    x + dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all of a vector's channels.
+    x + dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all channels.
     Fields: `Conditional`'s (an array condition is [B, K] here), and
 
     channels: width of every block, an even number.
     num_res_blocks: the number of blocks.
-    scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
-    embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
-    norm_epsilon: of every norm.
-    initializer: "ho" or "openai", as of the U-Net. Both start the end of each block and of the network at 0 or close to it.
-    dropout: rate before the second dense layer of each block, in training only.
-    out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
+    scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
+    embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
+    norm_epsilon: epsilon in every norm.
+    initializer: "ho" or "openai", as in the U-Net. Both start the end of each block and of the network at 0 or close to it.
+    dropout: rate before the second dense layer in each block, in training only.
+    out_channels: channels of the output; None for x_t's number of channels, or twice that number for a learned variance.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
       float32.
-    precision: as of the U-Net.
+    precision: as in the U-Net.
     remat: recompute each block's activations in the backward pass.
     """
 
@@ -50,7 +50,7 @@ class MLP(Conditional):
 
     @property
     def layers(self) -> LayerFactory:
-        """The factory of this network's layers; its norms have one group."""
+        """The factory for this network's layers; its norms have one group."""
         return LayerFactory(
             num_groups=1,
             norm_epsilon=self.norm_epsilon,
@@ -62,10 +62,10 @@ class MLP(Conditional):
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
-        """x_t: [B, C]; time: float [B]; y, condition, train: as of `UNet`.
+        """x_t: [B, C]; time: float [B]; y, condition, train: as `UNet`.
 
-        Raises: ValueError for an x_t that is not float or has another number of axes, a remat of levels, and for labels and
-        conditions as `UNet`.
+        Raises: ValueError for an x_t that is not float or has another number of axes, a remat with levels, and for labels and
+          conditions as `UNet`.
         """
         if not jnp.issubdtype(x_t.dtype, jnp.floating) or x_t.ndim != 2:
             raise ValueError(

@@ -1,14 +1,14 @@
 """The U-Net of the DDPM family, as one Flax Linen module, for series, images and volumes; and ADM's classifier.
 
-Its defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the
-time embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give
-OpenAI's (Improved DDPM, ADM). It contains no diffusion mathematics: it maps (x_t, network time) to an output of the same
-spatial shape.
+The defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the time
+embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give OpenAI's
+networks (Improved DDPM, ADM). The U-Net contains no diffusion mathematics: it maps (x_t, network time) to an output with the
+same spatial shape.
 
 The classifier of noisy images, for classifier guidance (ADM, Dhariwal & Nichol 2021, section 4), is the downsampling path
 with attention pooling over the remaining positions.
 
-Layers are named by level (0 is full resolution) and place: `down_1_block_0`, `mid_attn`, `up_3_upsample`.
+Layer names have the level (0 is full resolution) and the place: `down_1_block_0`, `mid_attn`, `up_3_upsample`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from diffusion_jax.models.layers import (
 
 __all__ = ["KEPT_NAMES", "AttentionPool", "Classifier", "Encoder", "UNet"]
 
-# Names, for a policy of jax.checkpoint, of the activations that `remat` keeps for the backward pass: between blocks, and
-# inside those that are not recomputed.
+# For jax.checkpoint policies: names of the activations that `remat` keeps for the backward pass, between blocks and inside
+# the blocks that are not recomputed.
 _KEPT_BETWEEN = "between blocks"
 KEPT_NAMES = (_KEPT_BETWEEN, KEPT_INSIDE)
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
@@ -44,34 +44,34 @@ _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.rem
 
 
 class Encoder(nn.Module):
-    """The downsampling path and the middle: fields, layers and their names.
+    """The downsampling path and the middle, with their fields and layers.
 
     channels: width of the first level, a multiple of `num_groups`.
-    channel_multipliers: the width of each level over `channels`, fractions too (0.5 is ADM's first at 512 pixels); each level
-      after the first halves the resolution.
-    num_res_blocks: residual blocks of each level of the downsampling path (the upsampling path has one more).
-    attention_levels: levels whose blocks are followed by self-attention; (1,) is 16x16 for 32-pixel images, (4,) for
-      256-pixel ones. The middle always has one.
-    num_heads: attention heads of every layer; head_channels: the channels of a head instead, so that wider layers have more
+    channel_multipliers: the width of each level over `channels`, also fractional (ADM's first is 0.5 at 512 pixels); each
+      level after the first halves the resolution.
+    num_res_blocks: residual blocks in each level of the downsampling path (the upsampling path has one more).
+    attention_levels: levels with self-attention after each block; (1,) is 16x16 for 32-pixel images, (4,) for 256-pixel
+      images. The middle always has self-attention.
+    num_heads: attention heads in every layer; head_channels: the channels per head instead, so that wider layers have more
       heads (ADM's are 64).
     resample_blocks: levels are joined by a residual block that averages 2x2 pixels, or repeats them, in both its branches
       (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
-    scale_shift_norm: the time embedding scales and shifts after the second norm of a block, instead of being added before it.
-    embedding_cos_first, embedding_freq_shift: of `timestep_embedding`; OpenAI's are True and 0.
-    downsample_padding: before and after each side of the stride-2 convolution; OpenAI's is (1, 1).
-    num_groups, norm_epsilon: of every GroupNorm; OpenAI's epsilon is 1e-5.
+    scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
+    embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
+    downsample_padding: before and after each side in the stride-2 convolution; OpenAI's is (1, 1).
+    num_groups, norm_epsilon: for every GroupNorm; OpenAI's epsilon is 1e-5.
     initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
-    dropout: rate before the second convolution of each block, in training only.
+    dropout: rate before the second convolution in each block, in training only.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics, the softmax and the
       output stay float32.
-    precision: of the products of float32 numbers, in the network and its gradients. By default GPUs round their inputs to
-      TF32 (11 bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three products in bfloat16 for
-      one); "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
+    precision: for products of float32 numbers, in the network and its gradients. By default GPUs round the inputs to TF32 (11
+      bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three bfloat16 products per float32 product);
+      "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
     remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
-      levels whose blocks do so. Level 0 has most of them.
+      levels to recompute. Level 0 has most activations.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
-    padding: "zeros", or "periodic" for data on a torus: convolutions continue an array by its other end, so that a shift
-      of the input by a multiple of 2^(levels - 1) positions shifts the output of a U-Net.
+    padding: "zeros", or "periodic" for data on a torus: convolutions continue an array at its opposite end, so that shifting
+      the input of a U-Net by a multiple of 2^(levels - 1) positions shifts the output.
     """
 
     channels: int = 128
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
     @property
     def layers(self) -> LayerFactory:
-        """The factory of this network's layers."""
+        """The factory for this network's layers."""
         return LayerFactory(
             self.num_groups,
             self.norm_epsilon,
@@ -110,41 +110,41 @@ class Encoder(nn.Module):
 
     @property
     def divisor(self) -> int:
-        """2^(levels - 1), by which the downsampling path divides sizes."""
+        """2^(levels - 1), the factor by which the downsampling path divides sizes."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     def width(self, level: int) -> int:
-        """Channels of a level."""
+        """Returns the number of channels at a level."""
         return round(self.channels * self.channel_multipliers[level])
 
     def residual_block(
         self, h, embedding, level: int, name: str, train: bool, resample: Callable | None = None
     ) -> jax.Array:
-        """h after a residual block of a level's width."""
+        """Applies a residual block with the level's width to h."""
         keep = not self._recomputes(level)
         kind = ResBlock if keep else _REMAT_BLOCK
         block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, keep, name=name)
         return checkpoint_name(block(h, embedding, train), _KEPT_BETWEEN)
 
     def attention(self, h, level: int, name: str) -> jax.Array:
-        """h after a self-attention layer of a level."""
+        """Applies a self-attention layer at a level to h."""
         keep = not self._recomputes(level)
         kind = Attention if keep else _REMAT_ATTENTION
         layer = kind(self.num_heads, self.head_channels, self.layers, keep, name=name)
         return checkpoint_name(layer(h), _KEPT_BETWEEN)
 
     def _recomputes(self, level: int) -> bool:
-        """Whether `remat` recomputes the blocks of a level."""
+        """Whether `remat` recomputes the blocks at a level."""
         return self.remat if isinstance(self.remat, bool) else level in self.remat
 
     def embed_time(self, time) -> jax.Array:
-        """The embedding [B, 4 channels] of the network time [B]."""
+        """Embeds the network time [B] to [B, 4 channels]."""
         return self.layers.embed_time(
             time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
         )
 
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
-        """(the middle's output, the activations for skip connections in order) of x [B, *spatial, C]."""
+        """Encodes x [B, *spatial, C]. Returns (the middle's output, the activations for skip connections, in order)."""
         num_levels = len(self.channel_multipliers)
         h = checkpoint_name(self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype)), _KEPT_BETWEEN)
         skips = [h]
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         return self.residual_block(h, embedding, num_levels - 1, "mid_block_1", train), skips
 
     def check_input(self, x) -> None:
-        """Raises: ValueError for fields that do not describe a network, or arrays that do not fit this one."""
+        """Raises ValueError for fields that do not describe a network, or arrays that do not fit the network."""
         num_levels = len(self.channel_multipliers)
         kind = type(self).__name__
         if self.spatial_dims not in _AXES:
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
                 raise ValueError(f"{name} must lie in 0 ... {num_levels - 1}, got {outside[0]}")
 
     def check_divisible(self, x, reason: str) -> None:
-        """Raises: ValueError, with the reason, for sizes not divisible by 2^(levels - 1)."""
+        """Raises ValueError, with the reason, for sizes not divisible by 2^(levels - 1)."""
         if any(size % self.divisor for size in x.shape[1:-1]):
             raise ValueError(
                 f"a {type(self).__name__} of {len(self.channel_multipliers)} levels needs sizes divisible by {self.divisor}, "
@@ -201,14 +201,14 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder, Conditional):
-    """The U-Net; its defaults are Ho et al.'s.
+    """The U-Net, by default Ho et al.'s.
 
     `UNet(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, *spatial, out_channels] float32. An axis may
-    have any size: where 2^(levels - 1) does not divide it, x_t and an array condition are padded inside with zeros at the end
-    to the next multiple, and the output is cropped. The padded positions take part in attention and in the statistics of
+    have any size: if 2^(levels - 1) does not divide the size, x_t and an array condition are padded inside with zeros at the
+    end to the next multiple, and the output is cropped. The padded positions take part in attention and in the statistics of
     norms. Fields: `Encoder`'s, `Conditional`'s, and
 
-    out_channels: channels of the output; None for as many as x_t has, twice that for a learned variance.
+    out_channels: channels of the output; None for x_t's number of channels, or twice that number for a learned variance.
     """
 
     out_channels: int | None = None
@@ -217,12 +217,12 @@ class UNet(Encoder, Conditional):
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
         """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.
 
-        y: int [B] for a network of classes. condition: float [B, D] for a network with condition_features, or
-        [B, *spatial, K] for one with condition_channels; None, with condition_dropout, for no conditions.
+        y: int [B] for a network with classes. condition: float [B, D] for a network with condition_features, or
+        [B, *spatial, K] for a network with condition_channels; None, with condition_dropout, for no conditions.
 
-        Raises: ValueError for arrays that are not float or have another number of axes than `spatial_dims` gives, sizes not
-        divisible by 2^(levels - 1) if the padding is periodic, labels or conditions for a network without (and the
-        reverse), labels that are not int or not in the range, or a condition of another shape.
+        Raises: ValueError for arrays that are not float or whose number of axes does not fit `spatial_dims`, sizes not
+          divisible by 2^(levels - 1) if the padding is periodic, labels or conditions for a network without (and the
+          reverse), labels that are not int or out of range, or a condition with another shape.
         """
         self.check_input(x_t)
         h, embedding = self.add_conditions(self.layers, x_t, self.embed_time(time), y, condition, train)
@@ -234,7 +234,7 @@ class UNet(Encoder, Conditional):
         return h if h.shape[:-1] == x_t.shape[:-1] else h[tuple(map(slice, x_t.shape[:-1]))]
 
     def _pad(self, x) -> jax.Array:
-        """x [B, *spatial, C] with zeros at the end of each axis whose size 2^(levels - 1) does not divide."""
+        """Pads x [B, *spatial, C] with zeros at the end of each axis whose size 2^(levels - 1) does not divide."""
         missing = [-size % self.divisor for size in x.shape[1:-1]]
         if not any(missing):
             return x
@@ -243,7 +243,7 @@ class UNet(Encoder, Conditional):
         return jnp.pad(x, ((0, 0), *((0, size) for size in missing), (0, 0)))
 
     def _decode(self, h, skips: list[jax.Array], embedding, train: bool) -> jax.Array:
-        """The upsampling path: from the middle's output to [B, *spatial, channels]."""
+        """Applies the upsampling path: the middle's output to [B, *spatial, channels]."""
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -260,9 +260,9 @@ class UNet(Encoder, Conditional):
 
 
 class AttentionPool(nn.Module):
-    """[B, *spatial, C] -> [B, features]: attention of the mean of all positions to them and to itself, as in CLIP.
+    """[B, *spatial, C] -> [B, features]: attention from the mean of all positions to the positions and itself, as in CLIP.
 
-    The mean precedes the N positions (H W of an image), each of the N + 1 tokens has a learned position embedding, and one
+    The mean precedes the N positions (H W in an image), each of the N + 1 tokens has a learned position embedding, and one
     attention layer with the mean as its only query is projected to `features`.
     """
 
@@ -294,10 +294,11 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(Encoder):
-    """Logits of an image's class from x_t and its network time; the defaults are ADM's classifier of 128x128 ImageNet.
+    """Class logits for x_t and its network time; the defaults are ADM's classifier for 128x128 ImageNet.
 
     `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
-    probabilities. It accepts only the sizes at initialization, which 2^(levels - 1) must divide. Fields: `Encoder`'s, and
+    probabilities. The classifier accepts only the sizes at initialization, which 2^(levels - 1) must divide. Fields:
+    `Encoder`'s, and
 
     num_classes: the number of classes.
     """

@@ -1,8 +1,8 @@
-"""Conditioning of a network on a smaller image: super-resolution as in SR3 and ADM (Dhariwal & Nichol 2021, section 5.3).
+"""Conditions of super-resolution networks, as in SR3 and ADM (Dhariwal & Nichol 2021, section 5.3).
 
 The small image, resized to the size of x_t, is an array condition of the network (`models.Conditional.condition_channels`).
-With noise augmentation (Ho et al. 2021, Cascaded Diffusion Models, section 4) it is noisy, and one more channel holds the
-standard deviation of the noise.
+With noise augmentation (Ho et al. 2021, Cascaded Diffusion Models, section 4) the small image is noisy, and an extra channel
+holds the standard deviation of the noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["augment", "condition", "condition_channels", "downsample", "enlarge"
 
 
 def downsample(x_0, height: int) -> jax.Array:
-    """Images [B, H, W, C] at a smaller height, the width in proportion: means over squares of H / height pixels.
+    """Downsamples images [B, H, W, C] to `height`, the width in proportion: means over squares of H / height pixels.
 
     Raises: ValueError if the squares do not divide the image.
     """
@@ -26,25 +26,25 @@ def downsample(x_0, height: int) -> jax.Array:
 
 
 def augment(key, low, noise_std) -> jax.Array:
-    """low + noise_std eps: the small images [B, h, w, C] under noise of standard deviation noise_std [B]."""
+    """Returns low + noise_std eps: the small images [B, h, w, C] with noise of standard deviation noise_std [B]."""
     return low + noise_std[:, None, None, None] * jax.random.normal(key, low.shape, low.dtype)
 
 
 def enlarge(low, shape: tuple[int, int]) -> jax.Array:
-    """Images [B, h, w, C] at another (H, W), bilinear between pixel centers, as ADM's super-resolution networks do."""
+    """Resizes images [B, h, w, C] to (H, W), bilinear between pixel centers, as ADM's super-resolution networks do."""
     return jax.image.resize(low, (low.shape[0], *shape, low.shape[-1]), "bilinear")
 
 
 def condition_channels(channels: int, conditioning_noise: float) -> int:
-    """`condition_channels` of a super-resolution network for images of C channels: C, and one more with noise."""
+    """Returns a super-resolution network's `condition_channels` for images with C channels: C, or C + 1 with noise."""
     return channels + (1 if conditioning_noise else 0)
 
 
 def condition(low, shape: tuple[int, ...], noise_std=None) -> jax.Array:
-    """The condition of a super-resolution network: the resized small image, and a constant channel of its noise, if any.
+    """Makes the condition of a super-resolution network: the resized small image and a constant channel of the noise's std.
 
-    low: [B, h, w, C], in [-1, 1] plus its noise; at H x W it is not resized. shape: (B, H, W, C) of x_t. noise_std: float,
-    or [B], the standard deviation of that noise, for a network trained with `diffusion.conditioning_noise`.
+    low: [B, h, w, C], in [-1, 1] plus any noise; at H x W it is not resized. shape: (B, H, W, C) of x_t. noise_std: float, or
+    [B], the standard deviation of the noise, for a network trained with `diffusion.conditioning_noise`.
     Returns: [B, H, W, C], or C + 1 channels. Raises: ValueError for images whose batch or channels differ from x_t's.
     """
     if low.shape[0] != shape[0] or low.shape[-1] != shape[-1]:

@@ -1,8 +1,7 @@
 """Samplers: pure functions from noise to images, and back.
 
 `driver` has the base class and the loop, `ancestral` and `solvers` the samplers, and `spacing` the choice of steps.
-`SAMPLERS` has the samplers of the config by name. An argument of a sampler that has the name of a setting
-`sampling.<name>` of a config is set by it.
+`SAMPLERS` maps config names to samplers. The setting `sampling.<name>` sets the sampler argument with the same name.
 """
 
 import inspect
@@ -55,5 +54,5 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 
 
 def samplers_with(argument: str) -> list[str]:
-    """The names in `SAMPLERS` of the samplers with this argument."""
+    """Returns the names in `SAMPLERS` whose samplers have this argument."""
     return [name for name, make in SAMPLERS.items() if argument in inspect.signature(make).parameters]

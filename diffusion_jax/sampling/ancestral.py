@@ -1,4 +1,4 @@
-"""Ancestral sampling and DDIM, the samplers that use only p(x_{t-1} | x_t), and `encode`, the inverse of DDIM."""
+"""Ancestral sampling and DDIM, which use only p(x_{t-1} | x_t), and `encode`, the inverse of DDIM."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["ddim", "ddpm", "encode", "euler", "euler_ancestral"]
 
 @dataclasses.dataclass(frozen=True)
 class ddpm(Sampler):
-    """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, and the clip of its code).
+    """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with the clip in DDPM's code).
 
     prediction, variance, clip: as `Sampler`.
-    mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t) as from
-      `guidance.log_prob_gradient`; the mean is shifted by the variance times g, after the clip (ADM Algorithm 1).
+    mean_shift: (x_t [B, ...], network time [B]) -> g [B, ...], a gradient of log p(y | x_t), as `guidance.log_prob_gradient`
+      returns it; the mean is shifted by the variance times g, after the clip (ADM Algorithm 1).
     """
 
     variance: str = "fixed_large"
@@ -47,12 +47,12 @@ class ddpm(Sampler):
 class ddim(Sampler):
     """DDIM eq. 12: x_{t-1} = sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with sigma from eq. 16.
 
-    sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), abar' one step earlier: eta = 0 is deterministic, eta = 1
-    the ancestral sampler with the fixed small variance.
+    sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), where abar' is abar one step earlier: eta = 0 is
+    deterministic, eta = 1 is the ancestral sampler with the fixed small variance.
 
     prediction, variance, clip: as `Sampler`.
-    clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own, which is the
-      default of diffusers (DDIM's own code never clips: clip=False).
+    clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own eps, the default
+      of diffusers (DDIM's own code never clips: clip=False).
     Raises: ValueError for an eta outside [0, 1].
     """
 
@@ -71,8 +71,8 @@ class ddim(Sampler):
 
     def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         x_0, eps = self.denoise(schedule, denoise_fn, x_t, t, self.clipped_eps)
-        # sigma of eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
-        # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both are 0 at index 0.
+        # sigma in eq. 16 is eta times the standard deviation of q(x_{t-1} | x_t, x_0), hence
+        # 1 - abar' - sigma^2 = (1 - abar') (1 - eta^2 beta / (1 - abar)); both sides are 0 at index 0.
         at = schedule.at(t, x_t)
         direction = at.sigma_prev * jnp.sqrt(jnp.maximum(1 - self.eta**2 * (at.beta / at.sigma**2), 0.0))
         x_prev = at.alpha_prev * x_0 + direction * eps
@@ -83,12 +83,12 @@ class ddim(Sampler):
 
 
 def euler(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
-    """Euler's method on dx/dsigma = eps, in x / alpha and sigma / alpha (Karras et al. 2022): it is DDIM with eta = 0."""
+    """Euler's method on dx/dsigma = eps, in x / alpha and sigma / alpha (Karras et al. 2022); equal to DDIM with eta = 0."""
     return ddim(0.0, prediction=prediction, variance=variance, clip=clip)
 
 
 def euler_ancestral(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
-    """Euler's step to sigma_down and noise back up to sigma (k-diffusion's "Euler a"): it is DDIM with eta = 1."""
+    """Euler's step to sigma_down and noise back up to sigma (k-diffusion's "Euler a"); equal to DDIM with eta = 1."""
     return ddim(1.0, prediction=prediction, variance=variance, clip=clip)
 
 
@@ -103,14 +103,14 @@ def encode(
     variance: str = "fixed_large",
     clip: Clip = False,
 ) -> Batch:
-    """DDIM inversion: x_0 to x_T along the probability-flow ODE (DDIM section 4.3), whose inverse is a deterministic sampler.
+    """DDIM inversion: x_0 to x_T along the probability-flow ODE (DDIM section 4.3), the inverse of deterministic samplers.
 
     Args:
       schedule, denoise_fn: as `sample`.
-      order: 1 is DDIM's step with the network evaluated at (x_{t-1}, t), one call for each step; 2 is Heun's step, two calls,
-        and `heun()` then reconstructs x_0 much more closely.
+      order: 1 is DDIM's step with the network evaluated at (x_{t-1}, t), with one call per step; 2 is Heun's step, with two
+        calls, from which `heun()` reconstructs x_0 much more closely.
       start: the index to stop at, where `sample(..., start=start)` starts; the default is T - 1.
-      prediction, variance: as `ddim`, without x_prev. clip: for order 1, clips the predicted x_0 of each step (and keeps eps,
+      prediction, variance: as `ddim`, without x_prev. clip: for order 1, clips the predicted x_0 at each step (and keeps eps,
         as diffusers does).
     Returns: x_t at the noise level of index `start`; float32, or float64 for a float64 x_0.
     Raises: ValueError for an x_0 that is not float or has no batch axis, another order, prediction x_prev, a start outside
@@ -128,7 +128,7 @@ def encode(
         raise ValueError("x_0 must have a batch axis: [B, ...]; got a single number")
 
     def predict_eps(x, t, level: NoiseLevel):
-        """eps from the network's output at x and index t, converted with the coefficients of `level`."""
+        """Returns eps from the network's output at x and index t, converted with the coefficients of `level`."""
         output, _ = process.split_variance(call_network(schedule, denoise_fn, x, t), x, variance)
         return process.eps_at(level.alpha, level.sigma, output, x, prediction)
 
@@ -138,7 +138,8 @@ def encode(
 
     def first_order(x, t):
         lower, upper = schedule.at(t, x).previous, schedule.at(t, x).level
-        # x is at the lower level, so v is converted there; x_0 and the score do not determine eps without noise (t = 0).
+        # x is at the lower level, so v is converted with this level; x_0 and the score do not determine eps without noise
+        # (t = 0).
         return add_noise(x, predict_eps(x, t, lower if prediction == "v" else upper), lower, upper), None
 
     def second_order(x, t):
@@ -150,7 +151,7 @@ def encode(
     if order == 1:
         x, _ = jax.lax.scan(first_order, x_0, jnp.arange(top + 1, dtype=jnp.int32))
         return x
-    # x_0 has no eps, so the first step uses the eps at its end, which a first-order step approximates.
+    # x_0 has no eps, so the first step uses the eps at its end, approximated by a first-order step.
     guess, _ = first_order(x_0, jnp.int32(0))
     lower, upper = schedule.at(0, x_0).previous, schedule.at(0, x_0).level
     x = add_noise(x_0, predict_eps(guess, jnp.int32(0), upper), lower, upper)

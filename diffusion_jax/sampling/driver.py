@@ -1,7 +1,7 @@
-"""The base class of samplers, and the loop of all of them.
+"""The base class of samplers, and the sampling loop.
 
-A `Sampler` has pure methods and no loop; `sample` runs any of them from the noisiest index to 0 with `lax.scan`: one
-compiled program, and memory that does not grow with the number of steps unless the trajectory is returned.
+A `Sampler` has pure methods and no loop; `sample` runs any sampler from the noisiest index to 0 with `lax.scan`: one compiled
+program, and memory that does not grow with the number of steps unless the trajectory is returned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 class Denoised(NamedTuple):
-    """The network's prediction: x_0 after the clip, and eps, by default the one computed from this x_0."""
+    """The network's prediction: x_0 after the clip, and eps, by default computed from the clipped x_0."""
 
     x_0: Batch
     eps: Batch
@@ -50,17 +50,17 @@ class Step(NamedTuple):
     state: PyTree = ()
 
 
-StepFn: TypeAlias = Callable[..., Step]  # of the arguments of `Sampler.step`
+StepFn: TypeAlias = Callable[..., Step]  # with the arguments of `Sampler.step`
 
 
 class Stability(NamedTuple):
-    """The effect of errors on a sampler, from which `find_problem` and `find_error_growth` judge its steps.
+    """How errors affect a sampler; `find_problem` and `find_error_growth` use it to check steps.
 
-    order: the number of the network's values that a step combines; extrapolation enlarges their errors.
-    eta: the share of ancestral noise, as `ddim`'s; noise replaces errors.
-    along_eps: whether steps are straight lines in x / alpha and sigma / alpha, as Heun's method; such steps must not span
-      many octaves of sigma, so that the spacing "log_snr" suits them. Others extrapolate x_0, as DPM-Solver++ 2M.
-    limit: the largest relative error of one step on Gaussian data with which samples are not noise, measured on mixtures;
+    order: how many network values a step combines; extrapolation enlarges their errors.
+    eta: the share of ancestral noise, as `ddim`'s eta; noise replaces errors.
+    along_eps: True if steps are straight lines in x / alpha and sigma / alpha, as in Heun's method; such steps must not span
+      many octaves of sigma, so they need the spacing "log_snr". False if steps extrapolate x_0, as in DPM-Solver++ 2M.
+    limit: the largest relative error of one step, on Gaussian data, for which samples are not noise, measured on mixtures;
       None for no limit.
     """
 
@@ -86,10 +86,10 @@ class Sampler:
                 at = schedule.at(t, x_t)
                 return sampling.Step(self.factor * (at.alpha_prev * x_0 + at.sigma_prev * eps), x_0)
 
-    prediction, variance, clip: as `process.p_mean_variance`; clip=False for data that are not in [-1, 1]. A learned variance
-      means that the output has a second half of the channels, which all samplers but `ddpm` ignore.
-    Raises: ValueError for an unknown prediction or variance, or prediction "x_prev", which is defined for a step of a
-      schedule only, with `calls_between_steps`. `sample` raises ValueError if the prediction does not suit the schedule.
+    prediction, variance, clip: as `process.p_mean_variance`; clip=False for data outside [-1, 1]. With a learned variance,
+      the output has a second half of the channels, which all samplers but `ddpm` ignore.
+    Raises: ValueError for an unknown prediction or variance, or for prediction "x_prev", which is defined only at the steps
+      of a schedule, with `calls_between_steps`. `sample` raises ValueError if the prediction does not suit the schedule.
     """
 
     prediction: str = "eps"
@@ -112,21 +112,21 @@ class Sampler:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether two samples from the same x_T differ; by default, whether its `stability` has ancestral noise."""
+        """Whether two samples from the same x_T differ; by default, whether `stability` has ancestral noise."""
         return self.stability is not None and self.stability.eta > 0
 
     @property
     def calls_between_steps(self) -> bool:
-        """Whether the network is also called at noise levels between those of the schedule."""
+        """Whether the network is also called at noise levels between the steps of the schedule."""
         return False
 
     @property
     def stability(self) -> Stability | None:
-        """The effect of errors; None if it is not known, so that no steps are refused."""
+        """How errors affect the sampler; None if unknown, so that no steps are refused."""
         return None
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
-        """The state before the first of `num_steps` steps, a pytree of arrays; () for a sampler without a state."""
+        """Returns the state before the first of `num_steps` steps, a pytree of arrays; () for a sampler without a state."""
         return ()
 
     def step(
@@ -138,28 +138,28 @@ class Sampler:
         t: Int[Array, ""],
         state: PyTree,
     ) -> Step:
-        """One step from x_t at index t, with any number of network calls."""
+        """Takes one step from x_t at index t, with any number of network calls."""
         raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, state)")
 
     def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        """The steps of `sample` as consecutive loops: (function with the arguments of `step`, number of its steps).
+        """Returns the consecutive loops of `sample`: (function with the arguments of `step`, number of steps) each.
 
-        One loop of `step`. A sampler whose first or last steps make other network calls has a loop for each, because a
-        branch inside of a loop makes a GPU wait for the host. final_step: whether the last step ends at x_0.
+        By default one loop over `step`. A sampler whose first or last steps make other network calls has a loop for each kind
+        of step, because a branch inside a loop makes a GPU wait for the host. final_step: whether the last step ends at x_0.
         """
         return [(self.step, num_steps)]
 
     def denoise(
         self, schedule: Schedule, denoise_fn: DenoiseFn, x_t: Batch, t: Int[Array, ""], clipped_eps: bool = True
     ) -> Denoised:
-        """One network call at index t. clipped_eps: False keeps the network's own eps, where x_0 is clipped."""
+        """Calls the network at index t. clipped_eps: False keeps the network's own eps when x_0 is clipped."""
         output, _ = process.split_variance(call_network(schedule, denoise_fn, x_t, t), x_t, self.variance)
         x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
         source = (x_0, "x_0") if clipped_eps else (output, self.prediction)
         return Denoised(x_0, process.to_eps(schedule, source[0], x_t, t, source[1]))
 
     def denoise_between_steps(self, schedule: Schedule, denoise_fn: DenoiseFn, x: Batch, level: NoiseLevel) -> Denoised:
-        """One network call at any noise level of the training grid. Raises: ValueError for the prediction x_prev."""
+        """Calls the network at any noise level of the training grid. Raises: ValueError for the prediction x_prev."""
         time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * level.lam).astype(x.dtype))
         output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
         output, _ = process.split_variance(output, x, self.variance)
@@ -170,16 +170,16 @@ class Sampler:
 def call_network(
     schedule: Schedule, denoise_fn: DenoiseFn, x_t: Batch, t: Int[Array, ""]
 ) -> Float[Array, "B *output_shape"]:
-    """The network's output at index t, in the dtype of x_t."""
+    """Returns the network's output at index t, in the dtype of x_t."""
     output = denoise_fn(x_t, jnp.full(x_t.shape[:1], schedule.at(t, x_t).time))
     return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
 
 
 def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: NoiseLevel) -> Batch:
-    """The step from one noise level to another along a direction eps: DDIM's eq. 12 for the network's own eps.
+    """Steps from one noise level to another along a direction eps; DDIM's eq. 12 if eps is the network's own.
 
-    (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps, written in terms of the network's own x_0 and eps, so that it is
-    defined for pure noise (alpha = 0), where the step is DDIM's for any eps.
+    (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps, written in terms of the network's own x_0 and eps, so that the step
+    is defined for pure noise (alpha = 0), where it is DDIM's step for any eps.
     """
     slope = jnp.where(
         current.alpha > 1e-10, target.sigma - target.alpha * current.sigma / jnp.maximum(current.alpha, 1e-10), 0.0
@@ -188,13 +188,13 @@ def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: Noise
 
 
 def check_sampler(sampler: object) -> None:
-    """Raises ValueError for anything but a `Sampler`: a name, a class."""
+    """Raises ValueError for anything but a `Sampler`, such as a name or a class."""
     if not isinstance(sampler, Sampler):
         raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
 
 
 def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
-    """The noisiest index that is visited: `start`, or T - 1 for None. Raises: ValueError for anything but an index."""
+    """Returns the noisiest visited index: `start`, or T - 1 for None. Raises: ValueError for an invalid index."""
     last = schedule.num_timesteps - 1
     if start is None:
         return last
@@ -204,7 +204,7 @@ def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
 
 
 class Trajectory(NamedTuple):
-    """The kept steps in sampling order: the index t, x_t before each step, and the x_0 predicted there."""
+    """The kept steps in sampling order: the index t, x_t before the step, and the x_0 predicted at x_t."""
 
     t: Int[Array, "K"]
     x_t: Float[Array, "K B *shape"]
@@ -251,7 +251,7 @@ def sample(
 ) -> Batch | tuple[Batch, Trajectory]:
     """Draws x_0 from x_T with every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
 
-    Outside of `jax.jit` every call compiles the loop again. Compile it once, with everything that changes as an argument:
+    Outside `jax.jit`, every call compiles the loop again. Compile it once, with everything that changes as an argument:
 
         @jax.jit
         def draw(key, params, x_T):
@@ -260,17 +260,18 @@ def sample(
 
     Args:
       key: the noise of step t is drawn with `fold_in(key, t)`.
-      schedule: T steps; `schedules.respace` returns a shorter one.
+      schedule: T steps; `schedules.respace` returns a shorter schedule.
       x_T: usually N(0, I).
-      sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. All of them clip the predicted x_0 to [-1, 1], the range of
-        images; data that leave this range need `clip=False`.
-      start: the index whose noise level x_T has; the default is T - 1.
-      final_step: False stops at the noise level of index 0 instead of denoising it to x_0.
-      trajectory: also return x_t and the predicted x_0 at every step (True) or at these indices t, whose values need memory.
+      sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. By default the predicted x_0 is clipped to [-1, 1], the range of
+        images; data outside this range need `clip=False`.
+      start: the index of x_T's noise level; the default is T - 1.
+      final_step: False stops at the noise level of index 0 instead of denoising to x_0.
+      trajectory: also returns x_t and the predicted x_0 at every step (True) or at the given indices t; kept values need
+        memory.
       progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
     Raises: ValueError for an x_T that is not float or has no batch axis, a sampler that is not a `Sampler`, prediction eps or
-      score if the first step has alpha = 0 in float32, or a start or a kept index that is not an index of the steps.
+      score if the first step has alpha = 0 in float32, or a start or a kept index outside the steps.
     """
     check_sampler(sampler)
     x_T = process.as_float("x_T", x_T)
@@ -288,7 +289,7 @@ def sample(
     kept = np.unique(np.array(() if indices is None else indices, np.int32))[::-1]
     if kept.size and not last <= kept[-1] <= kept[0] <= first:
         raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")
-    # The row of each step's values; steps that are not kept have an index beyond the end, where a scatter drops them.
+    # The row for each step's values; steps that are not kept have an index beyond the end, where a scatter drops them.
     row = np.full(total, kept.size, np.int32)
     row[kept] = np.arange(kept.size)
     empty = jnp.zeros((kept.size, *x_T.shape), x_T.dtype)

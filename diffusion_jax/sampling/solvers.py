@@ -1,16 +1,16 @@
-"""Solvers of the probability-flow ODE and of the reverse SDE: DPM-Solver++, UniPC, DEIS, Heun's method and PNDM.
+"""Solvers for the probability-flow ODE and the reverse SDE: DPM-Solver++, UniPC, DEIS, Heun's method and PNDM.
 
 DPM-Solver++, UniPC and DEIS are exponential integrators in lambda = log(alpha / sigma): they solve the linear part exactly
 and interpolate the network's prediction, a smooth function of lambda, through its last values. From lambda to
-lambda' = lambda + h, with D the x_0 prediction,
+lambda' = lambda + h, with the x_0 prediction D,
 
     x' = (sigma'/sigma) x + alpha' int_0^h e^{-(h - u)} D(lambda + u) du            (DPM-Solver++ eq. 9; UniPC)
     x' = (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du             (DPM-Solver eq. 3.4; DEIS)
 
-Each of these methods is one choice of polynomial, whose order is at most the number of values so far. The step to x_0 is of
+These methods differ in the choice of polynomial, whose order is at most the number of values so far. The step to x_0 has
 order 1: it returns the predicted x_0. Their common options: `order`, 1 to 3; `lower_order_final`, True for at most order n in
 the n-th step from the end, which is necessary with few steps; `prediction`, `variance` and `clip` as `Sampler`. All raise
-ValueError for another order.
+ValueError for an order outside 1 to 3.
 
 Heun's method and PNDM make several network calls in some steps.
 """
@@ -36,7 +36,7 @@ __all__ = ["deis", "dpm_solver_pp", "heun", "plms", "pndm", "unipc"]
 
 
 class History(NamedTuple):
-    """The state of a multistep method: the network's last predictions, newest first, and values of the method's own."""
+    """The state of a multistep method: the network's last predictions, newest first, and method-specific values."""
 
     steps_taken: Int32[Array, ""]
     steps_left: Int32[Array, ""]
@@ -45,19 +45,19 @@ class History(NamedTuple):
 
 
 def empty_history(x_T: Batch, num_steps: int, num_values: int, extra: PyTree = ()) -> History:
-    """The history before the first of `num_steps` steps."""
+    """Returns the history before the first of `num_steps` steps."""
     return History(jnp.int32(0), jnp.int32(num_steps), (jnp.zeros_like(x_T),) * num_values, extra)
 
 
 def push(history: History, value: Batch, extra: PyTree = ()) -> History:
-    """The history after a step with this prediction."""
+    """Returns the history after a step with this prediction."""
     values = (value, *history.values)[: len(history.values)]
     return History(history.steps_taken + 1, history.steps_left - 1, values, extra)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Multistep(Sampler):
-    """The options of all samplers in this module."""
+    """The common options of the multistep samplers."""
 
     order: int = 2
     _: dataclasses.KW_ONLY
@@ -76,15 +76,15 @@ class _Multistep(Sampler):
         return empty_history(x_T, num_steps, self.order - 1)
 
     def _step_order(self, history: History, t: Int[Array, ""]) -> Int[Array, ""]:
-        """The order of this step: at most the option, the number of values so far, and the number of steps left."""
+        """Returns the order of this step: at most `order`, the number of values so far, and the number of steps left."""
         order = jnp.minimum(self.order, history.steps_taken + 1)
         return jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(t > 0, order, 1)
 
 
 def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]:
-    """The noise levels of the indices t, t + 1, ..., noisiest last.
+    """Returns the noise levels at the indices t, t + 1, ..., noisiest last.
 
-    Those above T - 1 are the level of T - 1: they belong to steps before the first, whose values are unused.
+    Indices above T - 1 get the level at T - 1: they belong to steps before the first, whose values are unused.
     """
     return [schedule.at(jnp.minimum(t + i, schedule.num_timesteps - 1), x).level for i in range(count)]
 
@@ -92,7 +92,7 @@ def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]
 def _slopes(values, gaps):
     """First and second derivative in lambda, at values[0], of the line or parabola through two or three values.
 
-    gaps[i]: lambda of values[i] minus that of values[i + 1].
+    gaps[i]: lambda of values[i] minus lambda of values[i + 1].
     """
     first = (values[0] - values[1]) / gaps[0]
     if len(values) == 2:
@@ -102,24 +102,24 @@ def _slopes(values, gaps):
 
 
 def _gaps(nodes):
-    """Differences of lambda; 1 between equal ones, which belong to steps before the first, whose values are unused."""
+    """Differences of lambda; 1 for equal nodes, which belong to steps before the first, whose values are unused."""
     gaps = [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
 
 def choose(index: Int[Array, ""], candidates: list[Batch]) -> Batch:
-    """candidates[index], with all of them computed, because a branch makes an accelerator wait for the host."""
+    """Returns candidates[index]. All are computed, because a branch makes an accelerator wait for the host."""
     return jax.lax.select_n(index, *candidates)
 
 
 def _vandermonde_solve(points: list, right: list) -> list:
-    """w with sum_j points[j]^i w[j] = right[i], for distinct points: Lagrange's polynomials, without a linear solver.
+    """Returns w with sum_j points[j]^i w[j] = right[i], for distinct points, by Lagrange's polynomials.
 
-    `jnp.linalg.solve` is a call of a library on GPUs, in every step.
+    On GPUs `jnp.linalg.solve` would call a library in every step.
     """
     weights = []
     for j, point in enumerate(points):
-        # The coefficients, lowest first, of the polynomial that is 1 at this point and 0 at the others.
+        # Coefficients, lowest first: the polynomial is 1 at this point and 0 at the other points.
         coefficients = [1.0]
         for other in points[:j] + points[j + 1 :]:
             shifted, scaled = [0.0, *coefficients], [other * c for c in coefficients] + [0.0]
@@ -130,14 +130,15 @@ def _vandermonde_solve(points: list, right: list) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class dpm_solver_pp(_Multistep):
-    """DPM-Solver++ (Lu et al. 2022): polynomials through x_0 predictions; one network call for each step.
+    """DPM-Solver++ (Lu et al. 2022): polynomials through x_0 predictions; one network call per step.
 
-    order: 1 is DDIM (with sde, eta = 1). 2 multistep is "2M", with the authors' h/2 (1 - e^-h) for its second term. 3 is the
-      exact integral of the parabola; the authors' code has half of the last term, which reduces the order.
-    sde: the reverse SDE instead of the ODE: the integrand's rate doubles, and noise of variance sigma'^2 (1 - e^{-2h}) is
-      added ("SDE-DPM-Solver++").
-    singlestep: steps in groups of `order`; each step of a group starts from the group's first x and uses all values since.
-      Order 3 needs steps of similar length in lambda, as any smooth spacing has. The steps of a group share one noise path.
+    order: 1 is DDIM (with sde, eta = 1). 2 multistep is "2M", with the authors' h/2 (1 - e^-h) for the second term. 3
+      integrates the parabola exactly; the authors' code has half of the last term, which reduces the order.
+    sde: solves the reverse SDE instead of the ODE: the integrand's rate doubles, and noise with variance sigma'^2 (1 -
+      e^{-2h}) is added ("SDE-DPM-Solver++").
+    singlestep: takes steps in groups of `order`; each step in a group starts from the group's first x and uses all values
+      since. Order 3 needs steps of similar length in lambda, as in any smooth spacing. The steps in a group share one noise
+      path.
     """
 
     _: dataclasses.KW_ONLY
@@ -206,7 +207,7 @@ class dpm_solver_pp(_Multistep):
 class deis(_Multistep):
     """DEIS (Zhang & Chen 2023, "log-rho"): polynomials in lambda through eps, integrated exactly.
 
-    One network call for each step. Order 1 is DDIM.
+    One network call per step. Order 1 is DDIM.
     """
 
     def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
@@ -215,7 +216,7 @@ class deis(_Multistep):
         h = target.lam - current.lam
         denoised = self.denoise(schedule, denoise_fn, x_t, t)
         values = (denoised.eps, *state.values)
-        first = jnp.expm1(h) - h  # int_0^h e^{h - u} u du; the next with u^2 / 2
+        first = jnp.expm1(h) - h  # int_0^h e^{h - u} u du; with u^2 / 2 for u: first - h^2 / 2
 
         def higher_order_terms(n):
             slope, curve = _slopes(values[:n], _gaps(_levels(schedule, t, x_t, n)))
@@ -229,12 +230,12 @@ class deis(_Multistep):
 
 @dataclasses.dataclass(frozen=True)
 class unipc(_Multistep):
-    """UniPC (Zhao et al. 2023), predictor and corrector in x_0 predictions; one network call for each step.
+    """UniPC (Zhao et al. 2023), predictor and corrector in x_0 predictions; one network call per step.
 
-    Each call is used twice: it corrects the x that it was called with (to order + 1), and predicts the next x. Order 3 with
-    "bh2" is for few steps without guidance; its authors use order 2 with guidance. The last x_0 is predicted, not corrected.
+    Each call is used twice: it corrects its own input x (to order + 1), and predicts the next x. Order 3 with "bh2" is for
+    few steps without guidance; the authors use order 2 with guidance. The last x_0 is predicted, not corrected.
 
-    variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1). Raises: ValueError for another.
+    variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1). Raises: ValueError for another variant.
     """
 
     _: dataclasses.KW_ONLY
@@ -250,9 +251,9 @@ class unipc(_Multistep):
         return Stability(self.order, limit=0.3 if self.order > 1 else None)
 
     def _update(self, p, corrector, current, target, nodes, x, values, new):
-        """x at `target` with p values, and with the one at `target` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
+        """x at `target` from p values, and the value at `target` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
         h = current.lam - target.lam
-        h = jnp.where(h == 0, -1.0, h)  # of a corrector before the first step, whose result is unused
+        h = jnp.where(h == 0, -1.0, h)  # before the first step, whose corrected x is unused
         zeroth = jnp.expm1(h)
         scale = h if self.variant == "bh1" else zeroth
         positions = [gap / h for gap in itertools.accumulate(_gaps(nodes[:p]))]
@@ -262,7 +263,7 @@ class unipc(_Multistep):
         unknowns = len(positions)
         change = 0.0
         if unknowns == 1:
-            change = 0.5 * differences[0]  # the limit of the system below, which the authors use
+            change = 0.5 * differences[0]  # the limit of the system below, as in the authors' code
         elif unknowns:
             right, phi, factorial = [], zeroth / h - 1, 1
             for i in range(1, unknowns + 1):
@@ -301,11 +302,11 @@ class unipc(_Multistep):
 class heun(Sampler):
     """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
 
-    Two network calls for each step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's. It fails on steps
-    over many octaves of sigma, such as the first ones of a cosine schedule: respace with "karras" or "log_snr".
+    Two network calls per step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method fails on
+    steps over many octaves of sigma, such as the first steps of a cosine schedule: respace with "karras" or "log_snr".
 
-    churn: S_churn; above 0 each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
-      1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the training grid, with fresh noise of
+    churn: S_churn; above 0, each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
+      1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the training grid, with fresh noise scaled by
       S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
     prediction, variance, clip: as `Sampler`; with churn not "x_prev".
     Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
@@ -346,7 +347,7 @@ class heun(Sampler):
         return [(functools.partial(self._step, True), num_steps - last), (functools.partial(self._step, False), last)]
 
     def _step(self, corrected: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        """A step with its second network call, or Euler's."""
+        """Takes a step with a second network call, or Euler's step."""
         at = schedule.at(t, x_t)
         current, target = at.level, at.previous
         if self.churn:
@@ -363,7 +364,7 @@ class heun(Sampler):
         return Step(_cond(corrected, heun, lambda: euler), denoised.x_0)
 
     def _add_churn(self, key, schedule, x_t, current: NoiseLevel):
-        """x_t with fresh noise, and its noise level."""
+        """Returns x_t with fresh noise, and its noise level."""
         alpha = jnp.maximum(current.alpha, 1e-10)  # x_t is pure noise below
         sigma = current.sigma / alpha
         raised = sigma * (1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1))
@@ -378,13 +379,13 @@ class heun(Sampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class pndm(Sampler):
-    """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, 55/24, -59/24, 37/24, -9/24 (F-PNDM).
+    """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, weighted 55/24, -59/24, 37/24, -9/24 (F-PNDM).
 
-    Of second order for steps that are uniform in network time ("leading", "linspace"); like `heun` it fails on steps over
+    Second order for steps that are uniform in network time ("leading", "linspace"); like `heun`, PNDM fails on steps over
     many octaves of sigma.
 
     runge_kutta: the first three steps have four network calls each, two of them at the midpoint; False starts with the lower
-      orders instead, with one call for each step and two in the first (PLMS).
+      orders instead, with one call per step and two in the first (PLMS).
     prediction, variance, clip: as `Sampler`; not "x_prev" with `runge_kutta`.
     """
 
@@ -411,11 +412,11 @@ class pndm(Sampler):
 
     @property
     def _num_starting(self) -> int:
-        """The number of first steps with further network calls."""
+        """The number of first steps with extra network calls."""
         return 3 if self.runge_kutta else 1
 
     def _step(self, starting: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        """A step with further network calls, or along a mean of the last eps."""
+        """Takes a step with extra network calls, or along a mean of the last eps."""
         at = schedule.at(t, x_t)
         current, target = at.level, at.previous
         denoised = self.denoise(schedule, denoise_fn, x_t, t)
@@ -458,14 +459,14 @@ class pndm(Sampler):
 
 
 def plms(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
-    """PLMS (Liu et al. 2022; Stable Diffusion's code): it is `pndm` without the Runge-Kutta steps."""
+    """PLMS (Liu et al. 2022; Stable Diffusion's code): `pndm` without the Runge-Kutta steps."""
     return pndm(runge_kutta=False, prediction=prediction, variance=variance, clip=clip)
 
 
 def _cond(
     predicate: bool | jax.Array, if_true: Callable[[], jax.Array], if_false: Callable[[], jax.Array]
 ) -> jax.Array:
-    """`lax.cond`, decided while the program is traced if the predicate is a Python bool."""
+    """`lax.cond`; a Python bool chooses the branch while the program is traced."""
     if isinstance(predicate, bool):
         return if_true() if predicate else if_false()
     return jax.lax.cond(predicate, if_true, if_false)

@@ -1,4 +1,4 @@
-"""Shorter schedules that visit some of the steps of a longer one."""
+"""Shorter schedules that visit some steps of a longer schedule."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
-DATA_STD = 0.5  # of images in [-1, 1], roughly (EDM's sigma_data)
+DATA_STD = 0.5  # standard deviation of images in [-1, 1], roughly (EDM's sigma_data)
 
 
 def _karras(position, sigma_min, sigma_max):
@@ -83,7 +83,7 @@ def _check_count(steps, total):
 
 
 def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
-    """The sorted indices that `steps` stands for."""
+    """Returns the sorted indices that `steps` describes."""
     if isinstance(steps, str):
         text = steps.removeprefix("ddim")
         counts = text.split(",")
@@ -109,7 +109,7 @@ def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
 
 
 def _spaced_log_alpha_bar(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
-    """log alpha_bar [count], noisiest last, of a spacing of sigma."""
+    """Returns log alpha_bar [count], noisiest last, with sigma spaced as named."""
     _check_count(count, schedule.num_timesteps)
     if schedule.zero_terminal_snr:
         raise ValueError(
@@ -123,7 +123,7 @@ def _spaced_log_alpha_bar(schedule: Schedule, count: int, spacing: str) -> np.nd
 
 
 def _interpolated_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(timesteps, log alpha_bar), float64 [S], if `steps` lie between the schedule's own; None if `steps` are indices."""
+    """Returns (timesteps, log alpha_bar), float64 [S], if `steps` lie between indices; None if `steps` are indices."""
     grid_timesteps, grid_log_alpha_bar = schedule.grid_timesteps, schedule.grid_log_alpha_bar
     if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
         log_alpha_bar = _spaced_log_alpha_bar(schedule, steps, spacing)
@@ -144,14 +144,14 @@ def respace(
     steps: str | int | np.integer | Sequence[int] | Sequence[float] | Num[np.ndarray, "S"],
     spacing: str | None = None,
 ) -> Schedule:
-    """A shorter schedule that visits some of the steps and keeps alpha_bar there (Improved DDPM section 4, eq. 19).
+    """Returns a shorter schedule that visits some of the steps and keeps their alpha_bar (Improved DDPM section 4, eq. 19).
 
     Args:
-      schedule: the one to shorten, T steps.
+      schedule: the schedule to shorten, T steps.
       steps: one of
         "ddimN": N steps with an integer stride from index 0 (at T = 1000 "ddim25" is 0, 40, ..., 960);
         "N" or "a,b,c": OpenAI's sections, N (a, b, c) steps spread over the schedule (over each third), its ends included;
-        an int S, with one of these spacings of the indices:
+        an int S, with one of these spacings for the indices:
             trailing   ..., T - 1 - T/S, T - 1, rounded; the default
             leading    0, T//S, 2 (T//S), ...
             linspace   S rounded numbers from 0 to T - 1
@@ -161,16 +161,16 @@ def respace(
           smallest. These steps lie between the schedule's own, so their network times are fractions:
             karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
             log_snr    log sigma (DPM-Solver section 3.3)
-            gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data of standard deviation 0.5
+            gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data with standard deviation 0.5
               (Sabour et al. 2024, section 3.1, derive it for their own bound);
         or explicit steps, in any order: indices (int), or network times (float).
       spacing: only for an int; strings and explicit steps define their own.
 
-    Returns: a Schedule of these steps with beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
+    Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
       schedule's, or interpolated as in `Schedule.log_snr`.
-    Raises: ValueError for a string that cannot be read, a count that does not fit, an index or time outside the schedule, a
-      repeated step, an unknown spacing, a spacing for steps that are not an int, one step of "leading", "linspace" or
-      "quadratic", one of the last three spacings if alpha_bar ends at 0, or tables that are not float64.
+    Raises: ValueError for an invalid string, a count that does not fit, an index or time outside the schedule, a repeated
+      step, an unknown spacing, a spacing for steps that are not an int, one step with "leading", "linspace" or "quadratic",
+      one of the last three spacings if alpha_bar ends at 0, or tables that are not float64.
     """
     if not isinstance(schedule.alpha_bar, np.ndarray) or schedule.alpha_bar.dtype != np.float64:
         raise ValueError(
@@ -187,7 +187,7 @@ def respace(
     interpolated = _interpolated_steps(schedule, steps, spacing)
     if interpolated is not None:
         timesteps, log_alpha_bar = interpolated
-        # The grid holds the logarithm of the smallest float64 where alpha_bar is 0.
+        # Where alpha_bar is 0, the grid holds the logarithm of the smallest float64.
         alpha_bar = np.where(log_alpha_bar < -700, 0.0, np.exp(log_alpha_bar))
         one_minus_alpha_bar = -np.expm1(log_alpha_bar)
         betas = -np.expm1(np.diff(log_alpha_bar, prepend=0.0))

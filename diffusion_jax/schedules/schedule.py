@@ -1,4 +1,4 @@
-"""The betas of published schedules, the `Schedule` with the tables that follow from betas, and the values of one step."""
+"""Published beta schedules, the `Schedule` with the tables that follow from betas, and the values at one step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SCHEDULES: dict[str, Callable[[int, float, float], np.ndarray]] = {
 def betas(
     name: str, num_timesteps: int | np.integer, *, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Float64[np.ndarray, "T"]:
-    """The variances beta_t of q(x_t | x_{t-1}) for t = 1 ... T.
+    """Returns the variances beta_t of q(x_t | x_{t-1}) for t = 1 ... T.
 
     T is `num_timesteps`; start and end are `beta_start` and `beta_end`, whose defaults are DDPM's (section 4):
 
@@ -97,25 +97,25 @@ def betas(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
-    """Every table of a noise schedule; build one with `from_betas` or `respace`.
+    """All tables of a noise schedule; build it with `from_betas` or `respace`.
 
     A pytree whose leaves are float64 NumPy arrays [T]; functions of traced arrays cast them to the arrays' dtype. Index t
     runs from 0 (the papers' t = 1) to T - 1. With alpha_t = 1 - beta_t:
 
-    timesteps: the network's time at each index.
+    timesteps: the network time at each index.
     betas: beta_t, the variance of q(x_t | x_{t-1}).
-    alpha_bar, alpha_bar_prev: prod_{s<=t} alpha_s, and the same one step earlier (1 at index 0).
+    alpha_bar, alpha_bar_prev: prod_{s<=t} alpha_s, and the value one step earlier (1 at index 0).
     sqrt_alpha_bar, sqrt_one_minus_alpha_bar: mean factor and standard deviation of q(x_t | x_0), DDPM eq. 4.
-    sqrt_one_minus_alpha_bar_prev: the same one step earlier (0 at index 0); 1 - alpha_bar_prev would cancel in float32.
+    sqrt_one_minus_alpha_bar_prev: the value one step earlier (0 at index 0); 1 - alpha_bar_prev would cancel in float32.
     snr: alpha_bar / (1 - alpha_bar).
-    posterior_variance: beta-tilde_t of DDPM eq. 7; 0 at index 0.
-    posterior_log_variance: its logarithm, with the value of index 1 at index 0 (which would be log 0), as in Ho's and
-      OpenAI's code (ln = -9.8167 for linear-1000). A schedule of one step has no index 1 and has log beta there.
+    posterior_variance: beta-tilde_t in DDPM eq. 7; 0 at index 0.
+    posterior_log_variance: the log of posterior_variance. Index 0, which would be log 0, has the value at index 1, as in Ho's
+      and OpenAI's code (ln = -9.8167 for linear-1000). A schedule with one step has no index 1 and has log beta at index 0.
     posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde_t = c_0 x_0 + c_t x_t, DDPM eq. 7.
-    fixed_large_variance: beta_t, and at index 0 the posterior variance of index 1 (OpenAI's correction of DDPM's code,
-      where variance and log variance disagree at this index).
+    fixed_large_variance: beta_t, and at index 0 the posterior variance at index 1 (OpenAI's correction of DDPM's code, whose
+      variance and log variance disagree at index 0).
     grid_timesteps, grid_log_alpha_bar: the training grid, unchanged by respacing; `log_snr(time)` interpolates on it.
-    zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so near to it
+    zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so close to 0
       that its square root is 0 in float32.
     """
 
@@ -153,11 +153,11 @@ class Schedule:
         )
 
     def at(self, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> ScheduleStep:
-        """The values of the tables at index t, of one row each or of all rows, in a shape that multiplies `like`.
+        """Returns the table values at index t, one per row or one for all rows, in a shape that multiplies `like`.
 
-        Their shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. The dtype is that of a float `like`,
-        float32 at least; with an int `like` it is float32, or float64 under x64. NaN where t lies outside 0 ... T - 1.
-        Raises: ValueError for a t that is not int, or whose shape does not begin that of `like`.
+        Their shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. Their dtype is the dtype of a float
+        `like`, at least float32; for an int `like`, it is float32, or float64 under x64. NaN where t lies outside
+        0 ... T - 1. Raises: ValueError for a t that is not int, or whose shape is not the start of `like`'s shape.
         """
         t = jnp.asarray(t)
         shape, dtype = jnp.shape(like), jnp.result_type(like)
@@ -182,13 +182,13 @@ class Schedule:
         return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
 
     def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-        """The network time at which `log_snr(time)` has a given value: the inverse of `log_snr`."""
+        """Returns the network time at which `log_snr(time)` has a given value, the inverse of `log_snr`."""
         log_alpha_bar = -jax.nn.softplus(-_as_float(log_snr))
         return _interpolate(log_alpha_bar, self.grid_log_alpha_bar[::-1], self.grid_timesteps[::-1])
 
 
 class NoiseLevel(NamedTuple):
-    """alpha, sigma and lambda = log(alpha / sigma), half the log SNR, of x = alpha x_0 + sigma eps.
+    """The noise level of x = alpha x_0 + sigma eps: alpha, sigma, and lambda = log(alpha / sigma), half the log SNR.
 
     lambda is finite also where alpha or sigma is 0.
     """
@@ -199,12 +199,12 @@ class NoiseLevel(NamedTuple):
 
     @classmethod
     def at_log_snr(cls, log_snr: Float[Array, "..."]) -> NoiseLevel:
-        """The level of any log SNR, also between a schedule's steps."""
+        """Returns the level at any log SNR, also between a schedule's steps."""
         return cls(jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), log_snr / 2)
 
 
 class _Table:
-    """An attribute of `ScheduleStep`: one table of the schedule, read where the attribute is used."""
+    """An attribute of `ScheduleStep`: one schedule table, read where the attribute is used."""
 
     def __init__(self, name: str):
         self._name = name
@@ -215,15 +215,15 @@ class _Table:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScheduleStep:
-    """The step of a schedule at index t, from x_t to x_{t-1}: `schedule.at(t, x)` returns it.
+    """The step from x_t to x_{t-1} at index t, as `schedule.at(t, x)` returns it.
 
-    Each attribute reads its table where it is used, so that no other table enters a program. With at = schedule.at(t, x):
+    Each attribute reads its table on use, so that no other table enters a program. With at = schedule.at(t, x):
 
         x_t = at.alpha * x_0 + at.sigma * eps          # DDPM eq. 4
 
-    time: the network's time, in the shape of t. beta, alpha_bar, snr: as the tables of `Schedule`.
+    time: the network time, in the shape of t. beta, alpha_bar, snr: as the tables of `Schedule`.
     alpha, sigma: sqrt(alpha_bar) and sqrt(1 - alpha_bar).
-    alpha_bar_prev, alpha_prev, sigma_prev: the same one step earlier, 1, 1 and 0 at index 0.
+    alpha_bar_prev, alpha_prev, sigma_prev: the values one step earlier; 1, 1 and 0 at index 0.
     posterior_variance, posterior_log_variance, posterior_mean_coef_x_0, posterior_mean_coef_x_t, fixed_large_variance: as the
       tables of `Schedule`.
     """
@@ -231,7 +231,7 @@ class ScheduleStep:
     schedule: Schedule
     t: Integer[Array, "..."]
     dtype: Any
-    trailing_axes: tuple[int, ...]  # of size 1, behind those of t
+    trailing_axes: tuple[int, ...]  # of size 1, after the axes of t
 
     beta = _Table("betas")
     alpha_bar = _Table("alpha_bar")
@@ -247,7 +247,7 @@ class ScheduleStep:
     fixed_large_variance = _Table("fixed_large_variance")
 
     def read(self, table: Float[ArrayLike, "T"]) -> Float[Array, "..."]:
-        """Any table with a value for each index, such as weights of your own, at index t."""
+        """Reads any table with a value per index, such as custom weights, at index t."""
         values = self._gather(table)
         return values.reshape(values.shape + self.trailing_axes) if self.trailing_axes else values
 
@@ -280,13 +280,13 @@ def _noise_level(alpha: jax.Array, sigma: jax.Array) -> NoiseLevel:
 
 
 def _as_float(x: ArrayLike) -> jax.Array:
-    """x as float32, or float64 if x is float64 and x64 is on; integers become JAX's default float."""
+    """Converts x to float32, or to float64 if x is float64 and x64 is on; integers become JAX's default float."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
 
 
 def cast_table(table: Float[ArrayLike, "T"], dtype: DTypeLike) -> Float[np.ndarray, "T"] | Float[Array, "T"]:
-    """A schedule's table in another dtype, as a copy.
+    """Copies a schedule's table to another dtype.
 
     NumPy casts its own arrays, because JAX caches its copy of a NumPy array and reuses it after x64 is switched.
     """
@@ -306,14 +306,14 @@ def from_tables(
     grid_timesteps: np.ndarray,
     grid_log_alpha_bar: np.ndarray,
 ) -> Schedule:
-    """A Schedule from its independent tables, float64 [T] each; the grid's have the length of the training schedule.
+    """Builds a Schedule from its independent tables, float64 [T] each; the grid tables have the training schedule's length.
 
     one_minus_alpha_bar is an argument because 1 - alpha_bar loses digits where alpha_bar is near 1.
     """
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     one_minus_alpha_bar_prev = np.append(0.0, one_minus_alpha_bar[:-1])
     posterior_variance = betas * one_minus_alpha_bar_prev / one_minus_alpha_bar
-    # q(x_{t-1} | x_t, x_0) is a point at index 0, whose log variance is infinite; the value of index 1 replaces it.
+    # At index 0, q(x_{t-1} | x_t, x_0) is a point with an infinite log variance; the value at index 1 replaces it.
     at_0 = posterior_variance[1] if len(betas) > 1 else betas[0]
     return Schedule(
         timesteps=timesteps,
@@ -338,11 +338,11 @@ def from_tables(
 def from_betas(
     betas: Sequence[float] | Num[ArrayLike, "T"], timesteps: Sequence[float] | Num[ArrayLike, "T"] | None = None
 ) -> Schedule:
-    """A Schedule from the forward variances (DDPM eq. 2 and 4).
+    """Builds a Schedule from the forward variances (DDPM eq. 2 and 4).
 
     Args:
       betas: [T], each in (0, 1]; only the last may be 1.
-      timesteps: [T], the network's time at each index, increasing; the default is 0 ... T - 1.
+      timesteps: [T], the network time at each index, increasing; the default is 0 ... T - 1.
     Raises: ValueError for betas or timesteps that do not meet these conditions, and for betas whose alpha_bar underflows
       float64 before the last step.
     """
@@ -365,7 +365,7 @@ def from_betas(
             f"alpha_bar, the product of 1 - betas, underflows at index {int(np.argmax(underflows))} of {betas.size}; use "
             "smaller betas or fewer steps (for a linear schedule of T steps beta_start=0.1 / T and beta_end=20 / T)"
         )
-    # A schedule that ends in pure noise has log alpha_bar = -inf there; a lower bound keeps the interpolation finite.
+    # A schedule that ends in pure noise has log alpha_bar = -inf at the end; a lower bound keeps the interpolation finite.
     log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
     return from_tables(
         alpha_bar, 1 - alpha_bar, betas, timesteps, grid_timesteps=timesteps, grid_log_alpha_bar=log_alpha_bar
