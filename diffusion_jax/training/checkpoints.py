@@ -432,7 +432,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
 
 
 def write_manifest(directory: pathlib.Path, table: Table) -> None:
-    """Writes digests.json into `directory`, and syncs the files to the disk."""
+    """Writes digests.json into `directory`, and syncs it to the disk."""
     with (directory / MANIFEST).open("w") as file:
         json.dump(dict(sorted(table.items())), file, indent=0)
         file.flush()
