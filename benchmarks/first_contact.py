@@ -11,8 +11,8 @@ Exit code: 0, or 1 if a check failed or did not finish.
 | outputs | network outputs equal the CPU's to 1e-4 of the largest value, at the precision "highest" |
 | bfloat16 | bfloat16 outputs equal the CPU's to 0.1; losses and gradient norms of four steps equal float32's to 0.1 |
 | resume | four steps equal, to the bit, two steps, a checkpoint, and two more steps in a program that is compiled again |
-| fsdp | losses and gradient norms with parameters split over all devices equal those without a split to 1e-4 |
-| steps_per_call | losses and gradient norms of two steps in one program equal those of single steps to 1e-4 |
+| fsdp | losses and gradient norms with parameters split over all devices equal replicated training to 1e-4 |
+| steps_per_call | losses and gradient norms of two steps in one program equal single steps to 1e-4 |
 | step | a train step of configs/cifar10.py is finite; the line shows the time of a step |
 """
 

@@ -231,7 +231,7 @@ def write_report(page: pathlib.Path, commit: str, rows: list[str], survivors: li
 
 
 def main() -> None:
-    """Draws the mutants, runs those without a result and writes the report."""
+    """Draws the mutants, runs mutants without a result, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--core", type=int, default=40, help="mutants of the core (40)")
     parser.add_argument("--elsewhere", type=int, default=40, help="mutants of all other files (40)")

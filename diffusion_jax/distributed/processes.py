@@ -133,7 +133,7 @@ def is_multiprocess() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values of all processes, in process order, on every process. Values are passed as JSON."""
+    """Returns the values of all processes, in process order, on every process. Values always pass through JSON."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     if jax.process_count() == 1:
         return [json.loads(text.tobytes())]

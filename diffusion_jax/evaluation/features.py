@@ -108,8 +108,8 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
 def digits() -> FeatureExtractor:
     """Returns this package's small classifier of scikit-learn's digits, for 8x8 gray images.
 
-    The metrics only compare models of digits with each other. `benchmarks/digits_features.py` trained the classifier on the
-    reference images themselves.
+    The metrics can only compare sets of generated digits with each other. `benchmarks/digits_features.py` trained the
+    classifier on the reference images.
     """
     from safetensors.numpy import load
 

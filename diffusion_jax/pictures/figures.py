@@ -358,7 +358,7 @@ def _draw_vectors(
 def draw_bound_terms(vlb: np.ndarray, title: str, unit: str = "bits per dimension") -> Figure:
     """Plots the terms of the bound [T] against t on logarithmic axes (Improved DDPM figure 2).
 
-    If L_0 is far below the other terms, or negative (continuous data), it is drawn at the bottom of the axis.
+    If L_0 is far below all other terms, or negative (continuous data), L_0 is drawn at the bottom of the axis.
     """
     t = np.arange(1, len(vlb) + 1)
     seen = np.isfinite(vlb) & (vlb > 0)

@@ -411,7 +411,7 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
 
 
 def normalization_differences(old: data.Normalizations, normalizations: data.Normalizations) -> str | None:
-    """Describes how a run's normalizations differ from those of its initial weights; None if they are equal."""
+    """Describes how a run's normalizations differ from its initial weights' normalizations; None if equal."""
     differences = []
     for name in sorted(old.keys() | normalizations.keys()):
         if old.get(name) != normalizations.get(name):

@@ -538,7 +538,7 @@ def make_model(
     channels: int = 3,
     **fields: Any,
 ) -> Model:
-    """Builds a `Model` without parameters from settings of `config.diffusion`; missing ones are from `DIFFUSION_DEFAULTS`.
+    """Builds a `Model` without parameters. diffusion: settings of `config.diffusion`; defaults: `DIFFUSION_DEFAULTS`.
 
     image_size: the size of each spatial axis, or one number for two axes. fields: further fields of `Model`.
     Raises: ValueError for values that `training.schedule_from_config` does not allow.

@@ -279,7 +279,7 @@ def load_openai(
 
 def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new_order: bool) -> Model:
     """Reads the parameters of a network. new_order: as `describe_openai` returns it. Raises: PretrainedError."""
-    # q, k and v are one tensor in the file and three layers here; the classifier's pooling uses other names for them.
+    # q, k and v are one tensor in the file and three layers here; the classifier's pooling uses other tensor names.
     model: Any = net.model
     stored, joined = {}, {}
     for name in tensors.shapes:

@@ -41,7 +41,7 @@ _THRESHOLD = 127  # mask values above 127 of 255 mark known pixels
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Edits `editing.image`: writes a picture with the inputs and the results, and an .npz with the results.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data.
 
     Raises: UserError, PretrainedError.
     """

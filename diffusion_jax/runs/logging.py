@@ -121,7 +121,7 @@ class RunMetrics:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        with contextlib.suppress(*[UserError] if kind else []):  # the first error is the one to report
+        with contextlib.suppress(*[UserError] if kind else []):  # only the first error is reported
             self.close()
 
     @contextlib.contextmanager

@@ -57,7 +57,7 @@ from diffusion_jax.training.optimizer import weights_kind
 
 __all__ = ["BatchLoader", "PreviewSampler", "StepsInFlight", "run"]
 
-_FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first ones fill caches
+_FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
@@ -395,7 +395,7 @@ class BatchLoader:
             self._stream.close()
 
     def next(self, step: int) -> tuple[Any, int]:
-        """Returns (batch of the next call, number of its steps); (None, 0) after the last step.
+        """Returns (batch of the call that starts at `step`, number of its steps); (None, 0) after the last step.
 
         A call has several steps if it ends at a multiple of `steps_per_call`, so that a rerun with another `steps_per_call`
         skips no interval. Steps before the first multiple, and after the last multiple, are single.

@@ -214,7 +214,7 @@ class ObjectStore(abc.ABC):
         _run_all([lambda path=path, name=name: self.download(name, path) for name, path in files.items()])
 
     def check(self, write: bool) -> None:
-        """Lists the objects; with `write`, also creates and deletes one. Raises: StorageError."""
+        """Lists the objects; with `write`, also creates and deletes a small object. Raises: StorageError."""
         from fsspec.asyn import sync
 
         probe, action = self._path(f"{PROBE}{uuid.uuid4().hex[:8]}"), "listed"

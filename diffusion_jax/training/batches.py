@@ -108,7 +108,7 @@ def _check_dtype(name: str, values: Any) -> None:
 
 
 def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...], reason: str) -> jax.Array:
-    """Returns the array `name`, checked to have the kind "int" or "float" and `shape`. reason: why it is needed."""
+    """Returns the array `name`, checked to have the kind "int" or "float" and `shape`. reason: why the array is needed."""
     expected = ", ".join(map(str, shape))
     if name not in batch:
         raise ValueError(

@@ -98,7 +98,7 @@ class Checkpoints:
     ) -> None:
         if kind is None:
             self._wait()
-        elif jax.process_count() == 1:  # with several processes, the others may not get here
+        elif jax.process_count() == 1:  # with several processes, other processes may not get here
             with contextlib.suppress(Exception):  # the first error is more useful
                 self._wait()
         self._thread.shutdown(wait=kind is None)
