@@ -2,14 +2,14 @@
 
     python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.setting=value ...]
 
-`diffusion_jax.cli` has the modes and the flags, and the installed command `diffusion-jax` runs the same.
+`diffusion_jax.cli` defines the modes and flags; the installed command `diffusion-jax` runs the same program.
 """
 
 import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports Ctrl-C prints no traceback; `cli` then handles it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports prints no traceback; `cli` handles it later
 
     try:
         from diffusion_jax import cli
@@ -23,5 +23,5 @@ if __name__ == "__main__":
         sys.exit(2)
 
     sys.exit(cli.main())
-elif __name__ == "__mp_main__":  # a process that reads data: the process that started it handles Ctrl-C
+elif __name__ == "__mp_main__":  # a data worker ignores Ctrl-C; its parent process handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)

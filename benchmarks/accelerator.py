@@ -1,15 +1,15 @@
-"""Train steps and DDIM of this project on a GPU or TPU, compared on GPUs with diffusers under torch.compile.
+"""Measures train steps and DDIM on a GPU or TPU; on GPUs, compares with diffusers under torch.compile.
 
     make setup EXTRA=cuda && .venv/bin/pip install torch diffusers
     .venv/bin/python benchmarks/accelerator.py --output=TABLE.md
     .venv/bin/python benchmarks/accelerator.py --small    # without an accelerator: tiny networks, to check that it runs
 
-Every measurement runs in a separate process, one after the other, so that neither library holds memory that the other
-needs; jax allocates memory as needed (XLA_PYTHON_CLIENT_PREALLOCATE=false). A process makes one call ("first call", mostly
+Measurements run one after the other in separate processes, so that neither library holds memory that the other library
+needs; JAX allocates memory as needed (XLA_PYTHON_CLIENT_PREALLOCATE=false). A process makes one call ("first call", mostly
 compilation), warms up and times five series of calls, with one wait after each series; the result is the median. Both train
-steps are L_simple's forward and backward pass, dropout, clipping, Adam and the EMA, on a batch in device memory; both
+steps are the forward and backward pass of L_simple, dropout, clipping, Adam and the EMA, on a batch in device memory; both
 samplers are DDIM with the same number of steps. "tf32" is float32 on tensor cores, in both libraries; bfloat16 is the dtype
-of the layers (torch: autocast), with float32 parameters. A measurement that fails gives a line, and the others continue.
+of the layers (torch: autocast), with float32 parameters. If a measurement fails, a line is printed, and all others continue.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BATCHES = {"cifar10": (64, 128, 256, 512), "adm64": (8, 16, 32, 64), "adm256": (
 
 
 def launch(case: Case, timeout: float = 1800) -> dict:
-    """The results of a case, measured in a separate process; {"error": a line} if it fails."""
+    """Measures a case in a separate process; returns {"error": one line} if it fails."""
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_CPP_MIN_LOG_LEVEL="3")
     command = [sys.executable, __file__, f"--case={json.dumps(dataclasses.asdict(case))}"]
     try:
@@ -52,27 +52,27 @@ def launch(case: Case, timeout: float = 1800) -> dict:
 
 
 def row(*values) -> str:
-    """A line of a Markdown table."""
+    """Returns a line of a Markdown table."""
     return f"| {' | '.join(map(str, values))} |"
 
 
 def header(*names: str) -> tuple[str, str]:
-    """The first two lines of a Markdown table."""
+    """Returns the first two lines of a Markdown table."""
     return row(*names), "|---" * len(names) + "|"
 
 
 def rate(images_per_s: float) -> str:
-    """A rate with three digits or more."""
+    """Formats a rate with at least three digits."""
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
 
 
 def memory(result: dict) -> str:
-    """Peak gigabytes of the device, or of the process on a CPU."""
+    """Formats the peak memory in gigabytes: of the device, or on a CPU of the process."""
     return f"{result['peak'] / 1e9:.2f}" if result.get("peak") else "?"
 
 
 def mfu(result: dict, case: Case, tflops: float | None) -> str:
-    """The model FLOP utilization in percent."""
+    """Formats the model FLOP utilization in percent."""
     if not tflops:
         return "-"
     steps = 1 if case.work == "train" else case.steps
@@ -80,7 +80,7 @@ def mfu(result: dict, case: Case, tflops: float | None) -> str:
 
 
 def side_by_side(cases: Iterable[Case], measure: Callable[..., dict], peak: Callable, libraries) -> Iterator[str]:
-    """Lines of the table of throughput. cases: measured with each library; peak: precision -> TFLOP/s, or None."""
+    """Yields lines of the throughput table. cases: measured with each library. peak: precision -> TFLOP/s, or None."""
     columns = "images/s", "MFU", "peak GB", "first call, s", "parameters", "GMAC", "ratio"
     yield from header("network", "work", "precision", "batch", "library", *columns)
     for case in cases:
@@ -130,7 +130,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def report(options: argparse.Namespace, measure: Callable[[Case], dict]) -> Iterator[str]:
-    """The lines of the report. measure: case -> results, as `launch`."""
+    """Yields the lines of the report. measure: case -> results, as `launch`."""
     machine = measure(Case("cifar10", "device", "tf32", 1))
     if "error" in machine:
         raise SystemExit(f"jax cannot start: {machine['error']}")
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.case:
         print(json.dumps(accelerator_cases.measure(Case(**json.loads(options.case)))))
         return
-    # Later rounds of a program read it from this cache; the first call of its first round compiles it.
+    # The first call in a program's first round compiles the program; later rounds read it from this cache.
     cache = tempfile.mkdtemp()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     output = open(options.output, "w") if options.output else None

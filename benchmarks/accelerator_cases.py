@@ -1,4 +1,4 @@
-"""Cases of benchmarks/accelerator.py, each measured in its own process: this project, and diffusers on PyTorch."""
+"""Cases for benchmarks/accelerator.py, each measured in its own process: this project, and diffusers on PyTorch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ NETWORKS = tuple(_CONFIGS)
 class Case:
     """One measurement.
 
-    work: train, sample or device. precision: float32, tf32 or bfloat16. library: ours or torch. steps: of DDIM. small: a tiny
-    network of the same kind. seconds: duration of the timed calls. mode: of torch.compile, or eager.
+    work: train, sample or device. precision: float32, tf32 or bfloat16. library: ours or torch. steps: number of DDIM steps.
+    small: use a tiny network of the same kind. seconds: duration of the timed calls. mode: torch.compile's mode, or eager.
     """
 
     network: str
@@ -49,7 +49,7 @@ class Case:
 
 
 def config_of(case: Case) -> ConfigDict:
-    """The config of a case: its network with three output channels, L_simple, Adam with clipping, no flips."""
+    """Returns the config of a case: a network with three output channels, L_simple, Adam with clipping, no flips."""
     config, base = _CONFIGS[case.network](), default()
     config.optimizer, config.diffusion.loss, config.diffusion.variance = base.optimizer, "simple", "fixed_large"
     config.data.random_flip = False
@@ -67,19 +67,19 @@ def config_of(case: Case) -> ConfigDict:
 
 
 def measure(case: Case) -> dict:
-    """The results of a case, or {"error": one line} if it fails."""
+    """Measures a case; returns {"error": one line} if it fails."""
     functions = {"device": describe_device, "torch": measure_diffusers, "ours": measure_ours}
     function = functions["device" if case.work == "device" else case.library]
     try:
         return function(case)
-    except Exception as error:  # the benchmark continues with the other cases
+    except Exception as error:  # the benchmark continues with the next case
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         no_memory = any(word in text.lower() for word in ("out of memory", "resource_exhausted", "outofmemory"))
         return {"error": "out of memory" if no_memory else text[:200].replace("|", "/")}
 
 
 def describe_device(case: Case) -> dict:
-    """The platform, the kind of the device, and the versions of the libraries."""
+    """Returns the platform, the device kind and the library versions."""
     names = ("jax", "jaxlib", "flax", "torch", "diffusers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "libtpu")
     versions = [f"Python {platform.python_version()}"]
     for name in names:
@@ -91,7 +91,7 @@ def describe_device(case: Case) -> dict:
 
 
 def timed(call: Callable, wait: Callable, seconds: float) -> tuple[float, float]:
-    """(seconds of the first call, median seconds per call of five series of calls, each with one wait at its end)."""
+    """Returns (seconds of the first call, median seconds per call over five series of calls with one wait at the end)."""
 
     def time_series(calls: int) -> float:
         start = time.perf_counter()
@@ -106,12 +106,12 @@ def timed(call: Callable, wait: Callable, seconds: float) -> tuple[float, float]
 
 
 def _process_peak() -> int:
-    """The peak memory of this process in bytes."""
+    """Returns the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _set_jax_precision(precision: str) -> None:
-    """Sets full float32 products for float32; for tf32 and bfloat16 jax's default."""
+    """Selects full float32 products for float32, and JAX's default for tf32 and bfloat16."""
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else None)
 
 
@@ -122,7 +122,7 @@ def _size_of(case: Case, built: training.TrainingProgram, parameters) -> dict:
 
 
 def measure_ours(case: Case) -> dict:
-    """This project: the train step that `training.build_program` builds, or DDIM."""
+    """Measures this project: the train step from `training.build_program`, or DDIM."""
     _set_jax_precision(case.precision)
     config = config_of(case)
     built = training.build_program(config)
@@ -154,7 +154,7 @@ def measure_ours(case: Case) -> dict:
 
 
 def measure_diffusers(case: Case) -> dict:
-    """diffusers' network of the same shape under torch.compile, in channels_last, with a fused Adam on GPUs."""
+    """Measures diffusers' network with the same shape: torch.compile, channels_last, and a fused Adam on GPUs."""
     import torch
     from diffusers import UNet2DModel
 

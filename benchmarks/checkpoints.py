@@ -1,10 +1,10 @@
-"""How long a save stops the train loop, compared with a copy of the same bytes; and the time of writing and hashing.
+"""Measures how long a save stops the train loop, compared with copying the same bytes, and the time to write and hash.
 
     python benchmarks/checkpoints.py [--config=configs/cifar10.py] [--rounds=5] [--processes=1,2,4] [--replicated]
 
-For each number of processes it starts as many, with one CPU device each. They split the state among them (fsdp), or, with
---replicated, all hold it. In every round all begin each measurement together, and the slowest counts. The state is made
-of random numbers: only its size matters, and no network is compiled.
+Each entry of --processes starts that many processes with one CPU device each. The processes split the state (fsdp), or, with
+--replicated, each process holds the whole state. In every round, all processes start each measurement together, and the
+slowest process counts. The state has random values: only the size matters, and no network is compiled.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MEASURED = {
 
 
 def seconds(function) -> float:
-    """The seconds of a call, which all processes begin together."""
+    """Times a call that all processes start together, in seconds."""
     multihost_utils.sync_global_devices("benchmark")
     start = time.perf_counter()
     function()
@@ -44,7 +44,7 @@ def seconds(function) -> float:
 
 
 def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -> None:
-    """Prints the seconds of this process as JSON: {name: one number for each round but the first}."""
+    """Prints the seconds of this process as JSON: {name: one number for each round except the first}."""
     config = runpy.run_path(config_file)["get_config"]()
     config.mesh.fsdp = fsdp
     abstract = training.build_program(config).abstract_state
@@ -74,7 +74,7 @@ def measure(config_file: str, rounds: int, directory: pathlib.Path, fsdp: int) -
 
 
 def run(options: argparse.Namespace, num_processes: int) -> dict[str, float]:
-    """The medians over the rounds, of the slowest process in each, and the megabytes of all processes."""
+    """Returns medians over the rounds, using the slowest process in each round, and the megabytes of all processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

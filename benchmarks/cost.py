@@ -1,11 +1,11 @@
-"""How cost grows: with the batch, the resolution and the number of sampling steps.
+"""Measures how cost grows with the batch size, the resolution and the number of sampling steps.
 
     python benchmarks/cost.py [--plot=docs/images/cost.png] [--small]
 
-DDPM's CIFAR-10 network in float32. Measured on this machine: one network call at several batches and resolutions, and DDIM
-with several numbers of steps. Counted, not measured: the FLOPs of a call from the traced program (XLA's cost analysis) and
-the activations that the backward pass needs (as `--mode=plan`). `--small` uses a narrow
-network, to check that everything runs.
+The network is DDPM's CIFAR-10 network in float32. Measured on this machine: one network call at several batch sizes and
+resolutions, and DDIM with several numbers of steps. Counted, not measured: the FLOPs of a call from the traced program (XLA's
+cost analysis), and the activations that the backward pass needs (as in `--mode=plan`). `--small` uses a narrow network, to
+check that everything runs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COUNTED_SIZES = (*SIZES, 128, 256)
 
 
 def seconds(function, *arguments, rounds: int = 5) -> float:
-    """Median seconds of a compiled call, after two calls that are not counted."""
+    """Returns the median seconds of a compiled call, after two calls that are not counted."""
     compiled = jax.jit(function, compiler_options=devices.compiler_options()).lower(*arguments).compile()
     taken = []
     for _ in range(rounds + 2):
@@ -52,12 +52,12 @@ def table(title: str, head: list[str], rows: list[list]) -> None:
 
 
 def slope(x, y) -> float:
-    """The exponent of a power law through the points."""
+    """Returns the exponent of a power law through the points."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 class Network:
-    """DDPM's CIFAR-10 network, or a narrow one: its call, its images and what a call costs."""
+    """DDPM's CIFAR-10 network, or a narrow network, with the cost of a call."""
 
     def __init__(self, small: bool):
         self._config = cifar10.get_config()
@@ -66,25 +66,25 @@ class Network:
         self.params = jax.jit(lambda: initial_params(jax.random.key(0), self.model, (32, 32, 3)))()
 
     def call(self, params, x):
-        """The output for images x at one time."""
+        """Returns the output for images x at one time."""
         return self.model.apply({"params": params}, x, jnp.full(len(x), 500.0))
 
     def call_seconds(self, count: int, size: int = 32) -> float:
-        """Median seconds of a call for `count` images of size x size pixels."""
+        """Returns the median seconds of a call for `count` images with size x size pixels."""
         return seconds(self.call, self.params, images(count, size))
 
     def flops(self, size: int) -> float:
-        """FLOPs of a call for one image, from the traced program."""
+        """Returns the FLOPs of a call for one image, from the traced program."""
         shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         return jax.jit(self.call).lower(self.params, shape).cost_analysis()["flops"]
 
     def activation_bytes(self, size: int) -> float:
-        """Bytes of the activations that the backward pass needs, for one image."""
+        """Returns the bytes of activations that the backward pass needs for one image."""
         self._config.data.image_size = size
         return plan.activations_per_example(self._config)
 
     def ddim_seconds(self, steps: int) -> float:
-        """Median seconds of DDIM with batch 4."""
+        """Returns the median seconds of DDIM with batch size 4."""
         schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), steps, "trailing")
 
         def sample(params, x_T):
@@ -97,7 +97,7 @@ class Network:
 
 
 class Costs(NamedTuple):
-    """The numbers of the tables.
+    """The numbers in the tables.
 
     by_batch: seconds of a call. by_size: seconds per image. counted: (GFLOP, MB of activations) per image, by size. by_steps:
     seconds of DDIM.
@@ -110,12 +110,12 @@ class Costs(NamedTuple):
 
 
 def images(count: int, size: int = 32) -> jax.Array:
-    """Images of zeros."""
+    """Returns images filled with zeros."""
     return jnp.zeros((count, size, size, 3))
 
 
 def measure(network: Network) -> Costs:
-    """Measures and counts; prints each table as soon as its numbers are known."""
+    """Measures and counts all costs, and prints each table as soon as it is complete."""
     by_batch = [network.call_seconds(count) for count in BATCHES]
     rows = [[count, taken, taken / count] for count, taken in zip(BATCHES, by_batch, strict=True)]
     table("A call at 32x32", ["batch", "seconds", "seconds per image"], rows)
@@ -137,7 +137,7 @@ def measure(network: Network) -> Costs:
 
 
 def plot(costs: Costs):
-    """A figure of the costs, one panel for each table."""
+    """Plots the costs, with one panel for each table."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")

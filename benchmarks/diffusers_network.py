@@ -1,4 +1,4 @@
-"""diffusers' U-Net on PyTorch, which the benchmarks compare with: its fields, its cost, its train step and DDIM."""
+"""The U-Net of diffusers on PyTorch, as a baseline for benchmarks: fields, cost, train step and DDIM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def unet_fields(config: ConfigDict) -> dict:
-    """The fields of diffusers' `UNet2DModel` for the network of a config: the same parameters, with three output channels."""
+    """Returns the fields of the `UNet2DModel` with the parameters of a config's network and three output channels."""
     model = config.model
     num_levels, attention = len(model.channel_multipliers), model.attention_levels
     kind = "Resnet{}sampleBlock2D" if model.resample_blocks else "{}Block2D"
@@ -42,7 +42,7 @@ def unet_fields(config: ConfigDict) -> dict:
 
 
 def count_parameters_and_macs(fields: dict) -> tuple[int, int]:
-    """(parameters, multiplications of a call for one image) of diffusers' network; no array is allocated."""
+    """Returns (parameters, multiplications of a call for one image) for diffusers' network, without allocating arrays."""
     import torch
     from diffusers import UNet2DModel
     from torch.utils.flop_counter import FlopCounterMode
@@ -58,10 +58,10 @@ def count_parameters_and_macs(fields: dict) -> tuple[int, int]:
 def make_train_step(
     network, model, x, autocast: AbstractContextManager, labels: dict | None = None, fused: bool = False
 ) -> Callable[[], None]:
-    """A function that trains `model` by one step on x: L_simple, gradient clipping, Adam and the EMA.
+    """Returns a function that trains `model` for one step on x: L_simple, gradient clipping, Adam and the EMA.
 
-    network: the model, or its compiled form. x: float [B, 3, H, W] on the device of the model. autocast: the context of the
-    forward pass. labels: keyword arguments of the network. fused: whether Adam is.
+    network: the model, or the compiled model. x: float [B, 3, H, W] on the model's device. autocast: context for the forward
+    pass. labels: keyword arguments of the network. fused: whether Adam is fused.
     """
     import torch
 
@@ -87,7 +87,7 @@ def make_train_step(
 
 
 def make_ddim(network, x_T, autocast: AbstractContextManager, labels: dict, num_steps: int) -> Callable[[], None]:
-    """A function that samples from x_T [B, 3, H, W] by DDIM. Arguments: as `make_train_step`."""
+    """Returns a function that samples from x_T [B, 3, H, W] with DDIM. Arguments: as for `make_train_step`."""
     import torch
     from diffusers import DDIMScheduler
 

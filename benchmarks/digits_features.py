@@ -2,7 +2,7 @@
 
     python benchmarks/digits_features.py [--out=PATH]
 
-The training set is that of the diffusion models, shifted by up to a pixel. It takes a few seconds on two cores.
+The training set is the diffusion models' training set, shifted by up to a pixel. Training takes a few seconds on two cores.
 """
 
 import argparse

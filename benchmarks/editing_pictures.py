@@ -1,9 +1,9 @@
-"""Makes the pictures of docs/guides/editing.md: every task of --mode=edit with a small model of colored digits.
+"""Makes the pictures for docs/guides/editing.md: every task of --mode=edit with a small model of colored digits.
 
     python benchmarks/editing_pictures.py DIR
 
-Creates a folder of scikit-learn's digits with one color per class, trains on it as on any folder of images (about five
-minutes on two CPU cores), edits held-out digits, and writes docs/images/edit_*.png.
+Creates an image folder of scikit-learn's digits with one color per class, trains on this folder (about five minutes on two
+CPU cores), edits held-out digits, and writes docs/images/edit_*.png.
 """
 
 import pathlib
@@ -32,7 +32,7 @@ TASKS = {
 
 
 def colored(image, digit):
-    """A digit [8, 8] in 0 ... 16 in the color of its class, uint8 [8, 8, 3]."""
+    """Colors a digit [8, 8] in 0 ... 16 by its class, uint8 [8, 8, 3]."""
     return np.round(image[..., None] / 16 * COLORS[digit]).astype(np.uint8)
 
 

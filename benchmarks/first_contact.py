@@ -1,19 +1,19 @@
 """Checks this machine's GPUs or TPUs in at most ten minutes, one line for each check: `make accelerator EXTRA=cuda` (or tpu).
 
     python benchmarks/first_contact.py
-    python benchmarks/first_contact.py --directory=DIR    # several hosts: start it on each; DIR is one that all of them see
+    python benchmarks/first_contact.py --directory=DIR    # several hosts: start on each host; all hosts must see DIR
 
-Devices of a CPU are checked, too, with a smaller network. Several processes find each other as those of main.py do, or by the
-same flags. Exit code: 0, or 1 if a check failed or did not finish.
+CPU devices are checked, too, with a smaller network. Several processes find each other as in main.py, or with the same flags.
+Exit code: 0, or 1 if a check failed or did not finish.
 
 | check | passes if |
 |---|---|
-| outputs | the network's outputs are those of the CPU to 1e-4 of the largest value, at the precision "highest" |
-| bfloat16 | the same in bfloat16 to 0.1; losses and gradient norms of four steps are those of float32 to 0.1 |
-| resume | four steps, and two steps, a checkpoint and two more in a program that is compiled again, agree to the bit |
-| fsdp | losses and gradient norms with the parameters split over all devices are those without to 1e-4 |
-| steps_per_call | losses and gradient norms of two steps in one program are those of single steps to 1e-4 |
-| step | a train step of configs/cifar10.py is finite; its line has the time of a step |
+| outputs | network outputs equal the CPU's to 1e-4 of the largest value, at the precision "highest" |
+| bfloat16 | bfloat16 outputs equal the CPU's to 0.1; losses and gradient norms of four steps equal float32's to 0.1 |
+| resume | four steps equal, to the bit, two steps, a checkpoint, and two more steps in a program that is compiled again |
+| fsdp | losses and gradient norms with parameters split over all devices equal replicated training to 1e-4 |
+| steps_per_call | losses and gradient norms of two steps in one program equal single steps to 1e-4 |
+| step | a train step of configs/cifar10.py is finite; the line shows the time of a step |
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ from diffusion_jax.training.checkpoints import Checkpoints
 
 MAX_SECONDS = 600
 STEPS, TRAINED = 4, "losses and gradient norms"
-AGREEMENT = 1e-4  # float32 rounding of some thirty layers, and another order of sums
-BFLOAT16_AGREEMENT = 0.1  # a rounding error is 2^-9, and those of the layers add up
+AGREEMENT = 1e-4  # float32 rounding errors of about thirty layers, and another order of sums
+BFLOAT16_AGREEMENT = 0.1  # a rounding error is 2^-9, and the errors of all layers add up
 
 
 class CheckFailed(Exception):
-    """A check's result that is not as it should be."""
+    """The result of a check is wrong."""
 
 
 class Skipped(Exception):
-    """The reason why a check does not apply to this machine."""
+    """A check does not apply to this machine; the message is the reason."""
 
 
 def make_config(batch_size: int = 8, **settings: Any) -> ConfigDict:
-    """A small network of DDPM's kind with deterministic kernels in full float32; batch_size: at least, for each step."""
+    """Returns a config for a small DDPM network with deterministic float32 kernels. batch_size: minimum for each step."""
     config = default()
     config.model.update(channels=64, channel_multipliers=(1, 2), num_res_blocks=1, precision="highest")
     if jax.default_backend() == "cpu":
@@ -90,7 +90,7 @@ def make_batches(
 
 
 def draw_params(program: training.TrainingProgram) -> Any:
-    """Random parameters: some of the initial ones are 0, so that outputs and gradients would hardly depend on the others."""
+    """Draws random parameters. Some initial parameters are 0, so outputs and gradients would hardly depend on the rest."""
     draw = np.random.default_rng(0)
 
     def parameter(leaf):
@@ -101,19 +101,19 @@ def draw_params(program: training.TrainingProgram) -> Any:
 
 
 def initial_state(program: training.TrainingProgram) -> training.TrainState:
-    """The state before the first step, with random parameters."""
+    """Returns the state before the first step, with random parameters."""
     return set_params(program.init(), program.abstract_state, draw_params(program))
 
 
 def measures(metrics: Mapping[str, jax.Array]) -> list[float]:
-    """The loss and the norm of the gradient."""
+    """Returns the loss and the gradient norm."""
     return [float(metrics[name]) for name in ("loss", "grad_norm")]
 
 
 def train(config: ConfigDict, directory: pathlib.Path | None = None) -> tuple[np.ndarray, training.TrainState]:
-    """(losses and gradient norms [STEPS, 2], state).
+    """Trains for STEPS steps. Returns: (losses and gradient norms [STEPS, 2], state).
 
-    directory: of a checkpoint, from which a program that is compiled again resumes halfway.
+    directory: if given, a checkpoint is saved here halfway, and a program that is compiled again resumes from it.
     """
     program = training.build_program(config)
     state, rows = initial_state(program), []
@@ -133,7 +133,7 @@ def train(config: ConfigDict, directory: pathlib.Path | None = None) -> tuple[np
 
 
 def check_close(what: str, found, expected, tolerance: float) -> str:
-    """The largest difference of two arrays [N, ...] over the largest value of its column, as text. Raises: CheckFailed."""
+    """Formats the largest difference of two arrays [N, ...], relative to each column's maximum. Raises: CheckFailed."""
     found, expected = np.asarray(found), np.asarray(expected)
     error = float((np.abs(found - expected) / np.abs(expected).max(axis=0)).max())
     if not error <= tolerance:
@@ -142,7 +142,7 @@ def check_close(what: str, found, expected, tolerance: float) -> str:
 
 
 class Checks:
-    """The checks, in order; each returns its line. directory: for checkpoints; all processes see it."""
+    """The checks, in order; each check returns its line. directory: for checkpoints; all processes must see it."""
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
@@ -152,7 +152,7 @@ class Checks:
         return train(make_config())
 
     def _outputs(self, device: jax.Device, **fields: Any) -> np.ndarray:
-        """Outputs [N] of the network for random images and parameters."""
+        """Returns network outputs [N] for random images and parameters."""
         config = make_config()
         program = training.build_program(config)
         model = program.model.clone(**fields)
@@ -231,7 +231,7 @@ CHECKS = ("outputs", "bfloat16", "resume", "fsdp", "steps_per_call", "step")
 
 
 def run_checks(checks: Any, names: Sequence[str]) -> Iterator[tuple[bool, str]]:
-    """(whether it passed, line) of each named check. The error of one process of several ends all of them."""
+    """Yields (passed, line) for each named check. With several processes, an error in one process ends all processes."""
     for name in names:
         passed, start = True, time.perf_counter()
         try:
@@ -252,7 +252,7 @@ def run_checks(checks: Any, names: Sequence[str]) -> Iterator[tuple[bool, str]]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags."""
+    """Parses the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", default=",".join(CHECKS), help="the default is all of them")
     parser.add_argument("--directory", help="where a temporary directory for a checkpoint is made")
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
             log(line)
             results.append(passed)
         timer.cancel()
-        gather(True)  # the directory of process 0 is removed when no other reads it
+        gather(True)  # process 0 removes its directory only when no other process reads it
     log("all checks passed" if all(results) else "at least one check failed")
     return 0 if all(results) else 1
 

@@ -2,9 +2,9 @@
 
     python benchmarks/first_pictures.py DIR [--plot=docs/images/first_pictures.png]
 
-Runs in DIR the page's Python block and its two commands of the run `runs/shapes`, training and sampling, with a cache of
-compiled programs in DIR, and prints the wall and CPU seconds of each; then continues the run to 1,000 steps. The picture has
-the samples that the run drew while it was trained, and training images.
+In DIR, the script runs the page's Python block and the page's two commands for the run `runs/shapes`, training and sampling,
+and prints the wall and CPU seconds of each command; the compilation cache is also in DIR. Then the script continues the run
+to 1,000 steps. The picture has the samples that the run drew during training, and training images.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from PIL import Image
 from diffusion_jax import data, pictures
 
 PAGE = ROOT / "docs" / "start" / "first_pictures.md"
-STEPS = (250, 500, 1000)  # of the samples in the picture
-NUM_IMAGES = 16  # as many as the training command draws
+STEPS = (250, 500, 1000)  # training steps of the samples in the picture
+NUM_IMAGES = 16  # the number of samples that the training command draws
 
 
 def blocks(kind: str) -> list[str]:
-    """The page's blocks of a language, from top to bottom."""
+    """Returns the page's code blocks in a language, from top to bottom."""
     return re.findall(rf"^```{kind}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -46,7 +46,7 @@ def run(command: list[str], directory: pathlib.Path) -> None:
 
 
 def run_page(directory: pathlib.Path) -> None:
-    """Draws the shapes, trains and samples, as the page does."""
+    """Runs the page's steps: draws the shapes, trains and samples."""
     (directory / "draw.py").write_text(blocks("python")[0])
     run([sys.executable, "draw.py"], directory)
     commands = []
@@ -62,13 +62,13 @@ def run_page(directory: pathlib.Path) -> None:
 
 
 def training_images(directory: pathlib.Path) -> np.ndarray:
-    """The first training images as the program reads them, uint8 [NUM_IMAGES, 32, 32, 3]."""
+    """Reads the first training images with the program's reader, uint8 [NUM_IMAGES, 32, 32, 3]."""
     source = data.Folder(str(directory / "shapes"), (32, 32), 3)
     return source.read(np.arange(NUM_IMAGES))["image"]
 
 
 def plot(directory: pathlib.Path):
-    """A figure of the pictures after each of STEPS, and of training images."""
+    """Plots the samples after each number of steps in STEPS, and training images."""
     from matplotlib.figure import Figure
 
     panels = [Image.open(directory / f"runs/shapes/samples/train_step{step:08d}.png") for step in STEPS]

@@ -1,8 +1,8 @@
-"""Images per second of the CIFAR-10 reader: decoding into memory, from memory, and streamed by worker processes.
+"""Measures the CIFAR-10 reader in images per second: decoding into memory, from memory, and with worker processes.
 
     python benchmarks/input_pipeline.py --data_dir=DIR [--batch_size=128] [--workers=0,1,2]
 
-Each number is of the reader alone, with the batches of the train step; no network runs.
+Only the reader runs, with the batches of the train step, without a network.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from diffusion_jax import data
 
 
 def rate(source, batch_size: int, workers: int, seconds: float) -> float:
-    """Images per second during `seconds`, after the first batch."""
+    """Returns images per second during `seconds`, after the first batch."""
     stream = data.stream(data.Batches(source, 0, batch_size, 10**6), workers=workers)
     next(stream)
     start, batches = time.perf_counter(), 0

@@ -1,12 +1,12 @@
-"""Trains the configs whose data have a known distribution, draws samples and compares them with the distribution.
+"""Trains configs whose data have a known distribution, and compares samples with this distribution.
 
     python benchmarks/known_distributions.py [series field volume moons conditional] [--workdir=runs/known] [--seed=0]
 
-Each line of the output is one comparison: the largest deviation from the exact distribution, the error bar, and the largest
+Each output line is one comparison: the largest deviation from the exact distribution, the error bar, and the largest
 deviation from a wrong distribution, which must be outside its error bar. An error bar is the stated bias of a network that is
-trained for minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data must be at
-least the entropy of the distribution, and at most the entropy plus the slack of the bound and a stated excess. A work
-directory with a finished run is not trained again.
+trained for minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data must be at least
+the entropy of the distribution, and at most the entropy plus the slack of the bound and a stated excess. Finished runs are
+not trained again.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from diffusion_jax.data.synthetic import FieldDistribution, SeriesDistribution
 from diffusion_jax.metrics.of_arrays import mean_and_covariance, power_spectrum
 from diffusion_jax.runs import sample, train
 
-# Bias of a trained network that an error bar allows, beside the Monte Carlo error.
-POWER_BIAS = 0.15  # of the power in a shell of frequencies, relative to the exact one
-CORRELATION_BIAS = 0.05  # of the correlation of two channels at one position
-MEAN_BIAS = 0.2  # of a conditional mean, in conditional standard deviations
-EXCESS_NATS = 0.1  # of the bound per dimension, beyond its slack with the exact score
+# Bias of a trained network that an error bar allows, in addition to the Monte Carlo error.
+POWER_BIAS = 0.15  # power in a shell of frequencies, relative to the exact power
+CORRELATION_BIAS = 0.05  # correlation between two channels at one position
+MEAN_BIAS = 0.2  # conditional mean, in conditional standard deviations
+EXCESS_NATS = 0.1  # bound per dimension, in excess of its slack with the exact score
 
 NUM_TEST = 512
 CONFIGS = {
@@ -51,7 +51,7 @@ WRONG_DISTRIBUTIONS = {
 
 
 def report(name: str, what: str, deviation: np.ndarray, bar: np.ndarray | float, is_wrong: bool = False) -> bool:
-    """Prints and returns whether deviations are within their error bars (of a wrong distribution: whether one is outside)."""
+    """Prints and returns whether all deviations are within error bars; with `is_wrong`, whether one is outside."""
     ratio = np.abs(deviation) / bar
     worst = int(np.argmax(ratio))
     largest, its_bar = np.ravel(np.abs(deviation))[worst], np.ravel(np.broadcast_to(bar, np.shape(deviation)))[worst]
@@ -64,7 +64,7 @@ def report(name: str, what: str, deviation: np.ndarray, bar: np.ndarray | float,
 
 
 def shell_average(values: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
-    """The diagonals of spectra [*K, C, C], averaged over the shells of `power_spectrum`: [shells, C]."""
+    """Averages the diagonals of spectra [*K, C, C] over the shells of `power_spectrum`: [shells, C]."""
     frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, spatial), indexing="ij"), axis=-1)
     shells = np.round(np.linalg.norm(frequencies, axis=-1).ravel() * max(spatial)).astype(int)
     power = np.diagonal(values.real, axis1=-2, axis2=-1).reshape(len(shells), -1)
@@ -74,7 +74,7 @@ def shell_average(values: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
 def distribution_at(
     distribution: SeriesDistribution | FieldDistribution, spatial: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(spectrum, correlation of the channels at one position, entropy) of arrays of this shape."""
+    """Returns (spectrum, correlation of the channels at one position, entropy) for arrays with this spatial shape."""
     if isinstance(distribution, SeriesDistribution):
         spectrum, covariance, entropy = (
             distribution.spectrum(spatial[0]),
@@ -89,7 +89,7 @@ def distribution_at(
 
 
 def compare_gaussian(name: str, x: np.ndarray, distribution: SeriesDistribution | FieldDistribution) -> list[bool]:
-    """Power in every shell of frequencies, and correlations of channels, against the distribution and wrong ones."""
+    """Compares the power in every shell of frequencies, and channel correlations, with the true and wrong distributions."""
     spatial = x.shape[1:-1]
     measured = power_spectrum(x)
     moments = mean_and_covariance(x).covariance
@@ -123,7 +123,7 @@ def compare_gaussian(name: str, x: np.ndarray, distribution: SeriesDistribution 
 
 
 def compare_vectors(name: str, x: np.ndarray, condition: np.ndarray | None) -> list[bool]:
-    """Conditional means, or the mean log density of samples."""
+    """Compares conditional means, or the mean log density of samples."""
     if name == "conditional":
         assert condition is not None
         distribution = synthetic.CONDITIONAL
@@ -164,10 +164,10 @@ def compare_vectors(name: str, x: np.ndarray, condition: np.ndarray | None) -> l
 
 
 def exact_slack(schedule, variances: np.ndarray) -> float:
-    """The bound of a Gaussian distribution with the exact score, minus its entropy, in nats per dimension, for fixed_large.
+    """Returns bound minus entropy for a Gaussian with the exact score and fixed_large, in nats per dimension.
 
-    variances: of the standardized data along their principal axes [K]. Nearly all of the slack is from the smallest noise,
-    where it is the same for every distribution with a density.
+    variances: variances [K] of the standardized data along the principal axes. Nearly all slack comes from the smallest
+    noise, where the slack is the same for every distribution with a density.
     """
     alpha_bar, reverse = schedule.alpha_bar[:, None], schedule.fixed_large_variance[:, None]
     posterior = np.exp(schedule.posterior_log_variance)[:, None]
@@ -182,7 +182,7 @@ def exact_slack(schedule, variances: np.ndarray) -> float:
 
 
 def principal_variances(name: str, distribution, scale: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
-    """The variances along the principal axes of the standardized data; 1 for vectors, which are not Gaussian."""
+    """Returns the variances of standardized data along the principal axes; 1 for vectors, which are not Gaussian."""
     if name == "series":
         size = spatial[0] * len(scale)
         scales = np.tile(scale, spatial[0])
@@ -193,7 +193,7 @@ def principal_variances(name: str, distribution, scale: np.ndarray, spatial: tup
 
 
 def compare_likelihood(name: str, config, net: pretrained.Model, distribution) -> list[bool]:
-    """The variational bound of test data in nats per dimension, in their units, against the entropy."""
+    """Compares the variational bound of test data with the entropy, in nats per dimension and data units."""
     normalizations = net.normalizations
     scale = np.asarray(normalizations["x"].scale, np.float64)
     source = data.Normalized(data.load({**config.data, "split": "test"}), normalizations)
@@ -238,13 +238,13 @@ def compare_likelihood(name: str, config, net: pretrained.Model, distribution) -
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process."""
+    """Returns the CPU time of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def run(name: str, root: pathlib.Path, seed: int) -> bool:
-    """Trains, samples and compares one config. seed: of training and of the samples."""
+    """Trains, samples and compares one config. seed: for training and for samples."""
     module, *variant = CONFIGS[name]
     config = resolve(importlib.import_module(f"configs.{module}").get_config(*variant))
     config.seed = config.sampling.seed = seed
@@ -263,7 +263,7 @@ def run(name: str, root: pathlib.Path, seed: int) -> bool:
 
 
 def sample_run(config, workdir: pathlib.Path) -> None:
-    """Draws the samples; those with a condition for conditions that the distribution draws."""
+    """Draws the samples; conditional models get conditions that the distribution draws."""
     if config.model.condition_features:
         conditions = synthetic.CONDITIONAL.sample_conditions(np.random.default_rng(1), config.sampling.num_samples)
         np.save(workdir / "conditions.npy", conditions)

@@ -1,11 +1,11 @@
-"""A training run on a memory-mapped file of 6 GB: anonymous memory, the time that steps wait for data, and the reader's rate.
+"""Trains on a memory-mapped 6 GB file; measures anonymous memory, the time that steps wait for data, and the reader's rate.
 
     python benchmarks/large_arrays.py --directory=DIR [--gigabytes=6] [--minutes=12]
 
-Writes a sparse .npy of fields of 256 x 256 x 5 floats, of which every 16th holds noise, and trains a small U-Net on it with
-`data.workers` readers. Every second the memory of the run and of its readers is read from /proc: RssAnon, which excludes the
-pages of the file. Prints the mean of each quarter of the run, the fraction of a step that waits for data, and the rate of the
-readers alone.
+The file is a sparse .npy of fields with 256 x 256 x 5 floats; every 16th field holds noise. A small U-Net trains on the file
+with `data.workers` readers. Every second, the script reads the memory of the run and its readers from /proc: RssAnon, which
+excludes the pages of the file. The script prints the mean for each quarter of the run, the fraction of a step that waits for
+data, and the rate of the readers alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def get_config():
 
 
 def write_file(path: pathlib.Path, gigabytes: float) -> int:
-    """A sparse .npy; returns its number of examples."""
+    """Writes a sparse .npy; returns the number of examples."""
     bytes_per_example = int(np.prod(SHAPE)) * 4
     count = int(gigabytes * 1e9 / bytes_per_example)
     array = np.lib.format.open_memmap(path, "w+", np.float32, (count, *SHAPE))
@@ -51,7 +51,7 @@ def write_file(path: pathlib.Path, gigabytes: float) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """Returns a process and all its descendants."""
     found = [pid]
     for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
@@ -60,7 +60,7 @@ def children(pid: int) -> list[int]:
 
 
 def anonymous_megabytes(pid: int) -> float:
-    """RssAnon of a process."""
+    """Returns RssAnon of a process."""
     for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024
@@ -68,7 +68,7 @@ def anonymous_megabytes(pid: int) -> float:
 
 
 def watch(process: subprocess.Popen, metrics: pathlib.Path, seconds: float) -> list[dict[int, float]]:
-    """The memory of each process, every second, for so many seconds after the first metrics."""
+    """Records the memory of each process every second, until `seconds` after the first metrics."""
     records: list[dict[int, float]] = []
     end = None
     while process.poll() is None and (end is None or time.monotonic() < end):
@@ -80,14 +80,14 @@ def watch(process: subprocess.Popen, metrics: pathlib.Path, seconds: float) -> l
         for pid in children(process.pid):
             try:
                 record[pid] = anonymous_megabytes(pid)
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
         records.append(record)
     return records
 
 
 def reader_rate(file: pathlib.Path, seconds: float = 10) -> float:
-    """Examples that one process reads and normalizes in a second, in random order."""
+    """Returns the examples per second that one process reads and normalizes in random order."""
     from diffusion_jax import data
 
     shape = {"image_size": SHAPE[:2], "channels": SHAPE[2], "levels": None, "random_flip": False, "memory_mb": 0}

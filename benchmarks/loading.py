@@ -1,9 +1,9 @@
-"""Time and memory to load weights of published networks: random values in the format of each family.
+"""Measures the time and memory to load published networks, with random weights in the format of each family.
 
     python benchmarks/loading.py [--presets=ddpm_cifar10,adm_imagenet256]
 
 Each network is written to a temporary file and loaded once in a separate process, with the file in the page cache. Memory is
-the peak of the process minus its memory after the imports, divided by the size of the parameters in float32.
+the process's peak minus its memory after the imports, divided by the size of the float32 parameters.
 """
 
 import argparse
@@ -32,7 +32,7 @@ print(time.perf_counter() - start, peak() - before, sum(leaf.nbytes for leaf in 
 
 
 def write(name: str, directory: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """Writes random tensors of a preset; returns the file or folder and the flags to load it with."""
+    """Writes random tensors for a preset. Returns: (file or folder, flags for loading)."""
     from safetensors.numpy import save_file
 
     from diffusion_jax import models

@@ -1,4 +1,4 @@
-"""Draws mutants of a package: single-line changes by the operators of cosmic-ray."""
+"""Draws mutants of a package: single-line changes by cosmic-ray's operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = "diffusion_jax"
 
 
 class Mutant(NamedTuple):
-    """One change of one file, by its path in the package. name: the operator, and its occurrence in the file."""
+    """A change in one file. file: path in the package. name: the operator, and the operator's occurrence in the file."""
 
     file: str
     name: str
@@ -24,7 +24,7 @@ class Mutant(NamedTuple):
 
 
 def annotation_ranges(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(begin, end) of every type annotation, as (line, column). They are never evaluated, so no test can detect a change."""
+    """Returns (begin, end) of every type annotation, as (line, column). No test detects changes in annotations."""
     ranges = []
     for node in ast.walk(ast.parse(source)):
         for name in ("annotation", "returns"):
@@ -35,9 +35,9 @@ def annotation_ranges(source: str) -> list[tuple[tuple[int, int], tuple[int, int
 
 
 def places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
-    """{position: [(operator, its occurrence in the file)]} of cosmic-ray's mutations of a source.
+    """Returns cosmic-ray's mutations of a source: {position: [(operator, occurrence in the file)]}.
 
-    Annotations are left out, and so are replacements of arithmetic operators by bit operators and the reverse (type errors).
+    Annotations are left out, and also replacements between arithmetic operators and bit operators (type errors).
     """
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast
@@ -56,17 +56,17 @@ def places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
 
 
 def _changes_kind(name: str) -> bool:
-    """Whether a mutation replaces an arithmetic operator by a bit operator, or the reverse."""
+    """Returns whether a mutation replaces an arithmetic operator by a bit operator, or the reverse."""
     words = name.removeprefix("ReplaceBinaryOperator_").split("_")
     bits = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
     return len(words) == 2 and (words[0] in bits) != (words[1] in bits)
 
 
 def draw(files: Iterable[str], count: int, seed: int, root: pathlib.Path) -> tuple[list[Mutant], int]:
-    """(`count` mutants at different places of the files or as many as there are, the number of places).
+    """Returns (at most `count` mutants at different places in the files, number of places).
 
-    Every place is equally likely. Its rank depends only on the seed, the file and the text of its line, so a larger count
-    starts with the same mutants, and versions of a file have the mutants of equal lines in common.
+    Every place is equally likely. The rank of a place depends only on the seed, the file and the text of the line, so a
+    larger count starts with the same mutants, and equal lines have the same mutants in all versions of a file.
     """
     ranked = []
     for file in files:
@@ -86,7 +86,7 @@ def draw(files: Iterable[str], count: int, seed: int, root: pathlib.Path) -> tup
 
 
 def _mutate(file: str, source: str, operator: str, occurrence: int) -> Mutant | None:
-    """The mutant of one operator at one of its places; None if its source is invalid or means the same."""
+    """Returns the mutant of an operator at one place; None if the source becomes invalid or means the same."""
     from cosmic_ray import plugins
     from cosmic_ray.mutating import mutate_code
 

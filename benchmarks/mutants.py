@@ -2,12 +2,12 @@
 
     make mutants [MUTANTS="--core=40 --elsewhere=40 --seed=0"]
 
-`--core` places in the code of the core and `--elsewhere` places in all other files are drawn at random. At each place one
-operator of cosmic-ray makes a mutant: another arithmetic operator or comparison, a number that is one more or less, a
-condition negated, a loop without iterations, a decorator removed. Each mutant runs in a fresh process against the tests of
-its file, up to the first failure: those of `make test`, then the others of `make test-all`. A mutant is killed if a test
-fails or the tests do not end within the time limit. Mutants are written to a copy of the checkout `--root`. Results are
-stored in `--output`, so the same command resumes an interrupted measurement.
+`--core` places in the core and `--elsewhere` places in all other files are drawn at random. At each place, a cosmic-ray
+operator makes a mutant: another arithmetic operator or comparison, a number changed by one, a negated condition, a loop
+without iterations, or a removed decorator. Each mutant runs in a fresh process against the tests of its file until the first
+failure: first tests of `make test`, then the remaining tests of `make test-all`. A mutant is killed if a test fails or the
+tests do not end within the time limit. Mutants are written to a copy of the checkout `--root`. Results are stored in
+`--output`, so the same command resumes an interrupted measurement.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from benchmarks.mutant_drawing import PACKAGE, Mutant, draw
 MEMORY = 8 * 2**30  # limit of each process, in bytes: a mutant can allocate any amount
 NO_TESTS = 5  # pytest's exit status if the marks select no test
 _APART = "not slow and not parity and not faults and not browser"
-QUICK, OTHERS = f"not whole and {_APART}", f"whole and {_APART}"  # those of `make test`, the others of `make test-all`
+QUICK, OTHERS = f"not whole and {_APART}", f"whole and {_APART}"  # `make test`, and the rest of `make test-all`
 BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
-# The tests of a file or a folder, below tests/: those most likely to fail first. All other folders have tests/FOLDER.
+# The tests for a file or folder, below tests/, the most likely to fail first. All other folders use tests/FOLDER.
 CORE = {
     "process.py": ("test_process.py", "test_refusals.py", "test_dtypes.py", "sampling"),
     "schedules": ("test_schedules.py", "test_refusals.py"),
@@ -68,7 +68,7 @@ ELSEWHERE = {
 
 
 def tests_of(file: str, root: pathlib.Path) -> tuple[str, ...]:
-    """The tests of a file of the package, as paths below `root`. Raises: SystemExit if one does not exist."""
+    """Returns the tests for a file in the package, as paths below `root`. Raises: SystemExit if a test is missing."""
     table, folder = CORE | ELSEWHERE, file.partition("/")[0]
     tests = tuple(f"tests/{test}" for test in table.get(file) or table.get(folder) or (folder,))
     missing = [test for test in tests if not (root / test).exists()]
@@ -78,7 +78,7 @@ def tests_of(file: str, root: pathlib.Path) -> tuple[str, ...]:
 
 
 def package_files(root: pathlib.Path) -> tuple[list[str], list[str]]:
-    """(files of the core, all other files) of the package, as paths in it. Raises: SystemExit for a file without tests."""
+    """Returns (core files, all other files) as paths in the package. Raises: SystemExit for a file without tests."""
     files = sorted(path.relative_to(root / PACKAGE).as_posix() for path in (root / PACKAGE).rglob("*.py"))
     for name in CORE:
         if not any(file == name or file.startswith(f"{name}/") for file in files):
@@ -90,13 +90,13 @@ def package_files(root: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def commit_of(root: pathlib.Path) -> str:
-    """The commit of a checkout, with "+" if its files differ."""
+    """Returns the commit of a checkout, with "+" if files differ from the commit."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=8"]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a checkout without the files that git ignores. Raises: SystemExit if its tests would import another package."""
+    """Copies a checkout without ignored files. Raises: SystemExit if the copy's tests would import another package."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -111,7 +111,7 @@ def copy_tree(root: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def run_tests(tree: pathlib.Path, tests: tuple[str, ...], marks: str, limit: float) -> tuple[str, str, float]:
-    """("passed", "failed" or "timeout", the last lines of the output, seconds) of the tests in a copy of a checkout."""
+    """Runs tests in a copy of a checkout. Returns: ("passed", "failed" or "timeout"; last lines of the output; seconds)."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", marks, *tests]
     folders = {"JAX_COMPILATION_CACHE_DIR": "compiled", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
     variables = os.environ | {name: f"{tree.parent}/{folder}" for name, folder in folders.items()}
@@ -142,9 +142,9 @@ def run_tests(tree: pathlib.Path, tests: tuple[str, ...], marks: str, limit: flo
 
 
 def run_all(mutants: list[Mutant], root: pathlib.Path, output: pathlib.Path) -> dict[Mutant, str]:
-    """The outcome of each mutant, from `output` if it is there, else from its tests, and then added to `output`.
+    """Returns the outcome of each mutant, from `output` if present; otherwise runs the tests and adds the outcome.
 
-    Lines with an empty diff are tests without a mutant. Raises: SystemExit if these fail.
+    Lines with an empty diff are test runs without a mutant. Raises: SystemExit if tests without a mutant fail.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
@@ -190,20 +190,20 @@ def run_all(mutants: list[Mutant], root: pathlib.Path, output: pathlib.Path) -> 
 def read_reasons(
     path: pathlib.Path = ROOT / "benchmarks" / "equivalent_mutants.toml",
 ) -> dict[tuple[str, str, str], str]:
-    """{(file, lines that a mutant removes, lines that it adds): why no test can detect it}."""
+    """Reads {(file, removed lines, added lines): why no test can detect the mutant}."""
     entries = tomllib.loads(path.read_text()).get("mutant", [])
     return {(entry["file"], entry["removed"], entry["added"]): entry["why"] for entry in entries}
 
 
 def equivalence_reason(mutant: Mutant, reasons: dict[tuple[str, str, str], str]) -> str | None:
-    """Why no test can detect a mutant; None if there is no recorded reason."""
+    """Returns why no test can detect a mutant; None without a recorded reason."""
     lines = mutant.diff.splitlines()[2:]
     removed, added = ("\n".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
     return reasons.get((mutant.file, removed, added))
 
 
 def table_row(title: str, num_places: int, outcomes: list[str], num_equivalent: int) -> str:
-    """A row of the table: counts, and the share of killed mutants with its interval."""
+    """Returns a table row: counts, and the share of killed mutants with its confidence interval."""
     killed, counted = len(outcomes) - outcomes.count("passed"), len(outcomes) - num_equivalent
     low, high = binomtest(killed, counted).proportion_ci(0.95, "exact") if counted else (0.0, 1.0)
     share = f"{killed / counted:.1%}" if counted else ""
@@ -212,7 +212,7 @@ def table_row(title: str, num_places: int, outcomes: list[str], num_equivalent: 
 
 
 def write_report(page: pathlib.Path, commit: str, rows: list[str], survivors: list[str]) -> None:
-    """Writes rows and survivors between the markers of a page, where the rows of other commits stay."""
+    """Writes rows and survivors between the markers of a page; rows of other commits are kept."""
     before, _, rest = page.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
     kept = [line for line in old.splitlines() if line.startswith("| 2") and f", {commit}, " not in line]
@@ -231,7 +231,7 @@ def write_report(page: pathlib.Path, commit: str, rows: list[str], survivors: li
 
 
 def main() -> None:
-    """Draws the mutants, runs those without a result and writes the report."""
+    """Draws the mutants, runs mutants without a result, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--core", type=int, default=40, help="mutants of the core (40)")
     parser.add_argument("--elsewhere", type=int, default=40, help="mutants of all other files (40)")

@@ -1,9 +1,9 @@
-"""Makes docs/images/report.png: curves and a step of denoising in the report of a run, in Chromium.
+"""Makes docs/images/report.png with Chromium: curves and a denoising step from a run's report.
 
     python -m diffusion_jax.report runs/digits --output=report.html
     python benchmarks/report_picture.py report.html [--output=docs/images/report.png]
 
-Needs the packages of `make docs` and Chromium. The run is that of `make demo`.
+Needs the packages of `make docs` and Chromium. `make demo` creates the run.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import shutil
 
 from playwright.sync_api import sync_playwright
 
-WIDTH, SCALE = 1100, 0.8  # of the window; the picture has 880 columns of pixels
-# Leaves the title, the first two charts and the denoising.
+WIDTH, SCALE = 1100, 0.8  # window width and scale; the picture is 880 pixels wide
+# Keeps only the title, the first two charts and the denoising section.
 HIDE = """
 .skip, nav, body dl, main > section:not(#curves):not(#denoising), #curves figure:nth-child(n+3) { display: none !important; }
 section { margin: .8rem 0 !important; }
@@ -33,7 +33,7 @@ def main():
             viewport={"width": WIDTH, "height": 600}, device_scale_factor=SCALE, color_scheme="light"
         )
         page.goto(options.report.resolve().as_uri())
-        for _ in range(6):  # to the middle
+        for _ in range(6):  # move to the middle
             page.locator("#denoising").get_by_role("button", name="Next").click()
         page.add_style_tag(content=HIDE)
         page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")

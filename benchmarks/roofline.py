@@ -1,4 +1,4 @@
-"""Published peaks of chips, multiplications counted in a jaxpr, and the model FLOP utilization."""
+"""Published peak performance of chips, multiplication counts of a jaxpr, and the model FLOP utilization."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jax.extend import core
 
 
 class Card(NamedTuple):
-    """Published figures of one chip: dense TFLOP/s by the precision of the operands (None: no such units), and GB/s.
+    """Published figures of a chip: dense TFLOP/s for each operand precision (None: not supported), and GB/s.
 
-    tf32: the default precision of float32 products in jax, TF32 since Ampere and bfloat16 operands on TPUs.
+    tf32: JAX's default precision for float32 products: TF32 since Ampere, bfloat16 operands on TPUs.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Card(NamedTuple):
     bandwidth: float
 
 
-# The keys are parts of jax's `device_kind` or of `torch.cuda.get_device_name()`; the first match counts.
+# The keys are substrings of JAX's `device_kind` or of `torch.cuda.get_device_name()`; the first match counts.
 CARDS = {
     "H100 PCIe": Card("H100 PCIe", 51, 378, 756, 2039),
     "H100 NVL": Card("H100 NVL", 60, 418, 835, 3900),
@@ -45,15 +45,15 @@ CARDS = {
 
 
 def card(kind: str) -> Card | None:
-    """The card whose key is a part of `kind`; None if the table has none."""
+    """Returns the card whose key is a substring of `kind`; None if no key matches."""
     return next((card for key, card in CARDS.items() if key in kind), None)
 
 
 def macs(function, *arguments) -> int:
-    """The number of multiplications in the convolutions and matrix products of `function`, from its jaxpr.
+    """Counts the multiplications of convolutions and matrix products in the jaxpr of `function`.
 
     arguments: arrays or ShapeDtypeStructs. Multiplications with padding count, and a loop's body counts once per iteration.
-    Raises: NotImplementedError for a `while_loop`, whose length is not in the jaxpr.
+    Raises: NotImplementedError for a `while_loop`, because the jaxpr does not contain the loop's length.
     """
     return _macs(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -77,7 +77,7 @@ def _macs(jaxpr: core.Jaxpr) -> int:
 
 
 def _inner(eqn) -> list[core.Jaxpr]:
-    """The jaxprs among an equation's parameters; for a custom derivative, only that of the function itself."""
+    """Returns the jaxprs in an equation's parameters; for a custom derivative, only the function's jaxpr."""
     jaxprs = []
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
@@ -88,7 +88,7 @@ def _inner(eqn) -> list[core.Jaxpr]:
 
 
 def forward_macs(model, image_shape: tuple[int, int, int]) -> int:
-    """Multiplications of a network call for one image [H, W, C]."""
+    """Counts the multiplications of a network call for one image [H, W, C]."""
     labels = (jax.ShapeDtypeStruct((1,), "int32"),) if model.num_classes else ()
     x, time = jax.ShapeDtypeStruct((1, *image_shape), "float32"), jax.ShapeDtypeStruct((1,), "float32")
     variables = jax.eval_shape(model.init, jax.random.key(0), x, time, *labels)
@@ -96,9 +96,9 @@ def forward_macs(model, image_shape: tuple[int, int, int]) -> int:
 
 
 def utilization(macs_per_image: float, images_per_s: float, train: bool, tflops: float) -> float:
-    """Model FLOP utilization: 2 FLOP per multiplication, three times as many for a train step, divided by the peak.
+    """Returns the model FLOP utilization: 2 FLOP per multiplication, three times as many in a train step, over the peak.
 
-    The gradients with respect to inputs and to kernels each cost as much as the call. Recomputation and element-wise
-    operations do not count.
+    Gradients with respect to inputs and to kernels each cost as much as the call. Recomputation and element-wise operations
+    do not count.
     """
     return (3 if train else 1) * 2 * macs_per_image * images_per_s / (tflops * 1e12)

@@ -1,10 +1,10 @@
-"""Checks that two versions of this project compute the same numbers: 20 train steps and 8 samples of seven small runs.
+"""Checks that two versions of this project compute the same numbers in seven small runs: 20 train steps and 8 samples.
 
     python benchmarks/same_numbers.py OLD NEW [--python=PATH]
 
-OLD and NEW are checkouts (`git worktree add --detach OLD COMMIT`). Each trains and samples with its own main.py, on the CPU
-and with the same interpreter. In the last checkpoint the step, the parameters, their moving average and the optimizer's state
-must be bit-identical, wherever a checkpoint holds them, and so must the logs (without times) and the samples.
+OLD and NEW are checkouts (`git worktree add --detach OLD COMMIT`). Each checkout trains and samples with its own main.py, on
+the CPU and with the same interpreter. In the last checkpoint, the step, the parameters, the EMA and the optimizer's state
+must be bit-identical, in whichever item they are stored; the logs (without times) and the samples, too.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NARROW = {
     "data.dataset": "folder",
     "training.batch_size": 8,
     "optimizer.warmup_steps": 0,
-    "ema.warmup": True,  # without it newer versions sample 20 steps with the raw weights
+    "ema.warmup": True,  # otherwise newer versions sample with the raw weights after 20 steps
     "sampling.steps": 10,
     "sampling.spacing": "trailing",
 }
@@ -54,12 +54,12 @@ RUNS = {
     "field": {"training.batch_size": 8, "sampling.steps": 10},
     "vectors": {"training.batch_size": 8, "sampling.steps": 10},
 }
-PARTS = ("step", "params", "ema_params", "opt_state")  # of a checkpoint; what else it holds decides the log, too
+PARTS = ("step", "params", "ema_params", "opt_state")  # in a checkpoint; differences elsewhere would change the log
 TIMES = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
 def write_images(directory: pathlib.Path, size: int) -> None:
-    """24 random images of `size` pixels in three classes."""
+    """Writes 24 random images with `size` pixels in three classes."""
     rng = np.random.default_rng(0)
     for i in range(24):
         path = directory / f"class{i % 3}" / f"{i:02d}.png"
@@ -69,7 +69,7 @@ def write_images(directory: pathlib.Path, size: int) -> None:
 
 
 def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
-    """Trains and samples; returns the values of the log, the arrays of the checkpoint and the samples, by name."""
+    """Trains and samples. Returns: {name: value} for log values, checkpoint arrays and samples."""
     settings = ALL | RUNS[name]
     if settings.get("data.dataset") == "folder":
         settings["data.data_dir"] = str(data_dir)
@@ -90,7 +90,7 @@ def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, d
 
 
 def checkpoint_arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of PARTS in a checkpoint, whichever items it has, by their paths from the name of the part on."""
+    """Returns the arrays of PARTS in a checkpoint, in any item, as {path from the part's name on: array}."""
     arrays = {}
     for metadata in directory.rglob("_METADATA"):
         tree = ocp.PyTreeCheckpointer().restore(metadata.parent)
@@ -109,7 +109,7 @@ def checkpoint_arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """The names of values that are missing on one side, or differ in value, dtype or shape."""
+    """Returns the names of values that are missing on one side, or differ in value, dtype or shape."""
     differing = sorted(old.keys() ^ new.keys())
     for key in sorted(old.keys() & new.keys()):
         a, b = np.asarray(old[key]), np.asarray(new[key])

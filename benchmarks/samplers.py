@@ -1,9 +1,10 @@
-"""Error of every deterministic solver against the number of network calls, on a narrow mixture of Gaussians.
+"""Measures the error of every deterministic solver against the number of network calls, on a mixture of Gaussians.
 
     python benchmarks/samplers.py [--spacing=karras] [--plot=docs/images/samplers.png]
 
-Five modes in the plane with standard deviation 0.05. The exact eps is known, so the reference is the probability-flow map
-from x_T to x_0 by scipy's adaptive solver in float64; the error is the root mean square distance to it over 256 points.
+The mixture has five modes in the plane with standard deviation 0.05. The exact eps is known, so the reference is the
+probability-flow map from x_T to x_0, computed by scipy's adaptive solver in float64; the error is the root mean square
+distance to the reference over 256 points.
 """
 
 import argparse
@@ -38,7 +39,7 @@ SOLVERS = {
 
 
 def eps(x, alpha, sigma, np=np):
-    """E[eps | x] of the mixture at x = alpha x_0 + sigma eps; x [N, 2]; alpha and sigma broadcast with [N, 1]."""
+    """Computes E[eps | x] for the mixture, at x = alpha x_0 + sigma eps. x: [N, 2]. alpha, sigma: broadcast with [N, 1]."""
     spread = alpha**2 * SD**2 + sigma**2
     offset = x[:, None] - alpha[..., None] * MODES  # [N, modes, 2]
     logits = -0.5 * (offset**2).sum(-1) / spread
@@ -48,13 +49,13 @@ def eps(x, alpha, sigma, np=np):
 
 
 def denoise_fn(x_t, time):
-    """The exact eps at network times of the schedule."""
+    """Computes the exact eps at network times of the schedule."""
     log_snr = SCHEDULE.log_snr(time)[:, None]
     return eps(x_t, jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), jnp)
 
 
 def exact_map(x_T):
-    """x_0 at the end of the probability flow: d(x/alpha)/d(sigma/alpha) = eps, to sigma = 0; float64 [N, 2]."""
+    """Solves the probability flow d(x/alpha)/d(sigma/alpha) = eps from x_T to sigma = 0: x_0, float64 [N, 2]."""
     alpha, sigma = SCHEDULE.sqrt_alpha_bar[-1], SCHEDULE.sqrt_one_minus_alpha_bar[-1]
 
     def slope(log_s, flat):
@@ -67,7 +68,7 @@ def exact_map(x_T):
 
 
 def error(name, calls, x_T, truth, spacing="karras"):
-    """Root mean square distance of a solver's samples from the truth; NaN if the calls are too few for two steps."""
+    """Returns a solver's root mean square distance from `truth`; NaN if `calls` does not allow two steps."""
     sampler, steps = SOLVERS[name]
     if steps(calls) < 2:
         return np.nan
@@ -76,7 +77,7 @@ def error(name, calls, x_T, truth, spacing="karras"):
     return float(np.sqrt(np.mean(np.sum((np.asarray(x_0) - truth) ** 2, axis=1))))
 
 
-# The panels of the figure. Each also has the first solver, as a reference.
+# The panels of the figure. Each panel also shows the first solver, as a reference.
 PANELS = {
     "DPM-Solver++, multistep": ("DPM-Solver++ 2M", "DPM-Solver++ 3M"),
     "DPM-Solver++, singlestep": ("DPM-Solver++ 2S", "DPM-Solver++ 3S"),
@@ -89,7 +90,7 @@ REFERENCE = "DDIM (Euler)"
 
 
 def plot(errors, all_calls, spacing):
-    """A figure of the errors, {solver: [error at each number of calls]}, one panel for each family of solvers."""
+    """Plots errors, {solver: [error at each number of calls]}, with one panel for each family of solvers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 9), dpi=120, layout="constrained")

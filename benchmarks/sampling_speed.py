@@ -1,13 +1,13 @@
-"""Images per second of DDIM-50 and DPM-Solver++-20, compared with diffusers' pipelines; DDPM's CIFAR-10 network.
+"""Compares DDIM-50 and DPM-Solver++-20 with diffusers' pipelines, in images per second, for DDPM's CIFAR-10 network.
 
     make parity && .venv/bin/python benchmarks/sampling_speed.py [--dtype=bfloat16] [--images=16] [--rounds=3]
 
-Both networks have the same shape and random weights. The time is from the key of the noise to images on the host. This
+Both networks have the same shape and random weights. Timing starts with the noise key and ends with images on the host. This
 project runs the compiled program of `--mode=sample`; diffusers runs `DDIMPipeline`, and `DDPMPipeline` with
-`DPMSolverMultistepScheduler`, with the network in PyTorch's faster memory layout (channels_last). Each runs in a process of
-its own, and the two are timed alternately; the script prints medians, and the median of the ratios.
+`DPMSolverMultistepScheduler`, with the network in PyTorch's faster memory layout (channels_last). Each library runs in its
+own process, and the libraries are timed alternately; the script prints medians, and the median of the ratios.
 
-Before that, it prints the cost of a sampling step beyond the network call, from samplers of five steps and five calls.
+First, the script prints the cost of a sampling step without the network call, from samplers with five steps and five calls.
 bfloat16 is `model.dtype=bfloat16` in this project and autocast in PyTorch. `--samplers=` skips the comparison, and
 `--step_rounds=0` the cost of a step; `--small` uses a narrow network and five steps, to check that everything runs.
 """
@@ -28,7 +28,7 @@ IMAGE_SIZE, SMALL_CHANNELS, FEW_STEPS = 32, 32, 5
 
 
 def make_ours(dtype: str, images: int, small: bool):
-    """(functions, a line about the software) of this project; each is compiled when it is first called."""
+    """Returns (functions, a line about the software) for this project; functions compile at their first call."""
     import jax
 
     from configs import cifar10
@@ -60,7 +60,7 @@ def make_ours(dtype: str, images: int, small: bool):
 
 
 def make_diffusers(dtype: str, images: int, small: bool):
-    """(functions, a line about the software) of diffusers' pipelines."""
+    """Returns (functions, a line about the software) for diffusers' pipelines."""
     import diffusers
     import torch
 
@@ -86,7 +86,7 @@ def make_diffusers(dtype: str, images: int, small: bool):
 
 
 def main() -> None:
-    """Prints the cost of a step and the images per second of each sampler."""
+    """Prints the cost of a step, and the images per second for each sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--images", type=int, default=16)

@@ -1,8 +1,8 @@
-"""Memory of the published networks by part, in bfloat16, for docs/results/scaling.md.
+"""Prints the memory of the published networks in bfloat16, itemized, for docs/results/scaling.md.
 
     python benchmarks/scaling.py
 
-The bytes are those of `--mode=plan --config.mesh.device=`: they follow from shapes and traced programs; nothing is compiled.
+The estimates are from `--mode=plan --config.mesh.device=`, which uses shapes and traced programs; nothing is compiled.
 """
 
 import itertools
@@ -26,7 +26,7 @@ NETWORKS = {
 
 
 def main() -> None:
-    """Prints the table, with the first settings that fit each kind and number of devices."""
+    """Prints the table, with the first settings that fit each device kind and count."""
     devices.silence_libraries()
     devices.start_virtual(1)
     parts = "parameters | moments | EMA | gradients | activations | backward"

@@ -1,18 +1,18 @@
-"""Startup time: the import, the first train step without and with a compilation cache, and the size of the programs.
+"""Measures startup: the import, the first train step without and with a compilation cache, and the size of programs.
 
     python benchmarks/start.py [--parts=import,step,command,programs] [--pairs=7] [--presets=ddpm_cifar10,...]
     python benchmarks/start.py --parts=refusals,demo,data [--data_dir=DIR] [--steps=1500] [--root=OTHER_CLONE]
 
 import: `import diffusion_jax` after `import jax`, in separate processes; the median.
-step: the parts of the first train step of configs/digits.py, from the start of a separate process. The cache is a temporary
-folder that is empty for the first process.
+step: the phases up to the first train step of configs/digits.py, from the start of a separate process. The cache is a
+temporary folder that is empty for the first process.
 command: `main.py --config=configs/digits.py` until the first step is in metrics.jsonl.
-programs: the number of equations, including nested ones, of the train step and of 50 steps of DDIM for 2 images, and
-the CPU seconds to trace and to lower them; with --compile also to compile them. --presets selects networks.
-refusals: CPU seconds of `--help` and of command lines that are refused.
+programs: the number of equations, including nested equations, in the train step and in 50 DDIM steps for 2 images, and the
+CPU seconds to trace and lower the programs; with --compile, also to compile. --presets selects networks.
+refusals: CPU seconds of `--help` and of invalid command lines.
 demo: the three commands of `make demo` with empty caches, with `--steps` train steps.
-data: CIFAR-10 from a directory of TFDS in separate processes, with an empty and with a full cache of decoded images.
---root runs the last three with the code of another clone, to compare two versions.
+data: loads CIFAR-10 from a TFDS directory in separate processes, with an empty and with a full cache of decoded images.
+--root runs refusals, demo and data with the code of another clone, to compare two versions.
 """
 
 import argparse
@@ -68,7 +68,7 @@ print(json.dumps(marks))
 
 
 def run(arguments: list[str], **environment: str) -> str:
-    """The output of a separate Python process."""
+    """Runs a separate Python process, and returns the output."""
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
@@ -76,7 +76,7 @@ def run(arguments: list[str], **environment: str) -> str:
 
 
 def imports(pairs: int) -> None:
-    """Prints the time of the import."""
+    """Prints the import time."""
     alone = float(run(["-c", "import time; s = time.perf_counter(); import jax; print(time.perf_counter() - s)"]))
     seconds = [float(run(["-c", _IMPORT.format("import diffusion_jax")])) for _ in range(pairs)]
     print(
@@ -85,7 +85,7 @@ def imports(pairs: int) -> None:
 
 
 def first_step() -> None:
-    """Prints a table of the parts, with an empty and with a full cache."""
+    """Prints a table of the phases, with an empty and with a full cache."""
     columns = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("empty cache", "full cache"):
@@ -100,7 +100,7 @@ def first_step() -> None:
 
 
 def command() -> None:
-    """Prints the seconds until the line of the first step is in the log."""
+    """Prints the seconds until the log has the line of the first step."""
     with tempfile.TemporaryDirectory() as cache:
         for name in ("empty cache", "full cache"):
             with tempfile.TemporaryDirectory() as workdir:
@@ -118,7 +118,7 @@ def command() -> None:
 
 
 def timed(arguments: list[str], root: str, **environment: str) -> str:
-    """The time of a separate Python process, whatever its exit code, such as "2.1 s, 3.4 s CPU"."""
+    """Times a separate Python process with any exit code; returns text such as "2.1 s, 3.4 s CPU"."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     variables = os.environ | {"PYTHONPATH": root} | environment
     subprocess.run([sys.executable, *arguments], cwd=root, env=variables, capture_output=True)
@@ -178,13 +178,13 @@ def decoded_data(root: str, data_dir: str) -> None:
 
 
 def programs(presets: list[str], compiled: bool) -> None:
-    """Prints two lines for each network: its train step, and a sampler of 50 steps of DDIM; the seconds are CPU seconds."""
+    """Prints two lines for each network: train step, and sampler with 50 DDIM steps; times are CPU seconds."""
     from diffusion_jax import models, training
     from diffusion_jax.config import default
     from diffusion_jax.config.presets import UNET_PRESETS
     from diffusion_jax.distributed import devices
 
-    devices.collect_garbage_rarely()  # as `devices.start`, which would also use the compilation cache
+    devices.collect_garbage_rarely()  # `devices.start` would also use the compilation cache
     columns = ["equations", "tracing", "lowering", *["compiling"] * compiled]
     print(f"| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name in presets:
@@ -204,7 +204,7 @@ def programs(presets: list[str], compiled: bool) -> None:
 
 
 def _shapes(config, dtype: str) -> tuple:
-    """The shapes of 2 images and of their labels."""
+    """Returns the shapes of 2 images and their labels."""
     import jax
 
     from diffusion_jax import data
@@ -214,13 +214,13 @@ def _shapes(config, dtype: str) -> tuple:
 
 
 def _train_step(config, built) -> tuple:
-    """(the train step, the shapes of its arguments)."""
+    """Returns (train step, argument shapes)."""
     image, label = _shapes(config, "uint8")
     return built.train_step, (built.abstract_state, {"image": image, "label": label})
 
 
 def _sampler(config, built) -> tuple:
-    """(DDIM of 50 steps, the shapes of its arguments)."""
+    """Returns (DDIM sampler with 50 steps, argument shapes)."""
     import jax
 
     from diffusion_jax import sampling, schedules
@@ -239,7 +239,7 @@ def _sampler(config, built) -> tuple:
 
 
 def _stages(program, arguments: tuple, compiled: bool) -> tuple[int, list[float]]:
-    """(the number of equations, the CPU seconds of tracing, lowering and, if asked for, compiling)."""
+    """Returns (number of equations, CPU seconds for tracing, lowering and, if `compiled`, compiling)."""
     from helpers.jaxprs import equations
 
     marks = [time.process_time()]

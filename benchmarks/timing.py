@@ -1,4 +1,4 @@
-"""Timing of functions that are compared with each other."""
+"""Times functions alternately, to compare them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 
 def time_alternately(functions: Sequence[Callable[[], object]], rounds: int, warmup: int) -> np.ndarray:
-    """Seconds [functions, rounds] of functions that are called one after the other, without the first `warmup` rounds.
+    """Calls functions one after the other. Returns: seconds [functions, rounds], without the first `warmup` rounds.
 
-    In each round every function is called once, so a machine whose speed drifts does not favor one of them.
+    Each round calls every function once, so a drift in the machine's speed does not favor any function.
     """
     seconds = np.zeros((len(functions), warmup + rounds))
     for i in range(warmup + rounds):
@@ -26,9 +26,9 @@ def time_alternately(functions: Sequence[Callable[[], object]], rounds: int, war
 
 
 class Process:
-    """The functions that make(*arguments) returns by name, in a new process, whose memory no other program shares.
+    """A new process with the functions of make(*arguments) -> ({name: function}, facts).
 
-    facts: what make returns beside them.
+    facts: the second result of make.
     """
 
     def __init__(self, make: Callable[..., tuple[Mapping[str, Callable[[], object]], Any]], *arguments: Any):
@@ -36,11 +36,11 @@ class Process:
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
         self._process.start()
-        other.close()  # so that the end of the process is an error here
+        other.close()  # otherwise `recv` would not fail when the process ends
         self.facts = self._connection.recv()
 
     def function(self, name: str) -> Callable[[], None]:
-        """() -> None: calls the function of this name and waits for its end."""
+        """Returns a function () -> None that calls the function `name` in the process, and waits for the result."""
 
         def call() -> None:
             self._connection.send(name)
@@ -55,7 +55,7 @@ class Process:
 
 
 def _serve(connection: multiprocessing.connection.Connection, make: Callable[..., Any], arguments: tuple) -> None:
-    """Calls functions by the names that the connection sends."""
+    """Calls the functions whose names the connection sends."""
     functions, facts = make(*arguments)
     connection.send(facts)
     for name in iter(connection.recv, None):

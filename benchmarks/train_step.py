@@ -1,12 +1,12 @@
-"""One call and one train step of DDPM's CIFAR-10 network, compared with diffusers' `UNet2DModel` on PyTorch.
+"""Compares a call and a train step of DDPM's CIFAR-10 network with diffusers' `UNet2DModel` on PyTorch.
 
     make parity && .venv/bin/python benchmarks/train_step.py [--dtype=bfloat16] [--batch_size=8] [--rounds=10]
 
-Both train steps are L_simple's forward and backward pass, gradient clipping, Adam and the EMA, on one batch in memory. Each
-runs in a process of its own, set up as its users run it: this project's as main.py, PyTorch with its faster memory layout
-(channels_last). The two are timed alternately, call by call, so that a machine whose speed drifts does not favor one; the
-script prints medians, and the median of the ratios. bfloat16 is `model.dtype=bfloat16` in this project and autocast in
-PyTorch.
+Both train steps are the forward and backward pass of L_simple, gradient clipping, Adam and the EMA, on one batch in memory.
+Each library runs in its own process with its usual setup: this project as in main.py, PyTorch with its faster memory layout
+(channels_last). The libraries are timed alternately, call by call, so that a drift in the machine's speed favors neither
+library; the script prints medians, and the median of the ratios. bfloat16 is `model.dtype=bfloat16` in this project and
+autocast in PyTorch.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.timing import Process, time_alternately
 
 
 def make_ours(batch_size: int, dtype: str):
-    """(functions, (parameters, a line about the software)) of this project."""
+    """Returns (functions, (parameters, a line about the software)) for this project."""
     import jax
 
     from configs import cifar10
@@ -52,7 +52,7 @@ def make_ours(batch_size: int, dtype: str):
 
 
 def make_diffusers(batch_size: int, dtype: str):
-    """(functions, (parameters, a line about the software)) of diffusers on PyTorch."""
+    """Returns (functions, (parameters, a line about the software)) for diffusers on PyTorch."""
     import torch
     from diffusers import UNet2DModel
 

@@ -1,7 +1,7 @@
 """Checks the built site: `python docs/check_site.py [docs/_build/html]`, the last step of `make docs`.
 
-Every name of every public module's `__all__` has an entry, every link leads to a file and an anchor that exist, and no page
-loads anything from another machine. Prints what is wrong and exits with 1.
+The script checks that every name in a public module's `__all__` has an entry, that every link leads to an existing file and
+anchor, and that pages load nothing from another machine. If there are problems, it prints all of them and exits with 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOADED = {"script": "src", "img": "src", "iframe": "src", "link": "href", "sour
 
 
 def public_modules() -> Iterator[str]:
-    """The modules of the package, without its commands and its experiments."""
+    """Yields the modules of the package, without commands and experiments."""
     yield diffusion_jax.__name__
     for module in pkgutil.walk_packages(diffusion_jax.__path__, f"{diffusion_jax.__name__}."):
         if not any(part.startswith("_") for part in module.name.split(".")[1:]):
@@ -34,7 +34,7 @@ def public_modules() -> Iterator[str]:
 
 
 def inventory(path: pathlib.Path) -> dict[str, set[str]]:
-    """The documented names of an objects.inv, by their role, such as py:function."""
+    """Reads the documented names in an objects.inv: {role, such as py:function: names}."""
     compressed = path.read_bytes().partition(b"zlib.\n")[2]
     found: dict[str, set[str]] = {}
     for line in zlib.decompress(compressed).decode().splitlines():
@@ -44,7 +44,7 @@ def inventory(path: pathlib.Path) -> dict[str, set[str]]:
 
 
 def missing_names(site: pathlib.Path) -> list[str]:
-    """What `__all__` of a public module names and the site does not describe."""
+    """Returns names in `__all__` of public modules that the site does not describe."""
     documented = set().union(
         *(names for role, names in inventory(site / "objects.inv").items() if role.startswith("py:"))
     )
@@ -91,7 +91,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def broken_links(site: pathlib.Path) -> list[str]:
-    """Links to files and anchors that do not exist, and files that are loaded from elsewhere."""
+    """Returns links to missing files and anchors, and files that are loaded from another machine."""
     pages = {path: _Page(path) for path in site.rglob("*.html") if "_static" not in path.relative_to(site).parts}
     problems = []
     for path, page in pages.items():

@@ -1,10 +1,10 @@
-"""Sphinx's configuration of the documentation site: `make docs` builds it into docs/_build/html.
+"""Sphinx configuration for the documentation site; `make docs` builds the site into docs/_build/html.
 
-Environment variables, all optional; without them the pages link to nothing outside the site:
+Optional environment variables; without them, pages link to nothing outside the site:
 
-DOCS_ONLINE=1: cross-links to the documentation of jax, flax, optax and orbax, whose indices are downloaded.
-DOCS_REPOSITORY_URL: address of the repository on GitHub; adds source links, Colab links and the repository's address.
-DOCS_BASE_URL: address that the site is published at; adds the sitemap and canonical addresses.
+DOCS_ONLINE=1: adds cross-links to the documentation of jax, flax, optax and orbax, and downloads their indices.
+DOCS_REPOSITORY_URL: address of the GitHub repository; adds source links, Colab links and the repository's address.
+DOCS_BASE_URL: address where the site is published; adds the sitemap and canonical addresses.
 """
 
 import os
@@ -20,7 +20,7 @@ from notebooks import cache_directory  # noqa: E402
 
 import diffusion_jax  # noqa: E402
 
-# The notebooks' kernels inherit these.
+# Notebook kernels inherit these variables.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XDG_CACHE_HOME"] = str(BUILD / "cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(BUILD / "cache" / "jax"))
@@ -52,9 +52,9 @@ extensions = [
 exclude_patterns = ["_build", "_extensions", "**/.*"]
 nitpicky = True
 show_warning_types = True
-highlight_language = "none"  # of blocks that name no language
+highlight_language = "none"  # for blocks without a language
 
-# API pages: every name of __all__, with the signature that the source has.
+# API pages: every name in __all__, with the signature from the source.
 autodoc_default_options = {"members": True, "undoc-members": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -70,8 +70,8 @@ myst_heading_anchors = 4
 myst_dmath_double_inline = True
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(cache_directory(ROOT, BUILD))
-nb_execution_timeout = 600  # seconds for a cell; a notebook should need less than two minutes on two idle cores
-nb_execution_show_tb = True  # an error is a warning, and `make docs` makes warnings errors
+nb_execution_timeout = 600  # seconds for a cell; notebooks should take less than two minutes on two idle cores
+nb_execution_show_tb = True  # notebook errors are warnings, and `make docs` treats warnings as errors
 nb_merge_streams = True
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -108,7 +108,7 @@ if REPOSITORY_URL:
     extensions.append("sphinx.ext.linkcode")
     html_theme_options |= {
         "repository_url": REPOSITORY_URL,
-        "repository_provider": "github",  # also where the address is that of a mirror
+        "repository_provider": "github",  # also if the address is a mirror's
         "repository_branch": "main",
         "path_to_docs": "docs",
         "use_repository_button": True,
@@ -132,7 +132,7 @@ if ONLINE:
 
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
-    """The address of an object's source in the repository."""
+    """Returns the address of an object's source in the repository."""
     import api
 
     place = api.source_lines(info["module"], info["fullname"])

@@ -1,8 +1,8 @@
-"""Writes the generated pages of the reference: `make reference`.
+"""Writes the generated reference pages: `make reference`.
 
-docs/reference/configuration.md has every setting of a config, and every data set and metric with a name;
-docs/reference/command_line.md has every flag of every command. Each page is written completely or not at all, and a test
-compares them with the code.
+docs/reference/configuration.md lists every config setting, and every named data set and metric;
+docs/reference/command_line.md lists the flags of every command. Each page is written completely or not at all, and a test
+compares the pages with the code.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _EXIT_CODES = """### Exit codes
 
 
 def configuration() -> str:
-    """The page of the settings of a config in Markdown."""
+    """Returns the Markdown page of config settings."""
     lines = [_CONFIGURATION]
     for group, (description, settings) in table.GROUPS.items():
         lines += _settings(group, f"`{group}`" if group else "Settings without a group", description, settings)
@@ -120,7 +120,7 @@ def _first_line(source: type) -> str:
 
 
 def command_line() -> str:
-    """The page of the command line in Markdown."""
+    """Returns the Markdown page of command-line flags."""
     modes = ["### Modes", "", "| mode | what it does |", "|---|---|"]
     modes += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in cli.MODES.items()]
     settings = (

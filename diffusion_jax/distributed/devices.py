@@ -1,4 +1,4 @@
-"""Setup of a process before its first array: devices, the compilation cache, log output of libraries, compiler options."""
+"""Sets up a process before its first array: devices, compilation cache, log output of libraries, compiler options."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ __all__ = [
     "start_virtual",
 ]
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # constants from glibc's malloc.h
 _CACHE_OPTION = "jax_compilation_cache_dir"
 
 # XLA's CPU backend calls a library for single convolutions, and the library's weight gradient is slow: a train step of the
-# 35.7M-parameter network took 1.5 times as long. Without that fusion, Eigen computes the convolutions, in the same float32.
+# 35.7M-parameter network took 1.5 times as long. Without this fusion, Eigen computes convolutions, in the same float32.
 _CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 }
 _FAST_COMPILE = {"xla_backend_optimization_level": 1}
 
-# GPU kernels that add in a fixed order, chosen by rule instead of by a measurement during compilation.
+# Selects GPU kernels that add in a fixed order, by rule instead of by measurements during compilation.
 DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
 
 
 def silence_libraries() -> None:
-    """Silences the log output of libraries; call it before TensorFlow is imported. Their errors are still raised."""
+    """Silences the log output of libraries; errors are still raised. Call this before TensorFlow is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # TensorFlow only writes event files here, and oneDNN prints a line on stderr.
+    # oneDNN prints a line on stderr, and is not needed, because no model runs in TensorFlow.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # When a data worker is killed, Python's resource tracker warns on stderr; it reads this variable when it starts.
     filters = os.environ.get("PYTHONWARNINGS", "")
@@ -65,10 +65,10 @@ def silence_libraries() -> None:
 
 
 def collect_garbage_rarely() -> None:
-    """Sets the number of new objects between two collections of garbage to 100,000; Python's default is 700 or 2,000.
+    """Runs garbage collection every 100,000 new objects; Python's default is 700 or 2,000.
 
-    While a network is traced nearly no object is garbage, and the collections were over a third of that time. Older
-    generations are collected at every other collection, so that garbage in cycles, such as figures, does not pile up.
+    During tracing, nearly no object is garbage, and collection took over a third of the time. Older generations are collected
+    at every other collection, so that garbage in cycles, such as figures, does not accumulate.
     """
     gc.set_threshold(100_000, 1, 1)
 
@@ -91,7 +91,7 @@ def start() -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """The versions of the libraries, the system, the devices and the number of processes, as JSON values."""
+    """Returns library versions, the system, the devices and the number of processes, as JSON values."""
     versions = {"diffusion_jax": diffusion_jax.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -108,12 +108,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _platforms() -> str | None:
-    """The platforms that JAX_PLATFORMS or the configuration of JAX name."""
+    """Returns the platforms that JAX_PLATFORMS or JAX's configuration selects."""
     return getattr(jax.config, "jax_platforms")  # noqa: B009
 
 
 def _must_use_cpu() -> bool:
-    """Whether JAX can only use the CPU: it was chosen, or no plugin for an accelerator is installed."""
+    """Returns whether JAX can only use the CPU: the CPU was selected, or no accelerator plugin is installed."""
     if _platforms():
         return _platforms() == "cpu"
     has_plugin = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
@@ -121,16 +121,16 @@ def _must_use_cpu() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc reuse freed blocks of up to 1 GB. Variables of the environment that configure glibc take precedence.
+    """Makes glibc reuse freed blocks of up to 1 GB. Environment variables that configure glibc take precedence.
 
-    By default it returns them to the system, and every step gets its buffers page by page: a tenth to a fifth of its time.
-    All threads share one heap, because those of other threads hold at most 64 MB; a thread that has its own keeps it.
+    By default, glibc returns freed blocks to the system, and each step spends a tenth to a fifth of its time on new pages.
+    All threads share one heap, because a separate heap holds at most 64 MB. Threads that already have a heap keep it.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
+    except (OSError, AttributeError, TypeError):  # the C library is not glibc
         return
     if mallopt(_M_MMAP_THRESHOLD, 2**30):  # versions before 2.35 accept 32 MB at most
         mallopt(_M_ARENA_MAX, 1)
@@ -138,7 +138,7 @@ def _keep_freed_memory() -> None:
 
 
 def start_virtual(num_devices: int) -> None:
-    """Starts JAX on virtual CPU devices, even on a machine with others, to compile for that number of devices."""
+    """Starts JAX on virtual CPU devices, even if other devices are present, to compile for `num_devices` devices."""
     collect_garbage_rarely()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
@@ -149,7 +149,7 @@ def _use_compilation_cache() -> None:
     if not getattr(jax.config, _CACHE_OPTION):
         jax.config.update(_CACHE_OPTION, str(user_cache()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # Evaluation has many programs that are compiled in less than a second, JAX's default.
+        # Evaluation compiles many programs in less than a second, and by default JAX does not cache these.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -158,12 +158,13 @@ def _use_compilation_cache() -> None:
 
 @functools.cache
 def compiler_options(deterministic: bool = False) -> dict[str, Any]:
-    """Options of the outermost programs, such as the train step, without those that XLA_FLAGS sets or jaxlib does not know.
+    """Returns compiler options for outermost programs, such as the train step.
 
-    A program that has options cannot be called inside another jit.
+    Options that XLA_FLAGS sets, or that jaxlib does not know, are left out. A program with options cannot be called inside
+    another jit.
 
-    deterministic: makes the numbers of GPUs bit-identical from run to run. CPUs and TPUs need no option for that: their
-    programs add in the order in which they were compiled.
+    deterministic: makes GPU results bit-identical between runs. CPUs and TPUs need no option, because their programs add in
+    the compiled order.
     """
     if jax.default_backend() == "gpu":
         return _not_set(DETERMINISTIC) if deterministic else {}
@@ -172,22 +173,22 @@ def compiler_options(deterministic: bool = False) -> dict[str, Any]:
 
 @functools.cache
 def fast_compile_options() -> dict[str, Any]:
-    """Options of a program that runs once, such as the initialization: CPUs compile it in less than half the time."""
+    """Returns compiler options for a program that runs once, such as initialization; halves the compile time on CPUs."""
     return _supported_on_cpu(_FAST_COMPILE)
 
 
 def _not_set(chosen: dict[str, Any]) -> dict[str, Any]:
-    """The options that XLA_FLAGS does not set."""
+    """Returns the options that XLA_FLAGS does not set."""
     return {name: value for name, value in chosen.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 def _supported_on_cpu(chosen: dict[str, Any]) -> dict[str, Any]:
-    """The options if the backend is the CPU's and knows them, else none."""
+    """Returns the options if the CPU backend is used and knows them, otherwise no options."""
     chosen = _not_set(chosen)
     if jax.default_backend() != "cpu":
         return {}
     try:
         jax.jit(lambda x: x, compiler_options=chosen).lower(0.0).compile()
-    except Exception:  # the error for an unknown option has another type in each version of jax
+    except Exception:  # the error type for an unknown option differs between JAX versions
         return {}
     return chosen

@@ -1,4 +1,4 @@
-"""Processes: their end, also of one that is stuck, and several that work together: start, agreement, and the loss of one."""
+"""Starts and ends processes, also stuck ones; agreement between several processes, and loss of a process."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ __all__ = [
 
 T = TypeVar("T")
 
-# After these exit codes the same command resumes the run, unlike after 1 (the run failed) and 2 (bad input).
-EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL of sysexits.h
-EXIT_INTERRUPTED = 130  # Ctrl-C stopped the run: what shells report for SIGINT
-EXIT_PEER_LOST = 69  # another process was lost, or no step finished in time: EX_UNAVAILABLE of sysexits.h
-_EXIT_CLOSED_OUTPUT = 141  # the reader of standard output ended: what shells report for SIGPIPE
+# After these exit codes, the same command resumes the run; not after 1 (the run failed) and 2 (bad input).
+EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL in sysexits.h
+EXIT_INTERRUPTED = 130  # Ctrl-C stopped the run: the shell's code for SIGINT
+EXIT_PEER_LOST = 69  # another process was lost, or no step finished in time: EX_UNAVAILABLE in sysexits.h
+_EXIT_CLOSED_OUTPUT = 141  # the reader of standard output ended: the shell's code for SIGPIPE
 
-_LAST_LINE = threading.Lock()  # acquired by the writer of the last line and never released
+_LAST_LINE = threading.Lock()  # the writer of the last line acquires this lock and never releases it
 
 _ABORT_DELAY = 5.0  # seconds
 _BARRIER_TIMEOUT = 3600  # seconds
@@ -54,35 +54,35 @@ _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process cou
 
 
 def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
-    """Ends the process and its data workers from any thread with one line; nothing is cleaned up, as after SIGKILL.
+    """Writes one line, then ends the process and its data workers, without cleanup, from any thread.
 
-    If several threads call this, only the first writes its line. delay: seconds between the line and the end.
+    If several threads call this, only the first call writes its line. delay: seconds between the line and the end.
     """
     if message and _LAST_LINE.acquire(blocking=False):
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
-        # Not `print`, which another thread may be in.
+        # `print` could block, because another thread may hold its lock.
         os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
     time.sleep(delay)
     with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():  # they would wait for this process
+        for child in multiprocessing.active_children():  # data workers would wait for this process
             child.kill()
     os._exit(exit_code)
 
 
 @contextlib.contextmanager
 def exit_if_output_is_closed() -> Iterator[None]:
-    """Ends the process without a message if the reader of its standard output ends first, as in `... | head`."""
+    """Ends the process without a message if the reader of standard output ends first, as in `... | head`."""
     try:
         try:
             yield
-        except SystemExit:  # of --help
+        except SystemExit:  # raised by --help
             sys.stdout.flush()
             raise
         sys.stdout.flush()
     except BrokenPipeError:
         try:
-            print(flush=True)  # fails, too, unless another pipe broke
+            print(flush=True)  # also fails, unless another pipe broke
         except BrokenPipeError:
             exit_now("", _EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
         raise
@@ -91,10 +91,11 @@ def exit_if_output_is_closed() -> Iterator[None]:
 def join_processes(address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
     """Joins the other processes of the run; must be called before anything uses a device.
 
-    Without the first three arguments, JAX itself detects the processes of srun and of TPU pods; anything else is a single
-    process, and nothing is done.
+    Without the first three arguments, JAX detects the processes of srun and TPU pods; otherwise the process is single, and
+    nothing is done.
 
-    address: HOST:PORT of process 0. timeout: seconds to wait for the others, after which the program ends. Raises: UserError.
+    address: HOST:PORT of process 0. timeout: after waiting this many seconds for other processes, the program ends.
+    Raises: UserError.
     """
     arguments = (address, num_processes, process_id)
     has_address = any(value is not None for value in arguments)
@@ -105,7 +106,7 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
         return
     name = f"process {process_id if has_address else os.environ.get('SLURM_PROCID', '')}"
     message = f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start them"
-    timer = threading.Timer(timeout, exit_now, (message, EXIT_PEER_LOST))  # JAX's own timeout aborts with a stack trace
+    timer = threading.Timer(timeout, exit_now, (message, EXIT_PEER_LOST))  # JAX's timeout prints a stack trace
     timer.daemon = True
     timer.start()
     try:
@@ -127,12 +128,12 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
 
 
 def is_multiprocess() -> bool:
-    """Whether this process works together with others."""
+    """Returns whether the run has several processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order, on every process. They are passed as JSON, by a single process, too."""
+    """Returns the values of all processes, in process order, on every process. Values always pass through JSON."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     if jax.process_count() == 1:
         return [json.loads(text.tobytes())]
@@ -144,9 +145,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_from_process_0(function: Callable[[], T]) -> T:
-    """The value of `function()`, which process 0 alone calls: file systems may show each process another state.
+    """Calls `function` on process 0, and returns the value on every process.
 
-    The value is passed as JSON. Raises: on process 0 the error of `function`, on the others an OSError with the same message.
+    This avoids differences between processes, because file systems may show each process another state. The value is passed
+    as JSON. Raises: on process 0 the error of `function`; on other processes an OSError with the same message.
     """
     error, result = None, {}
     if jax.process_index() == 0:
@@ -169,7 +171,7 @@ def log(text: str) -> None:
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes, without their devices; `name` must be unique in a launch."""
+    """Waits for all processes without using devices; `name` must be unique in a launch."""
     if is_multiprocess():
         from orbax.checkpoint import multihost  # slow to import
 
@@ -177,10 +179,10 @@ def barrier(name: str) -> None:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error, or its cause, is one that JAX raises when another process is lost.
+    """Returns whether JAX raised an error, or its cause, because another process was lost.
 
-    Status codes are not enough: of a killed peer, collectives of Gloo report UNKNOWN or INTERNAL and the barrier of jax 0.10
-    reports INTERNAL, as other errors do. The message contains the code, so the words below cover both.
+    Status codes are not enough: for a killed peer, Gloo collectives report UNKNOWN or INTERNAL and the barrier in JAX 0.10
+    reports INTERNAL, as for other errors. Messages contain the code, so the words below match codes and texts.
     """
     if not is_multiprocess():
         return False
@@ -189,9 +191,9 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 def abort_process(message: str, exit_code: int) -> None:
-    """Ends one process of several with one line, without JAX's barrier at exit, which the others may never reach.
+    """Ends one of several processes with one line, and skips JAX's exit barrier, which other processes may never reach.
 
-    The end of process 0 aborts the others, so it first gives them time to write their own line.
+    The end of process 0 aborts all other processes, so process 0 first gives them time to write their own line.
     """
     exit_now(message, exit_code, delay=0 if jax.process_index() else _ABORT_DELAY)
 
@@ -199,9 +201,9 @@ def abort_process(message: str, exit_code: int) -> None:
 class Watchdog:
     """A thread that ends the process with one line when no step has finished for too long.
 
-    The limit is `seconds`, or five times the duration of the longest step, if that is longer; 0 for no limit. The first step
-    has none, because it may include a compilation and connects the processes. A thread is needed because a process whose
-    peer is stuck waits inside a collective, where no Python code runs.
+    The limit is `seconds`, or five times the longest step if longer; 0 for no limit. The first step has no limit, because it
+    may include compilation and connects the processes. The watchdog is a thread, because a process with a stuck peer waits
+    inside a collective, where no Python code runs.
     """
 
     def __init__(self, seconds: float):
@@ -222,13 +224,13 @@ class Watchdog:
             self._thread.join()
 
     def record_step(self) -> None:
-        """Records that a step has finished, or was dispatched to the devices."""
+        """Records that a step finished, or was dispatched to the devices."""
         now = time.monotonic()
         self._longest, self._last, self._is_limited = max(self._longest, now - self._last), now, True
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Sets no limit for work that may take long: pictures, checkpoints."""
+        """Removes the limit during work that may take long, such as pictures and checkpoints."""
         was_limited, self._is_limited = self._is_limited, False
         try:
             yield
@@ -249,7 +251,7 @@ class Watchdog:
 
 
 def watch_batches(batches: Iterable[int], seconds: float) -> Iterator[int]:
-    """Yields `batches`; in runs of several processes, where a peer could be stuck, limits the time of the work on each."""
+    """Yields `batches`; with several processes, where a peer could be stuck, limits the time for each batch."""
     with Watchdog(seconds if is_multiprocess() else 0) as watchdog:
         for batch in batches:
             yield batch

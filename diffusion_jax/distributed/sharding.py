@@ -1,9 +1,9 @@
-"""The devices as one mesh, and the sharding of arrays on it.
+"""The mesh of all devices, and the sharding of arrays on the mesh.
 
-Both axes of the mesh split the batch. `fsdp` also splits the large leaves of parameters, optimizer state and EMA (FSDP, or
-ZeRO-3): a device gathers the parameters of each layer where it computes with them, again in the backward pass, and keeps only
-its own part of the summed gradient. Activations stay on their device. XLA derives the collectives from the constraints in
-`gather_params`; without these it would split convolutions by their kernels' parts and send activations.
+Both mesh axes split the batch. The axis `fsdp` also splits the large leaves of parameters, optimizer state and EMA (FSDP, or
+ZeRO-3): a device gathers each layer's parameters when it needs them, again in the backward pass, and keeps only its own shard
+of the summed gradient. Activations stay on their device. XLA derives the collectives from the sharding constraints in
+`gather_params`; without these constraints, XLA would shard convolutions by kernel and send activations.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = [
 
 DATA_AXES = ("data", "fsdp")
 
-# Smaller leaves are replicated: biases and norms, under 1% of the published networks, where a gather is mostly latency.
+# Smaller leaves are replicated: biases and norms, under 1% of the published networks; gathering them is mostly latency.
 MIN_SPLIT_SIZE = 2**14
 
 State = TypeVar("State", bound=Any)
 
 
 def make_mesh(config: Mapping[str, int]) -> Mesh:
-    """All devices as a mesh with the axes `data` and `fsdp`, sized by `config.mesh`; data=-1 uses the remaining devices.
+    """Builds a mesh of all devices with the axes `data` and `fsdp` of `config.mesh`; data=-1 uses the remaining devices.
 
     Raises: ValueError if the product of the sizes is not the number of devices.
     """
@@ -59,27 +59,27 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
             f"mesh.data={data} times mesh.fsdp={fsdp} must be the number of devices, {devices}; use "
             f"mesh.data={devices // fsdp}, or -1 for the remaining devices"
         )
-    # The default axis type is Explicit, with which Linen layers cannot be traced.
+    # Linen layers cannot be traced with the default axis type, Explicit.
     return jax.make_mesh((devices // fsdp, fsdp), DATA_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def one_device_mesh() -> Mesh:
-    """A mesh of the first device of this process, for programs that one process runs alone."""
+    """Returns a mesh with this process's first device, for programs that run in a single process."""
     return jax.make_mesh((1, 1), DATA_AXES, (AxisType.Auto, AxisType.Auto), devices=jax.local_devices()[:1])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A complete copy on every device."""
+    """Returns the sharding with a complete copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """The batch axis split over all devices, after `leading` axes that are not split."""
+    """Returns the sharding that splits the batch axis over all devices. leading: number of unsplit axes before it."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, DATA_AXES))
 
 
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
-    """The axis that splits a leaf: the longest that `parts` divides, the last of equally long ones; None for no split."""
+    """Returns the axis to split: the longest axis that `parts` divides, the last if several are equal; None for no split."""
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE or not axes:
         return None
@@ -87,13 +87,13 @@ def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
 
 
 def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a parameter of this shape, and of its gradient, moments and average."""
+    """Returns the sharding for a parameter with this shape, and for its gradient, moments and EMA."""
     axis = split_axis(shape, mesh.shape["fsdp"])
     return replicated(mesh) if axis is None else NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
 
 
 def state_sharding(mesh: Mesh, state: State) -> State:
-    """The shardings of a TrainState of shapes: weights and optimizer by `leaf_sharding`, the rest replicated."""
+    """Returns the shardings of an abstract TrainState: weights and optimizer by `leaf_sharding`, the rest replicated."""
     split = {
         name: jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), getattr(state, name))
         for name in ("params", "ema_params", "opt_state")
@@ -102,11 +102,11 @@ def state_sharding(mesh: Mesh, state: State) -> State:
 
 
 def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: Sequence[str] = ()) -> Callable:
-    """The same function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
+    """Wraps function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
-    Each leaf is gathered separately, in `dtype` (that of the layers, which would cast it to this), and its gradient is
-    scattered. Gathered parameters are not stored for the backward pass but gathered again; all else is stored. If `function`
-    contains a jax.checkpoint, `kept_names` must be the names of all values to store, because the policy of this outer
+    Each leaf is gathered separately, and its gradient is scattered. dtype: of the gathered leaves, the dtype in which the
+    layers compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored.
+    If `function` contains a jax.checkpoint, `kept_names` must name all values to store, because the policy of this outer
     checkpoint also applies inside.
     """
     if mesh.shape["fsdp"] == 1:
@@ -117,8 +117,8 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
         return jax.lax.with_sharding_constraint(leaf, everywhere)
 
     def scatter(_, gradient):
-        # The sum is replicated before it is split, which accelerators compile to one reduce-scatter. With the split alone,
-        # XLA may split a layer's backward pass and send activations, as it does for an embedding on two axes.
+        # The sum is replicated before it is split; accelerators compile both to one reduce-scatter. If it were only split,
+        # XLA might shard a layer's backward pass and send activations, as for an embedding on two axes.
         split = leaf_sharding(mesh, gradient.shape)
         return (jax.lax.with_sharding_constraint(replicate(gradient), split),)
 
@@ -138,7 +138,7 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
 
 
 def check_divides(batch_size: int, mesh: Mesh, name: str, accumulation_steps: int = 1) -> None:
-    """Raises: ValueError, with the nearest valid sizes, for a batch that cannot be split over the mesh and its steps."""
+    """Raises: ValueError, with the nearest valid sizes, if the mesh and accumulation steps do not divide the batch size."""
     parts = mesh.size * accumulation_steps
     if batch_size < 1 or batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
@@ -150,19 +150,19 @@ def check_divides(batch_size: int, mesh: Mesh, name: str, accumulation_steps: in
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The rows of a global batch that this process reads, which are those on its own devices. int [rows], increasing."""
+    """Returns the rows of a global batch that are on this process's devices, int [rows], increasing."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 class BatchFunction:
-    """A function of parameters, numbers and a batch, compiled for a mesh; each device computes a part of the batch.
+    """A function of parameters, numbers and a batch, compiled for a mesh that splits the batch.
 
     batch_size: a multiple of the number of devices.
     """
 
     def __init__(self, function: Callable, params: Any, mesh: Mesh, batch_size: int):
-        """function: (params, *numbers, batch) -> arrays [B, ...]. batch_size: is rounded up."""
+        """function: (params, *numbers, batch) -> arrays [B, ...]. batch_size: rounded up to a multiple."""
         whole, self._by_rows = replicated(mesh), batch_sharding(mesh)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._params, self._own_rows = jax.device_put(params, whole), process_rows(self.batch_size, mesh)
@@ -174,11 +174,12 @@ class BatchFunction:
         )
 
     def __call__(self, read: Callable[[np.ndarray], Any], start: int, count: int, *numbers: np.generic) -> Any:
-        """The results of the examples from `start` on, fewer than a batch at the end, which every process gets.
+        """Computes the results for the batch that starts at example `start`, and returns them on every process.
 
-        read: (indices) -> arrays; each process reads the rows of its devices. count: of all examples.
+        read: (indices) -> arrays; each process reads the rows of its devices. count: number of all examples; the last batch
+        may be smaller.
         """
-        # The last batch is padded with copies of the last example, whose results are dropped.
+        # The last batch is padded with copies of the last example; the results of the copies are dropped.
         own = read(np.minimum(start + self._own_rows, count - 1))
         batch = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._by_rows, rows), own)
         out = multihost_utils.process_allgather(self._compute(self._params, numbers, batch), tiled=True)

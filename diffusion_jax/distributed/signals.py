@@ -1,4 +1,4 @@
-"""The handler of SIGTERM and Ctrl-C. It works in a thread: the main thread may compile, or wait for a device, for minutes."""
+"""Handles SIGTERM and Ctrl-C in a thread, because the main thread may compile, or wait for a device, for minutes."""
 
 from __future__ import annotations
 
@@ -29,52 +29,52 @@ _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by
 class StoppedBySignal(BaseException):
     """SIGTERM or Ctrl-C stopped the run after it saved its state.
 
-    Not an Exception, so that code which catches any Exception, such as one for unreadable files, does not catch it.
+    A BaseException, so that code that catches every Exception, for example from unreadable files, does not catch this.
     """
 
     def __init__(self, number: int, detail: str, is_computing: bool = False):
-        """is_computing: a thread still computes, so the process must end by `processes.exit_now`."""
+        """is_computing: a thread is still computing, so the process must end with `processes.exit_now`."""
         super().__init__(f"{_REASONS[signal.Signals(number)]}{detail}")
         self.is_computing = is_computing
         self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
 def rerun_hint() -> str:
-    """How to resume work that has no checkpoints, as the end of a message."""
+    """Returns the end of a message: how to resume work without checkpoints."""
     return "rerun the same command to continue from what is saved"
 
 
 class SignalHandler:
     """Handles SIGTERM and Ctrl-C from `install`, or inside its context.
 
-    A signal ends the process at once with one line: result files are written completely or not at all, and locks end with
-    the process. A handler with `saves`, that of a train loop, instead notes the first signal; every process calls `requested`
-    after each call of the train step, and saves when it is true. A second Ctrl-C ends the process at once.
+    Without `saves`, a signal ends the process at once with one line: result files are written completely or not at all, and
+    locks end with the process. With `saves`, for the train loop, the first signal is recorded; every process calls
+    `requested` after each call of the train step, and saves if the result is true. A second Ctrl-C ends the process at once.
 
-    Processes that train together agree on the step by JAX's preemption service, which handles SIGTERM since the processes
-    were joined; a process that gets Ctrl-C sends itself SIGTERM.
+    With several processes, JAX's preemption service agrees on the step. The service handles SIGTERM from the time when the
+    processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
 
-    resume_hint: returns the end of the message, how to resume. has_abandoned: whether a function of `call` may still be
-    computing.
+    resume_hint: returns the end of the message, how to resume. has_abandoned: whether a function passed to `call` may still
+    be computing.
     """
 
     def __init__(self, resume_hint: Callable[[], str] = rerun_hint, saves: bool = False):
         self.resume_hint, self.has_abandoned = resume_hint, False
         self._saves, self._num_calls = saves, 0
-        self._number: signal.Signals | None = None  # of the first signal
+        self._number: signal.Signals | None = None  # the first signal
         self._interrupted = False
         self._writer: socket.socket | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Handles the signals from now on, also if something else has taken them over since the last call.
+        """Installs the handlers, also if other code has replaced them since the last call.
 
         Does nothing outside of the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         if self._writer is None:
-            reader, self._writer = socket.socketpair()  # not a pipe, to which Windows cannot write the signals
+            reader, self._writer = socket.socketpair()  # on Windows, signals cannot be written to a pipe
             self._writer.setblocking(False)
             self._thread = threading.Thread(target=self._watch, args=(reader,), daemon=True, name="signals")
             self._thread.start()
@@ -91,7 +91,7 @@ class SignalHandler:
         if self._writer is None:
             return
         for number, before in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: not installed by Python
+            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: Python did not install it
         signal.set_wakeup_fd(self._descriptor)
         self._writer.close()
         self._thread.join()
@@ -110,25 +110,25 @@ class SignalHandler:
             exit_now(f"stopped at once by a second Ctrl-C; {self.resume_hint()}", EXIT_INTERRUPTED)
         if number == signal.SIGINT:
             self._interrupted = True
-            # Not `print`, which the main thread may hold.
+            # `print` could block, because the main thread may hold its lock.
             os.write(1, b"\nCtrl-C: saving after the steps in progress, two at most. Press it again to stop at once.\n")
             if is_multiprocess():
                 os.kill(os.getpid(), signal.SIGTERM)
         self._number = self._number or number
 
     def requested(self) -> bool:
-        """Whether a signal requested to stop; true in the same call on every process."""
+        """Returns whether a signal requested a stop; the same call returns True on every process."""
         self._num_calls += 1  # counts calls, not steps, because the service needs consecutive integers
         if is_multiprocess():
             return multihost_utils.reached_preemption_sync_point(self._num_calls)
         return self._number is not None
 
     def call(self, function: Callable[[], Any]) -> tuple[bool, Any]:
-        """Calls `function` in another thread, and does not wait for it any longer once a signal has arrived.
+        """Calls `function` in another thread, and stops waiting when a signal arrives.
 
-        For work of minutes that a later launch can repeat, such as a picture. Processes that work together wait for the
-        function, because all take part in it.
-        Returns: (True, the result), or (False, None) if the function was abandoned. Raises: what `function` raises.
+        Use this for work that takes minutes and that a later launch can repeat, such as a picture. With several processes,
+        every process waits until the function ends, because all processes take part in it.
+        Returns: (True, result), or (False, None) if the function was abandoned. Raises: errors of `function`.
         """
         if is_multiprocess():
             return True, function()
@@ -143,7 +143,7 @@ class SignalHandler:
         return False, None
 
     def stop_exception(self, step: int) -> StoppedBySignal:
-        """The exception to raise after `step` is saved. Every process must call this, and each gets the same."""
+        """Returns the exception to raise after `step` is saved. Every process must call this, and gets the same result."""
         number = self._number or signal.SIGTERM
         if signal.SIGINT in gather(int(number)):
             number = signal.SIGINT
@@ -151,4 +151,4 @@ class SignalHandler:
         return StoppedBySignal(number, detail, self.has_abandoned)
 
 
-PROGRAM = SignalHandler()  # of the whole program; a train loop has another one inside
+PROGRAM = SignalHandler()  # for the whole program; the train loop installs its own handler inside

@@ -1,1 +1,1 @@
-"""Metrics of samples and likelihoods of trained models; each module is imported by its name."""
+"""Sample metrics and likelihoods of trained models; import each module by name."""

@@ -1,9 +1,9 @@
-"""Measures a set of images or other arrays against another.
+"""Compares a set of images or other arrays with a reference set.
 
     python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
 
-The sets are each a file of arrays (.npz with samples in arr_0, or statistics mu and sigma), a folder of
-images, the directory of a run (its newest samples), or a data set and its split, such as cifar10:train.
+Each set is a file of arrays (.npz with samples in arr_0, or with statistics mu and sigma), a folder of images, a run
+directory (its newest samples), or a data set and split such as cifar10:train.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_featur
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; an error is one line and exit code 2. A rerun continues with the cached features."""
+    """Runs the command line; errors print one line and exit with code 2. A rerun reuses cached features."""
     with program(bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)
         signals.PROGRAM.resume_hint = signals.rerun_hint
@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare_sets(arguments: argparse.Namespace) -> None:
-    """Measures the samples against the reference and adds a record to the output file.
+    """Compares the samples with the reference, and adds a record to the output file.
 
-    Raises: DiffusionJaxError, ValueError, OSError: one line.
+    Raises: DiffusionJaxError, ValueError, OSError, each with a one-line message.
     """
     from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
     from diffusion_jax.evaluation import features
@@ -67,7 +67,7 @@ def compare_sets(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> Parser:
-    """The arguments that compare two sets of examples."""
+    """Builds the argument parser."""
     parser = Parser("python -m diffusion_jax.evaluation", __doc__)
     add = parser.add_argument
     add("reference", help="the examples to compare with")

@@ -1,4 +1,4 @@
-"""The comparison of two sets of examples, images or other arrays: metrics, pictures, and a record in a metrics.json."""
+"""Compares two sets of images or other arrays: metrics, pictures, and a record in metrics.json."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from diffusion_jax.run_dir import RunDir
 
 __all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
 
-_EXPECTED_CLOSE_SHARE = 0.01  # of examples that the model was not trained on
-_WIDTH = 28  # of names in the log
-# Two records with equal values of these keys are of the same comparison.
+_EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
+_WIDTH = 28  # width of names in the log
+# Records with equal values for these keys describe the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
 
 
@@ -40,11 +40,11 @@ def compare(
     options: Options,
     settings: Mapping[str, Any],
 ) -> list[pathlib.Path]:
-    """Measures the samples against the reference and adds a record to `output`, with the settings.
+    """Compares the samples with the reference, and adds a record with the metrics and settings to `output`.
 
-    Pictures, and an .npz of the statistics of arrays, are written beside it. The record has the provenance that a file of
-    samples stores. pipeline: None for metrics without features. cache: of features, a directory that every process sees.
-    Every process calls this, and process 0 writes.
+    Pictures, and for arrays an .npz with statistics, are written beside `output`. The record includes the provenance that the
+    sample file stores. pipeline: None for metrics without features. cache: directory of cached features, which every process
+    must see. Every process must call this; process 0 writes the files.
     Returns: the files that this process has written.
     Raises: ValueError, before anything is computed, for sets that cannot be compared.
     """
@@ -63,7 +63,7 @@ def compare(
 
     @functools.cache
     def inputs(needs: str) -> tuple[Any, Any]:
-        """What the metrics need of the reference and of the samples."""
+        """Returns the metrics' inputs for the reference and for the samples."""
         if needs == "examples":
             normalization = options.normalization
             return standardize(reference.source, normalization), standardize(samples.source, normalization)
@@ -109,7 +109,7 @@ def compare(
         "backend": jax.default_backend(),
     }
     add_record(output, record)
-    if sets and sets[1].chunks:  # samples are rarely measured again
+    if sets and sets[1].chunks:  # the same samples are rarely compared again
         sets[1].chunks.delete()
     _log_values(values)
     log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
@@ -117,7 +117,7 @@ def compare(
 
 
 def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
-    """The settings of a record that tell how the samples in a file were drawn; {} if the file does not store them."""
+    """Returns how the samples in a file were drawn, as settings for a record; {} if the file stores no settings."""
     stored = Provenance.read(path)
     if stored is None:
         return {}
@@ -136,7 +136,7 @@ def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
-    """Raises: ValueError if a set, or a setting, called `name` has fewer examples than a metric needs."""
+    """Raises: ValueError if `count` is fewer examples than a metric needs. name: the set or setting, for the message."""
     for metric in metric_names:
         if count < METRICS[metric].minimum:
             raise ValueError(
@@ -147,7 +147,7 @@ def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
 def _possible_metrics(
     reference: ExampleSet, samples: ExampleSet, extractor: FeatureExtractor | None, metric_names: Sequence[str]
 ) -> list[str]:
-    """The metrics that these sets allow; the others are logged. Raises: ValueError for sets that allow none."""
+    """Returns the metrics that these sets allow; logs all other metrics. Raises: ValueError if no metric is possible."""
     if samples.examples is None:
         raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
     check_comparable(reference, samples)
@@ -175,7 +175,7 @@ def _possible_metrics(
 
 
 def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | None) -> str:
-    """Why a metric with these needs cannot be measured, or ""."""
+    """Returns why a metric with these needs cannot be computed, or ""."""
     if needs == "spatial" and extractor and extractor.name != "inception":
         return "only Inception has spatial features"
     if needs == "spatial" and reference.statistics and reference.statistics.spatial is None:
@@ -188,7 +188,7 @@ def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | No
 
 
 def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
-    """Raises: ValueError if the examples of the two sets differ in shape; gray and color images are comparable."""
+    """Raises: ValueError if the two sets have examples of different shapes; gray and color images are comparable."""
     if reference.examples is None or samples.examples is None:
         return
     if reference.is_of_images != samples.is_of_images:
@@ -218,7 +218,7 @@ def _write_files(
     results: Mapping[str, Result],
     extractor: FeatureExtractor | None,
 ) -> dict[str, str]:
-    """Writes the pictures, and the statistics as an .npz. Returns: their names by what they show."""
+    """Writes the pictures, and the statistics as an .npz. Returns: {content: file name}."""
     files: dict[str, str] = {}
     one, other = (pathlib.Path(each.name) for each in (reference, samples))
     for name, result in results.items():
@@ -226,7 +226,7 @@ def _write_files(
         if curves is not None:
             name = curves.name
             picture = pictures.draw_curves(curves, f"Samples of {other.stem} and {one.name}")
-        elif result.neighbors is not None and samples.first.ndim > 2:  # a vector has no picture
+        elif result.neighbors is not None and samples.first.ndim > 2:  # vectors have no picture
             limit = result.values[name]["close_distance"]
             space = (
                 f"of {extractor.name} features" if extractor and samples.is_of_images else "of standardized examples"
@@ -241,7 +241,7 @@ def _write_files(
     if arrays:
         files["statistics"] = f"statistics_{suffix}.npz"
         path = folder / files["statistics"]
-        if path.exists():  # other statistics of the same two sets
+        if path.exists():  # earlier statistics of the same two sets
             with np.load(path) as stored:
                 arrays = dict(stored) | arrays
         save_npz(path, arrays)
@@ -249,7 +249,7 @@ def _write_files(
 
 
 def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, title: str) -> pictures.Picture:
-    """A row for each of the samples nearest to examples of the reference: the sample, and these examples."""
+    """Draws the samples that are nearest to reference examples: one row for each sample with its nearest examples."""
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
     count, nearest = (10, indices.shape[1]) if samples.is_of_images else (4, 1)
@@ -263,7 +263,7 @@ def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, 
 
 
 def _log_values(values: Mapping[str, Any]) -> None:
-    """Logs a line for each metric, with its standard error, and its value for equal distributions if that is not 0 or 1."""
+    """Logs each metric with its standard error, and with its value for equal distributions unless that value is 0 or 1."""
     for name, value in values.items():
         if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_distribution")):
             error, same_distribution = (values.get(f"{name}_{of}") for of in ("standard_error", "same_distribution"))
@@ -275,7 +275,7 @@ def _log_values(values: Mapping[str, Any]) -> None:
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Appends a record to a JSON list, or merges it into the record of the same comparison: new metrics replace old ones."""
+    """Appends a record to a JSON list, or updates the record of the same comparison with the new metrics."""
     records, earlier = [], {}
     for old in read_records(path):
         if all(old.get(key) == record.get(key) for key in _COMPARISON):
@@ -288,7 +288,7 @@ def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.json, [] if there is no file. Raises: ValueError for another file."""
+    """Reads the records of a metrics.json, [] if the file does not exist. Raises: ValueError for another file."""
     if not path.exists():
         return []
     problem = "not a list of records"

@@ -1,4 +1,4 @@
-"""Sets of examples to compare: a file of samples or arrays, a folder, a run, a data set, or statistics of features."""
+"""Sets of examples to compare: a file of samples or arrays, a folder, a run, a data set, or feature statistics."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _BLOCK = 1024
 class SetFeatures(NamedTuple):
     """Features of a set of examples.
 
-    pool: [N, D] float32, of its first 50,000 examples, or None for a set of statistics only. moments: of the features of all
-    examples. spatial: moments of Inception's spatial features, or None. digest: of the examples, or of the statistics.
-    chunks: the cached features.
+    pool: float32 [N, D], features of the first 50,000 examples; None for sets that have only statistics. moments: feature
+    moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the examples or
+    statistics. chunks: the cached features.
     """
 
     pool: np.ndarray | None
@@ -54,10 +54,10 @@ class SetFeatures(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSet:
-    """A set of examples, or statistics of their features, perhaps of more examples than the file has.
+    """A set of examples, or feature statistics, which may come from more examples than the file has.
 
-    statistics: ADM's (mu, sigma, mu_s, sigma_s) or pytorch-fid's (mu, sigma). Such a file does not contain the number of
-    examples, so their `count` is 0.
+    statistics: ADM's (mu, sigma, mu_s, sigma_s) or pytorch-fid's (mu, sigma). Statistics files do not store the number of
+    examples, so `count` is 0.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ExampleSet:
 
     @property
     def source(self) -> data.Source:
-        """The examples of a set that has more than statistics."""
+        """The examples, if the set has more than statistics."""
         assert self.examples is not None
         return self.examples
 
@@ -77,23 +77,23 @@ class ExampleSet:
 
     @property
     def is_of_images(self) -> bool:
-        """Whether the examples are images; statistics are of images."""
+        """Whether the examples are images, also for statistics, which always describe images."""
         return self.examples is None or is_of_images(self.first)
 
     def limit(self, count: int) -> ExampleSet:
-        """`count` of the examples, evenly spread because neighbors may be alike, or all of them if there are fewer."""
+        """Returns at most `count` examples, evenly spread, because neighbors may be similar."""
         chosen = even_indices(len(self.source), count)
         return dataclasses.replace(self, examples=data.SelectedExamples(self.source, chosen))
 
 
 def sample_files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The .npz files of a run's samples, the newest first, without unfinished files."""
+    """Returns a run's .npz sample files, newest first, without unfinished files."""
     paths = [path for path in (workdir / "samples").glob("*.npz") if ".partial." not in path.name]
     return sorted(paths, key=modified_time, reverse=True)
 
 
 def modified_time(path: pathlib.Path) -> float:
-    """When a file was last written, 0 if it was removed meanwhile."""
+    """Returns when a file was last written; 0 if the file was removed meanwhile."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -101,13 +101,13 @@ def modified_time(path: pathlib.Path) -> float:
 
 
 def open_set(location: str, data_dir: str = "", image_size: int | None = None) -> ExampleSet:
-    """A set of images or other arrays.
+    """Opens a set of images or other arrays.
 
-    location: a file of arrays as `data.ArrayFiles` takes it, or of samples (arr_0) or statistics (mu, sigma); a folder, whose
-    images are read in color; a run's directory (its newest samples); or a data set and its split ("cifar10:train",
-    "digits:test"). image_size: resizes a folder's or data set's images to cover it, as training does; required for images of
-    different sizes.
-    Raises: ValueError, DataError, OSError: one line.
+    location: a file of arrays as `data.ArrayFiles` takes it, or with samples (arr_0) or statistics (mu, sigma); a folder,
+    whose images are read in color; a run directory (newest samples); or a data set and split ("cifar10:train",
+    "digits:test"). image_size: images of a folder or data set are resized to cover this size, as in training; required if
+    images differ in size.
+    Raises: ValueError, DataError, OSError, each with a one-line message.
     """
     path = local_path(location)
     if path.is_dir() and path.suffix != ".zarr":
@@ -116,9 +116,7 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
             return ExampleSet(str(files[0]), _open_file(files[0]))
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a run without samples; draw some with --mode=sample")
-        size = (
-            (image_size, image_size) if image_size else None
-        )  # a resize that nobody asked for would change the metrics
+        size = (image_size, image_size) if image_size else None  # an implicit resize would change the metrics
         return ExampleSet(location, data.Folder(str(path), size, 3))
     if path.exists():
         statistics, has_examples = _read_statistics(path)
@@ -137,7 +135,7 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
 
 
 def _open_file(path: pathlib.Path) -> data.Source:
-    """The examples of a file. Raises: ValueError."""
+    """Opens the examples in a file. Raises: ValueError."""
     try:
         examples = data.ArrayFiles(str(path))
     except DataError as error:
@@ -148,7 +146,7 @@ def _open_file(path: pathlib.Path) -> data.Source:
 
 
 def _read_statistics(path: pathlib.Path) -> tuple[SetFeatures | None, bool]:
-    """(the statistics in an .npz or None, whether it contains examples)."""
+    """Reads (statistics of an .npz or None, whether the .npz contains examples)."""
     if not zipfile.is_zipfile(path):
         return None, True
     try:
@@ -168,7 +166,7 @@ def _read_statistics(path: pathlib.Path) -> tuple[SetFeatures | None, bool]:
 
 
 def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:
-    """The examples of a source: images uint8, or arrays float32 in the units of the data."""
+    """Reads examples of a source: uint8 images, or float32 arrays in data units."""
     return _as_stored(examples_of(source.read(indices)))
 
 
@@ -177,7 +175,7 @@ def _as_stored(x: np.ndarray) -> np.ndarray:
 
 
 def value_digest(source: data.Source, progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of the values of a source. progress: called with the number of examples that are read."""
+    """Returns the SHA-256 of a source's values. progress: called with the number of examples read so far."""
     digest, done = hashlib.sha256(), 0
     for batch in read_in_order(source, _BLOCK):
         values = _as_stored(examples_of(batch))
@@ -189,9 +187,9 @@ def value_digest(source: data.Source, progress: Callable[[int], None] = lambda d
 
 
 def standardize(source: data.Source, normalization: data.Normalization | None) -> np.ndarray | LazyExamples:
-    """The examples of a source as float32 [n, *spatial, C], standardized: in memory up to 1 GiB, otherwise read when needed.
+    """Returns standardized examples, float32 [n, *spatial, C]: in memory up to 1 GiB, otherwise read when needed.
 
-    normalization: None leaves the values as they are.
+    normalization: None returns the values unchanged.
     """
 
     def convert(batch: Mapping[str, np.ndarray]) -> np.ndarray:

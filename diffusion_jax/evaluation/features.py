@@ -1,7 +1,7 @@
-"""Features of examples: FID's Inception, a small classifier of digits, or a function of the user, computed on all devices.
+"""Computes features of examples on all devices: with FID's Inception, a small digits classifier, or a user's function.
 
-Features of a set are cached in chunks, so that an interrupted run resumes, and those of a reference are computed once for all
-comparisons.
+Features are cached in chunks, so that an interrupted launch can resume, and the features of a reference are computed once for
+all comparisons.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
     "inception",
 ]
 
-CHUNK = 1024  # examples; sums are over chunks, so that no metric depends on the batch size
+CHUNK = 1024  # examples; sums run over chunks, so that metrics do not depend on the batch size
 NEEDS_INCEPTION = (
     f"these metrics need inception=PATH, the weights of FID's Inception ({DOWNLOAD_SOURCES}); or features=digits, or "
     "features=module:function"
@@ -62,7 +62,7 @@ DIGITS_PATH = pathlib.Path(__file__).with_name("digits.safetensors")
 
 
 class BatchFeatures(NamedTuple):
-    """Features of a batch. pool: [B, D], for most metrics. spatial: [B, S], for sFID, or None."""
+    """Features of a batch. pool: [B, D], used by most metrics. spatial: [B, S] for sFID, or None."""
 
     pool: Any
     spatial: Any = None
@@ -71,9 +71,9 @@ class BatchFeatures(NamedTuple):
 class FeatureExtractor(NamedTuple):
     """A function from images to features, with its parameters.
 
-    name: for reports. digest: changes with everything that changes the features. function: (params, images uint8
-    [B, H, W, C]) -> BatchFeatures, compiled if `compiles`. head: [D, classes], from features to logits, or None. resize: of
-    Inception's images, one of RESIZES. published: whether its Frechet distance may be called FID.
+    name: for reports. digest: changes with everything that changes the features. function: (params, uint8 images
+    [B, H, W, C]) -> BatchFeatures, compiled if `compiles`. head: [D, classes], from features to logits, or None. resize:
+    Inception's resize method, one of RESIZES. published: whether the Frechet distance may be called FID.
     """
 
     name: str
@@ -87,11 +87,11 @@ class FeatureExtractor(NamedTuple):
 
 
 def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
-    """FID's Inception, with the weights of a file for `inception.load_inception`.
+    """Returns FID's Inception with the weights at `path`, as `inception.load_inception` takes it.
 
-    resize: of images to 299x299: "tf1", bilinear as in TensorFlow 1, which the FID is defined by; "pytorch", pytorch-fid's,
-    with half-pixel centers; "clean", clean-fid's antialiased bicubic one. Gray images are repeated to three channels.
-    Raises: PretrainedError; ValueError for another resize.
+    resize: how images are resized to 299x299: "tf1", bilinear as in TensorFlow 1, which defines the FID; "pytorch", bilinear
+    with half-pixel centers as in pytorch-fid; "clean", antialiased bicubic as in clean-fid. Gray images are repeated to three
+    channels. Raises: PretrainedError; ValueError for another resize.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize={resize!r} is unknown; known: {', '.join(RESIZES)}")
@@ -106,10 +106,10 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
 
 
 def digits() -> FeatureExtractor:
-    """The features of a small classifier of scikit-learn's digits, which is part of this package; for 8x8 gray images.
+    """Returns this package's small classifier of scikit-learn's digits, for 8x8 gray images.
 
-    Its metrics compare samples of digits with one another only. `benchmarks/digits_features.py` trained it, on the images
-    that samples are compared with.
+    The metrics can only compare sets of generated digits with each other. `benchmarks/digits_features.py` trained the
+    classifier on the reference images.
     """
     from safetensors.numpy import load
 
@@ -125,23 +125,23 @@ def digits() -> FeatureExtractor:
 
 
 def from_function(function: Callable, name: str, digest: str) -> FeatureExtractor:
-    """An extractor of a function examples -> features [B, D], which is not compiled.
+    """Returns an extractor for a function examples -> features [B, D], which is not compiled.
 
-    function: takes images uint8 [B, H, W, C], or continuous data float32 [B, *spatial, C] in the units of the data.
-    digest: must change whenever the features would.
+    function: takes uint8 images [B, H, W, C], or continuous data, float32 [B, *spatial, C] in data units. digest: must change
+    whenever the features change.
     """
     return FeatureExtractor(name, digest, lambda _, images: BatchFeatures(function(images)), compiles=False)
 
 
 def default_name(dataset: str, of_images: bool) -> str:
-    """The extractor of a data set: "digits" or "inception" for images, "" for other data, whose metrics need none."""
+    """Returns the default extractor: "digits" or "inception" for images, "" for other data (metrics without features)."""
     return ("digits" if dataset == "digits" else "inception") if of_images else ""
 
 
 def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_images: bool = True) -> FeatureExtractor:
-    """The extractor "inception" (with the weights at `inception_path`), "digits", or an imported "module:function".
+    """Returns the extractor "inception" (with the weights at `inception_path`), "digits", or an imported "module:function".
 
-    Raises: ValueError for another name, without the weights, or for features of images if the examples are none;
+    Raises: ValueError for another name, for missing weights, or for image features if the examples are not images;
       PretrainedError.
     """
     if not of_images and ":" not in name:
@@ -162,14 +162,14 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
     except ValueError as error:
         raise ValueError(f"features={name!r} {error}") from None
     path = sys.modules[name.partition(":")[0]].__file__
-    assert path is not None  # only namespace packages, which have no attributes, have no file
-    with open(path, "rb") as file:  # the file approximates the function's identity
+    assert path is not None  # only namespace packages have no file, and namespace packages have no functions
+    with open(path, "rb") as file:  # the file's digest approximates the function's identity
         content = hashlib.file_digest(file, "sha256").hexdigest()
     return from_function(function, name, f"{content}_{name}")
 
 
 def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, ...]) -> int | None:
-    """D, the number of features, or None if only a call determines it.
+    """Returns the number of features D, or None if only a call determines D.
 
     Raises: ValueError for images that the extractor does not support.
     """
@@ -183,11 +183,11 @@ def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, ...])
 
 
 class DigitsNetwork(nn.Module):
-    """The classifier of digits."""
+    """The digits classifier."""
 
     @nn.compact
     def __call__(self, images) -> tuple[jax.Array, jax.Array]:
-        """(features [B, 64], logits [B, 10]) of images uint8 [B, 8, 8, C], whose channels are averaged.
+        """Computes (features [B, 64], logits [B, 10]) of uint8 images [B, 8, 8, C], after averaging the channels.
 
         Raises: ValueError for other sizes and dtypes.
         """
@@ -207,7 +207,7 @@ class DigitsNetwork(nn.Module):
 
 
 def cache_directory() -> pathlib.Path:
-    """The user's cache directory of features; it is safe to delete."""
+    """Returns the user's cache directory for features, which is safe to delete."""
     return user_cache() / "features"
 
 
@@ -222,19 +222,19 @@ class FeaturePipeline:
             self._batch_size = self._compute.batch_size
 
     def __call__(self, images: np.ndarray) -> BatchFeatures:
-        """Features of images uint8 [N, H, W, C], or arrays float32 [N, *spatial, C], which every process has.
+        """Computes features of uint8 images [N, H, W, C] or float32 arrays [N, *spatial, C], equal on every process.
 
         Raises: ValueError for features that are not finite, or not [N, D].
         """
         return self._extract(images.__getitem__, len(images))
 
     def _extract(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> BatchFeatures:
-        """Features of `count` images. read: (indices) -> images."""
+        """Computes features of `count` images. read: (indices) -> images."""
         batches: list[BatchFeatures] = []
         for start in range(0, count, self._batch_size):
             if self._compute:
                 out = self._compute(read, start, count)
-            else:  # padded, too
+            else:  # the last batch is padded, too
                 out = self.extractor.function(None, read(np.minimum(start + np.arange(self._batch_size), count - 1)))
                 shape = np.shape(out.pool)
                 if len(shape) != 2 or shape[0] != self._batch_size:
@@ -249,9 +249,9 @@ class FeaturePipeline:
         return features
 
     def extract_set(self, examples: ExampleSet, cache: RunDir) -> SetFeatures:
-        """Features of a set, cached below `cache`.
+        """Computes the features of a set, cached below `cache`.
 
-        Statistics that its file holds replace those of its examples, which may be fewer.
+        Statistics in the set's file take precedence over the examples, which may be fewer.
         """
         source, name, statistics = examples.examples, pathlib.Path(examples.name).name, examples.statistics
         if source is None:

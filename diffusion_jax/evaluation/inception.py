@@ -1,7 +1,7 @@
-"""The Inception network of the FID, the InceptionV3 of 2015-12-05, for inference: its layers, weights and resizes.
+"""The Inception network for the FID, InceptionV3 from 2015-12-05, for inference: layers, weights and resizes.
 
-It is not torchvision's: average pools exclude the padding from their means, the last block uses max pooling, and there are
-1008 classes. Layers are named as in its PyTorch port. Weights are read from the port's file or from the TensorFlow graph.
+The network differs from torchvision's: average pools exclude the padding from the mean, the last block uses max pooling, and
+there are 1008 classes. Layer names are from the PyTorch port. Weights are read from the port's file or the TensorFlow graph.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ IMAGE_SIZE = 299  # pixels in height and width
 RESIZES = ("tf1", "pytorch", "clean")
 _SPATIAL_BLOCK = "Mixed_6d"  # TensorFlow's mixed_6
 _SPATIAL_CHANNELS = 7
-_PRECISION = jax.lax.Precision.HIGHEST  # float32 also on accelerators whose default for products is lower
-# Digests of the two files with which published FIDs are computed.
+_PRECISION = jax.lax.Precision.HIGHEST  # full float32, also on accelerators with a lower default for products
+# Digests of the two files for published FIDs.
 _PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
 # The sources of the two files, for messages.
@@ -59,9 +59,9 @@ _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Co
 
 
 def to_inception(images, resize: str) -> jax.Array:
-    """Inception's input [B, 299, 299, 3], in about [-1, 1], of images float32 [B, H, W, 3] in 0 ... 255."""
+    """Converts images, float32 [B, H, W, 3] in 0 ... 255, to Inception's input, [B, 299, 299, 3] in about [-1, 1]."""
     if resize == "clean":
-        # Keys' cubic with a = -1/2, its support scaled when it shrinks images, as Pillow's BICUBIC.
+        # Keys' cubic with a = -1/2, with scaled support when images shrink, as in Pillow's BICUBIC.
         shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
         images = jax.image.resize(images, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
         return (jnp.clip(images, 0, 255) - 128) / 128
@@ -72,7 +72,7 @@ def to_inception(images, resize: str) -> jax.Array:
 
 
 def _resize_linear(x, axis: int, center: float) -> jax.Array:
-    """x with one axis resized to 299 by linear interpolation. center: of a pixel, 0 (TensorFlow 1) or 0.5."""
+    """Resizes one axis of x to 299 by linear interpolation. center: position of a pixel's center, 0 (TensorFlow 1) or 0.5."""
     size = x.shape[axis]
     output_positions = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(center)
     position = output_positions * np.float32(size / IMAGE_SIZE) - np.float32(center)
@@ -87,7 +87,7 @@ def _resize_linear(x, axis: int, center: float) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """A convolution, batch normalization by stored statistics, ReLU. The norm is folded into the kernel at each call."""
+    """Convolution, batch normalization with stored statistics, ReLU. The normalization is folded into the kernel."""
 
     features: int
     kernel: tuple[int, int]
@@ -138,8 +138,8 @@ def _block_e(pool: Callable) -> tuple:
     return ("branch1x1", (320, _POINT)), three, twice, ("branch_pool", pool, (192, _POINT))
 
 
-# The branches of each block: (name, layers), which are pools, or the features and the kernel of a convolution, and its
-# strides and padding if others than 1 and "SAME".
+# The branches of each block: (name, layers). A layer is a pool, or a convolution: (features, kernel), and (strides, padding)
+# unless 1 and "SAME".
 _BLOCKS: dict[str, tuple] = {
     "Mixed_5b": _block_a(32),
     "Mixed_5c": _block_a(64),
@@ -164,9 +164,9 @@ _BLOCKS: dict[str, tuple] = {
 
 
 class Block(nn.Module):
-    """Branches side by side. Convolutions of a branch are named as the branch, with _1, _2, ... if there are several.
+    """Parallel branches. Convolutions have the name of their branch, with _1, _2, ... if a branch has several.
 
-    A fork is a branch's end of two convolutions, 1x3 and 3x1, side by side.
+    A fork ends a branch with two parallel convolutions, 1x3 and 3x1.
     """
 
     branches: tuple
@@ -194,10 +194,10 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """Features of images float32 [B, 299, 299, 3], scaled to about [-1, 1]: (pool, spatial).
+    """Computes features (pool, spatial) of images, float32 [B, 299, 299, 3], scaled to about [-1, 1].
 
-    pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of its mixed_6/conv at 17x17 positions. The
-    last layer, from pool to 1008 classes, is a parameter only.
+    pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of TensorFlow's mixed_6/conv at 17x17
+    positions. The last layer, from pool to 1008 classes, is only a parameter.
     """
 
     @nn.compact
@@ -222,11 +222,11 @@ class Inception(nn.Module):
 
 
 def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
-    """(parameters of `Inception`, SHA-256 of their file, whether it is one of the two files of published FIDs).
+    """Loads (parameters of `Inception`, SHA-256 of the file, whether the file is one of the two files for published FIDs).
 
-    path: `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), its tensors as
+    path: `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), the same tensors as
     safetensors, or `classify_image_graph_def.pb`.
-    Raises: PretrainedError, one line, for a file that does not exist or is of another network.
+    Raises: PretrainedError, one line, if the file does not exist or contains another network.
     """
     path = local_path(path)
     if not path.is_file():
@@ -236,7 +236,7 @@ def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
         file.seek(0)
         md5 = hashlib.file_digest(file, "md5").hexdigest()
         file.seek(0)
-        is_graph = file.read(1) == b"\n"  # the first field of a GraphDef: its nodes
+        is_graph = file.read(1) == b"\n"  # the first field of a GraphDef holds the nodes
     tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (parameters.open_tensors(path), _torch_name)
     shapes = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("num_batches_tracked")}
     tensors = dataclasses.replace(tensors, shapes=shapes)
@@ -256,14 +256,14 @@ def _torch_name(path: parameters.Path) -> str:
 
 
 def _graph_name(path: parameters.Path) -> str:
-    """The name in the graph, where TensorFlow numbers layers in a scope (conv, conv_1 ...), towers and blocks (mixed ...)."""
+    """Returns a parameter's name in the graph, where TensorFlow numbers layers (conv, conv_1 ...), towers and blocks."""
     if path[0].startswith("fc"):
         return "softmax/biases" if path == ("fc_bias",) else "softmax/weights"
     module, *branch, leaf = path
     if not branch:
         scope = _numbered("conv", _STEM.index(module))
     else:
-        towers = [name for name, *layers in _BLOCKS[module] if len(layers) > 1]  # chains, and pools with a convolution
+        towers = [name for name, *layers in _BLOCKS[module] if len(layers) > 1]  # branches with several layers
         scope = f"{_numbered('mixed', list(_BLOCKS).index(module))}/{_tower(branch[0], towers)}"
     return f"{scope}/{_GRAPH_LEAVES[leaf]}"
 
@@ -273,9 +273,9 @@ def _numbered(name: str, i: int) -> str:
 
 
 def _tower(branch: str, towers: list[str]) -> str:
-    """A branch's scope in its block: a single convolution is outside of the towers, which are chains or pools."""
+    """Returns a branch's scope in its block; a branch with a single convolution has no tower."""
     match = re.fullmatch(r"(\w+?)(?:_(\d)([ab]?))?", branch)
-    assert match is not None  # every convolution of a branch has such a name
+    assert match is not None  # every convolution in a branch has such a name
     name, position, fork = match.groups()
     if name not in towers:
         return "conv"
@@ -284,7 +284,7 @@ def _tower(branch: str, towers: list[str]) -> str:
 
 
 def _read_graph(path: pathlib.Path) -> parameters.Tensors:
-    """The variables of a frozen TensorFlow graph, which are its constants. Raises: PretrainedError."""
+    """Reads the variables of a frozen TensorFlow graph, which are constants there. Raises: PretrainedError."""
     tf = parameters.require_module("tensorflow", "TensorFlow")
     graph = tf.compat.v1.GraphDef()
     try:

@@ -1,21 +1,21 @@
-"""Exact likelihood by the probability-flow ODE (Song et al. 2021, section 4.3), solved adaptively by diffrax.
+"""Exact likelihood with the probability-flow ODE (Song et al. 2021, section 4.3), solved adaptively by diffrax.
 
 The ODE maps x_0 to noise deterministically, and the density follows by the instantaneous change of variables. With
-x = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1, and l = log(sigma / alpha) = -log_snr / 2 as its time, it is
+x = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1, and time l = log(sigma / alpha) = -log_snr / 2, the ODE is
 
     dx/dl = sigma (eps_theta(x) - sigma x),      d log p(x) / dl = -div = sigma^2 D - sigma tr(d eps_theta / dx),
 
-in which no beta appears and every term is of order 1. It runs from the first noise level of the training schedule to its
-last one with a signal, where the density is N(0, I). The result is the density of **x_t at that first level** (sigma 0.01
-for linear-1000), from which `bits_per_dim` computes the likelihood of the images.
+in which no beta appears and every term has order 1. The ODE is solved from the first noise level of the training schedule to
+the last level with a signal, where the density is N(0, I). The result is the density of **x_t at the first level** (sigma
+0.01 for linear-1000); `bits_per_dim` computes the likelihood of images from this density.
 
-The ODE takes no steps of the schedule, so a respaced schedule has the likelihood of the schedule that was respaced. (Its own
-index 0 may have more noise: a "trailing" spacing leaves the cleanest steps out.)
+The ODE does not use the steps of the schedule, so a respaced schedule has the likelihood of the original schedule. (Index 0
+of a respaced schedule may have more noise: a "trailing" spacing leaves the cleanest steps out.)
 
 The ODE and the ancestral chain are different models: neither likelihood bounds the other. Needs the extra `ode`.
 
-The network's products are full float32 (`jax.default_matmul_precision("highest")`) unless the network sets another precision:
-by default GPUs and TPUs round their inputs, and the solver would integrate the rounding.
+Matrix products use full float32 (`jax.default_matmul_precision("highest")`) unless the network sets another precision: by
+default, GPUs and TPUs round the inputs of products, and the solver would integrate the rounding errors.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from diffusion_jax.schedules import Schedule, cast_table
 __all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
 
 DEQUANTIZATIONS = ("uniform", "variational", "none")
-_LOG_ZERO = -700.0  # log alpha_bar of 0 on the grid of a schedule is below
+_LOG_ZERO = -700.0  # if alpha_bar is 0, log alpha_bar on the grid of a schedule is below this value
 
 
 class OdeDensity(NamedTuple):
-    """log_density: nats [B], NaN if the solver failed; x_T: the noise at the end [B, ...]; num_steps: of the solver."""
+    """log_density: nats [B], NaN if the solver failed. x_T: the final noise [B, ...]. num_steps: steps of the solver."""
 
     log_density: jax.Array
     x_T: jax.Array
@@ -47,7 +47,7 @@ class OdeDensity(NamedTuple):
 
 
 def _with_full_float32(denoise_fn: Callable) -> Callable:
-    """denoise_fn, whose products that name no precision have the highest."""
+    """Wraps denoise_fn: products without an explicit precision use the highest."""
 
     def denoise(x_t, time):
         with jax.default_matmul_precision("highest"):
@@ -69,21 +69,21 @@ def log_density(
     max_steps: int = 4096,
     time: ArrayLike | None = None,
 ) -> OdeDensity:
-    """log p(x) under the probability-flow ODE, for x at the noise level of `time`.
+    """Computes log p(x) under the probability-flow ODE, for x at the noise level of `time`.
 
     Args:
-      key: the probes of the trace.
+      key: for the probes of the trace.
       denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output [B, ..., C], or [B, ..., 2 C], whose second
         half (a learned variance) is ignored.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
       prediction: eps, x_0, v or score.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
-      tolerance: of the solver, relative and absolute. max_steps: the solver fails after that many.
-      time: the network time of x, a number; None for the first time of the training schedule, also of a respaced one.
+      tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
+      time: the network time of x, a number; None for the first time of the training schedule, also if respaced.
     Returns: OdeDensity.
-    Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, an output of another shape, or
-      eps or score where alpha_bar ends at 0.
+    Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, an output with another shape, or
+      prediction eps or score if alpha_bar ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
     denoise_fn = _with_full_float32(denoise_fn)
@@ -94,7 +94,7 @@ def log_density(
     x = process.as_float("x", x)
     dimensions, channels = math.prod(x.shape[1:]), x.shape[-1]
     if trace == "exact":
-        vectors = jnp.arange(dimensions)  # unit vectors by their index: D of them at once would need D^2 numbers
+        vectors = jnp.arange(dimensions)  # indices of unit vectors; all D vectors at once would need D^2 numbers
     else:
         vectors = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
     scale = 1.0 if trace == "exact" else 1.0 / probes
@@ -126,7 +126,7 @@ def log_density(
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
     times = cast_table(schedule.grid_timesteps, x.dtype)
-    # A schedule whose last alpha_bar is 0 has no finite log SNR there (the grid has a bound), so it ends one step before.
+    # If the last alpha_bar is 0, the log SNR is not finite there (the grid has a bound), so the ODE ends one step earlier.
     last = jnp.where(schedule.grid_log_alpha_bar[-1] < _LOG_ZERO, times[-2:][0], times[-1])
     first = times[0] if time is None else jnp.asarray(time, x.dtype)
     start, end = (-0.5 * schedule.log_snr(t) for t in (first, last))
@@ -162,27 +162,27 @@ def bits_per_dim(
     probes: int = 1,
     tolerance: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """-log2 P(x_0) / D of images under the ODE, an upper bound by one draw of the dequantization.
+    """Computes -log2 P(x_0) / D of images under the ODE: an upper bound, estimated with one draw of the dequantization.
 
-    Images have D numbers of `gray_levels` values, w = 2 / (gray_levels - 1) apart in [-1, 1], to the nearest of which x_0 is
-    rounded; p is the density at the first noise level of the training schedule, also if `schedule` is respaced.
+    Images have D numbers with `gray_levels` values each, spaced w = 2 / (gray_levels - 1) apart in [-1, 1]; x_0 is rounded to
+    the nearest value. p is the density at the first noise level of the training schedule, also if `schedule` is respaced.
 
-    uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, of volume w^D. By
+    uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, with volume w^D. By
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is
-      log2(127.5) = 6.994 bits for 256 levels; score-based papers put images into [0, 1) with 256 cells and add 8 there (7
-      in [-1, 1), where they scale by 2/256 and not 2/255).
+      log2(127.5) = 6.994 bits for 256 levels. Score-based papers scale images to [0, 1) with 256 cells, where the offset is 8
+      (7 in [-1, 1), where the scale is 2/256 instead of 2/255).
     variational: the model is "draw x_1 ~ p, then x_0 by the decoder P(x_0 | x_1)" of the chain's L_0. With q(x_1 | x_0), one
       step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
-      - log2 P(x_0 | x_1)], and there is no offset, because the decoder includes it. x_1 is at index 0 of `schedule`, where a
-      respaced one may have more noise.
-    none: continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1. For standardized data add
+      - log2 P(x_0 | x_1)], without an offset, because the decoder includes it. x_1 is at index 0 of `schedule`, where a
+      respaced schedule may have more noise.
+    none: for continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1. For standardized data add
       `likelihood.standardization_bits`.
 
-    Args: as `log_density`; variance: of the decoder, as `process.p_mean_variance` (x_0 is clipped there, the CDF exact);
-      gray_levels: may be None for continuous data with dequantization "none".
+    Args: as `log_density`; variance: variance of the decoder, as in `process.p_mean_variance` (x_0 is clipped there, the CDF
+      exact); gray_levels: may be None for continuous data with dequantization "none".
     Returns: (bits per dimension [B], num_steps of the solver).
-    Raises: ValueError as `log_density`, for an unknown dequantization, for data without gray levels, or for an x_0 outside
-      [-1, 1] with them; a traced one gives NaN.
+    Raises: ValueError as `log_density`, for an unknown dequantization, for data without gray levels, or with gray levels for
+      an x_0 outside [-1, 1]; if x_0 is traced, the result is NaN instead.
     """
     if dequantization not in DEQUANTIZATIONS:
         raise ValueError(f"unknown dequantization {dequantization!r}; known: {', '.join(DEQUANTIZATIONS)}")

@@ -1,7 +1,7 @@
-"""Every picture that a run writes is drawn here; the modules that run a mode only call these functions.
+"""Draws every picture that a run writes; the modes only call these functions.
 
-`draw_*` return a picture: uint8 [H, W, C], or a Matplotlib figure, which `to_array` converts. `save` writes either as PNG.
-Axes have labels with units, and images have captions, such as their class, network time or distance.
+`draw_*` return a picture: uint8 [H, W, C], or a Matplotlib figure, which `to_array` converts. `save` writes both as PNG.
+Axes have labels with units, and images have captions, such as class, network time or distance.
 """
 
 from diffusion_jax.images import is_of_images

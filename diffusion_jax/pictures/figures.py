@@ -1,8 +1,8 @@
-"""Figures of samples, in their own units, and of statistics: terms of the bound, and curves of two sets with standard errors.
+"""Figures of samples in data units, and of statistics: terms of the bound, and curves of two sets with standard errors.
 
-Series are lines, fields are images with color bars, volumes are slices and projections, and vectors are histograms; images
-are grids. The title has the number of values that are NaN or infinite, and what is left out: large sets and large arrays are
-drawn in part.
+Series are lines, fields are images with color bars, volumes are slices and projections, vectors are histograms, and images
+are grids. Only a subset of large sets and arrays is drawn; the title shows what is left out, and how many values are NaN or
+infinite.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ __all__ = [
 ]
 
 _VALUE = "value (data units)"  # the label of an axis
-_MIN_WIDTH = 4.8  # inches, so that titles have room
-_PLOT_SIZE = (7.0, 4.0)  # inches, of a single plot
-_LETTERS_PER_INCH = 13  # of a title
+_MIN_WIDTH = 4.8  # inches, wide enough for titles
+_PLOT_SIZE = (7.0, 4.0)  # inches, for a single plot
+_LETTERS_PER_INCH = 13  # in a title
 _MAX_CURVES = 16  # channels of a statistic
-_MAX_ERRORS = 60  # bars of a curve
+_MAX_ERRORS = 60  # error bars in a curve
 _COLORS = "black", "C0"
 _MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
 _MAX_LINES = 6  # in a panel of series
-_MAX_CHANNELS = 12  # of series that have a panel each
-_MAX_ROWS = 6  # of a trajectory, and channels of fields
+_MAX_CHANNELS = 12  # channels of series with separate panels
+_MAX_ROWS = 6  # rows of a trajectory, and channels of fields
 _MAX_VOLUME_CHANNELS = 3
 _MAX_TIMES = 10
-_MAX_PIXELS = 256  # of an image along each axis
-_MAX_HISTOGRAMS = 16  # of vectors
+_MAX_PIXELS = 256  # along each axis of an image
+_MAX_HISTOGRAMS = 16  # for vectors
 _MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 
 
 def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], title: str) -> Picture:
-    """A picture of given examples and, after them, the results. captions: of all of them."""
-    if results.ndim == 2:  # a vector has no panel of its own
+    """Draws the given examples, then the results. captions: one for each example and result."""
+    if results.ndim == 2:  # vectors share a panel
         return draw_samples(results, title + ", and what was given (data)", reference=given)
     shown = np.concatenate([given, results])
     if not is_of_images(shown) and np.isnan(given).any():
@@ -66,9 +66,9 @@ def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], t
 def draw_neighbors(
     samples: np.ndarray, numbers: Sequence[int], nearest: np.ndarray, distances: np.ndarray, title: str
 ) -> Picture:
-    """A picture of samples [N, *spatial, C], each before its nearest examples [N, k, *spatial, C].
+    """Draws samples [N, *spatial, C], each followed by its nearest examples [N, k, *spatial, C].
 
-    numbers: of the samples in their file. distances: [N, k].
+    numbers: indices of the samples in the sample file. distances: [N, k].
     """
     count = distances.shape[1]
     shown = np.concatenate([samples[:, None], nearest], axis=1).reshape(-1, *samples.shape[1:])
@@ -84,16 +84,16 @@ def draw_neighbors(
 def draw_samples(
     x: Any, title: str, captions: Sequence[str] | None = None, columns: int | None = None, reference: Any = None
 ) -> Picture:
-    """A picture of samples x [n, *spatial, C] with at most three spatial axes.
+    """Draws samples x [n, *spatial, C] with at most three spatial axes.
 
-    Images: a grid. Series: lines of all channels, an example in each panel; many channels, or channels whose values differ
-    much in size, have a panel each with all examples. Fields: a column for each example and a row for each channel. Volumes:
-    the three central slices of each example and channel, and along each axis the values that are farthest from 0. Vectors: a
-    histogram of each channel, and the points themselves for two channels.
+    Images: a grid. Series: a panel for each example, with a line for each channel; if there are many channels, or channels
+    differ much in scale, a panel for each channel with all examples. Fields: a column for each example and a row for each
+    channel. Volumes: for each example and channel, the three central slices, and along each axis the values farthest from 0.
+    Vectors: a histogram for each channel, and a scatter plot for two channels.
 
     Args:
-      captions: of the examples, for instance their classes; vectors have none. columns: of a grid, and of panels of series.
-      reference: vectors of the data [m, C], whose histograms are drawn beside those of vectors.
+      captions: one for each example, for instance its class; not for vectors. columns: number of columns in a grid, or of
+        panels of series. reference: for vectors, examples of the data [m, C] whose histograms are drawn for comparison.
     Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
@@ -141,16 +141,17 @@ def draw_samples(
 def draw_trajectory(
     x: Any, times: Sequence[float] | np.ndarray, title: str, captions: Sequence[str] | None = None
 ) -> Picture:
-    """A picture of samples at several network times, x [columns, rows, *spatial, C] with at most three spatial axes.
+    """Draws samples at several network times, x [columns, rows, *spatial, C] with at most three spatial axes.
 
-    The last column has the samples themselves. Images are a grid, with a row for each sample. Series are lines, fields and
-    volumes are colored images (of volumes the central slices along the first axis), with a row for each sample and channel.
-    All vectors are points of one panel for each time, at their first two channels, or a histogram of their only channel.
+    The last column has the final samples. Images are a grid, with a row for each sample. Series are lines, fields and volumes
+    are colored images (for volumes, the central slice along the first axis), with a row for each sample and channel. Vectors
+    are points in one panel for each time, with the first two channels as coordinates, or a histogram of a single channel.
 
-    Noise may be much larger than samples: each column of lines and points has its own scale, and the colors show at most the
-    range of the samples and half as much at both ends; values beyond have the colors of the ends.
+    Noise may be much larger than samples: each column of lines and points has its own scale, and the color scale is the range
+    of the samples, extended by at most half of the range at both ends; values beyond have the colors of the ends.
 
-    times: of the columns except the last. captions: of the samples. Raises: ValueError for no sample, or more spatial axes.
+    times: for all columns except the last. captions: one for each sample. Raises: ValueError for no sample, or more spatial
+    axes.
     """
     x = np.asarray(x)
     if not 3 <= x.ndim <= 6 or not x.size:
@@ -201,9 +202,9 @@ def draw_trajectory(
 def _select(
     x: np.ndarray, num_examples: int, num_channels: int, positions: int | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """(the first examples and channels of x [n, *spatial, C] as plotted, notes about what is left out).
+    """Returns (the first examples and channels of x [n, *spatial, C], ready to plot; notes about what is left out).
 
-    positions: at most so many along each spatial axis; None for all.
+    positions: the maximum number of positions along each spatial axis; None for all.
     """
     n, *spatial, channels = x.shape
     stride = max(-(-size // positions) for size in spatial) if positions else 1
@@ -214,20 +215,20 @@ def _select(
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
-    """The lowest and the highest value; (0, 1) if all are NaN."""
+    """Returns the minimum and the maximum; (0, 1) if all values are NaN."""
     finite = values[~np.isnan(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
 
 def _needs_panels(x: np.ndarray) -> bool:
-    """Whether the channels of series [n, L, C] are too many for one axis, or one fills less than a tenth of it."""
+    """Returns whether series [n, L, C] have too many channels for one axis, or a channel spans under a tenth of the axis."""
     limits = np.array([_limits(_to_plotted(x[:_MAX_SERIES, :, channel])) for channel in range(x.shape[-1])])
     spans = np.ptp(limits, axis=1)
     return len(spans) > _MAX_LINES or bool((spans[spans > 0] < 0.1 * np.ptp(limits)).any())
 
 
 def _captions(captions: Sequence[str] | None, count: int, word: str = "example") -> list[str]:
-    """The first `count` captions as plain text; those that are missing are "word i"."""
+    """Returns the first `count` captions as plain text; missing captions become "word i"."""
     given = [_plain_text(caption) for caption in list(captions or ())[:count]]
     return given + [f"{word} {i}" for i in range(len(given), count)]
 
@@ -237,14 +238,14 @@ def _channel_names(shown: np.ndarray) -> list[str]:
 
 
 def _row_names(captions: Sequence[str], shown: np.ndarray) -> list[str]:
-    """A name for each example and channel."""
+    """Returns a name for each example and channel."""
     if shown.shape[-1] == 1:
         return list(captions)
     return [f"{caption}\n{name}" for caption in captions for name in _channel_names(shown)]
 
 
 def _farthest_from_zero(x: np.ndarray, axis: int) -> np.ndarray:
-    """The value with the largest magnitude along an axis, with its sign; NaN if any value is NaN."""
+    """Returns the signed value with the largest magnitude along an axis; NaN if any value is NaN."""
     low, high = x.min(axis), x.max(axis)
     return np.where(high >= -low, high, low)
 
@@ -263,7 +264,7 @@ def _draw_lines(
     captions: Sequence[str],
     share_y: bool | Literal["col"],
 ) -> Figure:
-    """Panels of series [L, lines] with NaN. captions: of the y-axes at the left, from the top; one stands for all."""
+    """Draws panels of series [L, lines], which may contain NaN. captions: y-axis labels at the left, or one for all."""
     styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(panels[0].shape[-1])]
     legend = list(zip(lines, styles, strict=True)) if len(lines) > 1 else []
     notes = [*notes, *_note_invalid(*panels)]
@@ -286,9 +287,9 @@ def _draw_images(
     captions: Sequence[str],
     headers: Sequence[str],
 ) -> Figure:
-    """Rows of images [H, W] with NaN, each with its limits, its caption at the left and its color bar at the right.
+    """Draws rows of images [H, W], which may contain NaN. Each row has limits, a caption at the left and a color bar.
 
-    The colors are centered at 0 if both signs are at least a tenth of the limits.
+    The colors are centered at 0 if positive and negative values each span at least a tenth of the limits.
     """
     import matplotlib
 
@@ -325,7 +326,7 @@ def _draw_vectors(
     headers: Sequence[str] = (),
     columns: int = 4,
 ) -> Figure:
-    """Panels of vectors [n, 1], as histograms, or [n, 2], as points, with NaN: samples and, in the same panel, the data."""
+    """Draws vectors [n, 1] as histograms or [n, 2] as points, which may contain NaN; samples and data share a panel."""
     notes = [*notes, *_note_invalid(*(panel[0] for panel in panels))]
     columns = min(len(panels), columns)
     styles = [{"color": "C0", "linewidth": 6, "alpha": 0.6}, {"color": "black", "linewidth": 1}]
@@ -341,7 +342,7 @@ def _draw_vectors(
         panel.set_ylabel("density", fontsize=8)
         finite = [values[~np.isnan(values)] for values in sets]
         low, high = _limits(np.concatenate(finite))
-        margin = 0.0 if high > low else max(0.5, 1e-3 * abs(low))  # around a constant
+        margin = 0.0 if high > low else max(0.5, 1e-3 * abs(low))  # for constant values
         bins = int(np.clip(math.sqrt(max(map(len, finite))), 8, 60))
         edges = np.linspace(low - margin, high + margin, bins + 1)
         for i, values in enumerate(finite):
@@ -355,9 +356,9 @@ def _draw_vectors(
 
 
 def draw_bound_terms(vlb: np.ndarray, title: str, unit: str = "bits per dimension") -> Figure:
-    """The terms of the bound [T] against t, both on logarithmic axes (Improved DDPM figure 2).
+    """Plots the terms of the bound [T] against t on logarithmic axes (Improved DDPM figure 2).
 
-    An L_0 that is far below the other terms, or of continuous data negative, is drawn at the bottom of the axis.
+    If L_0 is far below all other terms, or negative (continuous data), L_0 is drawn at the bottom of the axis.
     """
     t = np.arange(1, len(vlb) + 1)
     seen = np.isfinite(vlb) & (vlb > 0)
@@ -383,9 +384,9 @@ def draw_rate_distortion(
     title: str,
     units: tuple[str, str] = ("bits per dimension", "pixel values of 0 to 255"),
 ) -> Figure:
-    """Root mean squared error against rate (DDPM figure 5), and the lossless rate, None if no code is lossless.
+    """Plots the root mean squared error against the rate (DDPM figure 5), and the lossless rate.
 
-    units: of the rate and of the distortion.
+    lossless: None if no code is lossless. units: for the rate and for the distortion.
     """
     code: dict[str, Any] = {"color": "C0", "linewidth": 1.5}
     line: dict[str, Any] = {"color": "C3", "linestyle": "--"}
@@ -403,7 +404,7 @@ def draw_rate_distortion(
 
 
 def draw_curves(curves: Curves, title: str) -> Figure:
-    """A figure of a statistic of both sets with standard errors, with a panel for each of the first channels."""
+    """Plots a statistic of two sets with standard errors, with a panel for each of the first channels."""
     shown = [f"channel {i}" for i in range(min(curves.samples.value.shape[1], _MAX_CURVES))]
     notes = [*_note_shown(len(shown), curves.samples.value.shape[1], "channels"), "bars: standard errors"]
     names = [f"{name}\n{note}" for name, note in zip(shown, curves.notes, strict=False)] or shown
@@ -428,7 +429,7 @@ def draw_curves(curves: Curves, title: str) -> Figure:
         elif not curves.logarithmic:
             panel.axhline(0, color="0.5", linewidth=0.6, zorder=0)
         elif (values > 0).any():
-            # An error bar may reach 0, which has no place on a logarithmic axis.
+            # An error bar may reach 0, which a logarithmic axis cannot show.
             panel.set(xscale="log", yscale="log", ylim=(values[values > 0].min() / 2, values.max() * 2))
     return figure
 
@@ -437,26 +438,26 @@ def draw_curves(curves: Curves, title: str) -> Figure:
 
 
 def _plain_text(text: Any, limit: int = 24) -> str:
-    """One line of at most `limit` characters, in which Matplotlib reads no mathematical notation."""
+    """Returns one line with at most `limit` characters, escaped so that Matplotlib finds no math in it."""
     text = " ".join(str(text).split())
     return (text if len(text) <= limit else text[: limit - 3] + "...").replace("$", r"\$")
 
 
 def _note_shown(shown: int, total: int, word: str) -> list[str]:
-    """["first 8 of 64 examples"], or [] if all are shown."""
+    """Returns ["first 8 of 64 examples"], or [] if all are shown."""
     return [] if shown == total else [f"first {shown} of {total} {word}"]
 
 
 def _note_invalid(*arrays: np.ndarray) -> list[str]:
-    """How many values are NaN, as `_to_plotted` marks those that are not finite; [] if none is."""
+    """Returns a note with the number of NaN values, which mark nonfinite values after `_to_plotted`; [] without NaN."""
     count, total = sum(int(np.isnan(x).sum()) for x in arrays), sum(x.size for x in arrays)
     return [f"{count} of {total} drawn values are NaN or infinite (magenta, or gaps in lines)"] if count else []
 
 
 def _to_plotted(x: Any) -> np.ndarray:
-    """x as float64, with NaN for everything that is not finite."""
+    """Converts x to float64, with NaN in place of values that are not finite."""
     x = np.asarray(x, np.float64)
-    return np.where(np.abs(x) < 1e300, x, np.nan)  # the difference of two larger values may be infinite
+    return np.where(np.abs(x) < 1e300, x, np.nan)  # beyond 1e300, differences of two values may be infinite
 
 
 def make_figure(
@@ -470,13 +471,13 @@ def make_figure(
     legend: Sequence[tuple[str, Mapping[str, Any]]] = (),
     share_y: bool | Literal["col"] = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure and its panels, row by row.
+    """Returns a figure and its panels, row by row.
 
     Args:
-      notes: a second paragraph of the title. names: titles of the panels, as plain text. size: (width, height) of a panel
-        with its labels, in inches. labels: of the x-axes at the bottom and of the y-axes at the left.
-      legend: pairs of plain text and the style of a Matplotlib line, below the panels.
-      share_y: as `Figure.subplots`.
+      notes: a second paragraph in the title. names: titles of the panels, as plain text. size: (width, height) of a panel
+        with labels, in inches. labels: labels of the x-axes at the bottom and of the y-axes at the left.
+      legend: pairs (plain text, Matplotlib line style), shown below the panels.
+      share_y: as in `Figure.subplots`.
     """
     from matplotlib.figure import Figure  # imported here because it takes half a second
     from matplotlib.lines import Line2D

@@ -1,4 +1,4 @@
-"""Grids of images with their texts, and pictures as arrays, PNG files and text for a terminal."""
+"""Grids of images with captions; conversion of pictures to arrays, PNG files and terminal text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["GAP", "LINE", "Picture", "as_text", "draw_grid", "save", "to_array"]
 
 Picture: TypeAlias = "np.ndarray | Figure"
 
-GAP = 4  # gray pixels around every image of a grid
-LINE = 14  # rows of pixels of a line of text
-_MIN_SIZE = 96  # pixels of an enlarged image, which is room for a caption
+GAP = 4  # gray pixels around every image in a grid
+LINE = 14  # height of a text line in pixels
+_MIN_SIZE = 96  # minimum size of an enlarged image in pixels, wide enough for a caption
 _MIN_TITLE_WIDTH = 300  # pixels
-_LETTER_WIDTH = 7  # pixels of a title, at most on average
+_LETTER_WIDTH = 7  # pixels, upper bound on the mean letter width in a title
 _BACKGROUND, _TEXT_GRAY = 64, 230
 _SHADES = " .:-=+*#%@"
 
@@ -37,10 +37,10 @@ def draw_grid(
     captions: Sequence[str] | None = None,
     headers: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """uint8 [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
+    """Draws uint8 images [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
 
-    title: above everything, in as many lines as it needs. captions: a line of text below each image. headers: the same
-    above each column. They are shortened to the width of the images.
+    title: at the top, wrapped into lines. captions: a text line below each image. headers: a text line above each column.
+    Captions and headers are shortened to the width of the images.
     """
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -71,7 +71,7 @@ def draw_grid(
 
 
 def _line(text: str, width: int) -> np.ndarray:
-    """A line of text as uint8 [LINE, width]."""
+    """Renders a line of text as uint8 [LINE, width]."""
     font, shown = ImageFont.load_default(LINE - 3), text
     while len(shown) > 1 and font.getlength(shown) > width:
         text = text[:-1]
@@ -82,27 +82,27 @@ def _line(text: str, width: int) -> np.ndarray:
 
 
 def as_text(images: np.ndarray) -> str:
-    """A row of small uint8 images [N, H, W, C] as text, two characters for each pixel."""
+    """Converts a row of small uint8 images [N, H, W, C] to text, with two characters for each pixel."""
     shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
     rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
     return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)
 
 
 def to_array(picture: Picture) -> np.ndarray:
-    """The picture as uint8 [H, W, C] with one or three channels."""
+    """Converts a picture to uint8 [H, W, C] with one or three channels."""
     if isinstance(picture, np.ndarray):
         return picture
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here because it takes half a second
 
     canvas = FigureCanvasAgg(picture)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font lacks some scripts
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save(path: pathlib.Path, picture: Picture) -> None:
-    """Writes the picture as PNG, completely or not at all."""
+    """Writes a picture as PNG, completely or not at all."""
     array = to_array(picture)
     with atomic_write(path) as temporary:
         Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")

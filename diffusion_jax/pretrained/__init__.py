@@ -1,4 +1,4 @@
-"""Model weights, read and written: every published DDPM, Improved DDPM and ADM, and the runs of this program.
+"""Reads and writes model weights: every published DDPM, Improved DDPM and ADM, and the runs of this program.
 
     from diffusion_jax import pretrained, sampling
 
@@ -65,41 +65,40 @@ __all__ = [
     "set_params",
 ]
 
-_METADATA_KEY = "diffusion_jax"  # of a file of `save_safetensors`
+_METADATA_KEY = "diffusion_jax"  # metadata key in files of `save_safetensors`
 _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits", "class_names")
-# Fields of a network that its weights do not depend on.
+# Network fields that do not change the weights.
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
 
 Flags = str | Mapping[str, Any] | None
 
 
 def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Model:
-    """A trained network with its weights, schedule and settings.
+    """Loads a trained network with its weights, schedule and settings.
 
     path: one of
-      - a folder of diffusers (of a DDPMPipeline; UNet2DModel with a scheduler's config);
-      - OpenAI's .pt, with its published name or with flags;
-      - a TensorFlow checkpoint of Ho et al.'s code, by its prefix .../model.ckpt-N, or its PyTorch port's .ckpt;
-      - a work directory, or a file of `save_safetensors`.
+      - a diffusers folder (DDPMPipeline: UNet2DModel and a scheduler's config);
+      - OpenAI's .pt, under its published name or with flags;
+      - a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the .ckpt of the PyTorch port;
+      - a work directory, or a file from `save_safetensors`.
     flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
-      text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for networks of Ho et al.'s code that were not published,
-      image_size, variance and other settings of `config.diffusion`.
-    ema: whether to read the moving average of the weights, from TensorFlow checkpoints and work directories. While the
-      average of a work directory holds more than a tenth of the random initial weights, the raw weights replace it, with a
-      warning.
-    Raises: PretrainedError, one line, for tensors that are missing, unexpected, of another shape or not finite; fields that
-    `models` does not support; flags that are missing; a file that is not readable.
+      text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for unpublished networks from Ho et al.'s code, image_size,
+      variance and other settings of `config.diffusion`.
+    ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
+      average still holds more than a tenth of the random initial weights, the raw weights are read, with a warning.
+    Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
+    network fields; missing flags; unreadable files.
     """
     return _read_or_raise(path, flags, ema, with_params=True)
 
 
 def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Model:
-    """As `load`, but with None as the parameters, which are not read. Raises: as `load`, except for values."""
+    """Like `load`, but does not read the parameters, which are None. Raises: as `load`, except for values."""
     return _read_or_raise(path, flags, ema, with_params=False)
 
 
 def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Model:
-    """As `_read`, with every error of an invalid file as a PretrainedError."""
+    """Like `_read`, but raises a PretrainedError for every error of an invalid file."""
     try:
         flags = json.loads(flags) if isinstance(flags, str) and flags.startswith("{") else flags
         net = _read(local_path(path), flags, ema, with_params)
@@ -111,7 +110,7 @@ def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Model:
             f"{path} cannot be loaded: its content or the flags are invalid ({type(error).__name__}: {reason}); "
             "`python -m diffusion_jax.pretrained inspect PATH` shows the description of the weights"
         ) from error
-    if net.provenance.settings:  # of a run
+    if net.provenance.settings:  # the weights of a run
         return net
     return dataclasses.replace(net, provenance=Provenance(pathlib.Path(path).stem, {"family": net.family}))
 
@@ -145,7 +144,7 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Mod
 
 
 def is_workdir(path: str | os.PathLike) -> bool:
-    """Whether a path is a work directory with a config and checkpoints."""
+    """Returns whether a path is a work directory with a config and checkpoints."""
     path = local_path(path)
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
@@ -158,7 +157,7 @@ def from_config(
     class_names: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Model:
-    """The model that a config describes, with these parameters, for instance those of a `TrainState`.
+    """Builds the model that a config describes. params: for instance the parameters of a `TrainState`.
 
     config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model.
     Raises: ConfigError for a value that its setting does not allow; ValueError for a config that cannot be built.
@@ -184,9 +183,9 @@ def from_config(
 
 
 def _load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
-    """The network of a run; with the parameters of its newest checkpoint if `with_params`.
+    """Loads the model of a run; with `with_params`, also the parameters of the newest checkpoint.
 
-    Warns if the raw weights replace the EMA (`training.optimizer.weights_kind`). Raises: PretrainedError, CheckpointError,
+    Warns if raw weights replace the EMA (`training.optimizer.weights_kind`). Raises: PretrainedError, CheckpointError,
     DataError.
     """
     config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
@@ -200,7 +199,7 @@ def _load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
 
 
 def open_run(config: Mapping[str, Any], workdir: RunDir, mesh: Mesh | None = None) -> Model:
-    """The model of a run without its parameters, for `restore`.
+    """Opens the model of a run without its parameters, for `restore`.
 
     Raises: ValueError for a config that cannot be built; PretrainedError, CheckpointError.
     """
@@ -217,10 +216,10 @@ def _starts_from_other_weights(config: Mapping[str, Any], workdir: RunDir) -> bo
 
 
 def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -> tuple[str, ...]:
-    """The names of the classes of samples, or () if they are not known.
+    """Reads the class names of samples; () if unknown.
 
-    They are read from data.json of the run, of the run that `init_from` names, or, for a model without classes, of the run
-    of the guiding classifier.
+    The names are read from data.json of the run, of the run in `init_from`, or, for a model without classes, of the guiding
+    classifier's run.
     """
 
     def read(directory: str | os.PathLike) -> tuple[str, ...]:
@@ -236,10 +235,10 @@ def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -
 
 
 def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -> Model:
-    """The model of `open_run` with the newest intact weights, replicated on its mesh or on one device.
+    """Adds the newest intact weights to the model of `open_run`, replicated on its mesh or on one device.
 
-    If there is no checkpoint, those of `config.init_from`. Raises: PretrainedError if there are none, or if their values are
-    not finite; UserError if they were trained for another diffusion; CheckpointError.
+    Without a checkpoint, the weights of `config.init_from` are used. Raises: PretrainedError if there are no weights, or if
+    values are not finite; UserError if the weights were trained for another diffusion; CheckpointError.
     """
     if _starts_from_other_weights(config, workdir):
         return _with_initial_weights(net, config, ema)
@@ -264,7 +263,7 @@ def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -
 
 
 def save_safetensors(net: Model, path: str | os.PathLike) -> None:
-    """Writes one file with the weights of any network, in Flax's layout, and their description as JSON metadata.
+    """Writes a network's weights, in Flax's layout, to one file with a description as JSON metadata.
 
     Raises: PretrainedError, OSError.
     """
@@ -273,7 +272,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
     if clip is None:
         raise PretrainedError("clip: a file can store only True, False and a range")
     diffusion = net.diffusion
-    if diffusion is None:  # a table of betas, which is not in the settings of a config
+    if diffusion is None:  # the schedule is a table of betas, which no setting describes
         diffusion = {"prediction": net.prediction, "variance": net.variance}
         diffusion |= {"betas": net.schedule.betas.tolist(), "timesteps": net.schedule.timesteps.tolist()}
     stored = {name: getattr(net, name) for name in _STORED_FIELDS} | {
@@ -290,7 +289,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
 
 
 def _load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Model:
-    """The network of a file of `save_safetensors`; with its parameters if `with_params`. Raises: PretrainedError."""
+    """Loads a file of `save_safetensors`; with the parameters if `with_params`. Raises: PretrainedError."""
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
     diffusion = stored["diffusion"]
@@ -316,7 +315,7 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: boo
 
 
 def config_settings(description: Model) -> dict[str, dict[str, Any]]:
-    """Settings of a config that build the same network, schedule and shape of the data. Raises: PretrainedError."""
+    """Returns config settings for the same network, schedule and data shape. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
             "a config cannot describe these weights' table of betas, or the range of their clip; use pretrained.load in a "
@@ -325,7 +324,7 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, models.Classifier) else "hybrid" if is_learned else "simple"
     size, model = description.image_size, models.fields_of(description.model)
-    model.pop("spatial_dims", None)  # no setting: the number of sizes
+    model.pop("spatial_dims", None)  # not a setting: follows from the number of sizes
     if description.low_resolution:
         del model["condition_channels"]  # follows from low_resolution
     if isinstance(description.model, models.MLP):
@@ -352,9 +351,9 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
 def load_initial_weights(
     config: Mapping, model: models.UNet | models.MLP | models.Classifier, use_ema: bool = True
 ) -> tuple[Model, list[str]]:
-    """(the model that `config.init_from` names, a phrase for each difference of its diffusion from the config).
+    """Loads the model that `config.init_from` names. Returns: (model, a phrase for each difference in diffusion settings).
 
-    Raises: UserError if it is another network; PretrainedError.
+    Raises: UserError if the network differs; PretrainedError.
     """
     net = _initial_weights(load, config, use_ema)
     _check_same_network(config, net, model)
@@ -362,7 +361,7 @@ def load_initial_weights(
 
 
 def _initial_weights(read: Callable[..., Any], config: Mapping, use_ema: bool = True) -> Model:
-    """`load` or `describe` of `config.init_from`. Raises: PretrainedError."""
+    """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
     try:
         return read(path, config["init_flags"] or None, use_ema)
@@ -371,7 +370,7 @@ def _initial_weights(read: Callable[..., Any], config: Mapping, use_ema: bool = 
 
 
 def _with_initial_weights(net: Model, config: Mapping[str, Any], use_ema: bool) -> Model:
-    """The model with the weights of `config.init_from`. Raises: UserError if they were trained for another diffusion."""
+    """Adds the weights of `config.init_from` to the model. Raises: UserError if trained for another diffusion."""
     other, differences = load_initial_weights(config, net.model, use_ema)
     if differences:
         raise UserError(
@@ -394,7 +393,7 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
         )
     loaded = net.model
     if not isinstance(loaded, models.Classifier) and not isinstance(model, models.Classifier):
-        # An output with the channels of the data is written as None or as a number.
+        # If the output has the channels of the data, out_channels may be None or a number.
         loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
         model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
     differences = [
@@ -412,7 +411,7 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
 
 
 def normalization_differences(old: data.Normalizations, normalizations: data.Normalizations) -> str | None:
-    """How the data of a run are scaled otherwise than those of its initial weights; None if they are scaled alike."""
+    """Describes how a run's normalizations differ from its initial weights' normalizations; None if equal."""
     differences = []
     for name in sorted(old.keys() | normalizations.keys()):
         if old.get(name) != normalizations.get(name):
@@ -424,7 +423,7 @@ def normalization_differences(old: data.Normalizations, normalizations: data.Nor
 
 
 def set_params(state: training.TrainState, abstract_state: training.TrainState, params) -> training.TrainState:
-    """A state with these parameters, and their EMA equal to them. abstract_state: shardings of the state."""
+    """Replaces the parameters of a state, and sets the EMA to equal values. abstract_state: has the state's shardings."""
 
     def place(shapes):
         return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)

@@ -3,10 +3,10 @@
     python -m diffusion_jax.pretrained inspect PATH [--flags=FLAGS] [--raw]
     python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
 
-inspect prints the description of the weights at PATH. convert writes them to TO: a file of this package if TO ends in
-.safetensors, else a folder of diffusers. It also writes a model card, README.md of the folder or NAME.md beside the file,
-with the data, settings and metrics of a run. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: the raw weights,
-not their moving average.
+inspect prints a description of the weights at PATH. convert writes the weights to TO: a file of this package if TO ends in
+.safetensors, else a diffusers folder. convert also writes a model card, README.md in the folder or NAME.md beside the file,
+with the run's data, settings and metrics. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: use the raw weights,
+not the moving average.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from diffusion_jax.storage.downloads import local_path
 
 
 def make_parser() -> Parser:
-    """The arguments of the command."""
+    """Builds the argument parser."""
     parser = Parser("python -m diffusion_jax.pretrained", __doc__)
     parser.add_argument("command", choices=("inspect", "convert"), help="convert also writes the weights")
     parser.add_argument("path", help="the weights to read, as for pretrained.load")
@@ -29,7 +29,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; an error is one line and exit code 2."""
+    """Runs the command line; errors print one line and exit with code 2."""
     with program(bad_input=(ValueError,)):
         parser = make_parser()
         args = parser.parse_args(argv)

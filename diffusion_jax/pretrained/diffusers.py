@@ -1,8 +1,8 @@
-"""Folders of diffusers, read and written: a UNet2DModel and a scheduler, each with its config.
+"""Reads and writes diffusers folders: a UNet2DModel and a scheduler, each with its config.
 
-Every field of the network's config is used, or raises an error that names it. Of the scheduler's config the fields that
-describe weights are used; all others are options of samplers. A missing field has the default of diffusers, because the
-values of the published networks would give the right shapes and wrong images.
+Every field of the network's config is used, or raises an error that names the field. From the scheduler's config, the fields
+that describe weights are used; all other fields are sampler options. Missing fields get the defaults of diffusers, because
+the values of published networks would give the right shapes and wrong images.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 # ---- The network
 
-# The defaults of UNet2DModel, for fields that a config does not name.
+# The defaults of UNet2DModel, for fields that are missing in a config.
 _UNET_DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
@@ -97,9 +97,9 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "add_attention": True,
     "class_embed_type": None,
     "num_class_embeds": None,
-    "num_train_timesteps": None,  # of learned time embeddings, which are not supported
+    "num_train_timesteps": None,  # only for learned time embeddings, which are not supported
 }
-# Fields of which `models.UNet` supports these values only.
+# Fields for which `models.UNet` supports only these values.
 _SUPPORTED_VALUES: dict[str, tuple] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -112,7 +112,7 @@ _SUPPORTED_VALUES: dict[str, tuple] = {
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
 }
-_UP_BLOCKS = {  # by the block of the same level in the encoder
+_UP_BLOCKS = {  # {encoder block: decoder block of the same level}
     "DownBlock2D": "UpBlock2D",
     "AttnDownBlock2D": "AttnUpBlock2D",
     "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
@@ -120,11 +120,11 @@ _UP_BLOCKS = {  # by the block of the same level in the encoder
 
 
 def _is_residual(block: str, resample_type: str) -> bool:
-    """Whether a block changes the resolution by a residual block. resample_type: the config's, for blocks with attention."""
+    """Returns whether a block resamples with a residual block. resample_type: config value for blocks with attention."""
     return block.startswith("Resnet") or (block.startswith("Attn") and resample_type == "resnet")
 
 
-# Fields of `models.UNet` that are stored under other names.
+# Fields of `models.UNet` that a config stores under other names.
 _SAME_FIELDS = {
     "num_res_blocks": "layers_per_block",
     "embedding_cos_first": "flip_sin_to_cos",
@@ -136,7 +136,7 @@ _SAME_FIELDS = {
 
 
 def unet_from_config(config: Mapping[str, Any]) -> UNet:
-    """The network of a UNet2DModel's config. Raises: PretrainedError that names the field which is not supported."""
+    """Builds the network from a UNet2DModel config. Raises: PretrainedError that names the unsupported field."""
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     unknown = sorted(config.keys() - _UNET_DEFAULTS.keys())
     if unknown:
@@ -183,14 +183,14 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     )
 
 
-# Fields that do not change the network's output, or that UNet2DModel stores otherwise.
+# Fields that do not change the network's output, or that UNet2DModel stores in another form.
 _FIELDS_STORED_OTHERWISE = (
     "num_heads head_channels num_classes label_dropout condition_dropout out_channels initializer dtype precision remat"
 ).split()
 
 
 def unet_to_config(net: Model) -> dict[str, Any]:
-    """The config of UNet2DModel. Raises: PretrainedError that names the fields which UNet2DModel does not support."""
+    """Returns the UNet2DModel config. Raises: PretrainedError that names the unsupported fields."""
     model = net.model
     if not isinstance(model, UNet):
         raise PretrainedError(f"{type(model).__name__}: diffusers has no such network; use save_safetensors")
@@ -236,7 +236,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
 
 
 def _head_channels(model: UNet, widths: Sequence[int]) -> int | None:
-    """attention_head_dim. Raises: PretrainedError if the layers have heads of different widths."""
+    """Returns attention_head_dim. Raises: PretrainedError if the layers have heads of different widths."""
     if model.head_channels is None and model.num_heads == 1:
         return None
     attention_widths = {widths[level] for level in model.attention_levels} | {widths[-1]}
@@ -250,7 +250,7 @@ def _head_channels(model: UNet, widths: Sequence[int]) -> int | None:
 
 # ---- The scheduler
 
-# Schedulers of the DDPM process, and whether each clips x_0 by default.
+# Schedulers for DDPM's forward process, and whether each clips x_0 by default.
 _SCHEDULERS = {
     "DDPMScheduler": True,
     "DDIMScheduler": True,
@@ -273,9 +273,9 @@ _VARIANCES = {
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None, bool | Callable]:
-    """(settings of `config.diffusion`, betas float64 [T] or None, the clip as samplers take it) of a scheduler's config.
+    """Converts a scheduler config to (settings of `config.diffusion`, betas float64 [T] or None, the clip for samplers).
 
-    Raises: PretrainedError that names the field which is not supported.
+    Raises: PretrainedError that names the unsupported field.
     """
     kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     variance = config.get("variance_type") or "fixed_small"
@@ -311,7 +311,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
 
 
 def scheduler_to_config(net: Model) -> dict[str, Any]:
-    """The config of DDPMScheduler. Raises: PretrainedError that names the fields which DDPMScheduler does not support."""
+    """Returns the DDPMScheduler config. Raises: PretrainedError that names the unsupported fields."""
     schedule, predictions = net.schedule, {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     lost = []
     if not np.array_equal(schedule.timesteps, np.arange(schedule.num_timesteps)):
@@ -344,7 +344,7 @@ def scheduler_to_config(net: Model) -> dict[str, Any]:
 
 
 def find_configs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
-    """(the network's folder, the scheduler's config) of a pipeline's folder, in the newer or older layout; else None."""
+    """Finds (network folder, scheduler config) in a pipeline folder with the newer or older layout; None if not found."""
     for network in (folder / "unet", folder):
         config = network / "config.json"
         if config.is_file() and '"_class_name"' in config.read_text(errors="replace"):
@@ -354,7 +354,7 @@ def find_configs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | No
 
 
 def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
-    """The network of a pipeline's folder; with its parameters if `with_params`. Raises: PretrainedError."""
+    """Loads the network of a pipeline folder; with its parameters if `with_params`. Raises: PretrainedError."""
     paths = find_configs(folder)
     assert paths is not None  # `pretrained.load` has found them
     network, scheduler = paths
@@ -379,7 +379,7 @@ def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
 
 
 def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model:
-    """The network of a UNet2DModel's config and a scheduler's, without parameters."""
+    """Builds the model, without parameters, from the configs of a UNet2DModel and of a scheduler."""
     size, model = config.get("sample_size"), unet_from_config(config)
     settings, betas, clip = scheduler_from_config(scheduler)
     channels = config.get("in_channels", _UNET_DEFAULTS["in_channels"])
@@ -401,7 +401,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def _open_weights(network: pathlib.Path) -> tuple[pathlib.Path, parameters.Tensors]:
-    """(the file of the weights, its tensors by diffusers' present names). Raises: PretrainedError."""
+    """Opens the weights file. Returns: (path, tensors under diffusers' current names). Raises: PretrainedError."""
     files = [f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     path = next((network / file for file in files if (network / file).is_file()), None)
     if path is None:
@@ -415,9 +415,9 @@ def _open_weights(network: pathlib.Path) -> tuple[pathlib.Path, parameters.Tenso
 
 
 def save_diffusers(net: Model, folder: str | os.PathLike) -> None:
-    """Writes a folder for diffusers' `DDPMPipeline.from_pretrained`: safetensors and both configs, completely or not at all.
+    """Writes a folder for `DDPMPipeline.from_pretrained`: safetensors and both configs, completely or not at all.
 
-    Raises: PretrainedError that names the field which diffusers does not support, before anything is written; OSError.
+    Raises: PretrainedError, before anything is written, that names the field which diffusers does not support; OSError.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

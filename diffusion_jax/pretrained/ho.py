@@ -1,6 +1,6 @@
-"""Ho et al.'s weights: TensorFlow checkpoints of their code, and the same in the PyTorch port (pesser/pytorch_diffusion).
+"""Ho et al.'s weights: TensorFlow checkpoints from their code, and files of the PyTorch port (pesser/pytorch_diffusion).
 
-The tensors determine the network. Its schedule and variance are known for the published shapes; others need flags.
+The tensors determine the network. The schedule and variance are known for the published shapes; other shapes need flags.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _MODULES = {
     "time_0": "temb.dense.0",
     "time_1": "temb.dense.1",
 }
-NAMING = parameters.Naming(  # of the port
+NAMING = parameters.Naming(  # names in the PyTorch port
     _at_level, _MODULES, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"}
 )
 
 
 def _port_name(variable: str) -> str:
-    """model/down_1/block_0/conv1/W as down.1.block.0.conv1.weight."""
+    """Converts model/down_1/block_0/conv1/W to down.1.block.0.conv1.weight."""
     *scopes, leaf = variable.split("/")
     name = re.sub(r"dense(\d)", r"dense.\1", ".".join(scopes[1:]))
     if not name.startswith("mid."):
@@ -53,12 +53,12 @@ def _port_name(variable: str) -> str:
 
 
 def is_ho(names) -> bool:
-    """Whether tensors of these names are Ho et al.'s, from TensorFlow or from the PyTorch port."""
+    """Returns whether these tensor names are Ho et al.'s, from TensorFlow or from the PyTorch port."""
     return any(name.endswith(("temb/dense0/W", "temb.dense.0.weight")) for name in names)
 
 
 def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
-    """The network that the shapes of the port's tensors determine, their outputs first."""
+    """Infers the network from the tensor shapes of the port, where outputs come first."""
     channels = shapes["conv_in.weight"][0]
     num_levels = len({name.split(".")[1] for name in shapes if name.startswith("down.")})
     widths = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)]
@@ -75,9 +75,9 @@ def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
 def load_ho(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
 ) -> Model:
-    """The network of a checkpoint; with its parameters if `with_params`.
+    """Loads the network of a checkpoint; with its parameters if `with_params`.
 
-    flags: None for a published network, otherwise image_size, variance and other settings of `config.diffusion`.
+    flags: None for a published network; otherwise image_size, variance and other settings of `config.diffusion`.
     Raises: PretrainedError.
     """
     if isinstance(flags, str):
@@ -87,7 +87,7 @@ def load_ho(
     if unknown:
         known = ", ".join(("image_size", *DIFFUSION_DEFAULTS))
         raise PretrainedError(f"flags: {list_names(unknown)} is unknown; known: {known}")
-    is_tensorflow = tensors.framework == "TensorFlow"  # HWIO and [in, out]; the port has the outputs first
+    is_tensorflow = tensors.framework == "TensorFlow"  # HWIO and [in, out]; in the port, outputs come first
     if is_tensorflow:
         tensors = tensors.rename(_port_name)
     model = _infer_model({n: shape[::-1] if is_tensorflow else shape for n, shape in tensors.shapes.items()})

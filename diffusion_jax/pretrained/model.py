@@ -1,4 +1,4 @@
-"""A trained network with everything that is needed to use it, and the program that samples from it."""
+"""`Model`, a trained network with everything needed to use it, and the compiled sampling program."""
 
 from __future__ import annotations
 
@@ -43,18 +43,19 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained network with everything that is needed to use it. `pretrained.load` and `pretrained.from_config` return one.
+    """A trained network with everything needed to use it, as `pretrained.load` and `pretrained.from_config` return it.
 
-    family: a text that names the source. model: the network. channels: of an example. image_size: the size of each of its
-    0 to 3 spatial axes, (height, width) for images. schedule: the one of training; its timesteps are the network times.
-    prediction, variance, clip: as the samplers take them. params: the tree for `model.apply({"params": params}, x_t, time)`,
-    float32; None from `pretrained.describe`. low_resolution: height of the small images of a super-resolution network, else
-    0. conditioning_noise: the largest standard deviation of the noise on these. diffusion: settings of `config.diffusion`;
-    None for a schedule from a table of betas, which no setting describes. levels: gray levels; None for continuous data.
-    normalizations: the `data.Normalization` of "x", continuous data, and of "condition", from their units to the network's;
-    an array without one has the network's units. limits: (low, high) if that of "x" maps them to [-1, 1]. class_names: of
-    the labels, () if they are not known. provenance: what made the weights: their name in files, and for those of a run
-    "step" and "weights", ema or raw. mesh: the devices that `sample` splits its batch over; None for one.
+    family: a text that names the source. model: the network. channels: channels of an example. image_size: sizes of the 0 to
+    3 spatial axes, (height, width) for images. schedule: the training schedule; its timesteps are the network times.
+    prediction, variance, clip: as samplers take them. params: the float32 tree for `model.apply({"params": params}, x_t,
+    time)`; None from `pretrained.describe`. low_resolution: height of the small images for a super-resolution network, else
+    0. conditioning_noise: the largest standard deviation of the noise on small images. diffusion: settings of
+    `config.diffusion`; None if the schedule is a table of betas, which no setting describes. levels: gray levels; None for
+    continuous data. normalizations: `data.Normalization`, from data units to network units, for "x" (continuous data) and
+    "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
+    these values to [-1, 1]. class_names: names of the labels, () if unknown. provenance: the origin of the weights: a name
+    for files, and for a run "step" and "weights", ema or raw. mesh: the devices that `sample` splits its batch over; None
+    for one device.
     """
 
     family: str
@@ -78,7 +79,7 @@ class Model:
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """(*spatial, C) of an example."""
+        """The shape of an example, (*spatial, C)."""
         return (*self.image_size, self.channels)
 
     @property
@@ -88,7 +89,7 @@ class Model:
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
-        """(D,) or (*spatial, K) of an example's condition; None without conditions, and for super-resolution."""
+        """The shape of a condition, (D,) or (*spatial, K); None without conditions, and for super-resolution."""
         if not isinstance(self.model, Conditional) or self.low_resolution:
             return None
         return self.model.condition_shape(self.image_size)
@@ -100,12 +101,12 @@ class Model:
 
     @property
     def step(self) -> int | None:
-        """The training step of the weights; None for those of other projects and of single files."""
+        """The training step of the weights; None if unknown (other projects and single files)."""
         return self.provenance.settings.get("step")
 
     @property
     def weights(self) -> str | None:
-        """The weights of a run: ema, or raw; None for those of other projects and of single files."""
+        """The kind of weights of a run, ema or raw; None if unknown (other projects and single files)."""
         return self.provenance.settings.get("weights")
 
     @property
@@ -114,7 +115,7 @@ class Model:
         return 1 if self.mesh is None else self.mesh.size
 
     def with_params(self, params: Any) -> Model:
-        """The same model with other parameters, which may be traced."""
+        """Returns the same model with other parameters, which may be traced."""
         return dataclasses.replace(self, params=params)
 
     def read_params(
@@ -124,26 +125,26 @@ class Model:
         name_of: Callable[[parameters.Path, Any], str],
         convert: Callable = parameters.from_torch,
     ) -> Model:
-        """The same model with the parameters of a file, as `parameters.build_params`.
+        """Returns the same model with the parameters of a file, built by `parameters.build_params`.
 
-        name_of: (path of a parameter, network) -> name of its tensor.
+        name_of: (parameter path, network) -> tensor name.
         """
         shapes = parameters.parameter_shapes(self.model, self.example_shape)
         params = parameters.build_params(path, shapes, tensors, lambda p: name_of(p, self.model), convert)
         return self.with_params(params)
 
     def on_mesh(self, mesh: Mesh) -> Model:
-        """The same model with replicated parameters, whose batches are split over the devices of a mesh."""
+        """Returns the same model with parameters replicated over a mesh; `sample` splits its batch over the devices."""
         params = jax.device_put(jax.device_get(self.params), sharding.replicated(mesh))
         return dataclasses.replace(self, params=params, mesh=mesh)
 
     def find_differences(self, other: Model) -> list[str]:
-        """A phrase for each quantity in which the x_t or the output of another model differ, `other` first."""
+        """Returns a phrase, `other` first, for each difference between two models in x_t or in the output."""
         differences = []
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
             names = ["prediction"]
             if any(variance.startswith("learned") for variance in (self.variance, other.variance)):
-                names.append("variance")  # fixed variances are an option of the sampler, not of the network
+                names.append("variance")  # fixed variances belong to the sampler, not to the network
             for name in names:
                 there, here = getattr(other, name), getattr(self, name)
                 differences += [f"{name}: {there!r} there, {here!r} here"] * (there != here)
@@ -155,13 +156,13 @@ class Model:
         return differences
 
     def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None) -> jax.Array:
-        """The output [B, *spatial, channels or 2 channels] of the network, as samplers and losses call it.
+        """Computes the network output [B, *spatial, channels or 2 channels], as samplers and losses need it.
 
-        y: labels int [B] of a network with classes. low: the small images [B, h, w, C] in [-1, 1] of a super-resolution
-        network; noise_std: [B], that of their noise. condition: float [B, D] or [B, *spatial, K] of a network with
-        conditions, in the network's units, as x_t: `normalizations["condition"].apply` converts the data's. Under jit the
-        parameters are constants of the program unless they are an argument of it: `net.with_params(params).denoise_fn`.
-        Raises: TypeError for a classifier.
+        y: labels int [B] for a network with classes. low: small images [B, h, w, C] in [-1, 1] for a super-resolution
+        network; noise_std: [B], the standard deviation of the noise on small images. condition: float [B, D] or
+        [B, *spatial, K] for a conditional network, in network units as x_t; `normalizations["condition"].apply` converts from
+        data units. Under jit the parameters are constants of the program; to pass them as an argument, use
+        `net.with_params(params).denoise_fn`. Raises: TypeError for a classifier.
         """
         self._check_is_diffusion_model("logits(x_t, time)")
         if self.low_resolution:
@@ -192,33 +193,34 @@ class Model:
         trajectory: bool | Sequence[int] | np.ndarray = False,
         algorithm: Callable | None = None,
     ) -> Any:
-        """Examples [N, *spatial, C] float32: images of gray levels in [-1, 1], continuous data in their units.
+        """Draws samples, float32 [N, *spatial, C]: images in [-1, 1], continuous data in data units.
 
-        An offset of the data of more than 1000 times its scale makes it a float64 NumPy array. The first call compiles one
-        program, which later calls with the same sampler, number of examples and steps reuse for every key, labels,
-        conditions, parameters (`with_params`) and, without a mesh, guidance scale other than 1.
+        If the offset of the normalization is more than 1000 times the scale, the result is a float64 NumPy array. The first
+        call compiles one program. Later calls with the same sampler, number of samples and steps reuse the program for every
+        key, label, condition, parameters (`with_params`) and, without a mesh, every guidance scale other than 1.
 
-        With a mesh every process calls this, the parameters may have any sharding on the mesh, and the result is a NumPy
-        array on every process.
+        With a mesh, every process must call this method, the parameters may have any sharding on the mesh, and every process
+        gets the result as a NumPy array.
 
         Args:
-          num_images: N, the number of examples, sampled in one batch; with a mesh a multiple of its number of devices.
-          y: a label for all examples or int [N], for a network with classes, or for the classifier.
-          sampler: the ancestral `sampling.ddpm` by default. Its prediction is set to the network's, and so is its variance if
-            the network's is learned. Its clip does not change, except that for continuous data True becomes the network's.
-          steps, spacing: as `schedules.respace`, or a Schedule that it returned; by default the whole schedule, and for a
-            number of steps the spacing that suits the sampler.
-          guidance_scale, guidance_interval, guidance_rescale: of classifier-free guidance (`guidance.classifier_free`), which
-            drops the labels and conditions for which the network has a null (label_dropout, condition_dropout); 1 for none.
-          classifier: a model of a classifier of the same x_t, which guides with classifier_scale. classifier_form: "eps", or
-            "mean" for a shift of the mean of `sampling.ddpm`.
-          low, noise_std: the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and the standard deviation of their
-            noise, one number or [N], for a super-resolution network.
-          condition: for a network with conditions one for all examples, [D] or [*spatial, K], or one for each, with the
-            axis N in front, in the units of the data. With condition_dropout, None or a row of NaN for none.
-          trajectory: as `sampling.sample`; the result is then (examples, Trajectory), both in the units of the data.
+          num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the number of devices.
+          y: one label for all samples or int [N], for a network with classes, or for the classifier.
+          sampler: by default the ancestral `sampling.ddpm`. The sampler gets the network's prediction and, if learned, its
+            variance. For continuous data, clip=True becomes the network's clip.
+          steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule.
+            If steps is a number, the default spacing suits the sampler.
+          guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which
+            drops the labels and conditions for which the network has a null (label_dropout, condition_dropout). A scale of 1
+            turns guidance off.
+          classifier: a classifier's model for the same x_t, which guides with classifier_scale. classifier_form: "eps", or
+            "mean" to shift the mean of `sampling.ddpm`.
+          low, noise_std: for a super-resolution network, the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and
+            the standard deviation of their noise, one number or [N].
+          condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
+            with a leading axis N, in data units. With condition_dropout, None or a row of NaN means no condition.
+          trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function (key, schedule, denoise_fn, sampler) -> x_0 that replaces drawing x_T and `sampling.sample`,
-            such as one that calls `editing.repaint`. Each function is compiled once.
+            for example with `editing.repaint`. Each function is compiled once.
         Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
           the sampler is known to fail; TypeError for a classifier.
         """
@@ -259,7 +261,7 @@ class Model:
         if self.mesh is None:
             result = _draw_on_one_device(program, all_params, key, arrays)
         else:
-            key = np.asarray(jax.random.key_data(key))  # NumPy arrays are the same on every process
+            key = np.asarray(jax.random.key_data(key))  # NumPy inputs count as equal on every process
             result = _draw_on_mesh(self.mesh)(program, all_params, key, jax.tree.map(np.asarray, arrays))
             result = jax.tree.map(_gather, result)
         if trajectory is False or algorithm is not None:
@@ -278,9 +280,10 @@ class Model:
     def configure(
         self, sampler: sampling.Sampler | None = None, steps=None, spacing: str | None = None
     ) -> tuple[sampling.Sampler, schedules.Schedule]:
-        """The sampler and the steps that `sample` uses for these arguments.
+        """Returns the sampler and the steps that `sample` uses for these arguments.
 
-        Warns of steps on which samples will look wrong. Raises: ValueError for steps on which the sampler is known to fail.
+        Warns of steps with which samples will look wrong. Raises: ValueError for steps with which the sampler is known to
+        fail.
         """
         if sampler is not None and not isinstance(sampler, sampling.Sampler):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
@@ -314,7 +317,7 @@ class Model:
         classifier: Model | None = None,
         classifier_form: str = "eps",
     ) -> None:
-        """Raises: ValueError for guidance that the network does not allow, or a classifier of another x_t."""
+        """Raises: ValueError for guidance that the network does not allow, or a classifier for another x_t."""
         assert isinstance(self.model, Conditional)
         if guidance_scale != 1 and self.model.null_label is None:
             if self.model.null_condition is None:
@@ -342,7 +345,7 @@ class Model:
             _shift_mean(sampler, guidance.log_prob_gradient)  # raises for samplers other than ddpm
 
     def check_small_images(self, is_given: bool, noise_std) -> None:
-        """Raises: ValueError for small images or a noise on them that the network does not take."""
+        """Raises: ValueError if the network does not take small images, or not this noise on small images."""
         if is_given != bool(self.low_resolution):
             raise ValueError("low= is required by super-resolution networks and allowed for no other")
         if np.max(noise_std) > self.conditioning_noise:
@@ -352,7 +355,7 @@ class Model:
             )
 
     def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
-        """The sampler with the network's prediction, its variance if that is learned, and its clip for continuous data."""
+        """Sets the sampler's prediction, its variance (if learned) and its clip (for continuous data) to the network's."""
         if sampler is None:
             return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
         fields = {field.name for field in dataclasses.fields(sampler) if field.init}
@@ -373,13 +376,13 @@ class Model:
         return changed
 
     def check_condition(self, condition, num_examples: int) -> np.ndarray | None:
-        """Conditions [N, ...] in the units of the data; None for a network without. Raises: ValueError."""
+        """Returns conditions [N, ...] in data units; None for an unconditional network. Raises: ValueError."""
         shape = self.condition_shape
         if shape is None:
             if condition is not None:
                 raise ValueError("this network takes no conditions; omit condition")
             return None
-        assert isinstance(self.model, Conditional)  # others have no conditions
+        assert isinstance(self.model, Conditional)  # only Conditional networks have conditions
         has_null = self.model.null_condition is not None
         rows = (num_examples, *shape)
         if condition is None:
@@ -408,7 +411,7 @@ class Model:
         return values
 
     def check_labels(self, y, num_images: int, classifier: Model | None = None) -> jax.Array | None:
-        """y as int32 [N]; None for an unconditional network without a classifier. Raises: ValueError."""
+        """Returns y as int32 [N]; None for an unconditional network without a classifier. Raises: ValueError."""
         num_classes = self.num_classes or (0 if classifier is None else classifier.num_classes)
         if not num_classes:
             if y is not None:
@@ -423,16 +426,16 @@ class Model:
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:
-        """The logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
+        """Computes the logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
         if not isinstance(self.model, Classifier):
             raise TypeError("these weights are a diffusion model; use denoise_fn(x_t, time)")
         return apply_network(self.model, self.params, x_t, time)
 
 
 class _Program(NamedTuple):
-    """Everything that `Model.sample` compiles a program for; arrays are arguments of the program.
+    """The static values of a sampling program: each combination is compiled once. Arrays are arguments of the program.
 
-    scales: of guidance; None if they are arguments, so that they can be compared without compiling again.
+    scales: guidance scales; None if they are arguments, so that other scales do not compile again.
     """
 
     model: Network
@@ -449,7 +452,7 @@ class _Program(NamedTuple):
 
 
 def _draw(program: _Program, all_params, key, arrays: Mapping[str, Any], constrain: Callable = lambda x: x):
-    """The program of `Model.sample`, pure. constrain: places x_T on a mesh."""
+    """The pure function that `Model.sample` compiles. constrain: places x_T on a mesh."""
     (params, classifier_params), (schedule, full_schedule) = all_params, arrays["schedules"]
     scale, classifier_scale = program.scales or arrays["scales"]
     y, sampler = arrays["y"], program.sampler
@@ -485,32 +488,32 @@ _draw_on_one_device = jax.jit(_draw, static_argnums=0)
 
 @functools.cache
 def _draw_on_mesh(mesh: Mesh) -> Callable:
-    """`_draw` with the batch split over the devices of a mesh. key: its data."""
+    """Compiles `_draw` with the batch split over the devices of a mesh. The key argument is the key's data."""
     rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def constrain(x):
         return jax.lax.with_sharding_constraint(x, rows)
 
     def draw(program, all_params, key, arrays):
-        # Sharded parameters of a run in progress are gathered once: every step needs all of them, and there are no
-        # gradients or activations that would compete for the memory.
+        # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory is
+        # not needed for gradients or activations.
         all_params = jax.lax.with_sharding_constraint(all_params, replicated)
         placed = jax.tree.map(constrain, {name: arrays[name] for name in ("y", "condition")})
         return _draw(program, all_params, jax.random.wrap_key_data(key), {**arrays, **placed}, constrain)
 
-    # None: parameters keep their own sharding.
+    # None keeps the sharding of the parameters.
     return jax.jit(
         draw, static_argnums=0, in_shardings=(None, replicated, replicated), compiler_options=devices.compiler_options()
     )
 
 
 def _gather(x: jax.Array) -> np.ndarray:
-    """The whole array, on every process."""
+    """Returns the whole array, on every process."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _shift_mean(sampler: sampling.Sampler, shift: Callable) -> sampling.Sampler:
-    """The sampler, or the one that it wraps, with a shift of its mean. Raises: ValueError for another than ddpm."""
+    """Shifts the mean of a ddpm sampler, or of a wrapped ddpm sampler. Raises: ValueError for other samplers."""
     replace: Any = dataclasses.replace
     inner = getattr(sampler, "sampler", None)
     if isinstance(inner, sampling.Sampler):
@@ -523,7 +526,7 @@ def _shift_mean(sampler: sampling.Sampler, shift: Callable) -> sampling.Sampler:
 
 
 def make_clip(clip: bool | float) -> bool | Callable:
-    """A clip of x_0 as samplers take it: True for [-1, 1], False for none, or a number for another range."""
+    """Returns the sampler's clip of x_0. clip: True for [-1, 1], False for none, or a number for another range."""
     return clip if isinstance(clip, bool) else partial(jnp.clip, min=-clip, max=clip)
 
 
@@ -535,9 +538,9 @@ def make_model(
     channels: int = 3,
     **fields: Any,
 ) -> Model:
-    """A `Model` without parameters, from settings of `config.diffusion`, by default those of `DIFFUSION_DEFAULTS`.
+    """Builds a `Model` without parameters. diffusion: settings of `config.diffusion`; defaults: `DIFFUSION_DEFAULTS`.
 
-    image_size: the size of each spatial axis, or one number for two axes. fields: further ones of `Model`.
+    image_size: the size of each spatial axis, or one number for two axes. fields: further fields of `Model`.
     Raises: ValueError for values that `training.schedule_from_config` does not allow.
     """
     settings = DIFFUSION_DEFAULTS | dict(diffusion)
@@ -558,7 +561,7 @@ def make_model(
 
 
 def format_summary(net: Model) -> str:
-    """The description of weights, one line for each setting."""
+    """Describes weights, one line for each setting."""
     shapes = parameters.parameter_shapes(net.model, net.example_shape)
     values = "continuous" if net.levels is None else f"{net.levels} levels"
     values += " in {:g} ... {:g}".format(*net.limits) if net.limits else ""
@@ -591,7 +594,7 @@ def format_summary(net: Model) -> str:
 
 
 def format_normalization(normalization: Normalization, limit: int = 6) -> str:
-    """(data - offset) / scale of the first channels."""
+    """Formats "(data - offset) / scale" for the first channels."""
     offset, scale = (
         ", ".join([f"{value:.4g}" for value in values[:limit]] + ["..."] * (len(values) > limit))
         for values in (normalization.offset, normalization.scale)

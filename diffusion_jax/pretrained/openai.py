@@ -1,7 +1,7 @@
 """OpenAI's weights: Improved DDPM's and ADM's plain state dicts (https://github.com/openai/guided-diffusion).
 
-Such a file contains no description. Its tensors determine most of the network; the rest (the number of heads, the schedule,
-the image size) comes from the file's published name, from the name of a preset, or from the flags of OpenAI's own scripts.
+The files contain no description. The tensors determine most of the network; the rest (number of heads, schedule, image size)
+comes from the file's published name, from the name of a preset, or from the flags of OpenAI's own scripts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
 # Improved DDPM's linear schedule goes from 0.1 / T to 20 / T.
 _LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 
-# Presets of `models`: the height of the image and of the low-resolution image (or 0), and leaves of `config.diffusion`.
+# Presets of `models`: the height of the image and of the low-resolution image (or 0), and settings of `config.diffusion`.
 PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "improved_cifar10": (32, 0, _IMPROVED | {"rescale_timesteps": True}),
     "improved_imagenet64": (64, 0, _IMPROVED | {"rescale_timesteps": True}),
@@ -74,10 +74,10 @@ FILES = {
     "256x256_classifier": "adm_classifier256",
     "512x512_classifier": "adm_classifier512",
 }
-# Presets whose attention stores the rows of q, k and v one after the other, not head by head.
+# Presets whose attention stores all rows of q, then k, then v, instead of head by head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
-# Flags of OpenAI's scripts that describe a network, with the types of their values.
+# Flags in OpenAI's scripts that describe a network, with value types.
 _NUMBERS = (
     "image_size large_size small_size num_heads num_heads_upsample num_head_channels diffusion_steps classifier_depth"
 )
@@ -86,7 +86,7 @@ _FLAGS: dict[str, type] = (
     | dict.fromkeys(("use_new_attention_order", "predict_xstart", "rescale_timesteps"), bool)
     | {"dropout": float, "noise_schedule": str}
 )
-# Flags of OpenAI's scripts that do not change the output of the network, or that its tensors determine.
+# Flags in OpenAI's scripts that do not change the network's output, or that its tensors determine.
 _IGNORED_FLAGS = (
     "num_channels num_res_blocks channel_mult attention_resolutions class_cond learn_sigma use_scale_shift_norm "
     "resblock_updown classifier_width classifier_pool classifier_attention_resolutions "
@@ -132,7 +132,7 @@ NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 
 def parse_flags(text: str) -> dict[str, str]:
-    """OpenAI's flags as their README writes them, "--image_size 64 --class_cond True", as a dict. Raises: PretrainedError."""
+    """Parses OpenAI's flags, such as "--image_size 64 --class_cond True", into a dict. Raises: PretrainedError."""
     words = text.replace("=", " ").split()
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise PretrainedError(f"flags={text!r} are neither the name of a preset nor pairs of --name value")
@@ -140,7 +140,7 @@ def parse_flags(text: str) -> dict[str, str]:
 
 
 def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that describe a network, each in its type. Raises: PretrainedError for an unknown flag or another type."""
+    """Converts the flags that describe a network to their types. Raises: PretrainedError for unknown flags or wrong types."""
     known, checked = [*_FLAGS, *_IGNORED_FLAGS], {}
     unknown = sorted(set(flags) - set(known))
     if unknown:
@@ -158,17 +158,17 @@ def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_openai(names) -> bool:
-    """Whether tensors of these names are OpenAI's."""
+    """Returns whether these tensor names are OpenAI's."""
     return "input_blocks.0.0.weight" in names
 
 
 def describe_openai(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None
 ) -> tuple[Model, bool]:
-    """(the network of a state dict without parameters, whether its attention has the new order).
+    """Infers the model of a state dict. Returns: (model without parameters, whether its attention has the new order).
 
-    flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None for the file's own name.
-    Raises: PretrainedError for unknown flags, and for required flags that are missing.
+    flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None to use the file's name.
+    Raises: PretrainedError for unknown or missing flags.
     """
     without_dropout = flags is None and path.stem.endswith("nodropout")
     if flags is None:
@@ -191,7 +191,7 @@ def _describe_by_flags(
     flags, missing = _check_flags(flags), []
 
     def require(*names: str, default: object = None) -> Any:
-        """The first of these flags that is given. default: of OpenAI's scripts, for the error message."""
+        """Returns the first given flag of `names`. default: the default in OpenAI's scripts, for the error message."""
         values = [flags[name] for name in names if flags.get(name, -1) != -1]
         if not values:
             missing.append(" or ".join(names) + ("" if default is None else f" (OpenAI's default: {default})"))
@@ -208,7 +208,7 @@ def _describe_by_flags(
         "prediction": "x_0" if flags.get("predict_xstart") else "eps",
         "variance": "fixed_large",
     }
-    if num_timesteps not in (None, 1000):  # at 1000 it changes nothing
+    if num_timesteps not in (None, 1000):  # 1000 has no effect
         diffusion["rescale_timesteps"] = require("rescale_timesteps", default="True in Improved DDPM, False in ADM")
     fields: dict[str, Any] = {"head_channels": 64}
     if not is_classifier:
@@ -244,7 +244,7 @@ def _describe_by_flags(
 
 
 def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> dict[str, Any]:
-    """The fields of a network that its tensors determine. depth: blocks of a level, for a classifier without strides."""
+    """Infers network fields from tensor shapes. depth: blocks in each level, for a classifier without strides."""
 
     def numbers(pattern):
         return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
@@ -272,14 +272,14 @@ def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> d
 def load_openai(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None, with_params: bool
 ) -> Model:
-    """The network of a state dict; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
+    """Loads a state dict's network; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
     net, new_order = describe_openai(path, tensors, flags)
     return load_params(path, tensors, net, new_order) if with_params else net
 
 
 def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new_order: bool) -> Model:
-    """The network with its parameters. new_order: as `describe_openai` returns it. Raises: PretrainedError."""
-    # q, k and v are one tensor in the file and three layers here; the classifier's pooling has other names for the same.
+    """Reads the parameters of a network. new_order: as `describe_openai` returns it. Raises: PretrainedError."""
+    # q, k and v are one tensor in the file and three layers here; the classifier's pooling uses other tensor names.
     model: Any = net.model
     stored, joined = {}, {}
     for name in tensors.shapes:
@@ -288,7 +288,7 @@ def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new
             joined |= {f"{match[1]}.{layer}.{match[2]}": name for layer in "qkv"}
         else:
             stored[name.replace("out.2.c_proj.", "out.2.proj_out.")] = name
-    split: dict[str, np.ndarray] = {}  # parts of tensors that were read, and are not yet used
+    split: dict[str, np.ndarray] = {}  # slices of tensors that were read, but not used yet
 
     def read(name: str) -> np.ndarray:
         if name in stored:

@@ -1,8 +1,8 @@
-"""Tensors of files from untrusted sources, read without executing their contents, and the parameters that are made of them.
+"""Reads tensors from untrusted files without executing their contents, and builds parameters from the tensors.
 
-The formats are safetensors, PyTorch's archives through its weights-only loader, and TensorFlow's checkpoints. A format is
-detected from a file's first bytes, not from its name. A parameter here has a path such as ("down_1_block_0", "conv1",
-"kernel"); a `Naming` maps such a path to the name of the same tensor in the files of another project.
+The formats are safetensors, PyTorch archives (with the weights-only loader), and TensorFlow checkpoints. The format is
+detected from the first bytes, not from the file name. Parameters have paths such as ("down_1_block_0", "conv1", "kernel"); a
+`Naming` maps a path to the tensor name in another project's files.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _NOT_WEIGHTS = {
 class Tensors:
     """The tensors of a file.
 
-    framework: "safetensors", "PyTorch" or "TensorFlow". shapes: of all tensors, by name, known without reading them.
-    read(name): a tensor, which may be read once only. metadata: of a safetensors file.
+    framework: "safetensors", "PyTorch" or "TensorFlow". shapes: {name: shape}, known before tensors are read.
+    read(name): returns a tensor, and may be called only once for each name. metadata: from a safetensors file.
     """
 
     framework: str
@@ -69,19 +69,19 @@ class Tensors:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def rename(self, new_name: Callable[[str], str]) -> Tensors:
-        """The same tensors by other names."""
+        """Returns the same tensors under other names."""
         old = {new_name(name): name for name in self.shapes}
         shapes = {name: self.shapes[old[name]] for name in old}
         return dataclasses.replace(self, shapes=shapes, read=lambda name: self.read(old[name]))
 
 
 def is_tensorflow_checkpoint(path: pathlib.Path) -> bool:
-    """Whether a path is the prefix of a TensorFlow checkpoint: .../model.ckpt-N, if model.ckpt-N.index exists."""
+    """Returns whether a path is a TensorFlow checkpoint prefix: .../model.ckpt-N, if model.ckpt-N.index exists."""
     return path.with_name(path.name + ".index").is_file()
 
 
 def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
-    """The tensors of a file, or of a TensorFlow checkpoint's prefix. Raises: PretrainedError."""
+    """Opens a file, or a TensorFlow checkpoint by its prefix. Raises: PretrainedError."""
     if is_tensorflow_checkpoint(path):
         return _open_tensorflow(path, ema)
     if not path.is_file():
@@ -91,7 +91,7 @@ def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
     for start, explanation in _NOT_WEIGHTS.items():
         if head.startswith(start):
             raise PretrainedError(f"{path} is {explanation}")
-    # safetensors begins with the length of its header, whose first byte may be that of a pickle, so this is checked first.
+    # safetensors files start with the header's length, which may look like a pickle, so safetensors is checked first.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**30:
         return _open_safetensors(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
@@ -137,7 +137,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     torch = require_module("torch", "PyTorch")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that it then rejects
+            warnings.simplefilter("ignore")  # PyTorch warns about files that it then rejects
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
         reason = _first_line(error)
@@ -152,7 +152,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     loaded = dict(loaded)
 
     def read(name: str) -> np.ndarray:
-        value = loaded.pop(name)  # so that memory holds the weights only once
+        value = loaded.pop(name)  # memory must hold the weights only once
         return (value.detach().float() if value.is_floating_point() else value).numpy()
 
     return Tensors("PyTorch", {name: tuple(value.shape) for name, value in loaded.items()}, read)
@@ -189,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object. Raises: PretrainedError."""
+    """Reads a JSON object. Raises: PretrainedError."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -200,7 +200,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def require_module(module: str, name: str):
-    """The imported module, which only some files need. Raises: PretrainedError if it is not installed."""
+    """Imports a module that only some files need. Raises: PretrainedError if the module is not installed."""
     try:
         return __import__(module)
     except ImportError:
@@ -212,10 +212,10 @@ def require_module(module: str, name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """The names of another project.
+    """Maps parameter names to another project's names.
 
-    at_level: the name there of a module of a level, from ("down" or "up", level, "block", "attn" or "resample", number,
-    whether it is a single layer, network). modules: of other modules; others have the same name. layers: names of layers in a
+    at_level: ("down" or "up", level, "block", "attn" or "resample", number, is a single layer, network) -> name of a module
+    inside a level. modules: {name: name there} for other modules that are renamed. layers: {name: name there} for layers in a
     block.
     """
 
@@ -224,7 +224,7 @@ class Naming:
     layers: Mapping[str, str]
 
     def __call__(self, path: Path, model: Network) -> str:
-        """The name there of a parameter, as PyTorch writes it: NAME.weight and NAME.bias."""
+        """Returns the other project's name of a parameter in PyTorch's form, NAME.weight or NAME.bias."""
         module, *layers, leaf = path
         if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
             layers = layers[:-1]  # the layer inside `models.layers.GroupNorm`
@@ -240,30 +240,30 @@ class Naming:
 
 
 def channel_multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
-    """`channel_multipliers` of levels with these widths: ints if the quotient is a whole number."""
+    """Returns `channel_multipliers` for these level widths, as ints where the quotient is a whole number."""
     return tuple(w // channels if w % channels == 0 else w / channels for w in widths)
 
 
 def flat_shapes(tree) -> dict[Path, tuple[int, ...]]:
-    """Shape of every leaf of a tree of parameters, by its path."""
+    """Returns {path: shape} for a tree of parameters."""
     return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple[int, ...]]:
-    """Shape of every parameter of a network, by its path.
+    """Returns {path: shape} for a network's parameters.
 
-    shape: (*spatial, C) of an example. Raises: ValueError for fields that do not describe a network.
+    shape: shape of an example, (*spatial, C). Raises: ValueError for fields that do not describe a network.
     """
     return flat_shapes(abstract_params(model, shape))
 
 
 def keep_layout(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor that is stored in Flax's layout."""
+    """Returns a tensor unchanged, because it is stored in Flax's layout."""
     return value
 
 
 def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A PyTorch tensor in Flax's layout: OIHW to HWIO, [out, in] to [in, out]; 1x1 convolutions are matrices here."""
+    """Converts a PyTorch tensor to Flax's layout: OIHW to HWIO, [out, in] to [in, out], 1x1 convolutions to matrices."""
     if path[-1] not in ("kernel", "position"):
         return value
     if len(shape) == 2 and value.size == math.prod(value.shape[:2]):
@@ -272,7 +272,7 @@ def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndar
 
 
 def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
-    """The inverse of `from_torch`; the 1x1 projection of a residual block is a convolution there."""
+    """The inverse of `from_torch`. In PyTorch, the 1x1 projection in a residual block is a convolution."""
     if path[-1] == "kernel":
         value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         value = value[:, :, None, None] if path[-2] == "skip" else value
@@ -280,7 +280,7 @@ def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
 
 
 def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
-    """PyTorch's order of a shape in Flax's layout, except for 1x1 convolutions."""
+    """Converts a shape from Flax's layout to PyTorch's, except for 1x1 convolutions."""
     if path[-1] not in ("kernel", "position"):
         return shape
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
@@ -293,11 +293,11 @@ def build_params(
     name_of: Callable[[Path], str],
     convert: Callable[[np.ndarray, Path, tuple[int, ...]], np.ndarray] = from_torch,
 ) -> dict:
-    """The tree of parameters, float32 JAX arrays.
+    """Builds a tree of parameters, float32 JAX arrays.
 
-    source: the file, for errors. shapes: of the network's parameters by path. name_of: the tensor of a parameter. convert: a
-    tensor, its path and its shape here -> the tensor in this package's layout.
-    Raises: PretrainedError that lists tensors that are missing, unexpected, of another shape, or not finite.
+    source: the file, for error messages. shapes: {path: shape} of the network's parameters. name_of: path -> tensor name.
+    convert: (tensor, path, shape) -> tensor in this package's layout.
+    Raises: PretrainedError that lists tensors that are missing, unexpected, not finite or have a wrong shape.
     """
     expected, names = {path: name_of(path) for path in shapes}, set(tensors.shapes)
     missing = [name for name in expected.values() if name not in names]

@@ -1,8 +1,8 @@
-"""One self-contained page about a run, or about several: report.html.
+"""Writes report.html, one self-contained page about one or several runs.
 
-`write_report(workdir)` writes it; `--mode=report` and the end of training, sampling and evaluation do the same, and
-`python -m diffusion_jax.report DIR...` compares runs. The page needs no network: its pictures,
-numbers and scripts are inside.
+`write_report(workdir)` writes the page; `--mode=report` and the end of training, sampling and evaluation call the same
+function. `python -m diffusion_jax.report DIR...` compares runs. The page contains its pictures, numbers and scripts, and
+needs no network.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ NAME = "report.html"
 
 
 def write_report(workdir: RunDir | str | os.PathLike, config: ConfigDict | None = None) -> pathlib.Path:
-    """Writes report.html of a work directory, which may be in use, and returns its path.
+    """Writes report.html into a work directory, which may be in use, and returns the path.
 
-    config: the run's, if the directory stores none. Raises: OSError if the file cannot be written.
+    config: used if the directory stores no config. Raises: OSError if the file cannot be written.
     """
     workdir = open_run_dir(workdir)
     page, path = run_page(collect(workdir, config)), workdir / NAME
@@ -38,7 +38,7 @@ def write_report(workdir: RunDir | str | os.PathLike, config: ConfigDict | None 
 
 
 def write_comparison(directories: Sequence[str | os.PathLike], output: pathlib.Path) -> None:
-    """Writes a page about several work directories. Raises: UserError for one that does not exist, OSError."""
+    """Writes a page about several work directories. Raises: UserError for a missing directory, OSError."""
     opened = [open_run_dir(directory, read_only=True) for directory in directories]
     for directory in opened:
         if not directory.path.is_dir():

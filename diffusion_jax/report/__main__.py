@@ -1,9 +1,9 @@
-"""Writes a page about one run, or one that compares several.
+"""Writes a page about one run, or a page that compares several runs.
 
     python -m diffusion_jax.report DIR... [--output=PATH]
 
-The page is one file that needs no network. Of one run it is report.html in DIR, of several report.html here, unless
---output names another file. The runs may be training meanwhile.
+The page is one file that needs no network. For one run, the file is DIR/report.html; for several runs, report.html in the
+current directory. --output names another file. The runs may be training meanwhile.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ from diffusion_jax.cli import Parser, program
 
 
 def make_parser() -> Parser:
-    """The arguments of the command."""
+    """Builds the argument parser."""
     parser = Parser("python -m diffusion_jax.report", __doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="work directories of runs")
     parser.add_argument("--output", metavar="PATH", help="the file to write")
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; an error is one line and exit code 2."""
+    """Runs the command line; errors print one line and exit with code 2."""
     with program(bad_input=(ValueError,)):
         args = make_parser().parse_args(argv)
         from diffusion_jax.report import NAME, write_comparison

@@ -1,7 +1,7 @@
-"""What a work directory holds, as plain values for the page. Everything may be missing, also while the run is working.
+"""Reads the contents of a work directory as plain values for the page. Any file may be missing, also during a launch.
 
-A measurement is a record of metrics.json with the bits per dimension of likelihood.json; `table_cells` makes a table of them.
-`train_command` and `sample_command` return the commands that repeat a run.
+A measurement is a record of metrics.json, with the bits per dimension from likelihood.json; `table_cells` makes a table of
+measurements. `train_command` and `sample_command` return the commands that repeat a run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "train_command",
 ]
 
-# Endings of entries that describe a metric, and are no metrics.
+# Suffixes of entries that describe a metric, but are not metrics.
 _NOT_METRICS = ("_std", "_standard_error", "_same_distribution", "_limit", "_frequency")
 _FIRST_SETTINGS = ("step", "weights", "sampler", "steps", "features", "num_samples")
 _Record = dict[str, Any]
@@ -47,8 +47,8 @@ _Record = dict[str, Any]
 class RunFiles:
     """The contents of a work directory.
 
-    config: None if none is stored. status: its state in words. lines: of the log. likelihood: likelihood.json. notes: what
-    could not be read.
+    config: None if not stored. status: the state in words. lines: lines of the log. likelihood: contents of likelihood.json.
+    notes: problems while reading.
     """
 
     directory: pathlib.Path
@@ -64,7 +64,7 @@ class RunFiles:
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """The records with the bits per dimension of the likelihood: of the same weights, or in a record of their own."""
+        """Returns the records, with bits per dimension added to records of the same weights, or as a separate record."""
         if not self.likelihood:
             return self.records
         bits = {key: value for key, value in self.likelihood.items() if "_per_dim" in key}
@@ -77,7 +77,7 @@ class RunFiles:
 
 
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
-    """Reads a work directory; nothing is loaded that is large. config: the run's, if the directory stores none."""
+    """Reads a work directory without its large files. config: used if the directory stores no config."""
     notes: list[str] = []
     workdir.fetch(workdir / "samples")
 
@@ -107,7 +107,7 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; {} if there is none. Raises: OSError, ValueError."""
+    """Reads the JSON object in a file; {} if the file does not exist. Raises: OSError, ValueError."""
     value = json.loads(path.read_text()) if path.exists() else {}
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -118,7 +118,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], list[dict[str, str]]]:
-    """(the columns of a table, for each record its texts by column): its metrics, and settings in which records differ."""
+    """Returns (columns, {column: text} for each record): the metrics, and the settings in which records differ."""
     values = [_record_settings(record) for _, record in runs]
     keys = dict.fromkeys(key for each in values for key in each if not key.endswith("_digest"))
     differing = [key for key in keys if len({json.dumps(each.get(key)) for each in values}) > 1]
@@ -141,12 +141,12 @@ def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], li
 
 
 def format_value(value: float, error: float | None = None) -> str:
-    """A number with its standard error."""
+    """Formats a number with its standard error."""
     return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
 def _record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the metrics of a record depend on, including the options of its sampler, as a flat dictionary."""
+    """Returns the settings that a record's metrics depend on, including sampler options, as a flat dictionary."""
     sampling = {key: value for key, value in record.get("sampling", {}).items() if key not in record}
     keys = ("dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
     keys += ("reference", "samples", "num_reference", "num_samples")
@@ -157,7 +157,7 @@ def _record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
-    """{name: (value, default, description)} of the settings that differ from the defaults."""
+    """Returns {name: (value, default, description)} for settings that differ from the defaults."""
     values = _flatten(config)
     return {
         name: (values[name], default, configs.SETTINGS[name].description)
@@ -167,12 +167,12 @@ def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
 
 
 def train_command(config: ConfigDict) -> str:
-    """Trains the config in a new directory: the experiment with the fewest differing settings, and these."""
+    """Returns the command that trains the config in a new directory: the most similar experiment, and differing settings."""
     wanted, is_classifier = _flatten(config), configs.is_classifier(config)
     changes: dict[str, dict[str, Any]] = {}  # by experiment
     for name in configs.experiment_names():
         for variant in (name, f"{name}:{config.data.image_size}"):
-            with contextlib.suppress(configs.ConfigError):  # the experiment takes no argument, or not this one
+            with contextlib.suppress(configs.ConfigError):  # the experiment does not take this argument
                 experiment = configs.resolve(configs.experiment(variant))
                 values = _flatten(experiment)
                 if values.keys() == wanted.keys() and configs.is_classifier(experiment) == is_classifier:
@@ -184,7 +184,7 @@ def train_command(config: ConfigDict) -> str:
 
 
 def sample_command(config: ConfigDict, provenance: Provenance) -> str:
-    """Draws the samples of a record again, with the newest weights of the run in the directory DIR. config: the run's."""
+    """Returns the command that draws a record's samples again, with the newest weights in DIR. config: the run's config."""
     stored = _flatten(config.sampling.to_dict() | {"clip": configs.resolve_clip(config)})
     files = {name: path for name, path in provenance.details.items() if name in stored}
     wanted = _flatten({**provenance.settings["sampling"], **files})
@@ -197,5 +197,5 @@ def _flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples of a config."""
+    """Converts JSON lists to the tuples of a config."""
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

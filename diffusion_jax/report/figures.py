@@ -1,6 +1,7 @@
-"""What the page draws: curves of the log of a run, thinned to intervals, and its pictures.
+"""Curves and pictures of the page.
 
-Pictures are those of samples during training, of denoising, of samples by class, and others.
+Curves show the log of a run, reduced to intervals. Pictures show samples during training, denoising, samples by class, and
+other files.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ __all__ = [
 
 
 def even_subset(count: int, most: int) -> list[int]:
-    """At most `most` numbers of 0 ... count - 1, evenly spread, with both ends."""
+    """Returns at most `most` numbers in 0 ... count - 1, evenly spread, including both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
 
 
 # ---- Curves
 
 Chart = dict[str, Any]  # as report.js draws it
-MAX_POINTS = 600  # of a line
+MAX_POINTS = 600  # points in a line
 
-# Title, unit, names of the log's values with their labels, whether the axis is logarithmic at first.
+# Title, unit, {name in the log: label}, whether the axis is logarithmic at first.
 _CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
     ("Loss", "loss", {"loss": "loss"}, True),
     (
@@ -82,7 +83,7 @@ _MAX_OTHER_CHARTS = 12
 
 
 def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> list[Chart]:
-    """The charts of a log. Values that `_CHARTS` does not list have a chart each."""
+    """Returns the charts of a log. Each value that `_CHARTS` does not list gets its own chart."""
     known = {name for _, _, labels, _ in _CHARTS for name in labels}
     others = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in known | _NOT_DRAWN]
     wanted = [*_CHARTS, *((name.replace("_", " "), name, {name: name}, False) for name in others[:_MAX_OTHER_CHARTS])]
@@ -101,7 +102,7 @@ def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_PO
 
 
 def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
-    """A line of at most `max_points` points: x, the mean, and the lowest and highest value of each interval.
+    """Returns a line with at most `max_points` points: x, mean, minimum and maximum over each interval.
 
     Values that are not finite are left out.
     """
@@ -122,23 +123,23 @@ def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_
 
 
 def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
-    """Numbers with so many digits, which the JSON of the page stores."""
+    """Rounds numbers to `digits` significant digits, for the page's JSON."""
     return [float(f"{value:.{digits}g}") for value in values]
 
 
 # ---- Pictures
 
-_PREFIX = "train_step"  # of the pictures during training
+_PREFIX = "train_step"  # file names of pictures during training
 _MAX_TRAINING_FRAMES = 12
 _MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
-# Of compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and WebP's quality.
+# For compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and the WebP quality.
 _MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
-_SMALL = 20_000  # bytes of a picture that is not
-_READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)  # SyntaxError: Pillow, of damaged files
+_SMALL = 20_000  # bytes; smaller pictures are not compressed
+_READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)  # Pillow raises SyntaxError
 
 
 class Picture(NamedTuple):
-    """A picture inside the page. src: a data URI. caption: what it shows."""
+    """A picture inside the page. src: a data URI. caption: what the picture shows."""
 
     src: str
     width: int
@@ -147,7 +148,7 @@ class Picture(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Pictures to step through, by their captions. names: of the pictures of a frame. note: what they show."""
+    """Pictures to step through. names: names of the pictures in a frame. frames: (caption, pictures). note: explanation."""
 
     names: tuple[str, ...]
     frames: list[tuple[str, tuple[Picture, ...]]]
@@ -155,15 +156,15 @@ class Frames(NamedTuple):
 
 
 class Budget:
-    """The bytes that the pictures of a section may have together. notes: get a line for each file that cannot be read."""
+    """Limits the total bytes of a section's pictures. notes: gets a line for each file that cannot be read."""
 
     def __init__(self, num_bytes: int, notes: list[str]):
         self.left, self._notes = num_bytes, notes
 
     def embed(self, source: pathlib.Path | np.ndarray, caption: str, side: int = _MAX_SIDE) -> Picture | None:
-        """A file, or uint8 [H, W, C], as a picture; None if no room is left, or the file cannot be read.
+        """Embeds a file, or uint8 [H, W, C], as a picture; None if the budget is used up or the file cannot be read.
 
-        side: of the compressed picture, if its PNG is large.
+        side: the longest side of a compressed picture, if the PNG is large.
         """
         try:
             if isinstance(source, np.ndarray):
@@ -191,11 +192,11 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 
 
 def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
-    """The pictures samples/train_step*.png in order, at most `most`."""
+    """Returns the pictures samples/train_step*.png in order, at most `most`."""
     paths = sorted((run.directory / "samples").glob(f"{_PREFIX}*.png"), reverse=True)
     paths = [path for path in paths if path.stem.removeprefix(_PREFIX).isdecimal()]
     frames = []
-    for path in [paths[i] for i in even_subset(len(paths), most)]:  # the newest first
+    for path in [paths[i] for i in even_subset(len(paths), most)]:  # newest first
         caption = f"after {int(path.stem.removeprefix(_PREFIX)):,} training steps"
         picture = budget.embed(path, caption, _FRAME_SIDE)
         if picture:
@@ -206,7 +207,7 @@ def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FR
 
 
 def denoising(run: RunFiles, budget: Budget) -> Frames | None:
-    """The frames of the newest samples/trajectories/*.npz of images."""
+    """Returns the frames of the newest samples/trajectories/*.npz, or None if it has no images."""
     folder = run.directory / "samples" / "trajectories"
     paths = [path for path in folder.glob("*.npz") if ".partial." not in path.name]
     if not paths:
@@ -221,7 +222,7 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
         run.notes.append(f"{path.name} could not be read: {error}")
         return None
     if not pictures.is_of_images(samples):
-        return None  # its picture is among the others
+        return None  # `other_pictures` shows its picture
     names, frames = ("x_t, the noisy sample", "x_0, as the network predicts it"), []
     for caption, *both in zip([*captions, "finished samples"], x_t, x_0, strict=True):
         drawn = [budget.embed(pictures.draw_grid(images), caption, _FRAME_SIDE) for images in both]
@@ -231,7 +232,7 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
 
 
 def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
-    """(a row of the newest samples of each class, what was left out); without classes, none."""
+    """Returns (a row of the newest samples for each class, a note about omitted rows); ([], "") without classes."""
     files = sample_files(run.directory)
     try:
         if not files or not pictures.is_of_images(images := map_array(files[0], "arr_0")):
@@ -252,7 +253,7 @@ def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
 
 
 def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
-    """(other pictures of the directory and below samples/, the newest first; the names of pictures that found no room)."""
+    """Returns (other pictures in the directory and below samples/, newest first; names of pictures beyond the budget)."""
     paths = [*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")]
     paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
     paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))

@@ -1,4 +1,4 @@
-"""The model card of converted weights: a README.md with metadata, filled from the run that trained them."""
+"""The model card of converted weights: a README.md with metadata, filled in from the run that trained the weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["card_path", "model_card", "write_card"]
 
 
 def card_path(to: pathlib.Path) -> pathlib.Path:
-    """The card of what `convert` writes: README.md of a folder, NAME.md beside NAME.safetensors."""
+    """Returns the path of the card: README.md in a folder, NAME.md beside NAME.safetensors."""
     return to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
 
 
 def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pathlib.Path | None:
-    """Writes the card of converted weights, and returns its path; None if there is one, which stays. Raises: OSError.
+    """Writes the card of converted weights, and returns the path; None if a card exists, which is kept. Raises: OSError.
 
-    workdir: of the run whose weights they are.
+    workdir: the work directory of the run that trained the weights.
     """
     path = card_path(to)
     if path.exists():
@@ -36,7 +36,7 @@ def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pa
 
 
 def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
-    """The card as Markdown that begins with metadata."""
+    """Returns the card as Markdown that begins with metadata."""
     run = None if workdir is None else collect(open_run_dir(workdir))
     is_file = to.suffix == ".safetensors"
     metadata: dict[str, Any] = {
@@ -61,7 +61,7 @@ def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> st
 
 
 def _training(run: RunFiles, net: Model) -> str:
-    """Data, steps, moving average, sampler and command."""
+    """Formats the data, steps, moving average, sampler and command of the run."""
     config = run.config
     if config is None:
         return ""
@@ -82,7 +82,7 @@ def _training(run: RunFiles, net: Model) -> str:
 
 
 def _metrics(run: RunFiles, net: Model) -> str:
-    """The metrics of these weights."""
+    """Formats the metrics of these weights."""
     records = [
         record
         for record in run.measurements()
@@ -104,6 +104,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = " ".join(str(value).split())
-    for symbol in "\\|<>*_`":  # names of data are text
+    for symbol in "\\|<>*_`":  # names must not act as Markdown
         text = text.replace(symbol, f"\\{symbol}")
     return text

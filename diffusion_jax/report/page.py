@@ -1,6 +1,6 @@
 """The page about one run, and the page that compares several.
 
-A section is (id, title, element), or None if the run has nothing to show there.
+A section is (id, title, element), or None if the run has no content for the section.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _escape(content: Any) -> str:
 
 
 def join(parts: Iterable[Any]) -> Markup:
-    """Parts one after the other, text among them escaped."""
+    """Concatenates parts, and escapes text."""
     return Markup("".join(map(_escape, parts)))
 
 
@@ -67,7 +67,7 @@ def element(name: str, /, *content: Any, **attributes: Any) -> Markup:
 
 
 def table(caption: str, header: Sequence[Any], rows: Iterable[Sequence[Any]], class_: str | None = None) -> Markup:
-    """A table that scrolls sideways where it is wider than the page; the first cell of each row is its heading."""
+    """Returns a table that scrolls sideways if wider than the page; the first cell of each row is the row's heading."""
     head = element("tr", *(element("th", cell, scope="col") for cell in header))
     body = (
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
@@ -83,12 +83,12 @@ def table(caption: str, header: Sequence[Any], rows: Iterable[Sequence[Any]], cl
 
 
 def definitions(entries: Iterable[tuple[Any, Any]]) -> Markup:
-    """A list of terms and what they are."""
+    """Returns a list of terms and descriptions."""
     return element("dl", *(join([element("dt", term), element("dd", text)]) for term, text in entries))
 
 
 def json_script(identifier: str, value: Any) -> Markup:
-    """JSON for the page's script. No text in it can end the element, because "<" is written as an escape of JSON."""
+    """Returns JSON for the page's script. "<" is escaped, so that no text in the JSON can end the element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return Markup(f'<script type="application/json" id="{html.escape(identifier)}">{text}</script>')
 
@@ -97,7 +97,7 @@ def json_script(identifier: str, value: Any) -> Markup:
 
 Section = tuple[str, str, Markup]
 PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
-PICTURE_BYTES = 3_000_000  # before base64, which makes them a third larger
+PICTURE_BYTES = 3_000_000  # before base64, which adds a third
 _MAX_RECORDS, _NUMBERS_OF_A_CHART = 20, 12
 _NO_LINES = "Nothing is logged yet."
 _LIKELIHOOD_TERMS = {
@@ -112,7 +112,7 @@ _LIKELIHOOD_TERMS = {
 
 
 def run_page(run: RunFiles) -> str:
-    """The page of a run."""
+    """Returns the page of one run."""
     data: PageData = {"charts": {}, "frames": {}}
     training, denoising, samples, others = (
         Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.1, 0.35)
@@ -138,15 +138,15 @@ def run_page(run: RunFiles) -> str:
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> str:
-    """One page about several runs: their states, curves, differing settings, metrics and newest pictures."""
+    """Returns one page about several runs: states, curves, differing settings, metrics and newest pictures."""
     data: PageData = {"charts": {}, "frames": {}}
     named: dict[str, RunFiles] = {}
-    for run in runs:  # with a number where two names are equal
+    for run in runs:  # equal names get a number
         count = sum(name == run.name or name.startswith(f"{run.name} (") for name in named)
         named[f"{run.name} ({count + 1})" if count else run.name] = run
     states = list(dict.fromkeys(key for run in runs for key in run.status if key != "directory"))
     rows = [[name, *(run.status.get(key, "") for key in states)] for name, run in named.items()]
-    charts: dict[str, dict[str, Any]] = {}  # with a line for each run
+    charts: dict[str, dict[str, Any]] = {}  # each chart has a line for each run
     newest = []
     for name, run in named.items():
         for chart in training_charts(run.lines, max(MAX_POINTS // len(runs), 60)):
@@ -191,7 +191,7 @@ def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None], d
 
 
 def _section(identifier: str, title: str, *content: Any) -> Section:
-    """The heading has its own id, so that the element is a named region."""
+    """Returns a section whose heading has an id, so that the element is a named region."""
     heading = element("h2", title, id=f"{identifier}-title")
     body = element("section", heading, *content, id=identifier, aria_labelledby=f"{identifier}-title")
     return identifier, title, body
@@ -204,9 +204,9 @@ def _notes(run: RunFiles, prefix: str = "") -> Markup:
 
 
 def _chart_grid(charts: Iterable[Mapping[str, Any]], data: PageData) -> Markup:
-    """The places of charts, which report.js fills; for those who do not see them, some numbers of each as tables.
+    """Returns empty elements for report.js to fill with charts, and for screen readers some numbers of each chart as tables.
 
-    data: of the page, gets the charts.
+    data: the page's data; the charts are added to it.
     """
     figures = []
     for number, chart in enumerate(charts):
@@ -238,7 +238,7 @@ def _curves(run: RunFiles, data: PageData) -> Section:
 
 
 def _frames(identifier: str, title: str, frames: Frames | None, data: PageData, start: int) -> Section | None:
-    """Pictures with a slider. The first is in the page itself, so that it is seen without scripts, too."""
+    """Returns pictures with a slider. The first picture is an HTML element, so that it is visible without scripts, too."""
     if frames is None:
         return None
     start %= len(frames.frames)
@@ -301,7 +301,7 @@ def _likelihood(run: RunFiles) -> Section | None:
 
 
 def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
-    """The metrics of all records of runs by name, and what they mean."""
+    """Returns a table of all metrics, with explanations. runs: {name: run}."""
     pairs = []
     for run in runs.values():
         pairs += [(run.directory, record) for record in run.measurements()[-_MAX_RECORDS:]]
@@ -325,7 +325,7 @@ def _pictures(run: RunFiles, budget: Budget) -> Section | None:
 
 
 def _launches(run: RunFiles) -> Section | None:
-    """A row for each launch, and the checkpoints that were not used."""
+    """Returns a table with a row for each launch, and a list of unused checkpoints."""
     if not run.launches:
         return None
     rows = []
@@ -361,7 +361,7 @@ def _config(run: RunFiles) -> Section | None:
 
 
 def _environment(run: RunFiles) -> Section | None:
-    """What the last launch ran with, and the data."""
+    """Describes the environment of the last launch, and the data."""
     rows: list[tuple[str, str]] = []
     environment = run.launches[-1].get("environment") if run.launches else None
     if environment:

@@ -1,1 +1,1 @@
-"""Modes of the program: each module with a `run(config, workdir)` is a mode; the modes share the others."""
+"""The modes of the program. Each module with `run(config, workdir)` is a mode; all modes share the remaining modules."""

@@ -1,4 +1,4 @@
-"""`--mode=edit`: an edit of `diffusion_jax.editing` applied to image or array files with a trained model."""
+"""`--mode=edit`: edits image or array files with a trained model and a function of `diffusion_jax.editing`."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from diffusion_jax.storage.downloads import local_path
 __all__ = ["run"]
 
 _UNKNOWN = 127  # gray for pixels that the model paints
-_THRESHOLD = 127  # of a mask's 255; pixels above it are known
+_THRESHOLD = 127  # mask values above 127 of 255 mark known pixels
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Edits `editing.image`: writes a picture of the given examples and the results, and an .npz of the results.
+    """Edits `editing.image`: writes a picture with the inputs and the results, and an .npz with the results.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data.
 
     Raises: UserError, PretrainedError.
     """
@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     with as_user_error("config.editing"):
         results = to_examples(net, draw(net, settings, jax.random.key(config.sampling.seed), rows, **edit.arguments))
     if net.levels is None:
-        if mask is not None:  # exactly the numbers of the file, without the rounding of the normalization
+        if mask is not None:  # known values stay exactly as in the file; the normalization would round them
             results = np.where(mask, given[0], results).astype(results.dtype)
         check_finite(results)
     made_by = settings.provenance(net)
@@ -97,7 +97,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
 
 
 def _check_single(task: str, settings: SamplingSettings) -> None:
-    """Raises: UserError for several classes or conditions, of which an edit between two examples takes one."""
+    """Raises: UserError for several classes or conditions; an edit between two examples allows only one."""
     if settings.labels is not None and len(settings.labels) > 1:
         raise UserError(f"editing.task={task!r} needs a single class: give sampling.class")
     if settings.conditions is not None and len(settings.conditions) > 1:
@@ -108,14 +108,14 @@ def _check_single(task: str, settings: SamplingSettings) -> None:
 
 
 class _Files:
-    """The files of `config.editing`, as examples [*spatial, C]: uint8, or in the units of continuous data."""
+    """Reads the files of `config.editing` as examples [*spatial, C]: uint8, or floats in data units."""
 
     def __init__(self, config: ConfigDict, net: pretrained.Model):
         self._options, self._net = config.editing, net
         self._shape, self._size = net.example_shape, net.image_size
 
     def _open(self, setting: str) -> Any:
-        """The decoded image, or the array, of `config.editing[setting]`. Raises: UserError."""
+        """Opens the image or array file that `config.editing[setting]` names. Raises: UserError."""
         path = self._options[setting]
         if not path:
             file = "FILE is needed: the path of an image" if self._net.is_images else "FILE.npy is needed: an array"
@@ -133,9 +133,10 @@ class _Files:
             raise UserError(f"editing.{setting}={path!r} cannot be read as an image file: {error}") from None
 
     def read(self, setting: str, factor: int | None = None, known: np.ndarray | None = None) -> np.ndarray:
-        """`config.editing[setting]`, an example, or one that is smaller by a factor along both axes.
+        """Reads the example that `config.editing[setting]` names.
 
-        known: where values must be finite and within the limits of the data; None for everywhere. Raises: UserError.
+        factor: the example is smaller by this factor along both axes. known: mask of the values that must be finite and
+        within `data.limits`; None for all values. Raises: UserError.
         """
         size, is_continuous, limits = self._size, self._net.levels is None, self._net.limits
         if factor is not None:
@@ -171,7 +172,10 @@ class _Files:
         return example.astype(np.float64) if is_continuous and example.dtype.kind != "f" else example
 
     def read_mask(self) -> np.ndarray:
-        """bool [*spatial, 1] or [*spatial, C], True where values are known: white, above 127 of 255, or 1 of 0 and 1."""
+        """Reads the mask, bool [*spatial, 1] or [*spatial, C], True where values are known.
+
+        Mask images are white at known pixels: above 127 of 255, or 1 if all values are 0 and 1.
+        """
         mask = self._open("mask")
         if self._net.is_images:
             image = self._open("image")
@@ -206,12 +210,12 @@ class _Files:
         return known
 
     def split(self, image: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The example with 0 where it is not known, because it may be NaN there; and with gray or NaN, for the picture."""
+        """Returns the example with unknown values (possibly NaN) set to 0, and a copy with gray or NaN for the picture."""
         shown = np.where(known, image, np.nan if self._net.levels is None else _UNKNOWN)
         return np.where(known, image, 0).astype(image.dtype), shown.astype(image.dtype)
 
     def to_model(self, example: np.ndarray, copies: int = 1) -> jax.Array:
-        """Equal copies of an example, float32 [copies, *spatial, C] in the model's range."""
+        """Repeats an example: float32 [copies, *spatial, C] in the model's range."""
         if self._net.levels is None:
             x = jnp.asarray(data.to_model_units(example[None], self._net.normalizations.get("x")))
         else:
@@ -219,5 +223,5 @@ class _Files:
         return jnp.repeat(x, copies, axis=0)
 
     def to_data(self, x) -> np.ndarray:
-        """Examples [B, *spatial, C] in the model's range as uint8, or float32 in the units of continuous data."""
+        """Converts examples [B, *spatial, C] from the model's range to uint8, or to float32 in data units."""
         return to_examples(self._net, data.to_data_units(np.asarray(x), self._net.normalizations.get("x")))

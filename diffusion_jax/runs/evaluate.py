@@ -1,8 +1,8 @@
-"""`--mode=evaluate`: the likelihood of examples that the model was not trained on, and metrics of samples.
+"""`--mode=evaluate`: measures the likelihood of held-out examples, and computes metrics of samples.
 
-The likelihood is written to likelihood.json (bits per dimension, their parts and standard errors), likelihood.npz (the terms
-at every timestep), likelihood_terms.png and rate_distortion.png. Continuous data have a density, in the units of the data, of
-which nats per dimension are reported, too. The metrics are added to metrics.json.
+The likelihood is written to likelihood.json (bits per dimension, its terms and standard errors), likelihood.npz (the terms at
+every timestep), likelihood_terms.png and rate_distortion.png. For continuous data, it is a density in data units, reported in
+nats per dimension, too. The metrics are added to metrics.json.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ __all__ = [
 
 _TABLES = ("vlb", "mse", "x_0_mse")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
-_REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in likelihood.json, if they are others
+_REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in likelihood.json that differ
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Measures the likelihood of `evaluation.split`, then samples, as far as the config enables them.
+    """Measures the likelihood of `evaluation.split`, then computes metrics of samples, if the config enables them.
 
     Raises: UserError, DataError, PretrainedError.
     """
@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
             "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either of them"
         )
     if options.num_samples:
-        _metric_names(config)  # an error before the likelihood, which may take hours
+        _metric_names(config)  # raises errors before the likelihood, which may take hours
     if options.likelihood:
         measure_likelihood(config, workdir)
     if options.num_samples:
@@ -87,9 +87,9 @@ def measure_likelihood(
 ) -> None:
     """Measures the bits per dimension of `evaluation.split`.
 
-    Every batch is kept until the files are written, so that a rerun continues after the last one.
-    source: examples that take the place of that split, in the units of the data.
-    Raises: UserError, also if the ODE solver fails, DataError, PretrainedError.
+    The results of each batch are stored until all files are written, so that a rerun continues after the last batch.
+    source: examples in data units that replace the split.
+    Raises: UserError, also if the ODE solver fails; DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     measured, options = LikelihoodRun(config, workdir, source), config.evaluation
@@ -122,9 +122,9 @@ def measure_likelihood(
 
 
 def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
-    """Measures `evaluation.num_samples` samples against the reference; draws them unless they exist already.
+    """Compares `evaluation.num_samples` samples with the reference; draws the samples unless they exist already.
 
-    source: takes the place of the reference, in the units of the data.
+    source: examples in data units that replace the reference.
     Raises: UserError, DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
@@ -163,19 +163,19 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
 
 
 def _metric_names(config: ConfigDict) -> tuple[str, ...]:
-    """`evaluation.metrics`, or the default. Raises: UserError for metrics that do not suit the data."""
+    """Returns `evaluation.metrics`, or the default. Raises: UserError for metrics that do not suit the data."""
     spatial_axes, of_images = len(data.example_shape(config.data)) - 1, data.is_of_images(config.data)
     with as_user_error("config.evaluation"):
         return choose_metrics(config.evaluation.metrics, spatial_axes, of_images, bool(_features_name(config)))
 
 
 def _features_name(config: ConfigDict) -> str:
-    """`evaluation.features`, or the default of the data set: "" for metrics without features."""
+    """Returns `evaluation.features`, or the data set's default; "" for metrics without features."""
     return config.evaluation.features or features.default_name(config.data.dataset, data.is_of_images(config.data))
 
 
 def load_pipeline(config: ConfigDict) -> FeaturePipeline:
-    """The features of `config.evaluation`. Raises: UserError, also if the data have none; PretrainedError."""
+    """Builds the feature pipeline of a config. Raises: UserError, also if the data have no features; PretrainedError."""
     options, name = config.evaluation, _features_name(config)
     if not name:
         raise UserError("these data have no features: set evaluation.features=module:function")
@@ -185,9 +185,9 @@ def load_pipeline(config: ConfigDict) -> FeaturePipeline:
 
 
 def load_reference(config: ConfigDict, source: data.Source | None = None) -> ExampleSet:
-    """The examples of `evaluation.reference_split`, those of the training split by default, in the units of the data.
+    """Loads the examples of `evaluation.reference_split`, by default the training split, in data units.
 
-    source: takes their place. Raises: DataError.
+    source: examples that replace the split. Raises: DataError.
     """
     progress = progress_over("Reading the reference")
     if source is not None:
@@ -200,14 +200,14 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
 
 
 def features_cache(workdir: RunDir) -> RunDir:
-    """Where features are kept. Every process must see it, so several processes use the work directory."""
+    """Returns the directory of cached features. Every process must see it, so several processes use the work directory."""
     return RunDir(features.cache_directory()) if jax.process_count() == 1 else workdir.subdirectory(".features")
 
 
 def _reference_conditions(config: ConfigDict, reference: ExampleSet) -> np.ndarray | None:
-    """The conditions of samples without `sampling.conditions`: those of the reference, in the units of the data.
+    """Returns the conditions of the reference examples in data units, for use without `sampling.conditions`.
 
-    Sample i gets the condition of example i; fewer samples than examples get the conditions of evenly spread examples.
+    Sample i gets the condition of example i; if there are fewer samples than examples, the examples are evenly spread.
     """
     if condition_shape(config) is None or config.sampling.conditions:
         return None
@@ -219,16 +219,16 @@ def _reference_conditions(config: ConfigDict, reference: ExampleSet) -> np.ndarr
 
 
 class LikelihoodRun:
-    """The newest weights of a run, and the examples of `evaluation.split` whose likelihood is measured.
+    """The newest weights of a run and the examples of `evaluation.split`, to measure the likelihood.
 
-    source: normalized. dataset, split: the origin of the examples; the split is None for examples without one: a source that
-    a caller gives, or a folder or file that `evaluation.data_dir` names.
-    standardization_bits: what the standardization adds to the bits per dimension of continuous data. dequantization: of the
-    ODE, None without it. digest: of everything that the numbers depend on.
+    source: the examples, normalized. dataset, split: the origin of the examples; split is None for the source of a caller and
+    for a folder or file in `evaluation.data_dir`.
+    standardization_bits: bits per dimension that standardization adds for continuous data. dequantization: for the ODE
+    likelihood, else None. digest: a hash over everything that the numbers depend on.
     """
 
     def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
-        """source: takes the place of `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
+        """source: examples that replace `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         self.config, self.workdir = config, open_run_dir(workdir)
         self.dequantization = None
@@ -251,7 +251,7 @@ class LikelihoodRun:
         self.standardization_bits = 0.0
         if is_continuous(config) and "x" in self.net.normalizations:
             scale = self.net.normalizations["x"].scale
-            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # any float64, unlike the core's function
+            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # in float64, unlike the core's function
         options = to_dict(options) | {
             "clip": resolve_clip(config, "evaluation"),
             "ode_dequantization": self.dequantization,
@@ -264,7 +264,7 @@ class LikelihoodRun:
         )
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch: "image" or "x", "label", and "condition" if the network takes one.
+        """Reads a batch: "image" or "x", "label", and "condition" for a conditional network.
 
         Raises: DataError for images with other gray levels than `data.levels`, or values that are not finite.
         """
@@ -276,12 +276,12 @@ class LikelihoodRun:
         return {name: batch[name] for name in names if name in batch}
 
     def denoise_fn(self, params, batch) -> Callable:
-        """The network for a batch, as a function of x_t and time."""
+        """Returns the network as a function of x_t and time, with the labels and conditions of a batch."""
         net, y = self.net.with_params(params), batch["label"] if self.net.num_classes else None
         return lambda x_t, time: net.denoise_fn(x_t, time, y, condition=batch.get("condition"))
 
     def bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
-        """{"total", ..., "t", the tables, "ode"} of a batch; pure. index: of the batch."""
+        """Returns {"total", ..., "t", the tables, "ode"} for batch number `index`; a pure function."""
         options, diffusion, schedule = self.config.evaluation, self.config.diffusion, self.net.schedule
         parameterization = {
             "prediction": diffusion.prediction,
@@ -323,9 +323,10 @@ def _noun(config: ConfigDict) -> str:
 def _load_source(
     config: ConfigDict, source: data.Source | None, is_trained_here: bool
 ) -> tuple[data.Source, str | None]:
-    """(the examples of `evaluation.split` and `evaluation.data_dir`, or the given source, their split). Raises: DataError.
+    """Loads the examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError.
 
-    is_trained_here: whether the model was trained on `config.data`. A note tells if these are the training examples.
+    is_trained_here: whether the model was trained on `config.data`. If the examples are the training examples, a note is
+    logged. Returns: (examples, split).
     """
     progress = progress_over(f"Reading the {_noun(config)}")
     if source is not None:
@@ -352,7 +353,7 @@ def _load_source(
 
 
 def _import_ode_likelihood():
-    """The module of the ODE likelihood, which needs diffrax. Raises: UserError."""
+    """Imports the module of the ODE likelihood. Raises: UserError if diffrax is missing."""
     try:
         from diffusion_jax.evaluation import ode_likelihood
     except ImportError as error:
@@ -361,7 +362,7 @@ def _import_ode_likelihood():
 
 
 def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
-    """The numbers of a batch, with its tables summed over the examples, float64 [T]."""
+    """Returns the results of a batch, with the tables summed over the examples: float64 [T]."""
     chunk = {f"example_{name}": out[name] for name in _EXAMPLE_TERMS if name in out}
     t = out["t"].ravel()
     chunk["count"] = np.bincount(t, minlength=num_timesteps)
@@ -373,11 +374,11 @@ def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[s
 
 
 def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str, np.ndarray]:
-    """The arrays of likelihood.npz except t, time, rate and distortion.
+    """Returns the arrays of likelihood.npz except t, time, rate and distortion.
 
-    They are in bits per dimension; of continuous data, those of the density in the units of the data, but mse and x_0_mse of
-    standardized data. Means and standard errors are NaN for too few examples.
-    density_bits: added to the terms with a density of x_0, which are the decoder and the ODE.
+    Likelihood terms are in bits per dimension; for continuous data, they describe the density in data units, while mse and
+    x_0_mse refer to standardized data. Means and standard errors are NaN for too few examples.
+    density_bits: added to the terms that contain a density of x_0: the decoder and the ODE.
     """
     arrays = {}
     for key in chunks[0]:
@@ -399,7 +400,7 @@ def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str,
 
 
 def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The contents of likelihood.json."""
+    """Returns the contents of likelihood.json."""
     config, net, options = measured.config, measured.net, measured.config.evaluation
     numbers = {name: arrays[f"example_{name}"] for name in _EXAMPLE_TERMS if f"example_{name}" in arrays}
     numbers["transitions"] = numbers["total"] - numbers["prior"] - numbers["decoder"]
@@ -412,7 +413,7 @@ def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[s
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         report |= {key: float(values.mean()), f"{key}_standard_error": error}
     if is_continuous(config):
-        # Already part of bits_per_dim and decoder: the density of standardized data has as many bits less.
+        # bits_per_dim and decoder already include these bits; the density of standardized data does not.
         report["standardization_bits"] = measured.standardization_bits
     report |= {
         "weights": net.weights,
@@ -438,16 +439,16 @@ def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
     """Writes all files and logs the result."""
     workdir, net, continuous = measured.workdir, measured.net, is_continuous(measured.config)
     report = _report(measured, arrays)
-    # Timesteps without examples are interpolated. The distortion is the root of the mean squared error of x_0.
+    # Timesteps without examples are interpolated. The distortion is the root mean squared error of x_0.
     filled, all_steps = np.flatnonzero(arrays["count"]), np.arange(len(arrays["count"]))
     vlb, x_0_mse = (np.interp(all_steps, filled, arrays[name][filled]) for name in ("vlb", "x_0_mse"))
     rate, distortion = map(np.asarray, likelihood.rate_distortion(arrays["example_prior"].mean(), vlb, x_0_mse))
-    if continuous:  # of standardized data; otherwise on the scale 0-255
+    if continuous:  # in standardized units; otherwise on the scale 0-255
         distortion = np.sqrt(x_0_mse)
     arrays = {"t": all_steps, "time": net.schedule.timesteps, **arrays, "rate": rate, "distortion": distortion}
     save_npz(workdir / "likelihood.npz", arrays)
     write_text(workdir / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    # Continuous data have a density, which is shown in nats, and no lossless code.
+    # Continuous data have no lossless code; their density is shown in nats.
     unit, scale, lossless = ("nats", math.log(2), None) if continuous else ("bits", 1.0, report["bits_per_dim"])
     units = f"{unit} per dimension", "standardized data" if continuous else "pixel values of 0 to 255"
     title = f"{measured.dataset} {measured.split or ''}".strip() + f", step {net.step}, {net.weights} weights"

@@ -1,8 +1,8 @@
-"""The log of a run: lines of JSON, TensorBoard events, trackers, and goodput, where the wall time of its launches went.
+"""Logging of a run: JSON lines, TensorBoard events, experiment trackers, and goodput (how launches spend their wall time).
 
-A local directory has metrics.jsonl, which grows. Objects of a bucket cannot grow, so each flush writes the new lines to
-metrics/<last step>.jsonl, and begins a new file of events. goodput.json has an entry for each launch, which is rewritten
-once a minute.
+In a local directory, new lines are appended to metrics.jsonl. Bucket objects cannot be appended to, so each flush writes the
+new lines to metrics/<last step>.jsonl and starts a new event file. goodput.json has one entry for each launch; the launch
+rewrites its entry once a minute.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ __all__ = [
 ]
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
-_SECONDS_BETWEEN_UPLOADS = 60.0  # of lines and events to a bucket
+_SECONDS_BETWEEN_UPLOADS = 60.0  # lines and events, to a bucket
 _TENSORBOARD_GROUPS = {
     **dict.fromkeys(("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "mse", "vlb", "accuracy"), "loss"),
     **dict.fromkeys(("images_per_second", "seconds_left", "step_seconds", "goodput"), "time"),
     **dict.fromkeys(("compute", "data_wait", "logging"), "time"),
     **dict.fromkeys(("grad_norm", "param_norm", "learning_rate"), "optimizer"),
-}  # the others are metrics of samples
+}  # all other values are metrics of samples
 
 
 def check_writers(config: ConfigDict) -> None:
-    """Raises: UserError for a writer of `logging.writers` whose package is not installed."""
+    """Raises: UserError if the package of a writer in `logging.writers` is not installed."""
     for name in config.logging.writers:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -67,9 +67,9 @@ def check_writers(config: ConfigDict) -> None:
 
 
 def read_metrics(workdir: RunDir | str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the metrics of a run: dictionaries with "step" and the means since the line before; [] if nothing is logged.
+    """Returns the metrics of a run: dictionaries with "step" and means since the previous line; [] if nothing is logged.
 
-    workdir: a path, or the URL of a work directory in a bucket. A last line that a killed run did not finish is left out.
+    workdir: a path, or the URL of a work directory in a bucket. An incomplete last line of a killed run is skipped.
     """
     lines = [line for path in _files(local_path(workdir, _PARTS)) for line in _read_lines(path)]
     return sorted(lines, key=lambda line: line["step"])
@@ -94,10 +94,10 @@ def _as_text(lines: list[dict[str, Any]]) -> str:
 
 
 class RunMetrics:
-    """Writes the metrics of a launch to metrics.jsonl and to the writers of `logging.writers`; on process 0 only.
+    """Writes the metrics of a launch to metrics.jsonl and to each writer in `logging.writers`; on process 0 only.
 
-    step: where the launch starts: later lines are removed first, so that each step has its lines once. A writer that fails is
-    dropped with one line. Raises: UserError with exit code 1 if a line cannot be written.
+    step: the first step of the launch; lines after this step are removed first, so that no step is logged twice. A writer
+    that fails is dropped, and one line is logged. Raises: UserError with exit code 1 if a line cannot be written.
     """
 
     def __init__(self, config: ConfigDict, workdir: RunDir, step: int):
@@ -121,7 +121,7 @@ class RunMetrics:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        with contextlib.suppress(*[UserError] if kind else []):  # the first error is the one to report
+        with contextlib.suppress(*[UserError] if kind else []):  # only the first error is reported
             self.close()
 
     @contextlib.contextmanager
@@ -171,7 +171,7 @@ class RunMetrics:
         self._call_writers("write_image", step, name, picture, caption)
 
     def flush(self) -> None:
-        """Makes sure that what was written survives a kill: call it before the checkpoint from which a rerun continues."""
+        """Makes the written lines survive a kill. Call this before saving a checkpoint from which a rerun resumes."""
         if not self._is_writer:
             return
         self._last_flush = time.monotonic()
@@ -194,11 +194,11 @@ class RunMetrics:
             self._call_writers("close")
 
 
-# ---- Writers. Each takes the work directory, the config as JSON values, and the step from which the launch starts.
+# ---- Writers. Arguments: the work directory, the config as JSON values, and the first step of the launch.
 
 
 class _TensorBoard:
-    """Writes event files with TensorBoard alone: the import of TensorFlow takes seconds.
+    """Writes event files with TensorBoard alone, because importing TensorFlow takes seconds.
 
     The first event of a launch makes TensorBoard ignore the events of earlier launches beyond `step`.
     """
@@ -255,18 +255,18 @@ class _TensorBoard:
 
 
 _OPEN_SECONDS = 25.0  # for W&B to connect
-_MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default a server that is gone holds the start for minutes
+_MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default, an unreachable server delays the start for minutes
 
 
 class _Tracker:
-    """An experiment tracker, an optional package. A relaunch continues the run whose id trackers.json stores."""
+    """Base class for experiment trackers, which are optional packages. A rerun continues the run in trackers.json."""
 
     def flush(self) -> None:
-        """Does nothing: trackers send in the background."""
+        """Does nothing, because trackers send in the background."""
 
     @staticmethod
     def run_id(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
-        """The id of the run of a tracker: the one in trackers.json, or a new one, which is stored there."""
+        """Returns the tracker's run id: the id in trackers.json, or a new id, which is then stored there."""
         path = workdir / "trackers.json"
         stored = json.loads(path.read_text()) if path.exists() else {}
         if tracker not in stored:
@@ -277,7 +277,7 @@ class _Tracker:
 
 
 class _WandB(_Tracker):
-    """Weights & Biases. WANDB_API_KEY logs in; WANDB_MODE=offline writes to the work directory, for a bucket to WANDB_DIR."""
+    """Weights & Biases. WANDB_API_KEY logs in. WANDB_MODE=offline writes to the work directory (buckets: to WANDB_DIR)."""
 
     _package = "wandb"
 
@@ -304,7 +304,7 @@ class _WandB(_Tracker):
 
 
 class _Trackio(_WandB):
-    """trackio, which has W&B's functions. TRACKIO_DIR is its directory, TRACKIO_SPACE_ID a Space to send to."""
+    """trackio, which has W&B's API. TRACKIO_DIR is its directory; TRACKIO_SPACE_ID names a Space to send metrics to."""
 
     _package = "trackio"
 
@@ -362,14 +362,15 @@ WRITERS: dict[str, Callable[[RunDir, Mapping[str, Any], int], Any]] = {
 
 _GOODPUT = "goodput.json"
 _SECONDS_BETWEEN_WRITES = 60.0
-# The parts of a launch. start: reading and checking. input: the loop waits for data. output: lines and pictures.
+# How a launch spends its time. start: reading and checking. input: the loop waits for data. output: lines and pictures.
 PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
 
 
 class Goodput(NamedTuple):
-    """fractions: of the wall time since the first launch, by part; their sum is 1.
+    """fractions: {part: fraction of the wall time since the first launch}; they sum to 1.
 
-    train is the goodput: steps that count. repeated: steps that were lost in a kill and done again. idle: between launches.
+    train is the goodput: time in training steps that were kept. repeated: steps that a kill lost and a rerun computed again.
+    idle: time between launches.
     """
 
     fractions: dict[str, float]
@@ -378,26 +379,26 @@ class Goodput(NamedTuple):
 
 
 class LaunchTimes:
-    """Measures one launch, and writes it to goodput.json. clock: returns seconds since 1970.
+    """Measures how one launch spends its time, and writes goodput.json. clock: returns seconds since 1970.
 
-    Time inside `measure` counts for the part that it names. Other time counts for `start`, and after `begin` for `train`.
+    Time inside `measure(part)` counts for `part`. Other time counts for `start`, and after `begin` for `train`.
     """
 
     def __init__(self, workdir: RunDir, clock: Callable[[], float] = time.time):
         self._workdir, self._clock, self._start = workdir, clock, clock()
         self._seconds, self._part, self._since = dict.fromkeys(PARTS, 0.0), "start", self._start
         self._last_lap, self._written = dict(self._seconds), -math.inf
-        self._launches: list[dict[str, Any]] = [{}]  # the last is this one
+        self._launches: list[dict[str, Any]] = [{}]  # the last entry is this launch
 
     def begin(self, step: int) -> None:
-        """Sets the step that the launch starts from; from now on, what is not measured is `train`."""
+        """Sets the first step of the launch; from now on, unmeasured time counts for `train`."""
         this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
         self._launches = [*read_launches(self._workdir), this]
         self._count_as("train")
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Counts the time of the block as a part, without the blocks inside that are measured themselves."""
+        """Counts the time inside the block for `part`, except nested `measure` blocks."""
         outer = self._count_as(part)
         try:
             yield
@@ -405,25 +406,25 @@ class LaunchTimes:
             self._count_as(outer)
 
     def _count_as(self, part: str) -> str:
-        """Counts the time from now on as a part. Returns: the part that was counted until now."""
+        """Counts the time from now on for `part`. Returns: the previous part."""
         now, before = self._clock(), self._part
         self._seconds[before] += now - self._since
         self._part, self._since = part, now
         return before
 
     def seconds(self) -> dict[str, float]:
-        """The seconds of each part up to now."""
+        """Returns the seconds of each part up to now."""
         self._count_as(self._part)
         return dict(self._seconds)
 
     def lap(self) -> dict[str, float]:
-        """The seconds of each part since the last call."""
+        """Returns the seconds of each part since the last call."""
         now, before = self.seconds(), self._last_lap
         self._last_lap = now
         return {part: now[part] - before[part] for part in now}
 
     def record(self, step: int, is_last: bool = False) -> None:
-        """Records that a step is finished; process 0 writes the file, at most once a minute unless `is_last`."""
+        """Records a finished step. Process 0 writes the file at most once a minute, and always if `is_last`."""
         if jax.process_index() != 0:
             return
         self._launches[-1]["last_step"] = step
@@ -435,12 +436,12 @@ class LaunchTimes:
             self._written = now
 
     def goodput(self) -> float:
-        """The goodput of the run up to now."""
+        """Returns the goodput of the run up to now."""
         this = self._launches[-1] | {"end": self._clock(), "seconds": self.seconds()}
         return _goodput([*self._launches[:-1], this]).fractions["train"]
 
     def stop(self, error: BaseException) -> None:
-        """Records the error that ends the launch, but not in a bucket that caused it. Errors of writing are ignored."""
+        """Records the error that ends the launch, unless the bucket caused the error. Write errors are ignored."""
         if isinstance(error, StorageError | LeaseLostError):
             return
         is_message = isinstance(error, DiffusionJaxError) or not isinstance(error, Exception)
@@ -451,13 +452,13 @@ class LaunchTimes:
 
 
 def read_goodput(workdir: RunDir | pathlib.Path) -> Goodput | None:
-    """The goodput of a run up to the end of its last launch; None without a launch that wrote its times."""
+    """Returns the goodput of a run up to the end of its last launch; None if no launch wrote its times."""
     launches = read_launches(workdir)
     return _goodput(launches) if launches else None
 
 
 def read_launches(workdir: RunDir | pathlib.Path) -> list[dict[str, Any]]:
-    """The launches of a run that finished a step or failed, as goodput.json has them; [] if there are none."""
+    """Returns the entries of goodput.json: launches that finished a step or failed; [] if there are none."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads((workdir / _GOODPUT).read_text())
     return []

@@ -1,7 +1,7 @@
 """`--mode=plan`: notes about the settings, memory and FLOPs of a train step, and settings that fit a kind of device.
 
-It writes nothing. The notes name settings with which a run cannot give good results; training logs them, too. Everything else
-follows from shapes, by the rule of `distributed/sharding.py`, and from traced programs; nothing is compiled.
+This mode writes and compiles nothing. The notes name settings that cannot give good results; training logs the notes, too.
+Memory and FLOPs follow from array shapes, from the sharding rule of `distributed/sharding.py`, and from traced programs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 DEVICES = {"v4": 32e9, "v5e": 16e9, "a100": 80e9, "h100": 80e9}  # bytes of memory
-USABLE = 0.9  # of a device's memory; the rest is for the runtime, and for fragments between arrays
+USABLE = 0.9  # fraction of a device's memory; the runtime and fragmentation use the rest
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions
 _PRODUCTS = ("conv_general_dilated", "dot_general")
 _MAX_TRIAL_STEPS = 20  # shorter runs only show that the program works
@@ -61,12 +61,12 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """The settings of a complete config."""
+        """Returns the settings of a complete config."""
         return cls(config["mesh"]["fsdp"], config["model"]["remat"], config["training"]["accumulation_steps"])
 
     @property
     def flags(self) -> str:
-        """As arguments of the command line."""
+        """The settings as command-line flags."""
         remat = str(self.remat).replace(" ", "")
         return (
             f"--config.mesh.fsdp={self.fsdp} '--config.model.remat={remat}' "
@@ -77,8 +77,8 @@ class Settings(NamedTuple):
 class Estimate(NamedTuple):
     """Bytes on one device, in the order in which `run` prints them.
 
-    state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: of a
-    microbatch, kept for the backward pass. working: what the backward pass needs beside them, and gathered parameters.
+    state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: stored for the
+    backward pass of a microbatch. working: further memory of the backward pass, and gathered parameters.
     """
 
     settings: Settings
@@ -89,7 +89,7 @@ class Estimate(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The peak."""
+        """The peak memory."""
         return sum(self[1:])
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Estimate(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """The shapes of the parameters, and of an example {remat: bytes of activations} and {remat: FLOPs of a step}."""
+    """Parameter shapes, and for one example {remat: bytes of activations} and {remat: FLOPs of a step}."""
 
     shapes: list[tuple[int, ...]]
     activations: dict[Remat, int]
@@ -106,12 +106,12 @@ class Traced(NamedTuple):
 
 
 def num_virtual_devices(config: Mapping) -> int:
-    """The size of the mesh of a config; `mesh.data=-1` counts as 1, since there are no devices to count."""
+    """Returns the mesh size of a config; `mesh.data=-1` counts as 1, because no devices are present to count."""
     return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
 
 
 def run(config: ConfigDict) -> None:
-    """Prints the plan of a config on the present devices, and with `mesh.device` settings that fit. Raises: UserError."""
+    """Prints the plan for the present devices, and settings that fit `mesh.device` if it is set. Raises: UserError."""
     config, num_devices = resolve(config), jax.device_count()
     mesh, options, given = config.mesh, config.training, Settings.of(config)
     with as_user_error("config"):
@@ -152,7 +152,7 @@ def run(config: ConfigDict) -> None:
 
 
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
-    """Traces the network of a config with these values of `model.remat`."""
+    """Traces the network once for each value of `model.remat` in `choices`."""
     without, first, *_ = remat_choices(config)
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]
     activations = {
@@ -163,10 +163,10 @@ def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
 
 
 def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
-    """The memory of a device for the batch of a complete config on `num_devices` devices."""
+    """Estimates the memory of one device when a complete config trains on `num_devices` devices."""
     activations, width = traced.activations, jnp.dtype(config["model"]["dtype"]).itemsize
-    # The backward pass of a block has what the block keeps and as many gradients; those of all skip connections, half of
-    # the arrays between blocks, wait for the encoder's. The full resolution has the largest blocks.
+    # The backward pass of a block holds the block's activations and equally many gradients. The gradients of all skip
+    # connections, half of the arrays between blocks, wait for the encoder. Blocks at full resolution are the largest.
     without, first, *_ = remat_choices(config)
     num_blocks = 2 * config["model"]["num_res_blocks"] + 1
     backward = 2 * (activations[without] - activations[first]) / num_blocks + activations[True] / 2
@@ -184,7 +184,7 @@ def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_
 
 
 def all_estimates(config: Mapping[str, Any], traced: Traced, num_devices: int) -> list[Estimate]:
-    """The estimates of all settings in order of cost: recomputation, then the value of fsdp, then microbatches."""
+    """Returns estimates for all settings, the cheapest first: ordered by recomputation, then fsdp, then microbatches."""
     examples = config["training"]["batch_size"] // num_devices
     choices = [
         Settings(fsdp, remat, steps)
@@ -197,11 +197,11 @@ def all_estimates(config: Mapping[str, Any], traced: Traced, num_devices: int) -
 
 
 def activations_per_example(config: Mapping[str, Any]) -> int:
-    """Bytes that a network keeps of an example for its backward pass: those of two examples minus those of one.
+    """Returns the bytes of activations that each example adds to the backward pass: batch size 2 minus batch size 1.
 
-    Counted are the inputs of convolutions and matrix products, the results of blocks and of the first convolution of each,
-    all once: compilers for accelerators recompute the rest, norms and activation functions, inside of fused kernels. Of a
-    block that `remat` recomputes, only the result.
+    Inputs of convolutions and matrix products, block outputs, and the output of each block's first convolution count once.
+    Norms and activation functions do not count, because compilers for accelerators recompute them inside fused kernels. A
+    block that `remat` recomputes counts only its output.
     """
 
     def size(n: int) -> int:
@@ -213,8 +213,8 @@ def activations_per_example(config: Mapping[str, Any]) -> int:
 
 
 def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
-    """{variable: its shape and dtype} of the arrays of a program that `activations_per_example` counts."""
-    kept, named = {}, {}  # named: what jax.ad_checkpoint.checkpoint_name returns, which is its argument
+    """Returns {variable: shape and dtype} for the arrays of a program that `activations_per_example` counts."""
+    kept, named = {}, {}  # named: {result of jax.ad_checkpoint.checkpoint_name: its argument}
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         variables = equation.invars if name in _PRODUCTS else []
@@ -230,16 +230,16 @@ def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
 
 
 def _flops_per_example(config: Mapping[str, Any]) -> float:
-    """FLOPs of the forward and the backward pass for an example, recomputation included, as traced."""
+    """Returns the FLOPs of one example's forward and backward pass as traced, including recomputation."""
     apply, params, inputs = _network(config, 1)
     gradient = jax.grad(lambda p, x: jnp.sum(apply(x, p)))
     cost = jax.jit(gradient).lower(params, inputs).cost_analysis()
-    assert cost is not None  # jax's own count, of the program before it is compiled
+    assert cost is not None  # JAX counts the operations of the uncompiled program
     return cost["flops"]
 
 
 def _network(config: Mapping[str, Any], batch_size: int):
-    """(function of inputs and parameters, the shapes of the parameters, those of the inputs)."""
+    """Returns (apply(inputs, params), parameter shapes, input shapes)."""
     model, shape = training.model_from_config(config), data.example_shape(config["data"])
     example = jax.eval_shape(lambda: models.initial_inputs(model, shape))
     params = abstract_params(model, shape)
@@ -253,7 +253,7 @@ def _network(config: Mapping[str, Any], batch_size: int):
 
 
 def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
-    """Without, with the first levels, and with all, of which each recomputes more; and that of the config."""
+    """Returns values of `model.remat`, each recomputing more: False, the first levels, True; and the config's own value."""
     choices: list[Remat] = [False, True]
     if config["model"].get("kind", "unet") == "unet":  # a classifier has no such setting
         choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
@@ -278,7 +278,7 @@ def log_notes(config: ConfigDict, source: data.Source | None = None) -> None:
 
 
 def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
-    """The problems of a complete config, and of its training data if they are given; none of them stops the run."""
+    """Returns problems of a complete config, and of the training data if given. These problems do not stop the run."""
     found, diffusion, num_steps = [], config.diffusion, config.training.num_steps
     warmup_steps, share = config.optimizer.warmup_steps, initial_share(config, num_steps)
     if num_steps > _MAX_TRIAL_STEPS and warmup_steps >= num_steps:

@@ -1,4 +1,4 @@
-"""`--mode=sample`: samples drawn from a trained model in batches, and files of samples that are reused."""
+"""`--mode=sample`: draws samples from a trained model in batches, and reuses existing sample files."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ from diffusion_jax.runs.workdir import load_weights, open_model, write_config_if
 
 __all__ = ["SampleFile", "picture_steps", "run"]
 
-_TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # of the picture of denoising; vectors are points
+_TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # samples in the denoising picture; vectors are points
 _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
-    """Writes an .npz of samples and a PNG grid; with `sampling.trajectory` the first of them, being denoised, as both.
+    """Writes samples as an .npz and a PNG grid; with `sampling.trajectory`, also the first samples being denoised.
 
-    A rerun of an interrupted command continues after the last finished batch. Raises: UserError, DataError, PretrainedError.
+    After an interruption, the same command continues after the last finished batch.
+    Raises: UserError, DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     file = SampleFile(config, workdir)
@@ -51,18 +52,18 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
 
 
 class SampleFile:
-    """The samples of a config: PATH.npz and PATH.png, a picture of them.
+    """The samples of a config: PATH.npz with the samples, and PATH.png with a picture.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in the units of continuous data; arr_1, the labels, and condition,
-    the conditions in the units of the data, if there are any; provenance.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data; arr_1, the labels, and
+    condition, the conditions in data units, if there are any; provenance.
 
-    path: the .npz. net: the model. settings: those of `config.sampling`. provenance: everything that decides the values.
+    path: the .npz. net: the model. settings: from `config.sampling`. provenance: everything that decides the values.
     """
 
     def __init__(self, config: ConfigDict, workdir: RunDir | str | os.PathLike, conditions: np.ndarray | None = None):
-        """Loads the weights, after all checks of the config.
+        """Checks the config, then loads the weights.
 
-        conditions: [N, ...] in the units of the data, in place of `sampling.conditions`.
+        conditions: [N, ...] in data units, replaces `sampling.conditions`.
         Raises: UserError, DataError, PretrainedError.
         """
         self.workdir = open_run_dir(workdir)
@@ -87,9 +88,9 @@ class SampleFile:
         self.path = self.workdir / "samples" / f"{self.provenance.name}.npz"
 
     def draw(self, reuse: bool = False) -> None:
-        """Draws the samples and writes the files. Every batch is kept, so that a rerun continues after the last one.
+        """Draws the samples and writes the files. Each batch is stored, so that a rerun continues after the last batch.
 
-        reuse: does nothing if the file already holds samples of these settings.
+        reuse: if the file already holds samples with these settings, do nothing.
         """
         reason = broadcast_from_process_0(self._find_difference)
         if reuse and reason is None:
@@ -104,7 +105,7 @@ class SampleFile:
         chunks = ChunkStore(self.workdir.subdirectory(name))
 
         def compute(i: int) -> dict[str, np.ndarray]:
-            with as_user_error("config"):  # for errors that occur only when the sampler is traced
+            with as_user_error("config"):  # some errors occur only when the sampler is traced
                 samples = draw_batch(self.net, self.settings, options.seed, i, self.batch_size)
             check_finite(samples)
             return {"images": samples}
@@ -120,7 +121,7 @@ class SampleFile:
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
     def _find_difference(self) -> str | None:
-        """Why the file does not hold the samples of these settings; "" if there is no file, None if it holds them."""
+        """Explains why the file must be drawn again; returns "" if there is no file, None if it has these settings."""
         if not self.workdir.fetch(self.path).exists():
             return ""
         stored = Provenance.read(self.path)
@@ -143,21 +144,21 @@ class SampleFile:
 
 
 def _write_trajectory(file: SampleFile) -> None:
-    """Writes the first samples being denoised: pictures of x_t and of the predicted x_0, and an .npz of both.
+    """Writes the first samples being denoised: pictures of x_t and of the predicted x_0, and an .npz with both.
 
-    The .npz has x_t and x_0 [steps, rows, *spatial, C], the noisiest first, x_0 as the network predicts it at these steps
-    (DDPM figure 6); times, the network times; samples [rows, *spatial, C], those of the file up to rounding.
+    The .npz has x_t and x_0 [steps, rows, *spatial, C], the noisiest first, where x_0 is the network's prediction at each
+    step (DDPM figure 6); times, the network times; samples [rows, *spatial, C], equal to the file's samples up to rounding.
     """
     log("Compiling the sampler of the trajectory ...")
     options = file.config.sampling
     rows = _TRAJECTORY_POINTS if len(file.net.example_shape) == 1 else _TRAJECTORY_ROWS
     rows = min(rows, file.batch_size, options.num_samples)
     steps = picture_steps(file.settings.schedule, options.trajectory - 1)
-    mesh = sharding.one_device_mesh()  # one process draws this
+    mesh = sharding.one_device_mesh()  # only process 0 draws the trajectory
     settings, net = file.settings, file.net.on_mesh(mesh)
     if settings.classifier is not None:
         settings = dataclasses.replace(settings, classifier=settings.classifier.on_mesh(mesh))
-    key = jax.random.fold_in(jax.random.key(options.seed), 0)  # of the first batch of the file
+    key = jax.random.fold_in(jax.random.key(options.seed), 0)  # the key of the file's first batch
     samples, frames = draw(net, settings, key, np.arange(rows), trajectory=steps)
     arrays = {"x_t": to_examples(net, frames.x_t), "x_0": to_examples(net, frames.x_0)}
     arrays |= {"times": settings.schedule.timesteps[steps[::-1]], "samples": to_examples(net, samples)}
@@ -176,10 +177,10 @@ def _write_trajectory(file: SampleFile) -> None:
 
 
 def picture_steps(schedule: schedules.Schedule, count: int) -> np.ndarray:
-    """At most `count` increasing indices of a schedule: its last one, and indices evenly spaced in alpha_bar.
+    """Returns at most `count` increasing indices of a schedule, evenly spaced in alpha_bar, including the last index.
 
-    The share of the signal changes alike between neighbors. Even distances of the index would mostly show noise, or the
-    finished image, in schedules that take many steps there.
+    The amount of signal changes equally between neighbors. Evenly spaced indices would mostly show noise, or the finished
+    image, in schedules that take many steps there.
     """
     alpha_bar = np.asarray(schedule.alpha_bar, np.float64)
     wanted = alpha_bar[-1] + (1 - alpha_bar[-1]) * np.arange(count) / count

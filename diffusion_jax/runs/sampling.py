@@ -1,4 +1,4 @@
-"""`config.sampling` for one model: sampler and steps, classes, conditions, guidance; batches of samples, and their name."""
+"""Resolves `config.sampling` for one model (sampler, steps, classes, conditions, guidance), and draws batches of samples."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ __all__ = [
     "write_examples",
 ]
 
-FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling`, compared by their contents
-# Settings of `config.sampling` that no sample depends on.
+FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
+# Settings of `config.sampling` that do not change samples.
 _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
-# Settings that the name of a file shows.
+# Settings that file names show.
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
 
@@ -57,9 +57,9 @@ _MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
 class SamplingSettings:
     """`config.sampling` for one model, from `resolve_sampling`.
 
-    config: complete, with the clip that follows from the data. schedule: the steps of the sampler. labels int32 [N],
-    conditions [N, ...] in the units of the data, and small_images, uint8 [N, h, w, C] for an upsampler: sample i has row i
-    modulo N; None for samples without. notes: lines to log.
+    config: complete, with a resolved clip. schedule: the steps of the sampler. labels: int32 [N]. conditions: [N, ...] in
+    data units. small_images: uint8 [N, h, w, C] for an upsampler. Sample i uses row i modulo N of these three arrays; each
+    array may be None. notes: lines to log.
     """
 
     config: ConfigDict
@@ -73,7 +73,7 @@ class SamplingSettings:
     notes: tuple[str, ...]
 
     def arguments(self, indices: np.ndarray) -> dict[str, Any]:
-        """The arguments of `pretrained.Model.sample` for the samples of these numbers."""
+        """Returns the arguments of `pretrained.Model.sample` for the samples with these indices."""
         options = self.config.sampling
         return {
             "sampler": self.sampler,
@@ -94,8 +94,8 @@ class SamplingSettings:
     def name(self) -> str:
         """The part of a file name that distinguishes samples with different options.
 
-        It shows the sampler, the steps, the classes and the guidance. A digest stands for all other options that differ from
-        their defaults.
+        The name shows the sampler, the steps, the classes and the guidance, and a digest of all other options that differ
+        from the defaults.
         """
         options, num_steps = self.config.sampling.to_dict(), self.schedule.num_timesteps
         hashed = {
@@ -120,15 +120,15 @@ class SamplingSettings:
         return "_".join(parts + ([settings_digest(hashed)[:6]] if hashed else []))
 
     def captions(self, count: int) -> list[str] | None:
-        """The classes or short conditions of the first samples; None if they have neither."""
+        """Returns captions for the first samples: classes or short conditions; None without either."""
         labels, conditions = (_rows(values, np.arange(count)) for values in (self.labels, self.conditions))
         return condition_captions(conditions) if labels is None else class_captions(labels, self.class_names)
 
     def provenance(self, net: pretrained.Model) -> dict[str, Any]:
-        """The settings that decide the values of samples, except those of rounding, as JSON values."""
+        """Returns the settings that decide the samples' values, except settings that only change rounding, as JSON values."""
         options = to_dict(self.config)
         sampling = {k: v for k, v in options["sampling"].items() if k not in (*_SETTINGS_WITHOUT_EFFECT, *FILES)}
-        if sampling["label"] is not None and self.labels is not None:  # a name and a number may be of one class
+        if sampling["label"] is not None and self.labels is not None:  # a name and a number may mean the same class
             sampling["label"] = self.labels.tolist()
         return {
             **net.provenance.settings,
@@ -155,9 +155,9 @@ def resolve_sampling(
 ) -> SamplingSettings:
     """Translates `config.sampling` into the arguments of `net.sample`, and checks them before anything is compiled.
 
-    conditions: [N, ...] in the units of the data, in place of `sampling.conditions`. read_files: False leaves out the files
-    that the config names; classes are then checked only if no classifier guides.
-    Raises: UserError for values that are not allowed, or do not fit the model or one another; DataError.
+    conditions: [N, ...] in data units, replaces `sampling.conditions`. read_files: False skips the files that the config
+    names; classes are then checked only without a guiding classifier.
+    Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
     config = resolve(config)
     config.sampling.clip = resolve_clip(config)
@@ -198,7 +198,7 @@ def resolve_sampling(
 
 
 def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
-    """The guiding classifier, on the devices of the model. Raises: UserError."""
+    """Loads the guiding classifier onto the model's devices. Raises: UserError."""
     path = options["classifier"]
     try:
         classifier = pretrained.load(path, ema=options["use_ema"])
@@ -211,10 +211,10 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
 
 
 def sampler_from_config(options: Mapping[str, Any], parameterization: Mapping[str, Any]) -> sampling.Sampler:
-    """The sampler of `config.sampling`, whose `clip` is resolved: each argument is the setting of its name.
+    """Builds the sampler that `config.sampling` names; each constructor argument is the setting with the same name.
 
-    parameterization: a mapping with `prediction` and `variance`, such as `config.diffusion`.
-    Raises: ValueError for values that the sampler does not take.
+    options: `config.sampling` with a resolved `clip`. parameterization: a mapping with `prediction` and `variance`, such as
+    `config.diffusion`. Raises: ValueError for values that the sampler does not allow.
     """
     make_sampler = sampling.SAMPLERS[options["sampler"]]
     settings = {**options, **{name: parameterization[name] for name in ("prediction", "variance")}}
@@ -225,7 +225,7 @@ def sampler_from_config(options: Mapping[str, Any], parameterization: Mapping[st
 
 
 def unused_settings(options: Mapping) -> list[str]:
-    """Settings of `config.sampling` without effect, each with the setting that would use it."""
+    """Returns the settings of `config.sampling` without effect, each with the setting that would make it count."""
     unused = []
     for setting, value in options.items():
         readers = sampling.samplers_with(setting)
@@ -240,7 +240,7 @@ def unused_settings(options: Mapping) -> list[str]:
 
 
 def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The arguments `steps` and `spacing` of `pretrained.Model.sample` for those of `config.sampling`. Raises: UserError."""
+    """Converts `config.sampling` to the arguments `steps` and `spacing` of `pretrained.Model.sample`. Raises: UserError."""
     steps, spacing = options["steps"], options["spacing"]
     if steps is None:
         return None, None
@@ -259,23 +259,23 @@ def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 
 def draw(net: pretrained.Model, settings: SamplingSettings, key, indices: np.ndarray, **arguments: Any) -> Any:
-    """`net.sample` with the settings of the samples of these numbers, and further arguments."""
-    with warnings.catch_warnings():  # `settings.notes` contains them, with the names of settings
+    """Calls `net.sample` for the samples with these indices. arguments: further arguments of `net.sample`."""
+    with warnings.catch_warnings():  # `settings.notes` has the same warnings, with the names of settings
         warnings.simplefilter("ignore")
         return net.sample(key, len(indices), **settings.arguments(indices) | arguments)
 
 
 def draw_batch(net: pretrained.Model, settings: SamplingSettings, seed: int, index: int, batch_size: int) -> np.ndarray:
-    """Samples index B ... (index + 1) B - 1: uint8 [B, *spatial, C], or float32 in the units of continuous data.
+    """Draws samples index B ... (index + 1) B - 1: uint8 [B, *spatial, C], or float32 in data units for continuous data.
 
-    They are on every process, each of which calls this.
+    Every process must call this function, and gets all samples.
     """
     key = jax.random.fold_in(jax.random.key(seed), index)
     return to_examples(net, draw(net, settings, key, index * batch_size + np.arange(batch_size)))
 
 
 def to_examples(net: pretrained.Model, samples: Any) -> np.ndarray:
-    """The result of `net.sample` as files contain it: uint8 for gray levels, or in the units of continuous data."""
+    """Converts the result of `net.sample` for files: images to uint8; continuous data stay in data units."""
     return np.asarray(samples if net.levels is None else to_uint8(samples))
 
 
@@ -286,7 +286,7 @@ def write_examples(
     arrays: Mapping[str, np.ndarray | None],
     picture: pictures.Picture,
 ) -> pathlib.Path:
-    """Writes NAME.npz of the arrays that are not None and of the provenance, whose name it has, and NAME.png; uploads both.
+    """Writes and uploads NAME.npz (the arrays that are not None, and the provenance) and NAME.png; NAME: `provenance.name`.
 
     Returns: the path of the .npz.
     """
@@ -300,7 +300,7 @@ def write_examples(
 
 
 def check_finite(samples: np.ndarray) -> None:
-    """Raises: UserError for samples that are not finite; those of images are rounded to gray levels before."""
+    """Raises: UserError for samples that are not finite. Images were already rounded to gray levels."""
     if samples.dtype != np.uint8 and not np.isfinite(samples).all():
         raise UserError(
             "the samples have values that are not finite: use more sampling.steps, another sampling.sampler, or "
@@ -313,16 +313,16 @@ def check_finite(samples: np.ndarray) -> None:
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Each label with its name, as "class 1: cats"; only the number if it has no other name."""
+    """Returns captions such as "class 1: cats", or "class 1" if the class has no other name."""
     known = [names[y] if y < len(names) else "" for y in labels.tolist()]
     pairs = zip(labels.tolist(), known, strict=True)
     return [f"class {y}" if name in ("", str(y)) else f"class {y}: {name}" for y, name in pairs]
 
 
 def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray | None:
-    """The classes of `sampling.class`, int32: all classes for None; None for a model without classes. Raises: UserError.
+    """Returns the classes of `sampling.class` as int32; None for a model without classes. Raises: UserError.
 
-    value: a class or several, each an index or a name; a string may list several, as in "3,cats".
+    value: a class or several, each an index or a name; a string may list several, as in "3,cats"; None for all classes.
     """
     if value is None:
         return np.arange(num_classes, dtype=np.int32) if num_classes else None
@@ -353,9 +353,9 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
 
 
 def read_conditions(config: ConfigDict) -> np.ndarray | None:
-    """The conditions of samples [N, ...] in the units of the data; None without `sampling.conditions`.
+    """Reads `sampling.conditions`, [N, ...] in data units; None if the setting is empty.
 
-    Raises: UserError for a file that is missing or unreadable or has no rows, or if the model needs one.
+    Raises: UserError for a file that is missing, unreadable or empty, or if the model needs conditions.
     """
     path, shape = config.sampling.conditions, condition_shape(config)
     if not path:
@@ -377,7 +377,7 @@ def read_conditions(config: ConfigDict) -> np.ndarray | None:
 
 
 def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of an .npy, or all arrays of an .npz by name, at the path that a setting gives. Raises: UserError."""
+    """Reads the array of an .npy, or all arrays of an .npz by name. setting: for error messages. Raises: UserError."""
     try:
         loaded = np.load(local_path(path), allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -386,7 +386,7 @@ def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
 
 
 def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
-    """The numbers of short conditions [N, D], such as "0.5, 2"; None for long ones and arrays."""
+    """Formats short conditions [N, D], such as "0.5, 2"; None for long vectors and for arrays."""
     if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
         return None
     return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
@@ -396,7 +396,7 @@ def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
 
 
 def read_small_images(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(the images of `sampling.low_resolution`, uint8 [N, h, w, C], their labels [N] or None); (None, None) without one.
+    """Reads `sampling.low_resolution`: (uint8 images [N, h, w, C], labels [N] or None); (None, None) if not an upsampler.
 
     Raises: UserError, DataError.
     """

@@ -1,4 +1,4 @@
-"""`--mode=status`: the state of a work directory on one screen. Reads only, also while the run trains."""
+"""`--mode=status`: shows the state of a work directory on one screen. Only reads, so it is safe while the run trains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
 
 
 def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
-    """The state of a work directory as lines of text."""
+    """Returns the state of a work directory as lines of text."""
     workdir = open_run_dir(workdir, read_only=True)
     rows = describe(config, workdir, read_metrics(workdir))
     width = max(map(len, rows))
@@ -34,11 +34,11 @@ def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
 
 
 def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The state of a work directory by name. lines: its metrics, as `read_metrics` returns them."""
+    """Returns the state of a work directory as {name: text}. lines: the result of `read_metrics`."""
     num_steps = config.training.num_steps
     saved, holder = committed_steps(workdir / "checkpoints"), workdir.find_holder()
     launches = read_launches(workdir)
-    finished = [launch["last_step"] for launch in launches[-1:] if holder]  # lines may be an hour apart
+    finished = [launch["last_step"] for launch in launches[-1:] if holder]  # log lines may be an hour apart
     step = max([line["step"] for line in lines] + saved + finished, default=0)
     state = "not running; rerun its command to resume" if lines or step else "nothing was trained yet"
     if holder:
@@ -75,7 +75,7 @@ def _checkpoint(workdir: RunDir, saved: Sequence[int]) -> str:
 
 
 def _describe_goodput(goodput: Goodput) -> str:
-    """The fraction of training, and the other parts by size."""
+    """Formats the fraction of time in training steps, then the other fractions by size."""
     others = sorted(((share, part) for part, share in goodput.fractions.items() if part != "train"), reverse=True)
     shown = ", ".join(f"{part} {100 * share:.1f}%" for share, part in others if share >= 0.0005)
     launches = f"{goodput.num_launches} launch{'es' * (goodput.num_launches != 1)}"
@@ -84,7 +84,7 @@ def _describe_goodput(goodput: Goodput) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The last values as bars between their lowest and their highest, one character each."""
+    """Draws the last values as bars, one character each, scaled from the minimum to the maximum."""
     shown = list(values)[-_SHOWN_LOSSES:]
     low, high = min(shown), max(shown)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0

@@ -1,8 +1,8 @@
 """`--mode=train` and `train_classifier`: trains a config, or resumes from the newest checkpoint.
 
-`run` checks the config, reads the data and restores the state; `_train` is the loop. A pass of the loop calls the train step,
-reads the next batch, and then writes what is due, in this order: metrics, a picture, the Frechet distance, a checkpoint. The
-outputs come before the checkpoint, so a run that is killed in between writes them again when it resumes.
+`run` checks the config, reads the data and restores the state; `_train` is the loop. Each iteration calls the train step,
+reads the next batch, and then writes the outputs that are due, in this order: metrics, a picture, the Frechet distance, a
+checkpoint. Outputs come before the checkpoint, so a run that is killed in between writes the outputs again when it resumes.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ from diffusion_jax.training.optimizer import weights_kind
 
 __all__ = ["BatchLoader", "PreviewSampler", "StepsInFlight", "run"]
 
-_FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first ones fill caches
+_FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
-      source: the data, in place of those that `config.data` names; its other settings describe them.
+      source: the training data; replaces the data set that `config.data` names. Its other settings must describe `source`.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; signals.StoppedBySignal after a signal.
     """
@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     check_source(config, loaded)
     net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
     if isinstance(net.model, models.Conditional):
-        with as_user_error("config"):  # the errors of --mode=sample, except those of the files that it reads
+        with as_user_error("config"):  # raises the errors of --mode=sample now, except errors of its files
             resolve_sampling(config, net, read_files=False)
     log_notes(config, loaded)
     initial_weights = None
@@ -143,7 +143,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
 
 
 def _is_finished(config: ConfigDict, workdir: RunDir, saved: list[int]) -> bool:
-    """Whether there is an intact checkpoint of the last step, which is logged. saved: the steps of the checkpoints."""
+    """Returns whether the last step has an intact checkpoint, and logs it. saved: the steps of the checkpoints."""
     num_steps = config.training.num_steps
     if max(saved, default=0) < num_steps:
         return False
@@ -162,9 +162,9 @@ def _restore_or_initialize(
     initial_weights: tuple[pretrained.Model, list[str]] | None,
     normalizations: data.Normalizations,
 ) -> training.TrainState:
-    """The state of the newest checkpoint, otherwise a new one.
+    """Restores the newest checkpoint, or initializes a new state.
 
-    initial_weights: the result of `load_initial_weights`, None if the run starts from random ones.
+    initial_weights: the result of `load_initial_weights`; None for random initial weights.
     """
     state = checkpoints.restore(program.abstract_state)
     if state is not None:
@@ -194,9 +194,9 @@ def _train(
     compare: Callable[[Any], dict[str, float]] | None,
     launch: LaunchTimes,
 ) -> None:
-    """The train loop, from the step of `state` to the end.
+    """Runs the train loop from the step of `state` to the end.
 
-    source: normalized. preview draws the pictures and compare returns the Frechet distance, None if the config requests none.
+    source: normalized. preview: draws the samples of the pictures, or None. compare: returns the Frechet distance, or None.
     Raises: UserError if a loss or gradient is not finite, SaveError, StoppedBySignal.
     """
     options, step, num_calls = config.training, int(state.step), 0
@@ -214,7 +214,7 @@ def _train(
             batch, count = loader.next(step)
         with log_compilation("the train step"), launch.measure("compile"):
             compiled = {count: _compile(program, count, state, batch)}
-            # Gloo ends processes that begin their first step more than 30 s apart, as slow compilations can be.
+            # Gloo ends processes that start their first step more than 30 s apart, which slow compilations can cause.
             barrier("compiled")
         metrics = stack.enter_context(RunMetrics(config, workdir, step))
         bar = stack.enter_context(ProgressBar("Training", options.num_steps, step))
@@ -239,7 +239,7 @@ def _train(
             with launch.measure("input"):
                 batch, count = loader.next(step)
             in_flight.wait()
-            if num_calls == 1:  # before, there is nothing to save, and a signal ends the program at once
+            if num_calls == 1:  # before the first call, there is nothing to save, and a signal ends the program at once
                 stack.enter_context(signals)
             watchdog.record_step()
 
@@ -298,7 +298,7 @@ def _train(
 
 
 def _compile(program: training.TrainingProgram, count: int, state: training.TrainState, batch) -> jax.stages.Compiled:
-    """The train step of `count` steps."""
+    """Compiles the call that runs `count` train steps."""
     function = program.train_step if count == 1 else program.train_steps
     assert function is not None
     return function.lower(state, batch).compile()
@@ -306,7 +306,7 @@ def _compile(program: training.TrainingProgram, count: int, state: training.Trai
 
 @contextlib.contextmanager
 def _trace(workdir: RunDir, in_flight: StepsInFlight) -> Iterator[None]:
-    """Traces the calls of the train step in the block for XProf, into the work directory."""
+    """Traces the block for XProf, and writes the trace to the work directory."""
     jax.profiler.start_trace(str(workdir.path))
     try:
         yield
@@ -320,14 +320,14 @@ def _trace(workdir: RunDir, in_flight: StepsInFlight) -> Iterator[None]:
 def _begin_window(
     config: ConfigDict, program: training.TrainingProgram, state: training.TrainState, step: int
 ) -> training.TrainState:
-    """The state with an empty window of metrics if `training.log_every` divides the step, otherwise the state as it is."""
+    """Empties the window of metrics if `training.log_every` divides the step; otherwise returns the state unchanged."""
     if step % config.training.log_every:
         return state
     return dataclasses.replace(state, window=program.empty_window())
 
 
 def _finite_window(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
-    """The sums of the steps since the last metrics. Raises: UserError if a loss or gradient was not finite."""
+    """Returns the window of metrics on the host. Raises: UserError if a loss or gradient was not finite."""
     window = jax.device_get(state.window)
     if window["nonfinite_step"] >= 0:
         steps = checkpoints.steps()
@@ -342,7 +342,7 @@ def _finite_window(state: training.TrainState, checkpoints: Checkpoints) -> dict
 
 
 def _speed(spent: dict[str, float], num_steps: int, num_left: int, batch_size: int) -> dict[str, float]:
-    """The speed of `num_steps` steps, and the fractions of their time. spent: the result of `LaunchTimes.lap`."""
+    """Returns the speed of `num_steps` steps, and how the time was spent. spent: the result of `LaunchTimes.lap`."""
     seconds, logging = sum(spent.values()), spent["output"] + spent["save"]
     return {
         "images_per_second": num_steps * batch_size / (seconds - logging),  # the speed of training alone
@@ -355,7 +355,7 @@ def _speed(spent: dict[str, float], num_steps: int, num_left: int, batch_size: i
 
 
 def _log_time_left(config: ConfigDict, mesh: Mesh, in_flight: StepsInFlight) -> bool:
-    """Logs how long the steps that are left will take. Returns: False as long as the duration of a step is not known."""
+    """Logs the estimated time for the remaining steps. Returns: False while the duration of a step is unknown."""
     seconds_per_step = in_flight.seconds_per_step()
     if not seconds_per_step:
         return False
@@ -390,15 +390,15 @@ class BatchLoader:
             log(f"On the CPU, the {steps} steps of a call run one at a time, which is faster there.")
 
     def close(self) -> None:
-        """Ends the processes that read ahead; otherwise their shared memory is reported as leaked."""
+        """Ends the processes that read ahead; without this, their shared memory is reported as leaked."""
         if self._workers:
             self._stream.close()
 
     def next(self, step: int) -> tuple[Any, int]:
-        """The batch of the steps from `step` on and their number; (None, 0) after the last step.
+        """Returns (batch of the call that starts at `step`, number of its steps); (None, 0) after the last step.
 
-        Several steps make one call if they end at a multiple of `steps_per_call`, so that a rerun with another
-        `steps_per_call` skips no interval; the steps up to the first multiple, and those left at the end, are single.
+        A call has several steps if it ends at a multiple of `steps_per_call`, so that a rerun with another `steps_per_call`
+        skips no interval. Steps before the first multiple, and after the last multiple, are single.
         """
         count = self._options.steps_per_call
         if step == self._options.num_steps:
@@ -409,7 +409,7 @@ class BatchLoader:
         return self._place(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), 1), count
 
     def _read(self):
-        """One batch of this process. Raises: UserError if a process that decodes images was killed."""
+        """Reads one batch of this process. Raises: UserError if a process that decodes images was killed."""
         try:
             return next(self._stream)
         except RuntimeError as error:  # Grain's
@@ -427,17 +427,17 @@ class BatchLoader:
 
 
 class StepsInFlight:
-    """The calls of the train step that were dispatched and may not have finished: about a second of work.
+    """Calls of the train step that were dispatched and may not have finished, limited to about a second of work.
 
-    jax returns from a call before the devices have computed it, and queues tens of calls, also on CPUs. Without a limit, a
-    run that is stopped would compute all of them before it saves, and its progress would be that of the queue.
+    JAX returns from a call before the devices finish it, and queues tens of calls, also on CPUs. Without a limit, a stopped
+    run would finish all queued calls before it saves, and the progress bar would count queued steps.
 
     finished: the step after the last call that has finished.
     """
 
-    _SECONDS = 1.0  # hides pauses of the host, and is short for whoever stops the run
-    _MAX_CALLS = 32  # as many as jax queues on CPUs
-    _SLOW_CALL = 5.0  # seconds; the first call also loads the program, which hardly matters then
+    _SECONDS = 1.0  # long enough to hide pauses of the host, short enough to stop the run soon
+    _MAX_CALLS = 32  # JAX's own limit on CPUs
+    _SLOW_CALL = 5.0  # seconds; in calls this slow, the first call's time to load the program hardly matters
 
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter):
         self.finished = self._first = step
@@ -446,13 +446,13 @@ class StepsInFlight:
         self._timed_seconds, self._timed_steps = 0.0, 0
 
     def add(self, step: int, output: jax.Array) -> None:
-        """Adds a call. step: after the call. output: an array of the call, which no later call donates."""
+        """Adds a call. step: the step after the call. output: a result of the call that no later call donates."""
         if not self._calls:
             self._last_time = self._clock()  # the devices were idle
         self._calls.append((step, output))
 
     def wait(self) -> None:
-        """Waits until no more steps are in flight than finish in about a second."""
+        """Waits until the steps in flight are at most about a second of work."""
         self._wait(self._limit)
 
     def drain(self) -> None:
@@ -460,7 +460,7 @@ class StepsInFlight:
         self._wait(0)
 
     def seconds_per_step(self) -> float | None:
-        """The mean duration of the finished steps without those of the first call; None before a second is measured."""
+        """Returns the mean duration of the steps after the first call; None before a second is measured."""
         return self._timed_seconds / self._timed_steps if self._timed_seconds > 1 else None
 
     def _wait(self, limit: float) -> None:
@@ -477,7 +477,7 @@ class StepsInFlight:
             return
         now, steps = self._clock(), self.finished - before
         seconds, self._last_time = now - self._last_time, now
-        # At most one call more than before: calls that finished during a pause of the host look short.
+        # The limit grows by at most one call, because calls that finish during a pause of the host look short.
         self._limit = min(self._SECONDS * steps / max(seconds, 1e-6), self._limit + steps / num_calls)
         if before > self._first or seconds > self._SLOW_CALL:
             self._timed_seconds, self._timed_steps = self._timed_seconds + seconds, self._timed_steps + steps
@@ -487,15 +487,15 @@ class StepsInFlight:
 
 
 class PreviewSampler:
-    """Batches of samples by a few DDIM steps: `preview_sampler(params, batch)`; the second call compiles nothing."""
+    """Draws batches of samples with a few DDIM steps: `preview_sampler(params, batch)`. Only the first call compiles."""
 
     def __init__(
         self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int, purpose: str
     ):
-        """net: without parameters. source: in the units of the data; samples get the conditions of evenly spread examples.
+        """net: without parameters. source: in data units; samples get the conditions of evenly spread examples.
 
-        num_images: the batch size, rounded down to a multiple of the number of devices. purpose: of the samples, for the log.
-        Raises: UserError or ValueError for settings that are not allowed.
+        num_images: the batch size, rounded down to a multiple of the number of devices. purpose: what the samples are for, as
+        a phrase for the log. Raises: UserError or ValueError for settings that are not allowed.
         """
         options, num_devices = to_dict(config), net.num_devices
         options["sampling"] |= {
@@ -515,7 +515,7 @@ class PreviewSampler:
         self.settings = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
 
     def __call__(self, params: Any, batch: int = 0) -> np.ndarray:
-        """Samples [N, *spatial, C], with the same random numbers at every call; every process calls this."""
+        """Draws samples [N, *spatial, C], with the same random numbers at every call; every process must call this."""
         if not self._is_compiled:
             log(f"Compiling the sampler of {self._purpose} ...")
             self._is_compiled = True
@@ -523,7 +523,7 @@ class PreviewSampler:
 
 
 def _weights_to_sample(config: ConfigDict, state: training.TrainState, step: int) -> tuple[Any, str]:
-    """(parameters, their kind): of the EMA, "ema", or the raw ones, "raw", as long as the EMA holds too much of the start."""
+    """Returns (EMA parameters, "ema"), or (raw parameters, "raw") while the EMA holds too much of the initial weights."""
     kind = weights_kind(config, step)
     return (state.ema_params if kind == "ema" else state.params), kind
 
@@ -533,7 +533,7 @@ def _write_picture(
 ) -> None:
     """Writes a picture of samples on process 0: a PNG in `workdir`, and an image to the writers of metrics.
 
-    A PNG that cannot be written is only logged, because a picture is not worth the run. kind: of the weights, "ema" or "raw".
+    If the PNG cannot be written, a note is logged and the run continues. kind: the kind of weights, "ema" or "raw".
     """
     if jax.process_index() != 0:
         return
@@ -554,10 +554,10 @@ def _write_picture(
 def _make_frechet_distance(
     config: ConfigDict, workdir: RunDir, sampler: PreviewSampler, source: data.Source | None
 ) -> Callable[[Any], dict[str, float]]:
-    """A function of parameters: the Frechet distance of `evaluation.every_samples` samples, always of the same noise.
+    """Returns a function from parameters to the Frechet distance of `evaluation.every_samples` samples.
 
-    Its name has the number of samples and steps, on which the distance depends. The features of the reference are computed
-    now. source: the training data, if a caller gives them in place of `config.data`.
+    Every call draws the same noise. The metric's name contains the number of samples and of steps, because the distance
+    depends on both. The features of the reference are computed now. source: training data that replace `config.data`.
     Raises: UserError, DataError, PretrainedError.
     """
     options = config.evaluation

@@ -1,4 +1,4 @@
-"""config.json and data.json of a work directory: which run it holds, and which data it was trained on; checks of both."""
+"""Reads, writes and checks config.json and data.json, which identify the run and the training data of a work directory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def to_dict(config: ConfigDict) -> dict:
 
 
 def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
-    """The complete config of a work directory; None if none is stored. Raises: UserError for a config that is damaged."""
+    """Reads the complete config of a work directory; None if there is none. Raises: UserError for a corrupted config."""
     path = local_path(directory, "config.json") / "config.json"
     if not path.exists():
         return None
@@ -63,9 +63,9 @@ def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
 
 
 def config_from_weights(path: str, flags: str = "") -> ConfigDict:
-    """The config with which training starts from published weights, or from those of a run, whose other settings it inherits.
+    """Returns a config that starts training from the weights at `path`; settings of a run's config are inherited.
 
-    path: as `pretrained.load` takes it. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
+    path: as in `pretrained.load`. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
     """
     description = pretrained.describe(path, flags or None)
     config = load_config(path) if pretrained.is_workdir(path) else None
@@ -80,8 +80,7 @@ def config_from_weights(path: str, flags: str = "") -> ConfigDict:
 def check_identity(config: ConfigDict, workdir: RunDir) -> None:
     """Raises: UserError that lists every differing setting if the directory holds another run.
 
-    A directory without a checkpoint holds no run: after a launch that failed or stopped before its first checkpoint, another
-    config may be used.
+    Without a checkpoint, any config is allowed: an earlier launch failed or stopped before its first checkpoint.
     """
     stored = load_config(workdir)
     if stored is None or not committed_steps(workdir / "checkpoints"):
@@ -99,7 +98,7 @@ def check_identity(config: ConfigDict, workdir: RunDir) -> None:
 
 
 def check_data(source: Source, workdir: RunDir, normalizations: Normalizations | None = None) -> None:
-    """Writes data.json: the number of examples, a digest of 64 of them, the names of the classes, and the normalizations.
+    """Writes data.json: the number of examples, a digest of 64 examples, the class names, and the normalizations.
 
     source: not normalized. Raises: UserError if the run has a checkpoint and was trained on other examples.
     """
@@ -114,7 +113,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
         difference = "other values or labels"
         if old["classes"] != names:
             difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
-        # The weights fit only the scale in this file.
+        # The weights need the normalization that data.json stores.
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
         if not normalizations:
             advice = f"remove {path} to continue with these"
@@ -128,7 +127,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
 
 
 def digest_of_some(source: Source) -> str:
-    """SHA-256 of up to 64 examples with their labels (0 if there are none) and conditions."""
+    """Returns the SHA-256 of up to 64 examples with labels (0 without labels) and conditions."""
     indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
     batch = source.read(indices)
     labels = batch.get("label", np.zeros(len(indices)))
@@ -139,7 +138,7 @@ def digest_of_some(source: Source) -> str:
 
 
 def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
-    """Writes config.json, and creates the directory if it is missing."""
+    """Writes config.json, and creates a missing directory."""
     workdir = open_run_dir(workdir)
     workdir.path.mkdir(parents=True, exist_ok=True)
     write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
@@ -147,9 +146,9 @@ def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
 
 
 def write_config_if_untrained(config: ConfigDict, workdir: RunDir) -> None:
-    """Writes config.json of a launch that uses the weights of `init_from` in a directory without a checkpoint.
+    """Writes config.json if the weights come from `init_from` and the directory has no checkpoint.
 
-    The next launch then needs only the directory. The config of a run that has a checkpoint stays.
+    Later launches then need only the directory. The config of a trained run does not change.
     """
     if config.init_from and not committed_steps(workdir / "checkpoints"):
         broadcast_from_process_0(lambda: write_config(config, workdir))
@@ -159,7 +158,7 @@ def write_config_if_untrained(config: ConfigDict, workdir: RunDir) -> None:
 
 
 def normalize(config: ConfigDict, source: Source, normalizations: Normalizations) -> Source:
-    """The source with its floats standardized; a source of images without conditions is returned as it is."""
+    """Returns the source with standardized floats; images without conditions are returned unchanged."""
     if not {"x", "condition"} & source.read([0]).keys():
         return source
     bounded = ("x",) if config.data.normalization == "limits" else ()
@@ -167,7 +166,7 @@ def normalize(config: ConfigDict, source: Source, normalizations: Normalizations
 
 
 def run_normalizations(config: ConfigDict, source: Source, workdir: RunDir) -> Normalizations:
-    """The normalizations of a run: the stored ones, or those of the training data at its first launch.
+    """Returns the stored normalizations of a run; the first launch computes them from the training data.
 
     Raises: DataError, CheckpointError.
     """
@@ -177,7 +176,7 @@ def run_normalizations(config: ConfigDict, source: Source, workdir: RunDir) -> N
             found = stored_normalizations(config, workdir)
         else:
             found = data.find_normalizations(config.data, source, progress_over("Measuring the data"))
-        # A classifier does not take the conditions of its data.
+        # Classifiers ignore the conditions of the data.
         names = ["x"] if condition_shape(config) is None else ["x", "condition"]
         return {name: found[name].to_json() for name in names if name in found}
 
@@ -186,7 +185,7 @@ def run_normalizations(config: ConfigDict, source: Source, workdir: RunDir) -> N
 
 
 def check_source(config: ConfigDict, source: Source) -> None:
-    """Raises: UserError or DataError for labels or conditions that do not fit the network, or gray levels the bound."""
+    """Raises: UserError or DataError if labels or conditions do not fit the network, or gray levels do not fit the loss."""
     levels = config.data.levels if config.diffusion.loss in ("vlb", "hybrid") else None
     batch = source.read(np.arange(min(1 if levels is None else _NUM_CHECKED_IMAGES, len(source))))
     if levels is not None:
@@ -211,7 +210,7 @@ def check_source(config: ConfigDict, source: Source) -> None:
 
 
 def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> None:
-    """Raises: UserError for conditions that the network does not take, or the reverse."""
+    """Raises: UserError if the data and the network do not have conditions of the same shape."""
     expected, given = condition_shape(config), batch.get("condition")
     shape = None if given is None else given.shape[1:]
     if expected is None and shape is not None and not is_classifier(config):
@@ -244,9 +243,9 @@ def rename_settings_in_errors(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | None = None) -> pretrained.Model:
-    """The diffusion model of a run, without its parameters, so that settings are checked before a long read.
+    """Opens the diffusion model of a run without its parameters, so that settings are checked before a long read.
 
-    mesh: by default that of `config.mesh`.
+    mesh: by default from `config.mesh`.
     Raises: UserError for a wrong config or a directory that holds another run; CheckpointError, PretrainedError.
     """
     workdir = open_run_dir(workdir)
@@ -260,9 +259,9 @@ def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | N
 def load_weights(
     net: pretrained.Model, config: ConfigDict, workdir: RunDir | os.PathLike, use_ema: bool
 ) -> pretrained.Model:
-    """`pretrained.restore`; a note is logged if the raw weights replace the EMA that `use_ema` requests.
+    """Calls `pretrained.restore`; logs a note if raw weights replace the EMA that `use_ema` requests.
 
-    Every process calls this.
+    Every process must call this function.
     """
     net = pretrained.restore(net, config, open_run_dir(workdir), use_ema)
     if use_ema and net.weights == "raw":

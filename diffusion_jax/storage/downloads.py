@@ -1,4 +1,4 @@
-"""Local copies of objects in buckets, which are downloaded once and again when they change."""
+"""Local copies of bucket objects, which are downloaded once, and again when the objects change."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Objects = Mapping[str, ObjectInfo]
 
 
 def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
-    """The local path of what a person named: a path as it is, with "~" expanded, or a copy of what a URL names.
+    """Returns a local path: a given path with "~" expanded, or the path of a downloaded copy of a URL.
 
-    Files that have not changed since the last call are not downloaded again. Of a work directory, only the samples and what
-    `is_small` selects are downloaded. below: only the part of a folder whose names begin with this is
-    needed. The path of a URL that names nothing does not exist. Raises: StorageError, OSError; UserError if the disk is too
-    small.
+    Files that have not changed since the last call are not downloaded again. From a work directory, only samples and the
+    objects that `is_small` selects are downloaded. below: only objects in the folder whose names begin with this prefix are
+    needed. If the URL names no object, the returned path does not exist.
+    Raises: StorageError, OSError; UserError if the disk is too small.
     """
     text = os.fspath(location)
     if not is_url(text):
@@ -54,15 +54,16 @@ def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
 
 
 def copy_path(root: pathlib.Path, url: str) -> pathlib.Path:
-    """The path of the copy of a URL below `root`, from which `files.with_urls` finds the URL again."""
+    """Returns the path below `root` of a URL's copy; `files.with_urls` converts the path back to the URL."""
     return root / url.replace("://", "/", 1)
 
 
 def is_small(name: str, found: Objects) -> bool:
-    """Whether an object of a work directory is copied at once, not when it is read. found: all its objects.
+    """Returns whether an object in a work directory is copied at once, instead of when it is read.
 
-    Samples are not. Of checkpoints only the manifest and Orbax's metadata of each committed step are, so that the steps are
-    known. TensorBoard events and traces (plugins/) are never read again.
+    Samples are not copied at once. From checkpoints, only the manifest and Orbax metadata of each committed step are copied,
+    so that the steps are known. TensorBoard events and traces (plugins/) are never read again.
+    found: all objects in the work directory.
     """
     first, *others = parts = pathlib.PurePosixPath(name).parts
     if first in ("samples", "plugins") or parts[-1].startswith((EVENTS, LOCK, PROBE)):
@@ -77,10 +78,10 @@ def copy_objects(
     prefix: str = "",
     is_needed: Callable[[str, Objects], bool] = lambda name, found: True,
 ) -> None:
-    """Downloads the objects that have changed since the last call, and removes the copies of those that are deleted.
+    """Downloads objects that have changed since the last call, and removes the copies of deleted objects.
 
-    The copy of an object is at `copy_path` of its URL. url: of all objects that are copied together, whose tags one file
-    below `root` stores. prefix: only objects whose names start with it are listed. is_needed: (name, listed objects) -> bool.
+    An object is copied to `copy_path` of its URL. url: the common URL of the objects; one file below `root` stores the tags.
+    prefix: only objects whose names start with this are listed. is_needed: (name, listed objects) -> bool.
     Raises: OSError; UserError if the disk is too small.
     """
     for attempt in range(_ATTEMPTS):
@@ -99,7 +100,7 @@ def _copy_objects(
     root.mkdir(parents=True, exist_ok=True)
     directory, stem = copy_path(root, store.url), f".{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     with filelock.FileLock(root / f"{stem}.lock"):  # waits for other processes of this machine
-        tags: dict[str, str] = {}  # by URL
+        tags: dict[str, str] = {}  # {URL: tag}
         with contextlib.suppress(OSError, ValueError):
             tags = json.loads((root / f"{stem}.json").read_text())
         listed = store.list(prefix)
@@ -123,7 +124,7 @@ def _copy_objects(
             )
         if size > _ANNOUNCED_BYTES:
             print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
-        for first in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption the finished ones are not repeated
+        for first in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption, finished groups are not repeated
             names = missing[first : first + _FILES_AT_ONCE]
             store.download_all({name: directory / name for name in names})
             for name in names:
@@ -136,7 +137,7 @@ def _copy_objects(
 
 
 def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
-    """Removes a file, and the directories below `root` that are empty then."""
+    """Removes a file, and then empty directories below `root`."""
     path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for parent in path.parents:
@@ -146,6 +147,6 @@ def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def is_safe(name: str) -> bool:
-    """Whether an object's name is a path inside a directory."""
+    """Returns whether an object's name is a path inside a directory."""
     path = pathlib.PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\\" not in name

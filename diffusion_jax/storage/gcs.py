@@ -1,4 +1,4 @@
-"""Objects in a bucket of Google Cloud Storage, through gcsfs."""
+"""Objects in a Google Cloud Storage bucket, through gcsfs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TIMEOUTS = aiohttp.ClientTimeout(sock_connect=10, sock_read=30)  # seconds
 
 
 class Store(ObjectStore):
-    """Objects in a bucket of Google Cloud Storage; tags are generations. Raises: StorageError without credentials."""
+    """Objects in a Google Cloud Storage bucket; tags are generations. Raises: StorageError without credentials."""
 
     _wrong_tag = "1"
     _advice = {"credentials": _ADVICE, "bucket": "gcloud storage buckets create"}  # noqa: RUF012
 
     def __init__(self, url: str):
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of each request that fails
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # gcsfs logs a traceback for each failed request
         is_emulated = os.environ.get("STORAGE_EMULATOR_HOST", "default") not in ("", "default")
         try:
             filesystem = GCSFileSystem(

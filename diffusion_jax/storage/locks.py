@@ -1,8 +1,8 @@
-"""Locks for one launch at a time: on a local file, or a lease on an object in a bucket. Both have the same methods.
+"""Locks for one launch at a time: a lock on a local file, or a lease on a bucket object. Both have the same methods.
 
-The holder of a lease renews an object; another launch takes it over once it has not been renewed for the time of the lease.
-Every change is a compare-and-swap, and each launch measures time with its own clock, so clocks of different machines are
-never compared.
+The holder of a lease renews the object; another launch takes over a lease that was not renewed for the lease time. Every
+change is a compare-and-swap, and each launch measures time with its own clock, so clocks of different machines are never
+compared.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from diffusion_jax.storage.objects import ObjectStore
 
 __all__ = ["FileLock", "Lease", "LockHeldError"]
 
-_WAIT_SECONDS = 30.0  # for a lock that another launch holds, and how long a lease is valid without a renewal
+_WAIT_SECONDS = 30.0  # how long to wait for a held lock, and how long a lease is valid without renewal
 _RENEW_SECONDS = 10.0
 _COUNTDOWN_SECONDS = 10.0
 
 
 class LockHeldError(OSError):
-    """Another launch holds the lock; the message names it in one line."""
+    """Another launch holds the lock; the one-line message names the launch."""
 
 
 def _this_process() -> str:
@@ -38,7 +38,7 @@ def _this_process() -> str:
 
 
 def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
-    """Asks `is_free` for half a minute until it is true. Returns: whether it was."""
+    """Calls `is_free` for half a minute until it returns True. Returns: the last result."""
     start = shown = time.monotonic()
     print(f"Note: {holder} holds {name}; waiting {_WAIT_SECONDS:g} s.", flush=True)
     while (now := time.monotonic()) - start < _WAIT_SECONDS:
@@ -52,7 +52,7 @@ def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
 
 
 class FileLock:
-    """An exclusive lock on a file, which contains its holder. The process that holds the lock may take it again."""
+    """An exclusive lock on a file that contains the holder's name. The holder may acquire the lock again."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -60,7 +60,7 @@ class FileLock:
         self._is_held = False
 
     def find_holder(self) -> str | None:
-        """The process that holds the lock, such as "process 1 of HOST"; None if none does. Changes nothing."""
+        """Returns the holder, such as "process 1 of HOST", or None. Changes nothing."""
         if not self._path.exists():
             return None
         try:
@@ -68,13 +68,14 @@ class FileLock:
                 return None
         except filelock.Timeout:
             return self._read_holder()
-        except (OSError, NotImplementedError):  # it cannot be written, or without locks
+        except (OSError, NotImplementedError):  # the file is not writable, or the file system has no locks
             return None
 
     def acquire(self) -> str | None:
-        """Takes the lock; waits half a minute for its holder, which may be about to end.
+        """Acquires the lock; waits half a minute for a holder that may be about to end.
 
-        Returns: the process that holds it, None if it is this one. A file system without locks is used with a note.
+        Returns: None, or the holder if another process keeps the lock. If the file system has no locks, logs a note and
+        returns None.
         """
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
@@ -87,16 +88,16 @@ class FileLock:
         return None
 
     def check(self) -> None:
-        """Does nothing: a file stays locked until its process ends."""
+        """Does nothing, because a file stays locked until the process ends."""
 
     def release(self) -> None:
-        """Frees the lock, if this object holds it."""
+        """Releases the lock, if this object holds it."""
         if self._is_held:
             self._lock.release()
         self._is_held = False
 
     def _is_free(self) -> bool:
-        """Takes the lock if no other process holds it."""
+        """Acquires the lock if no other process holds it."""
         with contextlib.suppress(filelock.Timeout):
             self._lock.acquire(blocking=False)
             self._is_held = True
@@ -107,21 +108,21 @@ class FileLock:
 
 
 class Lease:
-    """A lease on the object `name`. Its holder renews it in a thread; the contents of a free lease name no holder."""
+    """A lease on the object `name`. The holder renews the lease in a thread; a free lease names no holder."""
 
     def __init__(self, store: ObjectStore, name: str):
         self._store, self._name, self._url = store, name, f"{store.url}/{name}"
         self._token = secrets.token_hex(16)
-        self._count = 0  # of written versions, so that no two have the same contents
-        self._tag: str | None = None  # of the version that this process wrote; None if it holds no lease
-        self._lost: str | None = None  # the message, once another launch holds the lease
+        self._count = 0  # number of written versions; makes the contents of each version unique
+        self._tag: str | None = None  # tag of the version that this process wrote; None without a lease
+        self._lost: str | None = None  # the error message, once another launch holds the lease
         self._mutex, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew_until_end, name="lease", daemon=True)
 
     def find_holder(self) -> str | None:
-        """The process that holds the lease, and when it was last renewed, in local time; None if none does.
+        """Returns the holder and the local time of the last renewal, or None.
 
-        A killed process is named until another takes its lease over. Raises: OSError.
+        A killed holder is still returned until another process takes over the lease. Raises: OSError.
         """
         holder, info = self._read()[0].get("holder"), self._store.find(self._name)
         if holder is None or info is None:
@@ -129,7 +130,7 @@ class Lease:
         return holder + time.strftime(" (lease last renewed at %Y-%m-%d %H:%M:%S)", time.localtime(info.modified))
 
     def acquire(self) -> str | None:
-        """Takes the lease, and renews it from then on. Returns: the process that holds it, None if it is this one.
+        """Acquires the lease and starts renewing it. Returns: None, or the holder if another process keeps the lease.
 
         Raises: StorageError if the service ignores the conditions of writes, OSError.
         """
@@ -137,7 +138,7 @@ class Lease:
         if "holder" in content:
             _wait(lambda: "holder" not in self._read()[0], str(self.find_holder()), self._url)
             content, new_tag = self._read()
-            if "holder" in content and new_tag != tag:  # it was renewed
+            if "holder" in content and new_tag != tag:  # the holder renewed the lease
                 return content["holder"]
             tag = new_tag
         self._tag = self._store.replace(self._name, self._next_content(), tag)
@@ -148,25 +149,25 @@ class Lease:
         return None
 
     def check(self) -> None:
-        """Renews the lease. Raises: LeaseLostError if another launch has taken it over, OSError if the store is out of reach.
+        """Renews the lease. Raises: LeaseLostError if another launch holds the lease, OSError if the store is unreachable.
 
-        Must be called before a write that makes others visible, on process 0; does nothing on other processes.
+        Process 0 must call this before a write that makes earlier writes visible; on other processes, this does nothing.
         """
         self._renew()
         if self._lost:
             raise LeaseLostError(self._lost)
 
     def release(self) -> None:
-        """Stops renewing the lease and frees it, if it is still this process's."""
+        """Stops renewing the lease, and releases it if this process still holds it."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
-        with contextlib.suppress(OSError):  # otherwise it ends by itself
+        with contextlib.suppress(OSError):  # without a release, the lease expires
             self._renew(is_free=True)
         self._tag = None
 
     def _read(self) -> tuple[dict[str, str], str]:
-        """(contents, tag) of the lease; contents without "holder" if it is free, tag "" if there is no object."""
+        """Reads (contents, tag). A free lease has no "holder" in its contents; tag "" means that the object is missing."""
         try:
             data, tag = self._store.read_version(self._name)
         except FileNotFoundError:
@@ -177,20 +178,20 @@ class Lease:
             return {"holder": "another process"}, tag
 
     def _next_content(self) -> bytes:
-        """Contents that no other version of the object has."""
+        """Returns contents that no other version of the object has."""
         self._count += 1
         return json.dumps({"holder": _this_process(), "token": self._token, "count": self._count}).encode()
 
     def _renew_until_end(self) -> None:
         while not self._end.wait(_RENEW_SECONDS):
-            with contextlib.suppress(OSError):  # tried again: until another launch takes it over, it can be renewed
+            with contextlib.suppress(OSError):  # tries again: the lease can be renewed until another launch takes over
                 self._renew()
             if self._lost:
                 print(f"Warning: {self._lost}", flush=True)
                 return
 
     def _renew(self, is_free: bool = False) -> None:
-        """Replaces the object by a new version, or notes which process has taken it over."""
+        """Replaces the object by a new version, or records which process has taken over the lease."""
         with self._mutex:
             while self._tag:
                 content = b"{}" if is_free else self._next_content()
@@ -199,7 +200,7 @@ class Lease:
                     self._tag = renewed
                     return
                 stored, tag = self._read()
-                if stored.get("token") == self._token:  # a renewal whose answer was lost
+                if stored.get("token") == self._token:  # an earlier renewal succeeded, but its answer was lost
                     self._tag = tag
                     continue
                 self._tag = None

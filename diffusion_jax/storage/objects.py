@@ -25,18 +25,18 @@ __all__ = ["PROBE", "ObjectInfo", "ObjectStore", "is_url", "open_store"]
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
 _NUM_THREADS = 16
-PROBE = ".write_check-"  # the beginning of the names of small objects that show whether a bucket can be written
+PROBE = ".write_check-"  # name prefix of small objects that test write access to a bucket
 _OPEN_TIMEOUT = 15.0  # seconds for each request of the check
-_ATTEMPTS = 4  # the clients repeat some requests themselves, but not what breaks in the middle of a body
+_ATTEMPTS = 4  # the clients retry some requests, but not requests that fail in the middle of a body
 
 
 def is_url(text: str) -> bool:
-    """Whether a location is a URL such as gs://bucket/run, not a local path."""
+    """Returns whether a location is a URL such as gs://bucket/run, not a local path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(text)) is not None
 
 
 def open_store(url: str, write: bool = False) -> ObjectStore:
-    """The objects below a URL, after a check that the bucket can be listed, and with `write`, that it can be written.
+    """Opens the objects below a URL, after checking that the bucket can be listed and, with `write`, written.
 
     Raises: StorageError.
     """
@@ -53,7 +53,7 @@ def open_store(url: str, write: bool = False) -> ObjectStore:
 
 
 def _split_url(url: str) -> tuple[str, str, str]:
-    """(scheme, bucket, path in the bucket without slashes at its ends). Raises: StorageError."""
+    """Splits a URL into (scheme, bucket, path in the bucket without outer slashes). Raises: StorageError."""
     scheme, _, rest = str(url).partition("://")
     if scheme not in _PACKAGES or not is_url(url):
         raise StorageError(f"{url}: the location must be gs://BUCKET/DIR, s3://BUCKET/DIR or a local directory")
@@ -65,7 +65,7 @@ def _split_url(url: str) -> tuple[str, str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectInfo:
-    """One version of an object. size: bytes. tag: identifies it. modified: seconds since 1970, by the service's clock."""
+    """A version of an object. size: bytes. tag: identifies the version. modified: seconds since 1970 (service's clock)."""
 
     size: int
     tag: str
@@ -73,15 +73,15 @@ class ObjectInfo:
 
 
 class ObjectStore(abc.ABC):
-    """The objects below `url`. Names are relative to it, with "/" between their parts; nothing is cached.
+    """The objects below `url`. Names are relative to `url`, with "/" as the separator; nothing is cached.
 
-    What fails temporarily is tried again for up to two minutes. Raises, in every method: FileNotFoundError for a missing
-    object; PermissionError; OSError with one line that names the URL. Several threads may call the methods. Another process,
-    such as a data worker, must open the URL itself.
+    Temporary failures are retried for up to two minutes. Every method raises: FileNotFoundError for a missing object;
+    PermissionError; OSError with one line that names the URL. Several threads may call the methods. Another process, such as
+    a data worker, must open the URL itself.
     """
 
     _wrong_tag: str  # a well-formed tag that no object has
-    _advice: dict[str, str]  # what to type without "credentials", and to create a "bucket"
+    _advice: dict[str, str]  # what to type if "credentials" are missing, and to create a "bucket"
 
     def __init__(self, url: str, filesystem: Any):
         scheme, self._bucket, folder = _split_url(url)
@@ -90,32 +90,32 @@ class ObjectStore(abc.ABC):
         self._fs = filesystem
 
     def folder(self, name: str) -> ObjectStore:
-        """The objects below a folder of this store."""
+        """Returns the objects below a folder of this store."""
         store = copy.copy(self)
         store._root, store.url = f"{self._root}/{name}", f"{self.url}/{name}"
         return store
 
     @abc.abstractmethod
     def _to_info(self, found: Mapping[str, Any]) -> ObjectInfo:
-        """What the client returns about an object, as an ObjectInfo."""
+        """Converts the client's description of an object to an ObjectInfo."""
 
     @abc.abstractmethod
     def _write_if(self, key: str, data: bytes, tag: str) -> str:
-        """Writes the object `key` of the bucket over its version `tag`, or with "" as a new object.
+        """Overwrites version `tag` of the object `key` in the bucket; with tag "", creates a new object.
 
-        Returns: the tag of the new version. Raises: what `_call` turns into a FileExistsError or FileNotFoundError if the
-        object is another version, exists already or does not exist.
+        Returns: the tag of the new version. Raises: if the object has another version, exists already or does not exist, an
+        error that `_call` converts to a FileExistsError or FileNotFoundError.
         """
 
     @abc.abstractmethod
     def _status(self, error: BaseException) -> int | None:
-        """The HTTP status of an error; None if it has none, such as errors of the connection and of local files."""
+        """Returns the HTTP status of an error; None for errors without a status, such as connection and local file errors."""
 
     def _lacks_credentials(self, error: BaseException) -> bool:
         return self._status(error) == 401
 
     def list(self, prefix: str = "") -> dict[str, ObjectInfo]:
-        """All objects whose names start with `prefix`. Placeholders of folders, whose names end with "/", are left out."""
+        """Lists the objects whose names start with `prefix`, except folder placeholders, whose names end with "/"."""
         found = self._call(prefix, self._fs.find, self._root, prefix=prefix, detail=True)
         start = f"{self._root}/{prefix}"
         return {
@@ -125,7 +125,7 @@ class ObjectStore(abc.ABC):
         }
 
     def find(self, name: str) -> ObjectInfo | None:
-        """The current version of an object; None if there is none."""
+        """Returns the current version of an object; None if the object does not exist."""
         try:
             found = self._call(name, self._fs.info, self._path(name))
         except FileNotFoundError:
@@ -133,11 +133,11 @@ class ObjectStore(abc.ABC):
         return self._to_info(found) if found["type"] == "file" else None
 
     def read(self, name: str) -> bytes:
-        """The contents of an object."""
+        """Reads the contents of an object."""
         return self._call(name, self._fs.cat_file, self._path(name))
 
     def read_version(self, name: str) -> tuple[bytes, str]:
-        """(contents, tag) of an object; if it was changed in between, the contents are newer than the tag."""
+        """Reads (contents, tag) of an object; if the object changes meanwhile, the contents are newer than the tag."""
         info = self.find(name)
         if info is None:
             raise FileNotFoundError(f"{self.url}/{name} does not exist")
@@ -148,10 +148,10 @@ class ObjectStore(abc.ABC):
         self._call(name, self._fs.pipe_file, self._path(name), data)
 
     def replace(self, name: str, data: bytes, tag: str) -> str | None:
-        """Overwrites the version `tag` of an object, or with "" creates it, and returns the new tag.
+        """Overwrites version `tag` of an object; with tag "", creates the object. Returns: the new tag, or None.
 
-        data: must be unique to the call, for example by a random token: if an answer is lost, the stored contents decide.
-        Returns: None if the object is not that version any more.
+        data: must be unique to the call, for example with a random token, because the stored contents decide if an answer is
+        lost. The result is None if the object has another version by now.
         """
         key = self._path(name).removeprefix(f"{self._bucket}/")
         with contextlib.suppress(FileExistsError, FileNotFoundError):
@@ -164,7 +164,7 @@ class ObjectStore(abc.ABC):
     def upload(self, path: str | os.PathLike, name: str, before_overwriting: Callable[[], None] | None = None) -> None:
         """Creates or overwrites an object with the contents of a local file.
 
-        before_overwriting: called if the object exists; may raise.
+        before_overwriting: called if the object exists, and may raise.
         """
         put = functools.partial(self._call, name, self._fs.put_file, os.fspath(path), self._path(name))
         if before_overwriting:
@@ -174,7 +174,7 @@ class ObjectStore(abc.ABC):
         put()
 
     def download(self, name: str, path: str | os.PathLike) -> None:
-        """Writes an object to a local file, completely or not at all, and creates its directory if it is missing."""
+        """Downloads an object to a local file, completely or not at all; creates a missing directory."""
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -185,7 +185,7 @@ class ObjectStore(abc.ABC):
             partial.unlink(missing_ok=True)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Deletes objects; missing ones are fine."""
+        """Deletes objects; missing objects are ignored."""
 
         def delete(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):
@@ -194,14 +194,14 @@ class ObjectStore(abc.ABC):
         _run_all([lambda name=name: delete(name) for name in dict.fromkeys(names)])
 
     def move(self, name: str, new_name: str) -> None:
-        """Copies an object to another name, then deletes it under the old one."""
+        """Copies an object to a new name, then deletes the old name."""
         self._call(name, self._fs.cp_file, self._path(name), self._path(new_name))
         self.delete([name])
 
     def upload_all(
         self, files: Mapping[str | os.PathLike, str], before_overwriting: Callable[[], None] | None = None
     ) -> None:
-        """Uploads several files at once. files: {path: name}. before_overwriting: as for `upload`.
+        """Uploads several files in parallel. files: {path: name}. before_overwriting: as for `upload`.
 
         Raises: the first error; other files may have been uploaded.
         """
@@ -210,11 +210,11 @@ class ObjectStore(abc.ABC):
         )
 
     def download_all(self, files: Mapping[str, str | os.PathLike]) -> None:
-        """Downloads several files at once, as `upload_all` uploads them. files: {name: path}."""
+        """Downloads several files in parallel, like `upload_all`. files: {name: path}."""
         _run_all([lambda path=path, name=name: self.download(name, path) for name, path in files.items()])
 
     def check(self, write: bool) -> None:
-        """Lists the objects; with `write`, also creates and deletes one. Raises: StorageError."""
+        """Lists the objects; with `write`, also creates and deletes a small object. Raises: StorageError."""
         from fsspec.asyn import sync
 
         probe, action = self._path(f"{PROBE}{uuid.uuid4().hex[:8]}"), "listed"
@@ -228,16 +228,16 @@ class ObjectStore(abc.ABC):
             raise StorageError(self._explain(error, action)) from error
 
     def check_conditions(self, name: str) -> None:
-        """Tries to overwrite an existing object as `replace` must not. Raises: StorageError if the service does it."""
+        """Tests a conditional write that must fail. Raises: StorageError if the service overwrites the object."""
         for tag in ("", self._wrong_tag):
-            if self.replace(name, b"{}", tag):  # as some services that resemble S3 do
+            if self.replace(name, b"{}", tag):  # some S3-compatible services overwrite the object
                 raise StorageError(
                     f"{self.url}: the service ignores If-None-Match or If-Match, which keep two launches apart; use "
                     "another one"
                 )
 
     def _explain(self, error: Exception, action: str) -> str:
-        """The message of a StorageError."""
+        """Returns the message of a StorageError."""
         reason = self._reason(error)
         if self._lacks_credentials(error):
             return f"{self.url}: no valid credentials ({reason}); {self._advice['credentials']}"
@@ -251,13 +251,13 @@ class ObjectStore(abc.ABC):
         return f"{self.url} cannot be {action} ({reason}); check the name of the bucket and the network"
 
     def _path(self, name: str) -> str:
-        """The path of an object as fsspec takes it: with the bucket."""
+        """Returns an object's path for fsspec, which includes the bucket."""
         if not name or name.startswith("/") or name.endswith("/"):
             raise ValueError(f"{name!r} must be a name relative to {self.url}")
         return f"{self._root}/{name}"
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of a method of the client. Raises: OSError."""
+        """Calls a method of the client. Raises: OSError."""
         url = f"{self.url}/{name}".rstrip("/")
         for attempt in range(_ATTEMPTS):
             try:
@@ -266,7 +266,7 @@ class ObjectStore(abc.ABC):
                 raise FileNotFoundError(f"{url} does not exist") from error
             except Exception as error:
                 if isinstance(error, OSError) and error.filename is not None:
-                    raise  # of a local file
+                    raise  # the error is from a local file
                 status, kind = self._status(error), OSError
                 if status in (401, 403) or isinstance(error, PermissionError):
                     kind = PermissionError
@@ -278,7 +278,7 @@ class ObjectStore(abc.ABC):
                 raise kind(f"{url}: {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
-        """What an error of a client reports, in one line."""
+        """Returns a client's error as one line."""
         text = re.sub(r"^(Forbidden|Bad Request): \S+", "", " ".join(str(error).split())).strip()
         if not text and isinstance(error, TimeoutError):
             text = "no answer in time"
@@ -289,7 +289,7 @@ class ObjectStore(abc.ABC):
 
 
 def _run_all(tasks: list[Callable[[], None]]) -> None:
-    """Calls functions in threads. Raises: the first error, after the running calls have ended."""
+    """Calls functions in threads. Raises: the first error, after all running calls have ended."""
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:

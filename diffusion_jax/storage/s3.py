@@ -1,4 +1,4 @@
-"""Objects in a bucket of S3, or of a service with its interface, through s3fs."""
+"""Objects in a bucket on S3 or on an S3-compatible service, through s3fs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Store"]
 _OPTIONS = {
     "connect_timeout": 10,  # seconds
     "read_timeout": 30,
-    "max_pool_connections": 32,  # for the threads of ObjectStore, and parts of large files
+    "max_pool_connections": 32,  # for the threads of ObjectStore, and for multipart uploads
 }
 _NO_CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
@@ -26,7 +26,7 @@ _NO_CREDENTIALS = (
 
 
 class Store(ObjectStore):
-    """Objects in a bucket of S3; tags are ETags."""
+    """Objects in an S3 bucket; tags are ETags."""
 
     _wrong_tag = f'"{"0" * 32}"'
     _advice = {  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Training: from a config to a state and a compiled, sharded train step; checkpoints."""
+"""Training: builds the state and the compiled, sharded train step of a config; saves checkpoints."""
 
 from diffusion_jax.training.batches import condition_shape
 from diffusion_jax.training.from_config import (

@@ -23,7 +23,7 @@ class Examples(NamedTuple):
 
 
 def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of an example's condition: (D,) for a vector, (*spatial, K) for an array; None if the data have none."""
+    """Returns the shape of a condition: (D,) for a vector, (*spatial, K) for an array; None without conditions."""
     features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
     if features:
         return (features,)
@@ -37,11 +37,11 @@ def read_batch(
     num_microbatches: int = 1,
     condition_shape: tuple[int, ...] | None = None,
 ) -> Examples:
-    """The examples of a batch; reads only shapes and types, so it works under jit.
+    """Checks a batch and converts it to `Examples`. Only shapes and dtypes are checked, so this works under jit.
 
-    batch: "image", uint8 [B, *spatial, C], which is scaled to [-1, 1]; or "x", float [B, *spatial, C], which is not scaled.
-    "label", int [B], is read only if `takes_labels`, and "condition", float [B, *condition_shape], only with such a shape.
-    shape: (*spatial, C). num_microbatches: B must be a multiple of it.
+    batch: "image", uint8 [B, *spatial, C], is scaled to [-1, 1]; or "x", float [B, *spatial, C], is not scaled. "label", int
+    [B], is read only if `takes_labels`; "condition", float [B, *condition_shape], only if `condition_shape` is not None.
+    shape: (*spatial, C). num_microbatches: must divide B.
     Raises: ValueError for any other batch.
     """
     if not isinstance(batch, Mapping):
@@ -77,7 +77,7 @@ def read_batch(
 
 
 def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises: ValueError for settings of a complete config that contradict a batch of `read_batch`."""
+    """Raises: ValueError if settings of a complete config contradict the batch, as `read_batch` takes it."""
     levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
     if "image" in batch and levels is None:
         raise ValueError(
@@ -108,7 +108,7 @@ def _check_dtype(name: str, values: Any) -> None:
 
 
 def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...], reason: str) -> jax.Array:
-    """The array of a name, of the kind "int" or "float" and of `shape`. reason: what needs it."""
+    """Returns the array `name`, checked to have the kind "int" or "float" and `shape`. reason: why the array is needed."""
     expected = ", ".join(map(str, shape))
     if name not in batch:
         raise ValueError(
@@ -124,7 +124,7 @@ def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...]
 
 
 def random_flip(key: jax.Array, examples: Examples) -> Examples:
-    """Images x_0 [B, H, W, C], each mirrored left to right with probability 1/2, together with a condition of its shape."""
+    """Flips images x_0 [B, H, W, C] left to right, each with probability 1/2; array conditions flip with their image."""
     x_0, y, condition = examples
     flipped = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
     if condition is not None and condition.ndim == x_0.ndim:

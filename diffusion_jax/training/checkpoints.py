@@ -1,13 +1,13 @@
-"""Checkpoints by Orbax: saved in the background, committed by a rename, checked when read, restored bit-identically.
+"""Orbax checkpoints: saved in the background, committed by a rename, checked when read, restored bit-identically.
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
-(optimizer, step, window of metrics). `digests.json` lists all their files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}:
+(optimizer, step, window of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
 Orbax restores a flipped bit as another number, without an error.
 
-Each process writes its arrays into a directory of its own, `<step>.partial/<process>`, which the others need not see: Orbax
-takes every process for the only one. Process 0 moves the files of all into its directory, writes their digests, and renames
-it to `<step>`. In a bucket, each process uploads its files, and process 0 the digests last. So a launch that is killed at any
-moment leaves the step, or files that no reader counts and that the next launch removes.
+Each process writes its arrays into its own directory, `<step>.partial/<process>`, which other processes need not see: Orbax
+is set up as if each process were the only process. Process 0 moves all files into its directory, writes the digests, and
+renames the directory to `<step>`. In a bucket, each process uploads its files; process 0 uploads the digests last. So a
+launch that is killed at any moment leaves a complete step, or files that readers ignore and the next launch removes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ITEMS_OF_WEIGHTS = {"raw": "params", "ema": "ema_params"}
 
 
 def resume_hint(workdir: RunDir) -> str:
-    """How to resume a training run in `workdir`, as the end of a message."""
+    """Returns the end of a message: how to resume a training run in `workdir`."""
     steps = committed_steps(workdir / "checkpoints")
     if not steps:
         return "nothing was saved yet"
@@ -57,7 +57,7 @@ def _first_line(error: BaseException | str) -> str:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint."""
+    """Splits a state into the items of a checkpoint."""
     rest = {"opt_state": state.opt_state, "step": state.step, "window": state.window}
     if state.loss_history is not None:
         rest["loss_history"] = state.loss_history
@@ -65,7 +65,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _leaf_types(tree: Any) -> dict[str, str]:
-    """{path of a leaf: its dtype and shape}; classes and dictionaries have the same paths."""
+    """Returns {path: dtype and shape} for all leaves; classes and dictionaries have the same paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {path(keys): f"{leaf.dtype}{list(leaf.shape)}" for keys, leaf in leaves}
@@ -75,12 +75,12 @@ class Checkpoints:
     """The checkpoints of one run: the newest `kept`, and all steps divisible by `keep_every` (0 for none).
 
     A single process writes and commits a step in the background. With several processes, every process must make every call,
-    and all get the same result. Each writes its arrays in the background; the main threads agree when all are written, and
-    then process 0 commits the step.
+    and all calls return the same result. Each process writes its arrays in the background. When the main threads agree that
+    all arrays are written, process 0 commits the step.
     """
 
     def __init__(self, directory: RunDir | os.PathLike, kept: int = 3, keep_every: int = 0, read_only: bool = False):
-        """directory: of all steps. read_only: changes nothing in it, so that a run in progress is not disturbed."""
+        """directory: contains all steps. read_only: changes no files, so that a run in progress is not disturbed."""
         self._run_dir = open_run_dir(directory, read_only)
         self._directory, self._read_only = self._run_dir.path.absolute(), read_only
         self._kept, self._keep_every = kept, keep_every
@@ -88,7 +88,7 @@ class Checkpoints:
             broadcast_from_process_0(self._clean_up)
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, Future[dict[str, Any]]] | None = None  # the step that is not committed yet
-        self._num_checks = 0  # since it was saved
+        self._num_checks = 0  # since the last save
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -98,42 +98,42 @@ class Checkpoints:
     ) -> None:
         if kind is None:
             self._wait()
-        elif jax.process_count() == 1:  # otherwise the others may not get here
+        elif jax.process_count() == 1:  # with several processes, other processes may not get here
             with contextlib.suppress(Exception):  # the first error is more useful
                 self._wait()
         self._thread.shutdown(wait=kind is None)
 
     def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, in increasing order."""
+        """Returns the steps with a committed checkpoint, in increasing order."""
         return committed_steps(self._directory)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copies the state to the host and writes it in the background. Raises: SaveError for an earlier save.
+        """Copies the state to the host and writes it in the background. Raises: SaveError if an earlier save failed.
 
-        It waits for an earlier save, and then for the copies alone.
+        Waits until an earlier save is committed, and until the state is copied, but not until it is written.
         """
         self._wait()
         self._saving = step, self._thread.submit(self._write, step, copy_to_host(_items(state)))
         self._num_checks = 0
 
     def _write(self, step: int, copies: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the part of this process of a step, in the background. Returns: its "files", or an "error"."""
+        """Writes the arrays of this process, in the background. Returns: {"files": digests} or {"error": message}."""
         try:
             part = self._part(step, jax.process_index())
             files = write_part(part, copies, self._run_dir, str(step))
             report: dict[str, Any] = {"files": files}
-        except Exception as error:  # Orbax and tensorstore raise many types for a full disk
+        except Exception as error:  # on a full disk, Orbax and tensorstore raise many types
             report = {"error": _first_line(error)}
         if jax.process_count() == 1:
             self._commit(step, [report])
         return report
 
     def _part(self, step: int, process: int) -> pathlib.Path:
-        """Where a process writes its part of a step."""
+        """Returns the directory where a process writes its arrays of a step."""
         return self._directory / f"{step}.partial" / str(process)
 
     def _commit(self, step: int, reports: list[dict[str, Any]]) -> None:
-        """Makes the step exist and removes old ones. Raises: OSError, also if a process could not write its part."""
+        """Commits the step and removes old steps. Raises: OSError, also if a process could not write its arrays."""
         try:
             for process, report in enumerate(reports):
                 if "error" in report:
@@ -148,9 +148,9 @@ class Checkpoints:
                 self._run_dir.delete(self._directory / str(old))
 
     def check(self) -> None:
-        """Finishes the last save if it is written, without waiting for it. Raises: SaveError if it has failed.
+        """Commits the last save if it is written; otherwise returns at once. Raises: SaveError if the save failed.
 
-        Several processes agree only at the first, second, fourth, eighth ... call after a save, because that takes time.
+        With several processes, only calls 1, 2, 4, 8 ... after a save do this, because agreement takes time.
         """
         if self._saving is None:
             return
@@ -160,7 +160,7 @@ class Checkpoints:
             self._wait()
 
     def finish(self, step: int) -> None:
-        """Waits for the background, then checks that `step` is committed. Raises: SaveError."""
+        """Waits for the last save, then checks that `step` is committed. Raises: SaveError."""
         self._wait()
         if step not in broadcast_from_process_0(self.steps):
             raise self._save_error(f"step {step} is missing")
@@ -188,11 +188,10 @@ class Checkpoints:
         )
 
     def restore(self, abstract: TrainState) -> TrainState | None:
-        """The newest intact state, on the shardings of `abstract`; None if there is no checkpoint.
+        """Restores the newest intact state with the shardings of `abstract`; None if there is no checkpoint.
 
-        A checkpoint whose files are not those that were saved is renamed to `<step>.unreadable`, and the one before it is
-        used. Raises: CheckpointError if there are checkpoints but none is intact, or if the newest intact one holds another
-        state than `abstract`.
+        A checkpoint with corrupted files is renamed to `<step>.unreadable`, and the previous checkpoint is used.
+        Raises: CheckpointError if no checkpoint is intact, or if the newest intact checkpoint does not match `abstract`.
         """
         items_of_state = _items(abstract)
         restored = self._restore_newest(lambda step: items_of_state)
@@ -202,9 +201,9 @@ class Checkpoints:
         return TrainState(params=items["params"], ema_params=items["ema_params"], **items["rest"])
 
     def restore_weights(self, abstract_params: Any, kind_of: Callable[[int], str]) -> tuple[int, Any] | None:
-        """(step, params) of the newest intact checkpoint; None if there is no checkpoint.
+        """Restores (step, params) from the newest intact checkpoint; None if there is no checkpoint.
 
-        kind_of: "ema" or "raw" for a step, as `optimizer.weights_kind`. Raises: CheckpointError, as `restore`.
+        kind_of: maps a step to "ema" or "raw", as `optimizer.weights_kind`. Raises: CheckpointError, as `restore`.
         """
         restored = self._restore_newest(lambda step: {_ITEMS_OF_WEIGHTS[kind_of(step)]: abstract_params})
         if restored is None:
@@ -213,14 +212,14 @@ class Checkpoints:
         return step, items[_ITEMS_OF_WEIGHTS[kind_of(step)]]
 
     def newest_intact_step(self) -> int | None:
-        """The newest step whose files are all as they were saved; restores nothing. None if there is none."""
+        """Returns the newest step without corrupted files, or None; restores nothing."""
         for step in reversed(broadcast_from_process_0(self.steps)):
             if broadcast_from_process_0(functools.partial(self._find_corruption, step, (*_WEIGHTS, "rest"))) is None:
                 return step
         return None
 
     def _restore_newest(self, abstract_of: Callable[[int], Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
-        """(step, items) of the newest checkpoint in which the items `abstract_of(step)` are intact."""
+        """Restores (step, items) from the newest checkpoint in which all items of `abstract_of(step)` are intact."""
         damaged: list[int] = []
         for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():
             log(f"Note: {self._directory / name} is not a finished checkpoint; it is ignored.")
@@ -251,9 +250,9 @@ class Checkpoints:
             self._run_dir.fetch(self._directory / str(step) / item)
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
-        """Raises: CheckpointError if the arrays have other names, types or shapes than `abstract`, which Orbax would cast.
+        """Raises: CheckpointError if the names, dtypes or shapes of the arrays differ from `abstract`; Orbax would cast.
 
-        The checkpoint is not set aside, because it is not damaged.
+        Such a checkpoint is not corrupted, so it is not renamed.
         """
         for name, tree in abstract.items():
             item = epath.Path(self._directory) / str(step) / name
@@ -269,7 +268,7 @@ class Checkpoints:
                 )
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
-        options = own_options()  # a process that cannot read must not keep the others waiting
+        options = own_options()  # other processes must not wait for a process that cannot read
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         composite = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=options)
@@ -278,7 +277,7 @@ class Checkpoints:
             return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames damaged steps, unless the directory is read-only."""
+        """Renames corrupted steps, unless the directory is read-only."""
         for step in steps:
             if self._read_only:
                 log("It is left unchanged; the checkpoint before it is used.")
@@ -287,17 +286,17 @@ class Checkpoints:
             log(f"Renamed it to {path}; continuing from the checkpoint before it.")
 
     def _mark_unreadable(self, name: str) -> str:
-        """Renames the directory of a step, which then is no step any more. Returns: the new path."""
+        """Renames a step's directory, so that it is no longer listed as a step. Returns: the new path."""
         self._run_dir.rename(self._directory / name, f"{name}.unreadable")
         return str(self._directory / f"{name}.unreadable")
 
     def _uncommitted(self) -> list[str]:
-        """Directories that are named like a step, but not committed."""
+        """Returns the names of directories that are named like a step, but not committed."""
         committed = set(map(str, self.steps()))
         return [path.name for path in self._directory.glob("*") if path.name.isdecimal() and path.name not in committed]
 
     def _clean_up(self) -> None:
-        """Creates the directory, removes what interrupted launches left, and sets aside steps that are not committed."""
+        """Creates the directory, removes leftovers of interrupted launches, and renames steps that are not committed."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.partial", "*.removed"):
             for path in self._directory.glob(pattern):
@@ -316,12 +315,12 @@ class Checkpoints:
 
 
 def own_options() -> ocp.options.MultiprocessingOptions:
-    """Options with which Orbax neither waits for other processes nor leaves work to them."""
+    """Returns Orbax options for this process alone: no waiting for other processes, and no shared work."""
     return ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
 
 
 def copy_to_host(tree: Any) -> Any:
-    """A copy of what this process writes of some arrays, in the memory of the host; None for arrays of process 0 alone."""
+    """Copies the shards that this process writes to host memory. Process 0 writes replicated arrays; others get None."""
 
     def select(array: jax.Array) -> jax.Array | None:
         if not array.is_fully_replicated:
@@ -330,12 +329,12 @@ def copy_to_host(tree: Any) -> Any:
 
     device = jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
-    # Devices copy fastest to the pinned memory of the host. CPUs have it, too.
+    # Copies to pinned host memory are the fastest. CPUs have pinned memory, too.
     kind = "pinned_host" if "pinned_host" in kinds else device.default_memory().kind
     arrays, structure = jax.tree.flatten(jax.tree.map(select, tree))
     shards = [[shard.data for shard in array.addressable_shards] for array in arrays]
     places = jax.tree.map(lambda shard: shard.sharding.with_memory_kind(kind), shards)
-    copied = jax.device_put(shards, places, may_alias=False)  # one call, so that the devices copy them at once
+    copied = jax.device_put(shards, places, may_alias=False)  # one call, so that all devices copy at the same time
     jax.block_until_ready(copied)
     copies = [
         jax.make_array_from_single_device_arrays(array.shape, array.sharding.with_memory_kind(kind), its_shards)
@@ -345,19 +344,19 @@ def copy_to_host(tree: Any) -> Any:
 
 
 def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, step: str) -> Table:
-    """Writes the arrays of this process into the directory `part`, and in a bucket uploads them for the step.
+    """Writes the arrays of this process into the directory `part`, and uploads the files if the run is in a bucket.
 
-    If no array is split over processes, process 0 writes everything into a few files (OCDBT). Otherwise every chunk is a
-    file of its own (zarr), so the files of all processes have different names and are together one checkpoint of Orbax.
+    If no array is split over processes, process 0 writes everything into a few files (OCDBT). Otherwise every chunk has its
+    own file (zarr), so that all processes write different file names, and all files together are one Orbax checkpoint.
 
-    items: {name: tree of `copy_to_host`}. Returns: the digests of the files that the step needs. Raises: OSError;
-    LeaseLostError instead of overwriting objects, if another launch has taken over the bucket.
+    items: {name: result of `copy_to_host`}. Returns: the digests of the files that the step needs. Raises: OSError;
+    LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
     part.parent.mkdir(parents=True, exist_ok=True)
-    if size > shutil.disk_usage(part.parent).free:  # otherwise tensorstore prints a traceback for every array
+    if size > shutil.disk_usage(part.parent).free:  # on a full disk, tensorstore prints a traceback for every array
         raise OSError(errno.ENOSPC, "No space left on device")
-    # Orbax does not take an array for the devices of one process of several.
+    # With several processes, Orbax rejects JAX arrays on the devices of only one process.
     items = jax.tree.map(lambda array: np.asarray(array) if array.is_fully_addressable else array, items)
     if not jax.tree.leaves(items):
         return {}
@@ -376,7 +375,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         )
         for name in items
     }
-    # Without directories of its own making, Orbax would pass signals through a store that all processes share.
+    # With asynchronous directory creation, Orbax would send signals through a store that all processes share.
     own_directories = ocp.AsyncOptions(create_directories_asynchronously=False)
     composite = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(multiprocessing_options=options, async_options=own_directories),
@@ -387,7 +386,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         checkpointer.save(part, args=ocp.args.Composite(**saves), force=True)
     files = [path for path in part.rglob("*") if path.is_file()]
     table = {path.relative_to(part).as_posix(): digest(path) for path in files}
-    if not is_first:  # files of the step itself and of its items describe all arrays: those of process 0 are complete
+    if not is_first:  # metadata of the step and of its items describe all arrays; process 0 writes complete metadata
         table = {name: value for name, value in table.items() if name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
         name = run_dir.name_of(run_dir / step)
@@ -399,13 +398,13 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
 
 
 def digest(path: pathlib.Path) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file."""
+    """Returns (bytes, SHA-256) of a file."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunDir, step: str) -> None:
-    """Makes a step of the parts of all processes: now it exists. Process 0 calls it.
+    """Commits a step from the directories of all processes; process 0 calls this.
 
     Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
@@ -419,7 +418,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
         run_dir.check_locks()
         store, name = run_dir.store, run_dir.name_of(run_dir / step)
         written = {f"{name}/{file}" for file in table}
-        store.delete(store.list(f"{name}/").keys() - written)  # of a failed save of the same step
+        store.delete(store.list(f"{name}/").keys() - written)  # left by a failed save of the same step
         store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
         for path in filter(pathlib.Path.is_dir, part.iterdir()):  # the mirror keeps the small files
             shutil.rmtree(path)
@@ -433,7 +432,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
 
 
 def write_manifest(directory: pathlib.Path, table: Table) -> None:
-    """Writes the digests of the files in `directory` into it, and syncs them to the disk."""
+    """Writes digests.json into `directory`, and syncs it to the disk."""
     with (directory / MANIFEST).open("w") as file:
         json.dump(dict(sorted(table.items())), file, indent=0)
         file.flush()
@@ -441,7 +440,7 @@ def write_manifest(directory: pathlib.Path, table: Table) -> None:
 
 
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
-    """The first corrupted file of `items` and its fault, as a phrase; None if their files are intact."""
+    """Returns a phrase about the first corrupted file of `items`; None if all files are intact."""
     try:
         table = json.loads((directory / MANIFEST).read_bytes())
         listed = {name: (size, value) for name, (size, value) in table.items()}

@@ -1,4 +1,4 @@
-"""From a config to its schedule and network, and to the initial state and the compiled, sharded train step."""
+"""Builds the schedule, the network, the initial state and the compiled, sharded train step of a config."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ __all__ = [
 
 
 def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.Path) -> data.Normalizations:
-    """The normalizations of the data that a run was trained on, as its data.json stores them.
+    """Reads the normalizations of the training data from a run's data.json.
 
-    Raises: CheckpointError if the file is missing, although the data have a scale, or cannot be read.
+    Raises: CheckpointError if the file cannot be read, or is missing and the data need normalization.
     """
     path = workdir / "data.json"
     has_scale = is_continuous(config) or condition_shape(config) is not None
@@ -55,7 +55,7 @@ def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.P
 
 
 def _small_image_channels(config: Mapping[str, Any]) -> int:
-    """Channels of the condition of an upsampler, the small image and its noise; 0 for other models.
+    """Returns an upsampler's number of condition channels, for the small image and its noise; 0 for other models.
 
     Raises: ValueError for a low resolution or a noise that does not fit the image or the network, and other conditions.
     """
@@ -86,7 +86,7 @@ def _small_image_channels(config: Mapping[str, Any]) -> int:
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
-    """The Schedule of `config.diffusion`.
+    """Builds the noise schedule of `config.diffusion`.
 
     Raises: ValueError for an unknown schedule, prediction or variance, and for values that contradict each other.
     """
@@ -110,7 +110,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def model_from_config(config: Mapping[str, Any]) -> Network:
-    """The network of `config.model`: a U-Net or MLP with the output channels that the variance needs, or a classifier.
+    """Builds the network of `config.model`: a U-Net or MLP with output channels for the variance, or a classifier.
 
     Raises: ValueError if `model.out_channels` contradicts the variance, or for values that the network does not allow.
     """
@@ -134,7 +134,7 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
 
 
 def _check_kind(kind: str, spatial_dims: int) -> None:
-    """Raises: ValueError for a U-Net of vectors, or an MLP of other data."""
+    """Raises: ValueError for a U-Net on vectors, or an MLP on other data."""
     if kind == "mlp" and spatial_dims:
         raise ValueError(
             f"model.kind='mlp' is for vectors (data.image_size=()); data with {spatial_dims} spatial axes need 'unet'"
@@ -161,12 +161,12 @@ def check_loss(config: Mapping[str, Any]) -> None:
 
 
 class TrainingProgram(NamedTuple):
-    """The programs and shapes that a config describes, before any array exists.
+    """Compiled functions and array shapes that a config describes, before any array exists.
 
-    init: () -> TrainState, a compiled function with its seed. empty_window: () -> its window before the first step, compiled.
-    train_step: (state, batch) -> (state, metrics), compiled; it donates the state. train_steps: the same for batches with a
-    leading axis of `training.steps_per_call` steps, in one program; None for one step per call. abstract_state: the shapes,
-    dtypes and shardings of the state.
+    init: () -> TrainState, compiled, with the config's seed. empty_window: () -> an empty window of metrics, compiled.
+    train_step: (state, batch) -> (state, metrics), compiled, donates the state. train_steps: runs `training.steps_per_call`
+    train steps, on batches with a leading axis of that size; None for one step per call. abstract_state: the shapes, dtypes
+    and shardings of the state.
     """
 
     mesh: Mesh
@@ -182,8 +182,8 @@ class TrainingProgram(NamedTuple):
 def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     """Builds the network, the schedule and the compiled functions of a config.
 
-    config: any mapping that `config.resolve` takes, partial ones included; `init_from` is not read. Raises: ConfigError for a
-    value that its setting does not allow; ValueError (or data.DataError for `config.data`) for a config that cannot be built.
+    config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. Raises: ConfigError for
+    values that a setting does not allow; ValueError (data.DataError for `config.data`) for a config that cannot be built.
     """
     config = resolve(config)
     mesh = sharding.make_mesh(config["mesh"])
@@ -196,7 +196,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     optimizer = optimizer_from_config(config["optimizer"])
     shape = data.example_shape(config["data"])
 
-    # The seed is an argument, so that the compilation cache has one program for all seeds.
+    # The seed is an argument, so that all seeds share one program in the compilation cache.
     def init(seed) -> TrainState:
         return initial_state(config, model, optimizer, shape, seed)
 
@@ -218,8 +218,8 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
             compiler_options=devices.compiler_options(options["deterministic"]),
         )
 
-    # On XLA's CPU backend a scan around convolution gradients is ten times slower than single calls, so the caller makes
-    # single calls there.
+    # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
+    # calls.
     scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
     return TrainingProgram(
         mesh=mesh,
@@ -238,18 +238,18 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
 
 
 def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
-    """(state, train_step) of a config, for use in other programs.
+    """Returns (state, train_step) for a config, for use in other programs.
 
-    state: TrainState with `.params`, `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, *spatial,
-    C], "label": int32 [B]}) -> (state, metrics) is compiled with the config's mesh and donates its state. Float data,
-    already standardized, come as "x" [B, *spatial, C] instead of "image". "label" is needed only for `model.num_classes` or
-    the loss "classify", and "condition", float, only for a network that takes conditions. A config is any nested mapping,
-    partial or complete, as `config.resolve` takes it.
+    config: any nested mapping, partial or complete, as `config.resolve` takes it. state: TrainState with `.params`,
+    `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, *spatial, C], "label": int32 [B]}) -> (state,
+    metrics) is compiled for the config's mesh and donates the state. Standardized float data use the key "x" [B, *spatial, C]
+    instead of "image". "label" is needed only for `model.num_classes` or the loss "classify"; "condition", float, only for a
+    conditional network.
 
-    Float data need data.random_flip=False. They also need data.levels=None if the loss is vlb or hybrid.
+    Float data need data.random_flip=False; with the loss vlb or hybrid, also data.levels=None.
 
-    Raises: as `build_program`; ValueError for a config with `init_from`, which only the program reads; train_step raises
-    ValueError for a batch of other names, types or shapes.
+    Raises: as `build_program`; ValueError for a config with `init_from`, which only the command line reads; train_step raises
+    ValueError for a batch with other names, dtypes or shapes.
     """
     config = resolve(config)
     if config["init_from"]:

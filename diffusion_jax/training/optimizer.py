@@ -1,4 +1,4 @@
-"""The optimizer of a config, from optax, and the moving average (EMA) of the parameters."""
+"""The optax optimizer of a config, and the moving average (EMA) of the parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "weights_kind",
 ]
 
-MAX_INITIAL_SHARE = 0.1  # of the random initial parameters in an EMA that is used
+MAX_INITIAL_SHARE = 0.1  # largest weight of the random initial parameters in an EMA that is used
 
 
 # (learning rate, number of steps) -> the learning rate after the warm-up.
@@ -34,7 +34,7 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adam": o
 
 
 def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
-    """Step -> learning rate: linear from 0 over `warmup_steps`, then constant, or linear or cosine to 0 at `decay_steps`.
+    """Builds the learning rate schedule: linear warm-up from 0, then constant, or linear or cosine to 0 at `decay_steps`.
 
     config: `config.optimizer`. Raises: ValueError if `decay_steps` does not exceed `warmup_steps`.
     """
@@ -49,9 +49,9 @@ def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
 
 
 def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm (0 for none), then Adam or AdamW, of `config.optimizer`.
+    """Builds the optimizer of `config.optimizer`: clipping by the global norm (0 for none), then Adam or AdamW.
 
-    Its `update` takes the `global_norm` of the gradient as the keyword argument `grad_norm`, which the metrics need, too.
+    `update` takes the gradient's `global_norm` as the keyword argument `grad_norm`, because the metrics need it, too.
     Raises: ValueError for values that contradict each other.
     """
     options = {name: config[name] for name in ("b1", "b2", "eps")}
@@ -64,23 +64,23 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all numbers of a tree of float32, of at least one leaf.
+    """Computes the Euclidean norm of a float32 tree with at least one leaf.
 
-    Each leaf is summed over its last axis, and the sums of all leaves are added as one vector.
+    Each leaf is summed over its last axis; then the sums of all leaves are added as one vector.
     """
     squares = [jnp.square(leaf) for leaf in jax.tree.leaves(tree)]
     sums = [square.sum(-1).ravel() if square.ndim > 1 else square.ravel() for square in squares]
-    # Without a barrier XLA adds the sums of all leaves one by one: more to compile, and another rounding.
+    # Without a barrier, XLA adds the sums one by one, which compiles longer and rounds differently.
     return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(sums)).sum())
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm` with a norm that is known."""
+    """Like `optax.clip_by_global_norm`, but takes the norm as an argument."""
 
     def update(updates, state, params=None, **extra_args):
         del params
         norm = extra_args["grad_norm"]
-        # XLA fuses a product with the update, but writes a quotient of each leaf first.
+        # XLA fuses a product into the update, but would write a quotient to memory for each leaf.
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * factor, updates), state
 
@@ -91,7 +91,7 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
 
 def ema_decay(step: Any, config: Mapping[str, Any]) -> Any:
-    """Decay of the EMA at a step, for `config.ema`: `decay`, or with `warmup` min(decay, (1 + step) / (10 + step))."""
+    """Returns the EMA decay at a step: `decay`, or with `warmup` min(decay, (1 + step) / (10 + step))."""
     if not config["warmup"]:
         return config["decay"]
     minimum = jnp.minimum if isinstance(step, jax.Array) else np.minimum
@@ -99,9 +99,9 @@ def ema_decay(step: Any, config: Mapping[str, Any]) -> Any:
 
 
 def initial_share(config: Mapping[str, Any], step: int) -> float:
-    """Weight of the initial parameters in the EMA after `step` steps: the product of the decays.
+    """Returns the weight of the random initial parameters in the EMA after `step` steps: the product of the decays.
 
-    config: complete. 0 for a run that starts from `init_from`, whose initial parameters are trained.
+    config: complete. With `init_from` the result is 0, because the initial parameters are trained.
     """
     if config["init_from"]:
         return 0.0
@@ -112,15 +112,15 @@ def initial_share(config: Mapping[str, Any], step: int) -> float:
 
 
 def weights_kind(config: Mapping[str, Any], step: int, use_ema: bool = True) -> Literal["ema", "raw"]:
-    """The weights to sample and measure with after `step` steps, for the setting `use_ema`.
+    """Returns which weights to sample and measure with after `step` steps: "ema" or "raw".
 
-    An EMA with more than `MAX_INITIAL_SHARE` of the random initial parameters gives noise, so the raw weights replace it.
+    Raw weights replace an EMA with more than `MAX_INITIAL_SHARE` of the random initial parameters, which would give noise.
     """
     return "ema" if use_ema and initial_share(config, step) <= MAX_INITIAL_SHARE else "raw"
 
 
 def raw_weights_note(config: Mapping[str, Any], step: int) -> str:
-    """Why the raw weights replace the EMA of a step, as a sentence without a period."""
+    """Explains why raw weights replace the EMA at a step, as a sentence without a period."""
     return (
         f"the EMA (ema.decay={config['ema']['decay']:g}) of step {step:,} still holds {initial_share(config, step):.0%} of "
         "the random initial weights, so the raw weights are used"

@@ -1,7 +1,7 @@
-"""The state of training: everything that a run needs besides its config, and the metrics that it averages.
+"""The training state: everything that a run needs besides its config, including averages of the metrics.
 
-The train loop begins a window of metrics after each multiple of `training.log_every`. A window is a dictionary {name:
-Average}; `nonfinite_step` is the first step whose loss, gradient or parameters were not finite, or -1.
+The train loop starts a new window of metrics after each multiple of `training.log_every`. A window is a dictionary {name:
+Average}; `nonfinite_step` is the first step with a loss, gradient or parameters that were not finite, or -1.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ _LOSS_TERMS = {"vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("ac
 
 @flax.struct.dataclass
 class TrainState:
-    """The complete state of a run, without its config. A checkpoint holds all of it.
+    """The complete state of a run, without its config. A checkpoint holds the whole state.
 
-    step: int32, the number of finished steps. params, ema_params: trees of float32. opt_state: the optimizer's. window:
-    averages of the metrics since the last multiple of `training.log_every`, where the train loop empties it; part of the
-    state so that a resumed run logs the same means. loss_history: the losses that `timesteps.loss_second_moment` needs;
-    None for other timestep samplers.
+    step: int32, the number of finished steps. params, ema_params: float32 trees. opt_state: the state of the optimizer.
+    window: averages of the metrics since the last multiple of `training.log_every`; part of the state, so that a resumed run
+    logs the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other timestep samplers.
     """
 
     step: jax.Array
@@ -62,9 +61,9 @@ class TrainState:
 
 
 def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Initial parameters of a network for examples of `shape`, (*spatial, C).
+    """Initializes the parameters of a network for examples of `shape`, (*spatial, C).
 
-    Raises: ValueError for fields of the network that do not fit together, by their names as settings, model.NAME.
+    Raises: ValueError for network fields that contradict each other; the message names them as settings, model.NAME.
     """
     try:
         return model.init(key, **models.initial_inputs(model, shape))["params"]
@@ -75,9 +74,9 @@ def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Ma
 
 
 def abstract_params(model: Network, shape: tuple[int, ...]) -> Any:
-    """Shapes and dtypes of `initial_params`, without computing them.
+    """Returns the shapes and dtypes of `initial_params`, without computing the parameters.
 
-    The key is an argument of the traced function: `jax.ensure_compile_time_eval` computes what depends on constants only.
+    The key is an argument of the traced function, because `jax.ensure_compile_time_eval` computes expressions of constants.
     """
     return jax.eval_shape(lambda key: initial_params(key, model, shape), jax.random.key(0))
 
@@ -89,7 +88,7 @@ def initial_state(
     shape: tuple[int, ...],
     seed: jax.Array | np.uint32,
 ) -> TrainState:
-    """The state before the first step; the EMA starts as a copy of the parameters. seed: in place of `config.seed`."""
+    """Returns the state before the first step; the EMA starts as a copy of the parameters. seed: replaces `config.seed`."""
     diffusion = config["diffusion"]
     params = initial_params(jax.random.key(seed), model, shape)
     window = empty_window(metric_names(diffusion["loss"]))
@@ -101,29 +100,29 @@ def initial_state(
 
 
 def loss_terms(loss: str) -> tuple[str, ...]:
-    """The values that a loss logs beside itself, which are fields of its second result."""
+    """Returns the names of values that a loss logs besides the loss, which are fields of the second result."""
     return _LOSS_TERMS.get(loss, ())
 
 
 def metric_names(loss: str) -> tuple[str, ...]:
-    """The names of all metrics of a training step."""
+    """Returns the names of all metrics of a train step."""
     return ("loss", *QUARTERS, *loss_terms(loss), "grad_norm", "param_norm", "learning_rate")
 
 
 def make_average(total: jax.Array, count: jax.Array) -> Average:
-    """The average of values with the sum `total` and the total weight `count`, both float32 []."""
+    """Returns an average from the sum of values and the sum of weights, both float32 []."""
     return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 
 def quarter_averages(examples: Mapping[str, jax.Array], num_timesteps: int) -> dict[str, Average]:
-    """The loss in each quarter of the timesteps, q1 the least noisy; examples: "t", "loss" and "importance", each [B]."""
+    """Averages the loss over each quarter of the timesteps, q1 the least noisy. examples: t, loss, importance, each [B]."""
     in_quarter = (examples["t"] * 4 // num_timesteps)[:, None] == jnp.arange(4)
     totals, counts = ((examples[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
     return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
 
 
 def empty_window(names: Sequence[str]) -> dict[str, Any]:
-    """A window without steps."""
+    """Returns a window without steps."""
     window = {name: make_average(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
     return window | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 
@@ -131,10 +130,9 @@ def empty_window(names: Sequence[str]) -> dict[str, Any]:
 def update_window(
     window: Mapping[str, Any], averages: Mapping[str, Average], step: jax.Array, finite: jax.Array
 ) -> dict[str, Any]:
-    """The window after one more step.
+    """Adds a step to the window.
 
-    step: the number of steps before this one. finite: whether the loss, the gradient and the parameters of this step are
-    finite.
+    step: the number of earlier steps. finite: whether the step's loss, gradient and parameters are finite.
     """
     updated = {name: window[name].merge(average) for name, average in averages.items()}
     earlier = window["nonfinite_step"]
@@ -142,6 +140,6 @@ def update_window(
 
 
 def window_means(window: Mapping[str, Any]) -> dict[str, float]:
-    """The means of a window on the host, without metrics of count 0 (a quarter that no timestep was in)."""
+    """Returns the means of a window on the host, without metrics of count 0 (quarters without a timestep)."""
     averages = {name: value for name, value in window.items() if isinstance(value, Average)}
     return {name: float(average.compute()) for name, average in averages.items() if average.count > 0}

@@ -1,4 +1,4 @@
-"""The train step: one pure function from (state, batch) to (state, metrics), and the loss that it minimizes."""
+"""The train step, a pure function from (state, batch) to (state, metrics), and the loss to minimize."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ __all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
-# (params, loss history, key, examples, microbatch) -> (loss [B], values that the loss computed)
+# (params, loss history, key, examples, microbatch) -> (loss [B], auxiliary values)
 Objective = Callable[..., tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """Every `count`-th row of a batch, from `index` on, which are equally many rows on every device.
+    """Every `count`-th row of a batch, starting at `index`, so that each device has equally many rows.
 
-    Timesteps, noise and dropout masks are drawn for all B rows, so that the number of microbatches does not change a step.
-    The network then sees only the rows of the microbatch.
+    Timesteps, noise and dropout masks are drawn for all B rows, so that the number of microbatches does not change the
+    results. The network sees only the rows of the microbatch.
     """
 
     index: Any = 0
     count: int = 1
 
     def take(self, x: Any) -> jax.Array:
-        """[B, ...] to [B / count, ...]."""
+        """Selects rows: [B, ...] to [B / count, ...]."""
         return x if self.count == 1 else x.reshape(-1, self.count, *x.shape[1:])[:, self.index]
 
     def put(self, x: jax.Array) -> jax.Array:
-        """[B / count, ...] to [B, ...], with zeros in the other rows."""
+        """Inserts rows: [B / count, ...] to [B, ...], with zeros in all other rows."""
         if self.count == 1:
             return x
         rows = jnp.zeros((len(x), self.count, *x.shape[1:]), x.dtype)
         return rows.at[:, self.index].set(x).reshape(-1, *x.shape[1:])
 
     def dropout(self, layer: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext):
-        """A Linen interceptor: dropout takes this microbatch's rows of the mask of the whole batch."""
+        """Linen interceptor: applies this microbatch's rows of a dropout mask for the whole batch."""
         if self.count == 1 or not isinstance(context.module, nn.Dropout | Dropout):
             return layer(*args, **kwargs)
         (x,) = args
@@ -70,9 +70,9 @@ _WHOLE_BATCH = Microbatch()
 
 
 def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """The function of `losses` that a config names, and the settings that are its keyword arguments.
+    """Returns the function in `losses` that a config names, and its keyword arguments from settings.
 
-    The timestep sampler is not one of them, because it may need the history of the losses.
+    The timestep sampler is not included, because it may need the loss history.
     """
     loss = losses.LOSSES[config["diffusion"]["loss"]]
     settings = {**config["diffusion"], "gray_levels": config["data"]["levels"]}
@@ -81,7 +81,7 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
 
 
 def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:
-    """The condition of an upsampler [B, H, W, K]: the small version of x_0, with noise of random size if max_noise > 0."""
+    """Returns an upsampler's condition [B, H, W, K]: x_0 at low resolution, with noise of random std if max_noise > 0."""
     low, noise_std = upsampling.downsample(x_0, low_resolution), None
     if max_noise:
         key_std, key_noise = jax.random.split(key)
@@ -91,10 +91,10 @@ def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise:
 
 
 def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule) -> Objective:
-    """objective(params, history, key, examples, microbatch) -> (loss [B], aux): the loss that `config.diffusion` names.
+    """Builds the loss of `config.diffusion`: objective(params, history, key, examples, microbatch) -> (loss [B], aux).
 
-    history: `TrainState.loss_history`. examples: as `read_batch` returns them. microbatch: the rows that the network sees;
-    the results in the other rows have no meaning. aux: the second result of the function of `losses`.
+    history: `TrainState.loss_history`. examples: the result of `read_batch`. microbatch: the rows that the network sees;
+    results in all other rows have no meaning. aux: the second result of the loss function.
     """
     loss, options = _loss_and_options(config)
     classifies = config["diffusion"]["loss"] == "classify"
@@ -132,15 +132,14 @@ def make_train_step(
     learning_rate: optax.Schedule,
     gather_params: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
 ) -> TrainStep:
-    """train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
+    """Builds train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
 
-    Every draw comes from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (its mean over the batch), loss_q1
-    ... loss_q4 (the same over each quarter of the timesteps, q1 the least noisy; NaN for a quarter that no timestep of the
-    batch is in), for the vlb and the hybrid also mse and vlb (bits per dimension, without L_T), for a classifier accuracy,
-    grad_norm (before clipping), param_norm, learning_rate. Importance sampling weights the losses, so that means
-    are unbiased.
+    All random numbers derive from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (batch mean), loss_q1 ...
+    loss_q4 (means over each quarter of the timesteps, q1 the least noisy; NaN for a quarter without a timestep in the batch),
+    mse and vlb (bits per dimension, without L_T) for the losses vlb and hybrid, accuracy for a classifier, grad_norm (before
+    clipping), param_norm, learning_rate. With importance sampling, losses are weighted, so that the means are unbiased.
 
-    gather_params: wraps a function of the parameters if these are split over devices, as `sharding.gather_params`.
+    gather_params: wraps a function of the parameters if the parameters are split over devices, as `sharding.gather_params`.
     """
     diffusion, options = config["diffusion"], config["training"]
     num_microbatches = options["accumulation_steps"]
@@ -187,9 +186,9 @@ def _make_gradient(
     num_microbatches: int,
     gather_params: Callable[[Callable], Callable],
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-    """gradient(params, history, key, examples) -> (gradient of the mean loss, values of each example).
+    """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, values for each example).
 
-    The values are "loss", "importance", "t" and the `terms` of the loss, each [B].
+    The values are "loss", "importance", "t" and the loss `terms`, each [B].
     """
 
     def loss_fn(params, history, key, examples: Examples, index):
@@ -210,7 +209,7 @@ def _make_gradient(
             grads, values = gradient_fn(params, *arguments, index)
             return jax.tree.map(jnp.add, total, grads), values
 
-        # XLA's CPU backend computes the gradient of a convolution many times slower inside a loop than outside.
+        # On XLA's CPU backend, convolution gradients are many times slower inside a loop than outside.
         unroll = num_microbatches if jax.default_backend() == "cpu" else 1
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, values = jax.lax.scan(add, zeros, jnp.arange(num_microbatches), unroll=unroll)
@@ -221,9 +220,9 @@ def _make_gradient(
 
 
 def scan_steps(train_step: TrainStep) -> TrainStep:
-    """(state, batches [K, B, ...]) -> (state, metrics of the last step): K train steps in one `lax.scan`.
+    """Runs K train steps in one `lax.scan`: (state, batches [K, B, ...]) -> (state, metrics of the last step).
 
-    train_step: of `create`, or a function without `jax.jit`. The result is not compiled: call it in `jax.jit`.
+    train_step: from `create`, or a function without `jax.jit`. The returned function is not compiled; wrap it in `jax.jit`.
     """
     # A function with compiler options cannot be called inside another program.
     train_step = getattr(train_step, "__wrapped__", train_step)
