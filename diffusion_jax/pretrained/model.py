@@ -327,6 +327,8 @@ class Model:
                 )
             if not has_condition:
                 raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
+        if classifier_form == "mean":
+            _shift_mean(sampler, guidance.log_prob_gradient)  # raises for samplers other than ddpm
         if classifier is None:
             return
         if not isinstance(classifier.model, Classifier):
@@ -341,8 +343,6 @@ class Model:
             differences.append("other constants of the normalization")
         if differences:
             raise ValueError(f"the classifier was trained on other data or x_t ({'; '.join(differences)})")
-        if classifier_form == "mean":
-            _shift_mean(sampler, guidance.log_prob_gradient)  # raises for samplers other than ddpm
 
     def check_small_images(self, is_given: bool, noise_std) -> None:
         """Raises: ValueError if the network does not take small images, or not this noise on small images."""

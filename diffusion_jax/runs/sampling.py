@@ -162,7 +162,7 @@ def resolve_sampling(
     config = resolve(config)
     config.sampling.clip = resolve_clip(config)
     options = config.sampling.to_dict()
-    classifier = labels = small_images = None
+    classifier = labels = None
     with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         sampler = sampler_from_config(options, config["diffusion"])
@@ -172,9 +172,9 @@ def resolve_sampling(
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
         if num_classes or read_files or not options["classifier"]:
             labels = parse_classes(options["label"], num_classes, net.class_names)
+        small_images, given_labels = read_small_images(config, read_files)
         if read_files:
             conditions = read_conditions(config) if conditions is None else conditions
-            small_images, given_labels = read_small_images(config)
             if given_labels is not None and labels is not None and options["label"] is None:
                 labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
             net.check_small_images(small_images is not None, options["low_resolution_noise"])
@@ -182,7 +182,8 @@ def resolve_sampling(
             with as_user_error(where):
                 net.check_condition(conditions, 1 if conditions is None else len(conditions))
         has_condition = conditions is not None or (not read_files and net.condition_shape is not None)
-        net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, options["classifier_form"])
+        form = options["classifier_form"] if options["classifier"] else "eps"
+        net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, form)
     notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
     return SamplingSettings(
         config=config,
@@ -395,15 +396,17 @@ def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
 # ---- Small images
 
 
-def read_small_images(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
+def read_small_images(config: ConfigDict, read_files: bool = True) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Reads `sampling.low_resolution`: (uint8 images [N, h, w, C], labels [N] or None); (None, None) if not an upsampler.
 
-    Raises: UserError, DataError.
+    read_files: False checks only whether the model enlarges images. Raises: UserError, DataError.
     """
     path, side = config.sampling.low_resolution, config.data.low_resolution
     if not side:
         if path:
             raise UserError(f"sampling.low_resolution={path!r} is for models that enlarge images (data.low_resolution)")
+        return None, None
+    if not read_files:
         return None, None
     if not path:
         raise UserError(

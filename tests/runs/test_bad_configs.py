@@ -33,7 +33,7 @@ LAUNCHES = [
     ([TRAIN, "--xyz=3"], ["unknown flag --xyz; --help lists all flags"]),
     ([TRAIN, "surplus"], ["unexpected argument 'surplus'"]),
     ([], ["holds no run whose config could be used"]),
-    (["--config=digits", "--config.diffusion.loss=classify"], ["such as --config=digits_classifier"]),
+    (["--config=digits", "--config.diffusion.loss=classify"], ["use --mode=train_classifier"]),
     ([TRAIN, "--config.training.accumulation_steps=7"], ["nearest: 63 or 70"]),
     ([TRAIN, "--mode=train_classifier"], ["not a classifier"]),
     (["--config=configs/digits_classifier.py", SAMPLE], ["classifier"]),
@@ -56,7 +56,7 @@ LAUNCHES = [
     ),
     ([TRAIN, "--workdir=README.md/run"], ["--workdir=README.md/run", "README.md is a file; give a directory"]),
     ([TRAIN, "--workdir="], ["--workdir=DIR is needed"]),
-    ([TRAIN, "--workdir=/proc/run"], ["--workdir=/proc/run: ", "/proc", "; give another directory"]),
+    ([TRAIN, "--workdir=/proc/run"], ["--workdir=/proc/run", "; give a directory that can be written"]),
     ([TRAIN, "--workdir=http://bucket/run"], ["gs://BUCKET/DIR"]),
     ([SAMPLE, "--workdir={}/typo"], ["config.json is not a valid config", "did you mean training.num_steps?"]),
     # sampling and evaluation
@@ -102,9 +102,9 @@ def wrong(tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"steps": (3, 4), "spacing": "trailing"}, "are several numbers"),
+        ({"steps": (3, 4), "spacing": "trailing"}, "defines its own spacing"),
         ({"low_resolution": "small.npz"}, "is for models that enlarge images"),
-        ({"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"}, "use sampling.sampler='ddpm'"),
+        ({"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"}, "shifts the mean of the sampler ddpm"),
         ({"steps": (3, 4.5, 900), "spacing": "given"}, None),
         ({"classifier": "somewhere", "label": 3}, None),  # which may know classes
     ],
