@@ -243,7 +243,7 @@ class ConditionalDistribution:
         return rng.uniform(self.low, self.high, (count, 1))
 
     def sample(self, rng: np.random.Generator, condition: np.ndarray) -> np.ndarray:
-        """Draws one vector for each of the conditions [n, 1]; [n, 2]."""
+        """Draws a vector for each condition. condition: [n, 1]. Returns: float64 [n, 2]."""
         noise = rng.standard_normal((len(condition), 2)) @ self._factor().T
         return self.mean(condition) + self.standard_deviation(condition) * noise
 

@@ -191,7 +191,7 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 def abort_process(message: str, exit_code: int) -> None:
-    """Ends one of several processes with one line, and skips JAX's exit barrier, which other processes may never reach.
+    """Prints one line and ends this process without JAX's exit barrier, which other processes may never reach.
 
     The end of process 0 aborts all other processes, so process 0 first gives them time to write their own line.
     """

@@ -224,6 +224,19 @@ def _train(
         signals = SignalHandler(functools.partial(resume_hint, workdir), saves=True)
         in_flight, note, logged_step = StepsInFlight(step), "", step
         must_stop = is_timed = False
+
+        def sample_with(function: Callable[[Any], Any]) -> tuple[bool, Any, str]:
+            """Calls preview or compare with the EMA, or with the raw weights while the EMA holds too much of the start.
+
+            Returns: (whether the call finished, False after a signal; its result; the weights, "ema" or "raw").
+            """
+            kind = weights_kind(config, step)
+            with watchdog.paused():
+                return (
+                    *signals.call(functools.partial(function, state.ema_params if kind == "ema" else state.params)),
+                    kind,
+                )
+
         launch.lap()
         while step < options.num_steps and not must_stop:
             if count not in compiled:
@@ -263,19 +276,15 @@ def _train(
             must_stop = signals.requested()
             if preview and is_due(options.sample_every) and not must_stop:
                 in_flight.drain()
-                params, kind = _weights_to_sample(config, state, step)
                 with launch.measure("output"):
-                    with watchdog.paused():
-                        is_drawn, samples = signals.call(functools.partial(preview, params))
+                    is_drawn, samples, kind = sample_with(preview)
                     if is_drawn:
                         _write_picture(workdir, metrics, step, samples, preview.settings, kind)
                 must_stop = not is_drawn
             if compare and is_due(config.evaluation.every) and not must_stop:
                 in_flight.drain()
-                params, kind = _weights_to_sample(config, state, step)
                 with launch.measure("output"):
-                    with watchdog.paused():
-                        is_known, distance = signals.call(functools.partial(compare, params))
+                    is_known, distance, kind = sample_with(compare)
                     if is_known:
                         text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
                         log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
@@ -520,12 +529,6 @@ class PreviewSampler:
             log(f"Compiling the sampler of {self._purpose} ...")
             self._is_compiled = True
         return draw_batch(self._net.with_params(params), self.settings, self._seed, batch, self.batch_size)
-
-
-def _weights_to_sample(config: ConfigDict, state: training.TrainState, step: int) -> tuple[Any, str]:
-    """Returns (EMA parameters, "ema"), or (raw parameters, "raw") while the EMA holds too much of the initial weights."""
-    kind = weights_kind(config, step)
-    return (state.ema_params if kind == "ema" else state.params), kind
 
 
 def _write_picture(

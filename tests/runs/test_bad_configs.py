@@ -104,7 +104,10 @@ def wrong(tmp_path_factory):
     [
         ({"steps": (3, 4), "spacing": "trailing"}, "defines its own spacing"),
         ({"low_resolution": "small.npz"}, "is for models that enlarge images"),
-        ({"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"}, "shifts the mean of the sampler ddpm"),
+        (
+            {"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"},
+            "shifts the mean of the sampler ddpm",
+        ),
         ({"steps": (3, 4.5, 900), "spacing": "given"}, None),
         ({"classifier": "somewhere", "label": 3}, None),  # which may know classes
     ],
