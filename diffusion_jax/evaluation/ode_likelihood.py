@@ -35,7 +35,6 @@ from diffusion_jax.schedules import Schedule, cast_table
 __all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
 
 DEQUANTIZATIONS = ("uniform", "variational", "none")
-_LOG_ZERO = -700.0  # if alpha_bar is 0, log alpha_bar on the grid of a schedule is below this value
 
 
 class OdeDensity(NamedTuple):
@@ -125,10 +124,8 @@ def log_density(
         eps_trace = scale * jnp.sum(jax.lax.map(directional, vectors), axis=0)
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
-    times = cast_table(schedule.grid_timesteps, x.dtype)
-    # If the last alpha_bar is 0, the log SNR is not finite there (the grid has a bound), so the ODE ends one step earlier.
-    last = jnp.where(schedule.grid_log_alpha_bar[-1] < _LOG_ZERO, times[-2:][0], times[-1])
-    first = times[0] if time is None else jnp.asarray(time, x.dtype)
+    first, last = (jnp.asarray(end, x.dtype) for end in schedule.path.interval)
+    first = first if time is None else jnp.asarray(time, x.dtype)
     start, end = (-0.5 * schedule.log_snr(t) for t in (first, last))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(derivative),

@@ -160,7 +160,7 @@ class Sampler:
 
     def denoise_between_steps(self, schedule: Schedule, denoise_fn: DenoiseFn, x: Batch, level: NoiseLevel) -> Denoised:
         """Calls the network at any noise level of the training grid. Raises: ValueError for the prediction x_prev."""
-        time = jnp.full(x.shape[:1], schedule.time_at_log_snr(2 * level.lam).astype(x.dtype))
+        time = jnp.full(x.shape[:1], schedule.time_at_log_snr(level.log_snr).astype(x.dtype))
         output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
         output, _ = process.split_variance(output, x, self.variance)
         x_0 = process.clip_x_0(process.x_0_at(level.alpha, level.sigma, output, x, self.prediction), self.clip)

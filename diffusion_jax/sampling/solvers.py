@@ -306,7 +306,7 @@ class heun(Sampler):
     steps over many octaves of sigma, such as the first steps of a cosine schedule: respace with "karras" or "log_snr".
 
     churn: S_churn; above 0, each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
-      1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the training grid, with fresh noise scaled by
+      1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the path, with fresh noise scaled by
       S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
     prediction, variance, clip: as `Sampler`; with churn not "x_prev".
     Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
@@ -368,7 +368,7 @@ class heun(Sampler):
         alpha = jnp.maximum(current.alpha, 1e-10)  # x_t is pure noise below
         sigma = current.sigma / alpha
         raised = sigma * (1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1))
-        highest = jnp.exp(-schedule.log_snr(cast_table(schedule.grid_timesteps, x_t.dtype)[-1]) / 2)
+        highest = jnp.exp(-schedule.log_snr(jnp.asarray(schedule.path.interval[1], x_t.dtype)) / 2)
         inside = (self.churn_range[0] <= sigma) & (sigma <= self.churn_range[1])
         raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
         added = self.churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma))

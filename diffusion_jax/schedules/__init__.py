@@ -4,30 +4,45 @@ A schedule starts as `betas` (float64 [T], the variances of q(x_t | x_{t-1})) an
 table that the posterior, the losses and the samplers read. `respace` selects some steps and returns a shorter `Schedule` with
 the same `alpha_bar` at these steps.
 
+A `Path` is the noise level at every network time, without steps; `from_path` makes a `Schedule` from some of its levels.
+
 The index and the network time are distinct. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables.
 The network time (float, in the unit of training) is `schedule.timesteps[t]`, the only time that a `denoise_fn` receives.
 `at = schedule.at(t, x)` has the values at index t in a shape that multiplies x: at.alpha * x_0 + at.sigma * eps is x_t.
 """
 
-from diffusion_jax.schedules.respacing import SPACINGS, respace
-from diffusion_jax.schedules.schedule import (
-    SCHEDULES,
+from diffusion_jax.schedules.paths import (
+    PATHS,
     NoiseLevel,
-    Schedule,
-    ScheduleStep,
-    betas,
+    Path,
     cast_table,
-    from_betas,
+    edm,
+    path,
+    rectified_flow,
+    shifted,
+    vp_cosine,
+    vp_linear,
 )
+from diffusion_jax.schedules.respacing import SPACINGS, respace
+from diffusion_jax.schedules.schedule import SCHEDULES, Schedule, ScheduleStep, betas, from_betas, from_path
 
 __all__ = [
+    "PATHS",
     "SCHEDULES",
     "SPACINGS",
     "NoiseLevel",
+    "Path",
     "Schedule",
     "ScheduleStep",
     "betas",
     "cast_table",
+    "edm",
     "from_betas",
+    "from_path",
+    "path",
+    "rectified_flow",
     "respace",
+    "shifted",
+    "vp_cosine",
+    "vp_linear",
 ]

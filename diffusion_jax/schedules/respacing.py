@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Num
 
-from diffusion_jax.schedules.schedule import Schedule, from_tables
+from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_tables
 
 __all__ = ["DATA_STD", "SPACINGS", "respace"]
 
@@ -108,8 +108,8 @@ def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
     return np.sort(indices)
 
 
-def _spaced_log_alpha_bar(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
-    """Returns log alpha_bar [count], noisiest last, with sigma spaced as named."""
+def _spaced_log_snr(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
+    """Returns the log SNR [count], noisiest last, with sigma spaced as named."""
     _check_count(count, schedule.num_timesteps)
     if schedule.zero_terminal_snr:
         raise ValueError(
@@ -118,24 +118,22 @@ def _spaced_log_alpha_bar(schedule: Schedule, count: int, spacing: str) -> np.nd
         )
     alpha_bar = schedule.alpha_bar[[0, -1]]
     sigma_min, sigma_max = np.sqrt((1 - alpha_bar) / alpha_bar)
-    sigma = _SIGMA_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1]
-    return -np.log1p(sigma**2)
+    return -2 * np.log(_SIGMA_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1])
 
 
-def _interpolated_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns (timesteps, log alpha_bar), float64 [S], if `steps` lie between indices; None if `steps` are indices."""
-    grid_timesteps, grid_log_alpha_bar = schedule.grid_timesteps, schedule.grid_log_alpha_bar
+def _levels_between_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns (timesteps, log SNR), float64 [S], if `steps` lie between indices; None if `steps` are indices."""
     if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
-        log_alpha_bar = _spaced_log_alpha_bar(schedule, steps, spacing)
-        return np.interp(log_alpha_bar, grid_log_alpha_bar[::-1], grid_timesteps[::-1]), log_alpha_bar
+        log_snr = _spaced_log_snr(schedule, steps, spacing)
+        return schedule.path.time_on_host(log_snr), log_snr
     if np.ndim(steps) == 1 and np.size(steps) and np.issubdtype(np.asarray(steps).dtype, np.floating):
         timesteps = np.sort(np.asarray(steps, np.float64))
-        if not (grid_timesteps[0] <= timesteps[0] and timesteps[-1] <= grid_timesteps[-1]):
+        first, last = schedule.path.interval[0], max(schedule.path.interval[1], schedule.timesteps[-1])
+        if not (first <= timesteps[0] and timesteps[-1] <= last):
             raise ValueError(
-                f"network times must lie in {grid_timesteps[0]:g} ... {grid_timesteps[-1]:g}, got {timesteps[0]:g} ... "
-                f"{timesteps[-1]:g}"
+                f"network times must lie in {first:g} ... {last:g}, got {timesteps[0]:g} ... {timesteps[-1]:g}"
             )
-        return timesteps, np.interp(timesteps, grid_timesteps, grid_log_alpha_bar)
+        return timesteps, schedule.path.log_snr_on_host(timesteps)
     return None
 
 
@@ -167,7 +165,7 @@ def respace(
       spacing: only for an int; strings and explicit steps define their own.
 
     Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
-      schedule's, or interpolated as in `Schedule.log_snr`.
+      schedule's, or the path's at steps between indices.
     Raises: ValueError for an invalid string, a count that does not fit, an index or time outside the schedule, a repeated
       step, an unknown spacing, a spacing for steps that are not an int, one step with "leading", "linspace" or "quadratic",
       one of the last three spacings if alpha_bar ends at 0, or tables that are not float64.
@@ -184,31 +182,22 @@ def respace(
             f"spacing {spacing!r} is for a number of steps, but {steps!r} defines its own spacing; leave it out"
         )
     spacing = spacing or "trailing"
-    interpolated = _interpolated_steps(schedule, steps, spacing)
-    if interpolated is not None:
-        timesteps, log_alpha_bar = interpolated
-        # Where alpha_bar is 0, the grid holds the logarithm of the smallest float64.
-        alpha_bar = np.where(log_alpha_bar < -700, 0.0, np.exp(log_alpha_bar))
-        one_minus_alpha_bar = -np.expm1(log_alpha_bar)
-        betas = -np.expm1(np.diff(log_alpha_bar, prepend=0.0))
-    else:
+    levels = _levels_between_steps(schedule, steps, spacing)
+    if levels is None:
         total = schedule.num_timesteps
         indices = _select_indices(steps, spacing, total)
         if indices[0] < 0 or indices[-1] >= total:
             raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
-        timesteps, alpha_bar = schedule.timesteps[indices], schedule.alpha_bar[indices]
-        one_minus_alpha_bar = 1 - alpha_bar
-        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+        timesteps = schedule.timesteps[indices]
+    else:
+        timesteps, log_snr = levels
     repeated = timesteps[1:][np.diff(timesteps) <= 0]
     if repeated.size:
         raise ValueError(
             f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; use fewer steps or another spacing"
         )
-    return from_tables(
-        alpha_bar,
-        one_minus_alpha_bar,
-        betas,
-        timesteps,
-        grid_timesteps=schedule.grid_timesteps,
-        grid_log_alpha_bar=schedule.grid_log_alpha_bar,
-    )
+    if levels is not None:
+        return at_log_snr(schedule.path, timesteps, log_snr)
+    alpha_bar = schedule.alpha_bar[indices]
+    betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Float64, Integer, Num, Shaped
 
-__all__ = ["SCHEDULES", "NoiseLevel", "Schedule", "ScheduleStep", "betas", "cast_table", "from_betas", "from_tables"]
+from diffusion_jax.schedules.paths import Interpolated, NoiseLevel, Path, cast_table, row_shape
+
+__all__ = ["SCHEDULES", "Schedule", "ScheduleStep", "betas", "from_betas", "from_path", "from_tables"]
 
 
 def _linear(num_timesteps, beta_start, beta_end):
@@ -114,7 +115,7 @@ class Schedule:
     posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde_t = c_0 x_0 + c_t x_t, DDPM eq. 7.
     fixed_large_variance: beta_t, and at index 0 the posterior variance at index 1 (OpenAI's correction of DDPM's code, whose
       variance and log variance disagree at index 0).
-    grid_timesteps, grid_log_alpha_bar: the training grid, unchanged by respacing; `log_snr(time)` interpolates on it.
+    path: the noise level at any network time, unchanged by respacing.
     zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so close to 0
       that its square root is 0 in float32.
     """
@@ -132,8 +133,7 @@ class Schedule:
     posterior_mean_coef_x_0: Float64[np.ndarray, "T"]
     posterior_mean_coef_x_t: Float64[np.ndarray, "T"]
     fixed_large_variance: Float64[np.ndarray, "T"]
-    grid_timesteps: Float64[np.ndarray, "T_grid"]
-    grid_log_alpha_bar: Float64[np.ndarray, "T_grid"]
+    path: Path
     zero_terminal_snr: bool = dataclasses.field(metadata={"static": True})
 
     @property
@@ -160,47 +160,21 @@ class Schedule:
         0 ... T - 1. Raises: ValueError for a t that is not int, or whose shape is not the start of `like`'s shape.
         """
         t = jnp.asarray(t)
-        shape, dtype = jnp.shape(like), jnp.result_type(like)
         if not jnp.issubdtype(t.dtype, jnp.integer):
             raise ValueError(f"t must be int, an index of the schedule; got {t.dtype}")
-        if t.shape != shape[: t.ndim]:
-            raise ValueError(
-                f"t has shape {t.shape} but x has {shape}; t must be one index, or one for each row of x: {shape[:1]}"
-            )
-        is_float = jnp.issubdtype(dtype, jnp.floating)
-        dtype = jnp.promote_types(dtype, jnp.float32) if is_float else jnp.result_type(float)
-        return ScheduleStep(self, t, dtype, (1,) * (len(shape) - t.ndim) if t.ndim else ())
+        shape, dtype = row_shape("t", t, like)
+        return ScheduleStep(self, t, dtype, shape)
 
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-        """log(alpha_bar / (1 - alpha_bar)) at any network time; equals log(snr) at `timesteps`.
+        """Returns log(alpha_bar / (1 - alpha_bar)) at any network time, as `Path.log_snr`; equals log(snr) at `timesteps`.
 
-        log alpha_bar is interpolated linearly on the training grid and constant outside of it. The result is float32, or
-        float64 for a float64 time with x64 on.
+        On the path of `from_betas`, log alpha_bar is linear in time between the steps and constant outside of them.
         """
-        time = _as_float(time)
-        log_alpha_bar = _interpolate(time, self.grid_timesteps, self.grid_log_alpha_bar)
-        return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
+        return self.path.log_snr(time)
 
     def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """Returns the network time at which `log_snr(time)` has a given value, the inverse of `log_snr`."""
-        log_alpha_bar = -jax.nn.softplus(-_as_float(log_snr))
-        return _interpolate(log_alpha_bar, self.grid_log_alpha_bar[::-1], self.grid_timesteps[::-1])
-
-
-class NoiseLevel(NamedTuple):
-    """The noise level of x = alpha x_0 + sigma eps: alpha, sigma, and lambda = log(alpha / sigma), half the log SNR.
-
-    lambda is finite also where alpha or sigma is 0.
-    """
-
-    alpha: Float[Array, "..."]
-    sigma: Float[Array, "..."]
-    lam: Float[Array, "..."]
-
-    @classmethod
-    def at_log_snr(cls, log_snr: Float[Array, "..."]) -> NoiseLevel:
-        """Returns the level at any log SNR, also between a schedule's steps."""
-        return cls(jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), log_snr / 2)
+        return self.path.time_at_log_snr(log_snr)
 
 
 class _Table:
@@ -231,7 +205,7 @@ class ScheduleStep:
     schedule: Schedule
     t: Integer[Array, "..."]
     dtype: Any
-    trailing_axes: tuple[int, ...]  # of size 1, after the axes of t
+    shape: tuple[int, ...]  # of the values: that of t, with axes of size 1 after it
 
     beta = _Table("betas")
     alpha_bar = _Table("alpha_bar")
@@ -249,7 +223,7 @@ class ScheduleStep:
     def read(self, table: Float[ArrayLike, "T"]) -> Float[Array, "..."]:
         """Reads any table with a value per index, such as custom weights, at index t."""
         values = self._gather(table)
-        return values.reshape(values.shape + self.trailing_axes) if self.trailing_axes else values
+        return values.reshape(self.shape) if self.shape != values.shape else values
 
     @property
     def time(self) -> Float[Array, "..."]:
@@ -276,25 +250,7 @@ class ScheduleStep:
 
 def _noise_level(alpha: jax.Array, sigma: jax.Array) -> NoiseLevel:
     # log(1e-22) is about -50, and 1 + exp(-50) == 1 even in float64: a finite value for "no noise" and for "pure noise".
-    return NoiseLevel(alpha, sigma, jnp.log(jnp.maximum(alpha, 1e-22)) - jnp.log(jnp.maximum(sigma, 1e-22)))
-
-
-def _as_float(x: ArrayLike) -> jax.Array:
-    """Converts x to float32, or to float64 if x is float64 and x64 is on; integers become JAX's default float."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
-
-
-def cast_table(table: Float[ArrayLike, "T"], dtype: DTypeLike) -> Float[np.ndarray, "T"] | Float[Array, "T"]:
-    """Copies a schedule's table to another dtype.
-
-    NumPy casts its own arrays, because JAX caches its copy of a NumPy array and reuses it after x64 is switched.
-    """
-    return table.astype(dtype) if isinstance(table, np.ndarray) else jnp.asarray(table, dtype)
-
-
-def _interpolate(x, xs, ys) -> jax.Array:
-    return jnp.interp(x, cast_table(xs, x.dtype), cast_table(ys, x.dtype))
+    return NoiseLevel(alpha, sigma, 2 * (jnp.log(jnp.maximum(alpha, 1e-22)) - jnp.log(jnp.maximum(sigma, 1e-22))))
 
 
 def from_tables(
@@ -302,11 +258,9 @@ def from_tables(
     one_minus_alpha_bar: np.ndarray,
     betas: np.ndarray,
     timesteps: np.ndarray,
-    *,
-    grid_timesteps: np.ndarray,
-    grid_log_alpha_bar: np.ndarray,
+    path: Path,
 ) -> Schedule:
-    """Builds a Schedule from its independent tables, float64 [T] each; the grid tables have the training schedule's length.
+    """Builds a Schedule from its independent tables, float64 [T] each, and its path.
 
     one_minus_alpha_bar is an argument because 1 - alpha_bar loses digits where alpha_bar is near 1.
     """
@@ -329,8 +283,7 @@ def from_tables(
         posterior_mean_coef_x_0=betas * np.sqrt(alpha_bar_prev) / one_minus_alpha_bar,
         posterior_mean_coef_x_t=np.sqrt(1 - betas) * one_minus_alpha_bar_prev / one_minus_alpha_bar,
         fixed_large_variance=np.append(at_0, betas[1:]),
-        grid_timesteps=grid_timesteps,
-        grid_log_alpha_bar=grid_log_alpha_bar,
+        path=path,
         zero_terminal_snr=bool(np.sqrt(alpha_bar[-1]) < np.finfo(np.float32).tiny),
     )
 
@@ -367,6 +320,36 @@ def from_betas(
         )
     # A schedule that ends in pure noise has log alpha_bar = -inf at the end; a lower bound keeps the interpolation finite.
     log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
-    return from_tables(
-        alpha_bar, 1 - alpha_bar, betas, timesteps, grid_timesteps=timesteps, grid_log_alpha_bar=log_alpha_bar
-    )
+    path = Interpolated(timesteps, log_alpha_bar, bool(log_alpha_bar[-1] < -700))
+    return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, path)
+
+
+def from_path(path: Path, times: Sequence[float] | Num[ArrayLike, "T"]) -> Schedule:
+    """Builds a Schedule with a path's noise levels at some network times, a chain of T steps.
+
+    The schedule keeps the path: samplers that call the network between steps, and respacing, find exact network times.
+
+    times: [T], increasing. At the last time the log SNR may be -inf, pure noise.
+    Raises: ValueError for times that are not increasing, or whose log SNR does not decrease or is not finite.
+    """
+    times = np.asarray(times, np.float64)
+    if times.ndim != 1 or not times.size or not np.isfinite(times).all() or not (np.diff(times) > 0).all():
+        raise ValueError(
+            f"times must be a one-dimensional array of finite, increasing numbers, got shape {times.shape}"
+        )
+    return at_log_snr(path, times, path.log_snr_on_host(times))
+
+
+def at_log_snr(path: Path, times: np.ndarray, log_snr: np.ndarray) -> Schedule:
+    """Builds the Schedule with a path's log SNR at its network times, float64 [T] each. Raises: ValueError as `from_path`."""
+    if not (np.diff(log_snr) < 0).all() or not np.isfinite(log_snr[:-1]).all() or not log_snr[-1] < np.inf:
+        bad = int(np.argmax(~np.isfinite(log_snr) | (np.diff(log_snr, prepend=np.inf) >= 0)))
+        raise ValueError(
+            f"the log SNR must be finite and decrease from each time to the next, but it is {log_snr[bad]:g} at time "
+            f"{times[bad]:g}"
+        )
+    log_alpha_bar = -np.logaddexp(0.0, -log_snr)
+    # Where alpha_bar is 0, an interpolated path has the logarithm of the smallest float64.
+    alpha_bar = np.where(log_alpha_bar < -700, 0.0, np.exp(log_alpha_bar))
+    betas = -np.expm1(np.diff(log_alpha_bar, prepend=0.0))
+    return from_tables(alpha_bar, -np.expm1(log_alpha_bar), betas, times, path)

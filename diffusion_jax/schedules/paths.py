@@ -1,0 +1,396 @@
+"""Paths: the noise level as a function of a continuous time, for EDM, flow matching and continuous VP processes.
+
+A `Path` gives the log SNR, log(alpha^2 / sigma^2) of x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, at any network
+time. Every process with Gaussian noise is such a process after x_t is rescaled (`coordinates` rescales the input and output
+of a network): paths differ in the noise level at each time, and in what the network receives as time.
+
+    level = path.at(time, x_0)
+    x_t = level.alpha * x_0 + level.sigma * eps
+
+`from_path(path, times)` in `schedule.py` makes a `Schedule` with the noise levels at some times, for the losses of a chain
+and for samplers. In turn, `schedule.path` is the path through the steps of a schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Float64, Num, Shaped
+
+__all__ = [
+    "PATHS",
+    "NoiseLevel",
+    "Path",
+    "cast_table",
+    "edm",
+    "path",
+    "rectified_flow",
+    "shifted",
+    "vp_cosine",
+    "vp_linear",
+]
+
+
+class NoiseLevel(NamedTuple):
+    """The noise level of x_t = alpha x_0 + sigma eps: alpha, sigma, and the log SNR, log(alpha^2 / sigma^2)."""
+
+    alpha: Float[Array, "..."]
+    sigma: Float[Array, "..."]
+    log_snr: Float[Array, "..."]
+
+    @property
+    def lam(self) -> Float[Array, "..."]:
+        """lambda = log(alpha / sigma), half the log SNR."""
+        return self.log_snr / 2
+
+    @classmethod
+    def at_log_snr(cls, log_snr: Float[Array, "..."]) -> NoiseLevel:
+        """Returns the level at any log SNR."""
+        return cls(jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), log_snr)
+
+
+class Path:
+    """A log SNR that decreases with the network time, made by `vp_linear`, `vp_cosine`, `edm`, `rectified_flow` or `path`.
+
+    Paths are pytrees, so that a jitted function can have a path as an argument.
+
+    interval: the first and last network time, between which training draws times.
+    """
+
+    interval: tuple[float, float]
+
+    def _log_snr(self, time, xp):
+        """The log SNR at a time; xp is the module that computes it, jax.numpy or, in float64, numpy."""
+        raise NotImplementedError
+
+    def _time(self, log_snr, xp):
+        """The inverse function of `_log_snr`."""
+        raise NotImplementedError
+
+    def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns log(alpha^2 / sigma^2) at any network time; float32, or float64 for a float64 time with x64 on."""
+        return self._log_snr(as_time(time), jnp)
+
+    def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns the network time at which `log_snr(time)` has a given value."""
+        return self._time(as_time(log_snr), jnp)
+
+    def log_snr_on_host(self, time: Num[ArrayLike, "*shape"]) -> Float64[np.ndarray, "*shape"]:
+        """`log_snr` in float64, computed by NumPy for the tables of a schedule; for a path that is not traced."""
+        with np.errstate(divide="ignore", over="ignore"):  # infinite where there is no signal or no noise
+            return np.asarray(self._log_snr(np.asarray(time, np.float64), np), np.float64)
+
+    def time_on_host(self, log_snr: Num[ArrayLike, "*shape"]) -> Float64[np.ndarray, "*shape"]:
+        """`time_at_log_snr` in float64, computed by NumPy, as `log_snr_on_host`."""
+        with np.errstate(divide="ignore", over="ignore"):
+            return np.asarray(self._time(np.asarray(log_snr, np.float64), np), np.float64)
+
+    def at(self, time: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> NoiseLevel:
+        """Returns the noise level at network times, one for each row or one for all rows, in a shape that multiplies `like`.
+
+        Shape and dtype are as in `Schedule.at`.
+        Raises: ValueError for a time that is not float, or whose shape is not the start of `like`'s shape.
+        """
+        shape, dtype = row_shape("time", time, like)
+        time = jnp.asarray(time)
+        if not jnp.issubdtype(time.dtype, jnp.floating):
+            raise ValueError(
+                f"the time on a path must be float, a network time; got {time.dtype}, which is an index of a schedule"
+            )
+        return NoiseLevel.at_log_snr(self._log_snr(time.astype(dtype), jnp).reshape(shape))
+
+    def check_finite_ends(self, purpose: str) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the log SNR at both ends of `interval`.
+
+        purpose: the start of the error message. Raises: ValueError for an infinite log SNR at an end, unless it is traced.
+        """
+        with jax.ensure_compile_time_eval():
+            first, last = (self.log_snr(jnp.asarray(end, jnp.float32)) for end in self.interval)
+        for end, value in zip(self.interval, (first, last), strict=True):
+            if not isinstance(value, Tracer) and not np.isfinite(value):
+                raise ValueError(
+                    f"{purpose} needs a finite log SNR at both ends of the path, but it is {float(value):g} at time {end:g}; "
+                    "make the path with an interval=(first, last) inside its ends"
+                )
+        return first, last
+
+
+def row_shape(
+    name: str, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]
+) -> tuple[tuple[int, ...], DTypeLike]:
+    """Returns the shape in which a value for each row, or one for all rows, multiplies `like`, and the dtype of the values.
+
+    Raises: ValueError if the shape of t is not the start of `like`'s shape.
+    """
+    t_shape, shape, dtype = jnp.shape(t), jnp.shape(like), jnp.result_type(like)
+    if t_shape != shape[: len(t_shape)]:
+        raise ValueError(
+            f"{name} has shape {t_shape} but x has {shape}; {name} must be one value, or one for each row of x: {shape[:1]}"
+        )
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    dtype = jnp.promote_types(dtype, jnp.float32) if is_float else jnp.result_type(float)
+    return t_shape + (1,) * (len(shape) - len(t_shape)) if t_shape else (), dtype
+
+
+def as_time(x: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Converts x to float32, or to float64 if x is float64 and x64 is on; integers become JAX's default float."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else float)
+
+
+def cast_table(table: Float[ArrayLike, "T"], dtype: DTypeLike) -> Float[np.ndarray, "T"] | Float[Array, "T"]:
+    """Copies a schedule's table to another dtype.
+
+    NumPy casts its own arrays, because JAX caches its copy of a NumPy array and reuses it after x64 is switched.
+    """
+    return table.astype(dtype) if isinstance(table, np.ndarray) else jnp.asarray(table, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interpolated(Path):
+    """The path through the steps of a schedule: log alpha_bar is linear in time between steps, and constant outside."""
+
+    timesteps: Float64[np.ndarray, "T"]
+    log_alpha_bar: Float64[np.ndarray, "T"]
+    ends_in_noise: bool = dataclasses.field(metadata={"static": True})  # the last step has no signal
+
+    @property
+    def interval(self):
+        """From the first step to the last step with signal."""
+        return self.timesteps[0], self.timesteps[-2 if self.ends_in_noise and len(self.timesteps) > 1 else -1]
+
+    def _log_snr(self, time, xp):
+        log_alpha_bar = self._interpolate(time, self.timesteps, self.log_alpha_bar, xp)
+        return log_alpha_bar - xp.log(-xp.expm1(log_alpha_bar))
+
+    def _time(self, log_snr, xp):
+        log_alpha_bar = -xp.logaddexp(0.0, -log_snr)
+        return self._interpolate(log_alpha_bar, self.log_alpha_bar[::-1], self.timesteps[::-1], xp)
+
+    def _interpolate(self, x, xs, ys, xp):
+        return xp.interp(x, cast_table(xs, x.dtype), cast_table(ys, x.dtype))
+
+
+_MILLE = 1000.0  # the network time at the end of the unit interval
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _VPLinear(Path):
+    beta_min: float
+    beta_max: float
+    interval: tuple[float, float]
+
+    def _log_snr(self, time, xp):
+        u = time / _MILLE
+        return -xp.log(xp.expm1(u * (self.beta_min + u * (self.beta_max - self.beta_min) / 2)))
+
+    def _time(self, log_snr, xp):
+        integral = xp.logaddexp(0.0, -log_snr)  # of beta from 0 to u, which is -log alpha_bar
+        slope = self.beta_max - self.beta_min
+        return _MILLE * 2 * integral / (self.beta_min + xp.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _VPCosine(Path):
+    offset: float
+    interval: tuple[float, float]
+
+    def _log_snr(self, time, xp):
+        first, angle = self._first_angle, self._angle(time)
+        # 1 - alpha_bar = (cos^2 first - cos^2 angle) / cos^2 first, without a difference of numbers that are almost equal
+        return 2 * xp.log(xp.cos(angle)) - xp.log(xp.sin(angle - first) * xp.sin(angle + first))
+
+    def _time(self, log_snr, xp):
+        first = self._first_angle
+        signal, noise = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
+        angle = xp.arctan2(
+            xp.sqrt(math.sin(first) ** 2 + math.cos(first) ** 2 * noise), math.cos(first) * xp.sqrt(signal)
+        )
+        return _MILLE * ((1 + self.offset) * 2 / math.pi * angle - self.offset)
+
+    @property
+    def _first_angle(self):
+        return self._angle(0.0)
+
+    def _angle(self, time):
+        return (time / _MILLE + self.offset) / (1 + self.offset) * math.pi / 2
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _EDM(Path):
+    interval: tuple[float, float]
+
+    def _log_snr(self, time, xp):
+        return -8 * time
+
+    def _time(self, log_snr, xp):
+        return log_snr / -8
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _RectifiedFlow(Path):
+    interval: tuple[float, float]
+
+    def _log_snr(self, time, xp):
+        tau = time / _MILLE
+        return 2 * (xp.log1p(-tau) - xp.log(tau))
+
+    def _time(self, log_snr, xp):
+        return _MILLE / (1 + xp.exp(log_snr / 2))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shifted(Path):
+    path: Path
+    delta_log_snr: float
+
+    @property
+    def interval(self):
+        return self.path.interval
+
+    def _log_snr(self, time, xp):
+        return self.path._log_snr(time, xp) + self.delta_log_snr
+
+    def _time(self, log_snr, xp):
+        return self.path._time(log_snr - self.delta_log_snr, xp)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Custom(Path):
+    function: Callable[[jax.Array], jax.Array]
+    inverse: Callable[[jax.Array], jax.Array] | None
+    interval: tuple[float, float]
+
+    def _log_snr(self, time, xp):
+        return _call(self.function, time, xp)
+
+    def _time(self, log_snr, xp):
+        return _call(self.inverse or self._bisect, log_snr, xp)
+
+    def _bisect(self, log_snr):
+        def halve(_, ends):
+            low, high = ends
+            middle = (low + high) / 2
+            later = self.function(middle) > target
+            return jnp.where(later, middle, low), jnp.where(later, high, middle)
+
+        target = jax.lax.stop_gradient(log_snr)
+        first, last = (jnp.full_like(target, end) for end in self.interval)
+        low, high = jax.lax.fori_loop(0, 60, halve, (first, last))
+        time = jax.lax.stop_gradient((low + high) / 2)
+        # One step of Newton's method, which changes little but has the gradient of the inverse.
+        value, slope = jax.jvp(self.function, (time,), (jnp.ones_like(time),))
+        return time + (log_snr - value) / slope
+
+
+def _call(function, x, xp):
+    """Calls a function of JAX arrays, also for NumPy arrays, in float64."""
+    if xp is jnp:
+        return function(x)
+    with jax.enable_x64(True):
+        return np.asarray(function(jnp.asarray(x)))
+
+
+def _check_interval(name: str, interval, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
+    first, last = (float(end) for end in interval)
+    if not low <= first < last <= high or not math.isfinite(last - first):
+        allowed = f" in {low:g} ... {high:g}" if math.isfinite(low) else ""
+        raise ValueError(f"{name} must be two increasing network times{allowed}, got {interval!r}")
+    return first, last
+
+
+def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, *, interval: tuple[float, float] = (0.01, 1000.0)) -> Path:
+    """The variance-preserving process with a linear rate beta (Song et al. 2021, VP SDE), the limit of DDPM's schedule.
+
+    With u = time / 1000: alpha_bar = exp(-(beta_min u + (beta_max - beta_min) u^2 / 2)).
+    interval: the default starts at u = 1e-5, as the authors' training. Raises: ValueError for rates that are not
+    0 < beta_min <= beta_max, and for an interval outside 0 ... 1000.
+    """
+    if not 0 < beta_min <= beta_max < math.inf:
+        raise ValueError(f"the rates must be 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
+    return _VPLinear(float(beta_min), float(beta_max), _check_interval("interval", interval, 0, _MILLE))
+
+
+def vp_cosine(offset: float = 0.008, *, interval: tuple[float, float] = (0.01, 999.9)) -> Path:
+    """Improved DDPM's cosine schedule in continuous time (eq. 17), without the bound 0.999 for beta.
+
+    With u = time / 1000: alpha_bar = f(u) / f(0), f(u) = cos^2((u + offset) / (1 + offset) pi/2).
+    interval: without the ends of 0 ... 1000, where the log SNR is infinite. Raises: ValueError for a negative offset and an
+    interval outside 0 ... 1000.
+    """
+    if not 0 <= offset < math.inf:
+        raise ValueError(f"offset must be a number of at least 0, got {offset}")
+    return _VPCosine(float(offset), _check_interval("interval", interval, 0, _MILLE))
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Path:
+    """EDM's noise levels s = sigma / alpha from sigma_min to sigma_max (Karras et al. 2022); the network time is log(s) / 4.
+
+    Raises: ValueError for levels that are not 0 < sigma_min < sigma_max.
+    """
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"the noise levels must be 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return _EDM((math.log(sigma_min) / 4, math.log(sigma_max) / 4))
+
+
+def rectified_flow(*, interval: tuple[float, float] = (0.0, 1000.0)) -> Path:
+    """The straight path z = (1 - tau) x_0 + tau eps of flow matching (Lipman et al. 2023, Liu et al. 2023); time is 1000 tau.
+
+    x_t = z / sqrt((1 - tau)^2 + tau^2), so sigma / alpha = tau / (1 - tau).
+    interval: at the ends of the default the log SNR is infinite. What needs finite ends, such as a bound, raises ValueError
+    and needs an interval such as (1, 999). Raises: ValueError for an interval outside 0 ... 1000.
+    """
+    return _RectifiedFlow(_check_interval("interval", interval, 0, _MILLE))
+
+
+def shifted(path: Path, delta_log_snr: float) -> Path:
+    """The path with the log SNR plus a constant at every time.
+
+    Images with d times the width need 2 log(1/d) for the same signal in averaged pixels (Hoogeboom et al. 2023, "simple
+    diffusion", eq. 5). SD3's shift of rectified flow by m (Esser et al. 2024, eq. 23) is -2 log m.
+    """
+    return _Shifted(path, delta_log_snr)
+
+
+def path(
+    log_snr: Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]],
+    inverse: Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]] | None = None,
+    *,
+    interval: tuple[float, float],
+) -> Path:
+    """A path from any log SNR, a strictly decreasing, differentiable function of the network time, element by element.
+
+    inverse: the network time at a log SNR; without it, the time is found by bisection.
+    interval: the first and last network time.
+    Raises: ValueError for an interval that is not increasing, or a log SNR that does not decrease on it, unless it is traced.
+    """
+    new = _Custom(log_snr, inverse, _check_interval("interval", interval))
+    with jax.ensure_compile_time_eval():
+        values = new.log_snr(jnp.linspace(*new.interval, 64, dtype=jnp.float32))
+    if not isinstance(values, Tracer) and not (np.diff(np.asarray(values)) < 0).all():
+        raise ValueError("log_snr must decrease strictly over the interval: the noise increases with the network time")
+    return new
+
+
+# name -> path with the published constants
+PATHS: dict[str, Callable[..., Path]] = {
+    "vp_linear": vp_linear,
+    "vp_cosine": vp_cosine,
+    "edm": edm,
+    "rectified_flow": rectified_flow,
+}
