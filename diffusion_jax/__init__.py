@@ -4,7 +4,19 @@
 program explicitly: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 """
 
-from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps, types
+from diffusion_jax import (
+    coordinates,
+    draws,
+    editing,
+    guidance,
+    likelihood,
+    losses,
+    process,
+    sampling,
+    schedules,
+    timesteps,
+    types,
+)
 from diffusion_jax.types import Clip, DenoiseFn, TimestepSampler
 
 __version__ = "0.2.0"
@@ -13,6 +25,8 @@ __all__ = [
     "Clip",
     "DenoiseFn",
     "TimestepSampler",
+    "coordinates",
+    "draws",
     "editing",
     "guidance",
     "likelihood",

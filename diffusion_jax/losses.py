@@ -1,8 +1,9 @@
-"""Training losses, as pure functions of a key, a schedule and any callable `denoise_fn(x_t, time) -> output`.
+"""Training losses, as pure functions of a key, a schedule or path, and any callable `denoise_fn(x_t, time) -> output`.
 
 Each loss draws one timestep per example and returns one loss per example, so that the caller chooses the mean, and a
 `LossAux` with intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
-sum of both, which trains a learned variance). `classify` trains a classifier of noisy images from labels.
+sum of both, which trains a learned variance), and for paths `continuous_vlb` (VDM's bound). `simple` and `classify` also take
+a path, where they draw a network time per example. `classify` trains a classifier of noisy images from labels.
 
 `LOSSES` maps config names to losses.
 
@@ -14,6 +15,7 @@ output, are promoted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -21,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
-from diffusion_jax import labels, likelihood, process, timesteps
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn, LogitsFn, TimestepSampler
+from diffusion_jax import draws, labels, likelihood, process, timesteps
+from diffusion_jax.schedules import Path, Schedule, check_chain
+from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn, LevelDraw, LogitsFn, TimestepSampler
 
 __all__ = [
     "LOSSES",
@@ -31,9 +33,12 @@ __all__ = [
     "ClassifyAux",
     "LossAux",
     "classify",
+    "continuous_vlb",
+    "edm_weight",
     "hybrid",
     "min_snr_weight",
     "p2_weight",
+    "sigmoid_weight",
     "simple",
     "snr_weight",
     "truncated_snr_weight",
@@ -44,18 +49,20 @@ __all__ = [
 class LossAux(NamedTuple):
     """The intermediate values of a loss.
 
-    t: the drawn indices. importance: the weight from the timestep sampler, already in the loss. mse: the unweighted error of
-    the predicted quantity. vlb: T times the bound's term at t, in bits per dimension (an estimate of the bound without L_T);
-    None for `simple`. output: the network's output, with twice the channels for a learned variance.
+    t: the drawn indices, or on a path the network times. importance: the weight from the timestep sampler, already in the
+    loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits per
+    dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the network's
+    output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR.
     """
 
-    t: Int[Array, "B"]
+    t: Int[Array, "B"] | Float[Array, "B"]
     importance: Float[Array, "B"]
     mse: Float[Array, "B"]
     vlb: Float[Array, "B"] | None
     eps: Batch
     x_t: Batch
     output: Float[Array, "B *output_shape"]
+    log_density: Float[Array, "B"] | None = None
 
 
 class ClassifyAux(NamedTuple):
@@ -64,7 +71,7 @@ class ClassifyAux(NamedTuple):
     t, importance: as in `LossAux`. accuracy: 1 where the largest logit is at the label, else 0.
     """
 
-    t: Int[Array, "B"]
+    t: Int[Array, "B"] | Float[Array, "B"]
     importance: Float[Array, "B"]
     accuracy: Float[Array, "B"]
     x_t: Batch
@@ -95,23 +102,39 @@ def p2_weight(snr: Float[ArrayLike, "*shape"], k: float = 1.0, gamma: float = 1.
     return (k + process.as_float("snr", snr)) ** -gamma
 
 
+def edm_weight(snr: Float[ArrayLike, "*shape"], sigma_data: float = 0.5) -> Float[Array, "*shape"]:
+    """Weight 1 + 1 / (SNR d^2) on the eps error, equal to EDM's (s^2 + d^2) / (s d)^2 on the x_0 error, d = sigma_data.
+
+    s^2 = 1 / SNR. Karras et al. 2022, table 1.
+    """
+    return 1.0 + 1.0 / (process.as_float("snr", snr) * sigma_data**2)
+
+
+def sigmoid_weight(snr: Float[ArrayLike, "*shape"], bias: float = -1.0) -> Float[Array, "*shape"]:
+    """Weight sigmoid(bias - log SNR) on the eps error, for levels drawn uniformly in log SNR (Kingma & Gao 2023; SiD2)."""
+    return 1.0 / (1.0 + process.as_float("snr", snr) * jnp.exp(-jnp.float32(bias)))
+
+
 WEIGHTINGS: dict[str, WeightFn] = {
     "snr": snr_weight,
     "min_snr": min_snr_weight,
     "truncated_snr": truncated_snr_weight,
     "p2": p2_weight,
+    "edm": edm_weight,
+    "sigmoid": sigmoid_weight,
 }
 
 
 def simple(
     key: Key[Array, ""],
-    schedule: Schedule,
+    schedule: Schedule | Path,
     denoise_fn: DenoiseFn,
     x_0: BatchLike,
     *,
     prediction: str = "eps",
     weighting: str | WeightFn | None = None,
-    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+    timestep_sampler: str | TimestepSampler | None = None,
+    draw: str | LevelDraw | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
     """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
 
@@ -119,23 +142,26 @@ def simple(
 
     Args:
       key: draws t and eps.
+      schedule: a schedule, or a path, for a continuous time.
       denoise_fn: its output has the shape of x_t. The second half of the channels (a learned variance) does not enter this
         loss.
       x_0: images in [-1, 1], or other data [B, ..., C]. One example [..., C] is x_0[None].
-      prediction: the quantity that the network predicts: eps, x_0, v, x_prev or score.
+      prediction: the quantity that the network predicts: eps, x_0, v, x_prev (not on a path), score or flow.
       weighting: None or "none" for the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
-        L_simple. Otherwise a weight on the **eps error** for any prediction (the eps error is SNR times the x_0 error and
-        SNR/(1 + SNR) times the v error): "snr", "min_snr", "truncated_snr", "p2" (the functions above, with their published
-        constants) or a function SNR [B] -> weight [B].
-      timestep_sampler: a name in `timesteps.SAMPLERS`, or a `TimestepSampler`.
+        L_simple. Otherwise a weight on the **eps error** for any prediction: a name in `WEIGHTINGS` (the functions above,
+        with their published constants) or a function SNR [B] -> weight [B]. The eps error is SNR times the x_0 error,
+        SNR / (1 + SNR) times the v error and SNR / (1 + sqrt(SNR))^2 times the flow error.
+      timestep_sampler: for a schedule, a name in `timesteps.SAMPLERS` or a `TimestepSampler`; the default is "uniform".
+      draw: for a path, a name in `draws.DRAWS` or a `LevelDraw`; the default is "uniform". The draw is part of the objective.
     Returns: (loss [B], LossAux).
-    Raises: ValueError for an unknown prediction, weighting or timestep sampler, an output of another shape, weights that are
+    Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw, one of the last two with the other kind
+      of schedule, an output of another shape, weights that are
       not [B], an x_0 that is not float [B, ..., C], or a "truncated_snr" weight, which is infinite, for eps or score if
       alpha_bar ends at 0.
     """
-    if weighting == "truncated_snr":
+    if weighting == "truncated_snr" and isinstance(schedule, Schedule):
         process.check_terminal_snr(schedule, prediction)
-    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
+    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw)
     return aux.importance * _weight_of_target(schedule, aux, prediction, weighting) * aux.mse, aux
 
 
@@ -149,7 +175,7 @@ def vlb(
     variance: str = "learned_range",
     clip: Clip = False,
     gray_levels: int | None = 256,
-    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+    timestep_sampler: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
     """The variational bound (DDPM eq. 5) without its constant L_T, in bits per dimension: T times the term at one drawn step.
 
@@ -165,6 +191,7 @@ def vlb(
     Raises: ValueError as `simple`, for an output whose channels do not match `variance`, for eps or score if alpha_bar ends
       at 0, and for an x_0 outside [-1, 1] with gray levels or clip=True.
     """
+    check_chain(schedule, "the variational bound of a chain")
     process.check_terminal_snr(schedule, prediction)
     aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
     bound = _bound(schedule, aux, aux.output, x_0, prediction, variance, clip, gray_levels)
@@ -183,7 +210,7 @@ def hybrid(
     gray_levels: int | None = 256,
     weighting: str | WeightFn | None = None,
     vlb_weight: float = 0.001,
-    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+    timestep_sampler: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
     """L_hybrid = L_simple + vlb_weight L_vlb (Improved DDPM eq. 16), where the bound trains only the variance.
 
@@ -200,6 +227,7 @@ def hybrid(
         raise ValueError(
             f"variance={variance!r}: the hybrid loss trains a learned variance; use losses.simple, or learned_range"
         )
+    check_chain(schedule, "the hybrid loss")
     process.check_terminal_snr(schedule, prediction)
     aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
     mean, values = process.split_variance(aux.output, aux.x_t, variance)
@@ -210,14 +238,45 @@ def hybrid(
     return aux.importance * (weight * aux.mse + jnp.asarray(vlb_weight, bound.dtype) * bound), aux._replace(vlb=bound)
 
 
+def continuous_vlb(
+    key: Key[Array, ""],
+    path: Path,
+    denoise_fn: DenoiseFn,
+    x_0: BatchLike,
+    *,
+    prediction: str = "eps",
+    draw: str | LevelDraw = "uniform_log_snr",
+) -> tuple[Float[Array, "B"], LossAux]:
+    """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
+
+    1/2 E || eps - eps_theta ||^2 / p(log SNR), with the density p of the drawn log SNR: the mean is the integral over the log
+    SNR between the ends of the path's interval, for every draw. It is the limit of `vlb` without the decoder, as T grows, for
+    a fixed variance, and depends on the path only through the ends of its interval.
+
+    Args:
+      key, denoise_fn, x_0: as `simple`. prediction: eps, x_0, v, score or flow.
+      draw: a name in `draws.DRAWS` or a `LevelDraw`; it changes the variance of the estimate, not the mean.
+    Returns: (loss [B], LossAux).
+    Raises: ValueError as `simple`, for a schedule, and for a path with an infinite log SNR at an end of its interval.
+    """
+    if not isinstance(path, Path):
+        raise ValueError("continuous_vlb needs a path; for the steps of a schedule use losses.vlb, or schedule.path")
+    path.check_finite_ends("the variational bound")
+    aux = _apply_denoise_fn(key, path, denoise_fn, x_0, prediction, None, draw)
+    eps_error = _weight_of_target(path, aux, prediction, snr_weight) * aux.mse
+    bound = 0.5 * eps_error * jnp.exp(-aux.log_density) / math.log(2)
+    return bound, aux._replace(vlb=bound)
+
+
 def classify(
     key: Key[Array, ""],
-    schedule: Schedule,
+    schedule: Schedule | Path,
     logits_fn: LogitsFn,
     x_0: BatchLike,
     y: Integer[ArrayLike, "B"],
     *,
-    timestep_sampler: str | TimestepSampler = timesteps.uniform,
+    timestep_sampler: str | TimestepSampler | None = None,
+    draw: str | LevelDraw | None = None,
 ) -> tuple[Float[Array, "B"], ClassifyAux]:
     """-log p(y | x_t, t), in nats, at a drawn timestep: trains the classifier of classifier guidance (ADM section 4).
 
@@ -225,12 +284,12 @@ def classify(
       key: draws t and eps.
       x_0: images in [-1, 1], or other data [B, ..., C].
       y: labels in 0 ... K - 1. A traced label outside this range has a loss of NaN.
-      timestep_sampler: as `simple`.
+      timestep_sampler, draw: as `simple`.
     Returns: (loss [B], ClassifyAux).
     Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
       that are not int or out of range.
     """
-    x_0, t, importance, _, x_t, time = _draw_noise(key, schedule, x_0, timestep_sampler)
+    x_0, t, time, importance, _, _, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
     if logits.ndim != 2 or logits.shape[0] != x_0.shape[0]:
         raise ValueError(
@@ -246,6 +305,7 @@ LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
     "simple": simple,
     "vlb": vlb,
     "hybrid": hybrid,
+    "continuous_vlb": continuous_vlb,
     "classify": classify,
 }
 
@@ -257,25 +317,48 @@ def _per_example(name, x, batch_size):
     return jnp.broadcast_to(x, batch_size)
 
 
-def _draw_noise(key, schedule, x_0, timestep_sampler):
-    """Draws t and eps. Returns (x_0 promoted, t, importance, eps, x_t, network time)."""
+class _Drawn(NamedTuple):
+    """Drawn levels and noise; the network time; log_density as in `LossAux`."""
+
+    x_0: Batch
+    t: Int[Array, "B"] | Float[Array, "B"]
+    time: Float[Array, "B"]
+    importance: Float[Array, "B"]
+    log_density: Float[Array, "B"] | None
+    eps: Batch
+    x_t: Batch
+
+
+def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
+    """Draws steps of a schedule, or times of a path, and eps."""
     x_0 = process.as_batch("x_0", x_0)
+    batch_size = x_0.shape[0]
     key_t, key_eps = jax.random.split(key)
-    if isinstance(timestep_sampler, str):
-        timestep_sampler = timesteps.sampler_by_name(timestep_sampler)
-    t, importance = timestep_sampler(key_t, x_0.shape[0], schedule.num_timesteps)
-    t, importance = (
-        _per_example(f"the {name} of timestep_sampler", x, x_0.shape[0])
-        for name, x in (("timesteps", t), ("weights", importance))
-    )
+    if isinstance(schedule, Path):
+        if timestep_sampler is not None:
+            raise ValueError("timestep_sampler is for the steps of a schedule; on a path use draw=")
+        draw = "uniform" if draw is None else draw
+        draw = draws.draw_by_name(draw) if isinstance(draw, str) else draw
+        t, log_density = draw(key_t, batch_size, schedule)
+        t = time = _per_example("the times of draw", t, batch_size).astype(x_0.dtype)
+        log_density = _per_example("the log densities of draw", log_density, batch_size).astype(x_0.dtype)
+        importance = jnp.ones_like(log_density)
+    else:
+        if draw is not None:
+            raise ValueError("draw is for a path; for the steps of a schedule use timestep_sampler=")
+        sampler = timesteps.uniform if timestep_sampler is None else timestep_sampler
+        sampler = timesteps.sampler_by_name(sampler) if isinstance(sampler, str) else sampler
+        t, importance = sampler(key_t, batch_size, schedule.num_timesteps)
+        t = _per_example("the timesteps of timestep_sampler", t, batch_size)
+        importance = jnp.asarray(_per_example("the weights of timestep_sampler", importance, batch_size), x_0.dtype)
+        time, log_density = schedule.at(t, x_0).time, None
     eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
-    time = schedule.at(t, x_0).time
-    return x_0, t, jnp.asarray(importance, x_0.dtype), eps, process.q_sample(schedule, x_0, t, eps), time
+    return _Drawn(x_0, t, time, importance, log_density, eps, process.q_sample(schedule, x_0, t, eps))
 
 
-def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler) -> LossAux:
+def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw=None) -> LossAux:
     """Draws t and eps, calls the network and computes the error of its prediction."""
-    x_0, t, importance, eps, x_t, time = _draw_noise(key, schedule, x_0, timestep_sampler)
+    x_0, t, time, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     target = _target(schedule, x_0, x_t, t, eps, prediction)
     output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
     predicted = output[..., : x_t.shape[-1]]
@@ -285,7 +368,7 @@ def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampl
             "channels for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
-    return LossAux(t, importance, mse, None, eps, x_t, output)
+    return LossAux(t, importance, mse, None, eps, x_t, output, log_density)
 
 
 def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
@@ -317,6 +400,8 @@ def _target(schedule, x_0, x_t, t, eps, prediction):
         return process.q_posterior(schedule, x_0, x_t, t).mean
     if prediction == "score":
         return -eps / at.sigma
+    if prediction == "flow":
+        return eps - x_0
     raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
 
 
@@ -337,6 +422,7 @@ def _weight_of_target(schedule, aux, prediction, weighting):
         "v": lambda: snr / (1 + snr),
         "x_prev": lambda: snr / at.posterior_mean_coef_x_0**2,
         "score": lambda: at.sigma**2,
+        "flow": lambda: snr / (1 + jnp.sqrt(snr)) ** 2,
     }
     weight = _per_example("the result of weighting", weight_fn(snr), len(snr))
     return weight.astype(snr.dtype) * eps_error_per_error[prediction]()

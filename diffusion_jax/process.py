@@ -4,10 +4,13 @@ All functions are pure functions of arrays and a `Schedule`. Shapes: x_0, x_t, e
 (images are [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index for the papers' t = 1 ... T. A scalar t applies to
 every row, and to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never a value at another index.
 
+`q_mean_variance`, `q_sample` and the conversions also take a `Path` with t float [B], the network time. What concerns a step
+(x_{t-1} and its variance) is defined for a schedule only.
+
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
 functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
 
-A network predicts one of five quantities. Given x_t, each determines the others, because
+A network predicts one of six quantities. Given x_t, each determines the others, because
 x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 
     eps      the noise itself (DDPM section 3.2)
@@ -15,6 +18,7 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
     v        sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4)
     x_prev   the mean of x_{t-1} (DDPM section 3.2, mu-tilde)
     score    grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021)
+    flow     eps - x_0, the velocity of flow matching (Lipman et al. 2023)
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Batch, BatchLike, Clip, Index
+from diffusion_jax.schedules import Path, Schedule, check_chain
+from diffusion_jax.types import Batch, BatchLike, Clip, Index, Time
 
 __all__ = [
     "PREDICTIONS",
@@ -50,13 +54,14 @@ __all__ = [
     "q_step_mean_variance",
     "split_variance",
     "to_eps",
+    "to_flow",
     "to_score",
     "to_v",
     "to_x_0",
     "x_0_at",
 ]
 
-PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score")
+PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score", "flow")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
@@ -111,7 +116,7 @@ class Gaussian(NamedTuple):
     log_variance: Batch
 
 
-def q_mean_variance(schedule: Schedule, x_0: BatchLike, t: Index) -> tuple[Batch, Batch]:
+def q_mean_variance(schedule: Schedule | Path, x_0: BatchLike, t: Index | Time) -> tuple[Batch, Batch]:
     """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4."""
     x_0 = as_float("x_0", x_0)
     at = schedule.at(t, x_0)
@@ -119,7 +124,7 @@ def q_mean_variance(schedule: Schedule, x_0: BatchLike, t: Index) -> tuple[Batch
     return mean, jnp.broadcast_to(at.sigma**2, mean.shape)
 
 
-def q_sample(schedule: Schedule, x_0: BatchLike, t: Index, eps: BatchLike) -> Batch:
+def q_sample(schedule: Schedule | Path, x_0: BatchLike, t: Index | Time, eps: BatchLike) -> Batch:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, a draw of q(x_t | x_0) for eps ~ N(0, I) (DDPM eq. 4).
 
     Raises: ValueError if x_0 and eps differ in shape.
@@ -135,6 +140,7 @@ def q_step_mean_variance(schedule: Schedule, x_prev: BatchLike, t: Index) -> tup
 
     x_prev: x_{t-1}, which is x_0 at index 0.
     """
+    check_chain(schedule, "q_step")
     x_prev = as_float("x_prev", x_prev)
     beta = schedule.at(t, x_prev).beta
     mean = jnp.sqrt(1 - beta) * x_prev
@@ -155,6 +161,7 @@ def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) ->
     At index 0 the mean is x_0 and the variance 0; the log variance is finite there (`Schedule.posterior_log_variance`).
     Raises: ValueError if x_0 and x_t differ in shape.
     """
+    check_chain(schedule, "q_posterior")
     check_same_shape("x_0", x_0, "x_t", x_t)
     x_0, x_t = promote(x_0=x_0, x_t=x_t)
     at = schedule.at(t, x_t)
@@ -163,15 +170,17 @@ def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) ->
     return Gaussian(mean, *variances)
 
 
-def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
+def to_x_0(
+    schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
+) -> Batch:
     """Converts a network's output to x_0.
 
     eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) (DDPM eq. 15); v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v;
-    x_prev: the posterior mean (DDPM eq. 7) solved for x_0; score: as eps.
+    x_prev: the posterior mean (DDPM eq. 7) solved for x_0; score: as eps; flow: (x_t - sigma flow) / (alpha + sigma).
 
-    prediction: the quantity that `output` is: eps, x_0, v, x_prev or score.
-    Raises: ValueError for an unknown prediction, differing shapes, or eps or score at a step with alpha = 0 in float32, where
-      they contain no information about x_0; a traced t gives NaN at such a step.
+    prediction: the quantity that `output` is: eps, x_0, v, x_prev, score or flow.
+    Raises: ValueError for an unknown prediction, differing shapes, x_prev on a path, or eps or score at a level with
+      alpha = 0 in float32, where they contain no information about x_0; a traced t gives NaN at such a level.
     """
     _check_output(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
@@ -179,7 +188,7 @@ def to_x_0(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, pred
     if prediction == "x_prev":
         return (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0
     alpha = at.alpha
-    if schedule.zero_terminal_snr and prediction in ("eps", "score"):
+    if (isinstance(schedule, Path) or schedule.zero_terminal_snr) and prediction in ("eps", "score"):
         alpha = jnp.where(alpha > 0, alpha, jnp.nan)
     return x_0_at(alpha, at.sigma, output, x_t, prediction)
 
@@ -194,6 +203,8 @@ def x_0_at(
         return output
     if prediction == "v":  # without a division by alpha, which may be 0
         return alpha * x_t - sigma * output
+    if prediction == "flow":
+        return (x_t - sigma * output) / (alpha + sigma)
     return (x_t - sigma * eps_at(alpha, sigma, output, x_t, prediction)) / alpha
 
 
@@ -202,7 +213,8 @@ def eps_at(
 ) -> Batch:
     """Converts a network's output to eps at any noise level x_t = alpha x_0 + sigma eps, also between a schedule's steps.
 
-    x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score. alpha, sigma: broadcast with x_t.
+    x_0: (x_t - alpha x_0) / sigma; v: alpha v + sigma x_t; score: -sigma score; flow: (x_t + alpha flow) / (alpha + sigma).
+    alpha, sigma: broadcast with x_t.
     Raises: ValueError for x_prev, which is defined for a step only, or an unknown prediction.
     """
     output, x_t = promote(output=output, x_t=x_t)
@@ -215,10 +227,15 @@ def eps_at(
         return alpha * output + sigma * x_t
     if prediction == "score":
         return -sigma * output
-    raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: eps, x_0, v, score")
+    if prediction == "flow":
+        return (x_t + alpha * output) / (alpha + sigma)
+    known = ", ".join(name for name in PREDICTIONS if name != "x_prev")
+    raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: {known}")
 
 
-def to_eps(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
+def to_eps(
+    schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
+) -> Batch:
     """Converts a network's output to eps, as `eps_at`; arguments and errors as `to_x_0`."""
     # Where alpha_bar is 0 only x_0 is undefined, so only `to_x_0` checks t.
     _check_output(schedule, output, x_t, None, prediction)
@@ -229,7 +246,9 @@ def to_eps(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, pred
     return eps_at(at.alpha, at.sigma, output, x_t, prediction)
 
 
-def to_v(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
+def to_v(
+    schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
+) -> Batch:
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); arguments and errors as `to_x_0`."""
     _check_output(schedule, output, x_t, None, prediction)
     output, x_t = promote(output=output, x_t=x_t)
@@ -241,10 +260,23 @@ def to_v(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, predic
     return at.alpha * eps - at.sigma * x_0
 
 
-def to_score(schedule: Schedule, output: BatchLike, x_t: BatchLike, t: Index, prediction: str = "eps") -> Batch:
+def to_score(
+    schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
+) -> Batch:
     """grad log q(x_t) = -eps / sqrt(1 - alpha_bar) (Song et al. 2021); arguments and errors as `to_x_0`."""
     eps = to_eps(schedule, output, x_t, t, prediction)
     return -eps / schedule.at(t, eps).sigma
+
+
+def to_flow(
+    schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
+) -> Batch:
+    """eps - x_0, the velocity of flow matching (Lipman et al. 2023); arguments and errors as `to_x_0`."""
+    if prediction == "flow":
+        _check_output(schedule, output, x_t, None, prediction)
+        return promote(output=output, x_t=x_t)[0]
+    x_0 = to_x_0(schedule, output, x_t, t, prediction)
+    return to_eps(schedule, output, x_t, t, prediction) - x_0
 
 
 def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = None) -> None:
@@ -264,7 +296,7 @@ def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = 
     if lowest <= first <= last:
         raise ValueError(
             f"alpha_bar is 0 at index {first} (or its square root in float32): {prediction} does not determine x_0 there; "
-            f"predict v or x_0, use smaller betas, or keep only the steps below index {lowest}: "
+            f"predict v, x_0 or flow, use smaller betas, or keep only the steps below index {lowest}: "
             f"schedules.respace(schedule, range({lowest}))"
         )
 
@@ -274,6 +306,16 @@ def _check_output(schedule, output, x_t, t, prediction):
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
     check_same_shape("output", output, "x_t", x_t)
+    if isinstance(schedule, Path):
+        if prediction == "x_prev":
+            check_chain(schedule, "prediction 'x_prev'")
+        if t is not None and prediction in ("eps", "score"):
+            alpha = schedule.at(t, x_t).alpha
+            if not isinstance(alpha, Tracer) and not np.asarray(alpha > 0).all():
+                raise ValueError(
+                    f"alpha is 0 at one of the times {t}: {prediction} does not determine x_0 there; predict v, x_0 or flow"
+                )
+        return
     known = t is not None and not isinstance(t, Tracer)
     if known and schedule.zero_terminal_snr:
         inside = np.asarray(t)[np.asarray(t) < schedule.num_timesteps]
@@ -363,7 +405,7 @@ def p_mean_variance(
     Args:
       output: [B, ..., C], or [B, ..., 2 C] with a learned variance in the second half of the channels.
       x_t: [B, ..., C].
-      prediction: eps, x_0, v, x_prev or score.
+      prediction: eps, x_0, v, x_prev, score or flow.
       variance: sigma_t^2, one of
         fixed_large    beta_t (optimal for x_0 ~ N(0, I), DDPM section 3.2)
         fixed_small    the posterior variance beta-tilde_t (optimal for a single x_0)
@@ -375,6 +417,7 @@ def p_mean_variance(
       index 1, as in OpenAI's code; samplers add no noise there.
     Raises: ValueError as `to_x_0`, for a number of channels that does not match `variance`, and for an invalid `clip`.
     """
+    check_chain(schedule, "p_mean_variance")
     output, x_t = promote(output=output, x_t=x_t)
     output, learned = split_variance(output, x_t, variance)
     x_0 = clip_x_0(to_x_0(schedule, output, x_t, t, prediction), clip)

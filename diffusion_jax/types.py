@@ -7,13 +7,24 @@ have no run-time cost; the tests check them with jaxtyping's import hook.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
-__all__ = ["Batch", "BatchLike", "Clip", "DenoiseFn", "Index", "LogProbFn", "LogitsFn", "TimestepSampler"]
+__all__ = [
+    "Batch",
+    "BatchLike",
+    "Clip",
+    "DenoiseFn",
+    "Index",
+    "LevelDraw",
+    "LogProbFn",
+    "LogitsFn",
+    "Time",
+    "TimestepSampler",
+]
 
 # A batch of float arrays of any shape: as a result, and as an argument.
 Batch: TypeAlias = Float[Array, "B *shape"]
@@ -21,6 +32,9 @@ BatchLike: TypeAlias = Float[ArrayLike, "B *shape"]
 
 # A schedule index for each row of a batch, or one index for all rows.
 Index: TypeAlias = Integer[ArrayLike, "B"] | Integer[ArrayLike, ""]
+
+# A network time for each row of a batch, or one time for all rows.
+Time: TypeAlias = Float[ArrayLike, "B"] | Float[ArrayLike, ""]
 
 # How a predicted x_0 is limited: True clips to [-1, 1], False does nothing, a function x_0 -> x_0 does anything else.
 Clip: TypeAlias = bool | np.bool_ | Callable[[jax.Array], ArrayLike]
@@ -60,3 +74,12 @@ class TimestepSampler(Protocol):
     def __call__(
         self, key: Key[Array, ""], batch_size: int, num_timesteps: int, /
     ) -> tuple[Int[Array, "B"], Float[ArrayLike, "B"]]: ...
+
+
+@runtime_checkable
+class LevelDraw(Protocol):
+    """Which noise levels a batch trains on: (key, batch_size, path) -> (network time [B], log density of the log SNR [B])."""
+
+    def __call__(
+        self, key: Key[Array, ""], batch_size: int, path: Any, /
+    ) -> tuple[Float[Array, "B"], Float[Array, "B"]]: ...

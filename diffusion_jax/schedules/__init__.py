@@ -16,6 +16,7 @@ from diffusion_jax.schedules.paths import (
     NoiseLevel,
     Path,
     cast_table,
+    check_chain,
     edm,
     path,
     rectified_flow,
@@ -24,7 +25,15 @@ from diffusion_jax.schedules.paths import (
     vp_linear,
 )
 from diffusion_jax.schedules.respacing import SPACINGS, respace
-from diffusion_jax.schedules.schedule import SCHEDULES, Schedule, ScheduleStep, betas, from_betas, from_path
+from diffusion_jax.schedules.schedule import (
+    SCHEDULES,
+    Schedule,
+    ScheduleStep,
+    betas,
+    from_betas,
+    from_path,
+    rescale_zero_terminal_snr,
+)
 
 __all__ = [
     "PATHS",
@@ -36,11 +45,13 @@ __all__ = [
     "ScheduleStep",
     "betas",
     "cast_table",
+    "check_chain",
     "edm",
     "from_betas",
     "from_path",
     "path",
     "rectified_flow",
+    "rescale_zero_terminal_snr",
     "respace",
     "shifted",
     "vp_cosine",

@@ -30,6 +30,7 @@ __all__ = [
     "NoiseLevel",
     "Path",
     "cast_table",
+    "check_chain",
     "edm",
     "path",
     "rectified_flow",
@@ -50,6 +51,11 @@ class NoiseLevel(NamedTuple):
     def lam(self) -> Float[Array, "..."]:
         """lambda = log(alpha / sigma), half the log SNR."""
         return self.log_snr / 2
+
+    @property
+    def snr(self) -> Float[Array, "..."]:
+        """alpha^2 / sigma^2."""
+        return jnp.exp(self.log_snr)
 
     @classmethod
     def at_log_snr(cls, log_snr: Float[Array, "..."]) -> NoiseLevel:
@@ -161,12 +167,13 @@ class Interpolated(Path):
 
     timesteps: Float64[np.ndarray, "T"]
     log_alpha_bar: Float64[np.ndarray, "T"]
-    ends_in_noise: bool = dataclasses.field(metadata={"static": True})  # the last step has no signal
 
     @property
     def interval(self):
         """From the first step to the last step with signal."""
-        return self.timesteps[0], self.timesteps[-2 if self.ends_in_noise and len(self.timesteps) > 1 else -1]
+        xp = np if isinstance(self.timesteps, np.ndarray) else jnp
+        # Without a signal, log alpha_bar is the logarithm of the smallest float64.
+        return self.timesteps[0], xp.where(self.log_alpha_bar[-1] < -700, self.timesteps[-2:][0], self.timesteps[-1])
 
     def _log_snr(self, time, xp):
         log_alpha_bar = self._interpolate(time, self.timesteps, self.log_alpha_bar, xp)
@@ -394,3 +401,11 @@ PATHS: dict[str, Callable[..., Path]] = {
     "edm": edm,
     "rectified_flow": rectified_flow,
 }
+
+
+def check_chain(schedule: object, name: str) -> None:
+    """Raises ValueError if `schedule` is a path, for what is defined at the steps of a schedule only."""
+    if isinstance(schedule, Path):
+        raise ValueError(
+            f"{name} needs the steps of a schedule, which a path has not; use schedules.from_path(path, times)"
+        )

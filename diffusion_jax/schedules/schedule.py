@@ -14,7 +14,16 @@ from jaxtyping import Array, ArrayLike, Float, Float64, Integer, Num, Shaped
 
 from diffusion_jax.schedules.paths import Interpolated, NoiseLevel, Path, cast_table, row_shape
 
-__all__ = ["SCHEDULES", "Schedule", "ScheduleStep", "betas", "from_betas", "from_path", "from_tables"]
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "ScheduleStep",
+    "betas",
+    "from_betas",
+    "from_path",
+    "from_tables",
+    "rescale_zero_terminal_snr",
+]
 
 
 def _linear(num_timesteps, beta_start, beta_end):
@@ -320,8 +329,21 @@ def from_betas(
         )
     # A schedule that ends in pure noise has log alpha_bar = -inf at the end; a lower bound keeps the interpolation finite.
     log_alpha_bar = np.log(np.maximum(alpha_bar, np.finfo(np.float64).tiny))
-    path = Interpolated(timesteps, log_alpha_bar, bool(log_alpha_bar[-1] < -700))
+    path = Interpolated(timesteps, log_alpha_bar)
     return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, path)
+
+
+def rescale_zero_terminal_snr(betas: Sequence[float] | Num[ArrayLike, "T"]) -> Float64[np.ndarray, "T"]:
+    """Returns betas whose alpha_bar ends at 0, so that training ends in pure noise, as sampling starts (Lin et al. 2023).
+
+    sqrt(alpha_bar) is shifted so that the last value is 0, and scaled so that the first value stays. The network must predict
+    v, x_0 or flow. betas: [T], T at least 2. Raises: ValueError as `from_betas`, and for one step.
+    """
+    signal = from_betas(betas).sqrt_alpha_bar
+    if len(signal) < 2:
+        raise ValueError("a schedule of one step cannot keep its first noise level and end in pure noise")
+    alpha_bar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
 def from_path(path: Path, times: Sequence[float] | Num[ArrayLike, "T"]) -> Schedule:

@@ -26,5 +26,6 @@ def import_core_with_checks() -> None:
     with jaxtyping.install_import_hook(modules, "helpers.type_checks.typechecker"):
         from diffusion_jax import images, schedules  # noqa: F401
 
-    # JAX builds pytrees of placeholders, so a Schedule's fields need not be arrays.
+    # JAX builds pytrees of placeholders, so the fields of a Schedule or an interpolated path need not be arrays.
     schedules.Schedule.__init__.__no_type_check__ = True
+    schedules.paths.Interpolated.__init__.__no_type_check__ = True

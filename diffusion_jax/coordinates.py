@@ -1,0 +1,85 @@
+"""Networks in the coordinates of EDM and of flow matching, as networks of x_t.
+
+The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Others rescale x_t:
+
+    EDM (Karras et al. 2022)                y = x_t / alpha = x_0 + s eps                        s = sigma / alpha
+    flow matching (Lipman et al. 2023)      z = x_t / (alpha + sigma) = (1 - tau) x_0 + tau eps  tau = sigma / (alpha + sigma)
+
+The functions return a denoise_fn(x_t, time) for any loss and sampler. `path` gives the noise level at the network time, and
+is a `Path` or the `Schedule` that samples. A second half of channels in the output, a learned variance, is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from diffusion_jax import process
+from diffusion_jax.schedules import NoiseLevel, Path, Schedule
+from diffusion_jax.types import Batch, DenoiseFn
+
+__all__ = ["from_edm", "from_flow", "precondition"]
+
+
+def _level_at(path: Path | Schedule, time: Float[Array, "B"], x_t: Batch) -> NoiseLevel:
+    level = NoiseLevel.at_log_snr(path.log_snr(time).astype(x_t.dtype))
+    rows = (-1,) + (1,) * (x_t.ndim - 1)
+    return NoiseLevel(*(value.reshape(rows) for value in level))
+
+
+def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 0.5) -> DenoiseFn:
+    """EDM's preconditioning (Karras et al. 2022, table 1): a network whose input and output have variance 1, as x_0.
+
+    With d = sigma_data, the result predicts x_0 = c_skip y + c_out F(c_in y), where c_in y = x_t / r,
+    c_skip y = d^2 alpha x_t / r^2 and c_out = d sigma / r for r^2 = sigma^2 + d^2 alpha^2. For d = 1, F is -v.
+
+    network: F, called with c_in y and the network time, which is log(s) / 4 on the path `schedules.edm`.
+    sigma_data: the standard deviation of x_0. Raises: ValueError for a sigma_data that is not positive.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+
+    def denoise_fn(x_t, time):
+        x_t = process.as_float("x_t", x_t)
+        level = _level_at(path, time, x_t)
+        r = jnp.sqrt(level.sigma**2 + (sigma_data * level.alpha) ** 2)
+        output = process.as_float("the output of the network", network(x_t / r, time)).astype(x_t.dtype)
+        channels = x_t.shape[-1]
+        skip = sigma_data**2 * level.alpha / r**2 * x_t
+        return jnp.concatenate(
+            [skip + sigma_data * level.sigma / r * output[..., :channels], output[..., channels:]], axis=-1
+        )
+
+    return denoise_fn
+
+
+def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
+    """A denoiser D(y, s) of EDM or k-diffusion, x_0 from y = x_0 + s eps, as a denoise_fn that predicts x_0.
+
+    denoiser: called with y [B, ...] and s [B]. The path must not reach pure noise, where y is not finite.
+    """
+
+    def denoise_fn(x_t, time):
+        x_t = process.as_float("x_t", x_t)
+        level = _level_at(path, time, x_t)
+        return denoiser(x_t / level.alpha, (level.sigma / level.alpha).reshape(-1))
+
+    return denoise_fn
+
+
+def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
+    """A velocity u(z, tau) of flow matching, eps - x_0 from z = (1 - tau) x_0 + tau eps, as a denoise_fn that predicts flow.
+
+    velocity: called with z [B, ...] and tau [B]. For a network whose time runs from noise (0) to data (1), pass
+    `lambda z, tau: -network(z, 1 - tau)`.
+    """
+
+    def denoise_fn(x_t, time):
+        x_t = process.as_float("x_t", x_t)
+        level = _level_at(path, time, x_t)
+        total = level.alpha + level.sigma
+        return velocity(x_t / total, (level.sigma / total).reshape(-1))
+
+    return denoise_fn
