@@ -26,7 +26,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from diffusion_jax import process
-from diffusion_jax.schedules import Schedule
+from diffusion_jax.schedules import Schedule, check_chain
 from diffusion_jax.types import Clip, DenoiseFn, Index
 
 __all__ = [
@@ -268,6 +268,7 @@ def bits_per_dim(
       0; for strata outside 1 ... T - 1; for an x_0 that is not float [B, ..., C]; for an x_0 outside [-1, 1] with gray levels
       or clip=True. Traced values outside make every field of their example NaN.
     """
+    check_chain(schedule, "the bound of a chain")
     process.check_terminal_snr(schedule, prediction)
     x_0 = in_model_range(process.as_batch("x_0", x_0), gray_levels, clip)
     batch, total_steps = x_0.shape[0], schedule.num_timesteps

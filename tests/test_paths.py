@@ -1,10 +1,423 @@
-"""Paths: noise levels in continuous time, and schedules from them."""
+"""Paths: noise levels in continuous time, the schedules made from them, and the losses, draws and coordinates on them."""
 
-import helpers.arrays as arrays
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from diffusion_jax import losses, process, schedules
+from diffusion_jax import coordinates, draws, likelihood, losses, process, sampling, schedules
 
+KEY = jax.random.key(0)
+EDM = schedules.edm()
+FLOW = schedules.rectified_flow(interval=(1.0, 999.0))
+CUSTOM = schedules.path(lambda time: 10 - 20 * time - time**3, interval=(0.0, 1.0))
+PATHS = {name: make() for name, make in schedules.PATHS.items()} | {
+    "inner flow": FLOW,
+    "shifted": schedules.shifted(schedules.vp_cosine(), -2.0),
+    "custom": CUSTOM,
+    "linear steps": schedules.from_betas(schedules.betas("linear", 1000)).path,
+}
+FINITE = {name: path for name, path in PATHS.items() if name != "rectified_flow"}
+VALUES = ("eps", "x_0", "v", "score", "flow")
+
+
+def inner_times(path, count=9):
+    first, last = path.interval
+    return np.linspace(first, last, count + 2)[1:-1]
+
+
+def gaussian(path, variance=1.0, prediction="x_0"):
+    """The exact network for x_0 ~ N(0, variance)."""
+
+    def denoise_fn(x_t, time):
+        at = path.at(time, x_t)
+        x_0 = variance * at.alpha / (variance * at.alpha**2 + at.sigma**2) * x_t
+        return x_0 if prediction == "x_0" else (x_t - at.alpha * x_0) / at.sigma
+
+    return denoise_fn
+
+
+def levels(path, sigmas):
+    """The schedule with these sigma / alpha, in increasing order."""
+    return schedules.from_path(path, path.time_on_host(-2 * np.log(sigmas)))
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_the_inverse_of_the_log_snr(path):
+    times = inner_times(path)
+    exact = path.log_snr_on_host(times)
+    np.testing.assert_allclose(path.time_on_host(exact), times, rtol=1e-12)
+    np.testing.assert_allclose(path.log_snr(times.astype(np.float32)), exact, rtol=1e-5, atol=1e-5)
+    span = float(path.interval[1] - path.interval[0])
+    np.testing.assert_allclose(path.time_at_log_snr(exact.astype(np.float32)), times, atol=1e-6 * span)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(path.log_snr(jnp.asarray(times)), exact, rtol=1e-12)
+
+
+def test_the_levels_of_the_papers():
+    u = np.linspace(0.01, 0.99, 7)
+    ratio = {
+        name: np.exp(-0.5 * PATHS[name].log_snr_on_host(1000 * u))
+        for name in ("vp_linear", "vp_cosine", "rectified_flow")
+    }
+    alpha_bar = np.exp(-(0.1 * u + (20 - 0.1) * u**2 / 2))
+    np.testing.assert_allclose(ratio["vp_linear"], np.sqrt(1 / alpha_bar - 1), rtol=1e-10)
+    f = lambda u: np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
+    np.testing.assert_allclose(ratio["vp_cosine"], np.sqrt(f(0) / f(u) - 1), rtol=1e-10)
+    np.testing.assert_allclose(ratio["rectified_flow"], u / (1 - u), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(4 * np.array(EDM.interval)), [0.002, 80])
+    shifted = schedules.shifted(schedules.rectified_flow(), -2 * np.log(3.0))
+    tau = 3 * u / (1 + 2 * u)  # SD3's shift by 3
+    np.testing.assert_allclose(shifted.log_snr_on_host(1000 * u), 2 * np.log((1 - tau) / tau), rtol=1e-12)
+
+
+def test_a_path_gives_the_tables_of_the_discrete_schedule():
+    cosine = schedules.from_betas(schedules.betas("cosine", 100))
+    for path, times, first in (
+        (cosine.path, cosine.timesteps, 0),
+        (schedules.vp_cosine(interval=(0, 1000)), 10.0 * np.arange(1, 101), 0),
+    ):
+        schedule = schedules.from_path(path, times)
+        for name in ("alpha_bar", "betas", "posterior_variance", "posterior_mean_coef_x_t", "sqrt_one_minus_alpha_bar"):
+            table = getattr(cosine, name)[first:-1]  # the last beta of the discrete schedule has a bound
+            np.testing.assert_allclose(getattr(schedule, name)[first:-1], table, rtol=1e-9, atol=1e-15)
+    assert schedules.from_path(schedules.vp_cosine(interval=(0, 1000)), [500.0, 1000.0]).zero_terminal_snr
+
+
+def test_a_schedule_keeps_its_path():
+    sigmas = np.geomspace(0.002, 80, 18)
+    schedule = levels(EDM, sigmas)
+    np.testing.assert_allclose(schedule.timesteps, np.log(sigmas) / 4, atol=1e-12)
+    np.testing.assert_allclose(schedule.snr, sigmas**-2, rtol=1e-9)
+    between = np.geomspace(0.0021, 79, 50)
+    np.testing.assert_allclose(schedule.time_at_log_snr(-2 * np.log(between)), np.log(between) / 4, atol=1e-6)
+    half = schedules.respace(schedule, 9, "log_snr")
+    np.testing.assert_allclose(half.timesteps, np.log(np.geomspace(0.002, 80, 9)) / 4, atol=1e-9)
+    assert schedules.respace(schedule, [-1.0, 0.0, 1.0]).path is EDM
+
+
+def test_samplers_see_exact_network_times():
+    """PNDM calls the network between the steps, too. With x_0 = 0 every x_t is sigma eps, which shows its noise level."""
+    seen = []
+
+    def denoise_fn(x_t, time):
+        jax.debug.callback(lambda x, time: seen.append((float(x[0, 0]), float(time[0]))), x_t, time)
+        return jnp.zeros_like(x_t)
+
+    schedule = levels(EDM, np.geomspace(0.002, 80, 18))
+    x_T = schedule.sqrt_one_minus_alpha_bar[-1] * jnp.ones((1, 1))
+    sampling.sample(KEY, schedule, denoise_fn, x_T, sampling.pndm(prediction="x_0"))
+    jax.effects_barrier()
+    sigma, times = np.array(seen).T
+    informative = sigma < 0.9  # a sigma near 1 does not determine the level in float32
+    exact = np.log(sigma / np.sqrt(1 - sigma**2))[informative] / 4
+    assert len(seen) > 18 + 8 and informative.sum() > 10
+    np.testing.assert_allclose(times[informative], exact, atol=1e-6)
+
+
+def test_bad_arguments_are_refused(unchecked_annotations):
+    x, t, time = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.zeros(2)
+    chain = schedules.from_betas(schedules.betas("linear", 10))
+    for call, message in (
+        (lambda: process.q_sample(EDM, x, t, x), "the time on a path must be float"),
+        (lambda: process.q_sample(chain, x, time, x), "t must be int"),
+        (lambda: process.q_sample(EDM, x, jnp.zeros(3), x), "one for each row"),
+        (lambda: process.q_posterior(EDM, x, x, time), "from_path"),
+        (lambda: process.p_mean_variance(EDM, x, x, time), "from_path"),
+        (lambda: process.to_x_0(EDM, x, x, time, "x_prev"), "from_path"),
+        (lambda: losses.vlb(KEY, EDM, gaussian(EDM), x), "from_path"),
+        (lambda: losses.hybrid(KEY, EDM, gaussian(EDM), x), "from_path"),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="uniform"), "use draw="),
+        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="uniform"), "use timestep_sampler="),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown draw 'gaussian'"),
+        (lambda: losses.continuous_vlb(KEY, chain, gaussian(chain), x), "needs a path"),
+        (lambda: losses.continuous_vlb(KEY, schedules.rectified_flow(), gaussian(EDM), x), "interval="),
+        (lambda: draws.uniform_log_snr()(KEY, 4, schedules.rectified_flow()), "interval="),
+        (lambda: likelihood.bits_per_dim(KEY, EDM, gaussian(EDM), x), "from_path"),
+        (lambda: sampling.sample(KEY, EDM, gaussian(EDM), x, sampling.ddim()), "from_path"),
+        (lambda: sampling.encode(EDM, gaussian(EDM), x), "from_path"),
+        (lambda: process.to_x_0(schedules.rectified_flow(), x, x, 1000.0, "eps"), "alpha is 0"),
+        (lambda: schedules.from_path(EDM, [1.0, 0.5]), "increasing"),
+        (lambda: schedules.from_path(schedules.rectified_flow(), [0.0, 500.0]), "inf at time 0"),
+        (lambda: schedules.path(lambda time: time, interval=(0, 1)), "decrease strictly"),
+        (lambda: schedules.edm(80, 0.002), "0 < sigma_min"),
+        (lambda: schedules.rectified_flow(interval=(0, 1001)), "in 0 ... 1000"),
+        (lambda: draws.log_normal(std=0.0), "std must be above 0"),
+        (lambda: coordinates.precondition(gaussian(EDM), EDM, 0.0), "sigma_data must be above 0"),
+        (lambda: schedules.rescale_zero_terminal_snr([0.1]), "one step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def outputs(at, x_0, eps):
+    return {
+        "eps": eps,
+        "x_0": x_0,
+        "v": at.alpha * eps - at.sigma * x_0,
+        "score": -eps / at.sigma,
+        "flow": eps - x_0,
+    }
+
+
+@pytest.mark.parametrize("path", [EDM, FLOW, schedules.vp_cosine()], ids=["edm", "flow", "cosine"])
+def test_every_prediction_gives_every_other(path):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x_0, eps = jnp.asarray(rng.normal(size=(2, 5, 3)))
+        time = jnp.asarray(inner_times(path, 5))
+        x_t = process.q_sample(path, x_0, time, eps)
+        values = outputs(path.at(time, x_t), x_0, eps)
+        convert = {"x_0": process.to_x_0, "eps": process.to_eps, "v": process.to_v, "score": process.to_score}
+        convert["flow"] = process.to_flow
+        for source in VALUES:
+            for target, function in convert.items():
+                result = function(path, values[source], x_t, time, source)
+                np.testing.assert_allclose(result, values[target], rtol=1e-8, atol=1e-8 * np.abs(values[target]).max())
+
+
+@pytest.mark.parametrize("prediction", ["v", "x_0", "flow"])
+def test_pure_noise_is_finite(prediction):
+    path, x_t, time = schedules.rectified_flow(), jnp.ones((2, 3)), jnp.full(2, 1000.0)
+    for convert in (process.to_x_0, process.to_eps, process.to_v, process.to_flow):
+        total = lambda output: convert(path, output, x_t, time, prediction).sum()  # noqa: B023, E731
+        value, gradient = jax.value_and_grad(total)(0.5 * x_t)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+    np.testing.assert_allclose(process.to_x_0(path, 0.25 * x_t, x_t, time, "flow"), 0.75)
+    assert np.isnan(jax.jit(lambda time: process.to_x_0(path, x_t, x_t, time))(time)).all()
+
+
+def test_rescaled_betas_end_in_pure_noise():
+    betas = schedules.betas("linear", 1000)
+    old, new = (schedules.from_betas(b) for b in (betas, schedules.rescale_zero_terminal_snr(betas)))
+    assert new.alpha_bar[-1] == 0 and new.zero_terminal_snr
+    np.testing.assert_allclose(new.alpha_bar[0], old.alpha_bar[0], rtol=1e-12)
+    # sqrt(alpha_bar) is an affine function of the old one.
+    slope = np.diff(new.sqrt_alpha_bar) / np.diff(old.sqrt_alpha_bar)
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-7)
+
+
+def fixed(time):
+    """A draw of one time."""
+    return lambda key, batch_size, path: (jnp.full(batch_size, time), jnp.zeros(batch_size))
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
+def test_the_loss_of_edm_is_one_for_a_network_of_zeros(sigma):
+    """For x_0 ~ N(0, d^2), the best F is 0 and the weighted loss is 1 at every level (Karras et al. 2022)."""
+    d = 0.5
+    x_0 = d * jax.random.normal(KEY, (20_000, 4))
+    denoise_fn = coordinates.precondition(lambda x, time: jnp.zeros_like(x), EDM, d)
+    draw = fixed(np.log(sigma) / 4)
+    loss, _ = losses.simple(jax.random.key(1), EDM, denoise_fn, x_0, prediction="x_0", weighting="edm", draw=draw)
+    assert abs(loss.mean() - 1) < 4 * loss.std() / np.sqrt(loss.size)
+
+
+def test_preconditioning_makes_the_edm_loss_the_error_of_the_network():
+    """lambda(s) c_out^2 = 1, and for d = 1 the network is -v."""
+    x_0 = jax.random.normal(KEY, (64, 4))
+    off = lambda x, time: jnp.sin(3 * x) + time[:, None]  # noqa: E731
+    for d in (0.5, 1.0):
+        denoise_fn = coordinates.precondition(off, EDM, d)
+        weight = lambda snr: losses.edm_weight(snr, d)  # noqa: B023, E731
+        loss, aux = losses.simple(KEY, EDM, denoise_fn, x_0, prediction="x_0", weighting=weight, draw="log_normal")
+        at = EDM.at(aux.t, x_0)
+        s = np.asarray(at.sigma / at.alpha, np.float64)
+        y = np.asarray(aux.x_t / at.alpha, np.float64)
+        target = (x_0 - d**2 / (s**2 + d**2) * y) * np.sqrt(s**2 + d**2) / (s * d)
+        np.testing.assert_allclose(
+            loss,
+            np.mean((target - off(aux.x_t / np.sqrt(at.sigma**2 + (d * at.alpha) ** 2), aux.t)) ** 2, 1),
+            rtol=2e-3,
+        )
+    v = process.to_v(EDM, denoise_fn(aux.x_t, aux.t), aux.x_t, aux.t, "x_0")
+    np.testing.assert_allclose(v, -off(aux.x_t, aux.t), rtol=1e-4, atol=1e-3)
+
+
+WEIGHTS = {  # the weight on the eps error as a function of the SNR
+    "snr": lambda snr: np.ones_like(snr),
+    "min_snr": lambda snr: np.minimum(snr, 5) / snr,
+    "truncated_snr": lambda snr: np.maximum(snr, 1) / snr,
+    "p2": lambda snr: 1 / (1 + snr),
+    "edm": lambda snr: (1 / snr + 0.25) / 0.25,
+    "sigmoid": lambda snr: 1 / (1 + np.exp(1 + np.log(snr))),
+}
+ERRORS = {  # eps error over the error of each prediction
+    "eps": lambda alpha, sigma: 1.0,
+    "x_0": lambda alpha, sigma: (alpha / sigma) ** 2,
+    "v": lambda alpha, sigma: alpha**2,
+    "flow": lambda alpha, sigma: (alpha / (alpha + sigma)) ** 2,
+    "score": lambda alpha, sigma: sigma**2,
+}
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+@pytest.mark.parametrize("prediction", VALUES)
+def test_weights_on_every_error(weighting, prediction):
+    x_0 = jax.random.normal(KEY, (32, 4))
+    loss, aux = losses.simple(
+        KEY, FLOW, lambda x, time: 0.3 * x + 0.1, x_0, prediction=prediction, weighting=weighting, draw="logit_normal"
+    )
+    at = FLOW.at(aux.t, aux.mse)
+    alpha, sigma = np.asarray(at.alpha, np.float64), np.asarray(at.sigma, np.float64)
+    weight = WEIGHTS[weighting]((alpha / sigma) ** 2) * ERRORS[prediction](alpha, sigma)
+    np.testing.assert_allclose(loss, weight * aux.mse, rtol=1e-5)
+
+
+def test_the_flow_loss_is_a_weighted_eps_loss():
+    x_0 = jax.random.normal(KEY, (64, 4))
+    eps_fn = lambda x, time: jnp.tanh(x)  # noqa: E731
+    flow_fn = lambda x, time: process.to_flow(FLOW, eps_fn(x, time), x, time)  # noqa: E731
+    weight = lambda snr: (1 + 1 / jnp.sqrt(snr)) ** 2  # noqa: E731
+    with jax.enable_x64(True):
+        x_0 = jnp.asarray(x_0, jnp.float64)
+        flow, _ = losses.simple(KEY, FLOW, flow_fn, x_0, prediction="flow")
+        eps, _ = losses.simple(KEY, FLOW, eps_fn, x_0, prediction="eps", weighting=weight)
+    np.testing.assert_allclose(flow, eps, rtol=1e-6)
+
+
+DRAWS = {name: make() for name, make in draws.DRAWS.items()}
+
+
+@pytest.mark.parametrize("path", FINITE.values(), ids=FINITE)
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_have_the_density_that_they_return(name, path):
+    """The mean of 1 / p(l) is the length of the range of l, and that of l / p(l) the integral of l."""
+    if name.endswith("normal"):
+        draw = draws.log_normal(-0.5, 2.5)  # wide enough for weights of finite variance
+    else:
+        draw = DRAWS[name]
+    time, log_density = jax.jit(lambda key, path: draw(key, 20_000, path))(KEY, path)
+    first, last = path.interval
+    assert time.dtype == log_density.dtype == jnp.float32 and (first <= time).all() and (time <= last).all()
+    high, low = path.log_snr_on_host(np.array([first, last]))
+    inner = (path.log_snr(time) < 6) & (path.log_snr(time) > -6)
+    weight = np.where(inner, np.exp(-np.asarray(log_density, np.float64)), 0)
+    np.testing.assert_allclose(weight.mean(), min(high, 6) - max(low, -6), rtol=0.01)
+    independent, _ = dataclasses.replace(draw, stratified=False)(jax.random.key(1), 20_000, path)
+    assert stats.ks_2samp(np.asarray(time), np.asarray(independent)).pvalue > 1e-3
+
+
+def test_the_draws_of_the_papers():
+    time, log_density = draws.log_normal()(KEY, 10_000, EDM)
+    log_sigma = 4 * np.asarray(time, np.float64)
+    assert stats.kstest((log_sigma + 1.2) / 1.2, "norm").pvalue > 0.01
+    np.testing.assert_allclose(log_density, stats.norm(-1.2, 1.2).logpdf(log_sigma) - np.log(2), atol=1e-3)
+    tau = np.asarray(draws.logit_normal()(KEY, 10_000, schedules.rectified_flow())[0], np.float64) / 1000
+    assert stats.kstest(np.log(tau / (1 - tau)), "norm").pvalue > 0.01
+    # Every stratum of a batch has one level.
+    time, _ = draws.uniform()(KEY, 64, FLOW)
+    assert sorted(((time - 1) / 998 * 64).astype(int).tolist()) == list(range(64))
+    # A narrow interval truncates the distribution, and its density stays normalized.
+    narrow = schedules.edm(0.1, 0.5)
+    time, log_density = draws.log_normal()(KEY, 10_000, narrow)
+    truncated = stats.truncnorm(*((np.log([0.1, 0.5]) + 1.2) / 1.2), -1.2, 1.2)
+    assert stats.kstest(4 * np.asarray(time, np.float64), truncated.cdf).pvalue > 0.01
+    np.testing.assert_allclose(log_density, truncated.logpdf(4 * np.asarray(time)) - np.log(2), atol=1e-3)
+
+
+ENDS = (-12.0, 9.0)  # log SNR
+SAME_ENDS = {
+    "edm": schedules.edm(np.exp(-ENDS[1] / 2), np.exp(-ENDS[0] / 2)),
+    "custom": schedules.path(lambda u: ENDS[1] - 6 * u - 15 * u**2, interval=(0.0, 1.0)),
+    "flow": schedules.rectified_flow(
+        interval=tuple(schedules.rectified_flow().time_on_host(np.array(ENDS[::-1])).tolist())
+    ),
+}
+
+
+@pytest.mark.parametrize("path", SAME_ENDS.values(), ids=SAME_ENDS)
+@pytest.mark.parametrize("draw", ["uniform_log_snr", "uniform", draws.log_normal(0.0, 3.0)])
+def test_the_continuous_bound_depends_on_the_ends_of_the_path_only(path, draw):
+    """On N(0, c^2) with the exact network it is 1/2 ln[(1 + c^2 e^-g0) / (1 + c^2 e^-g1)] nats."""
+    c2 = 0.7
+    x_0 = np.sqrt(c2) * jax.random.normal(KEY, (40_000, 2))
+    loss, aux = losses.continuous_vlb(jax.random.key(3), path, gaussian(path, c2), x_0, prediction="x_0", draw=draw)
+    exact = 0.5 * np.log((1 + c2 * np.exp(ENDS[1])) / (1 + c2 * np.exp(ENDS[0]))) / np.log(2)
+    assert abs(loss.mean() - exact) < 4 * loss.std() / np.sqrt(loss.size)
+    np.testing.assert_array_equal(loss, aux.vlb)
+
+
+@pytest.mark.parametrize("steps", [10, 100])
+def test_the_discrete_bound_falls_to_the_continuous_one(steps):
+    c2, path = 0.7, SAME_ENDS["edm"]
+
+    def closed_form(steps):
+        g = -np.linspace(*ENDS[::-1], steps + 1)  # -log SNR, from the cleanest level
+        alpha_bar = 1 / (1 + np.exp(g[1:]))
+        eps_error = c2 * alpha_bar / (c2 * alpha_bar + 1 - alpha_bar)
+        return 0.5 * np.sum(np.expm1(np.diff(g)) * eps_error) / np.log(2)
+
+    limit = 0.5 * np.log((1 + c2 * np.exp(ENDS[1])) / (1 + c2 * np.exp(ENDS[0]))) / np.log(2)
+    bounds = [closed_form(steps) for steps in (10, 100, 1000, 10_000)]
+    gaps = np.array(bounds) - limit
+    assert (gaps[:-1] > 5 * gaps[1:]).all() and 0 < gaps[-1] < 0.01
+
+    schedule = schedules.from_path(path, np.linspace(*path.interval, steps + 1))
+    x_0 = np.sqrt(c2) * jax.random.normal(KEY, (4000, 2))
+    terms = likelihood.bits_per_dim(
+        KEY, schedule, gaussian(path, c2), x_0, prediction="x_0", variance="fixed_small", clip=False, gray_levels=None
+    )
+    total = terms.vlb[:, 1:].sum(axis=1)
+    assert abs(total.mean() - closed_form(steps)) < 4 * total.std() / np.sqrt(total.size)
+
+
+def rho_levels(count):
+    return (0.002 ** (1 / 7) + np.arange(count) / (count - 1) * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_orders_on_the_levels_of_edm(sampler, order):
+    d = 0.5
+    errors = []
+    for count in (18, 36, 72):
+        schedule = levels(EDM, rho_levels(count))
+        x_T = jnp.full((1, 1), np.sqrt(schedule.alpha_bar[-1] * (d**2 + 80**2)))
+        with jax.enable_x64(True):
+            make = sampling.SAMPLERS[sampler](prediction="x_0", clip=False)
+            x_0 = sampling.sample(KEY, schedule, gaussian(EDM, d**2), jnp.asarray(x_T, jnp.float64), make)
+        errors.append(abs(float(x_0[0, 0]) / d - 1))
+    ratios = np.array(errors[:-1]) / np.array(errors[1:])
+    assert (ratios > 0.95 * 2**order).all() and (ratios < 1.25 * 2**order).all()
+
+
+def test_others_coordinates_give_the_same_samples():
+    """Euler's method in z and Heun's in y, in float64 NumPy with the papers' formulas, against the samplers."""
+    d2 = 0.3
+    sigma = rho_levels(18)[::-1]
+    start = np.random.default_rng(0).normal(size=(6, 1))
+
+    # EDM's Algorithm 2 with D(y; s) of N(0, d2), which ends at s = 0.
+    denoiser = lambda y, s: d2 / (d2 + s**2) * y  # noqa: E731
+    y = start * np.hypot(1, sigma[0])
+    y_0 = y
+    for s, s_next in zip(sigma, np.append(sigma[1:], 0), strict=True):
+        slope = (y - denoiser(y, s)) / s
+        end = y + (s_next - s) * slope
+        if s_next:
+            end = y + (s_next - s) * (slope + (end - denoiser(end, s_next)) / s_next) / 2
+        y = end
+    edm_fn = coordinates.from_edm(lambda y, s: d2 / (d2 + s[:, None] ** 2) * y, EDM)
+    schedule = levels(EDM, sigma[::-1])
+    with jax.enable_x64(True):
+        x_T = jnp.asarray(y_0 * schedule.sqrt_alpha_bar[-1])
+        ours = sampling.sample(KEY, schedule, edm_fn, x_T, sampling.heun(prediction="x_0", clip=False))
+    np.testing.assert_allclose(ours, y, rtol=1e-7)
+
+    # Flow matching from tau = 1 - 1e-3 to 0: Euler's method on dz/dtau = u(z, tau).
+    tau = np.append(np.linspace(0.999, 0.05, 20), 0)
+    velocity = lambda z, tau: (tau - (1 - tau) * d2) * z / ((1 - tau) ** 2 * d2 + tau**2)  # noqa: E731
+    z = z_0 = start
+    for now, after in itertools.pairwise(tau):
+        z = z + (after - now) * velocity(z, now)
+    path = schedules.rectified_flow()
+    schedule = schedules.from_path(path, 1000 * tau[-2::-1])
+    flow_fn = coordinates.from_flow(lambda z, tau: velocity(z, tau[:, None]), path)
+    with jax.enable_x64(True):
+        x_T = jnp.asarray(z_0 / np.hypot(0.999, 0.001))
+        ours = sampling.sample(KEY, schedule, flow_fn, x_T, sampling.euler(prediction="flow", clip=False))
+    np.testing.assert_allclose(ours, z, rtol=1e-7)

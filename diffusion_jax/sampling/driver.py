@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
-from diffusion_jax.schedules import NoiseLevel, Schedule
+from diffusion_jax.schedules import NoiseLevel, Schedule, check_chain
 from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
 __all__ = [
@@ -195,6 +195,7 @@ def check_sampler(sampler: object) -> None:
 
 def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
     """Returns the noisiest visited index: `start`, or T - 1 for None. Raises: ValueError for an invalid index."""
+    check_chain(schedule, "a sampler")
     last = schedule.num_timesteps - 1
     if start is None:
         return last
@@ -277,8 +278,8 @@ def sample(
     x_T = process.as_float("x_T", x_T)
     if not x_T.ndim:
         raise ValueError("x_T must have a batch axis: [B, ...]; got a single number")
-    total = schedule.num_timesteps
     first, last = first_index(schedule, start), 0 if final_step else 1
+    total = schedule.num_timesteps
     process.check_terminal_snr(schedule, sampler.prediction, first)
     if isinstance(trajectory, bool | np.bool_):
         indices = np.arange(last, first + 1) if trajectory else None

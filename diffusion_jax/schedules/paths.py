@@ -214,24 +214,24 @@ class _VPCosine(Path):
     interval: tuple[float, float]
 
     def _log_snr(self, time, xp):
-        first, angle = self._first_angle, self._angle(time)
-        # 1 - alpha_bar = (cos^2 first - cos^2 angle) / cos^2 first, without a difference of numbers that are almost equal
-        return 2 * xp.log(xp.cos(angle)) - xp.log(xp.sin(angle - first) * xp.sin(angle + first))
+        u, unit = time / _MILLE, self._unit
+        # cos^2(angle) as a sine, and 1 - alpha_bar = (cos^2 first - cos^2 angle) / cos^2 first as a product, so that neither
+        # loses digits at the ends.
+        signal = xp.sin(unit * (1 - u))
+        return 2 * xp.log(signal) - xp.log(xp.sin(unit * u)) - xp.log(xp.sin(unit * (u + 2 * self.offset)))
 
     def _time(self, log_snr, xp):
-        first = self._first_angle
+        first = self._unit * self.offset
         signal, noise = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
         angle = xp.arctan2(
             xp.sqrt(math.sin(first) ** 2 + math.cos(first) ** 2 * noise), math.cos(first) * xp.sqrt(signal)
         )
-        return _MILLE * ((1 + self.offset) * 2 / math.pi * angle - self.offset)
+        return _MILLE * (angle / self._unit - self.offset)
 
     @property
-    def _first_angle(self):
-        return self._angle(0.0)
-
-    def _angle(self, time):
-        return (time / _MILLE + self.offset) / (1 + self.offset) * math.pi / 2
+    def _unit(self):
+        """The angle for each unit of u + offset."""
+        return math.pi / 2 / (1 + self.offset)
 
 
 @jax.tree_util.register_static

@@ -14,7 +14,9 @@ MEANS, VARIANCES, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.05, 0.1]), np.arr
 def as_prediction(eps, x, alpha, sigma, prediction, x_0=None):
     """The output of a network of that prediction where the noise is `eps`; x_0 is given where alpha may be 0."""
     x_0 = (x - sigma * eps) / alpha if x_0 is None else x_0
-    return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma}[prediction]
+    return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma, "flow": eps - x_0}[
+        prediction
+    ]
 
 
 def levels(time, schedule=FULL):

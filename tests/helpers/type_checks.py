@@ -26,6 +26,7 @@ def import_core_with_checks() -> None:
     with jaxtyping.install_import_hook(modules, "helpers.type_checks.typechecker"):
         from diffusion_jax import images, schedules  # noqa: F401
 
-    # JAX builds pytrees of placeholders, so the fields of a Schedule or an interpolated path need not be arrays.
+    # JAX builds pytrees of placeholders, so fields need not be arrays.
     schedules.Schedule.__init__.__no_type_check__ = True
     schedules.paths.Interpolated.__init__.__no_type_check__ = True
+    schedules.paths._Shifted.__init__.__no_type_check__ = True
