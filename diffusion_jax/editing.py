@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
 from diffusion_jax.sampling import Sampler, Step, StepFn
-from diffusion_jax.sampling.driver import check_sampler
+from diffusion_jax.sampling.driver import check_sampler, fold_in
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
@@ -107,7 +107,7 @@ def _as_mask_of(mask, x_0, several=False):
 def _replace_known(key, schedule, x_prev, x_0, mask, t):
     """Returns x_{t-1} with the known pixels drawn from q(x_{t-1} | x_0); at t = 0 they equal the pixels of x_0."""
     at, x_0 = schedule.at(t, x_prev), x_0.astype(x_prev.dtype)
-    noised = at.alpha_prev * x_0 + at.sigma_prev * jax.random.normal(key, x_prev.shape, x_prev.dtype)
+    noised = at.alpha_prev * x_0 + at.sigma_prev * sampling.normal(key, x_prev)
     return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
 
 
@@ -155,7 +155,7 @@ class replacement(Sampler):
     def _step(self, step_fn: StepFn, key, schedule, denoise_fn, x_t, t, state) -> Step:
         """Takes a step of the wrapped sampler, then replaces the known pixels."""
         new = step_fn(key, schedule, denoise_fn, x_t, t, state)
-        x_prev = _replace_known(jax.random.fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
+        x_prev = _replace_known(fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
         return Step(x_prev, new.x_0, new.state)
 
 

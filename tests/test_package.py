@@ -38,7 +38,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower one
     {"errors", "images", "labels", "types"},
     {"schedules"},
     {"process"},
-    {"losses", "timesteps", "likelihood", "metrics", "sampling", "guidance", "editing"},
+    {"losses", "timesteps", "draws", "coordinates", "likelihood", "metrics", "sampling", "guidance", "editing"},
     {"config"},
     {"files"},
     {"distributed", "provenance", "storage"},

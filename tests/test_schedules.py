@@ -147,7 +147,7 @@ def test_schedules_whose_signal_underflows():
     draw = lambda schedule, start, p: sampling.sample(  # noqa: E731
         jax.random.key(0), schedule, lambda x, time: -0.3 * x, x_T, sampling.ddim(prediction=p), start=start
     )
-    words = rf"does not determine x_0 there; predict v or x_0, .*schedules.respace\(schedule, range\({lowest}\)\)"
+    words = rf"does not determine x_0 there; predict v, x_0 or flow, .*schedules.respace\(schedule, range\({lowest}\)\)"
     for call in (
         lambda: draw(long, 19_998, "eps"),
         lambda: draw(schedules.respace(long, 20), None, "score"),

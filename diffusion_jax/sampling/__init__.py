@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 
 from diffusion_jax.sampling.ancestral import ddim, ddpm, encode, euler, euler_ancestral
-from diffusion_jax.sampling.driver import Denoised, Sampler, Stability, Step, StepFn, Trajectory, sample
+from diffusion_jax.sampling.driver import Denoised, Sampler, Stability, Step, StepFn, Trajectory, normal, sample
 from diffusion_jax.sampling.solvers import deis, dpm_solver_pp, heun, plms, pndm, unipc
 from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_error_growth, find_problem
 
@@ -32,6 +32,7 @@ __all__ = [
     "find_error_growth",
     "find_problem",
     "heun",
+    "normal",
     "plms",
     "pndm",
     "sample",

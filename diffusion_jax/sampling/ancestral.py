@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import process
-from diffusion_jax.sampling.driver import Sampler, Stability, Step, call_network, first_index
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, call_network, first_index, normal
 from diffusion_jax.schedules import NoiseLevel, Schedule
 from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
@@ -39,7 +39,7 @@ class ddpm(Sampler):
         mean = reverse.mean
         if self.mean_shift is not None:
             mean = mean + reverse.variance * call_network(schedule, self.mean_shift, x_t, t)
-        noise = jax.random.normal(key, x_t.shape, x_t.dtype)
+        noise = normal(key, x_t)
         return Step(mean + jnp.where(t > 0, jnp.exp(0.5 * reverse.log_variance) * noise, 0.0), reverse.x_0)
 
 
@@ -78,7 +78,7 @@ class ddim(Sampler):
         x_prev = at.alpha_prev * x_0 + direction * eps
         if self.eta > 0:
             sigma = self.eta * jnp.sqrt(at.posterior_variance)
-            x_prev = x_prev + sigma * jax.random.normal(key, x_t.shape, x_t.dtype)
+            x_prev = x_prev + sigma * normal(key, x_t)
         return Step(x_prev, x_0)
 
 

@@ -31,6 +31,8 @@ __all__ = [
     "check_sampler",
     "ddim_step",
     "first_index",
+    "fold_in",
+    "normal",
     "sample",
 ]
 
@@ -131,7 +133,7 @@ class Sampler:
 
     def step(
         self,
-        key: Key[Array, ""],
+        key: Key[Array, ""] | Key[Array, "B"],
         schedule: Schedule,
         denoise_fn: DenoiseFn,
         x_t: Batch,
@@ -175,6 +177,28 @@ def call_network(
     return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
 
 
+def is_batch_of_keys(key: Key[Array, "..."]) -> bool:
+    """Whether `key` is [B], a key for each row. Raises: ValueError for more axes."""
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)  # an older key of uint32 is one key
+    if is_typed and key.ndim > 1:
+        raise ValueError(f"key must be one key, or one for each row [B]; got shape {key.shape}")
+    return is_typed and key.ndim == 1
+
+
+def fold_in(key: Key[Array, "..."], number: int | Int[Array, ""]) -> Key[Array, "..."]:
+    """`jax.random.fold_in`, for one key or for each of [B] keys."""
+    if is_batch_of_keys(key):
+        return jax.vmap(jax.random.fold_in, (0, None))(key, number)
+    return jax.random.fold_in(key, number)
+
+
+def normal(key: Key[Array, "..."], like: Batch) -> Batch:
+    """Draws N(0, I) in the shape and dtype of `like`; keys [B] draw row by row, so that rows do not depend on each other."""
+    if is_batch_of_keys(key):
+        return jax.vmap(lambda key, row: jax.random.normal(key, row.shape, row.dtype))(key, like)
+    return jax.random.normal(key, like.shape, like.dtype)
+
+
 def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: NoiseLevel) -> Batch:
     """Steps from one noise level to another along a direction eps; DDIM's eq. 12 if eps is the network's own.
 
@@ -214,7 +238,7 @@ class Trajectory(NamedTuple):
 
 @overload
 def sample(
-    key: Key[Array, ""],
+    key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
     x_T: BatchLike,
@@ -227,7 +251,7 @@ def sample(
 ) -> Batch: ...
 @overload
 def sample(
-    key: Key[Array, ""],
+    key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
     x_T: BatchLike,
@@ -239,7 +263,7 @@ def sample(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Batch, Trajectory]: ...
 def sample(
-    key: Key[Array, ""],
+    key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
     denoise_fn: DenoiseFn,
     x_T: BatchLike,
@@ -260,7 +284,8 @@ def sample(
             return sampling.sample(key, schedule, denoise_fn, x_T, sampler)
 
     Args:
-      key: the noise of step t is drawn with `fold_in(key, t)`.
+      key: the noise of step t is drawn with `fold_in(key, t)`. One key draws for all rows; keys [B] draw row by row, so that
+        the noise of a row depends on its own key only. A sampler of your own draws with `sampling.normal(key, x_t)`.
       schedule: T steps; `schedules.respace` returns a shorter schedule.
       x_T: usually N(0, I).
       sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. By default the predicted x_0 is clipped to [-1, 1], the range of
@@ -278,6 +303,10 @@ def sample(
     x_T = process.as_float("x_T", x_T)
     if not x_T.ndim:
         raise ValueError("x_T must have a batch axis: [B, ...]; got a single number")
+    if is_batch_of_keys(key) and key.shape[0] != x_T.shape[0]:
+        raise ValueError(
+            f"key has {key.shape[0]} keys for {x_T.shape[0]} rows of x_T; give one key, or one for each row"
+        )
     first, last = first_index(schedule, start), 0 if final_step else 1
     total = schedule.num_timesteps
     process.check_terminal_snr(schedule, sampler.prediction, first)
@@ -297,7 +326,7 @@ def sample(
 
     def step(step_fn, carry, t):
         x_t, state, (all_x_t, all_x_0) = carry
-        new = step_fn(jax.random.fold_in(key, t), schedule, denoise_fn, x_t, t, state)
+        new = step_fn(fold_in(key, t), schedule, denoise_fn, x_t, t, state)
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")

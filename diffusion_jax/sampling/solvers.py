@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32, PyTree
 
-from diffusion_jax.sampling.driver import Sampler, Stability, Step, StepFn, ddim_step
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, StepFn, ddim_step, normal
 from diffusion_jax.schedules import NoiseLevel, Schedule, cast_table
 from diffusion_jax.types import Batch, Clip
 
@@ -176,7 +176,7 @@ class dpm_solver_pp(_Multistep):
         x_scale, noise = target.sigma / current.sigma, 0.0
         if self.sde:
             x_scale = x_scale * jnp.exp(-h)
-            noise = target.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * jax.random.normal(key, x_t.shape, x_t.dtype)
+            noise = target.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * normal(key, x_t)
 
         if not self.singlestep:
             nodes = _levels(schedule, t, x_t, order)
@@ -372,7 +372,7 @@ class heun(Sampler):
         inside = (self.churn_range[0] <= sigma) & (sigma <= self.churn_range[1])
         raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
         added = self.churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma))
-        noise = added * jax.random.normal(key, x_t.shape, x_t.dtype)
+        noise = added * normal(key, x_t)
         target = NoiseLevel.at_log_snr(-2 * jnp.log(raised))
         return target.alpha * (x_t / alpha + noise), target
 

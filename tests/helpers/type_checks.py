@@ -17,6 +17,8 @@ CORE = (
     "sampling",
     "schedules",
     "timesteps",
+    "draws",
+    "coordinates",
 )
 
 
