@@ -264,6 +264,7 @@ def continuous_vlb(
     path.check_finite_ends("the variational bound")
     aux = _apply_denoise_fn(key, path, denoise_fn, x_0, prediction, None, draw)
     eps_error = _weight_of_target(path, aux, prediction, snr_weight) * aux.mse
+    assert aux.log_density is not None  # drawn on a path
     bound = 0.5 * eps_error * jnp.exp(-aux.log_density) / math.log(2)
     return bound, aux._replace(vlb=bound)
 

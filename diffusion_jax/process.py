@@ -24,7 +24,7 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +184,7 @@ def to_x_0(
     """
     _check_output(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
-    at = schedule.at(t, x_t)
+    at: Any = schedule.at(t, x_t)
     if prediction == "x_prev":
         return (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0
     alpha = at.alpha

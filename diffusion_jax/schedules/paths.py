@@ -169,7 +169,7 @@ class Interpolated(Path):
     log_alpha_bar: Float64[np.ndarray, "T"]
 
     @property
-    def interval(self):
+    def interval(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         """From the first step to the last step with signal."""
         xp = np if isinstance(self.timesteps, np.ndarray) else jnp
         # Without a signal, log alpha_bar is the logarithm of the smallest float64.
@@ -266,7 +266,7 @@ class _Shifted(Path):
     delta_log_snr: float
 
     @property
-    def interval(self):
+    def interval(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.path.interval
 
     def _log_snr(self, time, xp):

@@ -137,6 +137,14 @@ def _levels_between_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.n
     return None
 
 
+def _check_repeated(timesteps: np.ndarray, steps, spacing: str) -> None:
+    repeated = timesteps[1:][np.diff(timesteps) <= 0]
+    if repeated.size:
+        raise ValueError(
+            f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; use fewer steps or another spacing"
+        )
+
+
 def respace(
     schedule: Schedule,
     steps: str | int | np.integer | Sequence[int] | Sequence[float] | Num[np.ndarray, "S"],
@@ -183,21 +191,15 @@ def respace(
         )
     spacing = spacing or "trailing"
     levels = _levels_between_steps(schedule, steps, spacing)
-    if levels is None:
-        total = schedule.num_timesteps
-        indices = _select_indices(steps, spacing, total)
-        if indices[0] < 0 or indices[-1] >= total:
-            raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
-        timesteps = schedule.timesteps[indices]
-    else:
-        timesteps, log_snr = levels
-    repeated = timesteps[1:][np.diff(timesteps) <= 0]
-    if repeated.size:
-        raise ValueError(
-            f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; use fewer steps or another spacing"
-        )
     if levels is not None:
+        timesteps, log_snr = levels
+        _check_repeated(timesteps, steps, spacing)
         return at_log_snr(schedule.path, timesteps, log_snr)
-    alpha_bar = schedule.alpha_bar[indices]
+    total = schedule.num_timesteps
+    indices = _select_indices(steps, spacing, total)
+    if indices[0] < 0 or indices[-1] >= total:
+        raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
+    timesteps, alpha_bar = schedule.timesteps[indices], schedule.alpha_bar[indices]
+    _check_repeated(timesteps, steps, spacing)
     betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
     return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)
