@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_jax import editing, likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import draws, editing, likelihood, losses, process, sampling, schedules, timesteps
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
@@ -200,6 +200,32 @@ MODEL: dict[str, Setting] = {
 DIFFUSION: dict[str, Setting] = {
     "schedule": Setting("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
     "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T of the diffusion process."),
+    "path": Setting(
+        None,
+        optional(Choice(*schedules.PATHS)),
+        "Path, as `schedules.PATHS` names it: training draws from its continuous noise levels, instead of the schedule's. "
+        "Sampling and likelihoods use T of them, evenly spaced in network time. None for the schedule.",
+    ),
+    "log_snr_shift": Setting(0.0, Number(), "Number that is added to a path's log SNR, for larger images."),
+    "draw": Setting("uniform", Choice(*draws.DRAWS), "Distribution of a batch's noise levels on a path."),
+    "draw_mean": Setting(
+        None, optional(Number()), "Mean of the draws log_normal and logit_normal; None for the published."
+    ),
+    "draw_std": Setting(
+        None,
+        optional(Number(above=0)),
+        "Standard deviation of the draws log_normal and logit_normal; None as published.",
+    ),
+    "preconditioning": Setting(
+        "none",
+        Choice("none", "edm"),
+        "Scales of the network's input and output; edm needs prediction=x_0.",
+    ),
+    "sigma_data": Setting(
+        None,
+        optional(Number(above=0)),
+        "Standard deviation of x_0 in EDM's preconditioning and weighting; None for 0.5, or 1 for standardized data.",
+    ),
     "beta_start": Setting(1e-4, Number(above=0, maximum=1), "First beta, for schedules with end points."),
     "beta_end": Setting(0.02, Number(above=0, maximum=1), "Last beta, for schedules with end points."),
     "prediction": Setting("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
@@ -212,15 +238,17 @@ DIFFUSION: dict[str, Setting] = {
     "loss": Setting(
         "simple",
         Choice(*losses.LOSSES),
-        "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; classify: the "
-        "cross entropy of a classifier of noisy images, for guidance.",
+        "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; "
+        "continuous_vlb: the bound on a path; classify: the cross entropy of a classifier of noisy images, for guidance.",
     ),
     "vlb_weight": Setting(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
     "conditioning_noise": Setting(
         0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
     "weighting": Setting("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
-    "timestep_sampler": Setting("uniform", Choice(*timesteps.SAMPLERS), "Distribution of a batch's timesteps."),
+    "timestep_sampler": Setting(
+        "uniform", Choice(*timesteps.SAMPLERS), "Distribution of a batch's timesteps. On a path: uniform or stratified."
+    ),
 }
 
 TRAINING: dict[str, Setting] = {

@@ -93,6 +93,8 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
     for setting, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
         if config[setting] not in known:
             raise ValueError(f"diffusion.{setting}={config[setting]!r} is unknown; use {', '.join(known)}")
+    if config["path"]:
+        return _steps_of_path(config)
     betas = schedules.betas(
         config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
     )
@@ -105,6 +107,24 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
         raise ValueError(
             f"diffusion.schedule={config['schedule']!r} ends at alpha_bar = 0, where {config['prediction']} does not "
             "determine x_0; use diffusion.prediction=v"
+        )
+    return schedule
+
+
+def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
+    """Returns T levels of a path, evenly spaced in network time, with both ends where the log SNR is finite."""
+    path = schedules.PATHS[config["path"]]()
+    if config["log_snr_shift"]:
+        path = schedules.shifted(path, config["log_snr_shift"])
+    (first, last), count = path.interval, config["num_timesteps"]
+    times = np.linspace(first, last, count)
+    if not np.isfinite(path.log_snr_on_host(first)):
+        times = np.linspace(first, last, count + 1)[1:]
+    schedule = schedules.from_path(path, times)
+    if schedule.zero_terminal_snr and config["prediction"] in ("eps", "score") and config["loss"] != "classify":
+        raise ValueError(
+            f"diffusion.path={config['path']!r} ends at alpha_bar = 0, where {config['prediction']} does not determine x_0; "
+            "use diffusion.prediction=flow"
         )
     return schedule
 
@@ -144,9 +164,10 @@ def _check_kind(kind: str, spatial_dims: int) -> None:
 
 
 def check_loss(config: Mapping[str, Any]) -> None:
-    """Raises: ValueError if the loss of `config.diffusion` contradicts its variance or weighting."""
+    """Raises: ValueError if the loss of `config.diffusion` contradicts its variance, weighting, path or prediction."""
     loss, variance, weighting = config["loss"], config["variance"], config["weighting"]
     is_learned = variance.startswith("learned")
+    _check_path(config)
     if loss == "simple" and is_learned:
         raise ValueError(
             f"diffusion.variance={variance!r}: L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a "
@@ -158,6 +179,54 @@ def check_loss(config: Mapping[str, Any]) -> None:
         )
     if loss == "vlb" and weighting not in (None, "none"):
         raise ValueError(f"diffusion.weighting={weighting!r} is for L_simple; the vlb has its own weights; use none")
+
+
+def _check_path(config: Mapping[str, Any]) -> None:
+    """Raises: ValueError for settings of a chain with a path, settings of a path without one, and settings without effect."""
+    path, loss = config["path"], config["loss"]
+    if path:
+        of_a_chain = {
+            "loss": loss if loss in ("vlb", "hybrid") else None,
+            "variance": config["variance"] if config["variance"].startswith("learned") else None,
+            "prediction": "x_prev" if config["prediction"] == "x_prev" else None,
+            "timestep_sampler": None
+            if config["timestep_sampler"] in ("uniform", "stratified")
+            else config["timestep_sampler"],
+            "rescale_timesteps": True if config["rescale_timesteps"] else None,
+        }
+        for setting, value in of_a_chain.items():
+            if value is not None:
+                raise ValueError(
+                    f"diffusion.{setting}={value!r} needs the steps of a schedule, but diffusion.path={path!r} is "
+                    "continuous; use diffusion.path=None, or leave the setting out"
+                )
+    else:
+        of_a_path = {
+            "loss": loss == "continuous_vlb",
+            "draw": config["draw"] != "uniform",
+            "log_snr_shift": config["log_snr_shift"] != 0,
+        }
+        for setting in (name for name, is_set in of_a_path.items() if is_set):
+            raise ValueError(
+                f"diffusion.{setting}={config[setting]!r} is for a path; set diffusion.path to one of "
+                f"{', '.join(schedules.PATHS)}"
+            )
+    for setting in ("draw_mean", "draw_std"):
+        if config[setting] is not None and not config["draw"].endswith("normal"):
+            raise ValueError(
+                f"diffusion.{setting}={config[setting]} is for the draws log_normal and logit_normal; use None"
+            )
+    if config["preconditioning"] == "edm" and config["prediction"] != "x_0":
+        raise ValueError(
+            f"diffusion.preconditioning='edm' makes the network predict x_0, but diffusion.prediction="
+            f"{config['prediction']!r}; use x_0"
+        )
+    if config["sigma_data"] is not None and "edm" not in (config["preconditioning"], config["weighting"]):
+        raise ValueError(
+            f"diffusion.sigma_data={config['sigma_data']} is for diffusion.preconditioning=edm or weighting=edm; use None"
+        )
+    if loss != "simple" and config["weighting"] == "edm":
+        raise ValueError(f"diffusion.weighting='edm' is for the loss simple, not {loss}; use none")
 
 
 class TrainingProgram(NamedTuple):

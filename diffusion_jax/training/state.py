@@ -114,9 +114,9 @@ def make_average(total: jax.Array, count: jax.Array) -> Average:
     return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 
-def quarter_averages(examples: Mapping[str, jax.Array], num_timesteps: int) -> dict[str, Average]:
-    """Averages the loss over each quarter of the timesteps, q1 the least noisy. examples: t, loss, importance, each [B]."""
-    in_quarter = (examples["t"] * 4 // num_timesteps)[:, None] == jnp.arange(4)
+def quarter_averages(examples: Mapping[str, jax.Array], quarter: jax.Array) -> dict[str, Average]:
+    """Averages the loss over each quarter of the noise levels. examples: loss, importance; quarter: 0 ... 3; all [B]."""
+    in_quarter = quarter[:, None] == jnp.arange(4)
     totals, counts = ((examples[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
     return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion_jax import data, losses, timesteps
+from diffusion_jax import coordinates, data, draws, losses, timesteps
+from diffusion_jax.config import is_continuous
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import Examples, check_settings, condition_shape, random_flip, read_batch
 from diffusion_jax.training.optimizer import ema_decay, global_norm
 from diffusion_jax.training.state import (
@@ -27,7 +30,7 @@ from diffusion_jax.training.state import (
     update_window,
 )
 
-__all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "scan_steps"]
+__all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "precondition", "scan_steps"]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -74,10 +77,30 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
 
     The timestep sampler is not included, because it may need the loss history.
     """
-    loss = losses.LOSSES[config["diffusion"]["loss"]]
-    settings = {**config["diffusion"], "gray_levels": config["data"]["levels"]}
+    diffusion = config["diffusion"]
+    loss = losses.LOSSES[diffusion["loss"]]
+    settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": None}
+    if diffusion["path"]:
+        options = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
+        options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        options["stratified"] = diffusion["timestep_sampler"] == "stratified"
+        settings["draw"] = draws.DRAWS[diffusion["draw"]](**options)
+    if diffusion["weighting"] == "edm":
+        settings["weighting"] = functools.partial(losses.edm_weight, sigma_data=sigma_data(config))
     names = {name for name, value in inspect.signature(loss).parameters.items() if value.kind is value.KEYWORD_ONLY}
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
+
+
+def sigma_data(config: Mapping[str, Any]) -> float:
+    """Returns the standard deviation of x_0 for EDM's constants: the setting, 1 for standardized data or 0.5 for images."""
+    return config["diffusion"]["sigma_data"] or (1.0 if is_continuous(config) else DATA_STD)
+
+
+def precondition(config: Mapping[str, Any], network: Callable, schedule: Schedule) -> Callable:
+    """Returns the denoise_fn of a network, with the preconditioning of `config.diffusion`."""
+    if config["diffusion"]["preconditioning"] == "none":
+        return network
+    return coordinates.precondition(network, schedule.path, sigma_data(config))
 
 
 def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:
@@ -97,6 +120,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     results in all other rows have no meaning. aux: the second result of the loss function.
     """
     loss, options = _loss_and_options(config)
+    is_path = bool(config["diffusion"]["path"])
+    levels = schedule.path if is_path else schedule
     classifies = config["diffusion"]["loss"] == "classify"
     is_conditional = bool(model.num_classes) and not classifies
     sampler_name = config["diffusion"]["timestep_sampler"]
@@ -107,7 +132,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         if low_resolution:
             condition = _small_image(key_low, x_0, low_resolution, max_noise)
-        timestep_sampler = timesteps.sampler_by_name(sampler_name, history)
+        chain_options = {} if is_path else {"timestep_sampler": timesteps.sampler_by_name(sampler_name, history)}
 
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()
@@ -119,7 +144,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             return microbatch.put(jnp.asarray(output))
 
         targets = (y,) if classifies else ()
-        return loss(key_loss, schedule, network, x_0, *targets, timestep_sampler=timestep_sampler, **options)
+        denoise_fn = network if classifies else precondition(config, network, schedule)
+        return loss(key_loss, levels, denoise_fn, x_0, *targets, **chain_options, **options)
 
     return objective
 
@@ -135,7 +161,8 @@ def make_train_step(
     """Builds train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
 
     All random numbers derive from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (batch mean), loss_q1 ...
-    loss_q4 (means over each quarter of the timesteps, q1 the least noisy; NaN for a quarter without a timestep in the batch),
+    loss_q4 (means over each quarter of the timesteps, q1 the least noisy, or on a path over the log SNRs above 4, 0 to 4, -4
+    to 0 and below -4; NaN for a quarter without an example in the batch),
     mse and vlb (bits per dimension, without L_T) for the losses vlb and hybrid, accuracy for a classifier, grad_norm (before
     clipping), param_norm, learning_rate. With importance sampling, losses are weighted, so that the means are unbiased.
 
@@ -148,6 +175,14 @@ def make_train_step(
     takes_labels = bool(model.num_classes) or diffusion["loss"] == "classify"
     shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
+
+    def noise_quarter(t):
+        """Returns 0 (the least noise) to 3 for indices, or for times on a path."""
+        if not diffusion["path"]:
+            return t * 4 // schedule.num_timesteps
+        log_snr = schedule.log_snr(t)
+        return sum((log_snr < edge).astype(jnp.int32) for edge in (4, 0, -4))
+
     gradient = _make_gradient(objective, terms, num_microbatches, gather_params)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -171,7 +206,7 @@ def make_train_step(
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
         averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
-        averages |= quarter_averages(values, schedule.num_timesteps)
+        averages |= quarter_averages(values, noise_quarter(values["t"]))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         window = update_window(state.window, averages, state.step, finite)
         metrics = {name: average.compute() for name, average in averages.items()}
