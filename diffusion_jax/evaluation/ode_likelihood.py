@@ -75,7 +75,7 @@ def log_density(
       denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output [B, ..., C], or [B, ..., 2 C], whose second
         half (a learned variance) is ignored.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
-      prediction: eps, x_0, v or score.
+      prediction: eps, x_0, v, score or flow.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
@@ -124,9 +124,8 @@ def log_density(
         eps_trace = scale * jnp.sum(jax.lax.map(directional, vectors), axis=0)
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
-    first, last = (jnp.asarray(end, x.dtype) for end in schedule.path.interval)
-    first = first if time is None else jnp.asarray(time, x.dtype)
-    start, end = (-0.5 * schedule.log_snr(t) for t in (first, last))
+    start, end = _finite_ends(schedule, x.dtype)
+    start = start if time is None else -0.5 * schedule.log_snr(jnp.asarray(time, x.dtype))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(derivative),
         diffrax.Tsit5(),
@@ -143,6 +142,16 @@ def log_density(
     log_prior = -0.5 * jnp.sum(jnp.square(x_T), axis=range(1, x.ndim)) - 0.5 * dimensions * math.log(2 * math.pi)
     solved = solution.result == diffrax.RESULTS.successful
     return OdeDensity(jnp.where(solved, log_prior + divergence, jnp.nan), x_T, solution.stats["num_steps"])
+
+
+def _finite_ends(schedule: Schedule, dtype) -> list[jax.Array]:
+    """Returns log(sigma / alpha) at the ends of the path or, where the path's is infinite, at the schedule's outer steps."""
+    steps = schedule.timesteps[0], schedule.timesteps[-2:][0] if schedule.zero_terminal_snr else schedule.timesteps[-1]
+    ends = []
+    for end, step in zip(schedule.path.interval, steps, strict=True):
+        log_snr = schedule.log_snr(jnp.asarray(end, dtype))
+        ends.append(-0.5 * jnp.where(jnp.isinf(log_snr), schedule.log_snr(jnp.asarray(step, dtype)), log_snr))
+    return ends
 
 
 def bits_per_dim(

@@ -18,6 +18,7 @@ import optax
 from clu.metrics import Average
 
 from diffusion_jax import models, timesteps
+from diffusion_jax.schedules import Schedule
 
 __all__ = [
     "QUARTERS",
@@ -114,8 +115,17 @@ def make_average(total: jax.Array, count: jax.Array) -> Average:
     return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 
-def quarter_averages(examples: Mapping[str, jax.Array], quarter: jax.Array) -> dict[str, Average]:
-    """Averages the loss over each quarter of the noise levels. examples: loss, importance; quarter: 0 ... 3; all [B]."""
+def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> dict[str, Average]:
+    """Averages the loss over each quarter of the timesteps, q1 the least noisy.
+
+    For network times on a path: over the log SNRs above 4, 0 to 4, -4 to 0 and below -4. examples: t (indices or network
+    times), loss, importance, each [B].
+    """
+    t = examples["t"]
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        quarter = t * 4 // schedule.num_timesteps
+    else:
+        quarter = jnp.sum(schedule.log_snr(t)[:, None] < jnp.array([4.0, 0.0, -4.0]), axis=1)
     in_quarter = quarter[:, None] == jnp.arange(4)
     totals, counts = ((examples[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
     return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}

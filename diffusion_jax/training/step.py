@@ -176,13 +176,6 @@ def make_train_step(
     shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
 
-    def noise_quarter(t):
-        """Returns 0 (the least noise) to 3 for indices, or for times on a path."""
-        if not diffusion["path"]:
-            return t * 4 // schedule.num_timesteps
-        log_snr = schedule.log_snr(t)
-        return sum((log_snr < edge).astype(jnp.int32) for edge in (4, 0, -4))
-
     gradient = _make_gradient(objective, terms, num_microbatches, gather_params)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -206,7 +199,7 @@ def make_train_step(
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
         averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
-        averages |= quarter_averages(values, noise_quarter(values["t"]))
+        averages |= quarter_averages(values, schedule)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         window = update_window(state.window, averages, state.step, finite)
         metrics = {name: average.compute() for name, average in averages.items()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import losses, timesteps, training
+from diffusion_jax import losses, schedules, timesteps, training
 from diffusion_jax.images import to_model_range
 from diffusion_jax.training.batches import Examples
 from diffusion_jax.training.state import QUARTERS, quarter_averages
@@ -51,13 +51,22 @@ def test_quarters_of_a_number_of_timesteps_that_4_does_not_divide(num_timesteps)
     """Timestep t is in the quarter of t / T, so that every timestep is in one and their sizes differ by one at most."""
     t = np.arange(num_timesteps)
     averages = quarter_averages(
-        {"t": jnp.asarray(t), "loss": jnp.asarray(10.0**4 + t), "importance": jnp.ones(len(t))}, len(t)
+        {"t": jnp.asarray(t), "loss": jnp.asarray(10.0**4 + t), "importance": jnp.ones(len(t))},
+        schedules.from_betas(schedules.betas("linear", num_timesteps)),
     )
     in_quarters = [[i for i in t if quarter / 4 <= i / num_timesteps < (quarter + 1) / 4] for quarter in range(4)]
     for average, members in zip(averages.values(), in_quarters, strict=True):
         assert float(average.count) == len(members) and float(average.total) == sum(10.0**4 + i for i in members)
     sizes = [len(members) for members in in_quarters]
     assert sum(sizes) == num_timesteps and max(sizes) - min(sizes) <= 1
+
+
+def test_quarters_of_a_path_are_bands_of_the_log_snr():
+    schedule = schedules.from_path(schedules.edm(), [-1.0, 0.0, 1.0])
+    log_snr = np.array([9.0, 4.1, 3.9, 0.1, -0.1, -3.9, -4.1])
+    examples = {"t": jnp.asarray(log_snr / -8, jnp.float32), "loss": jnp.arange(7.0), "importance": jnp.ones(7)}
+    means = [float(average.compute()) for average in quarter_averages(examples, schedule).values()]
+    assert means == [0.5, 2.5, 4.5, 6.0]
 
 
 def test_rescaled_network_times_begin_at_0():
