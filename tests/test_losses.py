@@ -169,6 +169,7 @@ def test_the_terms_of_the_hybrid_and_their_weights():
     term = jax.jit(partial(likelihood.bound_term, variance="learned_range", clip=False))
     term, _ = term(SHORT, parts.output, x_0, parts.x_t, parts.t)
     np.testing.assert_allclose(loss, parts.mse + term * 20 / 1000, rtol=1e-6)
+    np.testing.assert_allclose(parts.mse, np.square(parts.eps - parts.output[:, :4]).mean(1), rtol=1e-5)
     np.testing.assert_allclose(weighted, (3 + np.arange(16)) * (7 * aux.mse + 0.5 * aux.vlb), rtol=1e-6)
 
 

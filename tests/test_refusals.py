@@ -318,19 +318,19 @@ def test_a_timestep_sampler_by_name(name):
 
 @pytest.mark.parametrize("shape", [(2, 1), (1,), (1, 2), (3,)])
 def test_weights_that_are_not_one_for_each_example(shape):
-    """A weight [B, 1] would broadcast a loss [B] to [B, B]. One number for all examples is a weight of each."""
-    sampler = lambda key, batch, total: (T, jnp.full(shape, 2.0))  # noqa: E731
-    weighting = lambda snr: jnp.full(shape, 2.0)  # noqa: E731
-    for options, words in (
-        ({"timestep_sampler": sampler}, "the weights of timestep_sampler"),
-        ({"weighting": weighting}, "the result of weighting"),
-        ({"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)}, "the timesteps"),
-    ):
+    """A weight [B, 1] would broadcast a loss [B] to [B, B]."""
+    for words, options in {
+        "the weights of timestep_sampler": {"timestep_sampler": lambda key, batch, total: (T, jnp.full(shape, 2.0))},
+        "the timesteps": {"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)},
+        "the result of weighting": {"weighting": lambda snr: jnp.full(shape, 2.0)},
+    }.items():
         with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\].*got \[{shape[0]}"):
-            losses.simple(KEY, FULL, network, X[:, 0, 0], **options)
-        with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\]"):
-            losses.hybrid(KEY, FULL, doubled, X, **options)
-    for sampler in (lambda key, batch, total: (T, 2.0), lambda key, batch, total: (T, np.full(2, 2.0))):
-        weighted, aux = losses.simple(KEY, FULL, network, X, timestep_sampler=sampler, weighting=lambda snr: 3.0)
+            SIMPLE(X[:, 0, 0], **options)
+
+
+def test_one_number_is_the_weight_of_every_example():
+    for weight in (2.0, np.full(2, 2.0)):
+        sampler = lambda key, batch, total, weight=weight: (T, weight)  # noqa: E731
+        weighted, aux = SIMPLE(X, timestep_sampler=sampler, weighting=lambda snr: 3.0)
         np.testing.assert_allclose(weighted, 6 * aux.mse, rtol=1e-6)
         assert weighted.shape == aux.importance.shape == aux.t.shape == (2,)
