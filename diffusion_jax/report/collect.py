@@ -1,6 +1,6 @@
 """Reads the contents of a work directory as plain values for the page. Any file may be missing, also during a launch.
 
-A measurement is a record of metrics.json, with the bits per dimension from likelihood.json; `table_cells` makes a table of
+A measurement is a record of metrics.json, or the bits per dimension of likelihood.json; `table_cells` makes a table of
 measurements. `train_command` and `sample_command` return the commands that repeat a run.
 """
 
@@ -64,16 +64,10 @@ class RunFiles:
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """Returns the records, with bits per dimension added to records of the same weights, or as a separate record."""
-        if not self.likelihood:
-            return self.records
-        bits = {key: value for key, value in self.likelihood.items() if "_per_dim" in key}
-        same = [
-            all(record.get(key) == self.likelihood.get(key) for key in ("step", "weights")) for record in self.records
-        ]
-        if not any(same):
-            return [*self.records, self.likelihood]
-        return [record | bits if is_same else record for record, is_same in zip(self.records, same, strict=True)]
+        """Returns the records of metrics.json, then the bits per dimension of likelihood.json as another record."""
+        keys = ("step", "weights", "dataset")
+        bits = {key: value for key, value in self.likelihood.items() if key in keys or "_per_dim" in key}
+        return [*self.records, bits] if bits else self.records
 
 
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:

@@ -1,7 +1,6 @@
 """Curves and pictures of the page.
 
-Curves show the log of a run, reduced to intervals. Pictures show samples during training, denoising, samples by class, and
-other files.
+Curves show the log of a run, reduced to intervals. Pictures show samples during training, denoising, and other files.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import pictures
-from diffusion_jax.evaluation.example_sets import modified_time, sample_files
-from diffusion_jax.files import map_array
+from diffusion_jax.evaluation.example_sets import modified_time
 from diffusion_jax.report.collect import RunFiles
-from diffusion_jax.runs.sampling import class_captions
 
 __all__ = [
     "MAX_POINTS",
@@ -28,7 +25,6 @@ __all__ = [
     "Chart",
     "Frames",
     "Picture",
-    "class_rows",
     "denoising",
     "even_subset",
     "make_series",
@@ -131,7 +127,6 @@ def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
 
 _PREFIX = "train_step"  # file names of pictures during training
 _MAX_TRAINING_FRAMES = 12
-_MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
 # For compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and the WebP quality.
 _MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
 _SMALL = 20_000  # bytes; smaller pictures are not compressed
@@ -229,27 +224,6 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
         if None not in drawn:
             frames.append((caption, tuple(drawn)))
     return Frames(names, frames, f"Samples of {path.name}.") if frames else None
-
-
-def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
-    """Returns (a row of the newest samples for each class, a note about omitted rows); ([], "") without classes."""
-    files = sample_files(run.directory)
-    try:
-        if not files or not pictures.is_of_images(images := map_array(files[0], "arr_0")):
-            return [], ""
-        labels = np.asarray(map_array(files[0], "arr_1"))
-    except _READ_ERRORS:  # samples without labels
-        return [], ""
-    present = np.unique(labels)
-    shown, rows = present[:_MAX_CLASSES], []
-    for label, caption in zip(shown, class_captions(shown, run.class_names), strict=True):
-        chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
-        rows.append(budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)), caption))
-    rows = [row for row in rows if row]
-    left_out = len(present) - len(rows)
-    return rows, f"Samples of {files[0].name}." + (
-        f" {left_out} other classes are not in this file." if left_out else ""
-    )
 
 
 def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
