@@ -285,15 +285,11 @@ def _likelihood(run: RunFiles) -> Section | None:
 
 def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     """Returns a table of all metrics, with explanations. runs: {name: run}."""
-    pairs = []
-    for run in runs.values():
-        pairs += [(run.directory, record) for record in run.measurements()[-_MAX_RECORDS:]]
-    if not pairs:
+    records = [{"run": name} | record for name, run in runs.items() for record in run.measurements()[-_MAX_RECORDS:]]
+    if not records:
         return None
-    columns, rows = table_cells(pairs)
-    names = {str(run.directory): name for name, run in runs.items()}
-    texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
-    body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
+    columns, rows = table_cells(records)
+    body = table("A row for each measurement, ± one standard error", columns, rows, class_="numbers")
     meanings = MEANINGS | _LIKELIHOOD_TERMS
     return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))
 

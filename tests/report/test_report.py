@@ -25,7 +25,7 @@ from diffusion_jax.runs.workdir import to_dict
 from helpers.simulated_runs import write_log, write_results, write_run
 
 SECTIONS = ["curves", "training-samples", "denoising", "likelihood", "metrics", "pictures", "launches", "config"]
-SECTIONS += [ "environment", "reproduce"]
+SECTIONS += ["environment", "reproduce"]
 
 
 class Page(html.parser.HTMLParser):
