@@ -168,8 +168,7 @@ def test_gradients(name, tmp_path):
         flags = {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
         net = pretrained.load(save(model, tmp_path / "m.pt"), flags)
         tensors = Tensors("PyTorch", {n: g.shape for n, g in gradients.items()}, gradients.get)
-        found, order = openai.describe_openai(pathlib.Path("g"), tensors, flags)
-        theirs = openai.load_params(pathlib.Path("g"), tensors, found, order).params
+        theirs = openai.load_openai(pathlib.Path("g"), tensors, flags, with_params=True).params
     weighting = weighting.transpose(0, 2, 3, 1) if weighting.ndim == 4 else weighting
     labels = () if y is None else (y,)
     options = {} if low is None else {"condition": upsampling.condition(low, x.shape)}
