@@ -7,21 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import imagenet_classifier
 from diffusion_jax import losses, models, schedules, timesteps, training
 from diffusion_jax.models import unet
 from diffusion_jax.models.layers import LayerFactory
 from diffusion_jax.runs import train, workdir
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
 from helpers.networks import redraw
-from helpers.program import finish, start
 from helpers.work_directories import lines
-
-
-def test_defaults_equal_adm_at_128_pixels():
-    assert models.from_config(imagenet_classifier.get_config().model, models.Classifier) == models.Classifier()
-    with pytest.raises(ValueError, match="known are 64, 128, 256, 512"):
-        imagenet_classifier.get_config("32")
 
 
 @pytest.mark.whole
@@ -181,11 +173,3 @@ def test_classifier_run_resumes_bit_identically(tmp_path, capsys):
     again = workdir.load_config(tmp_path / "whole")
     assert workdir.to_dict(again) == workdir.to_dict(classifier_config())
     assert training.model_from_config(again) == training.model_from_config(classifier_config())
-
-
-@pytest.mark.whole
-def test_wrong_mode_is_refused_in_one_line(tmp_path):
-    workdir.write_config(classifier_config(), tmp_path)
-    for flags, words in (([], "use --mode=train_classifier"), (["--mode=sample"], "is for diffusion models")):
-        code, _, err = finish(start(f"--workdir={tmp_path}", *flags))
-        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err

@@ -76,7 +76,9 @@ NETWORKS = {
     "adm": models.UNet(**SMALL, resample_blocks=True, scale_shift_norm=True, num_classes=3, remat=True),
     "periodic": models.UNet(**SMALL, padding="periodic", condition_features=2),
     "volumes": models.UNet(**SMALL | {"channel_multipliers": (1,), "attention_levels": ()}, spatial_dims=3),
-    "classifier": models.Classifier(**SMALL, attention_levels=(1,), head_channels=8, num_classes=3),
+    "classifier": models.Classifier(
+        **SMALL, resample_blocks=True, scale_shift_norm=True, head_channels=8, num_classes=3
+    ),
     "vectors": models.MLP(channels=8, condition_features=2),
 }
 

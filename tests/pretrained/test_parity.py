@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -295,9 +294,7 @@ def test_diffusers_older_files(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
     torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    start = time.perf_counter()
     net = pretrained.load(tmp_path)
-    print(f"35.7M parameters in {time.perf_counter() - start:.2f} s")
     x, times = inputs(32)
     agree("diffusers, .bin", ours(net, x, times), torch_networks.run(model, x, times))
     assert diffusers.find_configs(tmp_path)[0] == tmp_path

@@ -1,6 +1,5 @@
 """report.html: what it shows of complete, killed, damaged and empty work directories, its parts; and model cards."""
 
-import base64
 import dataclasses
 import html.parser
 import json
@@ -18,9 +17,8 @@ from diffusion_jax.report import __main__ as command
 from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
 from diffusion_jax.report.collect import sample_command, train_command
-from diffusion_jax.report.figures import Budget, make_series, training_charts
+from diffusion_jax.report.figures import make_series, training_charts
 from diffusion_jax.report.model_card import model_card
-from diffusion_jax.report.page import element, json_script, table
 from diffusion_jax.runs.workdir import to_dict
 from helpers.simulated_runs import write_log, write_results, write_run
 
@@ -176,26 +174,6 @@ def test_other_values_of_the_log_have_charts_of_their_own():
     charts = training_charts([{"step": 2, "loss": 1.0}, {"step": 1, "loss": 2.0, "frechet_distance": 3.0, "note": "x"}])
     assert [chart["title"] for chart in charts] == ["Loss", "frechet distance"]
     assert charts[0]["series"][0]["x"] == [1, 2] and charts[0]["series"][0]["mean"] == [2, 1]
-
-
-def test_elements_escape_text_and_attributes():
-    written = element("p", "<b>&", element("i", '"'), title='"><script>', data_x_y=1, hidden=True, id=None)
-    assert written == '<p title="&quot;&gt;&lt;script&gt;" data-x-y="1" hidden>&lt;b&gt;&amp;<i>&quot;</i></p>'
-    assert "<script" not in table("<script>", ["<script>"], [["<script>", "<script>"]])
-    written = json_script(["</script>"])
-    assert written.count("</script>") == 1
-    assert json.loads(written.partition(">")[2].rpartition("<")[0]) == ["</script>"]
-
-
-def test_pictures_have_at_most_their_bytes():
-    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
-    budget = Budget(100_000, [])
-    picture = budget.embed(noise, "noise", side=150)
-    assert (picture.width, picture.height, picture.caption) == (150, 100, "noise")
-    assert budget.left == 100_000 - len(base64.b64decode(picture.src.partition("base64,")[2]))
-    assert Budget(10, []).embed(noise, "noise") is None
-    small = budget.embed(noise[:4, :4], "small")
-    assert (small.width, small.height) == (4, 4) and small.src.startswith("data:image/png")
 
 
 def parsed(command, mode):
