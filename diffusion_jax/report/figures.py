@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,7 @@ _MAX_OTHER_CHARTS = 12
 
 def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> list[Chart]:
     """Returns the charts of a log. Each value that `_CHARTS` does not list gets its own chart."""
+    lines = sorted(lines, key=lambda line: line["step"])
     known = {name for _, _, labels, _ in _CHARTS for name in labels}
     others = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in known | _NOT_DRAWN]
     wanted = [*_CHARTS, *((name.replace("_", " "), name, {name: name}, False) for name in others[:_MAX_OTHER_CHARTS])]
@@ -88,23 +90,16 @@ def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_PO
         drawn = []
         for name, label in labels.items():
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-            if points:
-                x, y = np.array(points, np.float64).T
-                drawn.append(make_series(label, x, y, max_points))
-        drawn = [series for series in drawn if series["x"]]
+            finite = [point for point in points if math.isfinite(point[1])]
+            if finite:
+                drawn.append(make_series(label, *np.array(finite, np.float64).T, max_points))
         if drawn:
             charts.append({"title": title, "x": "training step", "y": unit, "log": is_log, "series": drawn})
     return charts
 
 
 def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
-    """Returns a line with at most `max_points` points: x, mean, minimum and maximum over each interval.
-
-    Values that are not finite are left out.
-    """
-    order = np.argsort(x, kind="stable")
-    order = order[(np.isfinite(x) & np.isfinite(y))[order]]
-    x, y = np.asarray(x, np.float64)[order], np.asarray(y, np.float64)[order]
+    """Returns a line with at most `max_points` points: x, mean, minimum and maximum over each interval. x increases."""
     low, high = y, y
     series: dict[str, Any] = {"label": label, "values": len(x)}
     if len(x) > max_points:

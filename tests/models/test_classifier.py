@@ -40,15 +40,6 @@ def test_attention_pool_equals_numpy():
         )
 
 
-@pytest.mark.whole
-def test_position_embedding_is_initialized_as_in_adm():
-    """Normal of variance 1 / C, (H W + 1) x C."""
-    layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
-    pool = unet.AttentionPool(2, 1, None, layers)
-    position = pool.init(jax.random.key(0), jnp.zeros((1, 8, 16, 64)))["params"]["position"]
-    assert position.shape == (129, 64) and abs(position.std() - 1 / 8) < 4 / 8 / (2 * position.size) ** 0.5
-
-
 @functools.cache
 def a_network():
     model = models.Classifier(**TINY_CLASSIFIER, dropout=0.5)
