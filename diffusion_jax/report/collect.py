@@ -118,7 +118,7 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]
     """
     settings = [_flat_settings(record) for record in records]
     keys = dict.fromkeys(key for each in settings for key in each if not key.endswith("_digest"))
-    differing = [key for key in keys if len({json.dumps(each.get(key)) for each in settings}) > 1]
+    differing = [key for key in keys if len({json.dumps(each[key]) for each in settings if key in each}) > 1]
     names, rows = dict.fromkeys([*_FIRST_SETTINGS, *differing]), []
     for record, values in zip(records, settings, strict=True):
         row = {key: str(values[key]) for key in names if values.get(key) is not None}
