@@ -70,15 +70,13 @@ def draw_neighbors(
 
     numbers: indices of the samples in the sample file. distances: [N, k].
     """
-    count = distances.shape[1]
     shown = np.concatenate([samples[:, None], nearest], axis=1).reshape(-1, *samples.shape[1:])
     captions = []
     for number, row in zip(numbers, distances, strict=True):
         captions += [f"sample {number}", *(f"distance {distance:.4g}" for distance in row)]
-    if is_of_images(shown):
-        headers = ["sample", "nearest", *(f"nearest no. {i}" for i in range(2, count + 1))]
-        return draw_grid(shown, title, count + 1, captions, headers)
-    return draw_samples(shown, title + " (after each sample)", captions, (count + 1) * max(1, 4 // (count + 1)))
+    return draw_samples(
+        shown, title + "; each sample is left of its nearest examples", captions, 1 + distances.shape[1]
+    )
 
 
 def draw_samples(
