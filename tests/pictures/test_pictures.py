@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax import pictures
 from diffusion_jax.metrics import Curves
 from diffusion_jax.metrics.of_arrays import Measurement
-from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, figures, to_array
+from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
