@@ -20,7 +20,6 @@ from diffusion_jax import config as configs
 from diffusion_jax.errors import DiffusionJaxError, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
-from diffusion_jax.pretrained import read_class_names
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
@@ -58,7 +57,6 @@ class RunFiles:
     lines: list[dict[str, Any]]
     launches: list[dict[str, Any]]
     data: dict[str, Any]
-    class_names: tuple[str, ...]
     records: list[dict[str, Any]]
     likelihood: dict[str, Any]
     notes: list[str]
@@ -93,7 +91,6 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
         lines=lines,
         launches=read_launches(workdir),
         data=read("data.json", lambda: _read_object(workdir / "data.json"), {}),
-        class_names=() if config is None else read("The class names", lambda: read_class_names(config, workdir), ()),
         records=read("metrics.json", lambda: read_records(workdir / "metrics.json"), []),
         likelihood=read("likelihood.json", lambda: _read_object(workdir / "likelihood.json"), {}),
         notes=notes,

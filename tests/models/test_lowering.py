@@ -97,6 +97,7 @@ def test_the_setting_sets_the_precision_of_the_train_step(make_config):
     assert precisions(text) == {"HIGHEST"}
 
 
+@pytest.mark.whole
 def test_ode_likelihoods_use_full_float32_by_default():
     program = training.build_program(tiny_config())
 
