@@ -136,7 +136,7 @@ def run(config: ConfigDict) -> None:
     estimates = all_estimates(config, traced, num_devices)
     fitting = [each for each in estimates if each.total <= usable]
     best = fitting[0] if fitting else min(estimates, key=lambda each: each.total)
-    log(f"  {'first that fits' if fitting else 'nothing fits; least':19} {best}")
+    log(f"  {'first that fits' if fitting else 'none fits; smallest':19} {best}")
     log(f"    with              {best.settings.flags}")
     if not fitting:
         log(

@@ -52,7 +52,7 @@ def test_an_estimate_is_that_of_the_compiled_program():
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("memory", "words"), [(1e9, "first that fits"), (1e3, "nothing fits; least")])
+@pytest.mark.parametrize(("memory", "words"), [(1e9, "first that fits"), (1e3, "none fits; smallest")])
 def test_a_plan_proposes_settings(memory, words, choices, capsys, monkeypatch):
     monkeypatch.setitem(plan.DEVICES, "h100", memory)
     monkeypatch.setattr(plan, "all_estimates", lambda *_: choices[1])
