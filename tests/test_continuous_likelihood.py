@@ -1,4 +1,4 @@
-"""The bound on float arrays of any shape, in the units of the data: Gaussian distributions whose entropy is known."""
+"""The bound on float arrays of any shape, in data units: Gaussian distributions whose entropy is known."""
 
 import jax
 import jax.numpy as jnp

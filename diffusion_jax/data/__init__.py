@@ -27,8 +27,8 @@ from diffusion_jax.data.sources import (
     Source,
     check_examples,
     check_levels,
-    check_random_flip,
     example_shape,
+    find_contradiction,
     is_in_memory,
     is_of_images,
     read_classes,
@@ -57,9 +57,9 @@ __all__ = [
     "check_examples",
     "check_levels",
     "check_location",
-    "check_random_flip",
     "describe",
     "example_shape",
+    "find_contradiction",
     "find_normalizations",
     "fit",
     "has_splits",
@@ -100,7 +100,7 @@ def load(
     log: Callable[[str], None] = lambda line: None,
     source: Source | None = None,
 ) -> Source:
-    """Loads the source of `config.data`, in memory if it fits into `data.memory_mb`; "x" is in the units of the data.
+    """Loads the source of `config.data`, in memory if it fits into `data.memory_mb`; "x" is in data units.
 
     config: the settings of the group `data`, which may be partial; missing settings have their defaults. A missing TFDS data
     set is downloaded and prepared first, if `data.download` is true.

@@ -32,7 +32,7 @@ Values = TypeVar("Values", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data.
+    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in data units.
 
     low, high: the training range, for conditions only; () if unknown; used only for notes.
     """
@@ -50,7 +50,7 @@ class Normalization:
         return x.astype(np.float32, copy=False)
 
     def invert(self, x: Values) -> Values:
-        """Converts x [n, *spatial, C] to the units of the data: float32, or float64 for a float64 x.
+        """Converts x [n, *spatial, C] to data units: float32, or float64 for a float64 x.
 
         If an offset exceeds 1000 times its scale, float32 would round the data too much: the result is then a float64 NumPy
         array, even for a jax array. Traced arrays keep their dtype.
@@ -98,7 +98,7 @@ def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.
 
 
 def to_data_units(x: Values, normalization: Normalization | None) -> Values:
-    """Converts x [n, *spatial, C] to the units of the data; without a normalization x is unchanged."""
+    """Converts x [n, *spatial, C] to data units; without a normalization x is unchanged."""
     return x if normalization is None else normalization.invert(x)
 
 

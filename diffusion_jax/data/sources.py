@@ -20,6 +20,7 @@ import numpy as np
 
 from diffusion_jax.config.values import import_function
 from diffusion_jax.errors import DataError, UnreadableFilesError, shorten
+from diffusion_jax.images import is_image_shape
 
 if TYPE_CHECKING:
     import grain
@@ -36,11 +37,11 @@ __all__ = [
     "check_examples",
     "check_image_settings",
     "check_levels",
-    "check_random_flip",
     "classes_of_files",
     "example_indices",
     "example_shape",
     "examples_of",
+    "find_contradiction",
     "find_files",
     "is_in_memory",
     "is_of_images",
@@ -88,7 +89,7 @@ class Source(Protocol):
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of n examples, at these indices, by name. Raises: DataError.
 
-        Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in the units of the data, which
+        Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in data units, which
         `data.Normalized` standardizes. There are 0 to 3 spatial axes: 0 for vectors, 1 for series, 2 for images, 3 for
         volumes. Optional: "label", int32 [n], and "condition", real numbers [n, D] or [n, *spatial, K].
         """
@@ -254,16 +255,15 @@ def example_shape(config: Mapping) -> tuple[int, ...]:
 
 
 def is_of_images(config: Mapping) -> bool:
-    """Whether `config.data` describes images: gray levels, two spatial axes, and 1 or 3 channels."""
-    shape = example_shape(config)
-    return config["levels"] is not None and len(shape) == 3 and shape[-1] in (1, 3)
+    """Whether `config.data` describes images: gray levels, and examples of an image's shape."""
+    return config["levels"] is not None and is_image_shape(example_shape(config))
 
 
 def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
     """Returns ((height, width), channels) for image files. Raises: DataError for settings that describe other data."""
     shape, name = example_shape(config), config["dataset"]
     other = "other arrays are data.dataset=arrays or module:function"
-    if len(shape) != 3 or shape[-1] not in (1, 3):
+    if not is_image_shape(shape):
         raise DataError(
             f"data.dataset={name!r} has images with 1 or 3 channels, not examples of shape {list(shape)} "
             f"(data.image_size={config['image_size']}, data.channels={config['channels']}); {other}"
@@ -285,12 +285,13 @@ def check_levels(images: np.ndarray, levels: int) -> None:
         )
 
 
-def check_random_flip(config: Mapping, name: str = "image") -> None:
-    """Raises DataError if `data.random_flip` is True for data that are not images. name: "x" for data that are not uint8."""
-    if config["random_flip"] and (name == "x" or config["levels"] is None or len(example_shape(config)) != 3):
-        raise DataError(
-            "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
-        )
+def find_contradiction(config: Mapping, name: str) -> str:
+    """Returns what `data.levels` or `data.random_flip` forbids for "image" (uint8) or "x" (other numbers), with advice, or ""."""
+    if name == "image" and config["levels"] is None:
+        return 'data.levels=None is for continuous data ("x"), but the data are uint8 ("image"): use data.levels=256'
+    if config["random_flip"] and (name == "x" or len(example_shape(config)) != 3):
+        return "data.random_flip=True mirrors only uint8 images; use data.random_flip=False for these data"
+    return ""
 
 
 def check_examples(config: Mapping, source: Source) -> None:
@@ -325,7 +326,8 @@ def check_examples(config: Mapping, source: Source) -> None:
             raise DataError(
                 f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
             )
-    check_random_flip(config, name)
+    if contradiction := find_contradiction(config, name):
+        raise DataError(contradiction)
 
 
 def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
@@ -338,8 +340,6 @@ def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
         raise DataError(f'a source returns "x" as {dtype}; {advice}')
     if name == "x" and levels is not None:
         raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
-    if name == "image" and levels is None:
-        raise DataError("data.levels=None is for continuous data, but the data are uint8: use data.levels=256")
 
 
 class CheckedSource(DerivedSource, NamedSource):

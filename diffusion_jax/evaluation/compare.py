@@ -18,7 +18,7 @@ from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline, feature_dimension
 from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, reported_name
+from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, needs_features, reported_name
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir
 
@@ -54,7 +54,7 @@ def compare(
     if not of_images:
         reference, samples = reference.limit(MAX_EXAMPLES), samples.limit(MAX_EXAMPLES)
     sets = []
-    if pipeline and any(METRICS[name].needs_features(of_images) for name in names):
+    if pipeline and needs_features(names, of_images):
         sets = [pipeline.extract_set(reference, cache.subdirectory("references"))]
         sets += [pipeline.extract_set(samples, cache.subdirectory("samples"))]
     if jax.process_index() != 0:

@@ -462,7 +462,7 @@ def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
     workdir.upload(*(workdir / name for name in files))
     parts = ", ".join(f"{name} {scale * report[name]:.4f}" for name in ("prior", "transitions", "decoder"))
     endings = {
-        "": f"{' in the units of the data' if continuous else ''}: {parts}",
+        "": f"{' in data units' if continuous else ''}: {parts}",
         "ode_": " by the probability-flow ODE",
     }
     for prefix, ending in endings.items():

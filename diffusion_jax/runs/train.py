@@ -36,7 +36,7 @@ from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrie
 from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
-from diffusion_jax.metrics import of_features, reported_name
+from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
 from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
@@ -581,6 +581,6 @@ def _make_frechet_distance(
         num_batches = -(-num_samples // sampler.batch_size)
         samples = np.concatenate([sampler(params, i) for i in range(num_batches)])[:num_samples]
         chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
-        return {name: of_features.frechet_distance(moments, of_features.moments_of_chunks(chunks))}
+        return {name: METRICS["fid"].compute(moments, of_features.moments_of_chunks(chunks), Options()).values[""]}
 
     return compare

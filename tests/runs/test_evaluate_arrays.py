@@ -1,4 +1,4 @@
-"""--mode=evaluate of continuous data: likelihoods in the units of the data, metrics of samples, and the examples it takes."""
+"""--mode=evaluate of continuous data: likelihoods in data units, metrics of samples, and the examples it takes."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_samples_are_compared_with_the_data(tmp_path):
     assert got["energy_distance_standard_error"] == pytest.approx(energy.standard_error, rel=1e-6)
     sliced = of_arrays.sliced_wasserstein(jax.random.key(3), *standardized)
     assert got["sliced_wasserstein"] == pytest.approx(sliced.value) and got["sliced_wasserstein_same_distribution"] > 0
-    with np.load(run / got["files"]["statistics"]) as arrays:  # in the units of the data
+    with np.load(run / got["files"]["statistics"]) as arrays:  # in data units
         for side, part in (("reference", x), ("samples", drawn)):
             moments, spectrum = of_arrays.mean_and_covariance(part), of_arrays.power_spectrum(part)
             np.testing.assert_allclose(arrays[f"mean_{side}"], moments.mean.value, rtol=1e-5)
