@@ -81,11 +81,9 @@ def test_openai_s_tanh_decoder():
 
 
 def test_the_decoder_s_bad_arguments():
-    x = jnp.zeros(3)
-    with pytest.raises(ValueError, match="gray_levels=1"):
-        likelihood.decoder_log_prob(x, x, x, gray_levels=1)
-    with pytest.raises(ValueError, match="known: exact, tanh"):
-        likelihood.decoder_log_prob(x, x, x, cdf="erf")
+    for options, words in (({"gray_levels": 1}, "gray_levels=1"), ({"cdf": "erf"}, "known: exact, tanh")):
+        with pytest.raises(ValueError, match=words):
+            likelihood.decoder_log_prob(*[jnp.zeros(3)] * 3, **options)
 
 
 @pytest.mark.whole

@@ -320,7 +320,9 @@ def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[
 
     pair: the statistic of the reference and of the samples.
     """
-    z = of_arrays.z_scores(pair[1], pair[0])
+    difference = pair[1].value - pair[0].value
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal numbers without an error have the z-score 0
+        z = np.where(difference == 0, 0.0, difference / np.hypot(pair[1].standard_error, pair[0].standard_error))
     index = np.unravel_index(int(np.argmax(np.abs(np.nan_to_num(z, nan=0.0)))), z.shape)
     (x, x_error), (y, y_error) = ((float(part.value[index]), float(part.standard_error[index])) for part in pair)
     deviation, error = y - x, math.hypot(x_error, y_error)

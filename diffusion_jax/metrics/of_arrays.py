@@ -35,7 +35,6 @@ __all__ = [
     "select",
     "sliced_wasserstein",
     "value_range",
-    "z_scores",
 ]
 
 _BLOCK = 1024  # examples
@@ -142,20 +141,6 @@ class Measurement(NamedTuple):
     standard_error: Any
     same_distribution: Any = None
     same_distribution_std: Any = None
-
-
-def z_scores(one: Any, other: Any) -> np.ndarray:
-    """Returns (one - other) / standard error of the difference, for two independent statistics.
-
-    one, other: values with the fields `value` and `standard_error`; `other` may be an array of exact numbers. The z-scores
-    within one statistic are correlated, for example at neighboring lags. Two equal numbers without an error have the z-score
-    0.
-    """
-    exact = not hasattr(other, "standard_error")
-    difference = np.asarray(one.value) - np.asarray(other if exact else other.value)
-    error = np.hypot(one.standard_error, 0.0 if exact else other.standard_error)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(difference == 0, 0.0, difference / error)
 
 
 class MeanAndCovariance(NamedTuple):
