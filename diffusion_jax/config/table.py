@@ -370,7 +370,7 @@ SAMPLING: dict[str, Setting] = {
     "conditions": Setting(
         "",
         PATH,
-        'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i uses row i '
+        'Conditions of the samples, in data units: an .npy, or an .npz with "condition". Sample i uses row i '
         "modulo the number of rows.",
     ),
     "num_samples": Setting(64, Integer(1), "Number of samples of --mode=sample."),
@@ -398,9 +398,7 @@ EDITING: dict[str, Setting] = {
         Choice(*editing.EDITS),
         "Task of --mode=edit, with the sampler in `sampling`. inpaint is RePaint; replace is RePaint without resampling.",
     ),
-    "image": Setting(
-        "", PATH, "Image to edit; for data that are not images, an .npy with one example in the units of the data."
-    ),
+    "image": Setting("", PATH, "Image to edit; for data that are not images, an .npy with one example in data units."),
     "mask": Setting("", PATH, "Mask: an image that is white, or a bool .npy that is True, at the known pixels."),
     "other": Setting("", PATH, "Second image or example for interpolate."),
     "num_samples": Setting(8, Integer(1), "Number of results; for interpolate, including both images."),

@@ -215,7 +215,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
     if net.low_resolution:
         lost.append(f"low_resolution={net.low_resolution}")
     if "x" in net.normalizations:
-        lost.append("normalizations, the units of the data")
+        lost.append("normalizations (data units)")
     if any(side % model.divisor for side in size):
         lost.append(f"image_size={size}, no multiple of {model.divisor}")
     if lost:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
 from diffusion_jax.distributed import devices, sharding
-from diffusion_jax.images import to_model_range
+from diffusion_jax.images import is_image_shape, to_model_range
 from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
@@ -85,7 +85,7 @@ class Model:
     @property
     def is_images(self) -> bool:
         """Whether the examples are images of gray levels with 1 or 3 channels."""
-        return self.levels is not None and len(self.image_size) == 2 and self.channels in (1, 3)
+        return self.levels is not None and is_image_shape((*self.image_size, self.channels))
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:

@@ -36,10 +36,10 @@ from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrie
 from diffusion_jax.distributed.signals import SignalHandler
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
-from diffusion_jax.metrics import of_features, reported_name
+from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
 from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
+from diffusion_jax.runs.evaluate import load_pipeline, load_reference
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes
 from diffusion_jax.runs.sampling import SamplingSettings, draw_batch, resolve_sampling
@@ -565,12 +565,12 @@ def _make_frechet_distance(
     """
     options = config.evaluation
     try:
-        pipeline = load_pipeline(config)
+        pipeline = load_pipeline(config, workdir)
     except UserError as error:
         raise UserError(f"evaluation.every={options.every} logs a Frechet distance: {error}") from error
     reference = load_reference(config, None if options.reference_split else source)
     try:
-        moments = pipeline.extract_set(reference, features_cache(workdir)).moments
+        moments = pipeline.extract_set(reference).moments
     except ValueError as error:
         raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
     num_samples, extractor = options.every_samples, pipeline.extractor
@@ -581,6 +581,6 @@ def _make_frechet_distance(
         num_batches = -(-num_samples // sampler.batch_size)
         samples = np.concatenate([sampler(params, i) for i in range(num_batches)])[:num_samples]
         chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
-        return {name: of_features.frechet_distance(moments, of_features.moments_of_chunks(chunks))}
+        return {name: METRICS["fid"].compute(moments, of_features.moments_of_chunks(chunks), Options()).values[""]}
 
     return compare

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import data
+from diffusion_jax import data, models
 from diffusion_jax.images import to_model_range
 
 __all__ = ["Examples", "check_settings", "condition_shape", "random_flip", "read_batch"]
@@ -24,10 +24,7 @@ class Examples(NamedTuple):
 
 def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Returns the shape of a condition: (D,) for a vector, (*spatial, K) for an array; None without conditions."""
-    features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
-    if features:
-        return (features,)
-    return (*data.example_shape(config["data"])[:-1], channels) if channels else None
+    return models.condition_shape(config["model"], data.example_shape(config["data"])[:-1])
 
 
 def read_batch(
@@ -79,18 +76,12 @@ def read_batch(
 def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raises: ValueError if settings of a complete config contradict the batch, as `read_batch` takes it."""
     levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
-    if "image" in batch and levels is None:
-        raise ValueError(
-            'data.levels=None is for continuous data, the "x" of a batch; use data.levels=256 for "image", or give float data'
-        )
+    if contradiction := data.find_contradiction(config["data"], "image" if "image" in batch else "x"):
+        raise ValueError(contradiction)
     if "x" in batch and levels is not None and loss in ("vlb", "hybrid"):
         raise ValueError(
             f'data.levels={levels}: the loss {loss} of the "x" of a batch is a bound of continuous data; use '
             'data.levels=None, or give uint8 images as "image"'
-        )
-    if "x" in batch and config["data"]["random_flip"]:
-        raise ValueError(
-            'data.random_flip=True mirrors only uint8 images, the "image" of a batch; use data.random_flip=False for "x"'
         )
 
 

@@ -162,7 +162,7 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         (lambda: net_of(UNET.clone(spatial_dims=1), (8,), 2), "spatial_dims=1"),
         (vectors_net, "MLP: diffusers has no such network"),
         (lambda: net_of(UNET, (4, 5), 3), r"image_size=\(4, 5\), no multiple of 2"),
-        (lambda: net_of(UNET, (4, 4), 3), "normalizations, the units of the data"),
+        (lambda: net_of(UNET, (4, 4), 3), r"normalizations \(data units\)"),
     ],
 )
 def test_networks_of_other_data_are_refused_by_diffusers(net, words, tmp_path):

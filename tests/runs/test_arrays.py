@@ -1,4 +1,4 @@
-"""Runs on data that are not images: training, resuming and sampling, in the units of the data."""
+"""Runs on data that are not images: training, resuming and sampling, in data units."""
 
 import json
 

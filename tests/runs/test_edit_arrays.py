@@ -1,4 +1,4 @@
-"""--mode=edit on data that are not images: files of arrays, results in the units of the data, conditions."""
+"""--mode=edit on data that are not images: files of arrays, results in data units, conditions."""
 
 import numpy as np
 import pytest

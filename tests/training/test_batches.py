@@ -62,7 +62,7 @@ def test_only_images_are_mirrored(settings):
     """A config without `random_flip` has True."""
     model = {"channels": 4, "channel_multipliers": (1,), "num_groups": 4, "num_res_blocks": 1, "attention_levels": ()}
     config = {"data": {"image_size": 8, "channels": 1} | settings, "model": model, "training": {"batch_size": 8}}
-    with pytest.raises(DataError, match="random_flip=True mirrors images of gray levels; use data.random_flip=False"):
+    with pytest.raises(DataError, match="random_flip=True mirrors only uint8 images; use data.random_flip=False"):
         training.build_program(config)
     config["data"]["random_flip"] = False
     training.build_program(config)
@@ -74,9 +74,9 @@ def test_float_data_are_not_mirrored_by_default():
         (
             {"data.random_flip": True},
             {"x": IMAGE * 1.0},
-            'uint8 images, the "image".*use data.random_flip=False for "x"',
+            "mirrors only uint8 images; use data.random_flip=False",
         ),
-        ({"data.levels": None}, {"image": IMAGE}, 'data.levels=None is for continuous data, the "x"'),
+        ({"data.levels": None}, {"image": IMAGE}, "data.levels=None is for continuous data .*use data.levels=256"),
     ):
         with pytest.raises(ValueError, match=words):
             traced(tiny_config(**overrides), batch)
