@@ -259,13 +259,12 @@ OPTIMIZER: dict[str, Setting] = {
     "grad_clip": Setting(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
 }
 
-_WRITERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LOGGING: dict[str, Setting] = {
     "writers": Setting(
         ("tensorboard",),
-        Tuple(Choice(*_WRITERS), f"names from {', '.join(_WRITERS)}", shown="('tensorboard', 'wandb')"),
-        "Destinations of metrics and pictures besides metrics.jsonl. Trackers are separate packages, configured by their "
-        "environment variables.",
+        Tuple(Text(), "names", shown="('tensorboard', 'wandb')"),
+        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow or trackio. Trackers are "
+        "separate packages, configured by their environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
@@ -335,7 +334,7 @@ SAMPLING: dict[str, Setting] = {
         OneOf(
             Choice(None),
             Integer(0),
-            Tuple(OneOf(Integer(0), Text()), "class numbers or names", 1, shown="(3, 5)", brackets=True),
+            Tuple(OneOf(Integer(0), Text()), "class numbers or names", 1, shown="(3, 5)"),
             Text(),
         ),
         "Class of the samples, by number or name, or several alternating classes; None for all classes. On the command line "

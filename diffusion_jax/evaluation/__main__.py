@@ -10,7 +10,7 @@ import argparse
 import pathlib
 
 from diffusion_jax.cli import Parser, program
-from diffusion_jax.distributed import devices, sharding, signals
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_features
 
@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line; errors print one line and exit with code 2. A rerun reuses cached features."""
     with program(bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)
-        signals.PROGRAM.resume_hint = signals.rerun_hint
         compare_sets(arguments)
 
 

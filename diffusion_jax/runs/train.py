@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, pretrained, training
-from diffusion_jax.config import is_classifier, is_upsampler, resolve
+from diffusion_jax.config import flatten, is_classifier, is_upsampler, resolve
 from diffusion_jax.console import (
     ProgressBar,
-    format_duration,
     log,
     log_compilation,
     log_parameters,
@@ -33,7 +30,7 @@ from diffusion_jax.console import (
 )
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
-from diffusion_jax.distributed.signals import SignalHandler
+from diffusion_jax.distributed.signals import HANDLER as signals
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
@@ -52,7 +49,7 @@ from diffusion_jax.runs.workdir import (
     to_dict,
     write_config,
 )
-from diffusion_jax.training.checkpoints import Checkpoints, resume_hint
+from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
 
 __all__ = ["BatchLoader", "PreviewSampler", "StepsInFlight", "run"]
@@ -71,12 +68,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     config, workdir = resolve(config), open_run_dir(workdir)
     launch = LaunchTimes(workdir)
     options = config.training
-    intervals = {
-        f"training.{setting}": options[setting] for setting in ("log_every", "sample_every", "checkpoint_every")
-    }
-    for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
-        if interval % options.steps_per_call:
-            raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
+    settings = flatten(config)
+    for name in ("training.log_every", "training.sample_every", "training.checkpoint_every", "evaluation.every"):
+        if settings[name] % options.steps_per_call:
+            raise UserError(
+                f"{name}={settings[name]} must be a multiple of training.steps_per_call={options.steps_per_call}"
+            )
     check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
@@ -89,8 +86,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
                 "evaluation.every=0"
             )
     saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
-    if _is_finished(config, workdir, saved):
-        return
+    if max(saved, default=0) >= options.num_steps:
+        with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
+            newest = checkpoints.newest_intact_step() or 0
+        if newest >= options.num_steps:
+            log(f"This run is finished: {workdir} holds step {newest} of {options.num_steps}. Nothing to do.")
+            return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
     net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
@@ -140,19 +141,6 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     elif is_classifier(config):
         advice = f"Guide a model of the same schedule with --mode=sample --config.sampling.classifier={workdir}."
     log(f"Done: {options.num_steps} steps, in {workdir}. {advice}")
-
-
-def _is_finished(config: ConfigDict, workdir: RunDir, saved: list[int]) -> bool:
-    """Returns whether the last step has an intact checkpoint, and logs it. saved: the steps of the checkpoints."""
-    num_steps = config.training.num_steps
-    if max(saved, default=0) < num_steps:
-        return False
-    with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
-        newest = checkpoints.newest_intact_step() or 0
-    if newest < num_steps:
-        return False
-    log(f"This run is finished: {workdir} holds step {newest} of {num_steps}. Nothing to do.")
-    return True
 
 
 def _restore_or_initialize(
@@ -221,22 +209,8 @@ def _train(
         watchdog = stack.enter_context(Watchdog(options.stall_timeout))
         stack.callback(loader.close)
         tracing = stack.enter_context(contextlib.ExitStack())
-        signals = SignalHandler(functools.partial(resume_hint, workdir), saves=True)
         in_flight, note, logged_step = StepsInFlight(step), "", step
-        must_stop = is_timed = False
-
-        def sample_with(function: Callable[[Any], Any]) -> tuple[bool, Any, str]:
-            """Calls preview or compare with the EMA, or with the raw weights while the EMA holds too much of the start.
-
-            Returns: (whether the call finished, False after a signal; its result; the weights, "ema" or "raw").
-            """
-            kind = weights_kind(config, step)
-            with watchdog.paused():
-                return (
-                    *signals.call(functools.partial(function, state.ema_params if kind == "ema" else state.params)),
-                    kind,
-                )
-
+        must_stop = False
         launch.lap()
         while step < options.num_steps and not must_stop:
             if count not in compiled:
@@ -253,43 +227,37 @@ def _train(
                 batch, count = loader.next(step)
             in_flight.wait()
             if num_calls == 1:  # before the first call, there is nothing to save, and a signal ends the program at once
-                stack.enter_context(signals)
-            watchdog.record_step()
+                stack.enter_context(signals.saving())
 
             if is_due(options.log_every):
                 in_flight.drain()
                 means = training.window_means(_finite_window(state, checkpoints))
-                watchdog.record_step()
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
                 note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
                 with launch.measure("output"):
-                    launch.record(step)
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})
+            watchdog.record_step()
             state = _begin_window(config, program, state, step)
-            is_timed = is_timed or _log_time_left(config, program.mesh, in_flight)
             with launch.measure("output"):
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
                 launch.record(in_flight.finished)
 
+            if preview and is_due(options.sample_every):
+                in_flight.drain()
+                with launch.measure("output"), watchdog.paused():
+                    kind, params = _sampling_weights(config, state, step)
+                    _write_picture(workdir, metrics, step, preview(params), preview.settings, kind)
+            if compare and is_due(config.evaluation.every):
+                in_flight.drain()
+                with launch.measure("output"), watchdog.paused():
+                    kind, params = _sampling_weights(config, state, step)
+                    distance = compare(params)
+                    text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
+                    log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
+                    metrics.write_scalars(step, distance)
             must_stop = signals.requested()
-            if preview and is_due(options.sample_every) and not must_stop:
-                in_flight.drain()
-                with launch.measure("output"):
-                    is_drawn, samples, kind = sample_with(preview)
-                    if is_drawn:
-                        _write_picture(workdir, metrics, step, samples, preview.settings, kind)
-                must_stop = not is_drawn
-            if compare and is_due(config.evaluation.every) and not must_stop:
-                in_flight.drain()
-                with launch.measure("output"):
-                    is_known, distance, kind = sample_with(compare)
-                    if is_known:
-                        text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
-                        log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
-                        metrics.write_scalars(step, distance)
-                must_stop = not is_known
             if must_stop or is_due(options.checkpoint_every):
                 in_flight.drain()
                 with launch.measure("output"):
@@ -302,7 +270,7 @@ def _train(
             with launch.measure("save"):
                 checkpoints.finish(step)
             launch.record(step, is_last=True)
-            if step < options.num_steps or signals.has_abandoned:
+            if step < options.num_steps:
                 raise signals.stop_exception(step)
 
 
@@ -335,6 +303,12 @@ def _begin_window(
     return dataclasses.replace(state, window=program.empty_window())
 
 
+def _sampling_weights(config: ConfigDict, state: training.TrainState, step: int) -> tuple[str, Any]:
+    """Returns ("ema", the EMA), or ("raw", the parameters) while the EMA holds too much of the initial parameters."""
+    kind = weights_kind(config, step)
+    return kind, state.ema_params if kind == "ema" else state.params
+
+
 def _finite_window(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
     """Returns the window of metrics on the host. Raises: UserError if a loss or gradient was not finite."""
     window = jax.device_get(state.window)
@@ -361,24 +335,6 @@ def _speed(spent: dict[str, float], num_steps: int, num_left: int, batch_size: i
         "data_wait": spent["input"] / seconds,
         "logging": logging / seconds,
     }
-
-
-def _log_time_left(config: ConfigDict, mesh: Mesh, in_flight: StepsInFlight) -> bool:
-    """Logs the estimated time for the remaining steps. Returns: False while the duration of a step is unknown."""
-    seconds_per_step = in_flight.seconds_per_step()
-    if not seconds_per_step:
-        return False
-    duration = f"{seconds_per_step:.3g} s" if seconds_per_step >= 1 else f"{1000 * seconds_per_step:.3g} ms"
-    num_left = config.training.num_steps - in_flight.finished
-    seconds = num_left * seconds_per_step
-    log(f"A step takes {duration}; the {num_left:,} steps left take about {format_duration(seconds)} on this device.")
-    if seconds > 7 * 86400:
-        batch_size = max(8, mesh.size * config.training.accumulation_steps)
-        log(
-            "Note: that is more than a week. To test this config, use another --workdir with "
-            f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
-        )
-    return True
 
 
 class BatchLoader:
@@ -446,13 +402,11 @@ class StepsInFlight:
 
     _SECONDS = 1.0  # long enough to hide pauses of the host, short enough to stop the run soon
     _MAX_CALLS = 32  # JAX's own limit on CPUs
-    _SLOW_CALL = 5.0  # seconds; in calls this slow, the first call's time to load the program hardly matters
 
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter):
-        self.finished = self._first = step
+        self.finished = step
         self._calls: collections.deque[tuple[int, jax.Array]] = collections.deque()
         self._clock, self._last_time, self._limit = clock, 0.0, 0.0  # the limit is a number of steps
-        self._timed_seconds, self._timed_steps = 0.0, 0
 
     def add(self, step: int, output: jax.Array) -> None:
         """Adds a call. step: the step after the call. output: a result of the call that no later call donates."""
@@ -467,10 +421,6 @@ class StepsInFlight:
     def drain(self) -> None:
         """Waits until all calls have finished."""
         self._wait(0)
-
-    def seconds_per_step(self) -> float | None:
-        """Returns the mean duration of the steps after the first call; None before a second is measured."""
-        return self._timed_seconds / self._timed_steps if self._timed_seconds > 1 else None
 
     def _wait(self, limit: float) -> None:
         before, num_calls = self.finished, 0
@@ -488,8 +438,6 @@ class StepsInFlight:
         seconds, self._last_time = now - self._last_time, now
         # The limit grows by at most one call, because calls that finish during a pause of the host look short.
         self._limit = min(self._SECONDS * steps / max(seconds, 1e-6), self._limit + steps / num_calls)
-        if before > self._first or seconds > self._SLOW_CALL:
-            self._timed_seconds, self._timed_steps = self._timed_seconds + seconds, self._timed_steps + steps
 
 
 # ---- Samples
@@ -564,15 +512,10 @@ def _make_frechet_distance(
     Raises: UserError, DataError, PretrainedError.
     """
     options = config.evaluation
-    try:
-        pipeline = load_pipeline(config, workdir)
-    except UserError as error:
-        raise UserError(f"evaluation.every={options.every} logs a Frechet distance: {error}") from error
+    pipeline = load_pipeline(config, workdir)
     reference = load_reference(config, None if options.reference_split else source)
-    try:
+    with as_user_error(f"evaluation.every={options.every}"):
         moments = pipeline.extract_set(reference).moments
-    except ValueError as error:
-        raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
     num_samples, extractor = options.every_samples, pipeline.extractor
     metric = reported_name("fid", extractor.published, extractor.resize)
     name = f"{metric}_{num_samples}_ddim{sampler.settings.schedule.num_timesteps}"

@@ -14,6 +14,13 @@ from diffusion_jax.images import to_model_range
 __all__ = ["Examples", "check_settings", "condition_shape", "random_flip", "read_batch"]
 
 
+_KINDS = {"uint8": jnp.uint8, "int": jnp.integer, "float": jnp.floating}
+_FORMATS = {
+    "image": 'data.image_size and data.channels (float data, standardized to about [-1, 1], are given as "x")',
+    "x": 'data.image_size and data.channels (gray levels 0 to 255 are given as "image")',
+}
+
+
 class Examples(NamedTuple):
     """x_0: float32 [B, *spatial, C]. y: int [B], and condition: float32 [B, D] or [B, *spatial, K]; None if not needed."""
 
@@ -48,15 +55,8 @@ def read_batch(
         names = ", ".join(map(repr, batch)) or "nothing"
         raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {names}')
     (name,) = given
-    values = batch[name]
-    _check_dtype(name, values)
-    if jnp.ndim(values) != len(shape) + 1 or jnp.shape(values)[1:] != tuple(shape):
-        expected = ", ".join(map(str, shape))
-        raise ValueError(
-            f'batch["{name}"] must have shape [B, {expected}], as data.image_size and data.channels require; '
-            f"got {list(jnp.shape(values))}"
-        )
-    batch_size = len(values)
+    batch_size = (*jnp.shape(batch[name]), 0)[0]
+    values = _read(batch, name, "uint8" if name == "image" else "float", (batch_size, *shape), _FORMATS[name])
     if batch_size < 1:
         raise ValueError("a batch must hold at least one example; got none")
     if batch_size % num_microbatches:
@@ -85,21 +85,11 @@ def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_dtype(name: str, values: Any) -> None:
-    if not hasattr(values, "dtype"):
-        raise ValueError(f'batch["{name}"] must be an array; got {type(values).__name__}')
-    dtype = jnp.result_type(values)
-    is_float = jnp.issubdtype(dtype, jnp.floating)
-    if name == "image" and dtype != jnp.uint8:
-        advice = 'give float data, standardized to about [-1, 1], as "x"' if is_float else "convert it to uint8"
-        raise ValueError(f'batch["image"] must be uint8, gray levels 0 to 255; got {dtype}; {advice}')
-    if name == "x" and not is_float:
-        advice = 'give it as "image"' if dtype == jnp.uint8 else "convert and standardize it"
-        raise ValueError(f'batch["x"] must be float, standardized data; got {dtype}; {advice}')
-
-
 def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...], reason: str) -> jax.Array:
-    """Returns the array `name`, checked to have the kind "int" or "float" and `shape`. reason: why the array is needed."""
+    """Returns the array `name`, checked to have `shape` and the kind of numbers: "uint8", "int" or "float".
+
+    reason: why the array is needed, for the message.
+    """
     expected = ", ".join(map(str, shape))
     if name not in batch:
         raise ValueError(
@@ -109,8 +99,9 @@ def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...]
     if not hasattr(value, "dtype"):
         raise ValueError(f'batch["{name}"] must be an array; got {type(value).__name__}')
     dtype = jnp.result_type(value)
-    if not jnp.issubdtype(dtype, {"int": jnp.integer, "float": jnp.floating}[kind]) or jnp.shape(value) != shape:
-        raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}]; got {dtype} {list(jnp.shape(value))}')
+    if not jnp.issubdtype(dtype, _KINDS[kind]) or jnp.shape(value) != shape:
+        got = f"{dtype} {list(jnp.shape(value))}"
+        raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}], for {reason}; got {got}')
     return value
 
 

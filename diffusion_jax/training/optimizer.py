@@ -30,7 +30,6 @@ _SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
     "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
     "cosine": optax.cosine_decay_schedule,
 }
-_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adam": optax.adam, "adamw": optax.adamw}
 
 
 def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
@@ -59,7 +58,8 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
         options["weight_decay"] = config["weight_decay"]
     elif config["weight_decay"]:
         raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
-    update, max_norm = _OPTIMIZERS[config["name"]](learning_rate(config), **options), config["grad_clip"]
+    # `config.table` allows only names of optax functions.
+    update, max_norm = getattr(optax, config["name"])(learning_rate(config), **options), config["grad_clip"]
     return optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
 
 

@@ -29,7 +29,8 @@ def test_every_setting_refuses_a_wrong_type_and_a_wrong_value(name):
     """The line has the setting, the value and what is allowed; the default is allowed as a value and as text."""
     setting = config.SETTINGS[name]
     kind = setting.kind
-    assert kind.check(setting.default) == setting.default and kind.parse(str(setting.default)) == setting.default
+    assert kind.check(setting.default) == setting.default
+    assert values.parse(kind, str(setting.default)) == setting.default
     group, _, last = name.rpartition(".")
     for value in (b"bytes", wrong_value(kind)):
         with pytest.raises(config.ConfigError) as caught:

@@ -75,7 +75,6 @@ DATA = "params/ocdbt.process_0/d"
         (DATA, pathlib.Path.unlink, "is missing"),
         ("rest/_METADATA", lambda path: flip(path, 0), "rest/_METADATA was changed"),
         ("ema_params", shutil.rmtree, "is missing"),
-        ("digests.json", pathlib.Path.unlink, "digests.json is missing"),
         ("digests.json", lambda path: flip(path, 5), "digests.json cannot be read"),
         ("_CHECKPOINT_METADATA", pathlib.Path.unlink, "_CHECKPOINT_METADATA is missing"),
     ],
@@ -98,7 +97,6 @@ def test_damage_is_named_and_the_step_before_restored(copied, capsys, part, dama
 def test_weights_fall_back_as_well_and_change_nothing(copied, capsys):
     directory, abstract, states = copied
     flip(max(files(directory / "2" / "ema_params"), key=lambda path: path.stat().st_size), 99)
-    (directory / "7").mkdir()
     before = {path: path.read_bytes() for path in files(directory)}
     # The raw weights' files are whole, and the last kinds are those of a run whose EMA is used from step 2 on.
     wanted = [(lambda step: "ema", 1, "ema_params"), (lambda step: "raw", 2, "params")]
