@@ -109,9 +109,6 @@ def test_sdedit_has_the_mean_and_variance_of_its_closed_form():
         factor = np.sqrt(S2 / v)
         assert abs(x.mean() - factor * np.sqrt(a) * value) < 4 * factor / np.sqrt(n) + 1e-3
         assert abs(x.var() / (factor**2 * (1 - a)) - 1) < 0.05
-    for strength in (0, 1.1):
-        with pytest.raises(ValueError, match="strength"):
-            editing.sdedit(KEY, schedule, pixels, x_0, sampling.ddim(), strength=strength)
 
 
 OPERATORS = {
@@ -276,16 +273,3 @@ def test_a_clip_comes_before_the_projection():
     np.testing.assert_allclose(linear.measure(moved), y, atol=1e-6)
     clipped = jnp.clip(far, -1, 1)
     np.testing.assert_allclose(moved, clipped + linear.invert(y - linear.measure(clipped)), atol=1e-6)
-
-
-def test_editing_refuses_wrong_arguments():
-    x_0 = jnp.zeros((1, 2))
-    schedule = schedules.respace(FULL, 10)
-    with pytest.raises(ValueError, match="which has a state; use ddpm"):
-        editing.repaint(KEY, schedule, correlated, x_0, MASK, sampling.dpm_solver_pp(), jump=3)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=0)
-    with pytest.raises(ValueError, match="jump=10 must be below the 10 steps of the schedule"):
-        editing.repaint(KEY, schedule, correlated, x_0, MASK, resamplings=2, jump=10)
-    with pytest.raises(ValueError, match="8x6 cannot be divided into squares of 4"):
-        editing.average_pool(4).measure(jnp.zeros((1, 8, 6, 1)))

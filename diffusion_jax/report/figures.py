@@ -20,7 +20,7 @@ from diffusion_jax import pictures
 from diffusion_jax.evaluation.example_sets import modified_time, sample_files
 from diffusion_jax.files import map_array
 from diffusion_jax.report.collect import RunFiles
-from diffusion_jax.runs.sampling import class_captions
+from diffusion_jax.runs.sampling_setup import class_captions
 
 __all__ = [
     "MAX_POINTS",

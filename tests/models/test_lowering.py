@@ -11,7 +11,7 @@ from diffusion_jax import models, pretrained, training
 from diffusion_jax.distributed import devices
 from diffusion_jax.evaluation import ode_likelihood
 from diffusion_jax.pretrained import model
-from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
+from diffusion_jax.runs.sampling_setup import resolve_sampling
 from helpers.configs import a_batch, classifier_config, tiny_config
 
 PLATFORMS = ("tpu", "cuda")
@@ -52,14 +52,14 @@ def test_samplers_lower_for_tpu_and_cuda(sampler, monkeypatch):
     config.diffusion.schedule = "linear"
     built = training.build_program(config)
     net = pretrained.from_config(config, built.abstract_state.params, mesh=built.mesh)
-    program, texts = model._draw_on_mesh(built.mesh), []
+    program, texts = model._compile_for_mesh(built.mesh), []
 
     def lower(*args):
         texts.append(exported(program, *args))
         return jnp.zeros((2, 8, 8, 1))
 
-    monkeypatch.setattr(model, "_draw_on_mesh", lambda mesh: lower)
-    draw_batch(net, resolve_sampling(config, net), 0, 0, 2)
+    monkeypatch.setattr(model, "_compile_for_mesh", lambda mesh: lower)
+    resolve_sampling(config, net).generate_batch(0, 0, 2)
     assert "stablehlo.while" in texts[0]
 
 

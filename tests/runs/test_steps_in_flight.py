@@ -132,7 +132,7 @@ def test_a_signal_abandons_a_picture_and_saves(tmp_path, monkeypatch, last):
 
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.sample_every": 2})
     config.training.update(num_steps=last, checkpoint_every=4, log_every=2)
-    monkeypatch.setattr(train.PreviewSampler, "__call__", draw_forever)
+    monkeypatch.setattr(train.PreviewBatches, "__call__", draw_forever)
     with pytest.raises(StoppedBySignal) as stopped:
         train.run(config, tmp_path / "run")
     released.set()
