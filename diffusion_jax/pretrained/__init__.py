@@ -36,7 +36,7 @@ from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.optimizer import raw_weights_note, weights_kind
+from diffusion_jax.training.optimizer import initial_share, weights_kind
 from diffusion_jax.training.state import Network, abstract_params
 
 __all__ = [
@@ -249,7 +249,10 @@ def load_weights(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bo
         raise PretrainedError(f"{workdir}: the checkpoint of step {step} contains values that are not finite")
     kind = weights_kind(config, step, ema)
     if ema and kind == "raw":
-        log(f"Note: {raw_weights_note(config, step)}.")
+        log(
+            f"Note: the EMA (ema.decay={config['ema']['decay']:g}) of step {step:,} still holds "
+            f"{initial_share(config, step):.0%} of the random initial weights, so the raw weights are used."
+        )
     provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind})
     return dataclasses.replace(net, params=params, provenance=provenance)
 

@@ -19,7 +19,6 @@ from diffusion_jax.config import SETTINGS, resolve, resolve_clip
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
 from diffusion_jax.images import to_uint8
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.training import condition_shape
 
 __all__ = [
     "SamplingSetup",
@@ -63,6 +62,7 @@ class SamplingSetup:
     def arguments(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns the arguments of `pretrained.Model.sample` for the samples with these indices."""
         options = self.config.sampling
+        same_names = ("guidance_scale", "guidance_rescale", "classifier_scale", "classifier_form")
         return {
             "sampler": self.sampler,
             "steps": self.schedule,
@@ -70,12 +70,9 @@ class SamplingSetup:
             "condition": _rows(self.conditions, indices),
             "low": _rows(self.small_images, indices),
             "noise_std": options["low_resolution_noise"],
-            "guidance_scale": options["guidance_scale"],
             "guidance_interval": options["guidance_interval"] or None,
-            "guidance_rescale": options["guidance_rescale"],
             "classifier": self.classifier,
-            "classifier_scale": options["classifier_scale"],
-            "classifier_form": options["classifier_form"],
+            **{name: options[name] for name in same_names},
         }
 
     def generate(self, key, indices: np.ndarray, **arguments: Any) -> Any:
@@ -136,8 +133,9 @@ def resolve_sampling(
             if options["classifier"]:
                 classifier = _load_classifier(options, net)
             if net.low_resolution:
-                small_images, given_labels = _read_small_images(config)
-            conditions = _read_conditions(config) if conditions is None else conditions
+                small_images, given_labels = _read_small_images(options["low_resolution"], net)
+            if conditions is None and options["conditions"]:
+                conditions = _read_conditions(options["conditions"])
             with as_user_error(f"sampling.conditions={options['conditions']!r}"):
                 net.check_condition(conditions, 1 if conditions is None else len(conditions))
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
@@ -264,20 +262,8 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
 # ---- Conditions
 
 
-def _read_conditions(config: ConfigDict) -> np.ndarray | None:
-    """Reads `sampling.conditions`, [N, ...] in data units; None if the setting is empty.
-
-    Raises: UserError for a file that is missing, unreadable or empty, or if the model needs conditions.
-    """
-    path, shape = config.sampling.conditions, condition_shape(config)
-    if not path:
-        if shape is not None and not config.model.condition_dropout:
-            expected = ", ".join(map(str, ("N", *shape)))
-            raise UserError(
-                f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in the units of the "
-                "data"
-            )
-        return None
+def _read_conditions(path: str) -> np.ndarray:
+    """Reads `sampling.conditions`, [N, ...] in data units. Raises: UserError for an unreadable or empty file."""
     loaded = load_arrays("sampling.conditions", path)
     conditions = loaded if isinstance(loaded, np.ndarray) else loaded.get("condition")
     if conditions is None or not conditions.size:
@@ -300,15 +286,14 @@ def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
 # ---- Small images
 
 
-def _read_small_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_small_images(path: str, net: pretrained.Model) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads `sampling.low_resolution`: uint8 images [N, h, w, C], and labels [N] or None. Raises: UserError, DataError."""
-    path, side = config.sampling.low_resolution, config.data.low_resolution
     if not path:
         raise UserError(
             "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
         )
-    height, width, channels = data.example_shape(config.data)
-    size = (side, width * side // height)
+    height, width, channels = net.example_shape
+    size = (net.low_resolution, width * net.low_resolution // height)
     source = local_path(path)
     if source.is_dir():
         folder = data.Folder(str(source), size, channels)

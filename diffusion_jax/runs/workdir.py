@@ -104,24 +104,23 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
-    old = None
-    if path.exists() and committed_steps(workdir / "checkpoints"):
-        old = json.loads(path.read_text())
-    if old is not None and old != new:
-        difference = "other values or labels"
-        if old["classes"] != names:
-            difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
-        # The weights need the normalization that data.json stores.
-        advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
-        if not normalizations:
-            advice = f"remove {path} to continue with these"
-        raise UserError(
-            f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
-            f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
-        )
-    if old is None:
+    if not (path.exists() and committed_steps(workdir / "checkpoints")):
         write_text(path, json.dumps(new) + "\n")
         workdir.upload(path)
+        return
+    old = json.loads(path.read_text())
+    if old == new:
+        return
+    difference = "other values or labels"
+    if old["classes"] != names:
+        difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
+    advice = f"remove {path} to continue with these"
+    if normalizations:  # which data.json stores, and the weights need
+        advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
+    raise UserError(
+        f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
+        f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
+    )
 
 
 def digest_of_some(source: Source) -> str:

@@ -14,7 +14,7 @@ from diffusion_jax.runs import sample, train, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
-from helpers.program import finish, start
+from helpers.launcher import launch
 from helpers.published_files import SCHEDULER, stored, write_folder
 from helpers.work_directories import untrained
 
@@ -48,7 +48,7 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     flags += [
         f"--config.sampling.{setting}" for setting in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")
     ]
-    code, out, err = finish(start(*flags))
+    code, out, err = launch(*flags)
     assert code == 0 and "from narrow (EMA weights)" in out, err
     (path,) = (tmp_path / "out" / "samples").glob("narrow_ema_ddim3_*.npz")
     with np.load(path) as arrays:
@@ -62,7 +62,7 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
     assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     path.unlink()
-    code, out, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}"))
+    code, out, err = launch("--mode=sample", f"--workdir={tmp_path / 'out'}")
     assert code == 0 and "Sampling 2 images from narrow" in out, err
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], images)
@@ -120,10 +120,10 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     train.run(config, second)
     assert pretrained.load_weights(net, config, second, True).step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
-    code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
+    code, out, err = launch(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer)
     assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
     other = untrained(tmp_path / "other", tiny_config())
-    code, _, err = finish(start("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}"))
+    code, _, err = launch("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}")
     assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
 
 
