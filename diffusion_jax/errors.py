@@ -102,8 +102,9 @@ def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
 
 
 def list_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Returns a phrase such as "prediction: 'eps' there, 'v' here" for each value of `here` that differs from `there`."""
-    return [f"{name}: {there.get(name)!r} there, {new!r} here" for name, new in here.items() if there.get(name) != new]
+    """Returns a phrase such as "prediction: 'eps' there, 'v' here" for each name with different values."""
+    names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    return [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:

@@ -119,8 +119,11 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     for damage, words in (
-        (lambda: store_settings(file.path, batch_size=3), "was drawn with other settings (batch_size=3, now 8)."),
-        (lambda: store_settings(file.path, weights_digest="1" * 64), "other settings (weights_digest=111"),
+        (
+            lambda: store_settings(file.path, batch_size=3),
+            "was drawn with other settings (batch_size: 3 there, 8 here).",
+        ),
+        (lambda: store_settings(file.path, weights_digest="1" * 64), "other settings (weights_digest: '111"),
         (lambda: file.path.write_bytes(b"PK\x03\x04 torn"), "does not store the settings"),
     ):
         damage()

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import errors, guidance, pretrained, sampling, schedules
+from diffusion_jax import errors, guidance, pretrained, sampling
 from diffusion_jax.models import upsampling
-from diffusion_jax.runs import sample, sampling_setup, train
-from helpers.array_configs import array_config
-from helpers.configs import DRAWN, T, conditional, tiny_config, upsampler_config
+from diffusion_jax.runs import sample, sampling_setup
+from helpers.configs import DRAWN, T, conditional, upsampler_config
 from helpers.core_samples import agree, core_inputs
 
 
@@ -117,8 +116,9 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
         (str(tmp_path / "none.npz"), "cannot be read as an .npy or .npz file"),
         (str(tmp_path / "wrong.npz"), r"holds uint8 \(3, 2, 4, 1\); this model enlarges uint8 images of 4x4"),
     ):
+        wrong = config(**{"sampling.low_resolution": path})
         with pytest.raises(errors.UserError, match=words):
-            sample.run(config(**{"sampling.low_resolution": path}), directory)
+            sampling_setup.resolve_sampling(wrong, pretrained.from_config(wrong))
 
 
 def of(settings, **diffusion):
@@ -173,38 +173,21 @@ def test_steps_on_which_a_sampler_fails_are_refused():
     assert "blurs the samples; use spacing='log_snr' or more steps" in blurred.notes[0]
 
 
-def test_previews_of_continuous_data_visit_steps_on_which_errors_do_not_grow(tmp_path):
-    for prediction, schedule, spacing in (
-        ("eps", "cosine", "log_snr"),
-        ("v", "cosine", "trailing"),
-        ("eps", "linear", "trailing"),
-    ):
-        config = array_config("vectors", tmp_path, **{"sampling.preview_steps": 20})
-        config.diffusion.update(prediction=prediction, schedule=schedule)
-        net = pretrained.from_config(config)
-        walked = train.PreviewBatches(config, net, None, 2, 0, "the test").setup.schedule
-        np.testing.assert_array_equal(walked.timesteps, schedules.respace(net.schedule, 20, spacing).timesteps)
-
-
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    ("name", "overrides", "words"),
+    ("overrides", "words"),
     [
-        ("plain", {"sampling.guidance_scale": 2.0}, "needs a network trained with label_dropout"),
-        ("conditional", {"sampling.low_resolution_noise": 0.5}, "noise_std=0.5 must lie in 0 ... 0.0"),
-        ("plain", {"sampling.steps": T + 1}, f"config.sampling: steps={T + 1}: "),
-        ("conditional", {"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
-        ("plain", {"sampling.classifier": "conditional"}, "the classifier holds another network"),
-        ("plain", {"sampling.classifier": "other_classifier"}, "another noise schedule"),
+        ({"model.label_dropout": 0.0, "sampling.guidance_scale": 2.0}, "needs a network trained with label_dropout"),
+        ({"sampling.low_resolution_noise": 0.5}, "noise_std=0.5 must lie in 0 ... 0.0"),
+        ({"sampling.steps": T + 1}, f"config.sampling: steps={T + 1}: "),
+        ({"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
+        ({"sampling.classifier": "conditional"}, "the classifier holds another network"),
+        ({"sampling.classifier": "other_classifier"}, "another noise schedule"),
     ],
 )
-def test_invalid_combinations_of_options_are_refused(root, name, overrides, words):
-    overrides = dict(overrides)
-    if "sampling.classifier" in overrides:
-        overrides["sampling.classifier"] = str(root / overrides["sampling.classifier"])
+def test_invalid_combinations_of_options_are_refused(root, monkeypatch, overrides, words):
+    monkeypatch.chdir(root)
     config = conditional(**overrides)
-    if name == "plain":
-        config = tiny_config(**{"diffusion.num_timesteps": T, **DRAWN, **overrides})
     with pytest.raises((errors.UserError, pretrained.PretrainedError), match=words) as caught:
-        sample.run(config, root / name)
+        sampling_setup.resolve_sampling(config, pretrained.from_config(config))
     assert "\n" not in str(caught.value)

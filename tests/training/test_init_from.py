@@ -10,7 +10,7 @@ import pytest
 from diffusion_jax import data, errors, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs import sample, train, workdir
+from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
@@ -68,18 +68,15 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
         np.testing.assert_array_equal(arrays["arr_0"], images)
 
 
-@pytest.mark.whole
 def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
     """The config that is kept is the newest launch's, until there is a checkpoint."""
-    for steps in (3, 2):
-        config = small(config_from_weights(str(folder)), **{"sampling.steps": steps})
-        sample.run(config, tmp_path / "out")
-        assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == steps
-    (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoints" / "1" / "digests.json").write_text("{}")
-    config.sampling.steps = 7
-    workdir.write_config_if_untrained(config, tmp_path / "out")
-    assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == 2
+    run, config = RunDir(tmp_path), config_from_weights(str(folder))
+    for steps, kept in ((3, 3), (2, 2), (7, 2)):
+        if steps == 7:
+            (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+            (tmp_path / "checkpoints" / "1" / "digests.json").write_text("{}")
+        workdir.write_config_if_untrained(small(config, **{"sampling.steps": steps}), run)
+        assert workdir.load_config(run)["sampling"]["steps"] == kept
 
 
 @pytest.mark.whole
