@@ -312,7 +312,7 @@ SAMPLING: dict[str, Setting] = {
     ),
     "spacing": Setting(
         None,
-        optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
+        optional(Choice(*schedules.SPACINGS, "given")),
         'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
         f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, otherwise trailing.",
     ),

@@ -32,13 +32,13 @@ from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features
+from diffusion_jax.pretrained import load_weights
 from diffusion_jax.provenance import params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import (
     check_source,
     digest_of_some,
-    load_weights,
     normalize,
     open_model,
     rename_settings_in_errors,
@@ -150,11 +150,11 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
             batches = read_in_order(reference.limit(options.num_samples).source, 1024)
             conditions = np.concatenate([batch["condition"] for batch in batches])
     file = SampleFile(sampling_config, workdir, conditions)
-    file.draw(reuse=True)
+    file.write(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
     is_periodic = config.model.get("padding") == "periodic"
-    metric_options = Options(options.seed, file.net.normalizations.get("x"), is_periodic)
+    metric_options = Options(options.seed, file.setup.net.normalizations.get("x"), is_periodic)
     try:
         written = compare(reference, samples, names, workdir / "metrics.json", pipeline, metric_options, settings)
     except ValueError as error:
@@ -234,7 +234,8 @@ class LikelihoodRun:
                     f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
                     "for continuous data (data.levels=None)"
                 )
-        self.net = load_weights(open_model(config, self.workdir), config, self.workdir, options.use_ema)
+        net = open_model(config, self.workdir)
+        self.net = load_weights(net, config, self.workdir, options.use_ema)
         is_trained_here = "init_from" not in self.net.provenance.details
         loaded, self.split = _load_source(config, source, is_trained_here)
         check_source(config, loaded)

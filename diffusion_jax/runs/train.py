@@ -34,12 +34,12 @@ from diffusion_jax.distributed.signals import HANDLER as signals
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
-from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
+from diffusion_jax.pretrained import load_initial_weights, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.evaluate import load_pipeline, load_reference
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes
-from diffusion_jax.runs.sampling import SamplingSettings, draw_batch, resolve_sampling
+from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
@@ -52,7 +52,7 @@ from diffusion_jax.runs.workdir import (
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
 
-__all__ = ["BatchLoader", "PreviewSampler", "StepsInFlight", "run"]
+__all__ = ["BatchLoader", "PreviewBatches", "StepsInFlight", "run"]
 
 _FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
@@ -114,13 +114,13 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         preview = compare = None
         if config.sampling.preview_samples and samples_from_noise:
             count, seed = config.sampling.preview_samples, config.sampling.seed
-            preview = PreviewSampler(config, net, loaded, count, seed, "the pictures")
+            preview = PreviewBatches(config, net, loaded, count, seed, "the pictures")
         if config.evaluation.every:
             count, seed = config.sampling.batch_size, config.evaluation.seed
-            sampler = PreviewSampler(config, net, loaded, count, seed, "the Frechet distance")
-            compare = _make_frechet_distance(config, workdir, sampler, source)
+            batches = PreviewBatches(config, net, loaded, count, seed, "the Frechet distance")
+            compare = _make_frechet_distance(config, workdir, batches, source)
         with launch.measure("restore"):
-            state = _restore_or_initialize(config, program, checkpoints, initial_weights, normalizations)
+            state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
@@ -147,12 +147,12 @@ def _restore_or_initialize(
     config: ConfigDict,
     program: training.TrainingProgram,
     checkpoints: Checkpoints,
-    initial_weights: tuple[pretrained.Model, list[str]] | None,
-    normalizations: data.Normalizations,
+    net: pretrained.Model,
+    initial_weights: pretrained.Model | None,
 ) -> training.TrainState:
     """Restores the newest checkpoint, or initializes a new state.
 
-    initial_weights: the result of `load_initial_weights`; None for random initial weights.
+    net: the model of the run. initial_weights: from `load_initial_weights`; None for random initial weights.
     """
     state = checkpoints.restore(program.abstract_state)
     if state is not None:
@@ -162,13 +162,9 @@ def _restore_or_initialize(
     if initial_weights is None:
         return state
     log(f"Starting from the weights of {config.init_from}.")
-    net, differences = initial_weights
-    if differences:
-        log(f"Note: they were trained for another diffusion ({'; '.join(differences)}).")
-    difference = normalization_differences(net.normalizations, normalizations)
-    if difference:
-        log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
-    return set_params(state, program.abstract_state, net.params)
+    if differences := net.find_differences(initial_weights):
+        log(f"Note: these weights were trained for other data or another diffusion ({'; '.join(differences)}).")
+    return set_params(state, program.abstract_state, initial_weights.params)
 
 
 def _train(
@@ -178,7 +174,7 @@ def _train(
     checkpoints: Checkpoints,
     state: training.TrainState,
     source: data.Source,
-    preview: PreviewSampler | None,
+    preview: PreviewBatches | None,
     compare: Callable[[Any], dict[str, float]] | None,
     launch: LaunchTimes,
 ) -> None:
@@ -248,7 +244,7 @@ def _train(
                 in_flight.drain()
                 with launch.measure("output"), watchdog.paused():
                     kind, params = _sampling_weights(config, state, step)
-                    _write_picture(workdir, metrics, step, preview(params), preview.settings, kind)
+                    _write_picture(workdir, metrics, step, preview(params), preview.setup, kind)
             if compare and is_due(config.evaluation.every):
                 in_flight.drain()
                 with launch.measure("output"), watchdog.paused():
@@ -443,8 +439,8 @@ class StepsInFlight:
 # ---- Samples
 
 
-class PreviewSampler:
-    """Draws batches of samples with a few DDIM steps: `preview_sampler(params, batch)`. Only the first call compiles."""
+class PreviewBatches:
+    """Batches of samples, drawn with a few DDIM steps: `batches(params, i)`. Only the first call compiles."""
 
     def __init__(
         self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int, purpose: str
@@ -464,23 +460,24 @@ class PreviewSampler:
             "classifier": "",
             "label": None,
         }
-        self._net, self._seed, self._purpose, self._is_compiled = net, seed, purpose, False
+        self._seed, self._purpose, self._is_compiled = seed, purpose, False
         self.batch_size, conditions = max(1, num_images // num_devices) * num_devices, None
         if net.condition_shape is not None:
             rows = np.linspace(0, len(source) - 1, self.batch_size).round().astype(int)
             conditions = source.read(rows)["condition"]
-        self.settings = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
+        self.setup = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
 
     def __call__(self, params: Any, batch: int = 0) -> np.ndarray:
         """Draws samples [N, *spatial, C], with the same random numbers at every call; every process must call this."""
         if not self._is_compiled:
             log(f"Compiling the sampler of {self._purpose} ...")
             self._is_compiled = True
-        return draw_batch(self._net.with_params(params), self.settings, self._seed, batch, self.batch_size)
+        setup = dataclasses.replace(self.setup, net=self.setup.net.with_params(params))
+        return setup.generate_batch(self._seed, batch, self.batch_size)
 
 
 def _write_picture(
-    workdir: RunDir, metrics: RunMetrics, step: int, samples: np.ndarray, settings: SamplingSettings, kind: str
+    workdir: RunDir, metrics: RunMetrics, step: int, samples: np.ndarray, setup: SamplingSetup, kind: str
 ) -> None:
     """Writes a picture of samples on process 0: a PNG in `workdir`, and an image to the writers of metrics.
 
@@ -488,8 +485,8 @@ def _write_picture(
     """
     if jax.process_index() != 0:
         return
-    captions = None if settings.labels is None else settings.captions(len(samples))
-    title = f"Samples after {step:,} training steps, by DDIM with {settings.schedule.num_timesteps} steps"
+    captions = None if setup.labels is None else setup.captions(len(samples))
+    title = f"Samples after {step:,} training steps, by DDIM with {setup.schedule.num_timesteps} steps"
     title += ", raw weights" if kind == "raw" else ""
     picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
     try:
@@ -503,7 +500,7 @@ def _write_picture(
 
 
 def _make_frechet_distance(
-    config: ConfigDict, workdir: RunDir, sampler: PreviewSampler, source: data.Source | None
+    config: ConfigDict, workdir: RunDir, batches: PreviewBatches, source: data.Source | None
 ) -> Callable[[Any], dict[str, float]]:
     """Returns a function from parameters to the Frechet distance of `evaluation.every_samples` samples.
 
@@ -518,11 +515,11 @@ def _make_frechet_distance(
         moments = pipeline.extract_set(reference).moments
     num_samples, extractor = options.every_samples, pipeline.extractor
     metric = reported_name("fid", extractor.published, extractor.resize)
-    name = f"{metric}_{num_samples}_ddim{sampler.settings.schedule.num_timesteps}"
+    name = f"{metric}_{num_samples}_ddim{batches.setup.schedule.num_timesteps}"
 
     def compare(params: Any) -> dict[str, float]:
-        num_batches = -(-num_samples // sampler.batch_size)
-        samples = np.concatenate([sampler(params, i) for i in range(num_batches)])[:num_samples]
+        num_batches = -(-num_samples // batches.batch_size)
+        samples = np.concatenate([batches(params, i) for i in range(num_batches)])[:num_samples]
         chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
         return {name: METRICS["fid"].compute(moments, of_features.moments_of_chunks(chunks), Options()).values[""]}
 

@@ -17,7 +17,6 @@ __all__ = [
     "global_norm",
     "initial_share",
     "learning_rate",
-    "raw_weights_note",
     "weights_kind",
 ]
 
@@ -117,11 +116,3 @@ def weights_kind(config: Mapping[str, Any], step: int, use_ema: bool = True) -> 
     Raw weights replace an EMA with more than `MAX_INITIAL_SHARE` of the random initial parameters, which would give noise.
     """
     return "ema" if use_ema and initial_share(config, step) <= MAX_INITIAL_SHARE else "raw"
-
-
-def raw_weights_note(config: Mapping[str, Any], step: int) -> str:
-    """Explains why raw weights replace the EMA at a step, as a sentence without a period."""
-    return (
-        f"the EMA (ema.decay={config['ema']['decay']:g}) of step {step:,} still holds {initial_share(config, step):.0%} of "
-        "the random initial weights, so the raw weights are used"
-    )

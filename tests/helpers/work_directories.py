@@ -52,5 +52,5 @@ def last_state(config, directory):
 def reuse_or_draw(config, directory):
     """The samples as --mode=evaluate gets them."""
     file = SampleFile(config, directory)
-    file.draw(reuse=True)
+    file.write(reuse=True)
     return file
