@@ -147,6 +147,7 @@ REFUSED = [
     *(case("write", RESPACE, steps) for steps in ("10,,5", "")),
     case("must lie in 1", RESPACE, "2000"),
     case("section 1 has 333 steps; its count must lie in 1 ... 333, got 0", RESPACE, "10,0,5"),
+    case("21 sections do not fit into 20 steps", schedules.respace, FULL, ",".join(21 * "1")),
     *(case(r"whole number in 1 \.\.\. 1000", RESPACE, steps) for steps in (0, 1001, 2.5)),
     case(r"whole number in 1 \.\.\. 1000", RESPACE, 1001, "karras"),
     case("visits step 1 twice", RESPACE, [1, 1]),
