@@ -264,7 +264,7 @@ def _train(
 
         with watchdog.paused():
             with launch.measure("save"):
-                checkpoints.finish(step)
+                checkpoints.finish()
             launch.record(step, is_last=True)
             if step < options.num_steps:
                 raise signals.stop_exception(step)

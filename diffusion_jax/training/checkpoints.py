@@ -52,7 +52,7 @@ def resume_hint(workdir: RunDir) -> str:
     return f"step {steps[-1]} is saved; rerun the same command to resume from it"
 
 
-def _first_line(error: BaseException | str) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -97,10 +97,10 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self._wait()
+            self.finish()
         elif jax.process_count() == 1:  # with several processes, other processes may not get here
             with contextlib.suppress(Exception):  # the first error is more useful
-                self._wait()
+                self.finish()
         self._thread.shutdown(wait=kind is None)
 
     def steps(self) -> list[int]:
@@ -112,7 +112,7 @@ class Checkpoints:
 
         Waits until an earlier save is committed, and until the state is copied, but not until it is written.
         """
-        self._wait()
+        self.finish()
         self._saving = step, self._thread.submit(self._write, step, copy_to_host(_items(state)))
         self._num_checks = 0
 
@@ -157,15 +157,9 @@ class Checkpoints:
         self._num_checks += 1
         is_written, is_due = self._saving[1].done(), self._num_checks & (self._num_checks - 1) == 0
         if is_written if jax.process_count() == 1 else is_due and all(gather(is_written)):
-            self._wait()
+            self.finish()
 
-    def finish(self, step: int) -> None:
-        """Waits for the last save, then checks that `step` is committed. Raises: SaveError."""
-        self._wait()
-        if step not in broadcast_from_process_0(self.steps):
-            raise self._save_error(f"step {step} is missing")
-
-    def _wait(self) -> None:
+    def finish(self) -> None:
         """Waits until the last save is committed. Raises: SaveError, LeaseLostError; JaxRuntimeError if a process is lost."""
         saving, self._saving = self._saving, None
         if saving is None:
@@ -176,16 +170,13 @@ class Checkpoints:
                 reports = gather(report)
                 broadcast_from_process_0(lambda: self._commit(step, reports))
         except OSError as error:
-            raise self._save_error(error) from error
-
-    def _save_error(self, reason: BaseException | str) -> SaveError:
-        steps = self.steps()
-        is_bucket = isinstance(self._run_dir, BucketRunDir)
-        advice = "check the network and your permissions." if is_bucket else "is the disk full?"
-        return SaveError(
-            f"a checkpoint could not be written in {self._directory} ({_first_line(reason)}); {advice} "
-            + (f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no earlier checkpoint")
-        )
+            steps = self.steps()
+            is_bucket = isinstance(self._run_dir, BucketRunDir)
+            advice = "check the network and your permissions." if is_bucket else "is the disk full?"
+            kept = f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no earlier checkpoint"
+            raise SaveError(
+                f"a checkpoint could not be written in {self._directory} ({_first_line(error)}); {advice} {kept}"
+            ) from error
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """Restores the newest intact state with the shardings of `abstract`; None if there is no checkpoint.
@@ -390,11 +381,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
 
     Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
-    part, table = parts[0], {}
-    for files in tables:
-        for name in table.keys() & files.keys():
-            raise OSError(f"two processes have written {name}")
-        table |= files
+    part, table = parts[0], {name: value for files in tables for name, value in files.items()}
     if isinstance(run_dir, BucketRunDir):
         write_manifest(part, table)
         run_dir.check_locks()
