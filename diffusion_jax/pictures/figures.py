@@ -74,9 +74,7 @@ def draw_neighbors(
     captions = []
     for number, row in zip(numbers, distances, strict=True):
         captions += [f"sample {number}", *(f"distance {distance:.4g}" for distance in row)]
-    return draw_samples(
-        shown, title + "; each sample precedes its nearest examples", captions, 1 + distances.shape[1]
-    )
+    return draw_samples(shown, title + "; each sample precedes its nearest examples", captions, 1 + distances.shape[1])
 
 
 def draw_samples(
