@@ -92,7 +92,8 @@ def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_PO
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
             finite = [point for point in points if math.isfinite(point[1])]
             if finite:
-                drawn.append(make_series(label, *np.array(finite, np.float64).T, max_points))
+                x, y = np.array(finite, np.float64).T
+                drawn.append(make_series(label, x, y, max_points))
         if drawn:
             charts.append({"title": title, "x": "training step", "y": unit, "log": is_log, "series": drawn})
     return charts
