@@ -92,7 +92,7 @@ def test_steps_of_a_config_are_those_of_respace(steps, spacing, same):
         ((5, 5), "openai_ddim", r"\(5, 5\) defines its own spacing"),
     ],
 )
-def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words):
+def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words, unchecked_annotations):
     config = tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})
     with pytest.raises(UserError, match=words) as caught:
         sampling_setup.resolve_sampling(config, pretrained.from_config(config))
