@@ -11,6 +11,7 @@ docs/reference/configuration.md lists all settings.
 
 from __future__ import annotations
 
+import copy
 import functools
 import pathlib
 import re
@@ -86,14 +87,18 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
+    ConfigDict fields that refer to a replaced field (`get_ref`) follow it.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
-    values = flatten(config)
+    given, values = flatten(config), {}
     for name, text in texts.items():
         name = _ALIASES.get(name, name)
         _check_known(name)
         values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
-    return _complete(values)
+    changed = copy.deepcopy(ConfigDict(config))
+    with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
+        changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
+    return _complete(flatten(changed) | values)
 
 
 def experiment(name: str) -> ConfigDict:
@@ -119,7 +124,9 @@ def experiment(name: str) -> ConfigDict:
         get_config = runpy.run_path(file).get("get_config")
         if get_config is None:
             raise ConfigError(f"{file} defines no function get_config(), which must return the ConfigDict")
-        return resolve(get_config() if argument is None else get_config(argument))
+        config = get_config() if argument is None else get_config(argument)
+        resolved = resolve(config)
+        return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     except Exception as error:

@@ -151,3 +151,15 @@ def test_a_config_file_may_have_an_argument_and_a_colon_in_its_path(tmp_path, mo
     assert config.experiment("C:mine.py").seed == 1 and config.experiment("C:mine.py:23").seed == 23
     with pytest.raises(config.ConfigError, match="^C:mine.py:x: line 2 of C:mine.py raises ValueError"):
         config.experiment("C:mine.py:x")
+
+
+def test_fields_that_refer_to_an_overridden_one_follow_it():
+    given = config.default()
+    given.optimizer.decay_steps = given.training.get_ref("num_steps")
+    given.training.log_every = given.training.get_ref("num_steps") // 100
+    given.lock()
+    for more, decay_steps in (({}, 1000), ({"optimizer.decay_steps": "5"}, 5)):
+        resolved = config.override(given, {"training.num_steps": "1000"} | more)
+        steps = resolved.training.num_steps, resolved.optimizer.decay_steps, resolved.training.log_every
+        assert steps == (1000, decay_steps, 10)
+    assert given.training.num_steps == given.optimizer.decay_steps == 800_000  # the argument is left alone
