@@ -121,7 +121,7 @@ def train(config: ConfigDict, directory: pathlib.Path | None = None) -> tuple[np
         if directory is not None and step == STEPS // 2:
             with Checkpoints(directory) as checkpoints:
                 checkpoints.save(step, state)
-                checkpoints.finish(step)
+                checkpoints.finish()
                 jax.clear_caches()
                 program = training.build_program(config)
                 restored = checkpoints.restore(program.abstract_state)

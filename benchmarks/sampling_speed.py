@@ -34,7 +34,7 @@ def make_ours(dtype: str, images: int, small: bool):
     from configs import cifar10
     from diffusion_jax import pretrained, training
     from diffusion_jax.distributed import devices, sharding
-    from diffusion_jax.runs.sampling import draw_batch, resolve_sampling
+    from diffusion_jax.runs.sampling_setup import resolve_sampling
     from diffusion_jax.training.state import initial_params
 
     devices.start()
@@ -46,13 +46,13 @@ def make_ours(dtype: str, images: int, small: bool):
     apply = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t), compiler_options=devices.compiler_options())
 
     @functools.cache
-    def settings(name: str, steps: int):
+    def setup(name: str, steps: int):
         config.sampling.update(sampler=name, steps=steps)
         net = pretrained.from_config(config, params, mesh=sharding.make_mesh(config.mesh))
-        return net, resolve_sampling(config, net, read_files=False)
+        return resolve_sampling(config, net, read_files=False)
 
     def draw(name: str, steps: int):
-        return lambda: draw_batch(*settings(name, steps), 0, 0, images)
+        return lambda: setup(name, steps).generate_batch(0, 0, images)
 
     functions = {f"{name} {steps}": draw(name, steps) for name in STEPS for steps in (STEPS[name], FEW_STEPS)}
     functions["calls"] = lambda: [jax.block_until_ready(apply(params, x, time)) for _ in range(FEW_STEPS)]

@@ -223,7 +223,7 @@ def run(command: Command) -> None:
     trains = mode in ("train", "train_classifier")
     processes.join_processes(flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout)
     if not trains:
-        signals.PROGRAM.install()  # JAX's preemption service, used only by training, has replaced the SIGTERM handler
+        signals.HANDLER.install()  # JAX's preemption service, used only by training, has replaced the SIGTERM handler
     devices.start()
     if trains and not (workdir / "checkpoints").exists():  # a finished run needs no data
         from diffusion_jax import data
@@ -234,7 +234,7 @@ def run(command: Command) -> None:
     if trains:
         from diffusion_jax.training.checkpoints import resume_hint
 
-        signals.PROGRAM.resume_hint = functools.partial(resume_hint, workdir)
+        signals.HANDLER.resume_hint = functools.partial(resume_hint, workdir)
     function(config, workdir)
     _write_report(config, workdir)
     processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
@@ -264,12 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     with program():
         command = parse(sys.argv[1:] if arguments is None else arguments)
-        signals.PROGRAM.resume_hint = signals.rerun_hint
         try:
             run(command)
         except OSError as error:
             raise _explain_os_error(error, command.workdir) from error
-        signals.PROGRAM.resume_hint = signals.rerun_hint  # for signals during exit
 
 
 @contextlib.contextmanager
@@ -279,17 +277,18 @@ def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     bad_input: exception types that a wrong command raises, besides this package's errors. Any other exception is
     raised again.
     """
-    signals.PROGRAM.resume_hint = lambda: "nothing had started"
-    signals.PROGRAM.install()
+    signals.HANDLER.install()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
     devices.silence_libraries()
     try:
-        with processes.exit_if_output_is_closed():
+        try:
             yield
-    except signals.StoppedBySignal as error:
-        if error.is_computing:
+        finally:
             sys.stdout.flush()
-            processes.exit_now(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of standard output ended first, as in `... | head`
+        # Not sys.exit, because devices may still compute, and other processes must notice.
+        processes.exit_now("", processes.EXIT_CLOSED_OUTPUT)
+    except signals.StoppedBySignal as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, bad_input)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -19,6 +20,7 @@ __all__ = [
     "UserError",
     "as_user_error",
     "closest_names",
+    "list_differences",
     "list_names",
     "shorten",
 ]
@@ -97,6 +99,12 @@ def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     swapped = [known for known in names if sorted(known) == sorted(name)]
     near = difflib.get_close_matches(name, names, count)
     return [*swapped, *(known for known in near if known not in swapped)][:count]
+
+
+def list_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Returns a phrase such as "prediction: 'eps' there, 'v' here" for each name with different values."""
+    names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    return [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:

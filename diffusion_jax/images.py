@@ -1,7 +1,8 @@
-"""Conversion of images between uint8 and the range of the models, [-1, 1], and a check for arrays that are images."""
+"""What an image is, and the conversion of images between uint8 and the range of the models, [-1, 1]."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
@@ -9,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-__all__ = ["is_of_images", "to_model_range", "to_uint8"]
+__all__ = ["is_image_shape", "is_of_images", "to_model_range", "to_uint8"]
 
 Images = TypeVar("Images", jax.Array, np.ndarray)
 
 
+def is_image_shape(shape: Sequence[int]) -> bool:
+    """Whether examples of this shape, (*spatial, C), can be images: (H, W, C) with one or three channels."""
+    return len(shape) == 3 and shape[-1] in (1, 3)
+
+
 def is_of_images(x: np.ndarray | jax.Array) -> bool:
-    """Whether an array [N, ...] holds images: uint8 [N, H, W, C] with one or three channels."""
-    return x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
+    """Whether an array [N, ...] holds images: uint8, and examples of an image's shape."""
+    return x.dtype == np.uint8 and is_image_shape(x.shape[1:])
 
 
 def to_model_range(images: Images) -> Images:

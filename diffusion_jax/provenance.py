@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.config import flatten
-from diffusion_jax.errors import shorten
+from diffusion_jax.errors import list_differences, shorten
 
 __all__ = ["Provenance", "array_digest", "params_digest", "settings_digest"]
 
@@ -41,9 +41,7 @@ class Provenance:
     def differences(self, stored: Provenance) -> str:
         """Lists the settings in which a stored record differs from this record, in one line; "" if all are equal."""
         old, new = flatten(stored.settings), flatten(json.loads(json.dumps(self.settings)))
-        keys = [key for key in new | old if old.get(key) != new.get(key)]
-        changes = [f"{key}={shorten(str(old.get(key)), 40)}, now {shorten(str(new.get(key)), 40)}" for key in keys]
-        return shorten("; ".join(changes), 300)
+        return shorten("; ".join(list_differences(old, new)), 300)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the .npz entry that stores this record."""

@@ -197,14 +197,12 @@ class BucketRunDir(RunDir):
         if hasattr(os, "getuid") and parent.stat().st_uid != os.getuid():
             raise StorageError(f"{parent} belongs to another user; set TMPDIR to a directory of your own")
         with filelock.FileLock(parent / "lock"):  # no other process makes or deletes mirrors
-            for path in parent.glob("*.lock"):
+            for path in parent.glob(f"*/{LOCK}"):
                 with contextlib.suppress(filelock.Timeout), filelock.FileLock(path, blocking=False):
-                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                    path.unlink(missing_ok=True)
+                    shutil.rmtree(path.parent, ignore_errors=True)
             directory = pathlib.Path(tempfile.mkdtemp(dir=parent))
-            self._mirror_lock = filelock.FileLock(directory.with_suffix(".lock"))
+            self._mirror_lock = filelock.FileLock(directory / LOCK)
             self._mirror_lock.acquire()
-        atexit.register(directory.with_suffix(".lock").unlink, missing_ok=True)
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         return directory
 

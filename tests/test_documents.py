@@ -9,24 +9,15 @@ import pytest
 from helpers.paths import ROOT
 
 NAMED = re.compile(r"`([\w./]+\.(?:py|pyi|toml|txt|md))(?::([A-Za-z_][\w.]*))?`")
-OUTSIDE_THE_PACKAGE = (
-    "tests/",
-    "configs/",
-    "benchmarks/",
-    "typings/",
-    "docs/",
-    "requirements",
-    "main.py",
-    "pyproject.toml",
-)
 COMPLETE = [ROOT / "docs" / "contributing" / "architecture.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 # Pages about moving here name files of other projects.
 GUIDES = [path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "moving" and path not in COMPLETE]
 
 
 def file_of(name):
-    name = name.removeprefix("diffusion_jax/")
-    return ROOT / name if name.startswith(OUTSIDE_THE_PACKAGE) else ROOT / "diffusion_jax" / name
+    """A file of the project; names without a folder of it are of the package."""
+    path = ROOT / "diffusion_jax" / name
+    return path if path.is_file() else ROOT / name
 
 
 @functools.cache

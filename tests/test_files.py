@@ -19,11 +19,3 @@ def test_a_failed_directory_leaves_nothing(tmp_path):
         (temporary / "a.txt").write_text("a")
         raise OSError("full")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and not any((tmp_path / "out").iterdir())
-
-
-def test_an_interrupted_directory_is_replaced(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "old.txt").write_text("old")
-    with atomic_directory(tmp_path / "out") as temporary:
-        (temporary / "a.txt").write_text("a")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.txt"]

@@ -1,5 +1,8 @@
 """Arrays and options of a wrong kind are refused with one clear line, not computed with."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,13 +60,6 @@ def test_indices_of_another_shape(function):
     jax.vmap(function)(jnp.ones((5, 3)), jnp.arange(5))
 
 
-@pytest.mark.parametrize("clip", ["no", 1, None])
-def test_a_clip_is_a_bool_or_a_function(clip):
-    with pytest.raises(ValueError, match="clip must be True, False or a function of x_0, got"):
-        process.p_mean_variance(FULL, X, X, T, clip=clip)
-    assert process.p_mean_variance(FULL, 5 + X, X, T, "x_0", clip=np.bool_(True)).x_0.max() == 1
-
-
 def logits(x, time):
     return jnp.stack([x.mean((1, 2, 3)), 0 * time, 1 + 0 * time], axis=-1)
 
@@ -95,195 +91,247 @@ def test_labels_of_8_and_16_bits_keep_their_classes(dtype, num_classes):
         )
 
 
-def test_labels_of_another_shape_are_refused():
-    for y in (np.array([1]), np.array([0, 1, 2]), np.array([[0], [1]])):
-        with pytest.raises(ValueError, match="give each a label"):
-            losses.classify(KEY, FULL, logits, X, y)
-    with pytest.raises(ValueError, match="must have a batch axis"):
-        losses.simple(KEY, FULL, network, 1.0)
+def doubled(x, time):
+    """A network with a learned variance."""
+    return jnp.concatenate([0.3 * x, x], axis=-1)
 
 
+LABELS, MASK = jnp.array([0, 1]), X[..., :1] > 0
 DDPM = sampling.ddpm(clip=False)
-OF_ANOTHER_KIND = {
-    "encode start": (lambda: sampling.encode(FULL, network, X, start=3.5), "start=3.5 must be an index"),
-    "encode order": (lambda: sampling.encode(FULL, network, X, order=2.0), "order must be 1 or 2, got 2.0"),
-    "trajectory": (
-        lambda: sampling.sample(KEY, FULL, network, X, DDPM, trajectory=[1.7]),
-        r"indices \(int\), got \[1.7\]",
+BOUND = partial(likelihood.bits_per_dim, KEY, FULL, network)
+GUIDED = partial(guidance.classifier_free, network, LABELS)
+SAMPLE, SIMPLE = partial(sampling.sample, KEY, FULL, network), partial(losses.simple, KEY, FULL, network)
+ENCODE, REPAINT = partial(sampling.encode, FULL, network), partial(editing.repaint, KEY, FULL, network)
+INTERPOLATE = partial(editing.interpolate, KEY, FULL, network, X)
+OF_THE_RANGE = r"x_0 has the value 1.5, outside of \[-1, 1\], the range for {}; .* use {} for other data"
+NO_BATCH = r"x_0 must have a batch axis, vectors \[B, C\].*x_0\[None\]"
+WITH_A_NETWORK = [
+    lambda f: sampling.sample(KEY, FULL, f, X, sampling.ddim()),
+    lambda f: sampling.sample(KEY, FULL, f, X, sampling.heun(churn=1.0)),
+    lambda f: sampling.encode(FULL, f, X),
+    lambda f: losses.simple(KEY, FULL, f, X),
+    lambda f: losses.vlb(KEY, FULL, f, X),
+    lambda f: likelihood.bits_per_dim(KEY, FULL, f, X),
+    lambda f: guidance.classifier_free(f, LABELS, 3, 2.0)(X, jnp.zeros(2)),
+]
+WITH_A_MASK = [partial(REPAINT, X, jump=5), partial(editing.replacement, sampling.ddim(), X)]
+
+
+def case(words, function, *args, **options):
+    """A call and the words of its error."""
+    return partial(function, *args, **options), words
+
+
+RESPACE = partial(schedules.respace, schedules.from_betas(schedules.betas("linear", 1000)))
+REFUSED = [
+    # schedules
+    *(
+        case(words, schedules.from_betas, betas)
+        for betas, words in (
+            ([0.1, 0.0], r"betas\[1\] is 0"),
+            ([0.1, 1.5], r"betas\[1\]"),
+            ([1.0, 0.1], r"betas\[0\] is 1"),
+            ([np.nan, 0.1], r"betas\[0\] is nan"),
+            ([1e-17, 0.1], r"betas\[0\] is 1e-17"),
+            ([], "one"),
+            (np.full(100_000, 0.01), r"underflows at index \d+ of 100000; use smaller betas or fewer steps"),
+        )
     ),
-    "one index": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, trajectory=3), "sequence of indices"),
-    "start": (lambda: sampling.sample(KEY, FULL, network, X, DDPM, start=True), "start=True must be an index"),
-    "x_0 of encode": (lambda: sampling.encode(FULL, network, 1.0), "x_0 must have a batch axis"),
-    "default_spacing": (lambda: sampling.default_spacing(sampling.heun, FULL), "must be a sampler such as"),
-    "x_T": (lambda: sampling.sample(KEY, FULL, network, 1.0, DDPM), "x_T must have a batch axis"),
-    "a name": (lambda: sampling.sample(KEY, FULL, network, X, "ddim"), r"such as sampling.ddim\(\), got 'ddim'"),
-    "replacement": (lambda: editing.replacement("ddim", X, X[..., :1] > 0), "must be a sampler such as"),
-    "resamplings": (
-        lambda: editing.repaint(KEY, FULL, network, X, X > 0, resamplings=2.5, jump=5),
-        "whole numbers of at least 1, got 2.5",
+    *(case("increasing", schedules.from_betas, [0.1, 0.2], timesteps=times) for times in ([0, np.nan], [3, 3])),
+    case("known: linear", schedules.betas, "lineal", 10),
+    case("at least 1", schedules.betas, "linear", 0),
+    case(r"\(0, 1\]", schedules.betas, "linear", 10, beta_end=2.0),
+    # respacing
+    case("use ddim334 or ddim250", RESPACE, "ddim300"),
+    case("no integer stride", RESPACE, "ddim0"),
+    *(case("write", RESPACE, steps) for steps in ("10,,5", "")),
+    case("must lie in 1", RESPACE, "2000"),
+    case("section 1 has 333 steps; its count must lie in 1 ... 333, got 0", RESPACE, "10,0,5"),
+    case("21 sections do not fit into 20 steps", schedules.respace, FULL, ",".join(21 * "1")),
+    *(case(r"whole number in 1 \.\.\. 1000", RESPACE, steps) for steps in (0, 1001, 2.5)),
+    case(r"whole number in 1 \.\.\. 1000", RESPACE, 1001, "karras"),
+    case("visits step 1 twice", RESPACE, [1, 1]),
+    *(case("0 ... 999", RESPACE, steps) for steps in ([-1, 4], [1000])),
+    case("explicit steps", RESPACE, []),
+    case("network times must lie in 0 ... 999", RESPACE, [0.5, 999.5]),
+    case("visits step 0.5 twice", RESPACE, [0.5, 0.5]),
+    case("fewer steps or another spacing", RESPACE, 900, "quadratic"),
+    *(case(f"one step of spacing '{s}' would be index 0", RESPACE, 1, s) for s in ("leading", "linspace", "quadratic")),
+    case("spacing 'karras' is for a number of steps, but '10' defines its own spacing", RESPACE, "10", "karras"),
+    case("spacing 'trailing' is for a number of steps", RESPACE, [1, 2, 3], "trailing"),
+    case("spacing 'log_snr' is for a number of steps", RESPACE, [1.5, 2.5], "log_snr"),
+    *(case("unknown spacing 'bogus'; known: leading, tr", RESPACE, steps, "bogus") for steps in (5, [1, 2, 3])),
+    *(case("ends at 0; use 'trailing'", schedules.respace, JSD, 10, s) for s in ("karras", "log_snr", "gaussian")),
+    case("respace the schedule outside of jax.jit", lambda: schedules.respace(jax.jit(lambda s: s)(FULL), 10)),
+    # process
+    case("must be equal", process.q_sample, FULL, X, T, X[..., :1]),
+    case("twice the channels", process.p_mean_variance, FULL, X, X, T, variance="learned_range"),
+    case("twice the channels", process.p_mean_variance, FULL, doubled(X, T), X, T, variance="fixed_small"),
+    case("known: fixed_small", process.p_mean_variance, FULL, X, X, T, variance="fixed"),
+    case("known: eps", process.to_x_0, FULL, X, X, T, "noise"),
+    *(case("True, False or a function of x_0, got", process.clip_x_0, X, clip) for clip in ("no", 1, None)),
+    *(case("quantile", process.dynamic_threshold, quantile) for quantile in (0.0, 1.1)),
+    case("must be float in \\[-1, 1\\], not uint8; uint8 images need no conv", images.to_uint8, PIXELS),
+    # losses
+    case("known: none, snr", SIMPLE, X, weighting="p3"),
+    case("known: eps", SIMPLE, X, prediction="noise"),
+    case("'even'; known: uniform, antithetic, stratified", SIMPLE, X, timestep_sampler="even"),
+    case("must return the shape of x_t", losses.simple, KEY, FULL, lambda x, time: x[..., :1], X),
+    case("must return the shape of x_t", losses.simple, KEY, FULL, lambda x, time: doubled(x, time)[..., :4], X),
+    case("trains a learned variance", losses.hybrid, KEY, FULL, doubled, X, variance="fixed_small"),
+    case("twice the channels", losses.vlb, KEY, FULL, network, X),
+    case(
+        "has 19 steps, the schedule 20",
+        SIMPLE,
+        X,
+        timestep_sampler=timesteps.loss_second_moment(timesteps.loss_history(19)),
     ),
-    "jump": (
-        lambda: editing.repaint(KEY, FULL, network, X, X > 0, jump=5.0),
-        "whole numbers of at least 1, got 10 and 5.0",
+    *(
+        case("not determine x_0", losses.simple, KEY, JSD, network, X, prediction=name, weighting="truncated_snr")
+        for name in ("eps", "score")
     ),
-    "guidance interval": (
-        lambda: guidance.classifier_free(network, LABELS, 3, 2.0, interval=(7, 5)),
-        r"low <= high, got \(7, 5\)",
+    *(
+        case("give each a label", losses.classify, KEY, FULL, logits, X, y)
+        for y in (np.array([1]), np.array([0, 1, 2]), np.array([[0], [1]]))
     ),
-    "guidance rescale": (lambda: guidance.classifier_free(network, LABELS, 3, 2.0, rescale=5), r"0 \.\.\. 1, got 5"),
-    "null label": (
-        lambda: guidance.classifier_free(network, LABELS, 10.7, 2.0),
-        "null_y must be int, as y is; got float",
+    *(
+        case(NO_BATCH, call, x)
+        for call in (
+            SIMPLE,
+            partial(losses.vlb, KEY, FULL, network, variance="fixed_small"),
+            lambda x: losses.classify(KEY, FULL, lambda x_t, time: jnp.zeros((len(x_t), 5)), x, jnp.zeros(3, int)),
+            BOUND,
+        )
+        for x in (jnp.zeros(3), jnp.zeros(()), 1.0)
     ),
-    "guidance scale": (
-        lambda: guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2)))(X, jnp.zeros(2)),
+    # likelihood
+    *(case(f"={strata} must lie in 1 ... 19", BOUND, X, strata=strata) for strata in (0, 20)),
+    case("twice the channels", BOUND, X, variance="learned"),
+    case(OF_THE_RANGE.format("clip=True", "clip=False"), BOUND, X + 1.5, gray_levels=None),
+    case(OF_THE_RANGE.format("gray_levels=256", "gray_levels=None"), BOUND, X + 1.5, clip=False),
+    case(OF_THE_RANGE.format("gray_levels=256 and clip=True", "gray_levels=None and clip=False"), BOUND, X + 1.5),
+    case("alpha_bar is 0", likelihood.bits_per_dim, KEY, JSD, network, X),
+    case("gray_levels=1", likelihood.decoder_log_prob, X, X, X, gray_levels=1),
+    case("known: exact, tanh", likelihood.decoder_log_prob, X, X, X, cdf="erf"),
+    case("scale must be float", likelihood.standardization_bits, np.array([1, 2])),
+    # guidance
+    case("y has 2 rows but x_t has 1", GUIDED(3, 1.0), X[:1], jnp.zeros(1)),
+    *(
+        case("known: eps, x_0, v, score", guidance.classifier, network, network, FULL, prediction=name)
+        for name in ("x_prev", "noise")
+    ),
+    case(r"low <= high, got \(7, 5\)", GUIDED, 3, 2.0, interval=(7, 5)),
+    case(r"0 \.\.\. 1, got 5", GUIDED, 3, 2.0, rescale=5),
+    case("null_y must be int, as y is; got float", GUIDED, 10.7, 2.0),
+    case(
         r"scale has shape \(2, 2\); it must be one number, or one for each of 2 rows",
+        guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2))),
+        X,
+        jnp.zeros(2),
     ),
-    "to_uint8": (lambda: images.to_uint8(PIXELS), "must be float in \\[-1, 1\\], not uint8; uint8 images need no conv"),
-}
-ROWS, LABELS = np.random.default_rng(0).standard_normal((8, 5)), jnp.array([0, 1])
+    # samplers
+    *(
+        case("order must be 1, 2 or 3", make, order)
+        for make in (sampling.dpm_solver_pp, sampling.deis, sampling.unipc)
+        for order in (0, 4, 2.0, True)
+    ),
+    *(case("unknown variance 'x_0'; known: fixed_small", f, variance="x_0") for f in sampling.SAMPLERS.values()),
+    *(case("unknown prediction 'noise'; known: eps", f, prediction="noise") for f in sampling.SAMPLERS.values()),
+    *(case("eta", sampling.ddim, eta) for eta in (-0.1, 1.5)),
+    case("bh1", sampling.unipc, variant="bh3"),
+    *(
+        case(f"{name} must be .*, got {re.escape(str(bad))}", sampling.heun, **{name: bad})
+        for name, bad in (("churn", -1), ("churn", np.inf), ("churn_noise", -1), ("churn_range", (5, 1)))
+    ),
+    case("x_prev", sampling.heun, churn=1, prediction="x_prev"),
+    case("x_T must have a batch axis", SAMPLE, 1.0, DDPM),
+    case(r"such as sampling.ddim\(\), got 'ddim'", SAMPLE, X, "ddim"),
+    *(case(f"start={start} must be an index", SAMPLE, X, DDPM, start=start) for start in (-1, 20, True)),
+    case(r"indices \(int\), got \[1.7\]", SAMPLE, X, DDPM, trajectory=[1.7]),
+    case("sequence of indices", SAMPLE, X, DDPM, trajectory=3),
+    case("keeps indices in 0 ... 19", SAMPLE, X, DDPM, trajectory=[20]),
+    case("keeps indices in 1 ... 19", SAMPLE, X, DDPM, trajectory=[0], final_step=False),
+    case("must be a sampler such as", sampling.default_spacing, sampling.heun, FULL),
+    # encode
+    *(case(f"start={start} must be an index", ENCODE, X, start=start) for start in (3.5, 20)),
+    *(case(f"order must be 1 or 2, got {order}", ENCODE, X, order=order) for order in (2.0, 3)),
+    case("x_prev", ENCODE, X, prediction="x_prev"),
+    case("clip is for order 1", ENCODE, X, order=2, clip=True),
+    case("x_0 must have a batch axis", ENCODE, 1.0),
+    # editing
+    case("must be a sampler such as", editing.replacement, "ddim", X, MASK),
+    case("whole numbers of at least 1, got 2.5", REPAINT, X, MASK, resamplings=2.5, jump=5),
+    case("whole numbers of at least 1, got 10 and 5.0", REPAINT, X, MASK, jump=5.0),
+    case("at least 1, got 0", REPAINT, X, MASK, resamplings=0),
+    case("jump=20 must be below the 20 steps of the schedule", REPAINT, X, MASK, resamplings=2, jump=20),
+    case("which has a state; use ddpm", REPAINT, X, MASK, sampling.dpm_solver_pp(), jump=3),
+    *(case("strength", editing.sdedit, KEY, FULL, network, X, sampling.ddim(), strength=s) for s in (0, 1.1)),
+    case("8x6 cannot be divided into squares of 4", editing.average_pool(4).measure, jnp.zeros((1, 8, 6, 1))),
+    case("interpolate does not take ordr with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, ordr=7),
+    case("interpolate does not take order with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, order=2),
+    case(r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)", INTERPOLATE, X[:1], [0.5], sampling.ddim(), t=3),
+    *(
+        case("does not broadcast to that of x_0", call, np.ones(shape, bool))
+        for call in (*WITH_A_MASK, jax.jit(WITH_A_MASK[0]))
+        for shape in ((5, 4, 3), (3, 4, 4, 3), (1, 2, 4, 4, 3))
+    ),
+    *(
+        case("a mask holds 1 where pixels are known and 0 elsewhere, got", call, mask)
+        for call in (*WITH_A_MASK, editing.masked)
+        for mask in (np.array([0, 255, 0], np.uint8), np.array([0.0, 0.5, 1.0]))
+    ),
+    # networks
+    *(
+        case(f"denoise_fn must be one float array; got {type(output).__name__}", call, lambda *_, output=output: output)
+        for call in WITH_A_NETWORK
+        for output in ((X, {}), None, {"eps": X})
+    ),
+]
 
 
-@pytest.mark.parametrize("name", OF_ANOTHER_KIND)
-def test_options_of_another_kind_are_refused(name):
-    call, words = OF_ANOTHER_KIND[name]
+@pytest.mark.parametrize(("call", "words"), REFUSED)
+def test_wrong_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("output", [(X, {}), None, {"eps": X}])
-def test_a_network_that_returns_no_array_is_refused(output):
-    def network(x, time, y=None):
-        return output
-
-    for call in (
-        lambda: sampling.sample(KEY, FULL, network, X, sampling.ddim()),
-        lambda: sampling.sample(KEY, FULL, network, X, sampling.heun(churn=1.0)),
-        lambda: sampling.encode(FULL, network, X),
-        lambda: losses.simple(KEY, FULL, network, X),
-        lambda: losses.vlb(KEY, FULL, network, X),
-        lambda: likelihood.bits_per_dim(KEY, FULL, network, X),
-        lambda: guidance.classifier_free(network, LABELS, 3, 2.0)(X, jnp.zeros(2)),
-    ):
-        with pytest.raises(
-            ValueError, match=f"output of denoise_fn must be one float array; got {type(output).__name__}"
-        ):
-            call()
-
-
-@pytest.mark.parametrize("shape", [(5, 4, 3), (3, 4, 4, 3), (1, 2, 4, 4, 3)])
-def test_a_mask_of_another_shape_is_refused(shape):
-    for call in (
-        lambda mask: editing.repaint(KEY, FULL, network, X, mask, jump=5),
-        lambda mask: editing.replacement(sampling.ddim(), X, mask),
-        jax.jit(lambda mask: editing.repaint(KEY, FULL, network, X, mask, jump=5)),
-    ):
-        with pytest.raises(ValueError, match="does not broadcast to that of x_0"):
-            call(np.ones(shape, bool))
-
-
-@pytest.mark.parametrize(
-    ("steps", "spacing", "words"),
-    [
-        ("10", "karras", "spacing 'karras' is for a number of steps, but '10' defines its own spacing"),
-        ([1, 2, 3], "trailing", "spacing 'trailing' is for a number of steps"),
-        ([1.5, 2.5], "log_snr", "spacing 'log_snr' is for a number of steps"),
-        ([1, 2, 3], "bogus", "unknown spacing 'bogus'; known: leading, trailing, linspace, quadratic, openai, karras"),
-        (5, "bogus", "unknown spacing 'bogus'"),
-    ],
-)
-def test_a_spacing_for_explicit_steps_is_refused(steps, spacing, words):
-    with pytest.raises(ValueError, match=words):
-        schedules.respace(FULL, steps, spacing)
-
-
-def test_encoding_options_with_an_index_are_refused():
-    for options in ({"ordr": 7}, {"order": 2}):
-        with pytest.raises(ValueError, match=rf"interpolate does not take {next(iter(options))} with t=3"):
-            editing.interpolate(KEY, FULL, network, X, X, [0.5], sampling.ddim(), t=3, **options)
-    with pytest.raises(ValueError, match=r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)"):
-        editing.interpolate(KEY, FULL, network, X, X[:1], [0.5], sampling.ddim(), t=3)
-
-
-@pytest.mark.parametrize("mask", [np.array([0, 255, 0], np.uint8), np.array([0.0, 0.5, 1.0])])
-def test_a_mask_with_other_values_than_0_and_1_is_refused(mask):
-    with pytest.raises(ValueError, match="a mask holds 1 where pixels are known and 0 elsewhere, got"):
-        editing.repaint(KEY, FULL, network, X, mask, jump=5)
-    with pytest.raises(ValueError, match="a mask holds 1"):
-        editing.replacement(sampling.ddim(), X, mask)
-    with pytest.raises(ValueError, match="a mask holds 1"):
-        editing.masked(mask)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "score"])
-def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(prediction):
+@pytest.mark.parametrize("loss", [losses.vlb, losses.hybrid])
+def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(loss):
     """x_0 of eps is unknown at the last step; under jit, where t cannot be seen, that was NaN."""
-
-    def doubled(x, time):
-        return jnp.concatenate([x, x], -1)
-
-    for loss in (losses.vlb, losses.hybrid):
+    for prediction in ("eps", "score"):
         with pytest.raises(ValueError, match="does not determine x_0 there"):
-            jax.jit(lambda key, loss=loss: loss(key, JSD, doubled, X, prediction=prediction))(KEY)
-        for t in (0, 19):
-            last = lambda key, b, n, t=t: (jnp.full(b, t), jnp.ones(b))  # noqa: E731
-            assert np.isfinite(loss(KEY, JSD, doubled, X, prediction="v", timestep_sampler=last)[0]).all()
-    with pytest.raises(ValueError, match="does not determine x_0 there"):
-        losses.simple(KEY, JSD, network, X, prediction=prediction, weighting="truncated_snr")
-    last = lambda key, b, n: (jnp.full(b, n - 1), jnp.ones(b))  # noqa: E731
-    for weighting in (None, "snr", "min_snr", "p2"):
-        loss, _ = losses.simple(KEY, JSD, network, X, prediction=prediction, weighting=weighting, timestep_sampler=last)
-        assert (np.asarray(loss) < 10).all()
+            jax.jit(lambda key, p=prediction: loss(key, JSD, doubled, X, prediction=p))(KEY)
+    ends = lambda key, b, n: (jnp.array([0, n - 1]), jnp.ones(b))  # noqa: E731
+    run = jax.jit(lambda key: loss(key, JSD, doubled, X, prediction="v", timestep_sampler=ends)[0])
+    assert np.isfinite(run(KEY)).all()
 
 
-def test_timestep_samplers_by_name():
-    for name in timesteps.SAMPLERS:
-        for loss in (losses.simple, losses.vlb, losses.hybrid):
-            f = network if loss is losses.simple else lambda x, time: jnp.concatenate([0.3 * x, x], -1)
-            if timesteps.needs_history(name):
-                with pytest.raises(
-                    ValueError, match=rf"needs a history of the losses; use timesteps.{name}\(history\)"
-                ):
-                    loss(KEY, FULL, f, X, timestep_sampler=name)
-                continue
-            by_name, by_function = (
-                loss(KEY, FULL, f, X, timestep_sampler=sampler)[1].t for sampler in (name, timesteps.SAMPLERS[name])
-            )
-            np.testing.assert_array_equal(by_name, by_function)
-    with pytest.raises(ValueError, match="unknown timestep_sampler 'even'; known: uniform, antithetic, stratified"):
-        losses.simple(KEY, FULL, network, X, timestep_sampler="even")
+@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+def test_a_timestep_sampler_by_name(name):
+    if timesteps.needs_history(name):
+        with pytest.raises(ValueError, match=rf"needs a history of the losses; use timesteps.{name}\(history\)"):
+            SIMPLE(X, timestep_sampler=name)
+    else:
+        by_name, by_function = (SIMPLE(X, timestep_sampler=s)[1].t for s in (name, timesteps.SAMPLERS[name]))
+        np.testing.assert_array_equal(by_name, by_function)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1,), (1, 2), (3,)])
 def test_weights_that_are_not_one_for_each_example(shape):
-    """A weight [B, 1] would broadcast a loss [B] to [B, B]. One number for all examples is a weight of each."""
-    sampler = lambda key, batch, total: (T, jnp.full(shape, 2.0))  # noqa: E731
-    weighting = lambda snr: jnp.full(shape, 2.0)  # noqa: E731
-    doubled = lambda x, time: jnp.concatenate([x, x], -1)  # noqa: E731
-    for options, words in (
-        ({"timestep_sampler": sampler}, "the weights of timestep_sampler"),
-        ({"weighting": weighting}, "the result of weighting"),
-        ({"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)}, "the timesteps"),
-    ):
+    """A weight [B, 1] would broadcast a loss [B] to [B, B]."""
+    for words, options in {
+        "the weights of timestep_sampler": {"timestep_sampler": lambda key, batch, total: (T, jnp.full(shape, 2.0))},
+        "the timesteps": {"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)},
+        "the result of weighting": {"weighting": lambda snr: jnp.full(shape, 2.0)},
+    }.items():
         with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\].*got \[{shape[0]}"):
-            losses.simple(KEY, FULL, network, X[:, 0, 0], **options)
-        with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\]"):
-            losses.hybrid(KEY, FULL, doubled, X, **options)
-    for sampler in (lambda key, batch, total: (T, 2.0), lambda key, batch, total: (T, np.full(2, 2.0))):
-        weighted, aux = losses.simple(KEY, FULL, network, X, timestep_sampler=sampler, weighting=lambda snr: 3.0)
+            SIMPLE(X[:, 0, 0], **options)
+
+
+def test_one_number_is_the_weight_of_every_example():
+    for weight in (2.0, np.full(2, 2.0)):
+        sampler = lambda key, batch, total, weight=weight: (T, weight)  # noqa: E731
+        weighted, aux = SIMPLE(X, timestep_sampler=sampler, weighting=lambda snr: 3.0)
         np.testing.assert_allclose(weighted, 6 * aux.mse, rtol=1e-6)
         assert weighted.shape == aux.importance.shape == aux.t.shape == (2,)
-
-
-@pytest.mark.parametrize("x", [jnp.zeros(3), jnp.zeros(())])
-def test_one_vector_without_a_batch_axis(x):
-    logits_fn = lambda x_t, time: jnp.zeros((len(x_t), 5))  # noqa: E731
-    for take in (
-        lambda x: losses.simple(KEY, FULL, network, x),
-        lambda x: losses.vlb(KEY, FULL, network, x, variance="fixed_small"),
-        lambda x: losses.classify(KEY, FULL, logits_fn, x, jnp.zeros(3, int)),
-        lambda x: likelihood.bits_per_dim(KEY, FULL, network, x),
-    ):
-        with pytest.raises(ValueError, match=r"x_0 must have a batch axis, vectors \[B, C\].*x_0\[None\]"):
-            take(x)

@@ -28,32 +28,30 @@ def test_antithetic_pairs_and_strata():
         np.testing.assert_array_equal(np.sort(np.asarray(t) // 10), np.arange(8))  # one in each eighth
 
 
-def recorded_one_by_one(history, t, values):
-    """The published rule, one loss at a time: a list for each step, of which the oldest falls out."""
-    for step, value in zip(t, values, strict=True):
-        history[step] = (history[step] + [value])[-3:]
-    return history
+record = jax.jit(timesteps.record)
 
 
 def test_the_history_keeps_the_last_losses_of_each_step():
+    """The published rule, one loss at a time: a list for each step, of which the oldest falls out."""
     rng = np.random.default_rng(0)
     history, lists = timesteps.loss_history(5, length=3), [[] for _ in range(5)]
-    record = jax.jit(timesteps.record)
     for _ in range(20):
         t = rng.integers(0, 5, 12).astype(np.int32)  # some steps more often than a ring is long
         values = rng.normal(size=12).astype(np.float32)
-        history, lists = record(history, t, values), recorded_one_by_one(lists, t.tolist(), values.tolist())
+        history = record(history, t, values)
+        for step, value in zip(t, values, strict=True):
+            lists[step] = [*lists[step], value][-3:]
         for step in range(5):
             kept = np.asarray(history.losses[step])[: min(int(history.counts[step]), 3)]
-            np.testing.assert_array_equal(np.sort(kept), np.sort(np.float32(lists[step])))
+            np.testing.assert_array_equal(np.sort(kept), np.sort(lists[step]))
 
 
 def test_the_sampler_is_uniform_until_every_step_is_full():
     history = timesteps.loss_history(4, length=2)
     for t in ([0, 0, 1, 1], [2, 2, 3, 0]):
-        history = timesteps.record(history, jnp.array(t), jnp.array([5.0, 1.0, 2.0, 3.0]))
+        history = record(history, jnp.array(t), jnp.array([5.0, 1.0, 2.0, 3.0]))
         np.testing.assert_allclose(timesteps.step_probabilities(history), 0.25)
-    history = timesteps.record(history, jnp.array([3]), jnp.array([4.0]))
+    history = record(history, jnp.array([3]), jnp.array([4.0]))
     kept = np.array([[1, 3], [2, 3], [5, 1], [2, 4]], float)  # step 0 saw 5, 1, 3
     root = np.sqrt((kept**2).mean(1))
     np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
@@ -63,7 +61,7 @@ def test_the_sampler_is_uniform_until_every_step_is_full():
 def test_the_uniform_part_of_importance_sampling():
     """Half of it uniform: a step whose losses are 0 keeps the probability 1 / (2 T), and its weight is 2."""
     t = jnp.repeat(jnp.arange(4), 2)
-    history = timesteps.record(timesteps.loss_history(4, length=2), t, jnp.where(t == 0, 0.0, 1.0))
+    history = record(timesteps.loss_history(4, length=2), t, jnp.where(t == 0, 0.0, 1.0))
     np.testing.assert_allclose(timesteps.step_probabilities(history, 0.5), [1 / 8, *[7 / 24] * 3], rtol=1e-6)
     drawn, weight = timesteps.loss_second_moment(history, 0.5)(jax.random.key(0), 200, 4)
     assert (drawn == 0).any()
@@ -73,7 +71,7 @@ def test_the_uniform_part_of_importance_sampling():
 def full_history(losses):
     """A history [T, 2] whose steps have two equal losses each."""
     t = jnp.tile(jnp.arange(len(losses)), 2)
-    return timesteps.record(timesteps.loss_history(len(losses), length=2), t, jnp.tile(jnp.array(losses), 2))
+    return record(timesteps.loss_history(len(losses), length=2), t, jnp.tile(jnp.array(losses), 2))
 
 
 @pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0], [1e30, 2.0, 3.0], [1e-30, 2e-30, 0.0]])
@@ -90,9 +88,9 @@ def test_losses_that_are_not_finite_are_not_recorded(bad):
     """The history is that of the finite losses alone, in their order, also within one batch."""
     t, values = jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([bad, 3.0, 5.0, 4.0, bad, 6.0])
     history = full_history([1.0, 2.0])
-    found = jax.jit(timesteps.record)(history, t, values)
+    found = record(history, t, values)
     finite = np.isfinite(values)
-    for leaf, expected in zip(found, timesteps.record(history, t[finite], values[finite]), strict=True):
+    for leaf, expected in zip(found, record(history, t[finite], values[finite]), strict=True):
         np.testing.assert_array_equal(leaf, expected)
     np.testing.assert_allclose(np.sort(found.losses), [[4, 6], [3, 5]])
     root = np.sqrt([(16 + 36) / 2, (9 + 25) / 2])

@@ -12,6 +12,7 @@ docs/reference/configuration.md lists all settings.
 from __future__ import annotations
 
 import copy
+import functools
 import pathlib
 import re
 import runpy
@@ -24,7 +25,6 @@ from ml_collections import ConfigDict, FieldReference
 from diffusion_jax.config.table import (
     GROUPS,
     SETTINGS,
-    Setting,
     clips_by_default,
     defaults,
     flatten,
@@ -34,7 +34,7 @@ from diffusion_jax.config.table import (
     is_upsampler,
     resolve_clip,
 )
-from diffusion_jax.config.values import OneOf
+from diffusion_jax.config.values import OneOf, parse
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
@@ -77,7 +77,10 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
     Raises: ConfigError for an unknown setting, or a value with a wrong type or out of range.
     """
-    _check_mapping(config)
+    if not isinstance(config, Mapping | ConfigDict):
+        raise ConfigError(
+            f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
+        )
     return _complete(flatten(config))
 
 
@@ -87,13 +90,11 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     ConfigDict fields that refer to a replaced field (`get_ref`) follow it.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
-    _check_mapping(config)
-    texts = {_ALIASES.get(name, name): text for name, text in texts.items()}
-    given = flatten(config)
-    values = {}
+    given, values = flatten(config), {}
     for name, text in texts.items():
+        name = _ALIASES.get(name, name)
         _check_known(name)
-        values[name] = _convert(name, SETTINGS[name], text, SETTINGS[name].kind.parse, text)
+        values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
         changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
@@ -125,18 +126,14 @@ def experiment(name: str) -> ConfigDict:
             raise ConfigError(f"{file} defines no function get_config(), which must return the ConfigDict")
         config = get_config() if argument is None else get_config(argument)
         resolved = resolve(config)
+        return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    except SyntaxError as error:
-        raise ConfigError(
-            f"{name}: line {error.lineno} of {error.filename} is not valid Python ({error.msg})"
-        ) from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]} of {file}" if lines else file
         text = shorten(str(error), 300)  # some errors list a whole config
         raise ConfigError(f"{name}: {where} raises {type(error).__name__}: {text}") from error
-    return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
 
 
 def experiment_names() -> list[str]:
@@ -157,7 +154,7 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
     config = ConfigDict({group: {} for group in GROUPS if group})
     for name, value in {**defaults(given), **given}.items():
         setting = SETTINGS[name]
-        value = _convert(name, setting, value, setting.kind.check, _shown(value))
+        value = _convert(name, value, setting.kind.check, _shown(value))
         if isinstance(setting.kind, OneOf):  # a ConfigDict would fix the type of the first value
             value = FieldReference(value, field_type=object)
         group, _, last = name.rpartition(".")
@@ -165,22 +162,15 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def _convert(name: str, setting: Setting, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
+def _convert(name: str, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
     """Returns `convert(value)`. Raises: ConfigError, showing the value as `shown`, if the setting does not allow it."""
+    setting = SETTINGS[name]
     try:
         return convert(value)
     except (ValueError, TypeError, OverflowError) as error:
         advice = str(error) if isinstance(error, ValueError) else ""
         advice = advice or f"description: {setting.description.split('. ')[0].rstrip('.')}"
         raise ConfigError(f"{name}={shown} must be {setting.kind.allowed}; {advice}") from None
-
-
-def _check_mapping(config: Any) -> None:
-    """Raises ConfigError for anything but a mapping."""
-    if not isinstance(config, Mapping | ConfigDict):
-        raise ConfigError(
-            f"a config must be a nested mapping, such as {{'training': {{'num_steps': 800000}}}}, and not {_shown(config)}"
-        )
 
 
 def _check_known(name: str) -> None:

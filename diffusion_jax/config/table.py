@@ -287,13 +287,12 @@ OPTIMIZER: dict[str, Setting] = {
     "grad_clip": Setting(1.0, Number(minimum=0), "Largest global norm of the gradient; 0 for no clipping."),
 }
 
-_WRITERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LOGGING: dict[str, Setting] = {
     "writers": Setting(
         ("tensorboard",),
-        Tuple(Choice(*_WRITERS), f"names from {', '.join(_WRITERS)}", shown="('tensorboard', 'wandb')"),
-        "Destinations of metrics and pictures besides metrics.jsonl. Trackers are separate packages, configured by their "
-        "environment variables.",
+        Tuple(Text(), "names", shown="('tensorboard', 'wandb')"),
+        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow or trackio. Trackers are "
+        "separate packages, configured by their environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
@@ -341,7 +340,7 @@ SAMPLING: dict[str, Setting] = {
     ),
     "spacing": Setting(
         None,
-        optional(Choice(*schedules.SPACINGS, "openai_ddim", "given")),
+        optional(Choice(*schedules.SPACINGS, "given")),
         'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
         f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, otherwise trailing.",
     ),
@@ -363,7 +362,7 @@ SAMPLING: dict[str, Setting] = {
         OneOf(
             Choice(None),
             Integer(0),
-            Tuple(OneOf(Integer(0), Text()), "class numbers or names", 1, shown="(3, 5)", brackets=True),
+            Tuple(OneOf(Integer(0), Text()), "class numbers or names", 1, shown="(3, 5)"),
             Text(),
         ),
         "Class of the samples, by number or name, or several alternating classes; None for all classes. On the command line "
@@ -398,7 +397,7 @@ SAMPLING: dict[str, Setting] = {
     "conditions": Setting(
         "",
         PATH,
-        'Conditions of the samples, in the units of the data: an .npy, or an .npz with "condition". Sample i uses row i '
+        'Conditions of the samples, in data units: an .npy, or an .npz with "condition". Sample i uses row i '
         "modulo the number of rows.",
     ),
     "num_samples": Setting(64, Integer(1), "Number of samples of --mode=sample."),
@@ -426,9 +425,7 @@ EDITING: dict[str, Setting] = {
         Choice(*editing.EDITS),
         "Task of --mode=edit, with the sampler in `sampling`. inpaint is RePaint; replace is RePaint without resampling.",
     ),
-    "image": Setting(
-        "", PATH, "Image to edit; for data that are not images, an .npy with one example in the units of the data."
-    ),
+    "image": Setting("", PATH, "Image to edit; for data that are not images, an .npy with one example in data units."),
     "mask": Setting("", PATH, "Mask: an image that is white, or a bool .npy that is True, at the known pixels."),
     "other": Setting("", PATH, "Second image or example for interpolate."),
     "num_samples": Setting(8, Integer(1), "Number of results; for interpolate, including both images."),

@@ -1,7 +1,8 @@
-"""The kinds of values that settings allow, as Python values and as command-line text, which is never evaluated."""
+"""The kinds of values that settings allow, and `parse`, which reads command-line text without evaluating it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -10,7 +11,7 @@ import numbers
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ __all__ = [
     "ValueKind",
     "import_function",
     "optional",
+    "parse",
 ]
 
 
@@ -46,9 +48,48 @@ class ValueKind(Protocol):
         """Converts the value to its Python type. Raises: ValueError if not allowed, with advice or "" as message."""
         ...
 
-    def parse(self, text: str) -> Any:
-        """Parses a command-line argument. Raises: as `check`."""
-        ...
+
+def parse(kind: ValueKind, text: str) -> Any:
+    """Returns the first reading of a command-line argument that `kind` allows. Raises: ValueError, as `ValueKind.check`."""
+    return _first_allowed([partial(kind.check, value) for value in _readings(text.strip())])
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """Yields what a text may mean: None, a number, a bool, a tuple in brackets, a string, a tuple without brackets."""
+    if text == "None":
+        yield None
+    with contextlib.suppress(ValueError):
+        yield _to_number(text)
+    if text.lower() in ("true", "1", "false", "0"):
+        yield text.lower() in ("true", "1")
+    is_tuple = text[:1] + text[-1:] in ("()", "[]")
+    items = re.findall(r"\s*'[^']*'|\s*\"[^\"]*\"|[^,]+", text[1:-1] if is_tuple else text)  # "(1, 2)", "['a, b', c]"
+    values = tuple(_to_item(item.strip()) for item in items if item.strip())
+    yield from [values, _unquote(text)] if is_tuple else [_unquote(text), values]
+
+
+def _to_number(text: str) -> int | float:
+    """Reads 10000, 1e4 or 0.5. Raises: ValueError."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def _to_item(text: str) -> Any:
+    try:
+        return _to_number(text)
+    except ValueError:
+        return _unquote(text)
+
+
+def _first_allowed(checks: Sequence[Callable[[], Any]]) -> Any:
+    """Returns the first result. Raises: ValueError with the first advice if no check allows its value."""
+    advice = []
+    for check in checks:
+        try:
+            return check()
+        except ValueError as error:
+            advice.append(str(error))
+    raise ValueError(next(filter(None, advice), ""))
 
 
 def _to_scalar(value: Any) -> Any:
@@ -61,20 +102,16 @@ def _unquote(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-@dataclasses.dataclass(frozen=True)
 class Text:
-    """A string, or an os.PathLike. Surrounding quotes, which mark a string that looks like a number, are removed."""
+    """A string, or an os.PathLike."""
 
-    allowed: str = "a string"
+    allowed = "a string"
 
     def check(self, value: Any) -> str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(value, str):
             raise ValueError
         return str(value)  # a str, not a subclass such as NumPy's
-
-    def parse(self, text: str) -> str:
-        return _unquote(text)
 
 
 class Choice:
@@ -96,18 +133,8 @@ class Choice:
         near = closest_names(value, list(map(str, self.choices))) if isinstance(value, str) else []
         raise ValueError(f"did you mean {near[0]}?" if near else "")
 
-    def parse(self, text: str) -> Any:
-        return self.check({str(choice): choice for choice in self.choices}.get(_unquote(text), _unquote(text)))
 
-
-class Boolean(Choice):
-    """True or False."""
-
-    def __init__(self):
-        super().__init__(True, False)
-
-    def parse(self, text: str) -> bool:
-        return self.check({"true": True, "1": True, "false": False, "0": False}.get(text.lower()))
+Boolean = partial(Choice, True, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +183,6 @@ class Number:
             raise ValueError
         return number
 
-    def parse(self, text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            raise ValueError("write it as 10000 or 1e4" if self.whole else "write it as 0.5 or 2e-4") from None
-        return self.check(int(number) if self.whole and number.is_integer() else number)
-
 
 Integer = partial(Number, whole=True)
 
@@ -171,8 +191,7 @@ Integer = partial(Number, whole=True)
 class Tuple:
     """A tuple (or another sequence) of items of one kind.
 
-    items: a plural noun for the items. shown: an example. brackets: whether a command line needs brackets around the items,
-    because without brackets the text has another meaning. rising: whether the tuple is empty or has at least two items in
+    items: a plural noun for the items. shown: an example. rising: whether the tuple is empty or has at least two items in
     increasing order.
     """
 
@@ -181,7 +200,6 @@ class Tuple:
     minimum_length: int = 0
     maximum_length: int | None = None
     shown: str = ""
-    brackets: bool = False
     rising: bool = False
 
     @property
@@ -193,25 +211,12 @@ class Tuple:
             value = value.tolist()
         if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
             raise ValueError
-        return self._convert(value, self.item.check)
-
-    def parse(self, text: str) -> tuple:
-        """Parses the items in "1,2", "(1, 2)" or "['a, b', c]"."""
-        text = text.strip()
-        has_brackets = text[:1] + text[-1:] in ("()", "[]")
-        if self.brackets and not has_brackets:
-            raise ValueError
-        items = re.findall(r"\s*'[^']*'|\s*\"[^\"]*\"|[^,]+", text[1:-1] if has_brackets else text)
-        return self._convert([item.strip() for item in items if item.strip()], self.item.parse)
-
-    def _convert(self, items: Sequence, convert: Callable[[Any], Any]) -> tuple:
         values = []
-        for item in items:
+        for item in value:
             try:
-                values.append(convert(item))
+                values.append(self.item.check(item))
             except ValueError as error:
-                shown = item if isinstance(item, str) and item[:1] in ("'", '"') else repr(item)
-                raise ValueError(f"{shown} is not allowed" + (f"; {error}" if str(error) else "")) from None
+                raise ValueError(f"{item!r} is not allowed" + (f"; {error}" if str(error) else "")) from None
         if not self.minimum_length <= len(values) <= (self.maximum_length or math.inf):
             raise ValueError
         if self.rising and (len(values) == 1 or not all(low < high for low, high in itertools.pairwise(values))):
@@ -233,19 +238,7 @@ class OneOf:
         return " or ".join(kind.allowed for kind in self.kinds)
 
     def check(self, value: Any) -> Any:
-        return self._first([partial(kind.check, value) for kind in self.kinds])
-
-    def parse(self, text: str) -> Any:
-        return self._first([partial(kind.parse, text) for kind in self.kinds])
-
-    def _first(self, conversions: Sequence[Callable[[], Any]]) -> Any:
-        advice = []
-        for convert in conversions:
-            try:
-                return convert()
-            except ValueError as error:
-                advice.append(str(error))
-        raise ValueError(next(filter(None, advice), ""))
+        return _first_allowed([partial(kind.check, value) for kind in self.kinds])
 
 
 def optional(kind: ValueKind) -> OneOf:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
-
 from diffusion_jax.config import resolve
 from diffusion_jax.data.array_files import ArrayFiles
 from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, fit
@@ -27,8 +25,8 @@ from diffusion_jax.data.sources import (
     Source,
     check_examples,
     check_levels,
-    check_random_flip,
     example_shape,
+    find_contradiction,
     is_in_memory,
     is_of_images,
     read_classes,
@@ -57,9 +55,9 @@ __all__ = [
     "check_examples",
     "check_levels",
     "check_location",
-    "check_random_flip",
     "describe",
     "example_shape",
+    "find_contradiction",
     "find_normalizations",
     "fit",
     "has_splits",
@@ -81,7 +79,7 @@ SOURCES: dict[str, type[NamedSource]] = {"digits": Digits, "folder": Folder, "ar
 
 def describe(source: Source) -> str:
     """Returns the numbers of examples and classes in a source, with the names of up to 12 classes."""
-    first, (num_classes, names) = _read_first(source), read_classes(source)
+    first, (num_classes, names) = {} if isinstance(source, EncodedImages) else source.read([0]), read_classes(source)
     noun = "example" if "x" in first or ("image" in first and first["image"].ndim != 4) else "image"
     examples = f"{len(source):,} {noun}{'s' * (len(source) != 1)}"
     if "condition" in first:
@@ -100,7 +98,7 @@ def load(
     log: Callable[[str], None] = lambda line: None,
     source: Source | None = None,
 ) -> Source:
-    """Loads the source of `config.data`, in memory if it fits into `data.memory_mb`; "x" is in the units of the data.
+    """Loads the source of `config.data`, in memory if it fits into `data.memory_mb`; "x" is in data units.
 
     config: the settings of the group `data`, which may be partial; missing settings have their defaults. A missing TFDS data
     set is downloaded and prepared first, if `data.download` is true.
@@ -121,8 +119,16 @@ def load(
     else:
         source = CheckedSource.wrap(config, source)
     log(f"{describe(source)}.")
+    is_encoded = isinstance(source, EncodedImages)
+    first = {} if is_encoded else source.read([0])  # a corrupted image is reported together with all others
+    size = sum(array.nbytes for name, array in first.items() if name != "label") or math.prod(example_shape(config))
     try:
-        loaded = _load_into_memory(config, source, progress, log)
+        if len(source) * size > config["memory_mb"] * 2**20:
+            loaded = source
+        elif is_encoded and config["cache_decoded"]:
+            loaded = decode_once(source, config, progress, log)
+        else:
+            loaded = InMemory.load(source, progress)
     finally:  # even if corrupted images raise an error
         for note in source.notes() if isinstance(source, NamedSource) else ():
             log(note)
@@ -180,26 +186,3 @@ def _check_holdout(config: Mapping) -> None:
             f"data.holdout={share}, but {config['data_dir']} has splits of its own: use data.holdout=0, or the file of one "
             "split as data.data_dir"
         )
-
-
-def _load_into_memory(config: Mapping, source: Source, progress, log) -> Source:
-    """Loads the source into memory if it fits, otherwise returns the source itself."""
-    if _megabytes(source, config) > config["memory_mb"]:
-        return source
-    if isinstance(source, EncodedImages) and config["cache_decoded"]:
-        settings = {name: config[name] for name in ("dataset", "image_size", "channels")}
-        settings["split"] = "train" if source.of_files else config["split"]  # a folder is decoded as a whole
-        return decode_once(source, settings, progress, log)
-    return InMemory.load(source, progress)
-
-
-def _read_first(source: Source) -> dict[str, np.ndarray]:
-    """Reads the first example; {} for image files, whose shape is known and whose corrupted files are reported together."""
-    return {} if isinstance(source, EncodedImages) else source.read([0])
-
-
-def _megabytes(source: Source, config: Mapping) -> float:
-    """Returns the in-memory size of a source, in megabytes."""
-    arrays = [array for name, array in _read_first(source).items() if name != "label"]
-    bytes_per_example = sum(array.nbytes for array in arrays) if arrays else math.prod(example_shape(config))
-    return len(source) * bytes_per_example / 2**20

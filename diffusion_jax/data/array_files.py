@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.sources import NamedSource, check_examples, classes_of_files, example_shape, find_files
+from diffusion_jax.data.sources import Arrays, NamedSource, check_examples, classes_of_files, example_shape, find_files
 from diffusion_jax.errors import DataError, list_names
 from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
@@ -27,7 +27,7 @@ _NAMES = ("x", "image", "label", "condition")
 _SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "eval", "dev"}
 
 
-class ArrayFiles(NamedSource):
+class ArrayFiles(Arrays, NamedSource):
     """Examples [*spatial, C] in files, read by index; the files may exceed memory. Picklable, because it holds paths.
 
     path: one of
@@ -72,21 +72,16 @@ class ArrayFiles(NamedSource):
         return split in names or bool(names & _SPLIT_NAMES)
 
     def __init__(self, path: str, split: str = "train", shape: tuple[int, ...] = ()):
-        self._shape, location = tuple(shape), _find_split(path, split)
-        self._unknown: list[str] = []
-        self._labels: np.ndarray | None = None
-        self._arrays: dict[str, _Rows | _FolderRows]
+        location, self._ignored = _find_split(path, split), []
         if location.is_dir() and not _kind(location.name):
-            examples, self._labels, self.class_names = _open_folder(location, self._shape)
-            self._arrays = {_key(examples): examples}
+            arrays, classes = _open_folder(location, tuple(shape))
         else:
-            self._arrays, self._unknown = _open_file(location)
-        self.num_classes = len(self.class_names)
-        if "label" in self._arrays:
-            self._labels, self.num_classes = _read_labels(f"{location}: label", self._arrays.pop("label"), len(self))
-
-    def __len__(self) -> int:
-        return next(iter(self._arrays.values())).shape[0]
+            (arrays, self._ignored), classes = _open_file(location), ()
+        self._name, examples = next(iter(arrays.items()))
+        self._lacks_channels = (*examples.shape[1:], 1) == tuple(shape)
+        super().__init__(arrays, len(classes), classes)
+        if "label" in arrays and not classes:
+            self.arrays["label"], self.num_classes = _read_labels(f"{location}: label", arrays["label"], len(self))
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Reads the examples at n indices in [0, N), in any order, with repetitions allowed.
@@ -94,19 +89,15 @@ class ArrayFiles(NamedSource):
         Returns "image" uint8 or "x" (real numbers as in the files), [n, *spatial, C]; if the files have them, also "label"
         int32 [n] and "condition" [n, D] or [n, *spatial, K]. Raises: DataError for files that cannot be read.
         """
-        rows = np.asarray(indices, np.int64)
-        batch = {name: array.read(rows) for name, array in self._arrays.items()}
-        name = next(iter(batch))
-        if (*batch[name].shape[1:], 1) == self._shape:
-            batch[name] = batch[name][..., None]
-        if self._labels is not None:
-            batch["label"] = self._labels[rows]
+        batch = super().read(indices)
+        if self._lacks_channels:
+            batch[self._name] = batch[self._name][..., None]
         return batch
 
     def notes(self) -> list[str]:
         """Returns a line about arrays that are not read."""
-        names = list_names(map(repr, self._unknown), 8)
-        return [f"Ignored arrays: {names}; arrays are x or image, label, and condition."] if self._unknown else []
+        names = list_names(map(repr, self._ignored), 8)
+        return [f"Ignored arrays: {names}; arrays are x or image, label, and condition."] if self._ignored else []
 
 
 def _key(examples: _Rows | _FolderRows) -> str:
@@ -157,41 +148,37 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
     return {name: sorted(files) for name, files in entries.items()}
 
 
-def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows | _FolderRows], list[str]]:
+def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
     """Returns (the arrays in a file or store, examples first; the names of arrays that are not read). Raises: DataError."""
-    if path.suffix.lower() == ".npy":
-        names, chosen, examples = [], [], _Rows(str(path))
-        found: dict[str, _Rows | _FolderRows] = {_key(examples): examples}
-    else:
+    names, found = [""], {}
+    if path.suffix.lower() != ".npy":
         with _readable(path):
-            names = _list_arrays(path)
-        chosen = [name for name in ("x", "image") if name in names] or [name for name in ("arr_0",) if name in names]
-        if len(chosen) == 2:
-            raise DataError(f"{path} has 'x' and 'image'; keep one: 'image' for uint8, 'x' for other numbers")
-        if not chosen:
+            if path.suffix.lower() == ".npz":
+                with zipfile.ZipFile(path) as archive:
+                    names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            else:
+                store = _open_store(str(path))
+                names = [] if hasattr(store, "shape") else sorted(k for k in store if hasattr(store[k], "shape"))
+        found = {name: _Rows(str(path), name) for name in _NAMES if name in names}
+    others = [name for name in names if name not in found]
+    if not {"x", "image"} & found.keys():
+        unnamed = [name for name in others if name in ("", "arr_0")]  # an .npy, or samples
+        if not unnamed:
             raise DataError(
                 f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no others'}; save "
                 "them under these names, outside groups, and optionally 'label' and 'condition'"
             )
-        examples = _Rows(str(path), chosen[0])
-        found = {_key(examples) if chosen == ["arr_0"] else chosen[0]: examples}
-        found |= {name: _Rows(str(path), name) for name in ("label", "condition") if name in names}
+        others.remove(unnamed[0])
+        examples = _Rows(str(path), unnamed[0])
+        found = {_key(examples): examples, **found}
+    examples = next(iter(found.values()))
     for name, array in found.items():
         if array.shape[:1] != examples.shape[:1] or not array.shape:
             raise DataError(
                 f"{path}: {name} has the shape {list(array.shape)}, and the examples {list(examples.shape)}; every example "
                 "needs a row of each array"
             )
-    return found, [name for name in names if name not in (*_NAMES, *chosen)]
-
-
-def _list_arrays(path: pathlib.Path) -> list[str]:
-    """Lists the arrays in a file or store that are outside groups."""
-    if path.suffix.lower() != ".npz":
-        store = _open_store(str(path))
-        return [] if hasattr(store, "shape") else sorted(name for name in store if hasattr(store[name], "shape"))
-    with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    return found, others
 
 
 def _open_store(path: str) -> Any:
@@ -240,22 +227,21 @@ class _Rows:
             return np.lib.format.open_memmap(self._path, mode="r")
         return map_array(self._path, self._name) if _kind(self._path) == ".npz" else _open_store(self._path)[self._name]
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Reads [n, ...] at rows int [n], in any order, with repetitions allowed."""
-        with _readable(self._path):
-            return np.ascontiguousarray(self._take(rows), self.dtype)
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    def _take(self, rows: np.ndarray) -> np.ndarray:
-        if isinstance(self._opened, np.ndarray):
-            return self._opened[rows]
-        if _kind(self._path) == ".zarr":
-            return self._opened.oindex[rows]
-        unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 reads only increasing rows
-        values = np.empty((len(unique), *self.shape[1:]), self.dtype)
-        starts = np.flatnonzero(np.diff(unique, prepend=-2) != 1)
-        for start, end in zip(starts, [*starts[1:], len(unique)], strict=False):  # a list of rows is 5 times slower
-            values[start:end] = self._opened[int(unique[start]) : int(unique[end - 1]) + 1]
-        return values[inverse]
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Reads [n, ...] at rows int [n], in any order, with repetitions allowed. Raises: DataError."""
+        with _readable(self._path):
+            if _kind(self._path) not in (".h5", ".hdf5"):
+                opened = self._opened.oindex if _kind(self._path) == ".zarr" else self._opened
+                return np.ascontiguousarray(opened[rows], self.dtype)
+            unique, inverse = np.unique(rows, return_inverse=True)  # HDF5 reads only increasing rows
+            values = np.empty((len(unique), *self.shape[1:]), self.dtype)
+            starts = np.flatnonzero(np.diff(unique, prepend=-2) != 1)
+            for start, end in zip(starts, [*starts[1:], len(unique)], strict=False):  # a list of rows is 5 times slower
+                values[start:end] = self._opened[int(unique[start]) : int(unique[end - 1]) + 1]
+            return values[inverse]
 
 
 class _FolderRows:
@@ -269,7 +255,10 @@ class _FolderRows:
         self._paths, self._ends = paths, np.cumsum(lengths)
         self.shape, self.dtype = (int(self._ends[-1]), *row_shape), dtype
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Reads [n, ...] at rows int [n], in any order, with repetitions allowed. Raises: DataError."""
         values = np.empty((len(rows), *self.shape[1:]), self.dtype)
         indices = np.searchsorted(self._ends, rows, "right")
@@ -280,11 +269,11 @@ class _FolderRows:
         return values
 
 
-def _read_labels(where: str, array: _Rows | _FolderRows, length: int) -> tuple[np.ndarray, int]:
+def _read_labels(where: str, array: _Rows, length: int) -> tuple[np.ndarray, int]:
     """Returns (labels int32 [N], the largest label + 1). Raises: DataError for labels that are not integers >= 0."""
     if array.dtype.kind not in "iu" or array.shape != (length,):
         raise DataError(f"{where} is {array.dtype} {list(array.shape)}, not integers [{length}], one for each example")
-    labels = array.read(np.arange(length))
+    labels = array[np.arange(length)]
     low, high = (int(labels.min()), int(labels.max())) if length else (0, 0)
     if low < 0 or high >= 2**31 - 1:
         wrong = low if low < 0 else high
@@ -292,8 +281,8 @@ def _read_labels(where: str, array: _Rows | _FolderRows, length: int) -> tuple[n
     return labels.astype(np.int32), high + 1
 
 
-def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[_FolderRows, np.ndarray | None, tuple[str, ...]]:
-    """Returns (the examples in the .npy files below a folder, their labels, the class names). Raises: DataError."""
+def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns (the examples in the .npy files below a folder, and their labels; the class names). Raises: DataError."""
     files = [path for path in find_files(root) if path.suffix.lower() == ".npy"]
     if not files:
         raise DataError(f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}")
@@ -313,6 +302,5 @@ def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[_FolderRow
             raise DataError(
                 f"{location} is {array.dtype}, but {locations[0]} is {dtypes[0]}; save all files as one type"
             )
-    classes, labels = classes_of_files(files)
-    labels = None if labels is None else np.repeat(labels, lengths)
-    return _FolderRows(locations, lengths, shape, dtypes[0]), labels, classes
+    examples, (classes, labels) = _FolderRows(locations, lengths, shape, dtypes[0]), classes_of_files(files)
+    return {_key(examples): examples} | ({} if labels is None else {"label": np.repeat(labels, lengths)}), classes

@@ -124,15 +124,13 @@ class Folder(EncodedImages):
         outside = [str(p) for p in files if len(p.parts) == 1]
         self._outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
-        self._size = image_size or self._shape_of(root / files[0])
+        if image_size is None:
+            with Image.open(root / files[0]) as image:
+                width, height = ImageOps.exif_transpose(image).size
+            image_size = height, width
+        self._size = image_size
         self._transparent: set[str] = set()
         self._animated: set[str] = set()
-
-    @staticmethod
-    def _shape_of(path: pathlib.Path) -> tuple[int, int]:
-        with Image.open(path) as image:
-            width, height = ImageOps.exif_transpose(image).size
-        return height, width
 
     def __len__(self) -> int:
         return len(self._files)
@@ -195,16 +193,18 @@ class Folder(EncodedImages):
 
 def decode_once(
     source: EncodedImages,
-    settings: Mapping[str, object],
+    config: Mapping,
     progress: Callable[[Iterable[int], int], Iterable],
     log: Callable[[str], None],
 ) -> InMemory:
     """Returns the source in memory: memory-mapped from the cache, or decoded and written to the cache.
 
-    settings: what affects the arrays besides the files. A corrupted cache file, found by the .npz checksums, is replaced; if
+    config: a complete `config.data`. A corrupted cache file, found by the .npz checksums, is replaced; if
     the cache cannot be written, a line is logged.
     Raises: UnreadableFilesError with all corrupted images; DataError.
     """
+    settings = {name: config[name] for name in ("dataset", "image_size", "channels")}
+    settings["split"] = "train" if source.of_files else config["split"]  # a folder is decoded as a whole
     directory = user_cache() / "decoded"
     try:
         path = directory / f"{_source_digest(source, settings)}.npz"
@@ -229,7 +229,7 @@ def decode_once(
 
 
 def _source_digest(source: EncodedImages, settings: Mapping[str, object]) -> str:
-    """Returns the SHA-256 of a source's files (names and contents) and of everything that affects their decoding."""
+    """Returns the SHA-256 of a source's files (names and contents), the settings and the versions that decode them."""
 
     def file_digest(path: pathlib.Path) -> str:
         with path.open("rb") as file:

@@ -32,7 +32,7 @@ Values = TypeVar("Values", jax.Array, np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in the units of the data.
+    """x = (data - offset) / scale for each channel: offset and scale, tuples of C numbers in data units.
 
     low, high: the training range, for conditions only; () if unknown; used only for notes.
     """
@@ -50,7 +50,7 @@ class Normalization:
         return x.astype(np.float32, copy=False)
 
     def invert(self, x: Values) -> Values:
-        """Converts x [n, *spatial, C] to the units of the data: float32, or float64 for a float64 x.
+        """Converts x [n, *spatial, C] to data units: float32, or float64 for a float64 x.
 
         If an offset exceeds 1000 times its scale, float32 would round the data too much: the result is then a float64 NumPy
         array, even for a jax array. Traced arrays keep their dtype.
@@ -88,8 +88,7 @@ class Normalization:
     @classmethod
     def from_json(cls, stored: Mapping[str, Sequence[float]]) -> Normalization:
         """Inverts `to_json`."""
-        limits = (tuple(map(float, stored.get(name, ()))) for name in ("low", "high"))
-        return cls(tuple(map(float, stored["offset"])), tuple(map(float, stored["scale"])), *limits)
+        return cls(**{name: tuple(map(float, values)) for name, values in stored.items()})
 
 
 def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.ndarray:
@@ -98,7 +97,7 @@ def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.
 
 
 def to_data_units(x: Values, normalization: Normalization | None) -> Values:
-    """Converts x [n, *spatial, C] to the units of the data; without a normalization x is unchanged."""
+    """Converts x [n, *spatial, C] to data units; without a normalization x is unchanged."""
     return x if normalization is None else normalization.invert(x)
 
 
@@ -166,13 +165,6 @@ def find_normalizations(
         (low, high), channels = config["limits"], first["x"].shape[-1]
         found["x"] = Normalization(((low + high) / 2,) * channels, ((high - low) / 2,) * channels)
     names = [name for name in ("x", "condition") if name in first and name not in found]
-    if names:
-        found |= {name: _standardization(name, total) for name, total in _moments(source, names, progress).items()}
-    return found
-
-
-def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Totals]:
-    """Computes mean, standard deviation and range of each channel in the arrays."""
     totals: dict[str, _Totals] = {}
 
     def add(indices):
@@ -185,9 +177,9 @@ def _moments(source: Source, names: Sequence[str], progress) -> dict[str, _Total
 
     n = len(source)
     chunks = [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
-    for _ in progress(map(add, chunks), n):
+    for _ in progress(map(add, chunks), n) if names else ():
         pass
-    return totals
+    return found | {name: _standardization(name, total) for name, total in totals.items()}
 
 
 class _Totals:

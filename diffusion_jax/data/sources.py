@@ -20,11 +20,13 @@ import numpy as np
 
 from diffusion_jax.config.values import import_function
 from diffusion_jax.errors import DataError, UnreadableFilesError, shorten
+from diffusion_jax.images import is_image_shape
 
 if TYPE_CHECKING:
     import grain
 
 __all__ = [
+    "Arrays",
     "Batches",
     "CheckedSource",
     "DerivedSource",
@@ -36,11 +38,10 @@ __all__ = [
     "check_examples",
     "check_image_settings",
     "check_levels",
-    "check_random_flip",
     "classes_of_files",
-    "example_indices",
     "example_shape",
     "examples_of",
+    "find_contradiction",
     "find_files",
     "is_in_memory",
     "is_of_images",
@@ -88,7 +89,7 @@ class Source(Protocol):
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of n examples, at these indices, by name. Raises: DataError.
 
-        Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in the units of the data, which
+        Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in data units, which
         `data.Normalized` standardizes. There are 0 to 3 spatial axes: 0 for vectors, 1 for series, 2 for images, 3 for
         volumes. Optional: "label", int32 [n], and "condition", real numbers [n, D] or [n, *spatial, K].
         """
@@ -163,11 +164,22 @@ class NamedSource(Source):
         return (row.tobytes() for batch in read_in_order(loaded, size) for row in examples_of(batch))
 
 
-class InMemory:
-    """A source of arrays by the names of `Source.read`, such as "image" uint8 [N, *spatial, C]."""
+class Arrays:
+    """A source of arrays by the names of `Source.read`: NumPy arrays, or arrays in files that are read by indexing."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], num_classes: int = 0, class_names: Sequence[str] = ()):
+    def __init__(self, arrays: Mapping[str, Any], num_classes: int = 0, class_names: Sequence[str] = ()):
         self.arrays, self.num_classes, self.class_names = dict(arrays), num_classes, tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        rows = np.asarray(indices, np.int64)
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+
+class InMemory(Arrays):
+    """A source of NumPy arrays, such as "image" uint8 [N, *spatial, C]."""
 
     @classmethod
     def load(
@@ -201,12 +213,6 @@ class InMemory:
         if failures:
             raise UnreadableFilesError(failures.items())
         return cls(arrays, *read_classes(source))
-
-    def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        return {name: array[indices] for name, array in self.arrays.items()}
 
 
 class DerivedSource:
@@ -254,23 +260,23 @@ def example_shape(config: Mapping) -> tuple[int, ...]:
 
 
 def is_of_images(config: Mapping) -> bool:
-    """Whether `config.data` describes images: gray levels, two spatial axes, and 1 or 3 channels."""
-    shape = example_shape(config)
-    return config["levels"] is not None and len(shape) == 3 and shape[-1] in (1, 3)
+    """Whether `config.data` describes images: gray levels, and examples of an image's shape."""
+    return config["levels"] is not None and is_image_shape(example_shape(config))
 
 
 def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
     """Returns ((height, width), channels) for image files. Raises: DataError for settings that describe other data."""
     shape, name = example_shape(config), config["dataset"]
     other = "other arrays are data.dataset=arrays or module:function"
-    if len(shape) != 3 or shape[-1] not in (1, 3):
+    if not is_image_shape(shape):
         raise DataError(
             f"data.dataset={name!r} has images with 1 or 3 channels, not examples of shape {list(shape)} "
             f"(data.image_size={config['image_size']}, data.channels={config['channels']}); {other}"
         )
     if config["levels"] is None:
         raise DataError(f"data.levels=None is for continuous data, and data.dataset={name!r} has images; {other}")
-    return shape[:2], shape[2]
+    height, width, channels = shape
+    return (height, width), channels
 
 
 def check_levels(images: np.ndarray, levels: int) -> None:
@@ -285,12 +291,13 @@ def check_levels(images: np.ndarray, levels: int) -> None:
         )
 
 
-def check_random_flip(config: Mapping, name: str = "image") -> None:
-    """Raises DataError if `data.random_flip` is True for data that are not images. name: "x" for data that are not uint8."""
-    if config["random_flip"] and (name == "x" or config["levels"] is None or len(example_shape(config)) != 3):
-        raise DataError(
-            "data.random_flip=True mirrors images of gray levels; use data.random_flip=False for these data"
-        )
+def find_contradiction(config: Mapping, name: str) -> str:
+    """Returns why data named "image" (uint8) or "x" (others) contradict `data.levels` or `data.random_flip`; else ""."""
+    if name == "image" and config["levels"] is None:
+        return 'data.levels=None is for continuous data ("x"), but the data are uint8 ("image"): use data.levels=256'
+    if config["random_flip"] and (name == "x" or len(example_shape(config)) != 3):
+        return "data.random_flip=True mirrors only uint8 images; use data.random_flip=False for these data"
+    return ""
 
 
 def check_examples(config: Mapping, source: Source) -> None:
@@ -305,8 +312,17 @@ def check_examples(config: Mapping, source: Source) -> None:
             f'and "condition"; got {", ".join(map(repr, names))}'
         )
     arrays = {name: np.asarray(array) for name, array in batch.items()}
-    name, shape = "image" if "image" in arrays else "x", example_shape(config)
-    _check_kind(config, name, arrays[name].dtype)
+    name, shape, levels = "image" if "image" in arrays else "x", example_shape(config), config["levels"]
+    dtype = arrays[name].dtype
+    if name == "image" and dtype != np.uint8:
+        raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
+    if name == "x" and (dtype == np.uint8 or not (dtype.kind in "iuf" or dtype.name == "bfloat16")):
+        advice = 'give it as "image"' if dtype == np.uint8 else "give real numbers"
+        raise DataError(f'a source returns "x" as {dtype}; {advice}')
+    if name == "x" and levels is not None:
+        raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
+    if contradiction := find_contradiction(config, name):
+        raise DataError(contradiction)
     if arrays[name].shape[1:] != shape:
         found, advice = arrays[name].shape[1:], ""
         if found:
@@ -325,21 +341,6 @@ def check_examples(config: Mapping, source: Source) -> None:
             raise DataError(
                 f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
             )
-    check_random_flip(config, name)
-
-
-def _check_kind(config: Mapping, name: str, dtype: np.dtype) -> None:
-    """Raises DataError for a dtype that the name does not allow, or that contradicts `data.levels`."""
-    levels, is_real = config["levels"], dtype.kind in "iuf" or dtype.name == "bfloat16"
-    if name == "image" and dtype != np.uint8:
-        raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
-    if name == "x" and (not is_real or dtype == np.uint8):
-        advice = 'give it as "image"' if dtype == np.uint8 else "give real numbers"
-        raise DataError(f'a source returns "x" as {dtype}; {advice}')
-    if name == "x" and levels is not None:
-        raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
-    if name == "image" and levels is None:
-        raise DataError("data.levels=None is for continuous data, but the data are uint8: use data.levels=256")
 
 
 class CheckedSource(DerivedSource, NamedSource):
@@ -380,17 +381,15 @@ class CheckedSource(DerivedSource, NamedSource):
         """Raises: DataError for a batch with other arrays, other shapes or types, or labels outside `num_classes`."""
         batch = {name: np.asarray(array) for name, array in self.source.read(indices).items()}
         where = f"a source, read at the indices {indices[0]} ... {indices[-1]}," if len(indices) else "a source"
-        if batch.keys() != self._expected.keys():
-            names = (", ".join(map(repr, arrays)) for arrays in (batch, self._expected))
-            raise DataError("{} returns {}, but for its first example {}".format(where, *names))
-        for name, (shape, dtype) in self._expected.items():
-            array = batch[name]
-            if array.shape != (len(indices), *shape) or not np.can_cast(array.dtype, dtype, "same_kind"):
-                raise DataError(
-                    f'{where} returns "{name}" as {array.dtype} {list(array.shape)}; as for its first example it must be '
-                    f"{dtype} {[len(indices), *shape]}"
-                )
-            batch[name] = array.astype(dtype, copy=False)
+        found = {name: (array.dtype, array.shape) for name, array in batch.items()}
+        expected = {name: (dtype, (len(indices), *shape)) for name, (shape, dtype) in self._expected.items()}
+        if found.keys() != expected.keys() or not all(
+            found[name][1] == shape and np.can_cast(found[name][0], dtype, "same_kind")
+            for name, (dtype, shape) in expected.items()
+        ):
+            listed = (", ".join(f'"{k}" {d} {list(s)}' for k, (d, s) in arrays.items()) for arrays in (found, expected))
+            raise DataError("{} returns {}, not as for its first example {}".format(where, *listed))
+        batch = {name: batch[name].astype(dtype, copy=False) for name, (dtype, _) in expected.items()}
         labels = batch.get("label", np.zeros(0, int))
         if self.num_classes and labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise DataError(
@@ -434,17 +433,6 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
-def example_indices(seed: int, num_examples: int, positions) -> np.ndarray:
-    """Returns the index int64 [...] of the example at each position int [...] in the endless sequence."""
-    positions = np.asarray(positions, np.int64)
-    indices = np.empty_like(positions)
-    epochs = positions // num_examples
-    for epoch in np.unique(epochs).tolist():
-        in_epoch = epochs == epoch
-        indices[in_epoch] = _permutation(seed, epoch, num_examples)[positions[in_epoch] % num_examples]
-    return indices
-
-
 class Batches:
     """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
 
@@ -455,14 +443,18 @@ class Batches:
         self, source: Source, seed: int, batch_size: int, num_steps: int, rows: slice | np.ndarray = slice(None)
     ):
         self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
-        self._rows = np.arange(batch_size)[rows]
+        self._rows = np.arange(batch_size, dtype=np.int64)[rows]
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns the batch at a step."""
-        indices = example_indices(self._seed, len(self._source), index * self._batch_size + self._rows)
+        epochs, positions = np.divmod(index * self._batch_size + self._rows, len(self._source))
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            in_epoch = epochs == epoch
+            indices[in_epoch] = _permutation(self._seed, epoch, len(self._source))[positions[in_epoch]]
         return self._source.read(indices)
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -227,10 +227,6 @@ class ConditionalDistribution:
         """Returns the standard deviation of x given c in each dimension, for conditions [n, 1]; [n, 2]."""
         return np.repeat(self.noise + self.noise_slope * condition, 2, axis=-1)
 
-    def _factor(self) -> np.ndarray:
-        """The Cholesky factor of the correlation matrix."""
-        return np.linalg.cholesky(np.array([[1.0, self.correlation], [self.correlation, 1.0]]))
-
     def entropy(self) -> float:
         """Returns the differential entropy of x given c, averaged over c, in nats per dimension; closed form."""
         narrow, wide = (self.noise + self.noise_slope * c for c in (self.low, self.high))
@@ -244,7 +240,8 @@ class ConditionalDistribution:
 
     def sample(self, rng: np.random.Generator, condition: np.ndarray) -> np.ndarray:
         """Draws a vector for each condition. condition: [n, 1]. Returns: float64 [n, 2]."""
-        noise = rng.standard_normal((len(condition), 2)) @ self._factor().T
+        factor = np.linalg.cholesky(np.array([[1.0, self.correlation], [self.correlation, 1.0]]))
+        noise = rng.standard_normal((len(condition), 2)) @ factor.T
         return self.mean(condition) + self.standard_deviation(condition) * noise
 
 
@@ -281,7 +278,7 @@ def series(config: Mapping[str, Any]) -> InMemory:
     size = config["image_size"]
     if not isinstance(size, tuple | list) or len(size) != 1:
         raise DataError(f"data.image_size={size!r}: a series has one spatial axis; use a tuple of 1, like (64,)")
-    return _examples(x=SERIES.sample(*_draws(config, "series"), *size))
+    return _draw(config, "series", lambda rng, count: {"x": SERIES.sample(rng, count, *size)})
 
 
 def field(config: Mapping[str, Any]) -> InMemory:
@@ -296,32 +293,31 @@ def volume(config: Mapping[str, Any]) -> InMemory:
 
 def moons(config: Mapping[str, Any]) -> InMemory:
     """20,000 vectors for training and 4,000 for test, drawn from `MOONS`: 2 channels."""
-    return _examples(x=MOONS.sample(*_draws(config, "moons")))
+    return _draw(config, "moons", lambda rng, count: {"x": MOONS.sample(rng, count)})
 
 
 def conditional(config: Mapping[str, Any]) -> InMemory:
     """20,000 vectors with conditions for training and 4,000 for test, drawn from `CONDITIONAL`: 2 channels."""
-    rng, count = _draws(config, "conditional")
-    condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
-    return _examples(x=CONDITIONAL.sample(rng, condition.astype(np.float64)), condition=condition)
+
+    def draw(rng, count):
+        condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
+        return {"x": CONDITIONAL.sample(rng, condition.astype(np.float64)), "condition": condition}
+
+    return _draw(config, "conditional", draw)
 
 
 def _periodic(config: Mapping[str, Any], name: str, distribution: FieldDistribution) -> InMemory:
-    rng, count = _draws(config, name)
-    shape = example_shape(config)[:-1]
-    blocks = (
-        distribution.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000)
-    )  # float64 takes memory
-    return _examples(x=np.concatenate(list(blocks)))
+    def draw(rng, count):  # in blocks, because float64 takes memory
+        blocks = (distribution.sample(rng, 1000, example_shape(config)[:-1]) for _ in range(count // 1000))
+        return {"x": np.concatenate([block.astype(np.float32) for block in blocks])}
+
+    return _draw(config, name, draw)
 
 
-def _draws(config: Mapping[str, Any], name: str) -> tuple[np.random.Generator, int]:
-    """Returns (the random generator for a split, the number of examples). Raises: DataError for an unknown split."""
+def _draw(config: Mapping[str, Any], name: str, draw: Callable[..., Mapping[str, np.ndarray]]) -> InMemory:
+    """Returns the examples (rng, count) -> arrays of a split, as float32. Raises: DataError for an unknown split."""
     split = config["split"]
     if split not in _NUM_EXAMPLES:
         raise DataError(f"data.split={split!r}: the data set {name!r} has 'train' and 'test'")
-    return np.random.default_rng((0, int(split == "test"), *name.encode())), _NUM_EXAMPLES[split]
-
-
-def _examples(**arrays: np.ndarray) -> InMemory:
+    arrays = draw(np.random.default_rng((0, int(split == "test"), *name.encode())), _NUM_EXAMPLES[split])
     return InMemory({name: array.astype(np.float32) for name, array in arrays.items()})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.experimental import multihost_utils
@@ -21,7 +21,7 @@ from diffusion_jax.distributed.processes import (
     is_multiprocess,
 )
 
-__all__ = ["PROGRAM", "SignalHandler", "StoppedBySignal", "rerun_hint"]
+__all__ = ["HANDLER", "SignalHandler", "StoppedBySignal"]
 
 _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
 
@@ -32,42 +32,33 @@ class StoppedBySignal(BaseException):
     A BaseException, so that code that catches every Exception, for example from unreadable files, does not catch this.
     """
 
-    def __init__(self, number: int, detail: str, is_computing: bool = False):
-        """is_computing: a thread is still computing, so the process must end with `processes.exit_now`."""
+    def __init__(self, number: int, detail: str):
         super().__init__(f"{_REASONS[signal.Signals(number)]}{detail}")
-        self.is_computing = is_computing
         self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
-def rerun_hint() -> str:
-    """Returns the end of a message: how to resume work without checkpoints."""
-    return "rerun the same command to continue from what is saved"
-
-
 class SignalHandler:
-    """Handles SIGTERM and Ctrl-C from `install`, or inside its context.
+    """Handles SIGTERM and Ctrl-C from `install`, or inside `saving`.
 
-    Without `saves`, a signal ends the process at once with one line: result files are written completely or not at all, and
-    locks end with the process. With `saves`, for the train loop, the first signal is recorded; every process calls
-    `requested` after each call of the train step, and saves if the result is true. A second Ctrl-C ends the process at once.
+    A signal ends the process at once with one line: result files are written completely or not at all, and locks end with the
+    process. Inside `saving`, the first signal is recorded; every process calls `requested` after each call of the train step
+    and the outputs of its step, and saves if the result is true. A second Ctrl-C ends the process at once.
 
     With several processes, JAX's preemption service agrees on the step. The service handles SIGTERM from the time when the
     processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
 
-    resume_hint: returns the end of the message, how to resume. has_abandoned: whether a function passed to `call` may still
-    be computing.
+    resume_hint: returns the end of the message, how to resume.
     """
 
-    def __init__(self, resume_hint: Callable[[], str] = rerun_hint, saves: bool = False):
-        self.resume_hint, self.has_abandoned = resume_hint, False
-        self._saves, self._num_calls = saves, 0
-        self._number: signal.Signals | None = None  # the first signal
-        self._interrupted = False
-        self._writer: socket.socket | None = None
+    def __init__(self):
+        self.resume_hint: Callable[[], str] = lambda: "rerun the same command to continue from what is saved"
+        self._writer: socket.socket | None = None  # None: not installed
         self._previous: dict[signal.Signals, Any] = {}
+        self._is_saving = False
+        self._number: signal.Signals | None = None  # the first signal inside `saving`
 
-    def install(self) -> None:
-        """Installs the handlers, also if other code has replaced them since the last call.
+    def install(self, *numbers: signal.Signals) -> None:
+        """Handles `numbers`, by default both signals, also if other code has replaced the handlers.
 
         Does nothing outside of the main thread.
         """
@@ -79,15 +70,10 @@ class SignalHandler:
             self._thread = threading.Thread(target=self._watch, args=(reader,), daemon=True, name="signals")
             self._thread.start()
         self._descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        is_left_to_jax = self._saves and is_multiprocess()
-        for number in (signal.SIGINT,) if is_left_to_jax else (signal.SIGINT, signal.SIGTERM):
+        for number in numbers or _REASONS:
             self._previous[number] = signal.signal(number, lambda *_: None)
 
-    def __enter__(self) -> SignalHandler:
-        self.install()
-        return self
-
-    def __exit__(self, *_) -> None:
+    def _uninstall(self) -> None:
         if self._writer is None:
             return
         for number, before in self._previous.items():
@@ -95,6 +81,21 @@ class SignalHandler:
         signal.set_wakeup_fd(self._descriptor)
         self._writer.close()
         self._thread.join()
+        self._writer = None
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Records signals inside the block, so that the train loop can save; installs the handlers if no program did."""
+        self._number, self._interrupted, self._num_calls = None, False, 0
+        is_in_program, self._is_saving = self._writer is not None, True
+        if not is_in_program:
+            self.install(*(signal.SIGINT,) if is_multiprocess() else _REASONS)  # JAX's service handles SIGTERM
+        try:
+            yield
+        finally:
+            self._is_saving = False
+            if not is_in_program:
+                self._uninstall()
 
     def _watch(self, reader: socket.socket) -> None:
         with reader:
@@ -103,7 +104,7 @@ class SignalHandler:
                     self._handle(signal.Signals(received[0]))
 
     def _handle(self, number: signal.Signals) -> None:
-        if not self._saves:
+        if not self._is_saving:
             stopped = StoppedBySignal(number, f"; {self.resume_hint()}")
             return (abort_process if is_multiprocess() else exit_now)(str(stopped), stopped.exit_code)
         if number == signal.SIGINT and self._interrupted:
@@ -123,32 +124,13 @@ class SignalHandler:
             return multihost_utils.reached_preemption_sync_point(self._num_calls)
         return self._number is not None
 
-    def call(self, function: Callable[[], Any]) -> tuple[bool, Any]:
-        """Calls `function` in another thread, and stops waiting when a signal arrives.
-
-        Use this for work that takes minutes and that a later launch can repeat, such as a picture. With several processes,
-        every process waits until the function ends, because all processes take part in it.
-        Returns: (True, result), or (False, None) if the function was abandoned. Raises: errors of `function`.
-        """
-        if is_multiprocess():
-            return True, function()
-        if self._number is None:
-            pool = ThreadPoolExecutor(1)
-            result = pool.submit(function)
-            pool.shutdown(wait=False)
-            while self._number is None:
-                if wait([result], timeout=0.1).done:
-                    return True, result.result()
-        self.has_abandoned = True
-        return False, None
-
     def stop_exception(self, step: int) -> StoppedBySignal:
         """Returns the exception to raise after `step` is saved. Every process must call this, and gets the same result."""
         number = self._number or signal.SIGTERM
         if signal.SIGINT in gather(int(number)):
             number = signal.SIGINT
         detail = f" at step {step}, which is saved; rerun the same command to resume from it"
-        return StoppedBySignal(number, detail, self.has_abandoned)
+        return StoppedBySignal(number, detail)
 
 
-PROGRAM = SignalHandler()  # for the whole program; the train loop installs its own handler inside
+HANDLER = SignalHandler()

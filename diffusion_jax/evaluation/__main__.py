@@ -10,7 +10,7 @@ import argparse
 import pathlib
 
 from diffusion_jax.cli import Parser, program
-from diffusion_jax.distributed import devices, sharding, signals
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_features
 
@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line; errors print one line and exit with code 2. A rerun reuses cached features."""
     with program(bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)
-        signals.PROGRAM.resume_hint = signals.rerun_hint
         compare_sets(arguments)
 
 
@@ -30,9 +29,8 @@ def compare_sets(arguments: argparse.Namespace) -> None:
     """
     from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
     from diffusion_jax.evaluation import features
-    from diffusion_jax.evaluation.compare import check_comparable, compare
+    from diffusion_jax.evaluation.compare import compare
     from diffusion_jax.evaluation.example_sets import open_set
-    from diffusion_jax.run_dir import RunDir
 
     requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
     unknown = sorted(set(requested) - METRICS.keys())
@@ -47,23 +45,21 @@ def compare_sets(arguments: argparse.Namespace) -> None:
         open_set(location, arguments.data_dir, arguments.image_size)
         for location in (arguments.reference, arguments.samples)
     )
-    check_comparable(reference, samples)
     of_images, normalization = samples.is_of_images, None
     name = arguments.features or features.default_name(reference.name.partition(":")[0], of_images)
     if not of_images and reference.examples is not None:
         normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
     spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
     names = choose_metrics(requested, spatial_axes, of_images, bool(name))
-    extractor = None
+    extractor = pipeline = None
     if needs_features(names, of_images):
         extractor = features.from_name(name, arguments.inception, arguments.resize, of_images)
     devices.start()
-    pipeline = None
     if extractor:
         mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
         pipeline = features.FeaturePipeline(extractor, mesh, arguments.batch_size)
-    cache = RunDir(features.cache_directory())
-    compare(reference, samples, names, output, pipeline, cache, Options(normalization=normalization), {})
+    options = Options(normalization=normalization)
+    compare(reference, samples, names, output, pipeline, options, {})
 
 
 def make_parser() -> Parser:

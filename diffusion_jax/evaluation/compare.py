@@ -16,13 +16,12 @@ import diffusion_jax
 from diffusion_jax import pictures
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
-from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline, feature_dimension
+from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, reported_name
+from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, needs_features, reported_name
 from diffusion_jax.provenance import Provenance
-from diffusion_jax.run_dir import RunDir
 
-__all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
+__all__ = ["add_record", "check_count", "compare", "read_records"]
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _WIDTH = 28  # width of names in the log
@@ -36,15 +35,13 @@ def compare(
     metric_names: Sequence[str],
     output: pathlib.Path,
     pipeline: FeaturePipeline | None,
-    cache: RunDir,
     options: Options,
     settings: Mapping[str, Any],
 ) -> list[pathlib.Path]:
     """Compares the samples with the reference, and adds a record with the metrics and settings to `output`.
 
     Pictures, and for arrays an .npz with statistics, are written beside `output`. The record includes the provenance that the
-    sample file stores. pipeline: None for metrics without features. cache: directory of cached features, which every process
-    must see. Every process must call this; process 0 writes the files.
+    sample file stores. pipeline: None for metrics without features. Every process must call this; process 0 writes the files.
     Returns: the files that this process has written.
     Raises: ValueError, before anything is computed, for sets that cannot be compared.
     """
@@ -54,9 +51,8 @@ def compare(
     if not of_images:
         reference, samples = reference.limit(MAX_EXAMPLES), samples.limit(MAX_EXAMPLES)
     sets = []
-    if pipeline and any(METRICS[name].needs_features(of_images) for name in names):
-        sets = [pipeline.extract_set(reference, cache.subdirectory("references"))]
-        sets += [pipeline.extract_set(samples, cache.subdirectory("samples"))]
+    if pipeline and needs_features(names, of_images):
+        sets = [pipeline.extract_set(reference), pipeline.extract_set(samples, "samples")]
     if jax.process_index() != 0:
         return []
     log("Comparing ...")
@@ -78,8 +74,7 @@ def compare(
     for name in names:
         result = results[name] = METRICS[name].compute(*inputs(METRICS[name].needs), options)
         prefix = ""
-        if METRICS[name].names:
-            assert extractor is not None
+        if METRICS[name].names and extractor:
             prefix = reported_name(name, extractor.published, extractor.resize)
         values |= {f"{prefix}{key}": value for key, value in result.values.items()}
         if result.note:
@@ -149,8 +144,8 @@ def _possible_metrics(
 ) -> list[str]:
     """Returns the metrics that these sets allow; logs all other metrics. Raises: ValueError if no metric is possible."""
     if samples.examples is None:
-        raise ValueError(f"{samples.name} holds only statistics, but samples must be images; swap the two arguments?")
-    check_comparable(reference, samples)
+        raise ValueError(f"{samples.name} has only statistics, but samples must be images; swap the two arguments?")
+    _check_comparable(reference, samples)
     reasons = {name: _why_not(METRICS[name].needs, reference, extractor) for name in metric_names}
     missing = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if missing:
@@ -163,14 +158,6 @@ def _possible_metrics(
     for each in (reference, samples):
         if each.examples is not None:
             check_count(each.name, len(each.examples), names)
-    statistics = reference.statistics
-    if statistics and extractor:
-        dimensions = feature_dimension(extractor, samples.first.shape[1:])
-        if dimensions and len(statistics.moments.mean) != dimensions:
-            raise ValueError(
-                f"{reference.name} has statistics of {len(statistics.moments.mean)} dimensions, and features of "
-                f"{extractor.name} have {dimensions}; use the features of the statistics"
-            )
     return names
 
 
@@ -187,15 +174,15 @@ def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | No
     return ""
 
 
-def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
+def _check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
     """Raises: ValueError if the two sets have examples of different shapes; gray and color images are comparable."""
     if reference.examples is None or samples.examples is None:
         return
     if reference.is_of_images != samples.is_of_images:
         images, others = (reference, samples) if reference.is_of_images else (samples, reference)
         raise ValueError(
-            f"{others.name} holds {others.first.dtype} {[len(others.source), *others.first.shape[1:]]}, not uint8 "
-            f"[N, H, W, 1 or 3] as {images.name}; save floats x in [-1, 1] as round((x + 1) * 127.5)"
+            f"{others.name} has the type {others.first.dtype} {[len(others.source), *others.first.shape[1:]]}, but "
+            f"{images.name} has images, uint8 [N, H, W, 1 or 3]; save floats x in [-1, 1] as round((x + 1) * 127.5)"
         )
     of_images = reference.is_of_images
     one, other = (each.first.shape[1:3] if of_images else each.first.shape[1:] for each in (reference, samples))
@@ -203,7 +190,7 @@ def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
         noun, advice = ("images", "; --image_size=N resizes folders and data sets") if of_images else ("examples", "")
         one, other = ("x".join(map(str, shape)) for shape in (one, other))
         raise ValueError(
-            f"{reference.name} holds {one} {noun} and {samples.name} holds {other} {noun}, which are not comparable{advice}"
+            f"{reference.name} has {one} {noun} and {samples.name} has {other} {noun}, which are not comparable{advice}"
         )
 
 
@@ -271,7 +258,7 @@ def _log_values(values: Mapping[str, Any]) -> None:
             log(line + (f" (equal distributions: {same_distribution:.4g})" if same_distribution is not None else ""))
     if "memorization" in values:
         share = values["memorization"]["close_share"]
-        log(f"{'closer than the reference':{_WIDTH}} {share:.4f} ({_EXPECTED_CLOSE_SHARE} of fresh examples)")
+        log(f"{'closer than the reference':{_WIDTH}} {share:.4f} (new examples: {_EXPECTED_CLOSE_SHARE})")
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -41,11 +41,9 @@ __all__ = [
     "DigitsNetwork",
     "FeatureExtractor",
     "FeaturePipeline",
-    "cache_directory",
+    "check_shape",
     "default_name",
     "digits",
-    "feature_dimension",
-    "from_function",
     "from_name",
     "inception",
 ]
@@ -72,8 +70,8 @@ class FeatureExtractor(NamedTuple):
     """A function from images to features, with its parameters.
 
     name: for reports. digest: changes with everything that changes the features. function: (params, uint8 images
-    [B, H, W, C]) -> BatchFeatures, compiled if `compiles`. head: [D, classes], from features to logits, or None. resize:
-    Inception's resize method, one of RESIZES. published: whether the Frechet distance may be called FID.
+    [B, H, W, C]) -> BatchFeatures, compiled unless params is None. head: [D, classes], from features to logits, or None.
+    resize: Inception's resize method, one of RESIZES. published: whether the Frechet distance may be called FID.
     """
 
     name: str
@@ -83,7 +81,6 @@ class FeatureExtractor(NamedTuple):
     head: np.ndarray | None = None
     resize: str | None = None
     published: bool = False
-    compiles: bool = True
 
 
 def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
@@ -124,15 +121,6 @@ def digits() -> FeatureExtractor:
     return FeatureExtractor("digits", hashlib.sha256(content).hexdigest(), function, params)
 
 
-def from_function(function: Callable, name: str, digest: str) -> FeatureExtractor:
-    """Returns an extractor for a function examples -> features [B, D], which is not compiled.
-
-    function: takes uint8 images [B, H, W, C], or continuous data, float32 [B, *spatial, C] in data units. digest: must change
-    whenever the features change.
-    """
-    return FeatureExtractor(name, digest, lambda _, images: BatchFeatures(function(images)), compiles=False)
-
-
 def default_name(dataset: str, of_images: bool) -> str:
     """Returns the default extractor: "digits" or "inception" for images, "" for other data (metrics without features)."""
     return ("digits" if dataset == "digits" else "inception") if of_images else ""
@@ -141,6 +129,8 @@ def default_name(dataset: str, of_images: bool) -> str:
 def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_images: bool = True) -> FeatureExtractor:
     """Returns the extractor "inception" (with the weights at `inception_path`), "digits", or an imported "module:function".
 
+    A user's function maps uint8 images [B, H, W, C], or continuous data, float32 [B, *spatial, C] in data units, to features
+    [B, D], and is not compiled.
     Raises: ValueError for another name, for missing weights, or for image features if the examples are not images;
       PretrainedError.
     """
@@ -165,18 +155,13 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
     assert path is not None  # only namespace packages have no file, and namespace packages have no functions
     with open(path, "rb") as file:  # the file's digest approximates the function's identity
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    return from_function(function, name, f"{content}_{name}")
+    return FeatureExtractor(name, f"{content}_{name}", lambda _, images: BatchFeatures(function(images)))
 
 
-def feature_dimension(extractor: FeatureExtractor, image_shape: tuple[int, ...]) -> int | None:
-    """Returns the number of features D, or None if only a call determines D.
-
-    Raises: ValueError for images that the extractor does not support.
-    """
-    if not extractor.compiles:
-        return None
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    return jax.eval_shape(extractor.function, extractor.params, image).pool.shape[1]
+def check_shape(extractor: FeatureExtractor, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError for images that the extractor does not support, before it computes any."""
+    if extractor.params is not None:
+        jax.eval_shape(extractor.function, extractor.params, jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8))
 
 
 # ---- The classifier of digits
@@ -206,18 +191,18 @@ class DigitsNetwork(nn.Module):
 # ---- Sets
 
 
-def cache_directory() -> pathlib.Path:
-    """Returns the user's cache directory for features, which is safe to delete."""
-    return user_cache() / "features"
-
-
 class FeaturePipeline:
-    """Computes features with an extractor, in batches of `batch_size` over a mesh."""
+    """Computes features with an extractor, in batches of `batch_size` over a mesh.
 
-    def __init__(self, extractor: FeatureExtractor, mesh: Mesh, batch_size: int):
+    workdir: several processes cache features there, because each must see them; one process uses the user's cache.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, mesh: Mesh, batch_size: int, workdir: RunDir | None = None):
         self.extractor, self._batch_size = extractor, batch_size
-        self._compute = None
-        if extractor.compiles:
+        self._cache, self._compute = RunDir(user_cache() / "features"), None
+        if workdir is not None and jax.process_count() > 1:
+            self._cache = workdir.subdirectory(".features")
+        if extractor.params is not None:
             self._compute = BatchFunction(extractor.function, extractor.params, mesh, batch_size)
             self._batch_size = self._compute.batch_size
 
@@ -248,8 +233,8 @@ class FeaturePipeline:
             raise ValueError(f"the features of {self.extractor.name} are not finite")
         return features
 
-    def extract_set(self, examples: ExampleSet, cache: RunDir) -> SetFeatures:
-        """Computes the features of a set, cached below `cache`.
+    def extract_set(self, examples: ExampleSet, folder: str = "references") -> SetFeatures:
+        """Computes the features of a set, cached in a folder of the cache: "references" or "samples".
 
         Statistics in the set's file take precedence over the examples, which may be fewer.
         """
@@ -263,7 +248,7 @@ class FeaturePipeline:
         key = (digest, self.extractor.digest, CHUNK, jax.default_backend())
         name_of_chunks = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         # Another command may compute the features of the same reference.
-        chunks = ChunkStore(cache.subdirectory(name_of_chunks), exclusive=False)
+        chunks = ChunkStore(self._cache.subdirectory(folder).subdirectory(name_of_chunks), exclusive=False)
 
         def compute(i: int) -> dict[str, np.ndarray]:
             first = i * CHUNK

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.metrics import of_arrays, of_features
-from diffusion_jax.metrics.of_arrays import Autocorrelation, LazyExamples, Measurement, even_indices, select
+from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, Measurement, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
 __all__ = [
@@ -51,7 +51,7 @@ _Examples = np.ndarray | LazyExamples
 class Options(NamedTuple):
     """Options for array metrics, besides the two sets.
 
-    seed: for random directions. normalization: maps standardized examples to the units of the data,
+    seed: for random directions. normalization: maps standardized examples to data units,
     examples * scale + offset; None if they have these units already. periodic: whether series are periodic.
     """
 
@@ -67,7 +67,7 @@ class Options(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """A statistic of both sets to draw, with one panel per channel, in the units of the data.
+    """A statistic of both sets to draw, with one panel per channel, in data units.
 
     name: the picture's name. x: float [K], or bin edges [C, K + 1]. reference, samples: `value` [K, C] with its
     `standard_error`. labels: for the axes. notes: a text for each channel, or (). logarithmic: whether both axes are.
@@ -75,8 +75,8 @@ class Curves(NamedTuple):
 
     name: str
     x: np.ndarray
-    reference: Measurement | Autocorrelation
-    samples: Measurement | Autocorrelation
+    reference: Measurement | Curve
+    samples: Measurement | Curve
     labels: tuple[str, str]
     notes: Sequence[str] = ()
     logarithmic: bool = False
@@ -85,7 +85,7 @@ class Curves(NamedTuple):
 class Result(NamedTuple):
     """The result of a metric.
 
-    values: numbers and settings for the record. arrays: statistics of both sets in the units of the data. curves: a picture
+    values: numbers and settings for the record. arrays: statistics of both sets in data units. curves: a picture
     of these statistics. neighbors, rows: the nearest reference examples for the samples at these rows. note: for the user.
     """
 
@@ -116,10 +116,6 @@ class Metric:
     spatial_axes: tuple[int, ...] = (0, 1, 2, 3)
     names: tuple[str, str] | None = None
 
-    def needs_features(self, of_images: bool) -> bool:
-        """Whether the metric compares features, for images or for other arrays."""
-        return self.needs != "examples" and (of_images or self.needs != "vectors")
-
 
 def reported_name(metric: str, published: bool, resize: str | None = None) -> str:
     """Returns the name of a metric in reports.
@@ -132,7 +128,8 @@ def reported_name(metric: str, published: bool, resize: str | None = None) -> st
 
 def needs_features(names: Iterable[str], of_images: bool) -> bool:
     """Whether any of the metrics compares features, for images or for other arrays."""
-    return any(METRICS[name].needs_features(of_images) for name in names)
+    kinds = {METRICS[name].needs for name in names} - {"examples"}
+    return bool(kinds if of_images else kinds - {"vectors"})
 
 
 def choose_metrics(
@@ -146,15 +143,15 @@ def choose_metrics(
     suitable = [
         name
         for name, metric in METRICS.items()
-        if spatial_axes in metric.spatial_axes and (has_features or not metric.needs_features(of_images))
+        if spatial_axes in metric.spatial_axes and (has_features or not needs_features([name], of_images))
     ]
     for name in requested or ():
         if name not in suitable:
             what = f"data with {spatial_axes} spatial axes"
-            if METRICS[name].needs_features(of_images):
+            if needs_features([name], of_images):
                 what += " and without features=module:function"
             raise ValueError(f"metrics: {name} is not for {what}; use names from {', '.join(suitable)}")
-    return tuple(requested or (name for name in suitable if not of_images or METRICS[name].needs_features(True)))
+    return tuple(requested or (name for name in suitable if not of_images or needs_features([name], True)))
 
 
 # ---- Features
@@ -266,7 +263,7 @@ def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Opti
 def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) -> Result:
     spectra = [of_arrays.power_spectrum(x) for x in (reference, samples)]
     values, (shell, channel) = _deviation("power_spectrum", spectra, relative=True)
-    frequencies = spectra[0].frequencies
+    frequencies = spectra[0].x
     values["power_spectrum_frequency"] = float(frequencies[shell])
     values["power_spectrum_channel"] = channel
     values["power_spectrum_z_limit"] = largest_z(spectra[0].value.size)
@@ -288,13 +285,13 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
     except ValueError as error:  # a constant channel; other metrics allow it
         return Result({}, note=f"no autocorrelation: {error}")
     values, (lag, channel) = _deviation("autocorrelation", found)
-    values["autocorrelation_lag"] = int(found[0].lags[lag])
+    values["autocorrelation_lag"] = int(found[0].x[lag])
     values["autocorrelation_channel"] = channel
     values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
-    arrays = {"autocorrelation_lags": found[0].lags, **_both("autocorrelation", found)}
+    arrays = {"autocorrelation_lags": found[0].x, **_both("autocorrelation", found)}
     one, other = found
     labels = "lag (positions)", "autocorrelation"
-    return Result(values, arrays, Curves("autocorrelation", one.lags, one, other, labels))
+    return Result(values, arrays, Curves("autocorrelation", one.x, one, other, labels))
 
 
 def _named(name: str, distance: Measurement) -> dict[str, Any]:
@@ -323,7 +320,9 @@ def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[
 
     pair: the statistic of the reference and of the samples.
     """
-    z = of_arrays.z_scores(pair[1], pair[0])
+    difference = pair[1].value - pair[0].value
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal numbers without an error have the z-score 0
+        z = np.where(difference == 0, 0.0, difference / np.hypot(pair[1].standard_error, pair[0].standard_error))
     index = np.unravel_index(int(np.argmax(np.abs(np.nan_to_num(z, nan=0.0)))), z.shape)
     (x, x_error), (y, y_error) = ((float(part.value[index]), float(part.standard_error[index])) for part in pair)
     deviation, error = y - x, math.hypot(x_error, y_error)

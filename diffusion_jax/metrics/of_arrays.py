@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "Autocorrelation",
+    "Curve",
     "LazyExamples",
     "MarginalHistograms",
     "MeanAndCovariance",
     "Measurement",
-    "PowerSpectrum",
     "as_example_pair",
     "as_examples",
     "autocorrelation",
@@ -36,7 +35,6 @@ __all__ = [
     "select",
     "sliced_wasserstein",
     "value_range",
-    "z_scores",
 ]
 
 _BLOCK = 1024  # examples
@@ -145,20 +143,6 @@ class Measurement(NamedTuple):
     same_distribution_std: Any = None
 
 
-def z_scores(one: Any, other: Any) -> np.ndarray:
-    """Returns (one - other) / standard error of the difference, for two independent statistics.
-
-    one, other: values with the fields `value` and `standard_error`; `other` may be an array of exact numbers. The z-scores
-    within one statistic are correlated, for example at neighboring lags. Two equal numbers without an error have the z-score
-    0.
-    """
-    exact = not hasattr(other, "standard_error")
-    difference = np.asarray(one.value) - np.asarray(other if exact else other.value)
-    error = np.hypot(one.standard_error, 0.0 if exact else other.standard_error)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(difference == 0, 0.0, difference / error)
-
-
 class MeanAndCovariance(NamedTuple):
     """mean: of each channel [C]. covariance: between the channels at one position [C, C]."""
 
@@ -188,27 +172,24 @@ def mean_and_covariance(x: Any) -> MeanAndCovariance:
     )
 
 
-class PowerSpectrum(NamedTuple):
-    """A spectrum averaged over K shells of frequencies, each as wide as the lowest frequency; k and -k share a shell.
+class Curve(NamedTuple):
+    """A statistic of each channel, `value` [K, C] with its `standard_error`, at x [K]: frequencies or lags."""
 
-    frequencies: the mean absolute frequency in each shell, in cycles per position [K]. value, standard_error: [K, C].
-    num_averaged: the number of frequencies in each shell [K].
-    """
-
-    frequencies: np.ndarray
+    x: np.ndarray
     value: np.ndarray
     standard_error: np.ndarray
-    num_averaged: np.ndarray
 
 
-def power_spectrum(x: Any) -> PowerSpectrum:
+def power_spectrum(x: Any) -> Curve:
     """The power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting each channel's mean.
 
-    With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions, the spectrum is E |F(k)|^2 / N. For white noise it
-    equals the variance at every frequency. The mean over all frequencies, sum(num_averaged * value) / sum(num_averaged), is
-    the variance (Parseval). For a periodic field the result is the field's spectrum, else the expected periodogram, whose
-    lags are weighted by 1 - |lag| / length. Raises: ValueError for vectors, fewer than two examples, or values that are not
-    finite.
+    With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions, the spectrum is E |F(k)|^2 / N, averaged over shells of
+    frequencies, each as wide as the lowest frequency; k and -k share a shell. For white noise it equals the variance at every
+    frequency, and its mean over all frequencies is the variance (Parseval). For a periodic field the result is the field's
+    spectrum, else the expected periodogram, whose lags are weighted by 1 - |lag| / length.
+
+    Returns: Curve at the mean absolute frequency in each shell, in cycles per position.
+    Raises: ValueError for vectors, fewer than two examples, or values that are not finite.
     """
     x = as_examples("x", x, 2)
     if x.ndim < 3:
@@ -224,30 +205,23 @@ def power_spectrum(x: Any) -> PowerSpectrum:
     total, squares = np.zeros((2, len(starts), channels))
     for _, block in read_blocks(x, 4 * math.prod(spatial) * channels):
         transform = np.fft.fftn(block - mean, axes=axes).reshape(len(block), -1, channels)
-        power = _squared_magnitude(transform) / math.prod(spatial)
+        power = (np.square(transform.real) + np.square(transform.imag)) / math.prod(spatial)
         # The estimated mean lies closer to the data than the true mean, which lowers the power at frequency 0.
         power[:, 0] *= count / (count - 1)
         power = np.add.reduceat(power[:, order], starts, axis=1) / sizes[:, None]
         total += power.sum(axis=0)
         squares += np.square(power).sum(axis=0)
     error = _standard_error(total, squares, count)
-    return PowerSpectrum(np.add.reduceat(lengths[order], starts) / sizes, total / count, error, sizes)
+    return Curve(np.add.reduceat(lengths[order], starts) / sizes, total / count, error)
 
 
-class Autocorrelation(NamedTuple):
-    """lags: int [K]. value, standard_error: for each channel [K, C]; exactly 1 at lag 0."""
-
-    lags: np.ndarray
-    value: np.ndarray
-    standard_error: np.ndarray
-
-
-def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
+def autocorrelation(x: Any, *, periodic: bool = False) -> Curve:
     """The autocorrelation of series x [n, L, C]: E (x(s) - mean)(x(s + lag) - mean) / variance, for lags up to L / 2.
 
     Assumes a stationary series: one mean and variance for all positions, and averages over positions. periodic: whether
     position L equals position 0, so that every lag has L pairs; otherwise lag h has L - h pairs.
 
+    Returns: Curve at the lags, int; exactly 1 at lag 0.
     Raises: ValueError for another shape, fewer than two examples, values that are not finite, or a constant channel.
     """
     x = as_examples("x", x, 2)
@@ -263,7 +237,7 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
     total, squares, with_variance = np.zeros((3, len(lags), channels))
     for _, block in read_blocks(x, 4 * padded * channels):
         transform = np.fft.rfft(block - mean, padded, axis=1)
-        power = _squared_magnitude(transform)
+        power = np.square(transform.real) + np.square(transform.imag)
         products = np.fft.irfft(power, padded, axis=1)[:, : len(lags)] / pairs[:, None]
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
@@ -280,7 +254,7 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Autocorrelation:
     centered = squares - 2 * value * with_variance + value**2 * squares[0]
     error = _standard_error(total - value * total[0], centered, count) / variance
     error[0] = 0.0
-    return Autocorrelation(lags, value, error)
+    return Curve(lags, value, error)
 
 
 def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -290,11 +264,6 @@ def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = means.mean(axis=0)
     centered = means - mean
     return mean, centered.T @ centered / ((len(x) - 1) * len(x))
-
-
-def _squared_magnitude(x: np.ndarray) -> np.ndarray:
-    """Returns |x|^2 for complex x, without a square root."""
-    return np.square(np.real(x)) + np.square(np.imag(x))
 
 
 def _standard_error(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:

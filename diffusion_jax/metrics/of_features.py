@@ -93,7 +93,9 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 def _check_moments(one: Moments, other: Moments) -> None:
     if one.mean.shape != other.mean.shape:
-        raise ValueError(f"moments of {len(one.mean)} and of {len(other.mean)} dimensions are of different features")
+        raise ValueError(
+            f"the moments have {len(one.mean)} and {len(other.mean)} dimensions; use features of one extractor"
+        )
     for mean, covariance in ((one.mean, one.covariance), (other.mean, other.covariance)):
         if covariance.shape != mean.shape * 2:
             raise ValueError(
@@ -329,4 +331,6 @@ def _checked(features, minimum: int) -> np.ndarray:
 
 def _check_widths(one: np.ndarray, other: np.ndarray) -> None:
     if one.shape[1] != other.shape[1]:
-        raise ValueError(f"features of {one.shape[1]} and of {other.shape[1]} dimensions are of different extractors")
+        raise ValueError(
+            f"the features have {one.shape[1]} and {other.shape[1]} dimensions; use one extractor for both"
+        )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
-from diffusion_jax.models.conditions import Conditional
+from diffusion_jax.models.conditions import Conditional, condition_shape
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.unet import KEPT_NAMES, Classifier, UNet
@@ -22,6 +22,7 @@ __all__ = [
     "Conditional",
     "UNet",
     "apply_network",
+    "condition_shape",
     "fields_of",
     "from_config",
     "initial_inputs",
@@ -53,9 +54,8 @@ def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(model, Conditional):
         if model.num_classes:
             inputs["y"] = jnp.zeros(1, jnp.int32)
-        condition_shape = model.condition_shape(shape[:-1])
-        if condition_shape is not None:
-            inputs["condition"] = jnp.zeros((1, *condition_shape))
+        if (condition := model.condition_shape(shape[:-1])) is not None:
+            inputs["condition"] = jnp.zeros((1, *condition))
     return inputs
 
 

@@ -17,7 +17,18 @@ import jax.numpy as jnp
 from diffusion_jax import labels
 from diffusion_jax.models.layers import LayerFactory
 
-__all__ = ["Conditional"]
+__all__ = ["Conditional", "condition_shape"]
+
+
+def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the shape of a condition: (D,) for a vector, (*spatial, K) for an array; None without conditions.
+
+    fields: of `Conditional`, by name; missing fields are 0. spatial: the sizes of x_t's spatial axes.
+    """
+    if features := fields.get("condition_features", 0):
+        return (features,)
+    channels = fields.get("condition_channels", 0)
+    return (*spatial, channels) if channels else None
 
 
 class Conditional(nn.Module):
@@ -68,9 +79,7 @@ class Conditional(nn.Module):
 
     def condition_shape(self, spatial: tuple[int, ...]) -> tuple[int, ...] | None:
         """Returns the shape of an example's condition, (D,) or (*spatial, K); None for a network without conditions."""
-        if self.condition_features:
-            return (self.condition_features,)
-        return (*spatial, self.condition_channels) if self.condition_channels else None
+        return condition_shape(vars(self), spatial)
 
     @property
     def _num_labels(self) -> int:

@@ -316,9 +316,9 @@ class LayerFactory:
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
 
-    def embed_time(self, time, channels: int, *, cos_first: bool, freq_shift: float) -> jax.Array:
-        """Embeds the network time [B] to [B, 4 channels]: sines and cosines, then two dense layers."""
-        embedding = timestep_embedding(time, channels, cos_first=cos_first, freq_shift=freq_shift)
+    def embed_time(self, time, channels: int, **options) -> jax.Array:
+        """Embeds the network time [B] to [B, 4 channels] by two dense layers. options: of `timestep_embedding`."""
+        embedding = timestep_embedding(time, channels, **options)
         embedding = nn.silu(self.dense(4 * channels, "time_0")(embedding.astype(self.dtype)))
         return self.dense(4 * channels, "time_1")(embedding)
 

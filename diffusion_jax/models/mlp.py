@@ -24,8 +24,6 @@ class MLP(Conditional):
     channels: width of every block, an even number.
     num_res_blocks: the number of blocks.
     scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
-    embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
-    norm_epsilon: epsilon in every norm.
     initializer: "ho" or "openai", as in the U-Net. Both start the end of each block and of the network at 0 or close to it.
     dropout: rate before the second dense layer in each block, in training only.
     out_channels: channels of the output; None for x_t's number of channels, or twice that number for a learned variance.
@@ -38,9 +36,6 @@ class MLP(Conditional):
     channels: int = 128
     num_res_blocks: int = 2
     scale_shift_norm: bool = False
-    embedding_cos_first: bool = False
-    embedding_freq_shift: float = 1.0
-    norm_epsilon: float = 1e-6
     initializer: str = "ho"
     dropout: float = 0.1
     out_channels: int | None = None
@@ -53,7 +48,7 @@ class MLP(Conditional):
         """The factory for this network's layers; its norms have one group."""
         return LayerFactory(
             num_groups=1,
-            norm_epsilon=self.norm_epsilon,
+            norm_epsilon=1e-6,
             initializer=self.initializer,
             dtype=jnp.dtype(self.dtype),
             spatial_dims=0,
@@ -75,10 +70,7 @@ class MLP(Conditional):
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         layers = self.layers
-        embedding = layers.embed_time(
-            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
-        )
-        h, embedding = self.add_conditions(layers, x_t, embedding, y, condition, train)
+        h, embedding = self.add_conditions(layers, x_t, layers.embed_time(time, self.channels), y, condition, train)
         h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
         block = _REMAT_BLOCK if self.remat else ResBlock
         for j in range(self.num_res_blocks):

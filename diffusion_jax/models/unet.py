@@ -294,7 +294,7 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(Encoder):
-    """Class logits for x_t and its network time; the defaults are ADM's classifier for 128x128 ImageNet.
+    """Class logits for x_t and its network time. `models.preset("adm_classifier128")` is ADM's for 128x128 ImageNet.
 
     `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
     probabilities. The classifier accepts only the sizes at initialization, which 2^(levels - 1) must divide. Fields:
@@ -303,17 +303,6 @@ class Classifier(Encoder):
     num_classes: the number of classes.
     """
 
-    channel_multipliers: tuple[float, ...] = (1, 1, 2, 3, 4)
-    attention_levels: tuple[int, ...] = (2, 3, 4)
-    head_channels: int | None = 64
-    resample_blocks: bool = True
-    scale_shift_norm: bool = True
-    embedding_cos_first: bool = True
-    embedding_freq_shift: float = 0.0
-    downsample_padding: tuple[int, int] = (1, 1)
-    norm_epsilon: float = 1e-5
-    initializer: str = "openai"
-    dropout: float = 0.0
     num_classes: int = 1000
 
     @nn.compact

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import types
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,39 +26,32 @@ from jax.sharding import Mesh
 
 from diffusion_jax import data, models, schedules, training
 from diffusion_jax.config import resolve, resolve_clip
+from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError, list_names
+from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError, list_differences, list_names
 from diffusion_jax.pretrained import diffusers, ho, openai, parameters
 from diffusion_jax.pretrained.diffusers import save_diffusers
-from diffusion_jax.pretrained.model import (
-    DIFFUSION_DEFAULTS,
-    Model,
-    format_normalization,
-    format_summary,
-    make_clip,
-    make_model,
-)
+from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
-from diffusion_jax.training.optimizer import raw_weights_note, weights_kind
-from diffusion_jax.training.state import abstract_params
+from diffusion_jax.training.optimizer import initial_share, weights_kind
+from diffusion_jax.training.state import Network, abstract_params
 
 __all__ = [
     "Model",
     "PretrainedError",
     "config_settings",
     "describe",
+    "describe_run",
     "format_summary",
     "from_config",
     "is_workdir",
     "load",
     "load_initial_weights",
-    "normalization_differences",
-    "open_run",
+    "load_weights",
     "read_class_names",
-    "restore",
     "save_diffusers",
     "save_safetensors",
     "set_params",
@@ -85,7 +77,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Mode
       text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for unpublished networks from Ho et al.'s code, image_size,
       variance and other settings of `config.diffusion`.
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
-      average still holds more than a tenth of the random initial weights, the raw weights are read, with a warning.
+      average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files.
     """
@@ -128,7 +120,9 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Mod
     if flags:
         raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
     if tensors is None and is_workdir(path):
-        return _load_workdir(path, ema, with_params)
+        config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
+        net = describe_run(config, workdir)
+        return load_weights(net, config, workdir, ema) if with_params else net
     if tensors is None and diffusers.find_configs(path):
         return diffusers.load_diffusers(path, with_params)
     if tensors is not None and _METADATA_KEY in tensors.metadata:
@@ -182,24 +176,8 @@ def from_config(
     return net.with_params(params)
 
 
-def _load_workdir(path: pathlib.Path, ema: bool, with_params: bool) -> Model:
-    """Loads the model of a run; with `with_params`, also the parameters of the newest checkpoint.
-
-    Warns if raw weights replace the EMA (`training.optimizer.weights_kind`). Raises: PretrainedError, CheckpointError,
-    DataError.
-    """
-    config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
-    net = open_run(config, workdir)
-    if not with_params:
-        return net
-    net = restore(net, config, workdir, ema)
-    if ema and net.weights == "raw":
-        warnings.warn(f"{path}: {raw_weights_note(config, net.step or 0)}", stacklevel=2)
-    return net
-
-
-def open_run(config: Mapping[str, Any], workdir: RunDir, mesh: Mesh | None = None) -> Model:
-    """Opens the model of a run without its parameters, for `restore`.
+def describe_run(config: Mapping[str, Any], workdir: RunDir, mesh: Mesh | None = None) -> Model:
+    """Returns the model of a run without its parameters, for `load_weights`.
 
     Raises: ValueError for a config that cannot be built; PretrainedError, CheckpointError.
     """
@@ -234,14 +212,26 @@ def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -
     return next(filter(None, map(read, filter(None, directories))), ())
 
 
-def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -> Model:
-    """Adds the newest intact weights to the model of `open_run`, replicated on its mesh or on one device.
+def load_weights(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -> Model:
+    """Adds the newest intact weights of a run to its model, replicated on the model's mesh or on one device.
 
-    Without a checkpoint, the weights of `config.init_from` are used. Raises: PretrainedError if there are no weights, or if
-    values are not finite; UserError if the weights were trained for another diffusion; CheckpointError.
+    Without a checkpoint, the weights of `config.init_from` are used. Prints a note if raw weights replace the EMA that `ema`
+    requests. Every process must call this function. Raises: PretrainedError if there are no weights, or if values are not
+    finite; UserError if the weights were trained for another diffusion; CheckpointError.
     """
     if _starts_from_other_weights(config, workdir):
-        return _with_initial_weights(net, config, ema)
+        path, kind = config["init_from"], "ema" if ema else "raw"
+        initial = load_initial_weights(config, net.model, ema)
+        if differences := net.find_differences(initial):
+            raise UserError(
+                f"init_from={path} was trained for another diffusion ({'; '.join(differences)}); use these values, or "
+                "train first"
+            )
+        name, settings = f"{pathlib.Path(path).stem}_{kind}", {"step": 0, "weights": kind}
+        net = dataclasses.replace(
+            net, params=initial.params, provenance=Provenance(name, settings, {"init_from": path})
+        )
+        return net if net.mesh is None else net.on_mesh(net.mesh)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = place if net.mesh is None else sharding.replicated(net.mesh)
     shapes = abstract_params(net.model, net.example_shape)
@@ -258,6 +248,11 @@ def restore(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bool) -
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise PretrainedError(f"{workdir}: the checkpoint of step {step} contains values that are not finite")
     kind = weights_kind(config, step, ema)
+    if ema and kind == "raw":
+        log(
+            f"Note: the EMA (ema.decay={config['ema']['decay']:g}) of step {step:,} still holds "
+            f"{initial_share(config, step):.0%} of the random initial weights, so the raw weights are used."
+        )
     provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind})
     return dataclasses.replace(net, params=params, provenance=provenance)
 
@@ -348,43 +343,9 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
     }
 
 
-def load_initial_weights(
-    config: Mapping, model: models.UNet | models.MLP | models.Classifier, use_ema: bool = True
-) -> tuple[Model, list[str]]:
-    """Loads the model that `config.init_from` names. Returns: (model, a phrase for each difference in diffusion settings).
-
-    Raises: UserError if the network differs; PretrainedError.
-    """
+def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: bool = True) -> Model:
+    """Loads the model that `config.init_from` names. Raises: UserError if its network differs; PretrainedError."""
     net = _initial_weights(load, config, use_ema)
-    _check_same_network(config, net, model)
-    return net, from_config(config).find_differences(net)
-
-
-def _initial_weights(read: Callable[..., Any], config: Mapping, use_ema: bool = True) -> Model:
-    """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
-    path = config["init_from"]
-    try:
-        return read(path, config["init_flags"] or None, use_ema)
-    except PretrainedError as error:
-        raise PretrainedError(f"init_from={path}: {error}") from error
-
-
-def _with_initial_weights(net: Model, config: Mapping[str, Any], use_ema: bool) -> Model:
-    """Adds the weights of `config.init_from` to the model. Raises: UserError if trained for another diffusion."""
-    other, differences = load_initial_weights(config, net.model, use_ema)
-    if differences:
-        raise UserError(
-            f"init_from={config['init_from']} was trained for another diffusion ({'; '.join(differences)}); use these "
-            "values, or train first"
-        )
-    kind = "ema" if use_ema else "raw"
-    name, settings = f"{pathlib.Path(config['init_from']).stem}_{kind}", {"step": 0, "weights": kind}
-    provenance = Provenance(name, settings, {"init_from": config["init_from"]})
-    net = net.with_params(other.params)
-    return dataclasses.replace(net if net.mesh is None else net.on_mesh(net.mesh), provenance=provenance)
-
-
-def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | models.Classifier) -> None:
     path = config["init_from"]
     if type(net.model) is not type(model):
         raise UserError(
@@ -396,30 +357,23 @@ def _check_same_network(config: Mapping, net, model: models.UNet | models.MLP | 
         # If the output has the channels of the data, out_channels may be None or a number.
         loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
         model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
-    differences = [
-        f"model.{name}: {getattr(loaded, name)!r} there, {getattr(model, name)!r} here"
-        for name in sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
-        if getattr(loaded, name) != getattr(model, name)
-    ]
-    channels = config["data"]["channels"]
-    if net.channels != channels:
-        differences.append(f"input channels: {net.channels} there, {channels} here")
-    if differences:
+    names = sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
+    there, here = ({f"model.{name}": getattr(network, name) for name in names} for network in (loaded, model))
+    there, here = there | {"data.channels": net.channels}, here | {"data.channels": config["data"]["channels"]}
+    if differences := list_differences(there, here):
         raise UserError(
             f"init_from={path} is another network ({'; '.join(differences)}); --pretrained={path} uses its config"
         )
+    return net
 
 
-def normalization_differences(old: data.Normalizations, normalizations: data.Normalizations) -> str | None:
-    """Describes how a run's normalizations differ from its initial weights' normalizations; None if equal."""
-    differences = []
-    for name in sorted(old.keys() | normalizations.keys()):
-        if old.get(name) != normalizations.get(name):
-            there, here = (
-                format_normalization(each[name]) if name in each else "none" for each in (old, normalizations)
-            )
-            differences.append(f"{name}: {there} there, {here} here")
-    return "; ".join(differences) or None
+def _initial_weights(read: Callable[..., Model], config: Mapping[str, Any], use_ema: bool = True) -> Model:
+    """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
+    path = config["init_from"]
+    try:
+        return read(path, config["init_flags"] or None, use_ema)
+    except PretrainedError as error:
+        raise PretrainedError(f"init_from={path}: {error}") from error
 
 
 def set_params(state: training.TrainState, abstract_state: training.TrainState, params) -> training.TrainState:

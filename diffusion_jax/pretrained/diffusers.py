@@ -68,38 +68,7 @@ NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
 
 # ---- The network
 
-# The defaults of UNet2DModel, for fields that are missing in a config.
-_UNET_DEFAULTS: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (224, 448, 672, 896),
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,  # only for learned time embeddings, which are not supported
-}
-# Fields for which `models.UNet` supports only these values.
+# Fields for which `models.UNet` supports only these values; the first is the default of UNet2DModel.
 _SUPPORTED_VALUES: dict[str, tuple] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -112,16 +81,32 @@ _SUPPORTED_VALUES: dict[str, tuple] = {
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
 }
+# The defaults of UNet2DModel, for fields that are missing in a config.
+_UNET_DEFAULTS: dict[str, Any] = {name: values[0] for name, values in _SUPPORTED_VALUES.items()} | {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (224, 448, 672, 896),
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,  # only for learned time embeddings, which are not supported
+}
 _UP_BLOCKS = {  # {encoder block: decoder block of the same level}
     "DownBlock2D": "UpBlock2D",
     "AttnDownBlock2D": "AttnUpBlock2D",
     "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
 }
-
-
-def _is_residual(block: str, resample_type: str) -> bool:
-    """Returns whether a block resamples with a residual block. resample_type: config value for blocks with attention."""
-    return block.startswith("Resnet") or (block.startswith("Attn") and resample_type == "resnet")
 
 
 # Fields of `models.UNet` that a config stores under other names.
@@ -157,8 +142,11 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
         raise PretrainedError(f"down_block_types contains {unknown[0]!r}; known: {', '.join(_UP_BLOCKS)}")
     if len(widths) != len(down) or up[::-1] != [_UP_BLOCKS[block] for block in down]:
         raise PretrainedError(f"up_block_types={up} do not mirror down_block_types={down}, one for each width")
-    residual = {_is_residual(block, fields["downsample_type"]) for block in down}
-    residual |= {_is_residual(block, fields["upsample_type"]) for block in up}
+    residual = {
+        block.startswith("Resnet") or (block.startswith("Attn") and fields[name] == "resnet")
+        for name, blocks in (("downsample_type", down), ("upsample_type", up))
+        for block in blocks
+    }
     if len(residual) > 1:
         raise PretrainedError("the block types, downsample_type and upsample_type mix residual blocks and convolutions")
     scale_shift = fields["resnet_time_scale_shift"] == "scale_shift"
@@ -227,7 +215,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
     if net.low_resolution:
         lost.append(f"low_resolution={net.low_resolution}")
     if "x" in net.normalizations:
-        lost.append("normalizations, the units of the data")
+        lost.append("normalizations (data units)")
     if any(side % model.divisor for side in size):
         lost.append(f"image_size={size}, no multiple of {model.divisor}")
     if lost:
@@ -263,13 +251,7 @@ _SCHEDULERS = {
 }
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
-_VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large",
-    "learned_range": "learned_range",
-}
+_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None, bool | Callable]:
@@ -278,7 +260,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
     Raises: PretrainedError that names the unsupported field.
     """
     kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    variance = config.get("variance_type") or "fixed_small"
+    variance = (config.get("variance_type") or "fixed_small").removesuffix("_log")
     for name, value, known in (
         ("beta_schedule", kind, _SCHEDULES),
         ("prediction_type", prediction, _PREDICTIONS),
@@ -305,7 +287,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
         "beta_start": config.get("beta_start", 1e-4),
         "beta_end": config.get("beta_end", 0.02),
         "prediction": _PREDICTIONS[prediction],
-        "variance": _VARIANCES[variance],
+        "variance": variance,
     }
     return settings, None if table is None else np.asarray(table, np.float64), clip
 
@@ -318,7 +300,7 @@ def scheduler_to_config(net: Model) -> dict[str, Any]:
         lost.append("rescale_timesteps")
     if net.prediction not in predictions:
         lost.append(f"prediction={net.prediction!r}")
-    if net.variance not in _VARIANCES.values():
+    if net.variance not in _VARIANCES:
         lost.append(f"variance={net.variance!r}")
     if not isinstance(net.clip, bool):
         lost.append("a clip other than True and False")

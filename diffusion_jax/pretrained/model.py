@@ -21,13 +21,14 @@ from jax.sharding import Mesh
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
 from diffusion_jax.distributed import devices, sharding
-from diffusion_jax.images import to_model_range
+from diffusion_jax.errors import list_differences
+from diffusion_jax.images import is_image_shape, to_model_range
 from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.training.state import Network
 
-__all__ = ["DIFFUSION_DEFAULTS", "Model", "format_normalization", "format_summary", "make_clip", "make_model"]
+__all__ = ["DIFFUSION_DEFAULTS", "Model", "format_summary", "make_clip", "make_model"]
 
 # The settings of `config.diffusion` that describe trained weights, with Ho et al.'s values.
 DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -85,7 +86,7 @@ class Model:
     @property
     def is_images(self) -> bool:
         """Whether the examples are images of gray levels with 1 or 3 channels."""
-        return self.levels is not None and len(self.image_size) == 2 and self.channels in (1, 3)
+        return self.levels is not None and is_image_shape((*self.image_size, self.channels))
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
@@ -139,17 +140,19 @@ class Model:
         return dataclasses.replace(self, params=params, mesh=mesh)
 
     def find_differences(self, other: Model) -> list[str]:
-        """Returns a phrase, `other` first, for each difference between two models in x_t or in the output."""
-        differences = []
+        """Returns a phrase, `other` first, for each difference between two models in x_t, its units, or the output."""
+        arrays, names = ["x"], []
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
-            names = ["prediction"]
+            arrays, names = ["x", "condition"], ["prediction"]
             if any(variance.startswith("learned") for variance in (self.variance, other.variance)):
                 names.append("variance")  # fixed variances belong to the sampler, not to the network
-            for name in names:
-                there, here = getattr(other, name), getattr(self, name)
-                differences += [f"{name}: {there!r} there, {here!r} here"] * (there != here)
         if (self.levels is None) != (other.levels is None):
-            differences.append(f"data.levels: {other.levels} there, {self.levels} here")
+            names.append("levels")
+        differences = list_differences(*({name: getattr(net, name) for name in names} for net in (other, self)))
+        for name in arrays:
+            there, here = other.normalizations.get(name), self.normalizations.get(name)
+            if there != here:
+                differences.append(f"{name}: {_format_normalization(there)} there, {_format_normalization(here)} here")
         tables = ("timesteps", "alpha_bar")
         if not all(np.array_equal(getattr(self.schedule, name), getattr(other.schedule, name)) for name in tables):
             differences.append("another noise schedule")
@@ -164,7 +167,7 @@ class Model:
         data units. Under jit the parameters are constants of the program; to pass them as an argument, use
         `net.with_params(params).denoise_fn`. Raises: TypeError for a classifier.
         """
-        self._check_is_diffusion_model("logits(x_t, time)")
+        self._check_is_diffusion_model()
         if self.low_resolution:
             if low is None or condition is not None:
                 raise TypeError("this is a super-resolution network: give low=, the small images, and no condition")
@@ -197,7 +200,7 @@ class Model:
 
         If the offset of the normalization is more than 1000 times the scale, the result is a float64 NumPy array. The first
         call compiles one program. Later calls with the same sampler, number of samples and steps reuse the program for every
-        key, label, condition, parameters (`with_params`) and, without a mesh, every guidance scale other than 1.
+        key, label, condition, parameters (`with_params`) and guidance scale other than 1.
 
         With a mesh, every process must call this method, the parameters may have any sharding on the mesh, and every process
         gets the result as a NumPy array.
@@ -224,14 +227,14 @@ class Model:
         Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
           the sampler is known to fail; TypeError for a classifier.
         """
-        self._check_is_diffusion_model("logits(x_t, time)")
+        self._check_is_diffusion_model()
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
         sampler, schedule = self.configure(sampler, steps, spacing)
         self.check_guidance(sampler, guidance_scale, condition is not None, classifier, classifier_form)
         self.check_small_images(low is not None, noise_std)
         y = self.check_labels(y, num_images, classifier)
-        shape, scales = (num_images, *self.example_shape), (guidance_scale, classifier_scale)
+        shape = (num_images, *self.example_shape)
         given = self.check_condition(condition, num_images)
         if given is not None:
             given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
@@ -249,20 +252,19 @@ class Model:
             classifier_form=classifier_form,
             algorithm=algorithm,
             trajectory=trajectory if isinstance(trajectory, bool) else tuple(np.asarray(trajectory).tolist()),
-            scales=None if self.mesh is None else scales,
         )
         arrays = {
             "schedules": (schedule, self.schedule),
             "y": y,
             "condition": given,
-            "scales": tuple(map(np.float32, scales)) if self.mesh is None else None,
+            "scales": (np.float32(guidance_scale), np.float32(classifier_scale)),
         }
         all_params = self.params, None if classifier is None else classifier.params
         if self.mesh is None:
-            result = _draw_on_one_device(program, all_params, key, arrays)
+            result = _run_on_one_device(program, all_params, key, arrays)
         else:
             key = np.asarray(jax.random.key_data(key))  # NumPy inputs count as equal on every process
-            result = _draw_on_mesh(self.mesh)(program, all_params, key, jax.tree.map(np.asarray, arrays))
+            result = _compile_for_mesh(self.mesh)(program, all_params, key, jax.tree.map(np.asarray, arrays))
             result = jax.tree.map(_gather, result)
         if trajectory is False or algorithm is not None:
             return self._to_data(result)
@@ -272,10 +274,10 @@ class Model:
     def _to_data(self, x):
         return to_data_units(x, self.normalizations.get("x"))
 
-    def _check_is_diffusion_model(self, instead: str) -> None:
-        """Raises: TypeError for a classifier. instead: the method to use."""
+    def _check_is_diffusion_model(self) -> None:
+        """Raises: TypeError for a classifier."""
         if isinstance(self.model, Classifier):
-            raise TypeError(f"these weights are a classifier; use {instead}")
+            raise TypeError("these weights are a classifier; use logits(x_t, time)")
 
     def configure(
         self, sampler: sampling.Sampler | None = None, steps=None, spacing: str | None = None
@@ -334,13 +336,10 @@ class Model:
         if not isinstance(classifier.model, Classifier):
             raise ValueError("the classifier holds another network; --mode=train_classifier makes a classifier")
         differences = self.find_differences(classifier)
-        for name, there, here in (
-            ("shape", classifier.example_shape, self.example_shape),
-            ("classes", classifier.num_classes, self.num_classes or classifier.num_classes),
-        ):
-            differences += [f"{name}: {there} there, {here} here"] * (there != here)
-        if classifier.normalizations.get("x") != self.normalizations.get("x"):
-            differences.append("other constants of the normalization")
+        differences += list_differences(
+            {"shape": classifier.example_shape, "classes": classifier.num_classes},
+            {"shape": self.example_shape, "classes": self.num_classes or classifier.num_classes},
+        )
         if differences:
             raise ValueError(f"the classifier was trained on other data or x_t ({'; '.join(differences)})")
 
@@ -433,10 +432,7 @@ class Model:
 
 
 class _Program(NamedTuple):
-    """The static values of a sampling program: each combination is compiled once. Arrays are arguments of the program.
-
-    scales: guidance scales; None if they are arguments, so that other scales do not compile again.
-    """
+    """The static values of a sampling program: each combination is compiled once. Arrays are arguments of the program."""
 
     model: Network
     classifier: Network | None
@@ -448,13 +444,12 @@ class _Program(NamedTuple):
     classifier_form: str
     algorithm: Callable | None
     trajectory: bool | tuple[int, ...]
-    scales: tuple[float, float] | None
 
 
-def _draw(program: _Program, all_params, key, arrays: Mapping[str, Any], constrain: Callable = lambda x: x):
+def _run_program(program: _Program, all_params, key, arrays: Mapping[str, Any], constrain: Callable = lambda x: x):
     """The pure function that `Model.sample` compiles. constrain: places x_T on a mesh."""
     (params, classifier_params), (schedule, full_schedule) = all_params, arrays["schedules"]
-    scale, classifier_scale = program.scales or arrays["scales"]
+    scale, classifier_scale = arrays["scales"]
     y, sampler = arrays["y"], program.sampler
     given = {"y": y if program.model.num_classes else None, "condition": arrays["condition"]}
     given = {name: value for name, value in given.items() if value is not None}
@@ -483,27 +478,30 @@ def _draw(program: _Program, all_params, key, arrays: Mapping[str, Any], constra
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=program.trajectory)
 
 
-_draw_on_one_device = jax.jit(_draw, static_argnums=0)
+_run_on_one_device = jax.jit(_run_program, static_argnums=0)
 
 
 @functools.cache
-def _draw_on_mesh(mesh: Mesh) -> Callable:
-    """Compiles `_draw` with the batch split over the devices of a mesh. The key argument is the key's data."""
+def _compile_for_mesh(mesh: Mesh) -> Callable:
+    """Compiles `_run_program` with the batch split over the devices of a mesh. The key argument is the key's data."""
     rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def constrain(x):
         return jax.lax.with_sharding_constraint(x, rows)
 
-    def draw(program, all_params, key, arrays):
+    def run_program(program, all_params, key, arrays):
         # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory is
         # not needed for gradients or activations.
         all_params = jax.lax.with_sharding_constraint(all_params, replicated)
         placed = jax.tree.map(constrain, {name: arrays[name] for name in ("y", "condition")})
-        return _draw(program, all_params, jax.random.wrap_key_data(key), {**arrays, **placed}, constrain)
+        return _run_program(program, all_params, jax.random.wrap_key_data(key), {**arrays, **placed}, constrain)
 
     # None keeps the sharding of the parameters.
     return jax.jit(
-        draw, static_argnums=0, in_shardings=(None, replicated, replicated), compiler_options=devices.compiler_options()
+        run_program,
+        static_argnums=0,
+        in_shardings=(None, replicated, replicated),
+        compiler_options=devices.compiler_options(),
     )
 
 
@@ -565,7 +563,7 @@ def format_summary(net: Model) -> str:
     shapes = parameters.parameter_shapes(net.model, net.example_shape)
     values = "continuous" if net.levels is None else f"{net.levels} levels"
     values += " in {:g} ... {:g}".format(*net.limits) if net.limits else ""
-    normalizations = {name: format_normalization(value) for name, value in net.normalizations.items()}
+    normalizations = {name: _format_normalization(value) for name, value in net.normalizations.items()}
     conditions = None
     if net.condition_shape is not None and isinstance(net.model, Conditional):
         null = "or none" if net.model.condition_dropout else None
@@ -593,8 +591,10 @@ def format_summary(net: Model) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def format_normalization(normalization: Normalization, limit: int = 6) -> str:
-    """Formats "(data - offset) / scale" for the first channels."""
+def _format_normalization(normalization: Normalization | None, limit: int = 6) -> str:
+    """Formats "(data - offset) / scale" for the first channels; None is "none"."""
+    if normalization is None:
+        return "none"
     offset, scale = (
         ", ".join([f"{value:.4g}" for value in values[:limit]] + ["..."] * (len(values) > limit))
         for values in (normalization.offset, normalization.scale)

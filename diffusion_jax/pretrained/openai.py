@@ -21,7 +21,7 @@ from diffusion_jax.models.layers import split_heads
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import Model, make_model
 
-__all__ = ["FILES", "NAMING", "PRESETS", "describe_openai", "is_openai", "load_openai", "load_params", "parse_flags"]
+__all__ = ["FILES", "NAMING", "PRESETS", "describe_openai", "is_openai", "load_openai", "parse_flags"]
 
 _LEARNED = {"variance": "learned_range"}
 _IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
@@ -50,29 +50,16 @@ PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 # The presets of the published files, by file name.
 FILES = {
-    "cifar10_uncond_50M_500K": "improved_cifar10",
-    "cifar10_uncond_vlb_50M_500K": "improved_cifar10",
-    "imagenet64_uncond_100M_1500K": "improved_imagenet64",
-    "imagenet64_uncond_vlb_100M_1500K": "improved_imagenet64",
+    **dict.fromkeys(("cifar10_uncond_50M_500K", "cifar10_uncond_vlb_50M_500K"), "improved_cifar10"),
+    **dict.fromkeys(("imagenet64_uncond_100M_1500K", "imagenet64_uncond_vlb_100M_1500K"), "improved_imagenet64"),
     "imagenet64_cond_270M_250K": "improved_imagenet64_conditional",
     "upsample_cond_500K": "improved_upsampler_64_256",
-    "lsun_uncond_100M_1200K_bs128": "improved_lsun",
-    "lsun_uncond_100M_2400K_bs64": "improved_lsun",
-    "64x64_diffusion": "adm_imagenet64",
-    "128x128_diffusion": "adm_imagenet128",
-    "256x256_diffusion": "adm_imagenet256",
+    **dict.fromkeys(("lsun_uncond_100M_1200K_bs128", "lsun_uncond_100M_2400K_bs64"), "improved_lsun"),
+    **{f"{size}x{size}_diffusion": f"adm_imagenet{size}" for size in (64, 128, 256, 512)},
     "256x256_diffusion_uncond": "adm_imagenet256_unconditional",
-    "512x512_diffusion": "adm_imagenet512",
-    "64_256_upsampler": "adm_upsampler_64_256",
-    "128_512_upsampler": "adm_upsampler_128_512",
-    "lsun_bedroom": "adm_lsun",
-    "lsun_cat": "adm_lsun",
-    "lsun_horse": "adm_lsun",
-    "lsun_horse_nodropout": "adm_lsun",
-    "64x64_classifier": "adm_classifier64",
-    "128x128_classifier": "adm_classifier128",
-    "256x256_classifier": "adm_classifier256",
-    "512x512_classifier": "adm_classifier512",
+    **{f"{sizes}_upsampler": f"adm_upsampler_{sizes}" for sizes in ("64_256", "128_512")},
+    **dict.fromkeys(("lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"), "adm_lsun"),
+    **{f"{size}x{size}_classifier": f"adm_classifier{size}" for size in (64, 128, 256, 512)},
 }
 # Presets whose attention stores all rows of q, then k, then v, instead of head by head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
@@ -274,11 +261,8 @@ def load_openai(
 ) -> Model:
     """Loads a state dict's network; with its parameters if `with_params`. Raises: PretrainedError, as `describe_openai`."""
     net, new_order = describe_openai(path, tensors, flags)
-    return load_params(path, tensors, net, new_order) if with_params else net
-
-
-def load_params(path: pathlib.Path, tensors: parameters.Tensors, net: Model, new_order: bool) -> Model:
-    """Reads the parameters of a network. new_order: as `describe_openai` returns it. Raises: PretrainedError."""
+    if not with_params:
+        return net
     # q, k and v are one tensor in the file and three layers here; the classifier's pooling uses other tensor names.
     model: Any = net.model
     stored, joined = {}, {}

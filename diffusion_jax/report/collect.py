@@ -1,6 +1,6 @@
 """Reads the contents of a work directory as plain values for the page. Any file may be missing, also during a launch.
 
-A measurement is a record of metrics.json, with the bits per dimension from likelihood.json; `table_cells` makes a table of
+A measurement is a record of metrics.json, or the bits per dimension of likelihood.json; `table_cells` makes a table of
 measurements. `train_command` and `sample_command` return the commands that repeat a run.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,7 +20,6 @@ from diffusion_jax import config as configs
 from diffusion_jax.errors import DiffusionJaxError, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
-from diffusion_jax.pretrained import read_class_names
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
@@ -39,7 +38,7 @@ __all__ = [
 
 # Suffixes of entries that describe a metric, but are not metrics.
 _NOT_METRICS = ("_std", "_standard_error", "_same_distribution", "_limit", "_frequency")
-_FIRST_SETTINGS = ("step", "weights", "sampler", "steps", "features", "num_samples")
+_FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
 _Record = dict[str, Any]
 
 
@@ -58,22 +57,15 @@ class RunFiles:
     lines: list[dict[str, Any]]
     launches: list[dict[str, Any]]
     data: dict[str, Any]
-    class_names: tuple[str, ...]
     records: list[dict[str, Any]]
     likelihood: dict[str, Any]
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """Returns the records, with bits per dimension added to records of the same weights, or as a separate record."""
-        if not self.likelihood:
-            return self.records
-        bits = {key: value for key, value in self.likelihood.items() if "_per_dim" in key}
-        same = [
-            all(record.get(key) == self.likelihood.get(key) for key in ("step", "weights")) for record in self.records
-        ]
-        if not any(same):
-            return [*self.records, self.likelihood]
-        return [record | bits if is_same else record for record, is_same in zip(self.records, same, strict=True)]
+        """Returns the records of metrics.json, then the bits per dimension of likelihood.json as another record."""
+        keys = ("step", "weights", "dataset")
+        bits = {key: value for key, value in self.likelihood.items() if key in keys or "_per_dim" in key}
+        return [*self.records, bits] if bits else self.records
 
 
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
@@ -99,7 +91,6 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
         lines=lines,
         launches=read_launches(workdir),
         data=read("data.json", lambda: _read_object(workdir / "data.json"), {}),
-        class_names=() if config is None else read("The class names", lambda: read_class_names(config, workdir), ()),
         records=read("metrics.json", lambda: read_records(workdir / "metrics.json"), []),
         likelihood=read("likelihood.json", lambda: _read_object(workdir / "likelihood.json"), {}),
         notes=notes,
@@ -117,15 +108,17 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 # ---- Tables
 
 
-def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], list[dict[str, str]]]:
-    """Returns (columns, {column: text} for each record): the metrics, and the settings in which records differ."""
-    values = [_record_settings(record) for _, record in runs]
-    keys = dict.fromkeys(key for each in values for key in each if not key.endswith("_digest"))
-    differing = [key for key in keys if len({json.dumps(each.get(key)) for each in values}) > 1]
-    settings = list(dict.fromkeys([*_FIRST_SETTINGS, *differing]))
-    rows = []
-    for (directory, record), texts in zip(runs, values, strict=True):
-        row = {"run": str(directory)} | {key: str(texts[key]) for key in settings if texts.get(key) is not None}
+def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]:
+    """Returns (columns, rows of text) of measurements: the settings in which they differ, and the metrics.
+
+    records: measurements, with a key "run" if they are of several runs.
+    """
+    settings = [_flat_settings(record) for record in records]
+    keys = dict.fromkeys(key for each in settings for key in each if not key.endswith("_digest"))
+    differing = [key for key in keys if len({json.dumps(each[key]) for each in settings if key in each}) > 1]
+    names, rows = dict.fromkeys([*_FIRST_SETTINGS, *differing]), []
+    for record, values in zip(records, settings, strict=True):
+        row = {key: str(values[key]) for key in names if values.get(key) is not None}
         if "samples" in row:
             row["samples"] = pathlib.Path(row["samples"]).name
         for key, value in record.items():
@@ -134,10 +127,10 @@ def table_cells(runs: list[tuple[pathlib.Path, _Record]]) -> tuple[list[str], li
         if "memorization" in record:
             row["close_share"] = f"{record['memorization']['close_share']:.4g}"
         rows.append(row)
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
-    order = ["run", *settings]
-    columns.sort(key=lambda key: order.index(key) if key in order else len(order))
-    return columns, rows
+    columns = [
+        key for key in names | dict.fromkeys(key for row in rows for key in row) if any(key in row for row in rows)
+    ]
+    return columns, [[row.get(key, "") for key in columns] for row in rows]
 
 
 def format_value(value: float, error: float | None = None) -> str:
@@ -145,12 +138,11 @@ def format_value(value: float, error: float | None = None) -> str:
     return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
-def _record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that a record's metrics depend on, including sampler options, as a flat dictionary."""
-    sampling = {key: value for key, value in record.get("sampling", {}).items() if key not in record}
-    keys = ("dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
+def _flat_settings(record: _Record) -> dict[str, Any]:
+    """Returns the settings that a record's metrics depend on, including sampler options."""
+    keys = ("run", "dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
     keys += ("reference", "samples", "num_reference", "num_samples")
-    return {key: record[key] for key in keys if record.get(key) is not None} | sampling
+    return record.get("sampling", {}) | {key: record[key] for key in keys if key in record}
 
 
 # ---- Settings and commands
@@ -158,23 +150,23 @@ def _record_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
     """Returns {name: (value, default, description)} for settings that differ from the defaults."""
-    values = _flatten(config)
+    values = configs.flatten(config)
     return {
         name: (values[name], default, configs.SETTINGS[name].description)
         for name, default in configs.defaults(values).items()
-        if values[name] != _with_tuples(default)
+        if values[name] != default
     }
 
 
 def train_command(config: ConfigDict) -> str:
     """Returns the command that trains the config in a new directory: the most similar experiment, and differing settings."""
-    wanted, is_classifier = _flatten(config), configs.is_classifier(config)
+    wanted, is_classifier = configs.flatten(config), configs.is_classifier(config)
     changes: dict[str, dict[str, Any]] = {}  # by experiment
     for name in configs.experiment_names():
         for variant in (name, f"{name}:{config.data.image_size}"):
             with contextlib.suppress(configs.ConfigError):  # the experiment does not take this argument
                 experiment = configs.resolve(configs.experiment(variant))
-                values = _flatten(experiment)
+                values = configs.flatten(experiment)
                 if values.keys() == wanted.keys() and configs.is_classifier(experiment) == is_classifier:
                     changes[variant] = {key: value for key, value in wanted.items() if value != values[key]}
     name = min(changes, key=lambda variant: len(changes[variant]))
@@ -185,17 +177,9 @@ def train_command(config: ConfigDict) -> str:
 
 def sample_command(config: ConfigDict, provenance: Provenance) -> str:
     """Returns the command that draws a record's samples again, with the newest weights in DIR. config: the run's config."""
-    stored = _flatten(config.sampling.to_dict() | {"clip": configs.resolve_clip(config)})
+    stored = {**config.sampling, "clip": configs.resolve_clip(config)}
     files = {name: path for name, path in provenance.details.items() if name in stored}
-    wanted = _flatten({**provenance.settings["sampling"], **files})
+    wanted = {**provenance.settings["sampling"], **files}
+    wanted = {name: tuple(value) if isinstance(value, list) else value for name, value in wanted.items()}  # from JSON
     changed = [f"--config.sampling.{name}={value}" for name, value in wanted.items() if value != stored[name]]
     return shlex.join(["diffusion-jax", "--workdir=DIR", "--mode=sample", *changed])
-
-
-def _flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    return {name: _with_tuples(value) for name, value in configs.flatten(config).items()}
-
-
-def _with_tuples(value: Any) -> Any:
-    """Converts JSON lists to the tuples of a config."""
-    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,13 +1,13 @@
 """Curves and pictures of the page.
 
-Curves show the log of a run, reduced to intervals. Pictures show samples during training, denoising, samples by class, and
-other files.
+Curves show the log of a run, reduced to intervals. Pictures show samples during training, denoising, and other files.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,8 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import pictures
-from diffusion_jax.evaluation.example_sets import modified_time, sample_files
-from diffusion_jax.files import map_array
+from diffusion_jax.evaluation.example_sets import modified_time
 from diffusion_jax.report.collect import RunFiles
-from diffusion_jax.runs.sampling import class_captions
 
 __all__ = [
     "MAX_POINTS",
@@ -28,7 +26,6 @@ __all__ = [
     "Chart",
     "Frames",
     "Picture",
-    "class_rows",
     "denoising",
     "even_subset",
     "make_series",
@@ -84,6 +81,7 @@ _MAX_OTHER_CHARTS = 12
 
 def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> list[Chart]:
     """Returns the charts of a log. Each value that `_CHARTS` does not list gets its own chart."""
+    lines = sorted(lines, key=lambda line: line["step"])
     known = {name for _, _, labels, _ in _CHARTS for name in labels}
     others = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in known | _NOT_DRAWN]
     wanted = [*_CHARTS, *((name.replace("_", " "), name, {name: name}, False) for name in others[:_MAX_OTHER_CHARTS])]
@@ -92,23 +90,17 @@ def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_PO
         drawn = []
         for name, label in labels.items():
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-            if points:
-                x, y = np.array(points, np.float64).T
+            finite = [point for point in points if math.isfinite(point[1])]
+            if finite:
+                x, y = np.array(finite, np.float64).T
                 drawn.append(make_series(label, x, y, max_points))
-        drawn = [series for series in drawn if series["x"]]
         if drawn:
             charts.append({"title": title, "x": "training step", "y": unit, "log": is_log, "series": drawn})
     return charts
 
 
 def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
-    """Returns a line with at most `max_points` points: x, mean, minimum and maximum over each interval.
-
-    Values that are not finite are left out.
-    """
-    order = np.argsort(x, kind="stable")
-    order = order[(np.isfinite(x) & np.isfinite(y))[order]]
-    x, y = np.asarray(x, np.float64)[order], np.asarray(y, np.float64)[order]
+    """Returns a line with at most `max_points` points: x, mean, minimum and maximum over each interval. x increases."""
     low, high = y, y
     series: dict[str, Any] = {"label": label, "values": len(x)}
     if len(x) > max_points:
@@ -131,7 +123,6 @@ def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
 
 _PREFIX = "train_step"  # file names of pictures during training
 _MAX_TRAINING_FRAMES = 12
-_MAX_CLASSES, _IMAGES_OF_A_CLASS = 20, 8
 # For compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and the WebP quality.
 _MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
 _SMALL = 20_000  # bytes; smaller pictures are not compressed
@@ -229,27 +220,6 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
         if None not in drawn:
             frames.append((caption, tuple(drawn)))
     return Frames(names, frames, f"Samples of {path.name}.") if frames else None
-
-
-def class_rows(run: RunFiles, budget: Budget) -> tuple[list[Picture], str]:
-    """Returns (a row of the newest samples for each class, a note about omitted rows); ([], "") without classes."""
-    files = sample_files(run.directory)
-    try:
-        if not files or not pictures.is_of_images(images := map_array(files[0], "arr_0")):
-            return [], ""
-        labels = np.asarray(map_array(files[0], "arr_1"))
-    except _READ_ERRORS:  # samples without labels
-        return [], ""
-    present = np.unique(labels)
-    shown, rows = present[:_MAX_CLASSES], []
-    for label, caption in zip(shown, class_captions(shown, run.class_names), strict=True):
-        chosen = np.flatnonzero(labels == label)[:_IMAGES_OF_A_CLASS]
-        rows.append(budget.embed(pictures.draw_grid(np.asarray(images[chosen]), columns=len(chosen)), caption))
-    rows = [row for row in rows if row]
-    left_out = len(present) - len(rows)
-    return rows, f"Samples of {files[0].name}." + (
-        f" {left_out} other classes are not in this file." if left_out else ""
-    )
 
 
 def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:

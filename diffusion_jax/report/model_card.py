@@ -83,18 +83,11 @@ def _training(run: RunFiles, net: Model) -> str:
 
 def _metrics(run: RunFiles, net: Model) -> str:
     """Formats the metrics of these weights."""
-    records = [
-        record
-        for record in run.measurements()
-        if (record.get("weights"), record.get("step")) == (net.weights, net.step)
-    ]
+    weights = {"weights": net.weights, "step": net.step}.items()
+    records = [record for record in run.measurements() if weights <= record.items()]
     if not records:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
-    columns, rows = table_cells([(run.directory, record) for record in records])
-    rows = [row | {"reference": record.get("reference", "")} for row, record in zip(rows, records, strict=True)]
-    columns = [*(column for column in columns if column not in ("run", "reference")), "reference"]
-    cells = [[row.get(column, "") for column in columns] for row in rows]
-    return "## Metrics\n\nA row for each measurement, ± one standard error:\n\n" + _table(columns, cells)
+    return "## Metrics\n\nA row for each measurement, ± one standard error:\n\n" + _table(*table_cells(records))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -87,16 +87,15 @@ def definitions(entries: Iterable[tuple[Any, Any]]) -> Markup:
     return element("dl", *(join([element("dt", term), element("dd", text)]) for term, text in entries))
 
 
-def json_script(identifier: str, value: Any) -> Markup:
-    """Returns JSON for the page's script. "<" is escaped, so that no text in the JSON can end the element."""
+def json_script(value: Any) -> Markup:
+    """Returns JSON that report.js reads. "<" is escaped, so that no text in the JSON can end the element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return Markup(f'<script type="application/json" id="{html.escape(identifier)}">{text}</script>')
+    return Markup(f'<script type="application/json">{text}</script>')
 
 
 # ---- Pages
 
 Section = tuple[str, str, Markup]
-PageData = dict[str, Any]  # for report.js: {"charts": {id: chart}, "frames": {id: frames}}
 PICTURE_BYTES = 3_000_000  # before base64, which adds a third
 _MAX_RECORDS, _NUMBERS_OF_A_CHART = 20, 12
 _NO_LINES = "Nothing is logged yet."
@@ -113,15 +112,11 @@ _LIKELIHOOD_TERMS = {
 
 def run_page(run: RunFiles) -> str:
     """Returns the page of one run."""
-    data: PageData = {"charts": {}, "frames": {}}
-    training, denoising, samples, others = (
-        Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.1, 0.35)
-    )
+    training, denoising, others = (Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.45))
     sections = [
-        _curves(run, data),
-        _frames("training-samples", "Samples during training", figures.training_samples(run, training), data, -1),
-        _frames("denoising", "Denoising, step by step", figures.denoising(run, denoising), data, 0),
-        _samples(run, samples),
+        _curves(run),
+        _frames("training-samples", "Samples during training", figures.training_samples(run, training), -1),
+        _frames("denoising", "Denoising, step by step", figures.denoising(run, denoising), 0),
         _likelihood(run),
         _metrics({run.name: run}),
         _pictures(run, others),
@@ -134,12 +129,11 @@ def run_page(run: RunFiles) -> str:
     head = definitions(status)
     if not status:
         head = element("p", "The directory holds no run yet: it has no config.json.")
-    return _page(f"Run {run.name}", [head, _notes(run)], sections, data)
+    return _page(f"Run {run.name}", [head, _notes(run)], sections)
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> str:
     """Returns one page about several runs: states, curves, differing settings, metrics and newest pictures."""
-    data: PageData = {"charts": {}, "frames": {}}
     named: dict[str, RunFiles] = {}
     for run in runs:  # equal names get a number
         count = sum(name == run.name or name.startswith(f"{run.name} (") for name in named)
@@ -156,7 +150,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
                 joint["series"].append(series | {"label": name})
         frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs), run.notes), most=1)
         for caption, (picture,) in frames.frames if frames else ():
-            newest.append(_figure(picture, f"{name}, {caption}"))
+            newest.append(picture._replace(caption=f"{name}, {caption}"))
     settings = [{} if run.config is None else flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [[key, *(str(each.get(key, "")) for each in settings)] for key in keys]
@@ -164,18 +158,17 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
     differing_table = table("Settings in which the runs differ", ["setting", *named], differing)
     sections = [
         _section("states", "Runs", table("The state of each run", ["run", *states], rows)),
-        _section("curves", "Curves", _chart_grid(charts.values(), data) if charts else element("p", _NO_LINES)),
+        _section("curves", "Curves", _chart_grid(charts.values()) if charts else element("p", _NO_LINES)),
         _section("config", "Config", differing_table if differing else element("p", "The configs are equal.")),
         _metrics(named),
     ]
     if newest:
-        newest_samples = element("div", *newest, class_="gallery")
-        sections.append(_section("samples", "Newest samples during training", newest_samples))
+        sections.append(_section("samples", "Newest samples during training", _gallery(newest)))
     notes = [_notes(run, f"{name}: ") for name, run in named.items()]
-    return _page(f"{len(runs)} runs: {', '.join(named)}", notes, sections, data)
+    return _page(f"{len(runs)} runs: {', '.join(named)}", notes, sections)
 
 
-def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None], data: PageData) -> str:
+def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None]) -> str:
     static = importlib.resources.files("diffusion_jax.report") / "static"
     files = {path.name.replace(".", "_"): path.read_text() for path in static.iterdir() if path.name != "model_card.md"}
     shown = [section for section in sections if section is not None]
@@ -186,7 +179,6 @@ def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None], d
         version=diffusion_jax.__version__,
         links=join(element("li", element("a", name, href=f"#{identifier}")) for identifier, name, _ in shown),
         content=join([*head, *(content for _, _, content in shown)]),
-        data=json_script("data", data),
     )
 
 
@@ -203,29 +195,25 @@ def _notes(run: RunFiles, prefix: str = "") -> Markup:
     return element("ul", *(element("li", f"{prefix}{note}") for note in run.notes), class_="notes", aria_label="Notes")
 
 
-def _chart_grid(charts: Iterable[Mapping[str, Any]], data: PageData) -> Markup:
-    """Returns empty elements for report.js to fill with charts, and for screen readers some numbers of each chart as tables.
-
-    data: the page's data; the charts are added to it.
-    """
-    figures = []
-    for number, chart in enumerate(charts):
-        identifier, tables = f"curve{number}", []
-        data["charts"][identifier] = chart
+def _chart_grid(charts: Iterable[Mapping[str, Any]]) -> Markup:
+    """Returns the values of charts, which report.js draws, and for screen readers some numbers of each chart as tables."""
+    shown = []
+    for chart in charts:
+        tables = []
         for series in chart["series"]:
             chosen = even_subset(len(series["x"]), _NUMBERS_OF_A_CHART)
             rows = [[f"{series[name][i]:,.8g}" for name in ("x", "mean")] for i in chosen]
             tables.append(table(f"{chart['title']}: {series['label']}", [chart["x"], chart["y"]], rows))
-        drawing = element("div", id=identifier, class_="chart", data_chart=identifier)
+        drawing = element("div", json_script(chart), class_="chart")
         numbers = element("details", element("summary", "Numbers"), *tables)
-        figures.append(element("figure", element("figcaption", chart["title"]), drawing, numbers))
-    return element("div", *figures, class_="charts")
+        shown.append(element("figure", element("figcaption", chart["title"]), drawing, numbers))
+    return element("div", *shown, class_="charts")
 
 
 # ---- Sections of one run
 
 
-def _curves(run: RunFiles, data: PageData) -> Section:
+def _curves(run: RunFiles) -> Section:
     charts = training_charts(run.lines)
     if not charts:
         return _section("curves", "Curves", element("p", _NO_LINES))
@@ -234,16 +222,16 @@ def _curves(run: RunFiles, data: PageData) -> Section:
     text = f"{longest:,} lines of the log."
     if points < longest:
         text += f" They are shown as {points} means, with a band from the lowest to the highest value of each interval."
-    return _section("curves", "Curves", element("p", text), _chart_grid(charts, data))
+    return _section("curves", "Curves", element("p", text), _chart_grid(charts))
 
 
-def _frames(identifier: str, title: str, frames: Frames | None, data: PageData, start: int) -> Section | None:
+def _frames(identifier: str, title: str, frames: Frames | None, start: int) -> Section | None:
     """Returns pictures with a slider. The first picture is an HTML element, so that it is visible without scripts, too."""
     if frames is None:
         return None
     start %= len(frames.frames)
     shown_caption, shown = frames.frames[start]
-    data["frames"][identifier] = {
+    data = {
         "start": start,
         "captions": [caption for caption, _ in frames.frames],
         "names": frames.names,
@@ -265,7 +253,7 @@ def _frames(identifier: str, title: str, frames: Frames | None, data: PageData, 
         element("div", *images, class_="pictures"),
         element("p", shown_caption, id=label, class_="frame-caption", aria_live="polite"),
         element("div", *controls, class_="controls"),
-        data_frames=identifier,
+        json_script(data),
         class_="frames",
     )
     return _section(identifier, title, slider, element("p", frames.note))
@@ -276,13 +264,8 @@ def _figure(picture: Picture, caption: str) -> Markup:
     return element("figure", image, element("figcaption", caption))
 
 
-def _figures(pictures: Iterable[Picture], class_: str = "gallery") -> Markup:
-    return element("div", *(_figure(picture, picture.caption) for picture in pictures), class_=class_)
-
-
-def _samples(run: RunFiles, budget: Budget) -> Section | None:
-    rows, note = figures.class_rows(run, budget)
-    return _section("samples", "Samples", element("p", note), _figures(rows, "classes")) if rows else None
+def _gallery(pictures: Iterable[Picture]) -> Markup:
+    return element("div", *(_figure(picture, picture.caption) for picture in pictures), class_="gallery")
 
 
 def _likelihood(run: RunFiles) -> Section | None:
@@ -302,15 +285,11 @@ def _likelihood(run: RunFiles) -> Section | None:
 
 def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     """Returns a table of all metrics, with explanations. runs: {name: run}."""
-    pairs = []
-    for run in runs.values():
-        pairs += [(run.directory, record) for record in run.measurements()[-_MAX_RECORDS:]]
-    if not pairs:
+    records = [{"run": name} | record for name, run in runs.items() for record in run.measurements()[-_MAX_RECORDS:]]
+    if not records:
         return None
-    columns, rows = table_cells(pairs)
-    names = {str(run.directory): name for name, run in runs.items()}
-    texts = [[names[row["run"]], *(row.get(column, "") for column in columns[1:])] for row in rows]
-    body = table("A row for each measurement, ± one standard error", columns, texts, class_="numbers")
+    columns, rows = table_cells(records)
+    body = table("A row for each measurement, ± one standard error", columns, rows, class_="numbers")
     meanings = MEANINGS | _LIKELIHOOD_TERMS
     return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))
 
@@ -321,7 +300,7 @@ def _pictures(run: RunFiles, budget: Budget) -> Section | None:
         return None
     names = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" if len(left_out) > 10 else "")
     text = element("p", f"Left out, because this file stays small: {names}.") if names else ""
-    return _section("pictures", "Pictures", _figures(shown), text)
+    return _section("pictures", "Pictures", _gallery(shown), text)
 
 
 def _launches(run: RunFiles) -> Section | None:

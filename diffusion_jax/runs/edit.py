@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from typing import Any
@@ -18,18 +19,11 @@ from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
-from diffusion_jax.provenance import Provenance, array_digest, settings_digest
+from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
-from diffusion_jax.runs.sampling import (
-    SamplingSettings,
-    check_finite,
-    draw,
-    load_arrays,
-    resolve_sampling,
-    to_examples,
-    write_examples,
-)
-from diffusion_jax.runs.workdir import load_weights, open_model, to_dict
+from diffusion_jax.runs.sample import make_provenance, write_samples
+from diffusion_jax.runs.sampling_setup import check_finite, load_arrays, resolve_sampling
+from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["run"]
@@ -48,63 +42,55 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     config, workdir = resolve(config), open_run_dir(workdir)
     task, options = config.editing.task, config.editing
     net = open_model(config, workdir, sharding.one_device_mesh())
-    settings, files = resolve_sampling(config, net), _Files(config, net)
+    setup, files = resolve_sampling(config, net), _Files(config, net)
     needed = inspect.signature(editing.EDITS[task]).parameters
     mask = files.read_mask() if "mask" in needed else None
     image = files.read("image", options.factor if "factor" in needed else None, mask)
     given, captions = [image], ["image"]
-    if mask is not None:
-        image, shown = files.split(image, mask)
-        given, captions = [*given, shown], ["image", "known"]
+    if mask is not None:  # unknown values may be NaN; the picture shows them gray
+        shown = np.where(mask, image, np.nan if net.levels is None else _UNKNOWN).astype(image.dtype)
+        image = np.where(mask, image, 0).astype(image.dtype)
+        given, captions = [given[0], shown], ["image", "known"]
     inputs: dict[str, Any] = {"image": files.to_model(image, options.num_samples), "mask": mask}
     if "other" in needed:
-        _check_single(task, settings)
+        for setting, rows in (("class", setup.labels), ("conditions", setup.conditions)):
+            if rows is not None and len(rows) > 1:
+                raise UserError(
+                    f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
+                )
         given, captions = [image, files.read("other")], ["image", "other"]
         inputs["other"] = files.to_model(given[1])
     arguments = {**options.to_dict(), **inputs}
     with as_user_error("config.editing"):
-        edit = editing.EDITS[task](settings.sampler, **{name: arguments[name] for name in list(needed)[1:]})
+        edit = editing.EDITS[task](setup.sampler, **{name: arguments[name] for name in list(needed)[1:]})
     if edit.shown is not None:
         caption, measured = edit.shown
-        given, captions = [files.to_data(measured)[0]], [caption]
+        measured = data.to_data_units(np.asarray(measured), net.normalizations.get("x"))
+        given, captions = [setup.to_examples(measured)[0]], [caption]
 
-    net = load_weights(net, config, workdir, config.sampling.use_ema)
+    setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, config.sampling.use_ema))
     if jax.process_index() != 0:
         return
-    for note in settings.notes:
+    for note in setup.notes:
         log(f"Note: {note}.")
     log(f"Compiling {task} ...")
     rows = np.arange(1 if "other" in needed else options.num_samples)
     with as_user_error("config.editing"):
-        results = to_examples(net, draw(net, settings, jax.random.key(config.sampling.seed), rows, **edit.arguments))
-    if net.levels is None:
-        if mask is not None:  # known values stay exactly as in the file; the normalization would round them
-            results = np.where(mask, given[0], results).astype(results.dtype)
-        check_finite(results)
-    made_by = settings.provenance(net)
-    made_by |= {"editing": to_dict(options), "given_digest": array_digest(np.stack(given))}
-    common = f"{net.provenance.name}_{settings.name}"
-    name = f"{task}_{common}_seed{config.sampling.seed}_{settings_digest(made_by)[:6]}"
+        results = setup.to_examples(setup.generate(jax.random.key(config.sampling.seed), rows, **edit.arguments))
+    if net.levels is None and mask is not None:  # known values stay exactly as in the file, without rounding
+        results = np.where(mask, given[0], results).astype(results.dtype)
+    check_finite(results)
+    provenance = make_provenance(setup, editing=to_dict(options), given_digest=array_digest(np.stack(given)))
+    title = f"Edit: {task.replace('_', ' ')}, {provenance.name}"
+    provenance = dataclasses.replace(provenance, name=f"{task}_{provenance.name}_{provenance.digest[:6]}")
     captions += [f"result {i}" for i in range(1, len(results) + 1)]
     if "other" in needed:
         captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
-    title = f"Edit: {task.replace('_', ' ')}, {common}"
     picture = pictures.draw_edit(np.stack(given), results, captions, title)
-    provenance = Provenance(name, made_by, net.provenance.details)
-    path = write_examples(workdir, "samples/edits", provenance, {"arr_0": results}, picture)
+    path = workdir / "samples" / "edits" / f"{provenance.name}.npz"
+    write_samples(workdir, path, provenance, {"arr_0": results}, picture)
     noun = "images" if net.is_images else "examples"
     log(f"The given {noun} and {len(results)} results: {path.with_suffix('.png')}; the results alone: {path}")
-
-
-def _check_single(task: str, settings: SamplingSettings) -> None:
-    """Raises: UserError for several classes or conditions; an edit between two examples allows only one."""
-    if settings.labels is not None and len(settings.labels) > 1:
-        raise UserError(f"editing.task={task!r} needs a single class: give sampling.class")
-    if settings.conditions is not None and len(settings.conditions) > 1:
-        raise UserError(
-            f"editing.task={task!r} needs a single condition, and sampling.conditions has {len(settings.conditions)}: give a "
-            "file with one row"
-        )
 
 
 class _Files:
@@ -156,7 +142,7 @@ class _Files:
         if example.shape != shape or not is_allowed:
             raise UserError(
                 f"editing.{setting}={self._options[setting]!r} holds {example.dtype} {list(example.shape)}; it must be one "
-                f"example of shape {list(shape)} of {'real numbers in the units of the data' if is_continuous else 'uint8'}"
+                f"example of shape {list(shape)} of {'real numbers in data units' if is_continuous else 'uint8'}"
             )
         values = example if known is None else example[np.broadcast_to(known, shape)]
         if not np.isfinite(values).all():
@@ -209,11 +195,6 @@ class _Files:
         )
         return known
 
-    def split(self, image: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the example with unknown values (possibly NaN) set to 0, and a copy with gray or NaN for the picture."""
-        shown = np.where(known, image, np.nan if self._net.levels is None else _UNKNOWN)
-        return np.where(known, image, 0).astype(image.dtype), shown.astype(image.dtype)
-
     def to_model(self, example: np.ndarray, copies: int = 1) -> jax.Array:
         """Repeats an example: float32 [copies, *spatial, C] in the model's range."""
         if self._net.levels is None:
@@ -221,7 +202,3 @@ class _Files:
         else:
             x = to_model_range(jnp.asarray(example))[None]
         return jnp.repeat(x, copies, axis=0)
-
-    def to_data(self, x) -> np.ndarray:
-        """Converts examples [B, *spatial, C] from the model's range to uint8, or to float32 in data units."""
-        return to_examples(self._net, data.to_data_units(np.asarray(x), self._net.normalizations.get("x")))

@@ -32,13 +32,13 @@ from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features
+from diffusion_jax.pretrained import load_weights
 from diffusion_jax.provenance import params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import (
     check_source,
     digest_of_some,
-    load_weights,
     normalize,
     open_model,
     rename_settings_in_errors,
@@ -49,7 +49,6 @@ from diffusion_jax.training import condition_shape
 
 __all__ = [
     "LikelihoodRun",
-    "features_cache",
     "load_pipeline",
     "load_reference",
     "measure_likelihood",
@@ -133,9 +132,9 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     if needs_features(names, of_images):
         if of_images and options.likelihood and _features_name(config) == "inception" and not options.inception:
             return log(f"No metrics of samples: {features.NEEDS_INCEPTION}; evaluation.num_samples=0 leaves them out.")
-        pipeline = load_pipeline(config)
+        pipeline = load_pipeline(config, workdir)
         with as_user_error("config.evaluation"):
-            features.feature_dimension(pipeline.extractor, data.example_shape(config.data))
+            features.check_shape(pipeline.extractor, data.example_shape(config.data))
     reference = load_reference(config, source)
     with as_user_error("config.evaluation"):
         check_count(reference.name, len(reference.source), names)
@@ -144,18 +143,20 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
         reference = reference.limit(MAX_EXAMPLES)
     sampling_config = ConfigDict(to_dict(config))
     sampling_config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
-    file = SampleFile(sampling_config, workdir, _reference_conditions(config, reference))
-    file.draw(reuse=True)
-    multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    settings = {"dataset": config.data.dataset}
+    conditions, settings = None, {"dataset": config.data.dataset}
     if condition_shape(config) is not None:
-        settings["conditions"] = config.sampling.conditions or f"those of the examples of {reference.name}"
+        settings["conditions"] = config.sampling.conditions or f"conditions of {reference.name}"
+        if not config.sampling.conditions:  # one for each sample, from evenly spread examples
+            batches = read_in_order(reference.limit(options.num_samples).source, 1024)
+            conditions = np.concatenate([batch["condition"] for batch in batches])
+    file = SampleFile(sampling_config, workdir, conditions)
+    file.write(reuse=True)
+    multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
     is_periodic = config.model.get("padding") == "periodic"
-    metric_options = Options(options.seed, file.net.normalizations.get("x"), is_periodic)
-    output, cache = workdir / "metrics.json", features_cache(workdir)
+    metric_options = Options(options.seed, file.setup.net.normalizations.get("x"), is_periodic)
     try:
-        written = compare(reference, samples, names, output, pipeline, cache, metric_options, settings)
+        written = compare(reference, samples, names, workdir / "metrics.json", pipeline, metric_options, settings)
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     workdir.upload(*written)
@@ -174,14 +175,14 @@ def _features_name(config: ConfigDict) -> str:
     return config.evaluation.features or features.default_name(config.data.dataset, data.is_of_images(config.data))
 
 
-def load_pipeline(config: ConfigDict) -> FeaturePipeline:
-    """Builds the feature pipeline of a config. Raises: UserError, also if the data have no features; PretrainedError."""
+def load_pipeline(config: ConfigDict, workdir: RunDir) -> FeaturePipeline:
+    """Builds the feature pipeline of a run. Raises: UserError, also if the data have no features; PretrainedError."""
     options, name = config.evaluation, _features_name(config)
     if not name:
         raise UserError("these data have no features: set evaluation.features=module:function")
     with as_user_error("config.evaluation"):
         extractor = features.from_name(name, options.inception, of_images=data.is_of_images(config.data))
-    return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size)
+    return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, workdir)
 
 
 def load_reference(config: ConfigDict, source: data.Source | None = None) -> ExampleSet:
@@ -189,30 +190,19 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
 
     source: examples that replace the split. Raises: DataError.
     """
-    progress = progress_over("Reading the reference")
-    if source is not None:
-        loaded = data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source)
-        return ExampleSet(type(source).__name__, loaded)
     own_split = config.evaluation.reference_split
-    location = ConfigDict({**config.data, "split": own_split or config.data.split})
-    with rename_settings_in_errors({"data.split": "evaluation.reference_split"} if own_split else {}):
-        return ExampleSet(data.origin(location), data.load(location, progress))
+    location = {**config.data, "split": own_split or config.data.split}
+    renamed = {"data.split": "evaluation.reference_split"} if own_split else {}
+    loaded = _load("Reading the reference", location, renamed, source)
+    return ExampleSet(data.origin(location) if source is None else type(source).__name__, loaded)
 
 
-def features_cache(workdir: RunDir) -> RunDir:
-    """Returns the directory of cached features. Every process must see it, so several processes use the work directory."""
-    return RunDir(features.cache_directory()) if jax.process_count() == 1 else workdir.subdirectory(".features")
-
-
-def _reference_conditions(config: ConfigDict, reference: ExampleSet) -> np.ndarray | None:
-    """Returns the conditions of the reference examples in data units, for use without `sampling.conditions`.
-
-    Sample i gets the condition of example i; if there are fewer samples than examples, the examples are evenly spread.
-    """
-    if condition_shape(config) is None or config.sampling.conditions:
-        return None
-    rows = reference.limit(config.evaluation.num_samples).source
-    return np.concatenate([batch["condition"] for batch in read_in_order(rows, 1024)])
+def _load(title: str, location: dict, renamed: Mapping[str, str], source: data.Source | None) -> data.Source:
+    """Loads the examples of `location`, a complete `config.data`, or of a caller's source. renamed: settings in errors."""
+    if source is not None:
+        location = location | {"holdout": 0.0}
+    with rename_settings_in_errors(renamed):
+        return data.load(location, progress_over(title), source=source)
 
 
 # ---- The likelihood of examples
@@ -231,15 +221,21 @@ class LikelihoodRun:
         """source: examples that replace `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
         self.config, self.workdir = config, open_run_dir(workdir)
-        self.dequantization = None
+        self.dequantization = self._ode_likelihood = None
         if options.ode:
+            try:
+                from diffusion_jax.evaluation import ode_likelihood
+            except ImportError as error:
+                raise UserError(f"evaluation.ode needs diffrax ({error}); pip install '.[ode]'") from error
+            self._ode_likelihood = ode_likelihood
             self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
             if is_continuous(config) and self.dequantization != "none":
                 raise UserError(
                     f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
                     "for continuous data (data.levels=None)"
                 )
-        self.net = load_weights(open_model(config, self.workdir), config, self.workdir, options.use_ema)
+        net = open_model(config, self.workdir)
+        self.net = load_weights(net, config, self.workdir, options.use_ema)
         is_trained_here = "init_from" not in self.net.provenance.details
         loaded, self.split = _load_source(config, source, is_trained_here)
         check_source(config, loaded)
@@ -272,8 +268,9 @@ class LikelihoodRun:
         if "image" in batch:
             data.check_levels(batch["image"], self.config.data.levels)
         batch.setdefault("label", np.zeros(len(indices), np.int32))
-        names = ["image", "x", "label"] + ["condition"] * (condition_shape(self.config) is not None)
-        return {name: batch[name] for name in names if name in batch}
+        if self.net.condition_shape is None:
+            batch.pop("condition", None)
+        return batch
 
     def denoise_fn(self, params, batch) -> Callable:
         """Returns the network as a function of x_t and time, with the labels and conditions of a batch."""
@@ -302,8 +299,8 @@ class LikelihoodRun:
             **parameterization,
         )
         out = {name: getattr(bits, name) for name in ("total", "prior", "decoder", "t", *_TABLES)}
-        if options.ode:
-            out["ode"], _ = _import_ode_likelihood().bits_per_dim(
+        if self._ode_likelihood is not None:
+            out["ode"], _ = self._ode_likelihood.bits_per_dim(
                 key_ode,
                 schedule,
                 denoise_fn,
@@ -328,37 +325,26 @@ def _load_source(
     is_trained_here: whether the model was trained on `config.data`. If the examples are the training examples, a note is
     logged. Returns: (examples, split).
     """
-    progress = progress_over(f"Reading the {_noun(config)}")
+    options, title, renamed = config.evaluation, f"Reading the {_noun(config)}", {"data.split": "evaluation.split"}
     if source is not None:
-        return data.load(ConfigDict({**config.data, "holdout": 0.0}), progress, source=source), None
-    options, renamed = config.evaluation, {"data.split": "evaluation.split"}
-    location, split = ConfigDict({**config.data, "split": options.split}), options.split
+        return _load(title, dict(config.data), {}, source), None
+    location, split = {**config.data, "split": options.split}, options.split
     own, other = (
         path and os.path.realpath(os.path.expanduser(path)) for path in (config.data.data_dir, options.data_dir)
     )
     is_elsewhere = other and other != own
     if is_elsewhere:
-        location.update(data_dir=options.data_dir, holdout=0.0)
+        location |= {"data_dir": options.data_dir, "holdout": 0.0}
         renamed["data.data_dir"] = "evaluation.data_dir"
     if not data.has_splits(location):  # all examples are measured
-        location.split, split = "train", "train" if is_trained_here and not is_elsewhere else None
-    with rename_settings_in_errors(renamed):
-        loaded = data.load(location, progress)
+        location["split"], split = "train", "train" if is_trained_here and not is_elsewhere else None
+    loaded = _load(title, location, renamed, None)
     if is_trained_here and not is_elsewhere and split == config.data.split:
         log(
             f"Note: these are the {_noun(config)} that the model was trained on (split {split!r}); to measure others, "
             "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
         )
     return loaded, split
-
-
-def _import_ode_likelihood():
-    """Imports the module of the ODE likelihood. Raises: UserError if diffrax is missing."""
-    try:
-        from diffusion_jax.evaluation import ode_likelihood
-    except ImportError as error:
-        raise UserError(f"evaluation.ode needs diffrax ({error}); pip install '.[ode]'") from error
-    return ode_likelihood
 
 
 def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
@@ -462,7 +448,7 @@ def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
     workdir.upload(*(workdir / name for name in files))
     parts = ", ".join(f"{name} {scale * report[name]:.4f}" for name in ("prior", "transitions", "decoder"))
     endings = {
-        "": f"{' in the units of the data' if continuous else ''}: {parts}",
+        "": f"{' in data units' if continuous else ''}: {parts}",
         "ode_": " by the probability-flow ODE",
     }
     for prefix, ending in endings.items():

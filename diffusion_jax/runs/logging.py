@@ -58,8 +58,10 @@ _TENSORBOARD_GROUPS = {
 
 
 def check_writers(config: ConfigDict) -> None:
-    """Raises: UserError if the package of a writer in `logging.writers` is not installed."""
+    """Raises: UserError for an unknown writer in `logging.writers`, or one whose package is not installed."""
     for name in config.logging.writers:
+        if name not in WRITERS:
+            raise UserError(f"logging.writers has {name!r}; use names from {', '.join(WRITERS)}")
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"

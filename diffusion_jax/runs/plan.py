@@ -59,11 +59,6 @@ class Settings(NamedTuple):
     remat: Remat
     accumulation_steps: int
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Returns the settings of a complete config."""
-        return cls(config["mesh"]["fsdp"], config["model"]["remat"], config["training"]["accumulation_steps"])
-
     @property
     def flags(self) -> str:
         """The settings as command-line flags."""
@@ -113,7 +108,8 @@ def num_virtual_devices(config: Mapping) -> int:
 def run(config: ConfigDict) -> None:
     """Prints the plan for the present devices, and settings that fit `mesh.device` if it is set. Raises: UserError."""
     config, num_devices = resolve(config), jax.device_count()
-    mesh, options, given = config.mesh, config.training, Settings.of(config)
+    mesh, options = config.mesh, config.training
+    given = Settings(mesh.fsdp, config.model.remat, options.accumulation_steps)
     with as_user_error("config"):
         log_notes(config)
         training.build_program(config)  # checks the config
@@ -139,13 +135,10 @@ def run(config: ConfigDict) -> None:
     log(f"  as given            {'fits' if found.total <= usable else 'does not fit'}")
     estimates = all_estimates(config, traced, num_devices)
     fitting = [each for each in estimates if each.total <= usable]
-    if fitting:
-        log(f"  first that fits     {fitting[0]}")
-        log(f"    type              {fitting[0].settings.flags}")
-    else:
-        least = min(estimates, key=lambda each: each.total)
-        log(f"  nothing fits; least {least}")
-        log(f"    with              {least.settings.flags}")
+    best = fitting[0] if fitting else min(estimates, key=lambda each: each.total)
+    log(f"  {'first that fits' if fitting else 'none fits; smallest':19} {best}")
+    log(f"    with              {best.settings.flags}")
+    if not fitting:
         log(
             "    use more devices (--config.mesh.data), --config.model.dtype=bfloat16, or a smaller training.batch_size"
         )
@@ -154,12 +147,11 @@ def run(config: ConfigDict) -> None:
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
     """Traces the network once for each value of `model.remat` in `choices`."""
     without, first, *_ = remat_choices(config)
+    needed = dict.fromkeys([*choices, without, first, True])  # `estimate` needs the last three
+    variants = {remat: {**config, "model": {**config["model"], "remat": remat}} for remat in needed}
+    activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]
-    activations = {
-        remat: activations_per_example(_with_remat(config, remat))
-        for remat in dict.fromkeys([*choices, without, first, True])  # `estimate` needs the last three
-    }
-    return Traced(shapes, activations, {remat: _flops_per_example(_with_remat(config, remat)) for remat in choices})
+    return Traced(shapes, activations, {remat: _flops_per_example(variants[remat]) for remat in choices})
 
 
 def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
@@ -260,10 +252,6 @@ def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
     return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
 
 
-def _with_remat(config: Mapping[str, Any], remat: Remat) -> dict[str, Any]:
-    return {**config, "model": {**config["model"], "remat": remat}}
-
-
 def _bytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
@@ -288,12 +276,9 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
             "more steps"
         )
     if num_steps > _MAX_TRIAL_STEPS and share > MAX_INITIAL_SHARE:
-        decay, longer = config.ema.decay, ""
-        if decay < 1:
-            longer = f", or --config.training.num_steps={math.ceil(math.log(MAX_INITIAL_SHARE, decay))}"
         found.append(
-            f"at training.num_steps={num_steps} the EMA (ema.decay={decay:g}) still holds {share:.0%} of the random initial "
-            f"weights, so samples use the raw weights; use --config.ema.warmup=True{longer}"
+            f"at training.num_steps={num_steps} the EMA (ema.decay={config.ema.decay:g}) still holds {share:.0%} of the "
+            "random initial weights, so samples use the raw weights; use --config.ema.warmup=True, or more steps"
         )
     if not is_classifier(config):
         if is_continuous(config) and diffusion.prediction in ("eps", "score") and not resolve_clip(config):

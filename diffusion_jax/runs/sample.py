@@ -1,36 +1,41 @@
-"""`--mode=sample`: draws samples from a trained model in batches, and reuses existing sample files."""
+"""`--mode=sample`: draws samples from a trained model in batches.
+
+`SampleFile` and `make_provenance` decide the name of a file of samples, and whether a finished file is reused.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 import diffusion_jax
-from diffusion_jax import pictures, schedules
-from diffusion_jax.config import is_continuous, resolve
+from diffusion_jax import pictures, pretrained, schedules
+from diffusion_jax.config import SETTINGS, clips_by_default, is_continuous, resolve
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import as_user_error
-from diffusion_jax.provenance import Provenance
+from diffusion_jax.files import save_npz
+from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
-from diffusion_jax.runs.sampling import (
-    FILES,
-    check_finite,
-    draw,
-    draw_batch,
-    resolve_sampling,
-    to_examples,
-    write_examples,
-)
-from diffusion_jax.runs.workdir import load_weights, open_model, write_config_if_untrained
+from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, resolve_sampling
+from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untrained
 
-__all__ = ["SampleFile", "picture_steps", "run"]
+__all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_samples"]
 
+_FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
+# Settings of `config.sampling` that do not change samples.
+_SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
+# Settings that file names show.
+_NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
+_MAX_CLASSES_IN_NAME = 40  # characters
 _TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # samples in the denoising picture; vectors are points
 _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
@@ -45,7 +50,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
     config, workdir = resolve(config), open_run_dir(workdir)
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
-    file.draw()
+    file.write()
     if config.sampling.trajectory and jax.process_index() == 0:
         _write_trajectory(file)
     return file
@@ -57,7 +62,7 @@ class SampleFile:
     The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data; arr_1, the labels, and
     condition, the conditions in data units, if there are any; provenance.
 
-    path: the .npz. net: the model. settings: from `config.sampling`. provenance: everything that decides the values.
+    path: the .npz. setup: the model and the settings. provenance: everything that decides the values.
     """
 
     def __init__(self, config: ConfigDict, workdir: RunDir | str | os.PathLike, conditions: np.ndarray | None = None):
@@ -66,28 +71,20 @@ class SampleFile:
         conditions: [N, ...] in data units, replaces `sampling.conditions`.
         Raises: UserError, DataError, PretrainedError.
         """
-        self.workdir = open_run_dir(workdir)
+        self.config, self.workdir = config, open_run_dir(workdir)
         options, net = config.sampling, open_model(config, self.workdir)
         with as_user_error("config"):
-            self.settings = resolve_sampling(config, net, conditions)
-        for note in self.settings.notes:
+            setup = resolve_sampling(config, net, conditions)
+        for note in setup.notes:
             log(f"Note: {note}.")
-        self.config, self.net = config, load_weights(net, config, self.workdir, options.use_ema)
+        net = pretrained.load_weights(net, config, self.workdir, options.use_ema)
+        self.setup = dataclasses.replace(setup, net=net)
         self.batch_size = -(-min(options.batch_size, options.num_samples) // net.num_devices) * net.num_devices
-        self.provenance = Provenance(
-            f"{self.net.provenance.name}_{self.settings.name}_seed{options.seed}_n{options.num_samples}",
-            self.settings.provenance(self.net) | {"batch_size": self.batch_size},
-            {
-                "diffusion_jax": diffusion_jax.__version__,
-                "jax": jax.__version__,
-                "backend": jax.default_backend(),
-                **self.net.provenance.details,
-                **{setting: options[setting] for setting in FILES if options[setting]},
-            },
-        )
+        provenance = make_provenance(self.setup, batch_size=self.batch_size)
+        self.provenance = dataclasses.replace(provenance, name=f"{provenance.name}_n{options.num_samples}")
         self.path = self.workdir / "samples" / f"{self.provenance.name}.npz"
 
-    def draw(self, reuse: bool = False) -> None:
+    def write(self, reuse: bool = False) -> None:
         """Draws the samples and writes the files. Each batch is stored, so that a rerun continues after the last batch.
 
         reuse: if the file already holds samples with these settings, do nothing.
@@ -98,7 +95,7 @@ class SampleFile:
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
         options, noun = self.config.sampling, "examples" if is_continuous(self.config) else "images"
-        name, kind = self.net.provenance.name, str(self.net.weights)
+        name, kind = self.setup.net.provenance.name, str(self.setup.net.weights)
         weights = f"{name.removesuffix(f'_{kind}')} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
         name = f"samples/.{self.provenance.name}_{self.provenance.digest}"
@@ -106,7 +103,7 @@ class SampleFile:
 
         def compute(i: int) -> dict[str, np.ndarray]:
             with as_user_error("config"):  # some errors occur only when the sampler is traced
-                samples = draw_batch(self.net, self.settings, options.seed, i, self.batch_size)
+                samples = self.setup.generate_batch(options.seed, i, self.batch_size)
             check_finite(samples)
             return {"images": samples}
 
@@ -114,7 +111,13 @@ class SampleFile:
         num_batches = chunks.fill("Sampling", options.num_samples, self.batch_size, compute, stall_timeout)
         if jax.process_index() == 0:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
-            self._write(samples)
+            rows = self.setup.arguments(np.arange(len(samples)))
+            # The samples come first, for programs that read the first array.
+            arrays = {"arr_0": samples, "arr_1": rows["y"], "condition": rows["condition"]}
+            shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
+            captions = self.setup.captions(len(shown))
+            picture = pictures.draw_samples(shown, f"Samples: {self.provenance.name}", captions)
+            write_samples(self.workdir, self.path, self.provenance, arrays, picture)
             chunks.delete()
             if pictures.is_of_images(samples) and samples.shape[2] <= _MAX_PIXELS_AS_TEXT:
                 log(pictures.as_text(samples[: _TEXT_COLUMNS // samples.shape[2]]))
@@ -130,14 +133,84 @@ class SampleFile:
         differences = self.provenance.differences(stored)
         return f"was drawn with other settings ({differences})" if differences else None
 
-    def _write(self, samples: np.ndarray) -> None:
-        rows = self.settings.arguments(np.arange(len(samples)))
-        # The samples come first, for programs that read the first array.
-        arrays = {"arr_0": samples, "arr_1": rows["y"], "condition": rows["condition"]}
-        shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
-        captions = self.settings.captions(len(shown))
-        picture = pictures.draw_samples(shown, f"Samples: {self.provenance.name}", captions)
-        write_examples(self.workdir, "samples", self.provenance, arrays, picture)
+
+# ---- Names and provenance
+
+
+def make_provenance(setup: SamplingSetup, **settings: Any) -> Provenance:
+    """Returns the record of samples or edits; its name is the start of the file name.
+
+    The settings are everything that decides the values, except settings that only change rounding. settings: added to them.
+    """
+    net, classifier, options = setup.net, setup.classifier, to_dict(setup.config)
+    sampling = {k: v for k, v in options["sampling"].items() if k not in (*_SETTINGS_WITHOUT_EFFECT, *_FILES)}
+    if sampling["label"] is not None and setup.labels is not None:  # a name and a number may mean the same class
+        sampling["label"] = setup.labels.tolist()
+    return Provenance(
+        f"{net.provenance.name}_{_name_options(setup)}_seed{sampling['seed']}",
+        {
+            **net.provenance.settings,
+            "weights_digest": params_digest(net.params),
+            "classifier_digest": None if classifier is None else params_digest(classifier.params),
+            "conditions_digest": array_digest(setup.conditions),
+            "low_resolution_digest": array_digest(setup.small_images),
+            "labels_digest": array_digest(setup.labels),
+            "normalization": {name: value.to_json() for name, value in net.normalizations.items()},
+            "image_shape": list(net.example_shape),
+            "model": options["model"],
+            "diffusion": options["diffusion"],
+            "sampling": sampling,
+            "num_steps": setup.schedule.num_timesteps,
+            **settings,
+        },
+        {
+            "diffusion_jax": diffusion_jax.__version__,
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+            **net.provenance.details,
+            **{name: options["sampling"][name] for name in _FILES if options["sampling"][name]},
+        },
+    )
+
+
+def _name_options(setup: SamplingSetup) -> str:
+    """Returns the sampler, steps, classes and guidance, and a digest of all other options that differ from the defaults."""
+    options = setup.config.sampling.to_dict()
+    hashed = {
+        name: value
+        for name, value in options.items()
+        if name not in (*_SETTINGS_WITHOUT_EFFECT, *_NAMED_SETTINGS) and value != SETTINGS[f"sampling.{name}"].default
+    }
+    if options["clip"] != clips_by_default(setup.config):
+        hashed["clip"] = options["clip"]
+    if isinstance(options["steps"], tuple | list):
+        hashed["steps"] = options["steps"]
+    words = [f"{options['sampler']}{setup.schedule.num_timesteps}"]
+    words += [options["spacing"]] * (options["spacing"] is not None)
+    if options["label"] is not None and setup.labels is not None:
+        labels = setup.labels.tolist()
+        classes = "class" + "-".join(map(str, labels))
+        if len(classes) > _MAX_CLASSES_IN_NAME:
+            classes, hashed["classes"] = f"{len(labels)}classes", labels
+        words.append(classes)
+    if options["guidance_scale"] != 1:
+        words.append(f"guided{options['guidance_scale']}")
+    return "_".join(words + ([settings_digest(hashed)[:6]] if hashed else []))
+
+
+def write_samples(
+    workdir: RunDir,
+    path: pathlib.Path,
+    provenance: Provenance,
+    arrays: Mapping[str, np.ndarray | None],
+    picture: pictures.Picture,
+) -> None:
+    """Writes and uploads an .npz (the arrays that are not None, and the provenance), and a PNG beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    save_npz(path, given | provenance.arrays())
+    pictures.save(path.with_suffix(".png"), picture)
+    workdir.upload(path, path.with_suffix(".png"))
 
 
 # ---- Samples being denoised
@@ -150,26 +223,22 @@ def _write_trajectory(file: SampleFile) -> None:
     step (DDPM figure 6); times, the network times; samples [rows, *spatial, C], equal to the file's samples up to rounding.
     """
     log("Compiling the sampler of the trajectory ...")
-    options = file.config.sampling
-    rows = _TRAJECTORY_POINTS if len(file.net.example_shape) == 1 else _TRAJECTORY_ROWS
+    setup, options = file.setup.on_mesh(sharding.one_device_mesh()), file.config.sampling  # only process 0 is here
+    rows = _TRAJECTORY_POINTS if len(setup.net.example_shape) == 1 else _TRAJECTORY_ROWS
     rows = min(rows, file.batch_size, options.num_samples)
-    steps = picture_steps(file.settings.schedule, options.trajectory - 1)
-    mesh = sharding.one_device_mesh()  # only process 0 draws the trajectory
-    settings, net = file.settings, file.net.on_mesh(mesh)
-    if settings.classifier is not None:
-        settings = dataclasses.replace(settings, classifier=settings.classifier.on_mesh(mesh))
+    steps = picture_steps(setup.schedule, options.trajectory - 1)
     key = jax.random.fold_in(jax.random.key(options.seed), 0)  # the key of the file's first batch
-    samples, frames = draw(net, settings, key, np.arange(rows), trajectory=steps)
-    arrays = {"x_t": to_examples(net, frames.x_t), "x_0": to_examples(net, frames.x_0)}
-    arrays |= {"times": settings.schedule.timesteps[steps[::-1]], "samples": to_examples(net, samples)}
+    samples, frames = setup.generate(key, np.arange(rows), trajectory=steps)
+    arrays = {"x_t": setup.to_examples(frames.x_t), "x_0": setup.to_examples(frames.x_0)}
+    arrays |= {"times": setup.schedule.timesteps[steps[::-1]], "samples": setup.to_examples(samples)}
 
     def draw_picture(frames: str, what: str):
         x = np.concatenate([arrays[frames], arrays["samples"][None]])
         title = f"The first samples of {file.provenance.name}, {what}"
-        return pictures.draw_trajectory(x, arrays["times"], title, settings.captions(rows))
+        return pictures.draw_trajectory(x, arrays["times"], title, setup.captions(rows))
 
-    picture = draw_picture("x_t", "being denoised")
-    path = write_examples(file.workdir, "samples/trajectories", file.provenance, arrays, picture)
+    path = file.path.parent / "trajectories" / file.path.name
+    write_samples(file.workdir, path, file.provenance, arrays, draw_picture("x_t", "being denoised"))
     path_of_x_0 = path.with_name(f"{path.stem}_x_0.png")
     pictures.save(path_of_x_0, draw_picture("x_0", "as predicted while they are denoised"))
     file.workdir.upload(path_of_x_0)

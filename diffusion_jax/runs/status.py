@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from diffusion_jax.console import format_duration
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
+from diffusion_jax.storage.downloads import MANIFEST
 
 __all__ = ["describe", "report", "run", "sparkline"]
 
@@ -69,7 +70,7 @@ def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, A
 def _checkpoint(workdir: RunDir, saved: Sequence[int]) -> str:
     if not saved:
         return "none yet"
-    age = time.time() - (workdir / "checkpoints" / str(saved[-1])).stat().st_mtime
+    age = time.time() - (workdir / "checkpoints" / str(saved[-1]) / MANIFEST).stat().st_mtime
     when = datetime.datetime.now() - datetime.timedelta(seconds=age)
     return f"step {saved[-1]:,}, {when:%Y-%m-%d %H:%M:%S}, {format_duration(age)} ago"
 

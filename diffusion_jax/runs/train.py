@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, pretrained, training
-from diffusion_jax.config import is_classifier, is_upsampler, resolve
+from diffusion_jax.config import flatten, is_classifier, is_upsampler, resolve
 from diffusion_jax.console import (
     ProgressBar,
-    format_duration,
     log,
     log_compilation,
     log_parameters,
@@ -33,16 +30,16 @@ from diffusion_jax.console import (
 )
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
-from diffusion_jax.distributed.signals import SignalHandler
+from diffusion_jax.distributed.signals import HANDLER as signals
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
-from diffusion_jax.metrics import of_features, reported_name
-from diffusion_jax.pretrained import load_initial_weights, normalization_differences, set_params
+from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
+from diffusion_jax.pretrained import load_initial_weights, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.evaluate import features_cache, load_pipeline, load_reference
+from diffusion_jax.runs.evaluate import load_pipeline, load_reference
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes
-from diffusion_jax.runs.sampling import SamplingSettings, draw_batch, resolve_sampling
+from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
@@ -52,10 +49,10 @@ from diffusion_jax.runs.workdir import (
     to_dict,
     write_config,
 )
-from diffusion_jax.training.checkpoints import Checkpoints, resume_hint
+from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
 
-__all__ = ["BatchLoader", "PreviewSampler", "StepsInFlight", "run"]
+__all__ = ["BatchLoader", "PreviewBatches", "StepsInFlight", "run"]
 
 _FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
@@ -71,12 +68,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     config, workdir = resolve(config), open_run_dir(workdir)
     launch = LaunchTimes(workdir)
     options = config.training
-    intervals = {
-        f"training.{setting}": options[setting] for setting in ("log_every", "sample_every", "checkpoint_every")
-    }
-    for name, interval in (intervals | {"evaluation.every": config.evaluation.every}).items():
-        if interval % options.steps_per_call:
-            raise UserError(f"{name}={interval} must be a multiple of training.steps_per_call={options.steps_per_call}")
+    settings = flatten(config)
+    for name in ("training.log_every", "training.sample_every", "training.checkpoint_every", "evaluation.every"):
+        if settings[name] % options.steps_per_call:
+            raise UserError(
+                f"{name}={settings[name]} must be a multiple of training.steps_per_call={options.steps_per_call}"
+            )
     check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
@@ -89,8 +86,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
                 "evaluation.every=0"
             )
     saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
-    if _is_finished(config, workdir, saved):
-        return
+    if max(saved, default=0) >= options.num_steps:
+        with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
+            newest = checkpoints.newest_intact_step() or 0
+        if newest >= options.num_steps:
+            log(f"This run is finished: {workdir} holds step {newest} of {options.num_steps}. Nothing to do.")
+            return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded)
     net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
@@ -113,13 +114,13 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         preview = compare = None
         if config.sampling.preview_samples and samples_from_noise:
             count, seed = config.sampling.preview_samples, config.sampling.seed
-            preview = PreviewSampler(config, net, loaded, count, seed, "the pictures")
+            preview = PreviewBatches(config, net, loaded, count, seed, "the pictures")
         if config.evaluation.every:
             count, seed = config.sampling.batch_size, config.evaluation.seed
-            sampler = PreviewSampler(config, net, loaded, count, seed, "the Frechet distance")
-            compare = _make_frechet_distance(config, workdir, sampler, source)
+            batches = PreviewBatches(config, net, loaded, count, seed, "the Frechet distance")
+            compare = _make_frechet_distance(config, workdir, batches, source)
         with launch.measure("restore"):
-            state = _restore_or_initialize(config, program, checkpoints, initial_weights, normalizations)
+            state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
@@ -142,29 +143,16 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     log(f"Done: {options.num_steps} steps, in {workdir}. {advice}")
 
 
-def _is_finished(config: ConfigDict, workdir: RunDir, saved: list[int]) -> bool:
-    """Returns whether the last step has an intact checkpoint, and logs it. saved: the steps of the checkpoints."""
-    num_steps = config.training.num_steps
-    if max(saved, default=0) < num_steps:
-        return False
-    with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
-        newest = checkpoints.newest_intact_step() or 0
-    if newest < num_steps:
-        return False
-    log(f"This run is finished: {workdir} holds step {newest} of {num_steps}. Nothing to do.")
-    return True
-
-
 def _restore_or_initialize(
     config: ConfigDict,
     program: training.TrainingProgram,
     checkpoints: Checkpoints,
-    initial_weights: tuple[pretrained.Model, list[str]] | None,
-    normalizations: data.Normalizations,
+    net: pretrained.Model,
+    initial_weights: pretrained.Model | None,
 ) -> training.TrainState:
     """Restores the newest checkpoint, or initializes a new state.
 
-    initial_weights: the result of `load_initial_weights`; None for random initial weights.
+    net: the model of the run. initial_weights: from `load_initial_weights`; None for random initial weights.
     """
     state = checkpoints.restore(program.abstract_state)
     if state is not None:
@@ -174,13 +162,9 @@ def _restore_or_initialize(
     if initial_weights is None:
         return state
     log(f"Starting from the weights of {config.init_from}.")
-    net, differences = initial_weights
-    if differences:
-        log(f"Note: they were trained for another diffusion ({'; '.join(differences)}).")
-    difference = normalization_differences(net.normalizations, normalizations)
-    if difference:
-        log(f"Note: the data are scaled by their own constants, not those of the weights ({difference}).")
-    return set_params(state, program.abstract_state, net.params)
+    if differences := net.find_differences(initial_weights):
+        log(f"Note: these weights were trained for other data or another diffusion ({'; '.join(differences)}).")
+    return set_params(state, program.abstract_state, initial_weights.params)
 
 
 def _train(
@@ -190,7 +174,7 @@ def _train(
     checkpoints: Checkpoints,
     state: training.TrainState,
     source: data.Source,
-    preview: PreviewSampler | None,
+    preview: PreviewBatches | None,
     compare: Callable[[Any], dict[str, float]] | None,
     launch: LaunchTimes,
 ) -> None:
@@ -221,22 +205,8 @@ def _train(
         watchdog = stack.enter_context(Watchdog(options.stall_timeout))
         stack.callback(loader.close)
         tracing = stack.enter_context(contextlib.ExitStack())
-        signals = SignalHandler(functools.partial(resume_hint, workdir), saves=True)
         in_flight, note, logged_step = StepsInFlight(step), "", step
-        must_stop = is_timed = False
-
-        def sample_with(function: Callable[[Any], Any]) -> tuple[bool, Any, str]:
-            """Calls preview or compare with the EMA, or with the raw weights while the EMA holds too much of the start.
-
-            Returns: (whether the call finished, False after a signal; its result; the weights, "ema" or "raw").
-            """
-            kind = weights_kind(config, step)
-            with watchdog.paused():
-                return (
-                    *signals.call(functools.partial(function, state.ema_params if kind == "ema" else state.params)),
-                    kind,
-                )
-
+        must_stop = False
         launch.lap()
         while step < options.num_steps and not must_stop:
             if count not in compiled:
@@ -253,43 +223,37 @@ def _train(
                 batch, count = loader.next(step)
             in_flight.wait()
             if num_calls == 1:  # before the first call, there is nothing to save, and a signal ends the program at once
-                stack.enter_context(signals)
-            watchdog.record_step()
+                stack.enter_context(signals.saving())
 
             if is_due(options.log_every):
                 in_flight.drain()
                 means = training.window_means(_finite_window(state, checkpoints))
-                watchdog.record_step()
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
                 note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
                 with launch.measure("output"):
-                    launch.record(step)
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})
+            watchdog.record_step()
             state = _begin_window(config, program, state, step)
-            is_timed = is_timed or _log_time_left(config, program.mesh, in_flight)
             with launch.measure("output"):
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
                 launch.record(in_flight.finished)
 
+            if preview and is_due(options.sample_every):
+                in_flight.drain()
+                with launch.measure("output"), watchdog.paused():
+                    kind, params = _sampling_weights(config, state, step)
+                    _write_picture(workdir, metrics, step, preview(params), preview.setup, kind)
+            if compare and is_due(config.evaluation.every):
+                in_flight.drain()
+                with launch.measure("output"), watchdog.paused():
+                    kind, params = _sampling_weights(config, state, step)
+                    distance = compare(params)
+                    text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
+                    log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
+                    metrics.write_scalars(step, distance)
             must_stop = signals.requested()
-            if preview and is_due(options.sample_every) and not must_stop:
-                in_flight.drain()
-                with launch.measure("output"):
-                    is_drawn, samples, kind = sample_with(preview)
-                    if is_drawn:
-                        _write_picture(workdir, metrics, step, samples, preview.settings, kind)
-                must_stop = not is_drawn
-            if compare and is_due(config.evaluation.every) and not must_stop:
-                in_flight.drain()
-                with launch.measure("output"):
-                    is_known, distance, kind = sample_with(compare)
-                    if is_known:
-                        text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
-                        log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
-                        metrics.write_scalars(step, distance)
-                must_stop = not is_known
             if must_stop or is_due(options.checkpoint_every):
                 in_flight.drain()
                 with launch.measure("output"):
@@ -300,9 +264,9 @@ def _train(
 
         with watchdog.paused():
             with launch.measure("save"):
-                checkpoints.finish(step)
+                checkpoints.finish()
             launch.record(step, is_last=True)
-            if step < options.num_steps or signals.has_abandoned:
+            if step < options.num_steps:
                 raise signals.stop_exception(step)
 
 
@@ -335,6 +299,12 @@ def _begin_window(
     return dataclasses.replace(state, window=program.empty_window())
 
 
+def _sampling_weights(config: ConfigDict, state: training.TrainState, step: int) -> tuple[str, Any]:
+    """Returns ("ema", the EMA), or ("raw", the parameters) while the EMA holds too much of the initial parameters."""
+    kind = weights_kind(config, step)
+    return kind, state.ema_params if kind == "ema" else state.params
+
+
 def _finite_window(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
     """Returns the window of metrics on the host. Raises: UserError if a loss or gradient was not finite."""
     window = jax.device_get(state.window)
@@ -361,24 +331,6 @@ def _speed(spent: dict[str, float], num_steps: int, num_left: int, batch_size: i
         "data_wait": spent["input"] / seconds,
         "logging": logging / seconds,
     }
-
-
-def _log_time_left(config: ConfigDict, mesh: Mesh, in_flight: StepsInFlight) -> bool:
-    """Logs the estimated time for the remaining steps. Returns: False while the duration of a step is unknown."""
-    seconds_per_step = in_flight.seconds_per_step()
-    if not seconds_per_step:
-        return False
-    duration = f"{seconds_per_step:.3g} s" if seconds_per_step >= 1 else f"{1000 * seconds_per_step:.3g} ms"
-    num_left = config.training.num_steps - in_flight.finished
-    seconds = num_left * seconds_per_step
-    log(f"A step takes {duration}; the {num_left:,} steps left take about {format_duration(seconds)} on this device.")
-    if seconds > 7 * 86400:
-        batch_size = max(8, mesh.size * config.training.accumulation_steps)
-        log(
-            "Note: that is more than a week. To test this config, use another --workdir with "
-            f"--config.training.batch_size={batch_size} --config.training.num_steps=4."
-        )
-    return True
 
 
 class BatchLoader:
@@ -446,13 +398,11 @@ class StepsInFlight:
 
     _SECONDS = 1.0  # long enough to hide pauses of the host, short enough to stop the run soon
     _MAX_CALLS = 32  # JAX's own limit on CPUs
-    _SLOW_CALL = 5.0  # seconds; in calls this slow, the first call's time to load the program hardly matters
 
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter):
-        self.finished = self._first = step
+        self.finished = step
         self._calls: collections.deque[tuple[int, jax.Array]] = collections.deque()
         self._clock, self._last_time, self._limit = clock, 0.0, 0.0  # the limit is a number of steps
-        self._timed_seconds, self._timed_steps = 0.0, 0
 
     def add(self, step: int, output: jax.Array) -> None:
         """Adds a call. step: the step after the call. output: a result of the call that no later call donates."""
@@ -467,10 +417,6 @@ class StepsInFlight:
     def drain(self) -> None:
         """Waits until all calls have finished."""
         self._wait(0)
-
-    def seconds_per_step(self) -> float | None:
-        """Returns the mean duration of the steps after the first call; None before a second is measured."""
-        return self._timed_seconds / self._timed_steps if self._timed_seconds > 1 else None
 
     def _wait(self, limit: float) -> None:
         before, num_calls = self.finished, 0
@@ -488,15 +434,13 @@ class StepsInFlight:
         seconds, self._last_time = now - self._last_time, now
         # The limit grows by at most one call, because calls that finish during a pause of the host look short.
         self._limit = min(self._SECONDS * steps / max(seconds, 1e-6), self._limit + steps / num_calls)
-        if before > self._first or seconds > self._SLOW_CALL:
-            self._timed_seconds, self._timed_steps = self._timed_seconds + seconds, self._timed_steps + steps
 
 
 # ---- Samples
 
 
-class PreviewSampler:
-    """Draws batches of samples with a few DDIM steps: `preview_sampler(params, batch)`. Only the first call compiles."""
+class PreviewBatches:
+    """Batches of samples, drawn with a few DDIM steps: `batches(params, i)`. Only the first call compiles."""
 
     def __init__(
         self, config: ConfigDict, net: pretrained.Model, source: data.Source, num_images: int, seed: int, purpose: str
@@ -516,23 +460,24 @@ class PreviewSampler:
             "classifier": "",
             "label": None,
         }
-        self._net, self._seed, self._purpose, self._is_compiled = net, seed, purpose, False
+        self._seed, self._purpose, self._is_compiled = seed, purpose, False
         self.batch_size, conditions = max(1, num_images // num_devices) * num_devices, None
         if net.condition_shape is not None:
             rows = np.linspace(0, len(source) - 1, self.batch_size).round().astype(int)
             conditions = source.read(rows)["condition"]
-        self.settings = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
+        self.setup = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
 
     def __call__(self, params: Any, batch: int = 0) -> np.ndarray:
         """Draws samples [N, *spatial, C], with the same random numbers at every call; every process must call this."""
         if not self._is_compiled:
             log(f"Compiling the sampler of {self._purpose} ...")
             self._is_compiled = True
-        return draw_batch(self._net.with_params(params), self.settings, self._seed, batch, self.batch_size)
+        setup = dataclasses.replace(self.setup, net=self.setup.net.with_params(params))
+        return setup.generate_batch(self._seed, batch, self.batch_size)
 
 
 def _write_picture(
-    workdir: RunDir, metrics: RunMetrics, step: int, samples: np.ndarray, settings: SamplingSettings, kind: str
+    workdir: RunDir, metrics: RunMetrics, step: int, samples: np.ndarray, setup: SamplingSetup, kind: str
 ) -> None:
     """Writes a picture of samples on process 0: a PNG in `workdir`, and an image to the writers of metrics.
 
@@ -540,8 +485,8 @@ def _write_picture(
     """
     if jax.process_index() != 0:
         return
-    captions = None if settings.labels is None else settings.captions(len(samples))
-    title = f"Samples after {step:,} training steps, by DDIM with {settings.schedule.num_timesteps} steps"
+    captions = None if setup.labels is None else setup.captions(len(samples))
+    title = f"Samples after {step:,} training steps, by DDIM with {setup.schedule.num_timesteps} steps"
     title += ", raw weights" if kind == "raw" else ""
     picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
     try:
@@ -555,7 +500,7 @@ def _write_picture(
 
 
 def _make_frechet_distance(
-    config: ConfigDict, workdir: RunDir, sampler: PreviewSampler, source: data.Source | None
+    config: ConfigDict, workdir: RunDir, batches: PreviewBatches, source: data.Source | None
 ) -> Callable[[Any], dict[str, float]]:
     """Returns a function from parameters to the Frechet distance of `evaluation.every_samples` samples.
 
@@ -564,23 +509,18 @@ def _make_frechet_distance(
     Raises: UserError, DataError, PretrainedError.
     """
     options = config.evaluation
-    try:
-        pipeline = load_pipeline(config)
-    except UserError as error:
-        raise UserError(f"evaluation.every={options.every} logs a Frechet distance: {error}") from error
+    pipeline = load_pipeline(config, workdir)
     reference = load_reference(config, None if options.reference_split else source)
-    try:
-        moments = pipeline.extract_set(reference, features_cache(workdir)).moments
-    except ValueError as error:
-        raise UserError(f"evaluation.every: cannot compare samples with the reference: {error}") from error
+    with as_user_error(f"evaluation.every={options.every}"):
+        moments = pipeline.extract_set(reference).moments
     num_samples, extractor = options.every_samples, pipeline.extractor
     metric = reported_name("fid", extractor.published, extractor.resize)
-    name = f"{metric}_{num_samples}_ddim{sampler.settings.schedule.num_timesteps}"
+    name = f"{metric}_{num_samples}_ddim{batches.setup.schedule.num_timesteps}"
 
     def compare(params: Any) -> dict[str, float]:
-        num_batches = -(-num_samples // sampler.batch_size)
-        samples = np.concatenate([sampler(params, i) for i in range(num_batches)])[:num_samples]
+        num_batches = -(-num_samples // batches.batch_size)
+        samples = np.concatenate([batches(params, i) for i in range(num_batches)])[:num_samples]
         chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
-        return {name: of_features.frechet_distance(moments, of_features.moments_of_chunks(chunks))}
+        return {name: METRICS["fid"].compute(moments, of_features.moments_of_chunks(chunks), Options()).values[""]}
 
     return compare

@@ -15,16 +15,15 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.config import identity_settings, is_classifier, resolve
-from diffusion_jax.console import log, progress_over
+from diffusion_jax.console import progress_over
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import DataError, UserError, as_user_error, shorten
+from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
-from diffusion_jax.training.optimizer import raw_weights_note
 
 __all__ = [
     "check_data",
@@ -33,7 +32,6 @@ __all__ = [
     "config_from_weights",
     "digest_of_some",
     "load_config",
-    "load_weights",
     "normalize",
     "open_model",
     "rename_settings_in_errors",
@@ -89,7 +87,7 @@ def check_identity(config: ConfigDict, workdir: RunDir) -> None:
     differing = [key for key in new if old.get(key) != new[key]]
     if not differing:
         return
-    listed = "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} here" for key in differing)
+    listed = "; ".join(list_differences(old, new))
     advice = "use another --workdir, or the config of that run"
     if not any(key.startswith(("model.", "diffusion.")) for key in differing):
         changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
@@ -106,24 +104,23 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
-    old = None
-    if path.exists() and committed_steps(workdir / "checkpoints"):
-        old = json.loads(path.read_text())
-    if old is not None and old != new:
-        difference = "other values or labels"
-        if old["classes"] != names:
-            difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
-        # The weights need the normalization that data.json stores.
-        advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
-        if not normalizations:
-            advice = f"remove {path} to continue with these"
-        raise UserError(
-            f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
-            f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
-        )
-    if old is None:
+    if not (path.exists() and committed_steps(workdir / "checkpoints")):
         write_text(path, json.dumps(new) + "\n")
         workdir.upload(path)
+        return
+    old = json.loads(path.read_text())
+    if old == new:
+        return
+    difference = "other values or labels"
+    if old["classes"] != names:
+        difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
+    advice = f"remove {path} to continue with these"
+    if normalizations:  # which data.json stores, and the weights need
+        advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
+    raise UserError(
+        f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
+        f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
+    )
 
 
 def digest_of_some(source: Source) -> str:
@@ -243,7 +240,7 @@ def rename_settings_in_errors(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | None = None) -> pretrained.Model:
-    """Opens the diffusion model of a run without its parameters, so that settings are checked before a long read.
+    """Returns the diffusion model of a run without its parameters, so that settings are checked before a long read.
 
     mesh: by default from `config.mesh`.
     Raises: UserError for a wrong config or a directory that holds another run; CheckpointError, PretrainedError.
@@ -253,17 +250,4 @@ def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | N
     if is_classifier(config):
         raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
     with as_user_error("config"):
-        return pretrained.open_run(config, workdir, mesh or sharding.make_mesh(config.mesh))
-
-
-def load_weights(
-    net: pretrained.Model, config: ConfigDict, workdir: RunDir | os.PathLike, use_ema: bool
-) -> pretrained.Model:
-    """Calls `pretrained.restore`; logs a note if raw weights replace the EMA that `use_ema` requests.
-
-    Every process must call this function.
-    """
-    net = pretrained.restore(net, config, open_run_dir(workdir), use_ema)
-    if use_ema and net.weights == "raw":
-        log(f"Note: {raw_weights_note(config, net.step or 0)}.")
-    return net
+        return pretrained.describe_run(config, workdir, mesh or sharding.make_mesh(config.mesh))

@@ -26,6 +26,8 @@ def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
 
 def _section_indices(counts: list[int], num_timesteps: int) -> np.ndarray:
     """OpenAI's "a,b,c": equal sections of the schedule with a, b and c evenly spread steps (Improved DDPM section 4)."""
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(f"the numbers of steps in the sections must be whole numbers, got {counts}")
     if len(counts) > num_timesteps:
         raise ValueError(f"{len(counts)} sections do not fit into {num_timesteps} steps")
     size, extra = divmod(num_timesteps, len(counts))
@@ -47,6 +49,7 @@ _INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
     "linspace": lambda count, total: np.round(np.linspace(0, total - 1, count)).astype(int),
     "quadratic": lambda count, total: (np.linspace(0, (0.8 * total) ** 0.5, count) ** 2).astype(int),
     "openai": lambda count, total: _section_indices([count], total),
+    "openai_ddim": _ddim_indices,
 }
 
 
@@ -99,6 +102,8 @@ def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
                 f"one step of spacing {spacing!r} would be index 0, which is almost without noise; use 'trailing'"
             )
         return _INDEX_SPACINGS[spacing](int(steps), total)
+    if spacing == "openai":
+        return _section_indices(np.asarray(steps).tolist(), total)
     indices = np.asarray(steps)
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(
@@ -126,7 +131,7 @@ def _levels_between_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.n
     if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
         log_snr = _spaced_log_snr(schedule, steps, spacing)
         return schedule.path.time_on_host(log_snr), log_snr
-    if np.ndim(steps) == 1 and np.size(steps) and np.issubdtype(np.asarray(steps).dtype, np.floating):
+    if spacing != "openai" and np.ndim(steps) == 1 and np.size(steps) and np.asarray(steps).dtype.kind == "f":
         timesteps = np.sort(np.asarray(steps, np.float64))
         first, last = schedule.path.interval[0], max(schedule.path.interval[1], schedule.timesteps[-1])
         if not (first <= timesteps[0] and timesteps[-1] <= last):
@@ -163,14 +168,16 @@ def respace(
             linspace   S rounded numbers from 0 to T - 1
             quadratic  int(linspace(0, sqrt(0.8 T), S)^2), DDIM's code for CIFAR-10
             openai     as the string "S"
+            openai_ddim  as the string "ddimS"
           or, uniformly in a function of sigma = sqrt((1 - alpha_bar) / alpha_bar) from the schedule's largest sigma to its
           smallest. These steps lie between the schedule's own, so their network times are fractions:
             karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
             log_snr    log sigma (DPM-Solver section 3.3)
             gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data with standard deviation 0.5
               (Sabour et al. 2024, section 3.1, derive it for their own bound);
+        several ints with the spacing "openai", as the string "a,b,c";
         or explicit steps, in any order: indices (int), or network times (float).
-      spacing: only for an int; strings and explicit steps define their own.
+      spacing: only for an int, or for the sections of "openai"; strings and explicit steps define their own.
 
     Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
       schedule's, or the path's at steps between indices.
@@ -185,7 +192,7 @@ def respace(
         )
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
-    if spacing is not None and (isinstance(steps, str) or np.ndim(steps) > 0):
+    if spacing is not None and (isinstance(steps, str) or (np.ndim(steps) > 0 and spacing != "openai")):
         raise ValueError(
             f"spacing {spacing!r} is for a number of steps, but {steps!r} defines its own spacing; leave it out"
         )

@@ -108,7 +108,7 @@ def _copy_objects(
         start = f"{store.url}/"
         for name in [key.removeprefix(start) for key in tags if key.startswith(f"{start}{prefix}")]:
             if name not in listed:
-                _remove(directory / name, directory)
+                (directory / name).unlink(missing_ok=True)
                 del tags[start + name]
                 write_text(root / f"{stem}.json", json.dumps(tags))
         missing = [
@@ -130,20 +130,8 @@ def _copy_objects(
             for name in names:
                 modified = needed[name].modified
                 os.utime(directory / name, (modified, modified))
-                if name.endswith(f"/{MANIFEST}"):
-                    os.utime((directory / name).parent, (modified, modified))
             tags |= {start + name: needed[name].tag for name in names}
             write_text(root / f"{stem}.json", json.dumps(tags))
-
-
-def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
-    """Removes a file, and then empty directories below `root`."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        for parent in path.parents:
-            if parent == root:
-                break
-            parent.rmdir()
 
 
 def is_safe(name: str) -> bool:

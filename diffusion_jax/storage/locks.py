@@ -57,7 +57,6 @@ class FileLock:
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._lock = filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
-        self._is_held = False
 
     def find_holder(self) -> str | None:
         """Returns the holder, such as "process 1 of HOST", or None. Changes nothing."""
@@ -91,17 +90,14 @@ class FileLock:
         """Does nothing, because a file stays locked until the process ends."""
 
     def release(self) -> None:
-        """Releases the lock, if this object holds it."""
-        if self._is_held:
-            self._lock.release()
-        self._is_held = False
+        """Releases the lock; does nothing in a process that does not hold it."""
+        self._lock.release()
 
     def _is_free(self) -> bool:
         """Acquires the lock if no other process holds it."""
         with contextlib.suppress(filelock.Timeout):
             self._lock.acquire(blocking=False)
-            self._is_held = True
-        return self._is_held
+        return self._lock.is_locked
 
     def _read_holder(self) -> str:
         return self._path.read_text().strip() or "another process"
@@ -141,7 +137,7 @@ class Lease:
             if "holder" in content and new_tag != tag:  # the holder renewed the lease
                 return content["holder"]
             tag = new_tag
-        self._tag = self._store.replace(self._name, self._next_content(), tag)
+        self._tag = self._replace(tag)
         if self._tag is None:  # another launch was faster
             return self._read()[0].get("holder", "another process")
         self._store.check_conditions(self._name)
@@ -163,7 +159,9 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join()
         with contextlib.suppress(OSError):  # without a release, the lease expires
-            self._renew(is_free=True)
+            with self._mutex:
+                if self._tag:
+                    self._store.replace(self._name, b"{}", self._tag)
         self._tag = None
 
     def _read(self) -> tuple[dict[str, str], str]:
@@ -177,10 +175,17 @@ class Lease:
         except (ValueError, TypeError):
             return {"holder": "another process"}, tag
 
-    def _next_content(self) -> bytes:
-        """Returns contents that no other version of the object has."""
-        self._count += 1
-        return json.dumps({"holder": _this_process(), "token": self._token, "count": self._count}).encode()
+    def _replace(self, tag: str) -> str | None:
+        """Writes a new version of the lease over version `tag`. Returns: the new tag; None if another launch wrote one."""
+        while True:
+            self._count += 1
+            content = {"holder": _this_process(), "token": self._token, "count": self._count}
+            written = self._store.replace(self._name, json.dumps(content).encode(), tag)
+            if written:
+                return written
+            stored, tag = self._read()
+            if stored.get("token") != self._token:  # otherwise an earlier write succeeded, but its answer was lost
+                return None
 
     def _renew_until_end(self) -> None:
         while not self._end.wait(_RENEW_SECONDS):
@@ -190,21 +195,15 @@ class Lease:
                 print(f"Warning: {self._lost}", flush=True)
                 return
 
-    def _renew(self, is_free: bool = False) -> None:
+    def _renew(self) -> None:
         """Replaces the object by a new version, or records which process has taken over the lease."""
         with self._mutex:
-            while self._tag:
-                content = b"{}" if is_free else self._next_content()
-                renewed = self._store.replace(self._name, content, self._tag)
-                if renewed:
-                    self._tag = renewed
-                    return
-                stored, tag = self._read()
-                if stored.get("token") == self._token:  # an earlier renewal succeeded, but its answer was lost
-                    self._tag = tag
-                    continue
-                self._tag = None
+            if not self._tag:
+                return
+            self._tag = self._replace(self._tag)
+            if self._tag is None:
                 self._lost = (
-                    f"{stored.get('holder', 'another launch')} has taken over {self._store.url}, which this process did "
-                    "not renew in time: this launch must stop; let the other one go on, or end it and rerun this command"
+                    f"{self._read()[0].get('holder', 'another launch')} has taken over {self._store.url}, which this "
+                    "process did not renew in time: this launch must stop; let the other one go on, or end it and rerun "
+                    "this command"
                 )

@@ -22,8 +22,7 @@ from diffusion_jax.errors import StorageError, shorten
 
 __all__ = ["PROBE", "ObjectInfo", "ObjectStore", "is_url", "open_store"]
 
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-_EXTRAS = {"gs": "gcs", "s3": "s3"}
+_SERVICES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme: (module, and extra in pyproject.toml; package)
 _NUM_THREADS = 16
 PROBE = ".write_check-"  # name prefix of small objects that test write access to a bucket
 _OPEN_TIMEOUT = 15.0  # seconds for each request of the check
@@ -41,12 +40,11 @@ def open_store(url: str, write: bool = False) -> ObjectStore:
     Raises: StorageError.
     """
     scheme, *_ = _split_url(url)
+    extra, package = _SERVICES[scheme]
     try:
-        module = importlib.import_module(f"diffusion_jax.storage.{_EXTRAS[scheme]}")
+        module = importlib.import_module(f"diffusion_jax.storage.{extra}")
     except ImportError as error:
-        raise StorageError(
-            f"{scheme}:// needs {_PACKAGES[scheme]} ({error}): pip install '.[{_EXTRAS[scheme]}]'"
-        ) from None
+        raise StorageError(f"{scheme}:// needs {package} ({error}): pip install '.[{extra}]'") from None
     store = module.Store(url)
     store.check(write)
     return store
@@ -55,7 +53,7 @@ def open_store(url: str, write: bool = False) -> ObjectStore:
 def _split_url(url: str) -> tuple[str, str, str]:
     """Splits a URL into (scheme, bucket, path in the bucket without outer slashes). Raises: StorageError."""
     scheme, _, rest = str(url).partition("://")
-    if scheme not in _PACKAGES or not is_url(url):
+    if scheme not in _SERVICES or not is_url(url):
         raise StorageError(f"{url}: the location must be gs://BUCKET/DIR, s3://BUCKET/DIR or a local directory")
     bucket, *folders = rest.rstrip("/").split("/")
     if not bucket or any(folder in ("", ".", "..") for folder in folders):
@@ -150,28 +148,17 @@ class ObjectStore(abc.ABC):
     def replace(self, name: str, data: bytes, tag: str) -> str | None:
         """Overwrites version `tag` of an object; with tag "", creates the object. Returns: the new tag, or None.
 
-        data: must be unique to the call, for example with a random token, because the stored contents decide if an answer is
-        lost. The result is None if the object has another version by now.
+        The result is None if the object has another version by now, also if an earlier attempt of this call wrote it and the
+        answer was lost.
         """
         key = self._path(name).removeprefix(f"{self._bucket}/")
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             return self._call(name, self._write_if, key, data, tag)
-        with contextlib.suppress(FileNotFoundError):
-            stored, stored_tag = self.read_version(name)
-            return stored_tag if stored == data else None
         return None
 
-    def upload(self, path: str | os.PathLike, name: str, before_overwriting: Callable[[], None] | None = None) -> None:
-        """Creates or overwrites an object with the contents of a local file.
-
-        before_overwriting: called if the object exists, and may raise.
-        """
-        put = functools.partial(self._call, name, self._fs.put_file, os.fspath(path), self._path(name))
-        if before_overwriting:
-            with contextlib.suppress(FileExistsError):
-                return put(mode="create")
-            before_overwriting()
-        put()
+    def upload(self, path: str | os.PathLike, name: str) -> None:
+        """Creates or overwrites an object with the contents of a local file."""
+        self._call(name, self._fs.put_file, os.fspath(path), self._path(name))
 
     def download(self, name: str, path: str | os.PathLike) -> None:
         """Downloads an object to a local file, completely or not at all; creates a missing directory."""
@@ -191,27 +178,20 @@ class ObjectStore(abc.ABC):
             with contextlib.suppress(FileNotFoundError):
                 self._call(name, self._fs.rm_file, self._path(name))
 
-        _run_all([lambda name=name: delete(name) for name in dict.fromkeys(names)])
+        _run_all([functools.partial(delete, name) for name in dict.fromkeys(names)])
 
     def move(self, name: str, new_name: str) -> None:
         """Copies an object to a new name, then deletes the old name."""
         self._call(name, self._fs.cp_file, self._path(name), self._path(new_name))
         self.delete([name])
 
-    def upload_all(
-        self, files: Mapping[str | os.PathLike, str], before_overwriting: Callable[[], None] | None = None
-    ) -> None:
-        """Uploads several files in parallel. files: {path: name}. before_overwriting: as for `upload`.
-
-        Raises: the first error; other files may have been uploaded.
-        """
-        _run_all(
-            [lambda path=path, name=name: self.upload(path, name, before_overwriting) for path, name in files.items()]
-        )
+    def upload_all(self, files: Mapping[str | os.PathLike, str]) -> None:
+        """Uploads several files in parallel. files: {path: name}. Raises: an error; other files may have been uploaded."""
+        _run_all([functools.partial(self.upload, path, name) for path, name in files.items()])
 
     def download_all(self, files: Mapping[str, str | os.PathLike]) -> None:
         """Downloads several files in parallel, like `upload_all`. files: {name: path}."""
-        _run_all([lambda path=path, name=name: self.download(name, path) for name, path in files.items()])
+        _run_all([functools.partial(self.download, name, path) for name, path in files.items()])
 
     def check(self, write: bool) -> None:
         """Lists the objects; with `write`, also creates and deletes a small object. Raises: StorageError."""
@@ -289,12 +269,6 @@ class ObjectStore(abc.ABC):
 
 
 def _run_all(tasks: list[Callable[[], None]]) -> None:
-    """Calls functions in threads. Raises: the first error, after all running calls have ended."""
+    """Calls functions in threads. Raises: an error of a call, after all running calls have ended; other calls are dropped."""
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        list(pool.map(lambda task: task(), tasks))

@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import data
+from diffusion_jax import data, models
 from diffusion_jax.images import to_model_range
 
 __all__ = ["Examples", "check_settings", "condition_shape", "random_flip", "read_batch"]
+
+
+_KINDS = {"uint8": jnp.uint8, "int": jnp.integer, "float": jnp.floating}
+_FORMATS = {
+    "image": 'data.image_size and data.channels (float data, standardized to about [-1, 1], are given as "x")',
+    "x": 'data.image_size and data.channels (gray levels 0 to 255 are given as "image")',
+}
 
 
 class Examples(NamedTuple):
@@ -24,10 +31,7 @@ class Examples(NamedTuple):
 
 def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Returns the shape of a condition: (D,) for a vector, (*spatial, K) for an array; None without conditions."""
-    features, channels = (config["model"].get(f"condition_{kind}", 0) for kind in ("features", "channels"))
-    if features:
-        return (features,)
-    return (*data.example_shape(config["data"])[:-1], channels) if channels else None
+    return models.condition_shape(config["model"], data.example_shape(config["data"])[:-1])
 
 
 def read_batch(
@@ -51,15 +55,8 @@ def read_batch(
         names = ", ".join(map(repr, batch)) or "nothing"
         raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {names}')
     (name,) = given
-    values = batch[name]
-    _check_dtype(name, values)
-    if jnp.ndim(values) != len(shape) + 1 or jnp.shape(values)[1:] != tuple(shape):
-        expected = ", ".join(map(str, shape))
-        raise ValueError(
-            f'batch["{name}"] must have shape [B, {expected}], as data.image_size and data.channels require; '
-            f"got {list(jnp.shape(values))}"
-        )
-    batch_size = len(values)
+    batch_size = (*jnp.shape(batch[name]), 0)[0]
+    values = _read(batch, name, "uint8" if name == "image" else "float", (batch_size, *shape), _FORMATS[name])
     if batch_size < 1:
         raise ValueError("a batch must hold at least one example; got none")
     if batch_size % num_microbatches:
@@ -79,36 +76,20 @@ def read_batch(
 def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raises: ValueError if settings of a complete config contradict the batch, as `read_batch` takes it."""
     levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
-    if "image" in batch and levels is None:
-        raise ValueError(
-            'data.levels=None is for continuous data, the "x" of a batch; use data.levels=256 for "image", or give float data'
-        )
+    if contradiction := data.find_contradiction(config["data"], "image" if "image" in batch else "x"):
+        raise ValueError(contradiction)
     if "x" in batch and levels is not None and loss in ("vlb", "hybrid"):
         raise ValueError(
             f'data.levels={levels}: the loss {loss} of the "x" of a batch is a bound of continuous data; use '
             'data.levels=None, or give uint8 images as "image"'
         )
-    if "x" in batch and config["data"]["random_flip"]:
-        raise ValueError(
-            'data.random_flip=True mirrors only uint8 images, the "image" of a batch; use data.random_flip=False for "x"'
-        )
-
-
-def _check_dtype(name: str, values: Any) -> None:
-    if not hasattr(values, "dtype"):
-        raise ValueError(f'batch["{name}"] must be an array; got {type(values).__name__}')
-    dtype = jnp.result_type(values)
-    is_float = jnp.issubdtype(dtype, jnp.floating)
-    if name == "image" and dtype != jnp.uint8:
-        advice = 'give float data, standardized to about [-1, 1], as "x"' if is_float else "convert it to uint8"
-        raise ValueError(f'batch["image"] must be uint8, gray levels 0 to 255; got {dtype}; {advice}')
-    if name == "x" and not is_float:
-        advice = 'give it as "image"' if dtype == jnp.uint8 else "convert and standardize it"
-        raise ValueError(f'batch["x"] must be float, standardized data; got {dtype}; {advice}')
 
 
 def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...], reason: str) -> jax.Array:
-    """Returns the array `name`, checked to have the kind "int" or "float" and `shape`. reason: why the array is needed."""
+    """Returns the array `name`, checked to have `shape` and the kind of numbers: "uint8", "int" or "float".
+
+    reason: why the array is needed, for the message.
+    """
     expected = ", ".join(map(str, shape))
     if name not in batch:
         raise ValueError(
@@ -118,8 +99,9 @@ def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...]
     if not hasattr(value, "dtype"):
         raise ValueError(f'batch["{name}"] must be an array; got {type(value).__name__}')
     dtype = jnp.result_type(value)
-    if not jnp.issubdtype(dtype, {"int": jnp.integer, "float": jnp.floating}[kind]) or jnp.shape(value) != shape:
-        raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}]; got {dtype} {list(jnp.shape(value))}')
+    if not jnp.issubdtype(dtype, _KINDS[kind]) or jnp.shape(value) != shape:
+        got = f"{dtype} {list(jnp.shape(value))}"
+        raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}], for {reason}; got {got}')
     return value
 
 

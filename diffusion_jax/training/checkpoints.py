@@ -52,7 +52,7 @@ def resume_hint(workdir: RunDir) -> str:
     return f"step {steps[-1]} is saved; rerun the same command to resume from it"
 
 
-def _first_line(error: BaseException | str) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -97,10 +97,10 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self._wait()
+            self.finish()
         elif jax.process_count() == 1:  # with several processes, other processes may not get here
             with contextlib.suppress(Exception):  # the first error is more useful
-                self._wait()
+                self.finish()
         self._thread.shutdown(wait=kind is None)
 
     def steps(self) -> list[int]:
@@ -112,7 +112,7 @@ class Checkpoints:
 
         Waits until an earlier save is committed, and until the state is copied, but not until it is written.
         """
-        self._wait()
+        self.finish()
         self._saving = step, self._thread.submit(self._write, step, copy_to_host(_items(state)))
         self._num_checks = 0
 
@@ -157,15 +157,9 @@ class Checkpoints:
         self._num_checks += 1
         is_written, is_due = self._saving[1].done(), self._num_checks & (self._num_checks - 1) == 0
         if is_written if jax.process_count() == 1 else is_due and all(gather(is_written)):
-            self._wait()
+            self.finish()
 
-    def finish(self, step: int) -> None:
-        """Waits for the last save, then checks that `step` is committed. Raises: SaveError."""
-        self._wait()
-        if step not in broadcast_from_process_0(self.steps):
-            raise self._save_error(f"step {step} is missing")
-
-    def _wait(self) -> None:
+    def finish(self) -> None:
         """Waits until the last save is committed. Raises: SaveError, LeaseLostError; JaxRuntimeError if a process is lost."""
         saving, self._saving = self._saving, None
         if saving is None:
@@ -176,16 +170,13 @@ class Checkpoints:
                 reports = gather(report)
                 broadcast_from_process_0(lambda: self._commit(step, reports))
         except OSError as error:
-            raise self._save_error(error) from error
-
-    def _save_error(self, reason: BaseException | str) -> SaveError:
-        steps = self.steps()
-        is_bucket = isinstance(self._run_dir, BucketRunDir)
-        advice = "check the network and your permissions." if is_bucket else "is the disk full?"
-        return SaveError(
-            f"a checkpoint could not be written in {self._directory} ({_first_line(reason)}); {advice} "
-            + (f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no earlier checkpoint")
-        )
+            steps = self.steps()
+            is_bucket = isinstance(self._run_dir, BucketRunDir)
+            advice = "check the network and your permissions." if is_bucket else "is the disk full?"
+            kept = f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no earlier checkpoint"
+            raise SaveError(
+                f"a checkpoint could not be written in {self._directory} ({_first_line(error)}); {advice} {kept}"
+            ) from error
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """Restores the newest intact state with the shardings of `abstract`; None if there is no checkpoint.
@@ -221,8 +212,6 @@ class Checkpoints:
     def _restore_newest(self, abstract_of: Callable[[int], Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
         """Restores (step, items) from the newest checkpoint in which all items of `abstract_of(step)` are intact."""
         damaged: list[int] = []
-        for name in broadcast_from_process_0(self._uncommitted) if self._read_only else ():
-            log(f"Note: {self._directory / name} is not a finished checkpoint; it is ignored.")
         for step in reversed(broadcast_from_process_0(self.steps)):
             abstract = abstract_of(step)
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
@@ -230,10 +219,11 @@ class Checkpoints:
                 self._fetch(step, abstract)
                 self._check_leaves(step, abstract)
                 items = self._read(step, abstract)
-                self._set_aside(damaged)
+                for other in () if self._read_only else damaged:
+                    broadcast_from_process_0(functools.partial(self._rename_as_unreadable, other))
                 return step, items
             damaged.append(step)
-            log(f"The checkpoint of step {step} is damaged: {problem}.")
+            log(f"The checkpoint of step {step} is damaged: {problem}. Trying the checkpoint before it.")
         if damaged:
             raise CheckpointError(
                 f"none of the checkpoints {damaged} in {self._directory} is intact; restore one from a copy, or use another "
@@ -276,27 +266,13 @@ class Checkpoints:
         with ocp.Checkpointer(composite, multiprocessing_options=options) as checkpointer:
             return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Renames corrupted steps, unless the directory is read-only."""
-        for step in steps:
-            if self._read_only:
-                log("It is left unchanged; the checkpoint before it is used.")
-                continue
-            path = broadcast_from_process_0(functools.partial(self._mark_unreadable, str(step)))
-            log(f"Renamed it to {path}; continuing from the checkpoint before it.")
-
-    def _mark_unreadable(self, name: str) -> str:
-        """Renames a step's directory, so that it is no longer listed as a step. Returns: the new path."""
-        self._run_dir.rename(self._directory / name, f"{name}.unreadable")
-        return str(self._directory / f"{name}.unreadable")
-
-    def _uncommitted(self) -> list[str]:
-        """Returns the names of directories that are named like a step, but not committed."""
-        committed = set(map(str, self.steps()))
-        return [path.name for path in self._directory.glob("*") if path.name.isdecimal() and path.name not in committed]
+    def _rename_as_unreadable(self, step: int) -> None:
+        """Renames the directory of a corrupted step, which then is no step any more."""
+        self._run_dir.rename(self._directory / str(step), f"{step}.unreadable")
+        log(f"Renamed the damaged checkpoint to {self._directory / f'{step}.unreadable'}.")
 
     def _clean_up(self) -> None:
-        """Creates the directory, removes leftovers of interrupted launches, and renames steps that are not committed."""
+        """Creates the directory, and removes leftovers of interrupted launches."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.partial", "*.removed"):
             for path in self._directory.glob(pattern):
@@ -306,9 +282,6 @@ class Checkpoints:
             for step in {name.removeprefix(prefix).split("/")[0] for name in store.list(prefix)}:
                 if step.isdecimal() and store.find(f"{prefix}{step}/{MANIFEST}") is None:  # the list may be old
                     self._run_dir.delete(self._directory / step)
-        for name in self._uncommitted():
-            log(f"The checkpoint of step {name} is damaged: {MANIFEST} is missing.")
-            log(f"Renamed it to {self._mark_unreadable(name)}.")
 
 
 # ---- Files
@@ -350,7 +323,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     own file (zarr), so that all processes write different file names, and all files together are one Orbax checkpoint.
 
     items: {name: result of `copy_to_host`}. Returns: the digests of the files that the step needs. Raises: OSError;
-    LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
+    LeaseLostError, before objects are written, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -390,8 +363,8 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         table = {name: value for name, value in table.items() if name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
         name = run_dir.name_of(run_dir / step)
-        uploads: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
-        run_dir.store.upload_all(uploads, before_overwriting=run_dir.check_locks)
+        run_dir.check_locks()
+        run_dir.store.upload_all({part / file: f"{name}/{file}" for file in table})
         if not is_first:
             shutil.rmtree(part.parent, ignore_errors=True)
     return table
@@ -408,11 +381,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
 
     Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
-    part, table = parts[0], {}
-    for files in tables:
-        for name in table.keys() & files.keys():
-            raise OSError(f"two processes have written {name}")
-        table |= files
+    part, table = parts[0], {name: value for files in tables for name, value in files.items()}
     if isinstance(run_dir, BucketRunDir):
         write_manifest(part, table)
         run_dir.check_locks()
@@ -428,6 +397,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (other / name).rename(part / name)
         write_manifest(part, table)
+    shutil.rmtree(run_dir / step, ignore_errors=True)  # a directory without a manifest, which is no step
     part.rename(run_dir / step)
 
 

@@ -260,7 +260,9 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
     schedule = schedule_from_config(config["diffusion"])
     check_loss(config["diffusion"])
-    data.check_random_flip(config["data"])
+    name = "x" if is_continuous(config) else "image"
+    if contradiction := data.find_contradiction(config["data"], name):
+        raise data.DataError(contradiction)
     model = model_from_config(config)
     optimizer = optimizer_from_config(config["optimizer"])
     shape = data.example_shape(config["data"])

@@ -17,7 +17,6 @@ __all__ = [
     "global_norm",
     "initial_share",
     "learning_rate",
-    "raw_weights_note",
     "weights_kind",
 ]
 
@@ -30,7 +29,6 @@ _SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
     "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
     "cosine": optax.cosine_decay_schedule,
 }
-_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adam": optax.adam, "adamw": optax.adamw}
 
 
 def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
@@ -59,7 +57,8 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
         options["weight_decay"] = config["weight_decay"]
     elif config["weight_decay"]:
         raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
-    update, max_norm = _OPTIMIZERS[config["name"]](learning_rate(config), **options), config["grad_clip"]
+    # `config.table` allows only names of optax functions.
+    update, max_norm = getattr(optax, config["name"])(learning_rate(config), **options), config["grad_clip"]
     return optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
 
 
@@ -117,11 +116,3 @@ def weights_kind(config: Mapping[str, Any], step: int, use_ema: bool = True) -> 
     Raw weights replace an EMA with more than `MAX_INITIAL_SHARE` of the random initial parameters, which would give noise.
     """
     return "ema" if use_ema and initial_share(config, step) <= MAX_INITIAL_SHARE else "raw"
-
-
-def raw_weights_note(config: Mapping[str, Any], step: int) -> str:
-    """Explains why raw weights replace the EMA at a step, as a sentence without a period."""
-    return (
-        f"the EMA (ema.decay={config['ema']['decay']:g}) of step {step:,} still holds {initial_share(config, step):.0%} of "
-        "the random initial weights, so the raw weights are used"
-    )

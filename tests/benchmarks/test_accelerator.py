@@ -21,8 +21,6 @@ def restored_precision():
     ("name", "pixels", "gmac"),
     [
         ("ddpm_cifar10", 32, 6.22),
-        ("improved_cifar10", 32, 8.39),
-        ("ddpm_256", 256, 248.5),
         ("adm_imagenet64", 64, 109.7),
     ],
 )

@@ -39,6 +39,5 @@ def test_every_file_has_tests_and_equivalent_mutants_are_recorded_by_their_lines
     mutant = mutant_drawing.Mutant("x.py", "", "", diff)
     assert mutants.equivalence_reason(mutant, reasons) == "b is 1."
     assert mutants.equivalence_reason(mutant._replace(file="y.py"), reasons) is None
-    for (file, removed, _), why in mutants.read_reasons().items():
-        source = (mutants.ROOT / mutants.PACKAGE / file).read_text()
-        assert why.endswith(".") and all(line in source for line in removed.splitlines()), file
+    for file, removed, _ in mutants.read_reasons():
+        assert all(line in (mutants.ROOT / mutants.PACKAGE / file).read_text() for line in removed.splitlines()), file

@@ -1,11 +1,9 @@
 """The lists of requirements, and the installed package, a wheel and an editable install in their own environments."""
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 
 import pytest
@@ -68,31 +66,26 @@ def run(*command, cwd, code=0, **variables):
 
 
 @pytest.fixture
-def environment(tmp_path):
-    """The executables of an environment with a wheel of this package and, by a .pth file, the packages of this one."""
-    source, home = tmp_path / "source", tmp_path / "environment"
+def installed(tmp_path):
+    """A folder, for PYTHONPATH, with a wheel of this package."""
+    source, folder = tmp_path / "source", tmp_path / "installed"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "tests", "__pycache__")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: ignored(folder, names) if folder == str(ROOT) else [])
-    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path)
-    site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    (site / "test_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    options = ["--no-deps", "--no-build-isolation", "--no-index"]
-    found = str(importlib.metadata.distribution("setuptools").locate_file(""))  # it need not be among these packages
-    path = {} if found == sysconfig.get_path("purelib") else {"PYTHONPATH": found}
-    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", *options]
-    run(*pip, source, cwd=tmp_path, **path)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", f"--target={folder}"]
+    run(sys.executable, "-m", "pip", "install", *options, source, cwd=tmp_path)
     shutil.rmtree(source)
-    return home / "bin"
+    return folder
 
 
 @pytest.mark.whole
-def test_an_installed_package_trains_from_any_directory(environment, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
+def test_an_installed_package_trains_from_any_directory(installed, tmp_path):
+    elsewhere, variables = tmp_path / "elsewhere", {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
     elsewhere.mkdir()
-    code = "import diffusion_jax.configs.digits; from diffusion_jax import config; print(*config.experiment_names())"
-    names, _ = run(environment / "python", "-c", code, cwd=elsewhere)
-    assert names.split() == config.experiment_names()
+    code = "import diffusion_jax.configs.digits as digits; from diffusion_jax import config; "
+    code += "print(digits.__file__, *config.experiment_names())"
+    out, _ = run(sys.executable, "-c", code, cwd=elsewhere, **variables)
+    assert out.split() == [str(installed / "diffusion_jax" / "configs" / "digits.py"), *config.experiment_names()]
     flags = [f"--config.{setting}={value}" for setting, value in SMALL.items()]
-    command = [environment / "diffusion-jax", "--config=digits", "--workdir=run", *flags]
-    out, _ = run(*command, cwd=elsewhere, JAX_PLATFORMS="cpu")
+    command = [installed / "bin" / "diffusion-jax", "--config=digits", "--workdir=run", *flags]
+    out, _ = run(*command, cwd=elsewhere, **variables)
     assert "Done: 20 steps" in out and (elsewhere / "run" / "checkpoints" / "20").is_dir()

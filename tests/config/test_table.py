@@ -29,7 +29,8 @@ def test_every_setting_refuses_a_wrong_type_and_a_wrong_value(name):
     """The line has the setting, the value and what is allowed; the default is allowed as a value and as text."""
     setting = config.SETTINGS[name]
     kind = setting.kind
-    assert kind.check(setting.default) == setting.default and kind.parse(str(setting.default)) == setting.default
+    assert kind.check(setting.default) == setting.default
+    assert values.parse(kind, str(setting.default)) == setting.default
     group, _, last = name.rpartition(".")
     for value in (b"bytes", wrong_value(kind)):
         with pytest.raises(config.ConfigError) as caught:
@@ -42,10 +43,10 @@ def test_every_setting_refuses_a_wrong_type_and_a_wrong_value(name):
 
 def test_the_model_settings_are_the_fields_of_the_networks():
     """Besides `kind`, the class, and `spatial_dims`, which follows from the data."""
-    for network, loss in ((models.UNet, "simple"), (models.MLP, "simple"), (models.Classifier, "classify")):
+    defaults = config.defaults({"diffusion": {"loss": "simple"}})
+    for network in (models.UNet, models.MLP):
         fields = models.fields_of(network)
         fields.pop("spatial_dims", None)
-        defaults = config.defaults({"diffusion": {"loss": loss}})
         assert fields == {name: defaults[f"model.{name}"] for name in fields}
     assert {f"model.{name}" for name in ["kind", *models.fields_of(models.UNet)]} - {"model.spatial_dims"} == {
         name for name in config.SETTINGS if name.startswith("model.")

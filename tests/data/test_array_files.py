@@ -7,24 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from diffusion_jax.data import array_files
 from diffusion_jax.data.array_files import ArrayFiles
 from diffusion_jax.errors import DataError
 from helpers.array_files import CONDITION, INDICES, LABEL, SHAPE, X, load, message, save_npy, save_store
 
 
-def test_an_npy_file_is_read_in_any_order_and_repeatedly(tmp_path):
-    source = ArrayFiles(save_npy(tmp_path / "a.npy", X), "train", SHAPE)
-    assert (len(source), source.num_classes, source.class_names) == (7, 0, ())
-    batch = source.read(INDICES)
-    assert batch.keys() == {"x"} and batch["x"].dtype == np.float32 and type(batch["x"]) is np.ndarray
-    np.testing.assert_array_equal(batch["x"], X[INDICES])
-    np.testing.assert_array_equal(source.read([6, 1])["x"], X[[6, 1]])
-    assert source.read([])["x"].shape == (0, *SHAPE)
-
-
-@pytest.mark.parametrize("dtype", ["f2", "<f4", ">f8", ">i4", "u1"])
-@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("dtype", "order"), [("f2", "C"), ("<f4", "F"), (">f8", "C"), (">i4", "F"), ("u1", "F")])
 @pytest.mark.parametrize("kind", ["npy", "npz", "folder"])
 def test_types_byte_orders_and_fortran_order(tmp_path, dtype, order, kind):
     shape = (3, 7)
@@ -34,93 +22,69 @@ def test_types_byte_orders_and_fortran_order(tmp_path, dtype, order, kind):
     else:
         np.save(tmp_path / "a.npy", values)
     source = ArrayFiles(str(tmp_path if kind == "folder" else tmp_path / f"a.{kind}"), "train", shape)
-    found = source.read([4, 1, 4])["image" if dtype == "u1" and kind != "npz" else "x"]
+    (found,) = (values for name, values in source.read([4, 1, 4]).items() if name != "label")
+    assert source.read([]).keys() >= {"image" if dtype == "u1" and kind != "npz" else "x"} and type(found) is np.ndarray
     assert found.dtype == values.dtype.newbyteorder("=") and found.flags.c_contiguous
     np.testing.assert_array_equal(found, values[[4, 1, 4]])
 
 
 def test_arrays_without_an_axis_of_channels_get_one(tmp_path):
     fields, vectors = X[..., 0], X[:, 0, 0, 0]
-    found = ArrayFiles(save_npy(tmp_path / "a.npy", fields), "train", (3, 4, 1)).read(INDICES)["x"]
-    np.testing.assert_array_equal(found, fields[INDICES][..., None])
-    found = ArrayFiles(save_npy(tmp_path / "b.npy", vectors), "train", (1,)).read(INDICES)["x"]
-    np.testing.assert_array_equal(found, vectors[INDICES][:, None])
     (tmp_path / "folder").mkdir()
-    for i in range(3):
-        np.save(tmp_path / "folder" / f"{i}.npy", fields[i])
-    np.save(tmp_path / "folder" / "3.npy", fields[3:])
-    found = ArrayFiles(str(tmp_path / "folder"), "train", (3, 4, 1)).read(INDICES)["x"]
-    np.testing.assert_array_equal(found, fields[INDICES][..., None])
+    np.save(tmp_path / "folder" / "0.npy", fields[0])
+    np.save(tmp_path / "folder" / "1.npy", fields[1:])
+    for path, values in (
+        (save_npy(tmp_path / "a.npy", fields), fields),
+        (save_npy(tmp_path / "b.npy", vectors), vectors),
+        (str(tmp_path / "folder"), fields),
+    ):
+        found = ArrayFiles(path, "train", (*values.shape[1:], 1)).read(INDICES)["x"]
+        np.testing.assert_array_equal(found, values[INDICES][..., None])
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.hdf5", "a.zarr", "a.v2.zarr"])
-def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name):
-    path = save_store(tmp_path / name, x=X, label=LABEL, condition=CONDITION, cond=CONDITION)
+@pytest.mark.parametrize("kind", ["x", "image"])
+def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name, kind):
+    examples = {kind: X if kind == "x" else np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)}
+    in_group = {} if name == "a.npz" else {"meta/time": X}  # which is not read
+    path = save_store(tmp_path / name, **examples, label=LABEL, condition=CONDITION, cond=CONDITION, **in_group)
     source = pickle.loads(pickle.dumps(ArrayFiles(path, "train", SHAPE)))
     assert (len(source), source.num_classes, source.class_names) == (7, 5, ())
     assert source.notes() == ["Ignored arrays: 'cond'; arrays are x or image, label, and condition."]
     for indices in (INDICES, [3], np.arange(1, 6), np.arange(7)[::-1], []):
         batch = source.read(indices)
-        assert batch.keys() == {"x", "label", "condition"} and batch["label"].dtype == np.int32
+        assert batch.keys() == {kind, "label", "condition"} and batch["label"].dtype == np.int32
         rows = np.asarray(indices, int)
-        for key, values in {"x": X, "label": LABEL, "condition": CONDITION}.items():
+        for key, values in {**examples, "label": LABEL, "condition": CONDITION}.items():
             np.testing.assert_array_equal(batch[key], values[rows])
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.zarr"])
-def test_images_of_a_file_are_uint8(tmp_path, name):
-    images = np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)
-    in_group = {} if name == "a.npz" else {"meta/time": X}  # which is not read
-    batch = ArrayFiles(save_store(tmp_path / name, image=images, **in_group), "train", SHAPE).read(INDICES)
-    assert batch.keys() == {"image"}
-    np.testing.assert_array_equal(batch["image"], images[INDICES])
-
-
-def test_a_folder_of_examples_and_of_several_examples(tmp_path):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / ".hidden").mkdir()
+def test_a_folder_of_examples_and_of_several_examples_with_a_class_in_each_subfolder(tmp_path):
     parts = {
-        "a.npy": X[:1],
-        "b.npy": X[1],
-        "deep/c.npy": X[2:4],
-        "deep/d.npy": X[:0],
-        "deep/er/e.NPY": X[4].astype(">f4", order="F"),
-        "z.npy": np.asfortranarray(X[5:]),
+        "apple/a.npy": X[:1],
+        "apple/b.npy": X[1],
+        "fig/c.npy": X[2:4],
+        "fig/d.npy": X[:0],
+        "fig/ripe/e.NPY": X[4].astype(">f4", order="F"),
+        "pear/z.npy": np.asfortranarray(X[5:]),
     }
-    for name, values in parts.items():
+    for name, values in (parts | {".hidden/a.npy": X[0, 0], "pear/.b.npy": X[0, 0]}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         with (tmp_path / name).open("wb") as file:
             np.save(file, values)
-    for name in (".hidden/a.npy", ".b.npy"):
-        np.save(tmp_path / name, X[0, 0])
     (tmp_path / "notes.txt").write_text("")
     source = pickle.loads(pickle.dumps(ArrayFiles(str(tmp_path), "train", SHAPE)))
-    assert len(source) == 7 and source.num_classes == 0 and source.class_names == ()
-    for indices in (INDICES, np.arange(7), np.arange(7)[::-1], [6, 6], []):
-        np.testing.assert_array_equal(source.read(indices)["x"], X[np.asarray(indices, int)])
+    assert len(source) == 7 and (source.class_names, source.num_classes) == (("apple", "fig", "pear"), 3)
+    for indices in (INDICES, np.arange(7)[::-1], [6, 6], []):
+        rows, batch = np.asarray(indices, int), source.read(indices)
+        np.testing.assert_array_equal(batch["x"], X[rows])
+        assert batch["label"].dtype == np.int32 and (batch["label"] == np.array([0, 0, 1, 1, 1, 2, 2])[rows]).all()
+    np.save(tmp_path / "outside.npy", X)
+    source = ArrayFiles(str(tmp_path), "train", SHAPE)
+    assert source.num_classes == 0 and source.class_names == () and "label" not in source.read([0])
 
 
-def test_subfolders_are_classes(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
-    for name in ("pear", "apple", "fig/ripe"):
-        (tmp_path / name).mkdir(parents=True)
-    for name, values in {
-        "apple/0": images[0],
-        "apple/1": images[1:3],
-        "fig/ripe/a": images[3],
-        "pear/z": images[4:],
-    }.items():
-        np.save(tmp_path / f"{name}.npy", values)
-    source = pickle.loads(pickle.dumps(ArrayFiles(str(tmp_path), "train", (2, 2, 1))))
-    assert (source.class_names, source.num_classes) == (("apple", "fig", "pear"), 3)
-    batch = source.read(INDICES)
-    np.testing.assert_array_equal(batch["image"], images[INDICES])
-    assert batch["label"].dtype == np.int32 and batch["label"].tolist() == [2, 0, 2, 0, 1, 0]
-    np.save(tmp_path / "outside.npy", images)
-    source = ArrayFiles(str(tmp_path), "train", (2, 2, 1))
-    assert source.num_classes == 0 and "label" not in source.read([0])
-
-
-@pytest.mark.parametrize("kind", [".npy", ".npz", ".h5", ".zarr", ""])
+@pytest.mark.parametrize("kind", [".npy", ".zarr", ""])
 def test_splits_are_entries_of_a_folder(tmp_path, kind):
     for split, values in (("train", X), ("test", X[::-1])):
         if kind == "":
@@ -140,18 +104,13 @@ def test_splits_are_entries_of_a_folder(tmp_path, kind):
     assert f"{tmp_path} has {both}; keep one of them" in message(tmp_path)
 
 
-def test_only_names_of_splits_make_splits(tmp_path, monkeypatch):
+def test_only_names_of_splits_make_splits(tmp_path):
     np.save(tmp_path / "a.npy", X)
-
-    def has_splits(path, split):
-        return ArrayFiles.has_splits({"data_dir": str(path), "split": split})
-
-    assert not has_splits(tmp_path, "test") and not has_splits(tmp_path / "a.npy", "train")
-    assert has_splits(tmp_path, "a")
     (tmp_path / "train").mkdir()
-    assert has_splits(tmp_path, "test") and not has_splits(tmp_path / "nowhere", "test")
-    monkeypatch.setattr(array_files, "local_path", {"gs://bucket/data": tmp_path}.__getitem__)  # a downloaded copy
-    assert has_splits("gs://bucket/data", "test")
+    for path, split, expected in ((".", "a", 1), (".", "test", 1), ("a.npy", "train", 0), ("nowhere", "test", 0)):
+        assert ArrayFiles.has_splits({"data_dir": f"{tmp_path}/{path}", "split": split}) == expected
+    (tmp_path / "train").rmdir()
+    assert not ArrayFiles.has_splits({"data_dir": str(tmp_path), "split": "test"})
 
 
 @pytest.mark.parametrize("name", ["packed.npz", "a.npz", "a.h5", "a.zarr"])
@@ -192,14 +151,11 @@ def test_a_file_of_6_gb_is_not_loaded(tmp_path):
         ),
         ("a.npz", {"x": X, "label": LABEL.astype(float)}, "label is float64 [7], not integers [7]"),
         ("a.npz", {"x": X, "label": LABEL - 1}, "label contains -1; labels are the numbers 0"),
-        ("a.npz", {"x": X, "label": LABEL.astype(np.uint64) + 2**32}, "label contains 4294967300; labels"),
-        ("a.npz", {"x": X > 0}, '"x" as bool; give real numbers'),
         ("a.npz", {"x": X.astype(object)}, "Python objects"),
         ("a.npz", {"x": X[:0]}, "has no examples"),
         ("a.npz", {"x": X[..., [0, 0, 0]]}, "--config.data.image_size=(3,4) --config.data.channels=3"),
-        ("a.zarr", {"x": X, "image": X}, "'x' and 'image'; keep one"),
+        ("a.zarr", {"x": X, "image": X}, 'either "image" (uint8) or "x"'),
         ("a.h5", {"alpha": X, "beta": X}, "no array 'x' or 'image', only alpha, beta"),
-        ("a.npz", {"image": X}, '"image" as float32, which must be uint8'),
         ("a.h5", {"train/x": X}, "no array 'x' or 'image', and no others; save them under these names, outside groups"),
     ],
 )
@@ -254,8 +210,8 @@ def test_folders_of_files_that_do_not_fit(tmp_path):
         found = message(location, "test")
         assert f"data.split='test': {location} has only 'train'; use data.split='train', or a folder that" in found
     for values, words in (
-        (X[:, :2], "is float32 [7, 2, 4, 2]; every file must be an example [3, 4, 2]"),
-        (X.astype(float), f"is float64, but {path} is float32; save all files"),
+        (X[:, :2], "is float32 [7, 2, 4, 2]; every"),
+        (X.astype(float), f"is float64, but {path} is"),
     ):
         np.save(tmp_path / "b.npy", values)
         assert f"{tmp_path / 'b.npy'} {words}" in message(tmp_path)

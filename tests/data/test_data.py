@@ -7,18 +7,8 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import ConfigError
 
-CONFIG = {
-    "download": False,
-    "dataset": "digits",
-    "data_dir": "",
-    "split": "train",
-    "image_size": 8,
-    "channels": 1,
-    "memory_mb": 100,
-    "workers": 0,
-}
+CONFIG = {"download": False, "dataset": "digits", "image_size": 8, "channels": 1}
 
 
 def test_the_shape_of_examples():
@@ -35,13 +25,11 @@ def numbers(n):
 
 def test_batches_visit_every_example_once_per_epoch():
     """7 examples in batches of 3: batches span epochs, and 7 batches are exactly 3 epochs."""
-    batches = data.Batches(numbers(7), seed=0, batch_size=3, num_steps=7)
-    seen = np.concatenate([batches[step]["label"] for step in range(7)])
+    whole = [data.Batches(numbers(7), seed=seed, batch_size=3, num_steps=7) for seed in (0, 1)]
+    seen, other = (np.concatenate([batches[step]["label"] for step in range(7)]) for batches in whole)
     for epoch in seen.reshape(3, 7):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(7))
-    assert (seen[:7] != seen[7:14]).any()  # another order each epoch
-    other = data.Batches(numbers(7), seed=1, batch_size=3, num_steps=7)
-    assert (np.concatenate([other[step]["label"] for step in range(7)]) != seen).any()
+    assert (seen[:7] != seen[7:14]).any() and (other != seen).any()  # another order for each epoch and seed
 
 
 def test_batches_are_equal_for_data_in_memory_and_split_by_rows():
@@ -84,34 +72,27 @@ def test_digits_equal_those_of_scikit_learn():
 def folder(tmp_path):
     """Two classes; wide, tall, gray, palette and transparent files, and one that is no image."""
     rng = np.random.default_rng(0)
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "dog").mkdir()
-    Image.fromarray(rng.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(tmp_path / "cat" / "wide.png")
-    Image.fromarray(rng.integers(0, 255, (50, 16), dtype=np.uint8)).save(tmp_path / "cat" / "gray.jpg")
-    Image.fromarray(rng.integers(0, 255, (8, 8, 4), dtype=np.uint8), "RGBA").save(tmp_path / "dog" / "clear.png")
-    Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).convert("P").save(
-        tmp_path / "dog" / "palette.PNG"
-    )
+    for name in ("cat", "dog", ".thumbs"):
+        (tmp_path / name).mkdir()
+    for name, shape, mode in (
+        ("cat/wide.png", (20, 40, 3), "RGB"),
+        ("cat/gray.jpg", (50, 16), "L"),
+        ("dog/clear.png", (8, 8, 4), "RGBA"),
+        ("dog/palette.PNG", (30, 30, 3), "P"),
+    ):
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).convert(mode).save(tmp_path / name)
     (tmp_path / "dog" / "notes.txt").write_text("no image")
-    (tmp_path / ".thumbs").mkdir()
     (tmp_path / ".thumbs" / "hidden.png").write_text("no image either")
     return tmp_path
 
 
-@pytest.mark.parametrize(("size", "shape"), [(16, (16, 16)), ((8, 24), (8, 24))])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_folder_resizes_and_converts_images_of_all_modes(folder, size, shape, channels):
-    source = data.load(
-        {**CONFIG, "dataset": "folder", "data_dir": str(folder), "image_size": size, "channels": channels}
-    )
-    assert source.arrays["image"].shape == (4, *shape, channels)
+@pytest.mark.parametrize(("size", "channels"), [((16, 16), 1), ((8, 24), 3)])
+def test_folder_resizes_and_converts_images_of_all_modes(folder, size, channels):
+    source, _ = load_logged(folder, image_size=size, channels=channels)
+    assert source.arrays["image"].shape == (4, *size, channels)
     assert source.num_classes == 2 and source.arrays["label"].tolist() == [0, 0, 1, 1]
-
-
-def test_resize_crops_the_center(tmp_path):
-    pixels = np.zeros((10, 30, 3), np.uint8)
-    pixels[:, 10:20] = 200  # the middle square
-    np.testing.assert_array_equal(data.fit(Image.fromarray(pixels), (10, 10), 3), 200)
+    pixels = np.pad(np.full((10, 10, 3), 200, np.uint8), ((0, 0), (10, 10), (0, 0)))
+    np.testing.assert_array_equal(data.fit(Image.fromarray(pixels), (10, 10), 3), 200)  # the center
 
 
 def load_logged(folder, **settings):
@@ -156,9 +137,6 @@ def test_folders_and_settings_that_do_not_fit_are_refused(folder):
     (folder / "empty").mkdir()
     with pytest.raises(data.DataError, match="no images below"):
         load_logged(folder / "empty")
-    for wrong in ({"image_size": (1, 2, 3, 4)}, {"channels": 0}, {"image_size": "wide"}):
-        with pytest.raises(ConfigError, match="must be"):
-            load_logged(folder, **wrong)
     for other in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"levels": None}):
         with pytest.raises(data.DataError, match="images"):
             load_logged(folder, **other)

@@ -49,9 +49,7 @@ def test_the_hash_of_an_example_decides():
     found = sources.are_held_out(keys, 0.1)
     by_hand = [int(hashlib.sha256(key).hexdigest()[:16], 16) / 2**64 < 0.1 for key in keys]
     assert found.tolist() == by_hand
-    assert abs(found.mean() - 0.1) < 4 * np.sqrt(0.1 * 0.9 / len(keys))
     assert sources.are_held_out(keys, 0.2)[found].all()  # a larger share has these and more
-    assert not sources.are_held_out(keys, 0).any()
 
 
 def test_images_of_a_folder_keep_their_side_when_others_are_added(tmp_path):
@@ -96,7 +94,6 @@ def test_what_has_no_holdout_is_refused_in_one_line(tmp_path):
     cifar10 = settings(dataset="cifar10", image_size=8, channels=1)
     for function, config, words in (
         (data.load, cifar10, "data.holdout=0.3 is for .*cifar10' defines its splits itself"),
-        (data.check_location, cifar10, "cifar10' defines its splits itself"),
         (data.load, of_arrays(file, split="validation"), "'validation': data.holdout=0.3 makes the splits"),
         (data.load, of_arrays(file) | {"holdout": 1e-9}, "data.holdout=1e-09 holds out 0 of 24 examples"),
         (data.load, of_arrays(splits), "has splits of its own"),

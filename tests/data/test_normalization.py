@@ -37,8 +37,6 @@ def test_channels_are_standardized_by_their_mean_and_deviation(dtype):
     assert standardized.dtype == np.float32
     np.testing.assert_allclose(standardized, (x - exact.mean(axis=0)) / exact.std(axis=0), atol=2e-2, rtol=1e-4)
     np.testing.assert_allclose(found.invert(standardized), x, rtol=1e-6)
-    z = np.random.default_rng(1).standard_normal((5, 2))
-    np.testing.assert_allclose(found.invert(z), z * found.scale + found.offset, rtol=1e-14)
 
 
 def test_limits_become_the_range_of_the_model():
@@ -50,6 +48,9 @@ def test_limits_become_the_range_of_the_model():
     np.testing.assert_allclose(source.read([0])["x"].ravel(), [-1, 0, 1, 0.5] * 2)
     with pytest.raises(data.DataError, match="example 1 has the value 31, outside data.limits"):
         source.read([0, 1])
+    source = pickle.loads(pickle.dumps(data.Normalized(source_of(x=with_nan(series(50), 41)), {})))
+    with pytest.raises(data.DataError, match="example 41 has values that are not finite"):
+        source.read([3, 41, 2])
 
 
 def test_conditions_are_standardized_too():
@@ -98,20 +99,6 @@ def test_data_that_cannot_be_normalized_are_refused_in_one_line(changes, arrays,
     with pytest.raises(data.DataError, match=words) as error:
         data.find_normalizations(settings(**changes), source_of(**arrays))
     assert "\n" not in str(error.value)
-
-
-def test_values_that_are_not_finite_are_refused_when_they_are_read():
-    source = data.Normalized(source_of(x=with_nan(series(50), 41)), {})
-    source.read(np.arange(41))
-    with pytest.raises(data.DataError, match="example 41 has values that are not finite"):
-        source.read([3, 41, 2])
-
-
-def test_a_normalized_source_is_picklable_and_keeps_its_names():
-    inner = data.InMemory({"x": series(20), "label": np.arange(20, dtype=np.int32) % 2}, 2, ("low", "high"))
-    source = pickle.loads(pickle.dumps(data.Normalized(inner, data.find_normalizations(settings(), inner))))
-    assert (source.num_classes, source.class_names) == (2, ("low", "high"))
-    assert source.read([3])["label"] == [1] and len(source) == 20
 
 
 def test_large_offsets_keep_the_digits_of_the_data():

@@ -18,7 +18,6 @@ CALLS = [(-3, 2**30), (-8, 1), (-1, 2**31 - 1)]  # M_MMAP_THRESHOLD, M_ARENA_MAX
         ("cpu", {}, 0, CALLS[:1]),  # a library that refuses the threshold keeps its others
         ("cpu", {"GLIBC_TUNABLES": "1"}, 1, []),  # the user configures it
         ("", {}, 1, []),
-        ("cuda,cpu", {}, 1, []),
         ("cpu", {}, None, []),  # another C library
     ],
 )

@@ -20,7 +20,7 @@ from configs import digits
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.training import checkpoints
 from helpers.paths import ROOT
-from helpers.program import TWO_DEVICES, free_port
+from helpers.program import TWO_DEVICES, changed_program, free_port
 from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
@@ -223,9 +223,7 @@ def test_killed_process_ends_its_peer(tmp_path, victim):
 def test_stuck_process_ends_both(tmp_path):
     """The data of one stands still, its heartbeats go on."""
     directory = tmp_path / "two"
-    program = tmp_path / "stuck.py"
-    program.write_text(STUCK)
-    pair = joined(directory, "--config.training.stall_timeout=20", program=str(program))
+    pair = joined(directory, "--config.training.stall_timeout=20", program=changed_program(tmp_path, STUCK))
     began = time.monotonic()
     codes = [process.wait(timeout=300) for process in pair]
     texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
@@ -236,10 +234,8 @@ def test_stuck_process_ends_both(tmp_path):
     )
 
 
-STUCK = f"""
+STUCK = """
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
 from diffusion_jax import data
 
 read = data.Batches.__getitem__
@@ -252,25 +248,20 @@ def stuck(self, step):
 
 
 data.Batches.__getitem__ = stuck
-cli.main()
 """
 
 
 def test_processes_wait_for_the_slowest_compilation(tmp_path):
     """For longer than the 30 s after which Gloo gives up a process that is late for the first step."""
     directory = tmp_path / "two"
-    program = tmp_path / "late.py"
-    program.write_text(LATE)
-    pair = joined(directory, "--config.training.num_steps=3", program=str(program))
+    pair = joined(directory, "--config.training.num_steps=3", program=changed_program(tmp_path, LATE))
     codes = [process.wait(timeout=300) for process in pair]
     assert codes == [0, 0], [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
     figure("process 1 of two compiles 45 s longer than process 0: both train")
 
 
-LATE = f"""
+LATE = """
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
 from diffusion_jax.runs import train
 
 compile_step = train._compile
@@ -283,7 +274,6 @@ def late(*arguments):
 
 
 train._compile = late
-cli.main()
 """
 
 
@@ -291,9 +281,7 @@ cli.main()
 def test_full_disk_of_one_process_ends_both(tmp_path, process):
     """Of process 1 when it writes its part, or of process 0 when it commits the step: both report it in the same step."""
     directory = tmp_path / "two"
-    program = tmp_path / "full.py"
-    program.write_text(FULL)
-    pair = joined(directory, "--config.mesh.fsdp=4", program=str(program), FULL=str(process))
+    pair = joined(directory, "--config.mesh.fsdp=4", program=changed_program(tmp_path, FULL), FULL=str(process))
     until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)
     began = time.monotonic()
     codes = [process.wait(timeout=PATIENCE) for process in pair]
@@ -307,10 +295,8 @@ def test_full_disk_of_one_process_ends_both(tmp_path, process):
     figure(f"two processes, no room for process {process} at step 30: exit codes {codes} after {seconds:.0f} s")
 
 
-FULL = f"""
+FULL = """
 import errno, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
 from diffusion_jax.training import checkpoints
 
 write_part, write_manifest = checkpoints.write_part, checkpoints.write_manifest
@@ -333,7 +319,6 @@ def commit(directory, table):
 
 
 checkpoints.write_part, checkpoints.write_manifest = write, commit
-cli.main()
 """
 
 

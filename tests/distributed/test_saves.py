@@ -11,8 +11,7 @@ from diffusion_jax.runs import train
 from diffusion_jax.storage.downloads import MANIFEST
 from helpers.configs import tiny_config
 from helpers.launcher import launch
-from helpers.paths import ROOT
-from helpers.program import finish, free_port, start, tiny_flags
+from helpers.program import changed_program, finish, free_port, start, tiny_flags
 
 pytestmark = pytest.mark.whole
 
@@ -57,10 +56,8 @@ def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path):
     assert "process" not in commit and "No space left on device" in commit
 
 
-KILLED = f"""
+KILLED = """
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
 from diffusion_jax.distributed import sharding
 from diffusion_jax.training import checkpoints
 
@@ -88,7 +85,6 @@ def commit(directory, table):
 
 checkpoints.write_part, checkpoints.write_manifest = write, commit
 sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
-cli.main()
 """
 
 
@@ -98,12 +94,11 @@ cli.main()
     [(1, "before its files are written"), (1, "after its files are written"), (0, "in the commit")],
 )
 def test_run_resumes_from_the_step_before_the_save_in_which_a_process_was_killed(tmp_path, victim, moment, capsys):
-    program = tmp_path / "killed.py"
-    program.write_text(KILLED)
+    program = changed_program(tmp_path, KILLED)
     directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0, "model.channel_multipliers": (1,)}
     flags = tiny_flags(directory, **overrides, **{"mesh.fsdp": 2, "training.num_steps": 100})
     flags += [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
-    pair = [start(*flags, f"--process_id={i}", program=str(program), MOMENT=moment) for i in range(2)]
+    pair = [start(*flags, f"--process_id={i}", program=program, MOMENT=moment) for i in range(2)]
     (code, *_), (peer_code, _, peer_err) = (finish(pair[i]) for i in (victim, 1 - victim))
     assert code == -signal.SIGKILL and peer_code in (EXIT_PEER_LOST, -signal.SIGABRT), peer_err
     if peer_code == EXIT_PEER_LOST:

@@ -44,13 +44,15 @@ def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
 
 
 IN_A_CALL = f"""
-import functools, hashlib, sys
+import contextlib, functools, hashlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax.distributed.signals import SignalHandler
+from diffusion_jax.distributed.signals import HANDLER
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.checkpoints import resume_hint
 
-with SignalHandler(functools.partial(resume_hint, RunDir(sys.argv[2])), saves=sys.argv[1] == "2"):
+HANDLER.resume_hint = functools.partial(resume_hint, RunDir(sys.argv[2]))
+HANDLER.install()
+with HANDLER.saving() if sys.argv[1] == "2" else contextlib.nullcontext():
     print("compiling", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"a call that no signal handler interrupts", b"", 10**9)
 """

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from helpers.browser import BROKEN_IMAGES, EXCEEDS_WINDOW, WIDTHS, chromium, open_page, violations, window
+from helpers.browser import WIDTHS, checked_page, chromium, open_page, window
 from helpers.paths import ROOT
 
 pytestmark = pytest.mark.browser
@@ -60,21 +60,9 @@ def context(request, browser, address):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_rendered_and_accessible(context, address, name):
-    page, errors = open_page(context, address + name)
-    try:
-        page.evaluate("document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager')")
-        page.wait_for_function("[...document.images].every(i => i.complete)")
-        file = f"{name.removesuffix('.html').replace('/', '__')}.png"
-        page.screenshot(path=SCREENSHOTS / context.label / file, full_page=True)
-        assert not errors
-        assert not context.requests
-        assert not page.evaluate(BROKEN_IMAGES)
+    file = f"{name.removesuffix('.html').replace('/', '__')}.png"
+    with checked_page(context, address + name, SCREENSHOTS / context.label / file) as page:
         assert not page.evaluate(BROKEN_EQUATIONS)
-        assert page.evaluate(EXCEEDS_WINDOW) <= 0
-        assert not violations(page)
-    finally:
-        context.requests.clear()
-        page.close()
 
 
 @pytest.mark.parametrize("words", ["q_posterior", "classifier_free"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import editing, losses, metrics, sampling, schedules
-from diffusion_jax.runs import sampling as sampling_settings
+from diffusion_jax.runs import sampling_setup
 from diffusion_jax.sampling import ancestral
 from diffusion_jax.schedules import schedule as schedule_module
 from diffusion_jax.training import step
@@ -34,9 +34,9 @@ def test_the_sampler_takes_its_settings_and_samples(monkeypatch):
     spread = []
     for eta in (0.0, 0.5):
         options = dict(tiny_config().sampling) | {"sampler": "damped", "eta": eta, "clip": False}
-        sampler = sampling_settings.sampler_from_config(options, {"prediction": "eps", "variance": "fixed_small"})
+        sampler = sampling_setup.sampler_from_config(options, "fixed_small")
         assert (sampler.eta, sampler.variance) == (eta, "fixed_small")
-        assert sampling_settings.unused_settings(options) == []
+        assert sampling_setup.unused_settings(options) == []
         x = sampling.sample(KEY, schedules.respace(FULL, 20, "log_snr"), gaussian(), x_T, sampler)
         assert abs(x.mean() - 0.3) < 0.1
         spread.append(x.std())

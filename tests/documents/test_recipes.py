@@ -7,7 +7,6 @@ import shutil
 import subprocess
 
 import pytest
-import yaml
 
 from diffusion_jax import cli, config
 from helpers.paths import ROOT
@@ -36,15 +35,6 @@ def test_the_command_line_parses_the_commands(path):
         overrides = dict(setting.removeprefix("--config.").split("=", 1) for setting in settings)
         config.override(config.experiment(flags.config), overrides)
         assert re.fullmatch(r"(gs|s3)://BUCKET/\w+", flags.workdir)
-
-
-def test_the_lists_of_exit_codes_agree():
-    job = yaml.safe_load((FOLDER / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
-    sky = yaml.safe_load((FOLDER / "skypilot.yaml").read_text())["resources"]["job_recovery"]["recover_on_exit_codes"]
-    assert set(sky) == {*RESUMABLE} - {137}
-    guide = (ROOT / "docs" / "guides" / "resume_and_faults.md").read_text()
-    assert "|".join(map(str, RESUMABLE)) in guide
 
 
 def run_recipe(folder, recipe, exit_codes, **variables):

@@ -74,20 +74,15 @@ def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, m
 def test_wrong_weight_files_are_refused(port, tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    tensors = load_file(port)
-    for name, change, words in (
-        ("shape", {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 9, 1, 1), np.float32)}, "1 shapes differ"),
-        ("nan", {"fc.bias": np.full(1008, np.nan, np.float32)}, "not finite"),
-    ):
-        path = tmp_path / f"{name}.safetensors"
-        save_file(tensors | change, path)
-        with pytest.raises(PretrainedError, match=words):
-            inception.load_inception(path)
+    save_file(load_file(port) | {"fc.bias": np.full(1008, np.nan, np.float32)}, tmp_path / "nan.safetensors")
     (tmp_path / "torn.pb").write_bytes(b"\n\x90torn")
-    with pytest.raises(PretrainedError, match="cannot be read as a TensorFlow graph"):
-        inception.load_inception(tmp_path / "torn.pb")
-    with pytest.raises(PretrainedError, match="no such file; .*6726825d"):
-        inception.load_inception(tmp_path / "none.pth")
+    for name, words in (
+        ("nan.safetensors", "not finite"),
+        ("torn.pb", "cannot be read as a TensorFlow graph"),
+        ("none.pth", "no such file; .*6726825d"),
+    ):
+        with pytest.raises(PretrainedError, match=words):
+            inception.load_inception(tmp_path / name)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (47, 33), (299, 299), (400, 301)])

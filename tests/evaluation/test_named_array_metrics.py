@@ -12,7 +12,7 @@ from diffusion_jax.metrics import of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import LazyExamples
 from diffusion_jax.pictures import draw_curves
 
-ARRAY_METRICS = [name for name, metric in metrics.METRICS.items() if not metric.needs_features(False)]
+ARRAY_METRICS = [name for name in metrics.METRICS if not metrics.needs_features([name], False)]
 
 
 class Found:
@@ -36,50 +36,36 @@ def series(seed, n=200, slope=0.8, length=16):
     return x.astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def same():
-    return Found(series(1), series(2), ARRAY_METRICS)
-
-
-def test_equal_distributions_are_within_their_limits(same):
-    values = same.values
-    for name in ("mean", "covariance", "power_spectrum", "autocorrelation"):
-        limit = values["mean_and_covariance_z_limit" if name in ("mean", "covariance") else f"{name}_z_limit"]
-        assert abs(values[f"{name}_z"]) < limit + 0.5, name
-    assert abs(values["energy_distance"]) < 4 * values["energy_distance_standard_error"]
-    for name in ("sliced_wasserstein", "histogram_distance"):
-        assert values[name] < 1.5 * values[f"{name}_same_distribution"]
-    assert values["memorization"]["close_share"] < 0.05
-    json.dumps(values, allow_nan=False)
-
-
-def test_a_wrong_spectrum_is_found_where_it_is(same):
+def test_a_wrong_spectrum_is_found_where_it_is():
     """Of a process with the same mean and covariance at one position."""
-    found = Found(series(1), series(3, slope=0.5), ARRAY_METRICS).values
+    names = ("power_spectrum", "autocorrelation", "mean_and_covariance")
+    equal, found = (Found(series(1), series(3, slope=slope), names).values for slope in (0.8, 0.5))
     for name in ("power_spectrum", "autocorrelation"):
         assert abs(found[f"{name}_z"]) > 2 * found[f"{name}_z_limit"] and found[f"{name}_channel"] == 0, name
+        assert abs(equal[f"{name}_z"]) < equal[f"{name}_z_limit"] + 0.5
     assert found["autocorrelation_lag"] <= 3 and found["autocorrelation_deviation"] < -0.2
-    assert found["sliced_wasserstein"] > same.values["sliced_wasserstein"]
     assert abs(found["covariance_z"]) < found["mean_and_covariance_z_limit"] + 1
 
 
 def test_a_shift_and_a_scale_are_found():
     x, y = series(1), series(2) * np.float32(1.2) + np.array([0, 0.5], np.float32)
-    values = Found(x, y, ("mean_and_covariance", "marginal_histograms")).values
+    y[0] = 1e6  # must not hide the others
+    assert Found(x, y, ("marginal_histograms",)).values["histogram_distance_channel"] == 1
+    y[0] = y[1]
+    values = Found(x, y, ("mean_and_covariance",)).values
     assert values["mean_channel"] == 1 and values["mean_deviation"] == pytest.approx(0.5, abs=0.1)
     assert values["covariance_channels"] == [1, 1] and values["covariance_deviation"] == pytest.approx(0.44, abs=0.15)
     moments = [of_arrays.mean_and_covariance(part).mean for part in (x, y)]
     error = np.hypot(moments[0].standard_error[1], moments[1].standard_error[1])
     assert values["mean_deviation_standard_error"] == pytest.approx(error)
     assert values["mean_z"] == pytest.approx(values["mean_deviation"] / error)
-    assert values["histogram_distance_channel"] == 1
 
 
 def test_the_relative_error_of_the_spectrum_is_that_of_a_ratio():
     x, y = series(1), 1.5 * series(2)
     values = Found(x, y, ("power_spectrum",)).values
     one, other = (of_arrays.power_spectrum(part) for part in (x, y))
-    shell = int(np.argmin(np.abs(one.frequencies - values["power_spectrum_frequency"])))
+    shell = int(np.argmin(np.abs(one.x - values["power_spectrum_frequency"])))
     at = shell, values["power_spectrum_channel"]
     ratio = other.value[at] / one.value[at]
     assert values["power_spectrum_deviation"] == pytest.approx(ratio - 1)
@@ -87,17 +73,11 @@ def test_the_relative_error_of_the_spectrum_is_that_of_a_ratio():
     assert values["power_spectrum_deviation_standard_error"] == pytest.approx(ratio * np.hypot(*relative))
 
 
-@pytest.mark.parametrize("count", [1, 20, 500])
+@pytest.mark.parametrize("count", [1, 50])
 def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
     rng, limit = np.random.default_rng(0), metrics.largest_z(count)
     exceeded = np.mean(np.abs(rng.standard_normal((4000, count))).max(axis=1) > limit)
     assert exceeded == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))
-
-
-def test_one_far_sample_does_not_hide_the_others():
-    x, y = series(1), series(2) + np.float32(1)
-    y[0] = 1e6
-    assert Found(x, y, ("marginal_histograms",)).values["histogram_distance"] > 0.3
 
 
 def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
@@ -143,8 +123,9 @@ INPUTS |= {"spatial": INPUTS["moments"], "logits": INPUTS["pool"], "vectors": IN
 @pytest.mark.parametrize("name", metrics.METRICS)
 def test_every_metric_gives_numbers_and_statistics_for_a_record(name):
     metric, sets = metrics.METRICS[name], (series(1, 60), series(2, 50, slope=0.2))
-    assert all(len(x) >= metric.minimum for x in sets) and metric.needs_features(True) == (metric.needs != "examples")
-    found = metric.compute(*map(INPUTS[metric.needs], sets), metrics.Options())
+    assert all(len(x) >= metric.minimum for x in sets)
+    found, again = (metric.compute(*map(INPUTS[metric.needs], sets), metrics.Options()) for _ in range(2))
+    assert again.values == found.values
     json.dumps(found.values, allow_nan=False)
     numbers = found.values.get("memorization", found.values)
     assert any(isinstance(value, float) for value in numbers.values())
@@ -152,5 +133,3 @@ def test_every_metric_gives_numbers_and_statistics_for_a_record(name):
     if found.curves is not None:
         assert len(draw_curves(found.curves, "both").axes) == 2
         assert found.curves.reference.value.shape == found.curves.samples.standard_error.shape
-    again = metric.compute(*map(INPUTS[metric.needs], sets), metrics.Options())
-    assert again.values == found.values

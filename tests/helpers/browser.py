@@ -4,8 +4,8 @@ import contextlib
 import shutil
 
 WIDTHS = {"phone": 390, "desktop": 1400}
-BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
-EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+_BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
+_EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def open_page(context, url):
     return page, errors
 
 
-def violations(page):
+def _violations(page):
     """The serious violations that axe-core finds, with the first elements that have them."""
     from axe_playwright_python.sync_playwright import Axe
 
@@ -60,3 +60,22 @@ def violations(page):
         if violation["impact"] in ("serious", "critical")
         for node in violation["nodes"][:5]
     ]
+
+
+@contextlib.contextmanager
+def checked_page(context, url, screenshot):
+    """A page after its checks: no error, nothing loaded from elsewhere, no broken image, not too wide, accessible."""
+    page, errors = open_page(context, url)
+    try:
+        page.evaluate("document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager')")
+        page.wait_for_function("[...document.images].every(i => i.complete)")
+        page.screenshot(path=screenshot, full_page=True)
+        assert not errors
+        assert not context.requests
+        assert not page.evaluate(_BROKEN_IMAGES)
+        assert page.evaluate(_EXCEEDS_WINDOW) <= 0
+        assert not _violations(page)
+        yield page
+    finally:
+        context.requests.clear()
+        page.close()

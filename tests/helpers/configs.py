@@ -7,6 +7,7 @@ from diffusion_jax.config import default_classifier, experiment
 
 TINY_CLASSIFIER = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": ()}
 TINY_CLASSIFIER |= {"num_groups": 4, "head_channels": 4, "num_classes": 3}
+TINY_CLASSIFIER |= {"resample_blocks": True, "scale_shift_norm": True, "initializer": "openai"}
 T = 20
 CONDITIONAL = {"diffusion.num_timesteps": T, "model.num_classes": 10, "model.label_dropout": 0.1}
 DRAWN = {"sampling.num_samples": 6, "sampling.batch_size": 4, "sampling.steps": 5, "sampling.trajectory": 0}

@@ -19,19 +19,19 @@ def as_prediction(eps, x, alpha, sigma, prediction, x_0=None):
     ]
 
 
-def levels(time, schedule=FULL):
-    """(alpha, sigma) [B, 1] at network times."""
-    log_snr = schedule.log_snr(time)[:, None]
+def levels(time, schedule=FULL, ndim=2):
+    """(alpha, sigma) at network times [B], for an x with ndim axes."""
+    log_snr = schedule.log_snr(time)[(...,) + (None,) * (ndim - 1)]
     return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
-def gaussian(prediction="eps", schedule=FULL):
-    """N(M, S2) in every dimension; x [B, D]."""
+def gaussian(prediction="eps", schedule=FULL, mean=M, variance=S2):
+    """N(mean, variance) in every dimension; x [B, ...]."""
 
     def denoise_fn(x, time):
-        alpha, sigma = levels(time, schedule)
-        eps = sigma * (x - alpha * M) / (alpha**2 * S2 + sigma**2)
-        return as_prediction(eps, x, alpha, sigma, prediction)
+        alpha, sigma = levels(time, schedule, x.ndim)
+        slope = (x - alpha * mean) / (alpha**2 * variance + sigma**2)
+        return as_prediction(sigma * slope, x, alpha, sigma, prediction, mean + alpha * variance * slope)
 
     return denoise_fn
 

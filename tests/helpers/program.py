@@ -27,6 +27,15 @@ if __name__ == "__main__":  # the processes that read data import this file, too
 """
 
 
+def changed_program(directory, code):
+    """Writes a program that runs `code`, for example to replace functions, and then the command line. Returns: the path."""
+    path = directory / "changed_program.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom diffusion_jax import cli\n{code}\ncli.main()\n"
+    )
+    return str(path)
+
+
 def tiny_flags(directory, **overrides):
     config, base = (
         flatten(workdir.to_dict(tiny_config(**overrides))),

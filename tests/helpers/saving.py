@@ -66,7 +66,7 @@ def exchange(directory: pathlib.Path, *meshes: str) -> dict:
             for step in (1, 2):
                 saved.save(step, random_state(abstract_state(fsdp), seed=10 * fsdp + step))
                 saved.check()
-            saved.finish(2)
+            saved.finish()
     return restore(directory, *meshes)
 
 
@@ -95,12 +95,12 @@ def fail(directory: pathlib.Path) -> dict:
     state, errors, num_checks = random_state(abstract_state(jax.device_count()), seed=0), [], 0
     with Checkpoints(directory) as saved:
         saved.save(1, state)
-        saved.finish(1)
+        saved.finish()
         for step, broken in ((2, (1, checkpoints, "write_part")), (3, (0, checkpoints, "write_manifest"))):
             with full_disk(*broken):
                 saved.save(step, state)
                 try:
-                    saved.finish(step)
+                    saved.finish()
                 except SaveError as error:
                     errors.append(str(error))
         with full_disk(1, checkpoints, "write_part"):
@@ -113,7 +113,7 @@ def fail(directory: pathlib.Path) -> dict:
             except SaveError as error:
                 errors.append(str(error))
         saved.save(5, state)
-        saved.finish(5)
+        saved.finish()
     return {"errors": errors, "num_checks": num_checks, "left": sorted(path.name for path in directory.iterdir())}
 
 

@@ -26,7 +26,7 @@ def untrained(directory, config, source=None):
     directory.mkdir()
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(1, state.replace(params=params, ema_params=ema_params))
-        checkpoints.finish(1)
+        checkpoints.finish()
     workdir.write_config(config, directory)
     if source is not None:
         workdir.check_data(source, RunDir(directory), data.find_normalizations(config.data, source))
@@ -52,5 +52,5 @@ def last_state(config, directory):
 def reuse_or_draw(config, directory):
     """The samples as --mode=evaluate gets them."""
     file = SampleFile(config, directory)
-    file.draw(reuse=True)
+    file.write(reuse=True)
     return file

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import training
+from diffusion_jax import cli, training
+from diffusion_jax.errors import UserError
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import train
 from diffusion_jax.training.batches import Examples
 from diffusion_jax.training.step import make_objective
 from helpers.configs import upsampler_config
-from helpers.program import finish, start
 
 
 def test_downsample_takes_means():
@@ -126,7 +126,5 @@ def test_upsampler_run_draws_no_pictures_and_is_not_evaluated(tmp_path):
     train.run(config, tmp_path)
     assert not (tmp_path / "samples").exists()
     for mode in ("edit", "evaluate"):
-        code, _, err = finish(start(f"--workdir={tmp_path}", f"--mode={mode}"))
-        assert code == 2 and "enlarges images (data.low_resolution=4)" in err and len(err.strip().splitlines()) == 1, (
-            err
-        )
+        with pytest.raises(UserError, match=r"enlarges images \(data.low_resolution=4\)"):
+            cli.check_mode(mode, config)

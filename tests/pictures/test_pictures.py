@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax import pictures
 from diffusion_jax.metrics import Curves
 from diffusion_jax.metrics.of_arrays import Measurement
-from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, figures, to_array
+from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
@@ -159,14 +159,12 @@ def test_large_sets_are_drawn_in_part(shape, num_axes):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_that_are_not_finite_are_counted_and_marked(shape):
+def test_values_that_are_not_finite_are_gaps_or_magenta(shape):
     x = drawn(24, 4, *shape)
     x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
     figure = draw_samples(x, title="not finite")
-    counted = "9 of 1184" if len(shape) == 4 else f"3 of {x.size}"  # of volumes, those of slices and projections
-    assert f"{counted} drawn values are NaN or infinite" in figure.get_suptitle()
     marked = (to_array(figure) == [255, 0, 255]).all(axis=-1).any()
-    assert marked == (len(shape) > 2)  # those of vectors are counted only
+    assert marked == (len(shape) > 2)
     to_array(draw_trajectory(np.stack([x, x]), [1], title="not finite"))
 
 
@@ -210,21 +208,10 @@ def test_statistics_have_error_bars_for_both_sets(kind, length):
             np.testing.assert_array_equal(patch.get_data()[1], x[c])
 
 
-def test_each_lowest_panel_and_each_left_panel_has_its_label():
-    _, axes = figures.make_figure("title", [], list("abcde"), 3, (2, 2), labels=("x", "y"))
-    assert [axis.get_xlabel() for axis in axes] == ["", "", "x", "x", "x"]
-    assert [axis.get_ylabel() for axis in axes] == ["y", "", "", "y", ""]
-
-
-def test_curves_without_a_positive_value_are_drawn():
-    zero = Measurement(np.zeros((4, 1)), np.zeros((4, 1)))
-    to_array(draw_curves(Curves("name", np.arange(1, 5), zero, zero, ("x", "y"), logarithmic=True), "without power"))
-
-
 # ---- Plots and grids
 
 
-@pytest.mark.parametrize("decoder", [1.8, 40.0, 1e-3, 1e-12, -1e-9])
+@pytest.mark.parametrize("decoder", [1.8, 1e-12, -1e-9])
 def test_the_decoder_term_is_inside_the_axes(decoder):
     """If it is far below the other terms, it is at the bottom of the axis."""
     terms = np.concatenate([[decoder], np.geomspace(2.0, 1e-4, 999)])
@@ -237,22 +224,12 @@ def test_the_decoder_term_is_inside_the_axes(decoder):
     assert left < x < right and low < y < high and low <= 1e-4 and high >= 2
 
 
-def test_the_plot_of_one_step_has_only_the_decoder_term():
-    for decoder in (3.0, 0.0):
-        assert pictures.draw_bound_terms(np.array([decoder]), "digits").axes[0].get_ylim()[0] > 0
-
-
-def test_samples_stand_before_their_neighbors(monkeypatch):
-    drawn = []
-    for name in ("draw_grid", "draw_samples"):
-        monkeypatch.setattr(figures, name, lambda x, *more, **options: drawn.append((x, [*more, *options.values()])))
-    distances = np.array([[0.5, 1.5], [0.75, 2.5]])
-    captions = ["sample 7", "distance 0.5", "distance 1.5", "sample 3", "distance 0.75", "distance 2.5"]
-    for x in (np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 2), np.float32)):
-        nearest = np.ones((2, 2, *x.shape[1:]), x.dtype)
-        pictures.draw_neighbors(x, [7, 3], nearest, distances, "samples of x")
-        shown, options = drawn.pop()
-        assert captions in options and shown.reshape(6, -1).max(axis=1).tolist() == [0, 1, 1, 0, 1, 1]
+def test_samples_stand_before_their_neighbors():
+    x, nearest = np.zeros((2, 8, 2), np.float32), np.ones((2, 2, 8, 2), np.float32)
+    figure = pictures.draw_neighbors(x, [7, 3], nearest, np.array([[0.5, 1.5], [0.75, 2.5]]), "samples of x")
+    titles = ["sample 7", "distance 0.5", "distance 1.5", "sample 3", "distance 0.75", "distance 2.5"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    assert [lines(axes)[0][0] for axes in figure.axes] == [0, 1, 1, 0, 1, 1]
 
 
 def test_grids_and_text_show_the_images():

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +167,7 @@ def test_gradients(name, tmp_path):
         flags = {**flags, "diffusion_steps": 1000, "noise_schedule": "linear"}
         net = pretrained.load(save(model, tmp_path / "m.pt"), flags)
         tensors = Tensors("PyTorch", {n: g.shape for n, g in gradients.items()}, gradients.get)
-        found, order = openai.describe_openai(pathlib.Path("g"), tensors, flags)
-        theirs = openai.load_params(pathlib.Path("g"), tensors, found, order).params
+        theirs = openai.load_openai(pathlib.Path("g"), tensors, flags, with_params=True).params
     weighting = weighting.transpose(0, 2, 3, 1) if weighting.ndim == 4 else weighting
     labels = () if y is None else (y,)
     options = {} if low is None else {"condition": upsampling.condition(low, x.shape)}
@@ -296,9 +294,7 @@ def test_diffusers_older_files(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
     torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    start = time.perf_counter()
     net = pretrained.load(tmp_path)
-    print(f"35.7M parameters in {time.perf_counter() - start:.2f} s")
     x, times = inputs(32)
     agree("diffusers, .bin", ours(net, x, times), torch_networks.run(model, x, times))
     assert diffusers.find_configs(tmp_path)[0] == tmp_path

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from diffusion_jax.report import write_comparison, write_report
-from helpers.browser import BROKEN_IMAGES, EXCEEDS_WINDOW, WIDTHS, chromium, open_page, violations, window
+from helpers.browser import WIDTHS, checked_page, chromium, open_page, window
 from helpers.paths import ROOT
 from helpers.simulated_runs import launch, write_log, write_results, write_run
 
@@ -48,21 +48,8 @@ def context(request, browser):
 
 @pytest.mark.parametrize("kind", REPORTS)
 def test_a_report_is_rendered_and_accessible(context, reports, kind):
-    page, errors = open_page(context, reports[kind].as_uri())
-    try:
-        dialogs = []
-        page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
-        page.screenshot(path=SCREENSHOTS / context.label / f"{kind}.png", full_page=True)
-        assert not errors
-        assert not context.requests
-        assert not dialogs
-        assert not page.evaluate(BROKEN_IMAGES)
-        assert page.evaluate(EXCEEDS_WINDOW) <= 0
-        assert not violations(page)
+    with checked_page(context, reports[kind].as_uri(), SCREENSHOTS / context.label / f"{kind}.png") as page:
         assert page.locator(".chart").count() == page.locator(".plot canvas").count()
-    finally:
-        context.requests.clear()
-        page.close()
 
 
 def test_the_slider_shows_the_samples_of_other_steps(context, reports):

@@ -47,9 +47,9 @@ def drawn(monkeypatch):
     """Seeds and numbers of the batches that are drawn, in place of a network's drawing."""
     calls = []
 
-    def draw(net, settings, seed, index, batch_size):
+    def draw(setup, seed, index, batch_size):
         calls.append((seed, index))
         return np.full((batch_size, 8, 8, 1), 10 * seed + index, np.uint8)
 
-    monkeypatch.setattr("diffusion_jax.runs.sample.draw_batch", draw)
+    monkeypatch.setattr("diffusion_jax.runs.sampling_setup.SamplingSetup.generate_batch", draw)
     return calls

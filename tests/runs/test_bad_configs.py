@@ -39,7 +39,7 @@ LAUNCHES = [
     (["--config=configs/digits_classifier.py", SAMPLE], ["classifier"]),
     ([TRAIN, "--process_id=1"], ["must be given together"]),
     # config files
-    (["--config={}/no_python.py"], ["line 1 of ", "no_python.py is not valid Python"]),
+    (["--config={}/no_python.py"], ["no_python.py raises SyntaxError: ", "line 1)"]),
     (["--config={}/raising.py"], ["line 6 of ", "raising.py raises TypeError", "'channels'", "many"]),
     (["--config={}/returning_none.py"], ["returning_none.py: a config must be a nested mapping", "not None"]),
     (["--config=configs/digitz.py"], ["configs/digitz.py: no such file", "such as digits"]),

@@ -1,4 +1,4 @@
-"""--mode=edit on data that are not images: files of arrays, results in the units of the data, conditions."""
+"""--mode=edit on data that are not images: files of arrays, results in data units, conditions."""
 
 import numpy as np
 import pytest
@@ -125,7 +125,7 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
         ("sdedit", {"editing.image": "several.npz"}, "holds several arrays; save the one to use with np.save"),
         ("sdedit", {"editing.image": "wide.npy"}, r"holds float64 \[9, 2\]; it must be one example of shape \[8, 2\]"),
         ("sdedit", {"editing.image": "holes.npy"}, "editing.image has values that are not finite"),
-        ("interpolate", {}, "needs a single condition, and sampling.conditions has 2"),
+        ("interpolate", {}, "needs a single row of sampling.conditions, not 2"),
         ("inpaint", {"editing.mask": "numbers.npy"}, r"holds float64 \[8\]; it must be bool of shape \[8, 2\] or"),
         ("inpaint", {"editing.mask": "all.npy"}, "is True everywhere: nothing is left"),
         ("super_resolution", {}, r"two spatial axes, not for examples of shape \[8, 2\]"),

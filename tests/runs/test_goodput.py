@@ -45,12 +45,6 @@ def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
     assert read_goodput(tmp_path / "none") is None
 
 
-def test_sparkline():
-    assert status.sparkline([0.0, 1.0, 3.0, 7.0]) == "▁▂▄█"
-    assert status.sparkline([2.0, 2.0]) == "▁▁"
-    assert len(status.sparkline(range(1000))) == 40
-
-
 def test_the_status_of_a_run(tmp_path, capsys):
     run = tmp_path / "run"
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 2})

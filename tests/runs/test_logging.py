@@ -132,8 +132,14 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(method, tmp_path, monkeyp
     assert called == ["write_scalars", "write_image", "write_scalars", "write_image", "flush", "close"]
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mlflow", r"which is not installed: pip install '.\[trackers\]'"),
+        ("mlflov", "use names from tensorboard, wandb, mlflow, trackio"),
+    ],
+)
+def test_a_writer_that_is_unknown_or_not_installed_is_refused(name, words, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "mlflow" or None)
-    config = array_config("vectors", "", **{"logging.writers": ("tensorboard", "mlflow")})
-    with pytest.raises(errors.UserError, match=r"has 'mlflow', which is not installed: pip install '.\[trackers\]'"):
-        logging.check_writers(config)
+    with pytest.raises(errors.UserError, match=f"logging.writers has '{name}'.*{words}"):
+        logging.check_writers(array_config("vectors", "", **{"logging.writers": ("tensorboard", name)}))

@@ -41,7 +41,7 @@ def test_an_estimate_is_that_of_the_compiled_program():
     config = resolve(tiny_config(**{"training.batch_size": 32, "data.image_size": 16}))
     program = training.build_program(config)
     traced = plan.trace(config, [False])
-    found = plan.estimate(config, traced, plan.Settings.of(config), 1)
+    found = plan.estimate(config, traced, plan.Settings(1, False, 1), 1)
     state = (program.abstract_state.params, program.abstract_state.ema_params, program.abstract_state.opt_state)
     assert found.state + 8 == sum(leaf.size * 4 for leaf in jax.tree.leaves(state))  # and two counters of steps
     batch = {"image": jax.ShapeDtypeStruct((32, 16, 16, 1), "uint8"), "label": jax.ShapeDtypeStruct((32,), "int32")}
@@ -52,7 +52,7 @@ def test_an_estimate_is_that_of_the_compiled_program():
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("memory", "words"), [(1e9, "first that fits"), (1e3, "nothing fits; least")])
+@pytest.mark.parametrize(("memory", "words"), [(1e9, "first that fits"), (1e3, "none fits; smallest")])
 def test_a_plan_proposes_settings(memory, words, choices, capsys, monkeypatch):
     monkeypatch.setitem(plan.DEVICES, "h100", memory)
     monkeypatch.setattr(plan, "all_estimates", lambda *_: choices[1])
@@ -75,7 +75,7 @@ NOTES = [
     ),
     (
         LONG | {"ema.warmup": False},
-        # 0.9999**2000 = 0.819, and 0.9999**23025 is the first power below 0.1
+        # 0.9999**2000 = 0.819
         "at training.num_steps=2000 the EMA (ema.decay=0.9999) still holds 82% of the random initial weights",
     ),
     (

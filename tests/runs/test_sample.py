@@ -1,5 +1,7 @@
 """--mode=sample: its files, which are reused or sampled again, and resuming."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from diffusion_jax.evaluation import example_sets
 from diffusion_jax.provenance import Provenance, params_digest
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sample import picture_steps
+from diffusion_jax.runs.sampling_setup import SamplingSetup
 from helpers.configs import FEW_DRAWN, conditional, tiny_config
 from helpers.work_directories import reuse_or_draw, untrained
 
@@ -78,7 +81,7 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
         expected = arrays["arr_0"]
     whole.unlink()
     made = []
-    draw = sample.draw_batch
+    draw = SamplingSetup.generate_batch
 
     def third_breaks(*args):
         made.append(1)
@@ -86,13 +89,13 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(sample, "draw_batch", third_breaks)
+    monkeypatch.setattr(SamplingSetup, "generate_batch", third_breaks)
     with pytest.raises(KeyboardInterrupt):
         sample.run(config, trained)
     monkeypatch.undo()
     (torn,) = (p for p in (trained / "samples").iterdir() if p.name.startswith("."))
     (torn / "2.partial.npz").write_bytes(b"killed while writing")
-    monkeypatch.setattr(sample, "draw_batch", lambda *args: made.append(1) or draw(*args))
+    monkeypatch.setattr(SamplingSetup, "generate_batch", lambda *args: made.append(1) or draw(*args))
     sample.run(config, trained)
     assert len(made) == 5  # two before, the broken one, and the two that were left
     with np.load(whole) as arrays:
@@ -107,69 +110,41 @@ def test_sampling_without_a_run_is_refused(tmp_path):
         sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
 
 
-def store_settings(path, change):
-    """Rewrites the settings beside the samples of a file; change(dict)."""
-    with np.load(path) as arrays:
-        images = arrays["arr_0"]
-    stored = Provenance.read(path)
-    change(stored.settings)
-    np.savez(path, images, **stored.arrays())
-
-
 @pytest.mark.usefixtures("own_cache")
-def test_samples_of_the_same_settings_are_reused(run, drawn, capsys):
-    reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
+    """Files of one name: other settings, other weights of the same step, and a damaged file."""
+    file = reuse_or_draw(tiny_config(**FEW_DRAWN), run)
     assert len(drawn) == 3
     for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
-    sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample draws whatever is there
+    for damage, words in (
+        (
+            lambda: store_settings(file.path, batch_size=3),
+            "was drawn with other settings (batch_size: 3 there, 8 here).",
+        ),
+        (lambda: store_settings(file.path, weights_digest="1" * 64), "other settings (weights_digest: '111"),
+        (lambda: file.path.write_bytes(b"PK\x03\x04 torn"), "does not store the settings"),
+    ):
+        damage()
+        del drawn[:]
+        reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+        out = capsys.readouterr().out
+        assert len(drawn) == 3 and f"Sampling again: {file.path} " in out and words in out
+        assert Provenance.read(file.path).digest == file.provenance.digest
+    sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample never reuses a file
     assert len(drawn) == 6
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_samples_with_other_settings_are_sampled_again(run, drawn, capsys):
-    """Though their files have one name."""
-    one = reuse_or_draw(tiny_config(**{"sampling.batch_size": 3}), run)
-    other = reuse_or_draw(tiny_config(**{"sampling.batch_size": 2}), run)
-    assert other.path == one.path and len(drawn) == 1 + 2
-    told = f"Sampling again: {one.path} was drawn with other settings (batch_size=3, now 2)."
-    assert told in capsys.readouterr().out and Provenance.read(one.path).settings["batch_size"] == 2
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_samples_with_other_weights_are_sampled_again(run, drawn, capsys):
-    config = tiny_config(**FEW_DRAWN)
-    path = reuse_or_draw(config, run).path
-    store_settings(path, lambda settings: settings.update(classifier_digest="0" * 64))
-    reuse_or_draw(config, run)
-    assert len(drawn) == 6
-    assert "other settings (classifier_digest=000" in capsys.readouterr().out
-    # The same step of a run that was begun again with another seed.
-    store_settings(path, lambda settings: settings.update(weights_digest="1" * 64))
-    reuse_or_draw(config, run)
-    assert len(drawn) == 9 and "weights_digest=" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_damaged_file_of_samples_is_sampled_again(run, drawn, capsys):
-    config = tiny_config(**FEW_DRAWN)
-    path = reuse_or_draw(config, run).path
-    path.write_bytes(b"PK\x03\x04 torn")
-    reuse_or_draw(config, run)
-    assert "does not store the settings" in capsys.readouterr().out and len(drawn) == 6
-    with np.load(path) as arrays:
-        assert arrays["arr_0"].max() == 2
+def store_settings(path, **settings):
+    """Replaces settings in the record of a file."""
+    stored = Provenance.read(path)
+    np.savez(path, np.load(path)["arr_0"], **dataclasses.replace(stored, settings=stored.settings | settings).arrays())
 
 
 def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():
-    tree = {"a": {"kernel": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)}
-    same = {"b": np.float32(3), "a": {"kernel": np.arange(6.0).reshape(2, 3)}}
-    assert params_digest(tree) == params_digest(same)
-    for other in (
-        {**tree, "b": np.float32(4)},
-        {**tree, "b": np.float64(3)},
-        {"a": {"kernel": np.arange(6.0).reshape(3, 2)}, "b": np.float32(3)},
-        {"a": {"scale": np.arange(6.0).reshape(2, 3)}, "b": np.float32(3)},
-    ):
-        assert params_digest(other) != params_digest(tree)
+    kernel = np.arange(6.0).reshape(2, 3)
+    tree = {"a": {"kernel": kernel}, "b": np.float32(3)}
+    assert params_digest(tree) == params_digest({"b": np.float32(3), "a": {"kernel": kernel.copy()}})
+    for other in ({"b": np.float32(4)}, {"b": np.float64(3)}, {"a": {"kernel": kernel.T}}, {"a": {"scale": kernel}}):
+        assert params_digest(tree | other) != params_digest(tree)

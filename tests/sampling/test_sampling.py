@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, sampling, schedules
+from helpers.gaussian_mixtures import gaussian
 from helpers.jaxprs import calls, equations, loops
 
 NAMES = list(schedules.SCHEDULES)
@@ -19,28 +20,32 @@ def thousand(name):
     return schedules.from_betas(schedules.betas(name, 1000))
 
 
-def denoiser(schedule):
-    """E[x_0 | x_t] of N(0, S2) data; network time is the index of the full schedule."""
-
-    def denoise_fn(x_t, time):
-        alpha_bar = jnp.exp(jax.nn.log_sigmoid(schedule.log_snr(time)))[:, None]
-        return jnp.sqrt(alpha_bar) * S2 * x_t / (alpha_bar * S2 + 1 - alpha_bar)
-
-    return denoise_fn
+def exact_x_0(schedule):
+    """E[x_0 | x_t] of N(0, S2) data."""
+    return gaussian("x_0", schedule, 0.0, S2)
 
 
-def ancestral_variance(schedule, variance):
-    """The variance that ancestral sampling ends with: V <- A^2 V + sigma^2 (float64 NumPy)."""
-    v = schedule.alpha_bar * S2 + 1 - schedule.alpha_bar
-    sigma2 = schedule.betas if variance == "fixed_large" else schedule.posterior_variance
+def bounds(schedule):
+    """(beta, beta-tilde) of a respaced schedule, from alpha_bar alone."""
+    before = np.append(1.0, schedule.alpha_bar[:-1])
+    beta = 1 - schedule.alpha_bar / before
+    return beta, beta * (1 - before) / (1 - schedule.alpha_bar)
+
+
+def final_variance(schedule, sigma2):
+    """The variance that ancestral sampling ends with: V <- A^2 V + sigma^2 (DDPM eq. 7, float64 NumPy)."""
+    a, before, (beta, _) = schedule.alpha_bar, np.append(1.0, schedule.alpha_bar[:-1]), bounds(schedule)
+    shrink = np.sqrt(1 - beta) * (1 - before) / (1 - a)
+    shrink += beta * np.sqrt(before) / (1 - a) * np.sqrt(a) * S2 / (a * S2 + 1 - a)
     total = 1.0
-    for t in range(schedule.num_timesteps - 1, -1, -1):
-        a2 = (
-            schedule.posterior_mean_coef_x_0[t] * np.sqrt(schedule.alpha_bar[t]) * S2 / v[t]
-            + schedule.posterior_mean_coef_x_t[t]
-        )
-        total = a2**2 * total + (sigma2[t] if t > 0 else 0.0)
+    for factor, noise in zip(shrink[::-1], np.append(0.0, sigma2[1:])[::-1], strict=True):
+        total = factor**2 * total + noise
     return total
+
+
+def many_samples(network, schedule, sampler):
+    x_T = jax.random.normal(jax.random.key(1), (100_000, 1))
+    return jax.jit(lambda key, x: sampling.sample(key, schedule, network, x, sampler))(KEY, x_T)
 
 
 @pytest.mark.whole
@@ -49,16 +54,15 @@ def ancestral_variance(schedule, variance):
 def test_ancestral_final_variance(name, variance):
     full = thousand(name)
     schedule = schedules.respace(full, 50, spacing="trailing")
-    n = 100_000
     sampler = sampling.ddpm(prediction="x_0", variance=variance, clip=False)
-    x_T = jax.random.normal(jax.random.key(1), (n, 1))
-    x_0 = jax.jit(lambda key, x: sampling.sample(key, schedule, denoiser(full), x, sampler))(KEY, x_T)
-    expected = ancestral_variance(schedule, variance)
-    assert abs(x_0.mean()) < 4 * np.sqrt(expected / n)
-    assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / n) + 1e-5
+    beta, small = bounds(schedule)
+    expected = final_variance(schedule, beta if variance == "fixed_large" else small)
+    x_0 = many_samples(exact_x_0(full), schedule, sampler)
+    assert abs(x_0.mean()) < 4 * np.sqrt(expected / x_0.size)
+    assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / x_0.size) + 1e-5
 
 
-@pytest.mark.parametrize("steps", ["25", "ddim50", 400])
+@pytest.mark.parametrize("steps", ["25", pytest.param("ddim50", marks=pytest.mark.whole)])
 def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
     """Improved DDPM section 4: the network's fraction, trained at T = 4000, interpolates between the respaced bounds."""
     full = schedules.from_betas(schedules.betas("cosine", 4000), np.arange(4000) * 0.25)
@@ -68,24 +72,12 @@ def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
 
     def network(x_t, time):
         value = jnp.interp(time, jnp.asarray(full.timesteps), jnp.asarray(2 * fraction - 1))[:, None]
-        return jnp.concatenate([denoiser(full)(x_t, time), jnp.broadcast_to(value, x_t.shape)], axis=-1)
+        return jnp.concatenate([exact_x_0(full)(x_t, time), jnp.broadcast_to(value, x_t.shape)], axis=-1)
 
-    n = 100_000
-    x_T = jax.random.normal(jax.random.key(1), (n, 1))
+    f, (beta, small) = np.interp(schedule.timesteps, full.timesteps, fraction), bounds(schedule)
     sampler = sampling.ddpm("learned_range", prediction="x_0", clip=False)
-    x_0 = jax.jit(lambda key, x: sampling.sample(key, schedule, network, x, sampler))(KEY, x_T)
-    f = np.interp(schedule.timesteps, full.timesteps, fraction)
-    alpha_bar, before = schedule.alpha_bar, np.append(1.0, schedule.alpha_bar[:-1])
-    beta = 1 - alpha_bar / before  # the respaced ones, from their definition
-    small = beta * (1 - before) / (1 - alpha_bar)
-    total = 1.0
-    for t in range(schedule.num_timesteps - 1, -1, -1):
-        shrink = np.sqrt(1 - beta[t]) * (1 - before[t]) / (1 - alpha_bar[t]) + beta[t] * np.sqrt(before[t]) * np.sqrt(
-            alpha_bar[t]
-        ) * S2 / ((1 - alpha_bar[t]) * (alpha_bar[t] * S2 + 1 - alpha_bar[t]))
-        noise = beta[t] ** f[t] * small[t] ** (1 - f[t]) if t else 0.0
-        total = shrink**2 * total + noise
-    assert abs(x_0.var() - total) < 4 * total * np.sqrt(2 / n)
+    x_0, expected = many_samples(network, schedule, sampler), final_variance(schedule, beta**f * small ** (1 - f))
+    assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / x_0.size)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +89,7 @@ def test_the_variance_of_ddim_samples_has_its_closed_form(name, x64):
     before = np.append(0.0, sigma[:-1])
     factor = np.prod((S2 + sigma * before) / (S2 + sigma**2)) / np.sqrt(schedule.alpha_bar[-1])
     x_T = jnp.array([[1.0], [-0.4]])
-    x_0 = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddim(prediction="x_0", clip=False))
+    x_0 = sampling.sample(KEY, schedule, exact_x_0(full), x_T, sampling.ddim(prediction="x_0", clip=False))
     np.testing.assert_allclose(x_0, factor * x_T, rtol=1e-6)
 
 
@@ -105,7 +97,7 @@ def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
     """Step by step from the same noise, the clip included."""
     full = thousand("linear")
     schedule, x_T = schedules.respace(full, "ddim50"), 3 * jax.random.normal(KEY, (5, 1))
-    wide = lambda x_t, time: 4 * denoiser(full)(x_t, time)  # noqa: E731  # so that the clip acts
+    wide = lambda x_t, time: 4 * exact_x_0(full)(x_t, time)  # noqa: E731  # so that the clip acts
     _, a = sampling.sample(KEY, schedule, wide, x_T, sampling.ddpm("fixed_small", prediction="x_0"), trajectory=True)
     _, b = sampling.sample(KEY, schedule, wide, x_T, sampling.ddim(1.0, prediction="x_0"), trajectory=True)
     np.testing.assert_allclose(a.x_t, b.x_t, rtol=1e-7, atol=1e-9)
@@ -123,26 +115,60 @@ def test_mean_shift_moves_by_variance_times_gradient(x64):
     np.testing.assert_allclose(moved - plain, schedule.fixed_large_variance[0] * g, rtol=1e-9)
 
 
-def test_trajectory_holds_every_step():
+def test_trajectory_start_and_final_step():
     full = thousand("linear")
     schedule, x_T = schedules.respace(full, "ddim25"), jnp.ones((2, 3))
-    plain = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"))
-    x_0, kept = sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=True)
+    draw = functools.partial(
+        sampling.sample, KEY, schedule, exact_x_0(full), sampler=sampling.ddpm(prediction="x_0", clip=False)
+    )
     # Programs that keep different things may round differently, by a few 2^-24 in each of 25 steps.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    close(plain, x_0)
+    x_0, kept = draw(x_T, trajectory=True)
+    close(draw(x_T), x_0)
     np.testing.assert_array_equal(kept.t, np.arange(24, -1, -1))
     assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
     np.testing.assert_array_equal(kept.x_t[0], x_T)
     close(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
-    x_0, some = sampling.sample(
-        KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[0, 24, 7]
+    part, some = draw(kept.x_t[8], start=16, trajectory=[0, 16, 7])
+    close(part, x_0)
+    np.testing.assert_array_equal(some.t, [16, 7, 0])
+    close(some.x_t, kept.x_t[np.array([8, 17, 24])])
+    close(some.x_0, kept.x_0[np.array([8, 17, 24])])
+    stopped, short = draw(x_T, final_step=False, trajectory=True)
+    close(stopped, kept.x_t[-1])
+    np.testing.assert_array_equal(short.t, np.arange(24, 0, -1))
+
+
+def test_progress():
+    schedule, seen = schedules.respace(thousand("linear"), 20), []
+    draw = lambda x: sampling.sample(  # noqa: E731
+        KEY, schedule, lambda x, time: x, x, sampling.ddim(), progress=lambda n: seen.append(int(n))
     )
-    np.testing.assert_array_equal(some.t, [24, 7, 0])
-    close(some.x_t, kept.x_t[np.array([0, 17, 24])])
-    close(some.x_0, kept.x_0[np.array([0, 17, 24])])
-    with pytest.raises(ValueError, match="keeps indices in 0"):
-        sampling.sample(KEY, schedule, denoiser(full), x_T, sampling.ddpm(prediction="x_0"), trajectory=[25])
+    jax.jit(draw)(jnp.ones((3, 2))).block_until_ready()
+    jax.effects_barrier()
+    assert sorted(seen) == list(range(1, 21))
+
+
+def test_inversion_ends_where_the_probability_flow_does(x64):
+    full, mean, x_0 = thousand("linear"), 0.3, np.array([[-0.7], [0.2], [1.0]])
+    schedule, a = schedules.respace(full, 100, "log_snr"), full.alpha_bar[-1]
+    truth = np.sqrt(a) * mean + np.sqrt((a * S2 + 1 - a) / S2) * (x_0 - mean)
+    for order, tolerance in ((1, 0.1), (2, 4e-3)):
+        found = sampling.encode(schedule, gaussian("eps", full, mean, S2), x_0, order=order)
+        np.testing.assert_allclose(found, truth, atol=tolerance)
+
+
+def test_every_prediction_inverts_to_the_same_noise(x64):
+    full, x_0 = thousand("linear"), np.array([[-0.7], [0.2], [1.0]])
+    schedule = schedules.respace(full, 40, "log_snr")
+    outs = [
+        sampling.encode(schedule, gaussian(name, full), x_0, order=2, prediction=name) for name in ("eps", "x_0", "v")
+    ]
+    np.testing.assert_allclose(outs[1:], [outs[0]] * 2, rtol=1e-6)
+    part = sampling.encode(schedule, gaussian(), x_0, start=20)
+    again = sampling.sample(KEY, schedule, gaussian(), part, sampling.ddim(clip=False), start=20)
+    np.testing.assert_allclose(again, x_0, atol=0.1)
+    assert abs(part).max() < abs(outs[0]).max()
 
 
 # The lengths of the loops, and the network calls of one of their steps.

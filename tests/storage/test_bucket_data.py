@@ -47,6 +47,7 @@ def test_a_folder_of_images(bucket_url, tmp_path, own_cache):
     assert sorted(source.read(range(6))["image"][:, 0, 0, 0]) == [0, 10, 20, 30, 40, 50]
 
 
+@pytest.mark.whole
 def test_a_tfds_directory(bucket_url, tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(BucketFruit, "folder", str(fruit(tmp_path / "images")))
     BucketFruit(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()

@@ -23,7 +23,7 @@ from helpers.configs import tiny_config
 from helpers.fault_proxy import MUTATING, FaultProxy
 from helpers.object_stores import assert_complete_checkpoints, variables
 from helpers.paths import ROOT
-from helpers.program import tiny_flags
+from helpers.program import changed_program, tiny_flags
 from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
@@ -37,14 +37,10 @@ def config(**overrides):
     return tiny_config(**OVERRIDES | overrides)
 
 
-PROGRAM = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from diffusion_jax import cli
+QUICK_LEASES = """
 from diffusion_jax.storage import locks
 
 locks._RENEW_SECONDS, locks._WAIT_SECONDS = 1.0, 3.0  # instead of tens
-cli.main()
 """
 
 
@@ -57,15 +53,14 @@ class Runs:
 
     def __init__(self, url, proxy, log):
         self.url, self.proxy, self._log = url, proxy, log
-        self._program = log.with_suffix(".py")
-        self._program.write_text(PROGRAM)
+        self._program = changed_program(log.parent, QUICK_LEASES)
         self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.environment |= variables(url.partition(":")[0], proxy.address)
 
     def launch(self, **overrides):
         with self._log.open("a") as file:
             return subprocess.Popen(
-                [sys.executable, str(self._program), *tiny_flags(self.url, **OVERRIDES | overrides)],
+                [sys.executable, self._program, *tiny_flags(self.url, **OVERRIDES | overrides)],
                 cwd=ROOT,
                 env=self.environment,
                 stdout=file,

@@ -62,7 +62,7 @@ def test_only_images_are_mirrored(settings):
     """A config without `random_flip` has True."""
     model = {"channels": 4, "channel_multipliers": (1,), "num_groups": 4, "num_res_blocks": 1, "attention_levels": ()}
     config = {"data": {"image_size": 8, "channels": 1} | settings, "model": model, "training": {"batch_size": 8}}
-    with pytest.raises(DataError, match="random_flip=True mirrors images of gray levels; use data.random_flip=False"):
+    with pytest.raises(DataError, match="random_flip=True mirrors only uint8 images; use data.random_flip=False"):
         training.build_program(config)
     config["data"]["random_flip"] = False
     training.build_program(config)
@@ -74,9 +74,10 @@ def test_float_data_are_not_mirrored_by_default():
         (
             {"data.random_flip": True},
             {"x": IMAGE * 1.0},
-            'uint8 images, the "image".*use data.random_flip=False for "x"',
+            "mirrors only uint8 images; use data.random_flip=False",
         ),
-        ({"data.levels": None}, {"image": IMAGE}, 'data.levels=None is for continuous data, the "x"'),
+        ({"data.levels": None}, {"image": IMAGE}, "data.levels=None is for continuous data .*use data.levels=256"),
+        ({"diffusion.loss": "vlb"}, {"x": IMAGE * 1.0}, "data.levels=17: the loss vlb .* use data.levels=None"),
     ):
         with pytest.raises(ValueError, match=words):
             traced(tiny_config(**overrides), batch)
@@ -98,13 +99,10 @@ def test_a_mirrored_image_has_its_condition_mirrored():
     np.testing.assert_array_equal(random_flip(jax.random.key(0), Examples(x_0, y, vector)).condition, vector)
 
 
-def test_a_bound_of_gray_levels_is_not_trained_on_float_data():
+def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
     """data.levels=None is a bound of continuous data."""
     hybrid = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 4}
     output = lambda w, x_t, _: w * jnp.concatenate([x_t] * 2, -1)  # noqa: E731
-    _, state, run = recorded(tiny_config(**hybrid), output)
-    with pytest.raises(ValueError, match="data.levels=17: the loss hybrid .* use data.levels=None"):
-        run(state, {"x": floats()})
     _, state, run = recorded(tiny_config(**hybrid, **{"data.levels": None}), output)
     metrics = run(state, {"x": floats()})[1]
     np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
@@ -128,17 +126,20 @@ def test_float_data_are_taken_as_they_are(dtype):
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.*got float(32|64); give float data.* as "x"'),
-        ({"x": IMAGE}, r'batch\["x"\] must be float.*got uint8; give it as "image"'),
+        (
+            {"image": IMAGE / 127.5 - 1},
+            r'batch\["image"\] must be uint8.*float data.* are given as "x".*got float(32|64)',
+        ),
+        ({"x": IMAGE}, r'batch\["x"\] must be float.*given as "image"\); got uint8'),
         ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
-        ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[B, 8, 8, 1\].*data.channels.*got \[8, 8, 8, 3\]"),
+        ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[8, 8, 8, 1\].*data.channels.*got uint8 \[8, 8, 8, 3\]"),
         ({"image": np.zeros((0, 8, 8, 1), np.uint8)}, "at least one example; got none"),
         ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
         ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
         (LABELED, r'a batch must have "condition", float \[8, 2\], for model.condition_features'),
         (
             LABELED | {"condition": np.zeros((8, 3))},
-            r'"condition"\] must be float of shape \[8, 2\]; got float.* \[8, 3\]',
+            r'"condition"\] must be float of shape \[8, 2\], for model.condition_features.*; got float.* \[8, 3\]',
         ),
     ],
 )

@@ -7,8 +7,7 @@ import pytest
 from diffusion_jax import pretrained
 from diffusion_jax.config import default
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.train import PreviewSampler
-from diffusion_jax.runs.workdir import load_weights, open_model
+from diffusion_jax.runs.train import PreviewBatches
 from diffusion_jax.training.optimizer import ema_decay, initial_share, weights_kind
 from helpers.configs import tiny_config
 from helpers.work_directories import last_state
@@ -47,20 +46,18 @@ def test_the_default_average_is_used_from_step_23025_on():
 def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, monkeypatch, capsys):
     """Of a run whose EMA is the initial weights."""
     config, directory = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2}), tmp_path
-    drawn, draw = [], PreviewSampler.__call__
+    drawn, draw = [], PreviewBatches.__call__
     monkeypatch.setattr(
-        PreviewSampler, "__call__", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
+        PreviewBatches, "__call__", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
     )
     train.run(config, directory)
     state = jax.device_get(last_state(config, directory))
     jax.tree.map(np.testing.assert_array_equal, drawn[-1], state.params)
-    net = load_weights(open_model(config, directory), config, directory, True)
+    capsys.readouterr()
+    net = pretrained.load(directory)
     jax.tree.map(np.testing.assert_array_equal, net.params, state.params)
     assert net.weights == "raw"
     note = "the EMA (ema.decay=0.9999) of step 4 still holds 100% of the random initial weights, so the raw weights are used"
     assert f"Note: {note}." in capsys.readouterr().out
     assert "_raw_" in sample.run(config, directory).path.name
     assert "(raw weights)" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="so the raw weights are used"):
-        net = pretrained.load(directory)
-    jax.tree.map(np.testing.assert_array_equal, net.params, state.params)

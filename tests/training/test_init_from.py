@@ -9,11 +9,12 @@ import pytest
 
 from diffusion_jax import data, errors, pretrained, sampling, schedules, training
 from diffusion_jax.images import to_uint8
-from diffusion_jax.runs import sample, train, workdir
+from diffusion_jax.run_dir import RunDir
+from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.workdir import config_from_weights
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.configs import tiny_config
-from helpers.program import finish, start
+from helpers.launcher import launch
 from helpers.published_files import SCHEDULER, stored, write_folder
 from helpers.work_directories import untrained
 
@@ -47,7 +48,7 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     flags += [
         f"--config.sampling.{setting}" for setting in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")
     ]
-    code, out, err = finish(start(*flags))
+    code, out, err = launch(*flags)
     assert code == 0 and "from narrow (EMA weights)" in out, err
     (path,) = (tmp_path / "out" / "samples").glob("narrow_ema_ddim3_*.npz")
     with np.load(path) as arrays:
@@ -61,24 +62,10 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
     assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     path.unlink()
-    code, out, err = finish(start("--mode=sample", f"--workdir={tmp_path / 'out'}"))
+    code, out, err = launch("--mode=sample", f"--workdir={tmp_path / 'out'}")
     assert code == 0 and "Sampling 2 images from narrow" in out, err
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], images)
-
-
-@pytest.mark.whole
-def test_weights_alone_do_not_lock_a_directory(folder, tmp_path):
-    """The config that is kept is the newest launch's, until there is a checkpoint."""
-    for steps in (3, 2):
-        config = small(config_from_weights(str(folder)), **{"sampling.steps": steps})
-        sample.run(config, tmp_path / "out")
-        assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == steps
-    (tmp_path / "out" / "checkpoints" / "1").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoints" / "1" / "digests.json").write_text("{}")
-    config.sampling.steps = 7
-    workdir.write_config_if_untrained(config, tmp_path / "out")
-    assert workdir.load_config(tmp_path / "out")["sampling"]["steps"] == 2
 
 
 @pytest.mark.whole
@@ -91,7 +78,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
         train.run(config, tmp_path / "refused")
     net = pretrained.load(folder)
     built = training.build_program(config)
-    weights, _ = pretrained.load_initial_weights(config, built.model)
+    weights = pretrained.load_initial_weights(config, built.model)
     state = pretrained.set_params(built.init(), built.abstract_state, weights.params)
     for tree in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, tree, net.params)
@@ -111,17 +98,18 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     config = tiny_config(**base)
     first = untrained(tmp_path / "first", config)
     config.init_from = str(first)
-    net = workdir.open_model(config, tmp_path / "second")
-    begun = workdir.load_weights(net, config, tmp_path / "second", True)
+    second = RunDir(tmp_path / "second")
+    net = workdir.open_model(config, second)
+    begun = pretrained.load_weights(net, config, second, True)
     assert (begun.step, begun.provenance.name) == (0, "first_ema")
     jax.tree.map(np.testing.assert_array_equal, begun.params, pretrained.load(first).params)
-    train.run(config, tmp_path / "second")
-    assert workdir.load_weights(net, config, tmp_path / "second", True).step == 1
+    train.run(config, second)
+    assert pretrained.load_weights(net, config, second, True).step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
-    code, out, err = finish(start(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer))
+    code, out, err = launch(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer)
     assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
     other = untrained(tmp_path / "other", tiny_config())
-    code, _, err = finish(start("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}"))
+    code, _, err = launch("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}")
     assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
 
 
@@ -137,17 +125,18 @@ def weights(tmp_path_factory):
 
 def initial(root, name="run", **overrides):
     config = array_config("vectors", root / "data.npz", **{"init_from": str(root / name), **overrides})
-    return pretrained.load_initial_weights(config, training.model_from_config(config))
+    net = pretrained.load_initial_weights(config, training.model_from_config(config))
+    return net, pretrained.from_config(config, normalizations=net.normalizations).find_differences(net)
 
 
 def test_weights_are_compared_with_the_config(weights, tmp_path):
     net, differences = initial(weights, "net.safetensors", **{"model.dropout": 0.5})  # which changes no weights
     assert not differences and net.normalizations["x"].offset == pytest.approx(examples("vectors").mean(axis=0))
     jax.tree.map(np.testing.assert_array_equal, net.params, pretrained.load(weights / "run").params)
-    assert initial(weights, **{"data.levels": 256})[1] == ["data.levels: None there, 256 here"]
+    assert initial(weights, **{"data.levels": 256})[1] == ["levels: None there, 256 here"]
     assert initial(weights, **{"diffusion.prediction": "v"})[1] == ["prediction: 'eps' there, 'v' here"]
     for overrides, words in (
-        ({"data.channels": 4}, "input channels: 3 there, 4 here"),
+        ({"data.channels": 4}, "data.channels: 3 there, 4 here"),
         (
             {"model.num_res_blocks": 2, "model.condition_features": 2},
             "model.condition_features: 0 there, 2 here; model.num_res_blocks: 1 there, 2 here",
@@ -163,9 +152,9 @@ def test_weights_are_compared_with_the_config(weights, tmp_path):
     config = array_config(
         "vectors", weights / "data.npz", init_from=str(weights / "run"), **{"diffusion.prediction": "v"}
     )
-    net = workdir.open_model(config, tmp_path / "none")
+    run = RunDir(tmp_path / "none")
     with pytest.raises(errors.UserError, match="was trained for another diffusion"):
-        workdir.load_weights(net, config, tmp_path / "none", True)
+        pretrained.load_weights(workdir.open_model(config, run), config, run, True)
 
 
 @pytest.mark.whole
@@ -176,6 +165,6 @@ def test_fine_tuning_measures_its_own_data_and_says_so(weights, tmp_path, capsys
     )
     train.run(config, tmp_path / "new")
     out = capsys.readouterr().out
-    assert "Note: the data are scaled by their own constants, not those of the weights (x: (data - (" in out
+    assert "Note: these weights were trained for other data or another diffusion (x: (data - (" in out
     own = training.stored_normalizations(config, tmp_path / "new")["x"]
     np.testing.assert_allclose(own.offset, 3 * examples("vectors", seed=2).mean(axis=0), rtol=1e-6)

@@ -1,7 +1,6 @@
 "use strict";
-// Draws the charts with uPlot, and steps through the pictures. All data are in the element #data.
+// Draws the charts with uPlot, and steps through the pictures. Each element holds its data as JSON.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
   const HEIGHT = 240;
   const make = (name, properties = {}, ...children) => {
     const element = Object.assign(document.createElement(name), properties);
@@ -248,10 +247,9 @@
   };
 
   const charts = [];
-  for (const place of document.querySelectorAll("[data-chart]")) {
-    charts.push(new Chart(place, data.charts[place.dataset.chart]));
-  }
-  for (const place of document.querySelectorAll("[data-frames]")) startFrames(place, data.frames[place.dataset.frames]);
+  const read = (place) => JSON.parse(place.querySelector("script").textContent);
+  for (const place of document.querySelectorAll(".chart")) charts.push(new Chart(place, read(place)));
+  for (const place of document.querySelectorAll(".frames")) startFrames(place, read(place));
 
   let width = window.innerWidth;
   window.addEventListener("resize", () => {

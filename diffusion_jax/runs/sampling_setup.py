@@ -1,10 +1,9 @@
-"""Resolves `config.sampling` for one model (sampler, steps, classes, conditions, guidance), and draws batches of samples."""
+"""`SamplingSetup`: a model with the sampler, steps, classes, conditions and guidance of `config.sampling`."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import pathlib
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -12,56 +11,40 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, pictures, pretrained, process, sampling, schedules
-from diffusion_jax.config import SETTINGS, clips_by_default, resolve, resolve_clip
+from diffusion_jax import data, pretrained, process, sampling, schedules
+from diffusion_jax.config import SETTINGS, resolve, resolve_clip
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
-from diffusion_jax.files import save_npz
 from diffusion_jax.images import to_uint8
-from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
-from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.training import condition_shape
 
 __all__ = [
-    "FILES",
-    "SamplingSettings",
+    "SamplingSetup",
     "check_finite",
     "class_captions",
-    "condition_captions",
-    "draw",
-    "draw_batch",
     "load_arrays",
     "parse_classes",
-    "read_conditions",
-    "read_small_images",
     "resolve_sampling",
     "sampler_from_config",
     "steps_from_config",
-    "to_examples",
     "unused_settings",
-    "write_examples",
 ]
 
-FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
-# Settings of `config.sampling` that do not change samples.
-_SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
-# Settings that file names show.
-_NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
-_MAX_CLASSES_IN_NAME, _MAX_SHOWN_NUMBERS = 40, 4
+_MAX_SHOWN_NUMBERS = 4  # longer conditions are not shown in captions
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """`config.sampling` for one model, from `resolve_sampling`.
+class SamplingSetup:
+    """A model and `config.sampling` for it, from `resolve_sampling`.
 
-    config: complete, with a resolved clip. schedule: the steps of the sampler. labels: int32 [N]. conditions: [N, ...] in
-    data units. small_images: uint8 [N, h, w, C] for an upsampler. Sample i uses row i modulo N of these three arrays; each
-    array may be None. notes: lines to log.
+    net: its parameters may be added later, with `dataclasses.replace`. config: complete, with a resolved clip. schedule: the
+    steps of the sampler. labels: int32 [N]. conditions: [N, ...] in data units. small_images: uint8 [N, h, w, C] for an
+    upsampler. Sample i uses row i modulo N of these three arrays; each array may be None. notes: lines to log.
     """
 
+    net: pretrained.Model
     config: ConfigDict
     sampler: sampling.Sampler
     schedule: schedules.Schedule
@@ -69,12 +52,17 @@ class SamplingSettings:
     conditions: np.ndarray | None
     small_images: np.ndarray | None
     classifier: pretrained.Model | None
-    class_names: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def on_mesh(self, mesh: Mesh) -> SamplingSetup:
+        """Returns the same setup with the parameters replicated over a mesh."""
+        classifier = None if self.classifier is None else self.classifier.on_mesh(mesh)
+        return dataclasses.replace(self, net=self.net.on_mesh(mesh), classifier=classifier)
 
     def arguments(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns the arguments of `pretrained.Model.sample` for the samples with these indices."""
         options = self.config.sampling
+        same_names = ("guidance_scale", "guidance_rescale", "classifier_scale", "classifier_form")
         return {
             "sampler": self.sampler,
             "steps": self.schedule,
@@ -82,68 +70,37 @@ class SamplingSettings:
             "condition": _rows(self.conditions, indices),
             "low": _rows(self.small_images, indices),
             "noise_std": options["low_resolution_noise"],
-            "guidance_scale": options["guidance_scale"],
             "guidance_interval": options["guidance_interval"] or None,
-            "guidance_rescale": options["guidance_rescale"],
             "classifier": self.classifier,
-            "classifier_scale": options["classifier_scale"],
-            "classifier_form": options["classifier_form"],
+            **{name: options[name] for name in same_names},
         }
 
-    @property
-    def name(self) -> str:
-        """The part of a file name that distinguishes samples with different options.
+    def generate(self, key, indices: np.ndarray, **arguments: Any) -> Any:
+        """Calls `net.sample` for the samples with these indices. arguments: further arguments of `net.sample`."""
+        with warnings.catch_warnings():  # `notes` has the same warnings, with the names of settings
+            warnings.simplefilter("ignore")
+            return self.net.sample(key, len(indices), **self.arguments(indices) | arguments)
 
-        The name shows the sampler, the steps, the classes and the guidance, and a digest of all other options that differ
-        from the defaults.
+    def generate_batch(self, seed: int, index: int, batch_size: int) -> np.ndarray:
+        """Generates samples index B ... (index + 1) B - 1 in the format of files (`to_examples`).
+
+        Every process must call this method, and gets all samples.
         """
-        options, num_steps = self.config.sampling.to_dict(), self.schedule.num_timesteps
-        hashed = {
-            name: value
-            for name, value in options.items()
-            if name not in (*_SETTINGS_WITHOUT_EFFECT, *_NAMED_SETTINGS)
-            and value != SETTINGS[f"sampling.{name}"].default
-        }
-        if options["clip"] != clips_by_default(self.config):
-            hashed["clip"] = options["clip"]
-        if isinstance(options["steps"], tuple | list):
-            hashed["steps"] = options["steps"]
-        parts = [f"{options['sampler']}{num_steps}"] + [options["spacing"]] * (options["spacing"] is not None)
-        if options["label"] is not None and self.labels is not None:
-            chosen = self.labels.tolist()
-            classes = "class" + "-".join(map(str, chosen))
-            if len(classes) > _MAX_CLASSES_IN_NAME:
-                classes, hashed["classes"] = f"{len(chosen)}classes", chosen
-            parts.append(classes)
-        if options["guidance_scale"] != 1:
-            parts.append(f"guided{options['guidance_scale']}")
-        return "_".join(parts + ([settings_digest(hashed)[:6]] if hashed else []))
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return self.to_examples(self.generate(key, index * batch_size + np.arange(batch_size)))
+
+    def to_examples(self, samples: Any) -> np.ndarray:
+        """Converts results of `net.sample` for files: images to uint8; continuous data stay in data units."""
+        return np.asarray(samples if self.net.levels is None else to_uint8(samples))
 
     def captions(self, count: int) -> list[str] | None:
-        """Returns captions for the first samples: classes or short conditions; None without either."""
+        """Returns captions for the first samples: classes, or conditions of a few numbers; None without either."""
         labels, conditions = (_rows(values, np.arange(count)) for values in (self.labels, self.conditions))
-        return condition_captions(conditions) if labels is None else class_captions(labels, self.class_names)
-
-    def provenance(self, net: pretrained.Model) -> dict[str, Any]:
-        """Returns the settings that decide the samples' values, except settings that only change rounding, as JSON values."""
-        options = to_dict(self.config)
-        sampling = {k: v for k, v in options["sampling"].items() if k not in (*_SETTINGS_WITHOUT_EFFECT, *FILES)}
-        if sampling["label"] is not None and self.labels is not None:  # a name and a number may mean the same class
-            sampling["label"] = self.labels.tolist()
-        return {
-            **net.provenance.settings,
-            "weights_digest": params_digest(net.params),
-            "classifier_digest": None if self.classifier is None else params_digest(self.classifier.params),
-            "conditions_digest": array_digest(self.conditions),
-            "low_resolution_digest": array_digest(self.small_images),
-            "labels_digest": array_digest(self.labels),
-            "normalization": {name: value.to_json() for name, value in net.normalizations.items()},
-            "image_shape": list(net.example_shape),
-            "model": options["model"],
-            "diffusion": options["diffusion"],
-            "sampling": sampling,
-            "num_steps": self.schedule.num_timesteps,
-        }
+        if labels is not None:
+            return class_captions(labels, self.net.class_names)
+        if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
+            return None
+        return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
 
 
 def _rows(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
@@ -152,7 +109,7 @@ def _rows(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
 
 def resolve_sampling(
     config: ConfigDict, net: pretrained.Model, conditions: np.ndarray | None = None, read_files: bool = True
-) -> SamplingSettings:
+) -> SamplingSetup:
     """Translates `config.sampling` into the arguments of `net.sample`, and checks them before anything is compiled.
 
     conditions: [N, ...] in data units, replaces `sampling.conditions`. read_files: False skips the files that the config
@@ -162,40 +119,36 @@ def resolve_sampling(
     config = resolve(config)
     config.sampling.clip = resolve_clip(config)
     options = config.sampling.to_dict()
-    classifier = labels = None
+    classifier = labels = small_images = given_labels = None
     with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        sampler = sampler_from_config(options, config["diffusion"])
-        sampler, schedule = net.configure(sampler, *steps_from_config(options))
-        if options["classifier"] and read_files:
-            classifier = _load_classifier(options, net)
+        sampler, schedule = net.configure(sampler_from_config(options, net.variance), *steps_from_config(options))
+        if options["low_resolution"] and not net.low_resolution:
+            raise UserError(
+                f"sampling.low_resolution={options['low_resolution']!r} is for models that enlarge images "
+                "(data.low_resolution)"
+            )
+        net.check_small_images(bool(net.low_resolution), options["low_resolution_noise"])
+        if read_files:
+            if options["classifier"]:
+                classifier = _load_classifier(options, net)
+            if net.low_resolution:
+                small_images, given_labels = _read_small_images(options["low_resolution"], net)
+            if conditions is None and options["conditions"]:
+                conditions = _read_conditions(options["conditions"])
+            with as_user_error(f"sampling.conditions={options['conditions']!r}"):
+                net.check_condition(conditions, 1 if conditions is None else len(conditions))
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
         if num_classes or read_files or not options["classifier"]:
             labels = parse_classes(options["label"], num_classes, net.class_names)
-        small_images, given_labels = read_small_images(config, read_files)
-        if read_files:
-            conditions = read_conditions(config) if conditions is None else conditions
-            if given_labels is not None and labels is not None and options["label"] is None:
-                labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
-            net.check_small_images(small_images is not None, options["low_resolution_noise"])
-            where = f"sampling.conditions={options['conditions']!r}" if options["conditions"] else "config.sampling"
-            with as_user_error(where):
-                net.check_condition(conditions, 1 if conditions is None else len(conditions))
+        if given_labels is not None and labels is not None and options["label"] is None:
+            labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
         has_condition = conditions is not None or (not read_files and net.condition_shape is not None)
         form = options["classifier_form"] if options["classifier"] else "eps"
         net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, form)
     notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
-    return SamplingSettings(
-        config=config,
-        sampler=sampler,
-        schedule=schedule,
-        labels=labels,
-        conditions=conditions,
-        small_images=small_images,
-        classifier=classifier,
-        class_names=net.class_names,
-        notes=(*notes, *(f"{setting} has no effect here" for setting in unused_settings(options))),
-    )
+    notes += [f"{setting} has no effect here" for setting in unused_settings(options)]
+    return SamplingSetup(net, config, sampler, schedule, labels, conditions, small_images, classifier, tuple(notes))
 
 
 def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
@@ -211,14 +164,14 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
 # ---- Sampler and steps
 
 
-def sampler_from_config(options: Mapping[str, Any], parameterization: Mapping[str, Any]) -> sampling.Sampler:
+def sampler_from_config(options: Mapping[str, Any], variance: str) -> sampling.Sampler:
     """Builds the sampler that `config.sampling` names; each constructor argument is the setting with the same name.
 
-    options: `config.sampling` with a resolved `clip`. parameterization: a mapping with `prediction` and `variance`, such as
-    `config.diffusion`. Raises: ValueError for values that the sampler does not allow.
+    options: `config.sampling` with a resolved `clip`. variance: `config.diffusion.variance`. `pretrained.Model.configure`
+    sets the prediction. Raises: ValueError for values that the sampler does not allow.
     """
     make_sampler = sampling.SAMPLERS[options["sampler"]]
-    settings = {**options, **{name: parameterization[name] for name in ("prediction", "variance")}}
+    settings = {**options, "variance": variance}
     if options["clip"] == "dynamic":
         settings["clip"] = process.dynamic_threshold(options["clip_quantile"])
     names = inspect.signature(make_sampler).parameters.keys() & settings.keys()
@@ -250,54 +203,10 @@ def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
         if not is_sequence:
             raise UserError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
         return [float(t) for t in steps], None
-    text = ",".join(map(str, steps if is_sequence else (steps,)))
-    if spacing == "openai_ddim":
-        return f"ddim{text}", None
-    return (text, None) if is_sequence and spacing in (None, "openai") else (steps, spacing)
+    return steps, "openai" if is_sequence and spacing is None else spacing
 
 
 # ---- Samples
-
-
-def draw(net: pretrained.Model, settings: SamplingSettings, key, indices: np.ndarray, **arguments: Any) -> Any:
-    """Calls `net.sample` for the samples with these indices. arguments: further arguments of `net.sample`."""
-    with warnings.catch_warnings():  # `settings.notes` has the same warnings, with the names of settings
-        warnings.simplefilter("ignore")
-        return net.sample(key, len(indices), **settings.arguments(indices) | arguments)
-
-
-def draw_batch(net: pretrained.Model, settings: SamplingSettings, seed: int, index: int, batch_size: int) -> np.ndarray:
-    """Draws samples index B ... (index + 1) B - 1: uint8 [B, *spatial, C], or float32 in data units for continuous data.
-
-    Every process must call this function, and gets all samples.
-    """
-    key = jax.random.fold_in(jax.random.key(seed), index)
-    return to_examples(net, draw(net, settings, key, index * batch_size + np.arange(batch_size)))
-
-
-def to_examples(net: pretrained.Model, samples: Any) -> np.ndarray:
-    """Converts the result of `net.sample` for files: images to uint8; continuous data stay in data units."""
-    return np.asarray(samples if net.levels is None else to_uint8(samples))
-
-
-def write_examples(
-    workdir: RunDir,
-    directory: str,
-    provenance: Provenance,
-    arrays: Mapping[str, np.ndarray | None],
-    picture: pictures.Picture,
-) -> pathlib.Path:
-    """Writes and uploads NAME.npz (the arrays that are not None, and the provenance) and NAME.png; NAME: `provenance.name`.
-
-    Returns: the path of the .npz.
-    """
-    path = workdir / directory / f"{provenance.name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    given = {name: array for name, array in arrays.items() if array is not None}
-    save_npz(path, given | provenance.arrays())
-    pictures.save(path.with_suffix(".png"), picture)
-    workdir.upload(path, path.with_suffix(".png"))
-    return path
 
 
 def check_finite(samples: np.ndarray) -> None:
@@ -353,20 +262,8 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
 # ---- Conditions
 
 
-def read_conditions(config: ConfigDict) -> np.ndarray | None:
-    """Reads `sampling.conditions`, [N, ...] in data units; None if the setting is empty.
-
-    Raises: UserError for a file that is missing, unreadable or empty, or if the model needs conditions.
-    """
-    path, shape = config.sampling.conditions, condition_shape(config)
-    if not path:
-        if shape is not None and not config.model.condition_dropout:
-            expected = ", ".join(map(str, ("N", *shape)))
-            raise UserError(
-                f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in the units of the "
-                "data"
-            )
-        return None
+def _read_conditions(path: str) -> np.ndarray:
+    """Reads `sampling.conditions`, [N, ...] in data units. Raises: UserError for an unreadable or empty file."""
     loaded = load_arrays("sampling.conditions", path)
     conditions = loaded if isinstance(loaded, np.ndarray) else loaded.get("condition")
     if conditions is None or not conditions.size:
@@ -386,34 +283,17 @@ def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
         raise UserError(f"{setting}={path!r} cannot be read as an .npy or .npz file: {error}") from None
 
 
-def condition_captions(conditions: np.ndarray | None) -> list[str] | None:
-    """Formats short conditions [N, D], such as "0.5, 2"; None for long vectors and for arrays."""
-    if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
-        return None
-    return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
-
-
 # ---- Small images
 
 
-def read_small_images(config: ConfigDict, read_files: bool = True) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Reads `sampling.low_resolution`: (uint8 images [N, h, w, C], labels [N] or None); (None, None) if not an upsampler.
-
-    read_files: False checks only whether the model enlarges images. Raises: UserError, DataError.
-    """
-    path, side = config.sampling.low_resolution, config.data.low_resolution
-    if not side:
-        if path:
-            raise UserError(f"sampling.low_resolution={path!r} is for models that enlarge images (data.low_resolution)")
-        return None, None
-    if not read_files:
-        return None, None
+def _read_small_images(path: str, net: pretrained.Model) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads `sampling.low_resolution`: uint8 images [N, h, w, C], and labels [N] or None. Raises: UserError, DataError."""
     if not path:
         raise UserError(
             "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
         )
-    height, width, channels = data.example_shape(config.data)
-    size = (side, width * side // height)
+    height, width, channels = net.example_shape
+    size = (net.low_resolution, width * net.low_resolution // height)
     source = local_path(path)
     if source.is_dir():
         folder = data.Folder(str(source), size, channels)
