@@ -25,5 +25,6 @@ def get_config() -> ConfigDict:
     config.optimizer.update(learning_rate=1e-4, warmup_steps=2_441, grad_clip=0.0)  # 10 million images
     config.ema.update(decay=0.999943, warmup=True)  # half of the weight in 50 million images
     config.sampling.update(sampler="heun", steps=256, spacing="karras", clip=False)
+    config.sampling.update(churn=40.0, churn_range=(0.05, 50.0), churn_noise=1.003)
     config.evaluation.split = "validation"
     return config

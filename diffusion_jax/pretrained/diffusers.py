@@ -296,8 +296,12 @@ def scheduler_to_config(net: Model) -> dict[str, Any]:
     """Returns the DDPMScheduler config. Raises: PretrainedError that names the unsupported fields."""
     schedule, predictions = net.schedule, {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     lost = []
-    if not np.array_equal(schedule.timesteps, np.arange(schedule.num_timesteps)):
+    if net.diffusion is not None and net.diffusion["path"]:
+        lost.append(f"path={net.diffusion['path']!r}")
+    elif not np.array_equal(schedule.timesteps, np.arange(schedule.num_timesteps)):
         lost.append("rescale_timesteps")
+    if net.sigma_data is not None:
+        lost.append("preconditioning='edm'")
     if net.prediction not in predictions:
         lost.append(f"prediction={net.prediction!r}")
     if net.variance not in _VARIANCES:

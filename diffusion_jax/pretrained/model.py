@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from diffusion_jax import guidance, labels, sampling, schedules, training
+from diffusion_jax import coordinates, guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
@@ -26,6 +26,7 @@ from diffusion_jax.images import is_image_shape, to_model_range
 from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
+from diffusion_jax.sampling.driver import is_batch_of_keys, split
 from diffusion_jax.training.state import Network
 
 __all__ = ["DIFFUSION_DEFAULTS", "Model", "format_summary", "make_clip", "make_model"]
@@ -37,6 +38,10 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
     "beta_start": 1e-4,
     "beta_end": 0.02,
     "rescale_timesteps": False,
+    "path": None,
+    "log_snr_shift": 0.0,
+    "preconditioning": "none",
+    "sigma_data": None,
     "prediction": "eps",
     "variance": "fixed_large",
 }
@@ -55,7 +60,8 @@ class Model:
     continuous data. normalizations: `data.Normalization`, from data units to network units, for "x" (continuous data) and
     "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
     these values to [-1, 1]. class_names: names of the labels, () if unknown. provenance: the origin of the weights: a name
-    for files, and for a run "step" and "weights", ema or raw. mesh: the devices that `sample` splits its batch over; None
+    for files, and for a run "step" and "weights", ema or raw. sigma_data: the standard deviation of x_0 for EDM's
+    preconditioning; None for a network that gets x_t itself. mesh: the devices that `sample` splits its batch over; None
     for one device.
     """
 
@@ -76,6 +82,7 @@ class Model:
     limits: tuple[float, ...] = ()
     class_names: tuple[str, ...] = field(default=(), repr=False)
     provenance: Provenance = field(default_factory=lambda: Provenance("weights"), repr=False)
+    sigma_data: float | None = None
     mesh: Mesh | None = field(default=None, repr=False)
 
     @property
@@ -143,7 +150,7 @@ class Model:
         """Returns a phrase, `other` first, for each difference between two models in x_t, its units, or the output."""
         arrays, names = ["x"], []
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
-            arrays, names = ["x", "condition"], ["prediction"]
+            arrays, names = ["x", "condition"], ["prediction", "sigma_data"]
             if any(variance.startswith("learned") for variance in (self.variance, other.variance)):
                 names.append("variance")  # fixed variances belong to the sampler, not to the network
         if (self.levels is None) != (other.levels is None):
@@ -173,7 +180,8 @@ class Model:
                 raise TypeError("this is a super-resolution network: give low=, the small images, and no condition")
             condition = upsampling.condition(low, x_t.shape, noise_std)
         options = {} if condition is None else {"condition": condition}
-        return apply_network(self.model, self.params, x_t, time, y, **options)
+        network = partial(apply_network, self.model, self.params, y=y, **options)
+        return _precondition(network, self.schedule, self.sigma_data)(x_t, time)
 
     def sample(
         self,
@@ -206,6 +214,7 @@ class Model:
         gets the result as a NumPy array.
 
         Args:
+          key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only.
           num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the number of devices.
           y: one label for all samples or int [N], for a network with classes, or for the classifier.
           sampler: by default the ancestral `sampling.ddpm`. The sampler gets the network's prediction and, if learned, its
@@ -230,6 +239,8 @@ class Model:
         self._check_is_diffusion_model()
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
+        if is_batch_of_keys(key) and len(key) != num_images:
+            raise ValueError(f"key has {len(key)} keys for {num_images} samples; give one key, or one for each sample")
         sampler, schedule = self.configure(sampler, steps, spacing)
         self.check_guidance(sampler, guidance_scale, condition is not None, classifier, classifier_form)
         self.check_small_images(low is not None, noise_std)
@@ -251,6 +262,7 @@ class Model:
             rescale=guidance_rescale,
             classifier_form=classifier_form,
             algorithm=algorithm,
+            sigma_data=self.sigma_data,
             trajectory=trajectory if isinstance(trajectory, bool) else tuple(np.asarray(trajectory).tolist()),
         )
         arrays = {
@@ -431,6 +443,10 @@ class Model:
         return apply_network(self.model, self.params, x_t, time)
 
 
+def _precondition(network: Callable, schedule: schedules.Schedule, sigma_data: float | None) -> Callable:
+    return network if sigma_data is None else coordinates.precondition(network, schedule, sigma_data)
+
+
 class _Program(NamedTuple):
     """The static values of a sampling program: each combination is compiled once. Arrays are arguments of the program."""
 
@@ -443,6 +459,7 @@ class _Program(NamedTuple):
     rescale: float
     classifier_form: str
     algorithm: Callable | None
+    sigma_data: float | None
     trajectory: bool | tuple[int, ...]
 
 
@@ -455,7 +472,8 @@ def _run_program(program: _Program, all_params, key, arrays: Mapping[str, Any], 
     given = {name: value for name, value in given.items() if value is not None}
 
     def network(x_t, time, given):
-        return apply_network(program.model, params, x_t, time, **given)
+        network = partial(apply_network, program.model, params, **given)
+        return _precondition(network, full_schedule, program.sigma_data)(x_t, time)
 
     denoise_fn: Callable = partial(network, given=given)
     if program.is_guided:
@@ -473,8 +491,8 @@ def _run_program(program: _Program, all_params, key, arrays: Mapping[str, Any], 
             )
     if program.algorithm is not None:
         return program.algorithm(key, schedule, denoise_fn, sampler)
-    key_noise, key_steps = jax.random.split(key)
-    x_T = constrain(jax.random.normal(key_noise, program.shape, jnp.float32))
+    key_noise, key_steps = split(key)
+    x_T = constrain(sampling.normal(key_noise, jnp.zeros(program.shape, jnp.float32)))
     return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=program.trajectory)
 
 
@@ -542,6 +560,8 @@ def make_model(
     Raises: ValueError for values that `training.schedule_from_config` does not allow.
     """
     settings = DIFFUSION_DEFAULTS | dict(diffusion)
+    if settings["preconditioning"] == "edm":
+        fields["sigma_data"] = training.sigma_data(settings, is_continuous=fields.get("levels", 256) is None)
     if fields.get("low_resolution"):
         noise = fields.get("conditioning_noise", 0.0)
         model = model.clone(condition_channels=upsampling.condition_channels(channels, noise))
@@ -582,8 +602,10 @@ def format_summary(net: Model) -> str:
         "prediction": net.prediction,
         "variance": net.variance,
         "clip": net.clip,
-        "schedule": "a table of betas" if net.diffusion is None else net.diffusion["schedule"],
-        "timesteps": f"{net.schedule.num_timesteps}, network times 0 ... {net.schedule.timesteps[-1]:g}",
+        "schedule": "a table of betas" if net.diffusion is None else net.diffusion["path"] or net.diffusion["schedule"],
+        "timesteps": "{}, network times {:g} ... {:g}".format(
+            net.schedule.num_timesteps, *net.schedule.timesteps[[0, -1]]
+        ),
         **{f"model.{name}": value for name, value in fields_of(net.model).items()},
     }
     rows = {name: value for name, value in rows.items() if value is not None}

@@ -25,7 +25,7 @@ from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
-from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, resolve_sampling
+from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untrained
 
 __all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_samples"]
@@ -80,7 +80,7 @@ class SampleFile:
         net = pretrained.load_weights(net, config, self.workdir, options.use_ema)
         self.setup = dataclasses.replace(setup, net=net)
         self.batch_size = -(-min(options.batch_size, options.num_samples) // net.num_devices) * net.num_devices
-        provenance = make_provenance(self.setup, batch_size=self.batch_size)
+        provenance = make_provenance(self.setup)
         self.provenance = dataclasses.replace(provenance, name=f"{provenance.name}_n{options.num_samples}")
         self.path = self.workdir / "samples" / f"{self.provenance.name}.npz"
 
@@ -98,7 +98,7 @@ class SampleFile:
         name, kind = self.setup.net.provenance.name, str(self.setup.net.weights)
         weights = f"{name.removesuffix(f'_{kind}')} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")
-        name = f"samples/.{self.provenance.name}_{self.provenance.digest}"
+        name = f"samples/.{self.provenance.name}_{self.provenance.digest}_{self.batch_size}"
         chunks = ChunkStore(self.workdir.subdirectory(name))
 
         def compute(i: int) -> dict[str, np.ndarray]:
@@ -227,8 +227,8 @@ def _write_trajectory(file: SampleFile) -> None:
     rows = _TRAJECTORY_POINTS if len(setup.net.example_shape) == 1 else _TRAJECTORY_ROWS
     rows = min(rows, file.batch_size, options.num_samples)
     steps = picture_steps(setup.schedule, options.trajectory - 1)
-    key = jax.random.fold_in(jax.random.key(options.seed), 0)  # the key of the file's first batch
-    samples, frames = setup.generate(key, np.arange(rows), trajectory=steps)
+    keys = keys_of_samples(options.seed, np.arange(rows))
+    samples, frames = setup.generate(keys, np.arange(rows), trajectory=steps)
     arrays = {"x_t": setup.to_examples(frames.x_t), "x_0": setup.to_examples(frames.x_0)}
     arrays |= {"times": setup.schedule.timesteps[steps[::-1]], "samples": setup.to_examples(samples)}
 

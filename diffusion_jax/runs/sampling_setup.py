@@ -24,6 +24,7 @@ __all__ = [
     "SamplingSetup",
     "check_finite",
     "class_captions",
+    "keys_of_samples",
     "load_arrays",
     "parse_classes",
     "resolve_sampling",
@@ -86,8 +87,8 @@ class SamplingSetup:
 
         Every process must call this method, and gets all samples.
         """
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return self.to_examples(self.generate(key, index * batch_size + np.arange(batch_size)))
+        indices = index * batch_size + np.arange(batch_size)
+        return self.to_examples(self.generate(keys_of_samples(seed, indices), indices))
 
     def to_examples(self, samples: Any) -> np.ndarray:
         """Converts results of `net.sample` for files: images to uint8; continuous data stay in data units."""
@@ -101,6 +102,11 @@ class SamplingSetup:
         if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
             return None
         return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
+
+
+def keys_of_samples(seed: int, indices: np.ndarray) -> jax.Array:
+    """Returns the key of each sample, so that a sample does not depend on the batch that it is drawn in."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
 def _rows(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:

@@ -34,6 +34,7 @@ __all__ = [
     "fold_in",
     "normal",
     "sample",
+    "split",
 ]
 
 
@@ -190,6 +191,12 @@ def fold_in(key: Key[Array, "..."], number: int | Int[Array, ""]) -> Key[Array, 
     if is_batch_of_keys(key):
         return jax.vmap(jax.random.fold_in, (0, None))(key, number)
     return jax.random.fold_in(key, number)
+
+
+def split(key: Key[Array, "..."]) -> tuple[Key[Array, "..."], Key[Array, "..."]]:
+    """`jax.random.split` in two, for one key or for each of [B] keys."""
+    first, second = jax.vmap(jax.random.split, out_axes=1)(key) if is_batch_of_keys(key) else jax.random.split(key)
+    return first, second
 
 
 def normal(key: Key[Array, "..."], like: Batch) -> Batch:

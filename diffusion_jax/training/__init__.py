@@ -10,7 +10,7 @@ from diffusion_jax.training.from_config import (
     stored_normalizations,
 )
 from diffusion_jax.training.state import TrainState, window_means
-from diffusion_jax.training.step import scan_steps
+from diffusion_jax.training.step import scan_steps, sigma_data
 
 __all__ = [
     "TrainState",
@@ -21,6 +21,7 @@ __all__ = [
     "model_from_config",
     "scan_steps",
     "schedule_from_config",
+    "sigma_data",
     "stored_normalizations",
     "window_means",
 ]

@@ -216,6 +216,8 @@ def _check_path(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"diffusion.{setting}={config[setting]} is for the draws log_normal and logit_normal; use None"
             )
+    if config["preconditioning"] == "edm" and loss == "classify":
+        raise ValueError("diffusion.preconditioning='edm' is for diffusion models, not for classifiers; use none")
     if config["preconditioning"] == "edm" and config["prediction"] != "x_0":
         raise ValueError(
             f"diffusion.preconditioning='edm' makes the network predict x_0, but diffusion.prediction="

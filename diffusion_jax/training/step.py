@@ -30,7 +30,7 @@ from diffusion_jax.training.state import (
     update_window,
 )
 
-__all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "precondition", "scan_steps"]
+__all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "scan_steps", "sigma_data"]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -86,21 +86,16 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
         options["stratified"] = diffusion["timestep_sampler"] == "stratified"
         settings["draw"] = draws.DRAWS[diffusion["draw"]](**options)
     if diffusion["weighting"] == "edm":
-        settings["weighting"] = functools.partial(losses.edm_weight, sigma_data=sigma_data(config))
+        settings["weighting"] = functools.partial(
+            losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
+        )
     names = {name for name, value in inspect.signature(loss).parameters.items() if value.kind is value.KEYWORD_ONLY}
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
-def sigma_data(config: Mapping[str, Any]) -> float:
+def sigma_data(diffusion: Mapping[str, Any], is_continuous: bool) -> float:
     """Returns the standard deviation of x_0 for EDM's constants: the setting, 1 for standardized data or 0.5 for images."""
-    return config["diffusion"]["sigma_data"] or (1.0 if is_continuous(config) else DATA_STD)
-
-
-def precondition(config: Mapping[str, Any], network: Callable, schedule: Schedule) -> Callable:
-    """Returns the denoise_fn of a network, with the preconditioning of `config.diffusion`."""
-    if config["diffusion"]["preconditioning"] == "none":
-        return network
-    return coordinates.precondition(network, schedule.path, sigma_data(config))
+    return diffusion["sigma_data"] or (1.0 if is_continuous else DATA_STD)
 
 
 def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:
@@ -122,6 +117,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     loss, options = _loss_and_options(config)
     is_path = bool(config["diffusion"]["path"])
     levels = schedule.path if is_path else schedule
+    is_preconditioned = config["diffusion"]["preconditioning"] == "edm"
+    d = sigma_data(config["diffusion"], is_continuous(config))
     classifies = config["diffusion"]["loss"] == "classify"
     is_conditional = bool(model.num_classes) and not classifies
     sampler_name = config["diffusion"]["timestep_sampler"]
@@ -144,7 +141,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             return microbatch.put(jnp.asarray(output))
 
         targets = (y,) if classifies else ()
-        denoise_fn = network if classifies else precondition(config, network, schedule)
+        denoise_fn = coordinates.precondition(network, schedule, d) if is_preconditioned else network
         return loss(key_loss, levels, denoise_fn, x_0, *targets, **chain_options, **options)
 
     return objective

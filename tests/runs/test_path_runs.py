@@ -1,0 +1,109 @@
+"""Runs on continuous noise levels: training, samples, likelihoods and files of models with `diffusion.path`."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import coordinates, pretrained, training
+from diffusion_jax.models import apply_network
+from diffusion_jax.pretrained import PretrainedError
+from diffusion_jax.pretrained.diffusers import save_diffusers
+from diffusion_jax.runs import evaluate, sample, train
+from helpers.configs import a_batch, tiny_config
+from helpers.work_directories import untrained
+
+EDM = {
+    "diffusion.path": "edm",
+    "diffusion.draw": "log_normal",
+    "diffusion.weighting": "edm",
+    "diffusion.preconditioning": "edm",
+    "diffusion.prediction": "x_0",
+}
+FLOW = {"diffusion.path": "rectified_flow", "diffusion.prediction": "flow", "diffusion.draw": "logit_normal"}
+VDM = {"diffusion.path": "vp_cosine", "diffusion.loss": "continuous_vlb", "diffusion.draw": "uniform_log_snr"}
+
+
+@pytest.mark.parametrize("settings", [EDM, FLOW, VDM], ids=["edm", "flow", "vdm"])
+def test_a_train_step_on_a_path(settings):
+    state, step = training.create(tiny_config(**settings))
+    state, metrics = step(state, a_batch(tiny_config()))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    in_bands = [metrics[f"loss_q{i}"] for i in (1, 2, 3, 4)]
+    assert np.isfinite(in_bands).any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {"diffusion.path": "edm", "diffusion.loss": "hybrid", "diffusion.variance": "learned_range"},
+            "needs the steps",
+        ),
+        (
+            {"diffusion.path": "edm", "diffusion.timestep_sampler": "loss_second_moment"},
+            "needs the steps of a schedule",
+        ),
+        ({"diffusion.path": "edm", "diffusion.prediction": "x_prev"}, "needs the steps of a schedule"),
+        ({"diffusion.path": "rectified_flow"}, "use diffusion.prediction=flow"),
+        ({"diffusion.draw": "log_normal"}, "diffusion.draw='log_normal' is for a path"),
+        ({"diffusion.loss": "continuous_vlb"}, "is for a path"),
+        ({"diffusion.path": "edm", "diffusion.draw_mean": 0.5}, "is for the draws log_normal and logit_normal"),
+        ({"diffusion.preconditioning": "edm"}, "predict x_0, but diffusion.prediction='eps'; use x_0"),
+        ({"diffusion.sigma_data": 0.3}, "is for diffusion.preconditioning=edm or weighting=edm"),
+    ],
+)
+def test_settings_that_contradict_a_path_are_one_line(overrides, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        training.create(tiny_config(**overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
+    """Also from a file; standardized data have sigma_data 1."""
+    config = tiny_config(**EDM)
+    net = pretrained.from_config(config, training.create(config)[0].params)
+    x, time = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32), jnp.array([-1.0, 0.5])
+    network = lambda x, time: apply_network(net.model, net.params, x, time)  # noqa: E731
+    expected = coordinates.precondition(network, net.schedule.path, 0.5)(x, time)
+    np.testing.assert_array_equal(net.denoise_fn(x, time), expected)
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    again = pretrained.load(tmp_path / "net.safetensors")
+    assert again.sigma_data == 0.5
+    np.testing.assert_array_equal(again.denoise_fn(x, time), expected)
+    np.testing.assert_array_equal(again.schedule.timesteps, net.schedule.timesteps)
+    assert pretrained.from_config(tiny_config(**EDM, **{"data.levels": None})).sigma_data == 1.0
+    with pytest.raises(PretrainedError, match="path='edm'; preconditioning='edm'"):
+        save_diffusers(net, tmp_path / "folder")
+    drawn = net.sample(jax.random.key(0), 2, steps=4, spacing="karras")
+    assert np.isfinite(drawn).all()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("settings", [EDM, FLOW], ids=["edm", "flow"])
+def test_every_mode_on_a_path(tmp_path, settings):
+    overrides = {"evaluation.num_samples": 16, "evaluation.num_examples": 16, "evaluation.ode": True}
+    config = tiny_config(**settings, **{"sampling.sampler": "ddim", "sampling.steps": 4, "training.sample_every": 4})
+    train.run(config, tmp_path / "run")
+    sample.run(config, tmp_path / "run")
+    config.update_from_flattened_dict(overrides)
+    evaluate.run(config, tmp_path / "run")
+    records = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert records
+
+
+def test_a_sample_does_not_depend_on_the_batch_size(tmp_path):
+    """The draws are equal; images of other batch shapes are equal up to rounding."""
+    images = []
+    for batch_size in (2, 3, 7):
+        config = tiny_config(
+            **{"sampling.num_samples": 7, "sampling.batch_size": batch_size, "sampling.sampler": "ddpm"}
+        )
+        run = untrained(tmp_path / "run", config)
+        with np.load(sample.run(config, run).path) as arrays:
+            images.append(arrays["arr_0"].astype(int))
+        assert len(np.unique(images[0], axis=0)) == 7
+    for other in images[1:]:
+        assert np.abs(other - images[0]).max() <= 1
