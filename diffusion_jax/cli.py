@@ -148,7 +148,7 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
 
 
 def _open_workdir(workdir: str, mode: str) -> RunDir:
-    """Opens the run directory. Raises: UserError if the path cannot be a run directory."""
+    """Opens the work directory. Raises: UserError if the path cannot be a work directory."""
     opened = open_run_dir(workdir, read_only=mode == "status")
     if isinstance(opened, BucketRunDir):
         return opened

@@ -1,4 +1,4 @@
-"""The run directory: the paths of its files, its lock, and for a bucket, the uploads.
+"""The work directory: the paths of its files, its lock, and for a bucket, the uploads.
 
 A run works on local files. A function that writes a file gets the `RunDir` and uploads the finished file; for a local
 directory `upload` does nothing. An object appears completely or not at all, like a renamed file.
@@ -57,7 +57,7 @@ class RunDir(os.PathLike):
 
     def subdirectory(self, name: str) -> RunDir:
         """Returns a subdirectory, with uploads if this directory has them."""
-        directory = copy.copy(self)
+        directory = copy.copy(self)  # shares the list of locks, so that a lost lock is noticed everywhere
         directory.path = self / name
         return directory
 
@@ -122,7 +122,7 @@ class RunDir(os.PathLike):
 
 
 class BucketRunDir(RunDir):
-    """A run directory or subdirectory in a bucket, with a local copy of its small files; `fetch` downloads large files.
+    """A work directory or subdirectory in a bucket, with a local copy of its small files; `fetch` downloads large files.
 
     A launch that writes has its own mirror, a copy that is deleted when the launch ends. A read_only launch shares a copy in
     the user's cache, and raises PermissionError instead of uploading.
@@ -208,7 +208,7 @@ class BucketRunDir(RunDir):
 
 
 def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False) -> RunDir:
-    """Opens a run directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
+    """Opens a work directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
     read_only: for a bucket, as for BucketRunDir. Raises: StorageError if the bucket cannot be used, OSError.
     """

@@ -41,8 +41,8 @@ class SignalHandler:
     """Handles SIGTERM and Ctrl-C from `install`, or inside `saving`.
 
     A signal ends the process at once with one line: result files are written completely or not at all, and locks end with the
-    process. Inside `saving`, the first signal is recorded; every process calls `requested` after each call of the train step
-    and the outputs of its step, and saves if the result is true. A second Ctrl-C ends the process at once.
+    process. Inside `saving`, the first signal is only recorded: the train loop of every process asks `requested` in each
+    iteration, and saves if the answer is True. A second Ctrl-C ends the process at once.
 
     With several processes, JAX's preemption service agrees on the step. The service handles SIGTERM from the time when the
     processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
@@ -112,7 +112,7 @@ class SignalHandler:
         if number == signal.SIGINT:
             self._interrupted = True
             # `print` could block, because the main thread may hold its lock.
-            os.write(1, b"\nCtrl-C: saving after the steps in progress, two at most. Press it again to stop at once.\n")
+            os.write(1, b"\nCtrl-C: saving after the steps in progress. Press it again to stop at once.\n")
             if is_multiprocess():
                 os.kill(os.getpid(), signal.SIGTERM)
         self._number = self._number or number

@@ -104,7 +104,7 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
     """Opens a set of images or other arrays.
 
     location: a file of arrays as `data.ArrayFiles` takes it, or with samples (arr_0) or statistics (mu, sigma); a folder,
-    whose images are read in color; a run directory (newest samples); or a data set and split ("cifar10:train",
+    whose images are read in color; a work directory (newest samples); or a data set and split ("cifar10:train",
     "digits:test"). image_size: images of a folder or data set are resized to cover this size, as in training; required if
     images differ in size.
     Raises: ValueError, DataError, OSError, each with a one-line message.

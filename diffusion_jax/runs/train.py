@@ -28,9 +28,8 @@ from diffusion_jax.console import (
     log_parameters,
     progress_over,
 )
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import sharding, signals
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
-from diffusion_jax.distributed.signals import HANDLER as signals
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
 from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
@@ -223,7 +222,7 @@ def _train(
                 batch, count = loader.next(step)
             in_flight.wait()
             if num_calls == 1:  # before the first call, there is nothing to save, and a signal ends the program at once
-                stack.enter_context(signals.saving())
+                stack.enter_context(signals.HANDLER.saving())
 
             if is_due(options.log_every):
                 in_flight.drain()
@@ -253,7 +252,7 @@ def _train(
                     text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
                     log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
                     metrics.write_scalars(step, distance)
-            must_stop = signals.requested()
+            must_stop = signals.HANDLER.requested()
             if must_stop or is_due(options.checkpoint_every):
                 in_flight.drain()
                 with launch.measure("output"):
@@ -267,7 +266,7 @@ def _train(
                 checkpoints.finish()
             launch.record(step, is_last=True)
             if step < options.num_steps:
-                raise signals.stop_exception(step)
+                raise signals.HANDLER.stop_exception(step)
 
 
 def _compile(program: training.TrainingProgram, count: int, state: training.TrainState, batch) -> jax.stages.Compiled:
@@ -358,8 +357,7 @@ class BatchLoader:
     def next(self, step: int) -> tuple[Any, int]:
         """Returns (batch of the call that starts at `step`, number of its steps); (None, 0) after the last step.
 
-        A call has several steps if it ends at a multiple of `steps_per_call`, so that a rerun with another `steps_per_call`
-        skips no interval. Steps before the first multiple, and after the last multiple, are single.
+        Calls of `steps_per_call` steps start at its multiples, also after a rerun; all other steps are single calls.
         """
         count = self._options.steps_per_call
         if step == self._options.num_steps:
