@@ -281,13 +281,8 @@ def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
     devices.silence_libraries()
     try:
-        try:
+        with processes.exit_if_output_is_closed():
             yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader of standard output ended first, as in `... | head`
-        # Not sys.exit, because devices may still compute, and other processes must notice.
-        processes.exit_now("", processes.EXIT_CLOSED_OUTPUT)
     except signals.StoppedBySignal as error:
         _fail(str(error), error.exit_code)
     except Exception as error:

@@ -160,6 +160,8 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
                 store = _open_store(str(path))
                 names = [] if hasattr(store, "shape") else sorted(k for k in store if hasattr(store[k], "shape"))
         found = {name: _Rows(str(path), name) for name in _NAMES if name in names}
+    if {"x", "image"} <= found.keys():
+        raise DataError(f"{path} has 'x' and 'image'; keep one: 'image' for uint8, 'x' for other numbers")
     others = [name for name in names if name not in found]
     if not {"x", "image"} & found.keys():
         unnamed = [name for name in others if name in ("", "arr_0")]  # an .npy, or samples

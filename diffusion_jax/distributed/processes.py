@@ -21,7 +21,6 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import with_urls
 
 __all__ = [
-    "EXIT_CLOSED_OUTPUT",
     "EXIT_INTERRUPTED",
     "EXIT_PEER_LOST",
     "EXIT_PREEMPTED",
@@ -29,6 +28,7 @@ __all__ = [
     "abort_process",
     "barrier",
     "broadcast_from_process_0",
+    "exit_if_output_is_closed",
     "exit_now",
     "gather",
     "is_multiprocess",
@@ -44,7 +44,7 @@ T = TypeVar("T")
 EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL in sysexits.h
 EXIT_INTERRUPTED = 130  # Ctrl-C stopped the run: the shell's code for SIGINT
 EXIT_PEER_LOST = 69  # another process was lost, or no step finished in time: EX_UNAVAILABLE in sysexits.h
-EXIT_CLOSED_OUTPUT = 141  # the reader of standard output ended: the shell's code for SIGPIPE
+_EXIT_CLOSED_OUTPUT = 141  # the reader of standard output ended: the shell's code for SIGPIPE
 
 _LAST_LINE = threading.Lock()  # the writer of the last line acquires this lock and never releases it
 
@@ -68,6 +68,24 @@ def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
         for child in multiprocessing.active_children():  # data workers would wait for this process
             child.kill()
     os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def exit_if_output_is_closed() -> Iterator[None]:
+    """Ends the process without a message if the reader of standard output ends first, as in `... | head`."""
+    try:
+        try:
+            yield
+        except SystemExit:  # raised by --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # also fails, unless another pipe broke
+        except BrokenPipeError:
+            exit_now("", _EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
+        raise
 
 
 def join_processes(address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:

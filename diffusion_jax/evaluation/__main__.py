@@ -29,7 +29,7 @@ def compare_sets(arguments: argparse.Namespace) -> None:
     """
     from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
     from diffusion_jax.evaluation import features
-    from diffusion_jax.evaluation.compare import compare
+    from diffusion_jax.evaluation.compare import check_comparable, compare
     from diffusion_jax.evaluation.example_sets import open_set
 
     requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
@@ -45,6 +45,7 @@ def compare_sets(arguments: argparse.Namespace) -> None:
         open_set(location, arguments.data_dir, arguments.image_size)
         for location in (arguments.reference, arguments.samples)
     )
+    check_comparable(reference, samples)
     of_images, normalization = samples.is_of_images, None
     name = arguments.features or features.default_name(reference.name.partition(":")[0], of_images)
     if not of_images and reference.examples is not None:

@@ -21,7 +21,7 @@ from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, needs_features, reported_name
 from diffusion_jax.provenance import Provenance
 
-__all__ = ["add_record", "check_count", "compare", "read_records"]
+__all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _WIDTH = 28  # width of names in the log
@@ -43,7 +43,7 @@ def compare(
     Pictures, and for arrays an .npz with statistics, are written beside `output`. The record includes the provenance that the
     sample file stores. pipeline: None for metrics without features. Every process must call this; process 0 writes the files.
     Returns: the files that this process has written.
-    Raises: ValueError, before anything is computed, for sets that cannot be compared.
+    Raises: ValueError for sets that cannot be compared, and for statistics of other features.
     """
     read_records(output)
     extractor, of_images = pipeline.extractor if pipeline else None, samples.is_of_images
@@ -145,7 +145,7 @@ def _possible_metrics(
     """Returns the metrics that these sets allow; logs all other metrics. Raises: ValueError if no metric is possible."""
     if samples.examples is None:
         raise ValueError(f"{samples.name} has only statistics, but samples must be images; swap the two arguments?")
-    _check_comparable(reference, samples)
+    check_comparable(reference, samples)
     reasons = {name: _why_not(METRICS[name].needs, reference, extractor) for name in metric_names}
     missing = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if missing:
@@ -174,7 +174,7 @@ def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | No
     return ""
 
 
-def _check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
+def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
     """Raises: ValueError if the two sets have examples of different shapes; gray and color images are comparable."""
     if reference.examples is None or samples.examples is None:
         return

@@ -1,8 +1,8 @@
 """Figures of samples in data units, and of statistics: terms of the bound, and curves of two sets with standard errors.
 
 Series are lines, fields are images with color bars, volumes are slices and projections, vectors are histograms, and images
-are grids. Only a subset of large sets and arrays is drawn; the title shows what is left out. Values that are not finite are
-gaps in lines and magenta in images.
+are grids. Only a subset of large sets and arrays is drawn; the title shows what is left out, and how many values are NaN or
+infinite.
 """
 
 from __future__ import annotations
@@ -263,6 +263,7 @@ def _draw_lines(
     """Draws panels of series [L, lines], which may contain NaN. captions: y-axis labels at the left, or one for all."""
     styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(panels[0].shape[-1])]
     legend = list(zip(lines, styles, strict=True)) if len(lines) > 1 else []
+    notes = [*notes, *_note_invalid(*panels)]
     figure, axes = make_figure(
         title, notes, names, columns, size, labels=("position", captions[0]), legend=legend, share_y=share_y
     )
@@ -288,7 +289,7 @@ def _draw_images(
     """
     import matplotlib
 
-    notes = [*notes, "color bars in data units"]
+    notes = [*notes, "color bars in data units", *_note_invalid(*(image for row in rows for image in row))]
     ratio = rows[0][0].shape[0] / rows[0][0].shape[1]
     width = min(max(9 / len(headers), 1.0), 2.6)
     names = [textwrap.fill(header, int(13 * width)) for header in headers] + [""] * (len(rows) - 1) * len(headers)
@@ -322,6 +323,7 @@ def _draw_vectors(
     columns: int = 4,
 ) -> Figure:
     """Draws vectors [n, 1] as histograms or [n, 2] as points, which may contain NaN; samples and data share a panel."""
+    notes = [*notes, *_note_invalid(*(panel[0] for panel in panels))]
     columns = min(len(panels), columns)
     styles = [{"color": "C0", "linewidth": 6, "alpha": 0.6}, {"color": "black", "linewidth": 1}]
     legend = list(zip(("samples", "data"), styles, strict=True)) if len(panels[0]) > 1 else []
@@ -440,6 +442,12 @@ def _plain_text(text: Any, limit: int = 24) -> str:
 def _note_shown(shown: int, total: int, word: str) -> list[str]:
     """Returns ["first 8 of 64 examples"], or [] if all are shown."""
     return [] if shown == total else [f"first {shown} of {total} {word}"]
+
+
+def _note_invalid(*arrays: np.ndarray) -> list[str]:
+    """Returns a note with the number of NaN values, which mark nonfinite values after `_to_plotted`; [] without NaN."""
+    count, total = sum(int(np.isnan(x).sum()) for x in arrays), sum(x.size for x in arrays)
+    return [f"{count} of {total} drawn values are NaN or infinite (magenta, or gaps in lines)"] if count else []
 
 
 def _to_plotted(x: Any) -> np.ndarray:

@@ -142,6 +142,11 @@ def resolve_sampling(
                 small_images, given_labels = _read_small_images(options["low_resolution"], net)
             if conditions is None and options["conditions"]:
                 conditions = _read_conditions(options["conditions"])
+            if conditions is None and net.condition_shape is not None and not net.model.condition_dropout:
+                expected = ", ".join(map(str, ("N", *net.condition_shape)))
+                raise UserError(
+                    f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in data units"
+                )
             with as_user_error(f"sampling.conditions={options['conditions']!r}"):
                 net.check_condition(conditions, 1 if conditions is None else len(conditions))
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)

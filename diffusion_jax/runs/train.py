@@ -239,12 +239,13 @@ def _train(
                 bar.update(in_flight.finished, note)
                 launch.record(in_flight.finished)
 
-            if preview and is_due(options.sample_every):
+            must_stop = signals.HANDLER.requested()
+            if preview and is_due(options.sample_every) and not must_stop:
                 in_flight.drain()
                 with launch.measure("output"), watchdog.paused():
                     kind, params = _sampling_weights(config, state, step)
                     _write_picture(workdir, metrics, step, preview(params), preview.setup, kind)
-            if compare and is_due(config.evaluation.every):
+            if compare and is_due(config.evaluation.every) and not must_stop:
                 in_flight.drain()
                 with launch.measure("output"), watchdog.paused():
                     kind, params = _sampling_weights(config, state, step)
@@ -252,7 +253,6 @@ def _train(
                     text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
                     log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
                     metrics.write_scalars(step, distance)
-            must_stop = signals.HANDLER.requested()
             if must_stop or is_due(options.checkpoint_every):
                 in_flight.drain()
                 with launch.measure("output"):

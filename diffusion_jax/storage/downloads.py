@@ -108,7 +108,7 @@ def _copy_objects(
         start = f"{store.url}/"
         for name in [key.removeprefix(start) for key in tags if key.startswith(f"{start}{prefix}")]:
             if name not in listed:
-                (directory / name).unlink(missing_ok=True)
+                _remove(directory / name, directory)
                 del tags[start + name]
                 write_text(root / f"{stem}.json", json.dumps(tags))
         missing = [
@@ -132,6 +132,16 @@ def _copy_objects(
                 os.utime(directory / name, (modified, modified))
             tags |= {start + name: needed[name].tag for name in names}
             write_text(root / f"{stem}.json", json.dumps(tags))
+
+
+def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
+    """Removes a file, and then empty directories below `root`, which would count as splits or classes."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for parent in path.parents:
+            if parent == root:
+                break
+            parent.rmdir()
 
 
 def is_safe(name: str) -> bool:

@@ -137,9 +137,9 @@ class Lease:
             if "holder" in content and new_tag != tag:  # the holder renewed the lease
                 return content["holder"]
             tag = new_tag
-        self._tag = self._replace(tag)
+        self._tag, holder = self._replace(tag)
         if self._tag is None:  # another launch was faster
-            return self._read()[0].get("holder", "another process")
+            return holder
         self._store.check_conditions(self._name)
         self._thread.start()
         return None
@@ -175,17 +175,17 @@ class Lease:
         except (ValueError, TypeError):
             return {"holder": "another process"}, tag
 
-    def _replace(self, tag: str) -> str | None:
-        """Writes a new version of the lease over version `tag`. Returns: the new tag; None if another launch wrote one."""
+    def _replace(self, tag: str) -> tuple[str | None, str]:
+        """Writes a new version of the lease over version `tag`. Returns: (the new tag, ""), or (None, the other holder)."""
         while True:
             self._count += 1
             content = {"holder": _this_process(), "token": self._token, "count": self._count}
             written = self._store.replace(self._name, json.dumps(content).encode(), tag)
             if written:
-                return written
+                return written, ""
             stored, tag = self._read()
             if stored.get("token") != self._token:  # otherwise an earlier write succeeded, but its answer was lost
-                return None
+                return None, stored.get("holder", "another launch")
 
     def _renew_until_end(self) -> None:
         while not self._end.wait(_RENEW_SECONDS):
@@ -200,10 +200,9 @@ class Lease:
         with self._mutex:
             if not self._tag:
                 return
-            self._tag = self._replace(self._tag)
+            self._tag, holder = self._replace(self._tag)
             if self._tag is None:
                 self._lost = (
-                    f"{self._read()[0].get('holder', 'another launch')} has taken over {self._store.url}, which this "
-                    "process did not renew in time: this launch must stop; let the other one go on, or end it and rerun "
-                    "this command"
+                    f"{holder} has taken over {self._store.url}, which this process did not renew in time: this launch "
+                    "must stop; let the other one go on, or end it and rerun this command"
                 )

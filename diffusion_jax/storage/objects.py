@@ -156,9 +156,17 @@ class ObjectStore(abc.ABC):
             return self._call(name, self._write_if, key, data, tag)
         return None
 
-    def upload(self, path: str | os.PathLike, name: str) -> None:
-        """Creates or overwrites an object with the contents of a local file."""
-        self._call(name, self._fs.put_file, os.fspath(path), self._path(name))
+    def upload(self, path: str | os.PathLike, name: str, before_overwriting: Callable[[], None] | None = None) -> None:
+        """Creates or overwrites an object with the contents of a local file.
+
+        before_overwriting: called if the object exists, and may raise.
+        """
+        put = functools.partial(self._call, name, self._fs.put_file, os.fspath(path), self._path(name))
+        if before_overwriting:
+            with contextlib.suppress(FileExistsError):
+                return put(mode="create")
+            before_overwriting()
+        put()
 
     def download(self, name: str, path: str | os.PathLike) -> None:
         """Downloads an object to a local file, completely or not at all; creates a missing directory."""
@@ -185,9 +193,14 @@ class ObjectStore(abc.ABC):
         self._call(name, self._fs.cp_file, self._path(name), self._path(new_name))
         self.delete([name])
 
-    def upload_all(self, files: Mapping[str | os.PathLike, str]) -> None:
-        """Uploads several files in parallel. files: {path: name}. Raises: an error; other files may have been uploaded."""
-        _run_all([functools.partial(self.upload, path, name) for path, name in files.items()])
+    def upload_all(
+        self, files: Mapping[str | os.PathLike, str], before_overwriting: Callable[[], None] | None = None
+    ) -> None:
+        """Uploads several files in parallel. files: {path: name}. before_overwriting: as for `upload`.
+
+        Raises: an error; other files may have been uploaded.
+        """
+        _run_all([functools.partial(self.upload, path, name, before_overwriting) for path, name in files.items()])
 
     def download_all(self, files: Mapping[str, str | os.PathLike]) -> None:
         """Downloads several files in parallel, like `upload_all`. files: {name: path}."""

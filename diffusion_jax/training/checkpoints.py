@@ -272,7 +272,7 @@ class Checkpoints:
         log(f"Renamed the damaged checkpoint to {self._directory / f'{step}.unreadable'}.")
 
     def _clean_up(self) -> None:
-        """Creates the directory, and removes leftovers of interrupted launches."""
+        """Creates the directory, removes leftovers of interrupted launches, and renames steps without a manifest."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.partial", "*.removed"):
             for path in self._directory.glob(pattern):
@@ -282,6 +282,11 @@ class Checkpoints:
             for step in {name.removeprefix(prefix).split("/")[0] for name in store.list(prefix)}:
                 if step.isdecimal() and store.find(f"{prefix}{step}/{MANIFEST}") is None:  # the list may be old
                     self._run_dir.delete(self._directory / step)
+        committed = set(map(str, self.steps()))
+        for name in [path.name for path in self._directory.glob("*") if path.name.isdecimal()]:
+            if name not in committed:
+                log(f"The checkpoint of step {name} is damaged: {MANIFEST} is missing.")
+                self._rename_as_unreadable(int(name))
 
 
 # ---- Files
@@ -323,7 +328,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     own file (zarr), so that all processes write different file names, and all files together are one Orbax checkpoint.
 
     items: {name: result of `copy_to_host`}. Returns: the digests of the files that the step needs. Raises: OSError;
-    LeaseLostError, before objects are written, if another launch has taken over the bucket.
+    LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -363,8 +368,9 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         table = {name: value for name, value in table.items() if name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
         name = run_dir.name_of(run_dir / step)
-        run_dir.check_locks()
-        run_dir.store.upload_all({part / file: f"{name}/{file}" for file in table})
+        uploads: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
+        # A launch that was suspended may have lost the lease, and the other launch may have saved this step.
+        run_dir.store.upload_all(uploads, before_overwriting=run_dir.check_locks)
         if not is_first:
             shutil.rmtree(part.parent, ignore_errors=True)
     return table
@@ -397,7 +403,6 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (other / name).rename(part / name)
         write_manifest(part, table)
-    shutil.rmtree(run_dir / step, ignore_errors=True)  # a directory without a manifest, which is no step
     part.rename(run_dir / step)
 
 

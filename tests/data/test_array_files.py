@@ -154,7 +154,7 @@ def test_a_file_of_6_gb_is_not_loaded(tmp_path):
         ("a.npz", {"x": X.astype(object)}, "Python objects"),
         ("a.npz", {"x": X[:0]}, "has no examples"),
         ("a.npz", {"x": X[..., [0, 0, 0]]}, "--config.data.image_size=(3,4) --config.data.channels=3"),
-        ("a.zarr", {"x": X, "image": X}, 'either "image" (uint8) or "x"'),
+        ("a.zarr", {"x": X, "image": X}, "'x' and 'image'; keep one"),
         ("a.h5", {"alpha": X, "beta": X}, "no array 'x' or 'image', only alpha, beta"),
         ("a.h5", {"train/x": X}, "no array 'x' or 'image', and no others; save them under these names, outside groups"),
     ],

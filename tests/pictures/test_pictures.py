@@ -159,12 +159,14 @@ def test_large_sets_are_drawn_in_part(shape, num_axes):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_that_are_not_finite_are_gaps_or_magenta(shape):
+def test_values_that_are_not_finite_are_counted_and_marked(shape):
     x = drawn(24, 4, *shape)
     x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
     figure = draw_samples(x, title="not finite")
+    counted = "9 of 1184" if len(shape) == 4 else f"3 of {x.size}"  # of volumes, those of slices and projections
+    assert f"{counted} drawn values are NaN or infinite" in figure.get_suptitle()
     marked = (to_array(figure) == [255, 0, 255]).all(axis=-1).any()
-    assert marked == (len(shape) > 2)
+    assert marked == (len(shape) > 2)  # those of vectors are counted only
     to_array(draw_trajectory(np.stack([x, x]), [1], title="not finite"))
 
 

@@ -118,3 +118,23 @@ def test_a_signal_saves_after_at_most_two_calls(tmp_path, monkeypatch):
         train.run(config, tmp_path / "run")
     (step,) = committed_steps(tmp_path / "run" / "checkpoints")
     assert step <= finished[0] + 3  # one may finish before the handler runs; jax itself would queue 32
+
+
+def test_a_signal_is_answered_by_a_save_before_the_next_picture(tmp_path, monkeypatch):
+    """A picture may take longer than the notice of a preemption."""
+    drawn = []
+
+    def draw(self, params):
+        drawn.append(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # for the thread that records the signal
+        return np.zeros((2, 2), np.float32)
+
+    settings = {"training.num_steps": 6, "training.sample_every": 1}
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **settings)
+    config.training.update(checkpoint_every=6)
+    monkeypatch.setattr(train.PreviewBatches, "__call__", draw)
+    monkeypatch.setattr(train, "_write_picture", lambda *arguments: None)
+    with pytest.raises(StoppedBySignal):
+        train.run(config, tmp_path / "run")
+    assert len(drawn) == 1 and committed_steps(tmp_path / "run" / "checkpoints") == [2]

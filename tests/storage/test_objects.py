@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from diffusion_jax.errors import StorageError
+from diffusion_jax.errors import LeaseLostError, StorageError
 from diffusion_jax.storage import objects
 from helpers.paths import ROOT
 
@@ -60,6 +60,22 @@ def test_conditional_writes(store):
     assert store.replace("lease", b"4", tag) is None and store.read("lease") == b"3"
     store.delete(["lease"])
     assert store.replace("lease", b"5", new) is None and store.find("lease") is None
+
+
+def test_a_launch_that_was_replaced_overwrites_no_file_of_a_checkpoint(store, tmp_path):
+    for name in ("new", "other"):
+        (tmp_path / name).write_text(name)
+    store.write("other", b"of the launch that replaced it")
+
+    def refuse():
+        raise LeaseLostError("another launch")
+
+    store.upload_all({tmp_path / "new": "new"}, refuse)
+    with pytest.raises(LeaseLostError):
+        store.upload_all({tmp_path / "other": "other"}, refuse)
+    assert store.read("other") == b"of the launch that replaced it"
+    store.upload_all({tmp_path / "other": "other"}, lambda: None)
+    assert [store.read(name) for name in ("new", "other")] == [b"new", b"other"]
 
 
 def test_urls():

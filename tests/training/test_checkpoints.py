@@ -75,6 +75,7 @@ DATA = "params/ocdbt.process_0/d"
         (DATA, pathlib.Path.unlink, "is missing"),
         ("rest/_METADATA", lambda path: flip(path, 0), "rest/_METADATA was changed"),
         ("ema_params", shutil.rmtree, "is missing"),
+        ("digests.json", pathlib.Path.unlink, "digests.json is missing"),
         ("digests.json", lambda path: flip(path, 5), "digests.json cannot be read"),
         ("_CHECKPOINT_METADATA", pathlib.Path.unlink, "_CHECKPOINT_METADATA is missing"),
     ],
