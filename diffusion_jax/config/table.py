@@ -355,9 +355,9 @@ SAMPLING: dict[str, Setting] = {
         f"S_churn of {', '.join(sampling.samplers_with('churn'))}, noise that steps add; 0 for none.",
     ),
     "churn_range": Setting(
-        (0.0, float("inf")),
+        (),
         Interval(Number(finite=False), "two rising numbers"),
-        "Smallest and largest sigma / alpha at which churn adds noise.",
+        "Smallest and largest sigma / alpha at which churn adds noise; () for all.",
     ),
     "churn_noise": Setting(1.0, Number(minimum=0), "S_noise, a factor for the noise of churn."),
     "order": Setting(2, Choice(1, 2, 3), f"Order of {', '.join(sampling.samplers_with('order'))}."),

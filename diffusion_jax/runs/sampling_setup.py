@@ -185,6 +185,8 @@ def sampler_from_config(options: Mapping[str, Any], variance: str) -> sampling.S
     settings = {**options, "variance": variance}
     if options["clip"] == "dynamic":
         settings["clip"] = process.dynamic_threshold(options["clip_quantile"])
+    if not options["churn_range"]:
+        del settings["churn_range"]
     names = inspect.signature(make_sampler).parameters.keys() & settings.keys()
     return make_sampler(**{name: settings[name] for name in names})
 
