@@ -33,7 +33,7 @@ def test_multiplications_are_the_published_ones(name, pixels, gmac):
     assert abs(counted - gmac) < 0.5 * 10 ** -(len(str(gmac)) - str(gmac).index(".") - 1)  # to the last digit given
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_small_runs_on_a_cpu():
     for case in (("cifar10", "train"), ("adm64", "sample")):
         found = accelerator_cases.measure(Case(*case, "float32", 2, small=True, seconds=0.01, steps=2))

@@ -16,7 +16,7 @@ def words(out):
     return {name: word for word, name, *_ in lines}
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_checks_pass_on_a_cpu():
     code, out, err = finish(start(program=PROGRAM))
     skipped = dict.fromkeys(("fsdp", "steps_per_call"), "skipped")
@@ -24,7 +24,7 @@ def test_the_checks_pass_on_a_cpu():
     assert code == 0 and "on 1 x cpu, 1 process(es)" in out
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_checks_pass_in_two_processes(tmp_path):
     flags = [f"--directory={tmp_path}", f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     flags.append("--checks=resume,fsdp")

@@ -69,6 +69,7 @@ def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
         assert abs(apply(model, params, x, time, condition=0 * c) - null).max() > 1e-3  # zeros are data
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["features", "channels"])
 def test_dropout_gives_the_null_condition_in_training_alone(kind):
     """A training output is that of the condition or of the null condition, at the configured rate."""
@@ -105,6 +106,7 @@ def both_dropped(label_rate, rate):
     return model, parameters(model, **jax.tree.map(lambda leaf: leaf[:1], inputs)), inputs
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("label_rate", "rate"), [(0.5, 0.6), (0.7, 0.4)])
 def test_a_label_and_a_condition_are_dropped_together(label_rate, rate):
     """The shares of outputs that are those of neither, of one or of both, which keep the shares of each dropout."""

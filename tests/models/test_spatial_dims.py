@@ -37,7 +37,7 @@ def layer(n, *, periodic=False, **options):
 
 
 @pytest.mark.parametrize("periodic", [False, True])
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, pytest.param(3, marks=pytest.mark.whole)])
 def test_convolutions_are_the_explicit_sums(n, periodic):
     for options in ({}, {"stride": 2}, {"stride": 2, "padding": (0, 1)}):
         conv, params, x = layer(n, periodic=periodic, **options)
@@ -86,7 +86,7 @@ def without_first_axis(params):
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("n", "fields"),
-    [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), (3, {})],
+    [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), pytest.param(3, {}, marks=pytest.mark.slow)],
 )
 def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, fields):
     """On a torus kernels add up along an axis on which the array is constant; norms and attention do not see copies."""

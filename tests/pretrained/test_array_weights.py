@@ -88,6 +88,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
     assert ("continuous in 0 ... 600" in summary) == bool(net.limits) and f"{SHAPES[kind][-1]} channels" in summary
 
 
+@pytest.mark.whole
 def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
 
@@ -116,6 +117,7 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     )
 
 
+@pytest.mark.whole
 def test_one_condition_serves_all_and_none_is_the_null_condition():
     net = vectors_net(num_classes=0, label_dropout=0.0)
     sampler, one = sampling.ddim(clip=False), [54.0, 2.0]
@@ -148,6 +150,7 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("net", "words"),
     [

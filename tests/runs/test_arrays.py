@@ -23,7 +23,7 @@ def the_samples(directory):
 
 
 @pytest.mark.parametrize(
-    "kind", ["vectors", *(pytest.param(kind, marks=pytest.mark.whole) for kind in ("series", "volume"))]
+    "kind", ["vectors", pytest.param("series", marks=pytest.mark.whole), pytest.param("volume", marks=pytest.mark.slow)]
 )
 def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     file = write_arrays(kind, tmp_path / "data.npz", condition=CONDITIONS)

@@ -58,6 +58,7 @@ def test_classes_by_number_or_name(label, classes):
             sampling_setup.parse_classes(label, 10, NAMES)
 
 
+@pytest.mark.whole
 def test_class_names_are_read_from_the_run_that_has_them(trained, tmp_path):
     directory, names = trained, tuple(NAMES)
     assert pretrained.read_class_names(conditional(), directory) == names
@@ -67,6 +68,7 @@ def test_class_names_are_read_from_the_run_that_has_them(trained, tmp_path):
     assert pretrained.read_class_names(plain, tmp_path) == names
 
 
+@pytest.mark.whole
 def test_samples_of_named_classes_have_labels_and_captions(trained):
     drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), trained)
     assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]

@@ -66,6 +66,7 @@ def test_the_status_of_a_run(tmp_path, capsys):
     assert "nothing was trained yet" in status.report(config, tmp_path / "empty")
 
 
+@pytest.mark.whole
 def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
     """Also of a launch that ends before the tenth."""
     events = []

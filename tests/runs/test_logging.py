@@ -25,6 +25,7 @@ def read_events(directory):
     return events
 
 
+@pytest.mark.whole
 def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
     scalars = {"loss": 1.0, "loss_q1": 2.0, "compute": 0.5, "grad_norm": 3.0, "frechet_distance": 4.0}
     picture = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)

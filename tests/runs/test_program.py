@@ -47,7 +47,7 @@ def num_lines(directory):
     ("loss", "num_steps", "ends"),
     [
         ({}, 150, {10: signal.SIGKILL, 40: signal.SIGTERM, 80: signal.SIGINT}),
-        (IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}),
+        pytest.param(IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps, ends):

@@ -43,6 +43,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     assert example_sets.open_set(str(trained)).name == str(path)  # not the trajectory, which is newer
 
 
+@pytest.mark.whole
 def test_the_trajectory_is_of_the_first_samples(tmp_path):
     """The same noise and classes, also of a sampler that draws noise at every step, within a gray level of rounding."""
     config = conditional(

@@ -62,6 +62,7 @@ def test_every_request_survives_a_fault(store, proxy, tmp_path, name):
     assert sum(proxy.injected.values()) >= 10
 
 
+@pytest.mark.whole
 def test_a_truncated_download_leaves_nothing(store, proxy, scheme, tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     if scheme == "s3":
