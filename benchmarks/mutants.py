@@ -42,11 +42,13 @@ BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 # The tests for a file or folder, below tests/, the most likely to fail first. All other folders use tests/FOLDER.
 CORE = {
     "process.py": ("test_process.py", "test_refusals.py", "test_dtypes.py", "sampling"),
-    "schedules": ("test_schedules.py", "test_process.py", "test_refusals.py"),
+    "schedules": ("test_schedules.py", "test_paths.py", "test_process.py", "test_refusals.py"),
     "sampling": ("sampling", "test_refusals.py"),
-    "losses.py": ("test_losses.py", "test_refusals.py", "test_dtypes.py", "models/test_classifier.py"),
+    "losses.py": ("test_losses.py", "test_paths.py", "test_refusals.py", "test_dtypes.py", "models/test_classifier.py"),
     "likelihood.py": ("test_decoder.py", "test_likelihood.py", "test_data_range.py", "test_refusals.py"),
     "guidance.py": ("test_guidance.py", "test_refusals.py"),
+    "draws.py": ("test_paths.py",),
+    "coordinates.py": ("test_paths.py", "runs/test_path_runs.py"),
     "timesteps.py": ("test_timesteps.py", "test_refusals.py", "test_losses.py"),
     "labels.py": ("test_losses.py", "test_guidance.py", "test_refusals.py"),
     "editing.py": ("test_editing.py", "test_refusals.py"),

@@ -155,11 +155,10 @@ def simple(
       draw: for a path, a name in `draws.DRAWS` or a `LevelDraw`; the default is "uniform". The draw is part of the objective.
     Returns: (loss [B], LossAux).
     Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw, one of the last two with the other kind
-      of schedule, an output of another shape, weights that are
-      not [B], an x_0 that is not float [B, ..., C], or a "truncated_snr" weight, which is infinite, for eps or score if
-      alpha_bar ends at 0.
+      of schedule, an output of another shape, weights that are not [B], an x_0 that is not float [B, ..., C], or a
+      "truncated_snr" or "edm" weight, which is infinite, for eps or score if alpha_bar ends at 0.
     """
-    if weighting == "truncated_snr" and isinstance(schedule, Schedule):
+    if weighting in ("truncated_snr", "edm") and isinstance(schedule, Schedule):
         process.check_terminal_snr(schedule, prediction)
     aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw)
     return aux.importance * _weight_of_target(schedule, aux, prediction, weighting) * aux.mse, aux

@@ -50,6 +50,8 @@ EPS_WEIGHTS = {
     "min_snr": lambda snr: np.minimum(snr, 5) / snr,
     "truncated_snr": lambda snr: np.maximum(snr, 1) / snr,
     "p2": lambda snr: 1 / (1 + snr),
+    "edm": lambda snr: 1 + 4 / snr,
+    "sigmoid": lambda snr: 1 / (1 + np.e * snr),
 }
 
 
@@ -78,15 +80,20 @@ def test_the_constants_of_weightings():
     np.testing.assert_allclose(loss, parts.mse / (2 + SCHEDULE.snr[parts.t]) ** 3, rtol=1e-5)
 
 
+INFINITE = ("truncated_snr", "edm")  # on the eps error, where alpha_bar is 0
+
+
 @pytest.mark.parametrize("prediction", ["eps", "score", "v", "x_0"])
 def test_weights_are_finite_where_alpha_bar_is_0(prediction):
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     last = lambda key, batch, total: (jnp.full(batch, total - 1), jnp.ones(batch))  # noqa: E731
-    names = [name for name in ("none", *losses.WEIGHTINGS) if name != "truncated_snr" or prediction in ("v", "x_0")]
+    names = [name for name in ("none", *losses.WEIGHTINGS) if name not in INFINITE or prediction in ("v", "x_0")]
     draw = partial(losses.simple, prediction=prediction, timestep_sampler=last)
     run = jax.jit(lambda key, x: {n: draw(key, jsd, lambda x, time: 0 * x, x, weighting=n) for n in names})
     for name, (loss, parts) in run(jax.random.key(0), jnp.ones((4, 2))).items():
         assert (loss < 10).all(), name
+        if name == "edm":  # at SNR 0, weight 1 / sigma_data^2 on the errors of x_0 and v
+            np.testing.assert_allclose(loss, 4 * parts.mse, rtol=1e-6)
         if name == "truncated_snr":  # max(SNR, 1) on x_0, which at SNR 0 is weight 1 on v
             np.testing.assert_allclose(loss, parts.mse, rtol=1e-6)
 

@@ -121,8 +121,8 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     for damage, words in (
         (
-            lambda: store_settings(file.path, batch_size=3),
-            "was drawn with other settings (batch_size: 3 there, 8 here).",
+            lambda: store_settings(file.path, num_steps=3),
+            "was drawn with other settings (num_steps: 3 there, 2 here).",
         ),
         (lambda: store_settings(file.path, weights_digest="1" * 64), "other settings (weights_digest: '111"),
         (lambda: file.path.write_bytes(b"PK\x03\x04 torn"), "does not store the settings"),

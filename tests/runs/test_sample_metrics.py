@@ -47,7 +47,7 @@ def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
     np.savez(path, np.load(path)["arr_0"], **stored.arrays())
     evaluate.run(tiny_config(**FEW_DRAWN, **{"evaluation.metrics": ("fid",)}), run)
     (record,) = json.loads((run / "metrics.json").read_text())
-    assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["batch_size"] == 8
+    assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["sampler"] == "ddim"
     assert record["weights_digest"] == stored.settings["weights_digest"] and len(drawn) == 3
 
 
