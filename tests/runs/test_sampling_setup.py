@@ -17,8 +17,10 @@ def by_hand(network, walked, sampler, batches=2, size=4):
     """The same keys and batches through the core alone. network(batch) -> denoise_fn."""
     images = []
     for batch in range(batches):
-        key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), batch))
-        x_T = jax.random.normal(key_noise, (size, 8, 8, 1))
+        samples = range(batch * size, (batch + 1) * size)
+        keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), i)) for i in samples]
+        x_T = jnp.stack([jax.random.normal(key_noise, (8, 8, 1)) for key_noise, _ in keys])
+        key_steps = jnp.stack([key_steps for _, key_steps in keys])
         images.append(
             jax.jit(lambda x, k=key_steps, b=batch: sampling.sample(k, walked, network(b), x, sampler(b)))(x_T)
         )

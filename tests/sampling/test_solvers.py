@@ -130,7 +130,7 @@ def test_every_solver_from_pure_noise(name):
     sampler, network = MAKERS[name](prediction="v", clip=False), gaussian("v", zero)
     x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, network, x, sampler))(x_T)
     assert abs(x_0.mean() - M) < 0.02 and abs(x_0.std() - np.sqrt(S2)) < 0.05
-    with pytest.raises(ValueError, match="predict v or x_0"):
+    with pytest.raises(ValueError, match="predict v, x_0 or flow"):
         sampling.sample(KEY, schedule, network, x_T, MAKERS[name]())
 
 

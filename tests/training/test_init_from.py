@@ -55,8 +55,9 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
         images, labels = arrays["arr_0"], arrays["arr_1"]
     np.testing.assert_array_equal(labels, [0, 1])
     net = pretrained.load(folder)
-    key_noise, key_steps = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
-    x_T = jax.random.normal(key_noise, (2, 16, 16, 3))
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), i)) for i in range(2)]
+    x_T = jnp.stack([jax.random.normal(key_noise, (16, 16, 3)) for key_noise, _ in keys])
+    key_steps = jnp.stack([key_steps for _, key_steps in keys])
     short = schedules.respace(net.schedule, 3, "trailing")
     network = lambda x, time: net.denoise_fn(x, time, jnp.array([0, 1]))  # noqa: E731
     x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
