@@ -13,7 +13,7 @@ def core_inputs(config, directory, steps=5, spacing="trailing"):
     return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 
 
-def agree(images, x, distinct=20):
+def agree(images, x, distinct=10):
     """uint8 images and what they were made from, but for the rounding of values half-way."""
     assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     assert len(np.unique(images)) > distinct
