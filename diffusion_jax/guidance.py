@@ -162,13 +162,13 @@ def classifier(
     Args:
       log_prob: for a classifier, the result of `class_log_prob`.
       schedule: gives the noise level at a network time.
-      scale: s. prediction: the quantity that the network predicts: eps, x_0, v or score.
+      scale: s. prediction: the quantity that the network predicts: eps, x_0, v, score or flow.
     Returns: a denoise_fn that predicts the same quantity.
     Raises: ValueError for x_prev, whose shift is `sampling.ddpm(mean_shift=)`, or an unknown prediction.
     """
     if prediction not in process.PREDICTIONS or prediction == "x_prev":
         raise ValueError(
-            f"classifier guidance cannot shift prediction {prediction!r}; known: eps, x_0, v, score (x_prev: "
+            f"classifier guidance cannot shift prediction {prediction!r}; known: eps, x_0, v, score, flow (x_prev: "
             "sampling.ddpm(mean_shift=...))"
         )
     gradient = log_prob_gradient(log_prob, scale)
@@ -186,6 +186,7 @@ def classifier(
             "score": lambda: g,
             "x_0": lambda: jnp.where(has_signal, sigma**2 / jnp.where(has_signal, alpha, 1.0) * g, 0.0),
             "v": lambda: jnp.where(has_signal, -sigma / jnp.where(has_signal, alpha, 1.0) * g, 0.0),
+            "flow": lambda: jnp.where(has_signal, -sigma * (1 + sigma / jnp.where(has_signal, alpha, 1.0)) * g, 0.0),
         }[prediction]()
         channels = x_t.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)

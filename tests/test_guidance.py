@@ -36,7 +36,7 @@ def network(prediction="eps", learned=False):
     return denoise_fn
 
 
-PREDICTIONS = ("eps", "x_0", "v", "score")
+PREDICTIONS = ("eps", "x_0", "v", "score", "flow")
 Y = jnp.array([0, 1, 2, 1, 0])
 X_T = np.random.default_rng(3).standard_normal((5, 2))
 TIME = np.array([1.0, 200.0, 431.5, 700.0, 999.0])
@@ -169,7 +169,7 @@ def test_classifier_guidance_at_zero_terminal_snr(prediction, x64_on):
         jsd, x = schedules.from_betas(schedules.betas("jsd", 10)), jnp.asarray(X_T, float)
         half, log_prob = lambda x, time: 0.5 * x, lambda x, time: 100 * x.sum(1)
         guided = jax.jit(guidance.classifier(half, log_prob, jsd, 2.0, prediction=prediction))
-        shift = {"eps": -200.0, "score": 200.0, "x_0": 0.0, "v": 0.0}[prediction]
+        shift = {"eps": -200.0, "score": 200.0, "x_0": 0.0, "v": 0.0, "flow": 0.0}[prediction]
         np.testing.assert_allclose(guided(x, jnp.full(5, 9.0)), 0.5 * x + shift, rtol=1e-6)
         before = guided(x, jnp.full(5, 8.0)) - 0.5 * x
         assert np.isfinite(before).all() and (abs(before) > 10).all()

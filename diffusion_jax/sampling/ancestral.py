@@ -138,9 +138,9 @@ def encode(
 
     def first_order(x, t):
         lower, upper = schedule.at(t, x).previous, schedule.at(t, x).level
-        # x is at the lower level, so v is converted with this level; x_0 and the score do not determine eps without noise
-        # (t = 0).
-        return add_noise(x, predict_eps(x, t, lower if prediction == "v" else upper), lower, upper), None
+        # x is at the lower level, so v and flow are converted with this level; x_0 and the score do not determine eps without
+        # noise (t = 0).
+        return add_noise(x, predict_eps(x, t, lower if prediction in ("v", "flow") else upper), lower, upper), None
 
     def second_order(x, t):
         lower, upper = schedule.at(t, x).previous, schedule.at(t, x).level

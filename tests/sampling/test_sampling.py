@@ -162,9 +162,10 @@ def test_every_prediction_inverts_to_the_same_noise(x64):
     full, x_0 = thousand("linear"), np.array([[-0.7], [0.2], [1.0]])
     schedule = schedules.respace(full, 40, "log_snr")
     outs = [
-        sampling.encode(schedule, gaussian(name, full), x_0, order=2, prediction=name) for name in ("eps", "x_0", "v")
+        sampling.encode(schedule, gaussian(name, full), x_0, order=2, prediction=name)
+        for name in ("eps", "x_0", "v", "flow")
     ]
-    np.testing.assert_allclose(outs[1:], [outs[0]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-6)
     part = sampling.encode(schedule, gaussian(), x_0, start=20)
     again = sampling.sample(KEY, schedule, gaussian(), part, sampling.ddim(clip=False), start=20)
     np.testing.assert_allclose(again, x_0, atol=0.1)
