@@ -93,22 +93,26 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
     for setting, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
         if config[setting] not in known:
             raise ValueError(f"diffusion.{setting}={config[setting]!r} is unknown; use {', '.join(known)}")
-    if config["path"]:
-        return _steps_of_path(config)
+    schedule = _steps_of_path(config) if config["path"] else _chain(config)
+    predicts_x_0 = config["loss"] != "classify"
+    if predicts_x_0 and schedule.zero_terminal_snr and config["prediction"] in ("eps", "score"):
+        setting, better = ("path", "flow") if config["path"] else ("schedule", "v")
+        raise ValueError(
+            f"diffusion.{setting}={config[setting]!r} ends at alpha_bar = 0, where {config['prediction']} does not determine "
+            f"x_0; use diffusion.prediction={better}"
+        )
+    return schedule
+
+
+def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
+    """Returns the schedule of published betas."""
     betas = schedules.betas(
         config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
     )
     network_times = None
     if config["rescale_timesteps"]:
         network_times = np.arange(config["num_timesteps"]) * (1000.0 / config["num_timesteps"])
-    schedule = schedules.from_betas(betas, network_times)
-    predicts_x_0 = config["loss"] != "classify"
-    if predicts_x_0 and schedule.zero_terminal_snr and config["prediction"] in ("eps", "score"):
-        raise ValueError(
-            f"diffusion.schedule={config['schedule']!r} ends at alpha_bar = 0, where {config['prediction']} does not "
-            "determine x_0; use diffusion.prediction=v"
-        )
-    return schedule
+    return schedules.from_betas(betas, network_times)
 
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
@@ -120,13 +124,7 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     times = np.linspace(first, last, count)
     if not np.isfinite(path.log_snr_on_host(first)):
         times = np.linspace(first, last, count + 1)[1:]
-    schedule = schedules.from_path(path, times)
-    if schedule.zero_terminal_snr and config["prediction"] in ("eps", "score") and config["loss"] != "classify":
-        raise ValueError(
-            f"diffusion.path={config['path']!r} ends at alpha_bar = 0, where {config['prediction']} does not determine x_0; "
-            "use diffusion.prediction=flow"
-        )
-    return schedule
+    return schedules.from_path(path, times)
 
 
 def model_from_config(config: Mapping[str, Any]) -> Network:
