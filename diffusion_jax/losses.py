@@ -318,7 +318,7 @@ def _per_example(name, x, batch_size):
 
 
 class _Drawn(NamedTuple):
-    """Drawn levels and noise; the network time; log_density as in `LossAux`."""
+    """The drawn noise levels (t and network time) and noise; importance and log_density as in `LossAux`."""
 
     x_0: Batch
     t: Int[Array, "B"] | Float[Array, "B"]

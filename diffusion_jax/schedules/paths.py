@@ -407,5 +407,5 @@ def check_chain(schedule: object, name: str) -> None:
     """Raises ValueError if `schedule` is a path, for what is defined at the steps of a schedule only."""
     if isinstance(schedule, Path):
         raise ValueError(
-            f"{name} needs the steps of a schedule, which a path has not; use schedules.from_path(path, times)"
+            f"{name} needs the steps of a schedule, and a path has no steps; use schedules.from_path(path, times)"
         )
