@@ -146,8 +146,7 @@ def test_the_bound_does_not_depend_on_the_prediction(prediction, x64):
             return x_0
         if prediction == "x_prev":
             return process.q_posterior(SCHEDULE, x_0, x_t, t).mean
-        convert = {"eps": process.to_eps, "v": process.to_v, "score": process.to_score}[prediction]
-        return convert(SCHEDULE, x_0, x_t, t, "x_0")
+        return getattr(process, f"to_{prediction}")(SCHEDULE, x_0, x_t, t, "x_0")
 
     x_0 = jnp.clip(gaussian_data(6), -1, 1)
     bits, by_x_0 = (

@@ -77,11 +77,17 @@ def test_posterior_at_the_ends(name):
         np.testing.assert_allclose(end.variance, variance, rtol=1e-5)
 
 
-CONVERSIONS = {"x_0": process.to_x_0, "eps": process.to_eps, "v": process.to_v, "score": process.to_score}
+CONVERSIONS = {
+    "x_0": process.to_x_0,
+    "eps": process.to_eps,
+    "v": process.to_v,
+    "score": process.to_score,
+    "flow": process.to_flow,
+}
 
 
 def everything(name, t, shape):
-    """x_0, x_t and each of the five quantities, from NumPy alone."""
+    """x_0, x_t and each of the six quantities, from NumPy alone."""
     alpha_bar, prev = numpy_tables(name)
     x_0, eps = draw(shape, 3), draw(shape, 4)
     a, s = (np.sqrt(v[t]).reshape(-1, *(1,) * (x_0.ndim - 1)) for v in (alpha_bar, 1 - alpha_bar))
@@ -89,7 +95,8 @@ def everything(name, t, shape):
     beta = schedules.betas(name, 1000)[t].reshape(a.shape)
     before = prev[t].reshape(a.shape)
     x_prev = beta * np.sqrt(before) / s**2 * x_0 + np.sqrt(1 - beta) * (1 - before) / s**2 * x_t
-    return x_t, {"x_0": x_0, "eps": eps, "v": a * eps - s * x_0, "score": -eps / s, "x_prev": x_prev}
+    v, flow = a * eps - s * x_0, eps - x_0
+    return x_t, {"x_0": x_0, "eps": eps, "v": v, "score": -eps / s, "flow": flow, "x_prev": x_prev}
 
 
 @pytest.mark.whole

@@ -51,7 +51,7 @@ def test_indices_of_another_shape(function):
     x = jnp.ones((1, 3))
     for t in (jnp.arange(5), jnp.zeros((1, 1), int), jnp.zeros((0,), int)):
         if t.shape != x.shape[: t.ndim]:
-            with pytest.raises(ValueError, match=r"t must be one index, or one for each row of x: \(1,\)"):
+            with pytest.raises(ValueError, match=r"t must be one value, or one for each row of x: \(1,\)"):
                 function(x, t)
     with pytest.raises(ValueError, match="t must be int, an index of the schedule; got float32"):
         function(x, jnp.zeros(1))
