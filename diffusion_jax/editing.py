@@ -92,7 +92,7 @@ def _add_noise(key, schedule, x_0, t):
     return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))
 
 
-def _as_mask_of(mask, x_0, several=False):
+def _as_mask_for(mask, x_0, several=False):
     """`as_mask`, for a mask that broadcasts to x_0, else ValueError. several: allows masks [B, ...] for a single x_0."""
     mask, shape = as_mask(mask), jnp.shape(x_0)
     sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
@@ -132,7 +132,7 @@ class replacement(Sampler):
             object.__setattr__(self, name, getattr(self.sampler, name))
         super().__post_init__()
         object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
-        object.__setattr__(self, "mask", _as_mask_of(self.mask, self.x_0, several=True))
+        object.__setattr__(self, "mask", _as_mask_for(self.mask, self.x_0, several=True))
 
     @property
     def is_stochastic(self) -> bool:
@@ -148,9 +148,9 @@ class replacement(Sampler):
     def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         return self._step(self.sampler.step, key, schedule, denoise_fn, x_t, t, state)
 
-    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        parts = self.sampler.phases(num_steps, final_step)
-        return [(functools.partial(self._step, step_fn), length) for step_fn, length in parts]
+    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+        loops = self.sampler.loops(num_steps, final_step)
+        return [(functools.partial(self._step, step_fn), length) for step_fn, length in loops]
 
     def _step(self, step_fn: StepFn, key, schedule, denoise_fn, x_t, t, state) -> Step:
         """Takes a step of the wrapped sampler, then replaces the known pixels."""
@@ -211,7 +211,7 @@ def repaint(
     check_sampler(sampler)
     process.check_terminal_snr(schedule, sampler.prediction)
     x_0 = process.as_float("x_0", x_0)
-    mask = _as_mask_of(mask, x_0)
+    mask = _as_mask_for(mask, x_0)
     if jax.tree.leaves(sampler.init_state(schedule, x_0, schedule.num_timesteps)):
         raise ValueError(f"repaint cannot use {type(sampler).__name__}, which has a state; use ddpm, ddim or heun")
     denoise_from, noise_to = _repaint_steps(schedule.num_timesteps, resamplings, jump)

@@ -151,7 +151,7 @@ def simple(
         L_simple. Otherwise a weight on the **eps error** for any prediction: a name in `WEIGHTINGS` (the functions above,
         with their published constants) or a function SNR [B] -> weight [B]. The eps error is SNR times the x_0 error,
         SNR / (1 + SNR) times the v error and SNR / (1 + sqrt(SNR))^2 times the flow error.
-      timestep_sampler: for a schedule, a name in `timesteps.SAMPLERS` or a `TimestepSampler`; the default is "uniform".
+      timestep_sampler: for a schedule, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`; by default "uniform".
       draw: for a path, a name in `draws.DRAWS` or a `LevelDraw`; the default is "uniform". The draw is part of the objective.
     Returns: (loss [B], LossAux).
     Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw, one of the last two with the other kind

@@ -139,18 +139,18 @@ class BucketRunDir(RunDir):
         self.refresh()
 
     def __str__(self) -> str:
-        return f"{self.store.url}/{self.name_of(self.path)}".removesuffix("/.")
+        return f"{self.store.url}/{self.object_name(self.path)}".removesuffix("/.")
 
-    def name_of(self, path: pathlib.Path) -> str:
+    def object_name(self, path: pathlib.Path) -> str:
         """Returns the object name for a local path."""
         return path.relative_to(self._root).as_posix()
 
     def upload(self, *paths: pathlib.Path) -> None:
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
-        self._writable_store().upload_all({str(file): self.name_of(file) for file in files})
+        self._writable_store().upload_all({str(file): self.object_name(file) for file in files})
 
     def fetch(self, path: pathlib.Path) -> pathlib.Path:
-        name = self.name_of(path)
+        name = self.object_name(path)
 
         def is_needed(found: str, _: Objects) -> bool:
             return f"{found}/".startswith(f"{name}/")
@@ -167,7 +167,7 @@ class BucketRunDir(RunDir):
 
     def delete(self, directory: pathlib.Path) -> None:
         """Deletes a directory and its objects, the manifest first, so that a partly deleted step does not exist."""
-        store, name = self._writable_store(), self.name_of(directory)
+        store, name = self._writable_store(), self.object_name(directory)
         store.delete([f"{name}/{MANIFEST}"])
         store.delete(store.list(f"{name}/"))
         if directory.exists():
@@ -175,7 +175,11 @@ class BucketRunDir(RunDir):
 
     def rename(self, directory: pathlib.Path, name: str) -> None:
         """Renames a directory and its objects, the manifest first, so that the step does not exist during the rename."""
-        store, old, new = self._writable_store(), self.name_of(directory), self.name_of(directory.with_name(name))
+        store, old, new = (
+            self._writable_store(),
+            self.object_name(directory),
+            self.object_name(directory.with_name(name)),
+        )
         super().rename(directory, name)
         for found in sorted(store.list(f"{old}/"), key=lambda found: not found.endswith(f"/{MANIFEST}")):
             store.move(found, new + found.removeprefix(old))
@@ -186,7 +190,7 @@ class BucketRunDir(RunDir):
         return self.store
 
     def _make_lock(self) -> FileLock | Lease:
-        return Lease(self.store, self.name_of(self / LOCK))
+        return Lease(self.store, self.object_name(self / LOCK))
 
     def _make_mirror(self) -> pathlib.Path:
         """Makes a directory that is deleted at exit, and deletes the mirrors of killed processes."""
@@ -196,12 +200,15 @@ class BucketRunDir(RunDir):
         parent.mkdir(mode=0o700, exist_ok=True)
         if hasattr(os, "getuid") and parent.stat().st_uid != os.getuid():
             raise StorageError(f"{parent} belongs to another user; set TMPDIR to a directory of your own")
-        with filelock.FileLock(parent / "lock"):  # no other process makes or deletes mirrors
+        with filelock.FileLock(parent / "lock", fallback_to_soft=False):  # no other process makes or deletes mirrors
             for path in parent.glob(f"*/{LOCK}"):
-                with contextlib.suppress(filelock.Timeout), filelock.FileLock(path, blocking=False):
+                with (
+                    contextlib.suppress(filelock.Timeout),
+                    filelock.FileLock(path, blocking=False, fallback_to_soft=False),
+                ):
                     shutil.rmtree(path.parent, ignore_errors=True)
             directory = pathlib.Path(tempfile.mkdtemp(dir=parent))
-            self._mirror_lock = filelock.FileLock(directory / LOCK)
+            self._mirror_lock = filelock.FileLock(directory / LOCK, fallback_to_soft=False)
             self._mirror_lock.acquire()
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         return directory

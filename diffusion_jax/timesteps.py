@@ -1,8 +1,8 @@
 """Timestep samplers: which timesteps a batch trains on.
 
 A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight)`: t int32 [B], the indices, and weight float
-[B], which multiplies the losses so that their mean estimates the mean over all T steps. `SAMPLERS` maps config names to
-timestep samplers. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they differ in the
+[B], which multiplies the losses so that their mean estimates the mean over all T steps. `TIMESTEP_SAMPLERS` maps config names
+to timestep samplers. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they differ in the
 variance of the batch mean. `loss_second_moment` draws steps with large losses more often, using a `LossHistory` that the
 caller updates.
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32, Integer, Key
 from diffusion_jax.types import TimestepSampler
 
 __all__ = [
-    "SAMPLERS",
+    "TIMESTEP_SAMPLERS",
     "LossHistory",
     "antithetic",
     "loss_history",
@@ -131,7 +131,7 @@ def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001)
 
 
 # An entry is a timestep sampler, or a function: history -> timestep sampler.
-SAMPLERS: dict[str, Callable[..., Any]] = {
+TIMESTEP_SAMPLERS: dict[str, Callable[..., Any]] = {
     "uniform": uniform,
     "antithetic": antithetic,
     "stratified": stratified,
@@ -140,22 +140,25 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
 
 
 def needs_history(name: str) -> bool:
-    """Whether the timestep sampler with a name in `SAMPLERS` draws from a `LossHistory`."""
-    return "history" in inspect.signature(SAMPLERS[name]).parameters
+    """Whether the timestep sampler with a name in `TIMESTEP_SAMPLERS` draws from a `LossHistory`."""
+    return "history" in inspect.signature(TIMESTEP_SAMPLERS[name]).parameters
 
 
 def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSampler:
-    """Returns the timestep sampler with a name in `SAMPLERS`. Raises: ValueError for an unknown name or a missing history."""
-    if name not in SAMPLERS:
+    """Returns the timestep sampler with a name in `TIMESTEP_SAMPLERS`.
+
+    Raises: ValueError for an unknown name or a missing history.
+    """
+    if name not in TIMESTEP_SAMPLERS:
         raise ValueError(
-            f"unknown timestep_sampler {name!r}; known: {', '.join(SAMPLERS)}, or a function "
+            f"unknown timestep_sampler {name!r}; known: {', '.join(TIMESTEP_SAMPLERS)}, or a function "
             "(key, batch_size, num_timesteps) -> (t, weight)"
         )
     if not needs_history(name):
-        return SAMPLERS[name]
+        return TIMESTEP_SAMPLERS[name]
     if history is None:
         raise ValueError(
             f"timestep_sampler={name!r} needs a history of the losses; use timesteps.{name}(history), with a history from "
             "timesteps.loss_history"
         )
-    return SAMPLERS[name](history)
+    return TIMESTEP_SAMPLERS[name](history)

@@ -191,7 +191,9 @@ def test_x64_changes_no_draw():
     x_0, drawn = np.full((4, 2, 2, 1), 0.25, np.float32), []
     for x64 in (False, True):
         with jax.enable_x64(x64):
-            samplers = [timesteps.sampler_by_name(name, timesteps.loss_history(20)) for name in timesteps.SAMPLERS]
+            samplers = [
+                timesteps.sampler_by_name(name, timesteps.loss_history(20)) for name in timesteps.TIMESTEP_SAMPLERS
+            ]
             for t, weight in jax.eval_shape(lambda s=samplers: [sampler(KEY, 5, 20) for sampler in s]):
                 assert (t.dtype, weight.dtype) == (jnp.int32, jnp.float32)
             simple = partial(losses.simple, KEY, FULL, lambda x, time: 0 * x)

@@ -307,13 +307,13 @@ def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(loss):
     assert np.isfinite(run(KEY)).all()
 
 
-@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+@pytest.mark.parametrize("name", timesteps.TIMESTEP_SAMPLERS)
 def test_a_timestep_sampler_by_name(name):
     if timesteps.needs_history(name):
         with pytest.raises(ValueError, match=rf"needs a history of the losses; use timesteps.{name}\(history\)"):
             SIMPLE(X, timestep_sampler=name)
     else:
-        by_name, by_function = (SIMPLE(X, timestep_sampler=s)[1].t for s in (name, timesteps.SAMPLERS[name]))
+        by_name, by_function = (SIMPLE(X, timestep_sampler=s)[1].t for s in (name, timesteps.TIMESTEP_SAMPLERS[name]))
         np.testing.assert_array_equal(by_name, by_function)
 
 

@@ -9,7 +9,7 @@ from diffusion_jax import timesteps
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+@pytest.mark.parametrize("name", timesteps.TIMESTEP_SAMPLERS)
 def test_timesteps_are_uniform(name):
     """Chi-squared over 10 bins from independent batches; each draw alone must be uniform."""
     sampler, batches = timesteps.sampler_by_name(name, timesteps.loss_history(10)), 4000

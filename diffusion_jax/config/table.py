@@ -179,11 +179,6 @@ MODEL: dict[str, Setting] = {
     "condition_dropout": Setting(
         0.0, SHARE, "Probability that training drops a condition, which classifier-free guidance needs; 0.1 is usual."
     ),
-    "out_channels": Setting(
-        None,
-        optional(Integer(1)),
-        "Channels of the output; None derives the number from `data.channels` and `diffusion.variance`.",
-    ),
     "dtype": Setting("float32", Choice("float32", "bfloat16"), "Type that the layers compute in."),
     "precision": Setting(
         "default",
@@ -247,7 +242,9 @@ DIFFUSION: dict[str, Setting] = {
     ),
     "weighting": Setting("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
     "timestep_sampler": Setting(
-        "uniform", Choice(*timesteps.SAMPLERS), "Distribution of a batch's timesteps. On a path: uniform or stratified."
+        "uniform",
+        Choice(*timesteps.TIMESTEP_SAMPLERS),
+        "Distribution of a batch's timesteps. On a path: uniform or stratified.",
     ),
 }
 

@@ -35,12 +35,12 @@ __all__ = [
     "SelectedExamples",
     "Source",
     "are_held_out",
+    "batch_examples",
     "check_examples",
     "check_image_settings",
     "check_levels",
     "classes_of_files",
     "example_shape",
-    "examples_of",
     "find_contradiction",
     "find_files",
     "is_in_memory",
@@ -101,7 +101,7 @@ def read_classes(source: Source) -> tuple[int, tuple[str, ...]]:
     return getattr(source, "num_classes", 0), tuple(getattr(source, "class_names", ()))
 
 
-def examples_of(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+def batch_examples(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the examples in a batch, without labels and conditions."""
     return batch["image"] if "image" in batch else batch["x"]
 
@@ -160,8 +160,8 @@ class NamedSource(Source):
 
         loaded: the source itself or its copy in memory.
         """
-        size = max(_BLOCK_BYTES // examples_of(loaded.read([0])).nbytes, 1)
-        return (row.tobytes() for batch in read_in_order(loaded, size) for row in examples_of(batch))
+        size = max(_BLOCK_BYTES // batch_examples(loaded.read([0])).nbytes, 1)
+        return (row.tobytes() for batch in read_in_order(loaded, size) for row in batch_examples(batch))
 
 
 class Arrays:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax import data
-from diffusion_jax.data.sources import examples_of, read_in_order
+from diffusion_jax.data.sources import batch_examples, read_in_order
 from diffusion_jax.errors import DataError
 from diffusion_jax.images import is_of_images
 from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
@@ -167,7 +167,7 @@ def _read_statistics(path: pathlib.Path) -> tuple[SetFeatures | None, bool]:
 
 def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:
     """Reads examples of a source: uint8 images, or float32 arrays in data units."""
-    return _as_stored(examples_of(source.read(indices)))
+    return _as_stored(batch_examples(source.read(indices)))
 
 
 def _as_stored(x: np.ndarray) -> np.ndarray:
@@ -178,7 +178,7 @@ def value_digest(source: data.Source, progress: Callable[[int], None] = lambda d
     """Returns the SHA-256 of a source's values. progress: called with the number of examples read so far."""
     digest, done = hashlib.sha256(), 0
     for batch in read_in_order(source, _BLOCK):
-        values = _as_stored(examples_of(batch))
+        values = _as_stored(batch_examples(batch))
         digest.update(repr(values.shape[1:]).encode())
         digest.update(np.ascontiguousarray(values).data)
         done += len(values)
@@ -193,7 +193,7 @@ def standardize(source: data.Source, normalization: data.Normalization | None) -
     """
 
     def convert(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        return data.to_model_units(examples_of(batch), normalization)
+        return data.to_model_units(batch_examples(batch), normalization)
 
     shape = (len(source), *convert(source.read([0])).shape[1:])
     if 4 * math.prod(shape) > _MAX_BYTES_IN_MEMORY:

@@ -237,14 +237,16 @@ def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
         file.seek(0)
         is_graph = file.read(1) == b"\n"  # the first field of a GraphDef holds the nodes
-    tensors, name_of = (_read_graph(path), _graph_name) if is_graph else (parameters.open_tensors(path), _torch_name)
+    tensors, tensor_name = (
+        (_read_graph(path), _graph_name) if is_graph else (parameters.open_tensors(path), _torch_name)
+    )
     shapes = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("num_batches_tracked")}
     tensors = dataclasses.replace(tensors, shapes=shapes)
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
     shapes = parameters.flat_shapes(tree["params"])
     convert = parameters.keep_layout if is_graph else parameters.from_torch
-    params = parameters.build_params(path, shapes, tensors, name_of, convert)
+    params = parameters.build_params(path, shapes, tensors, tensor_name, convert)
     return params, digest, digest == _PORT_SHA256 or md5 == _GRAPH_MD5
 
 

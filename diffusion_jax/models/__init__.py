@@ -23,9 +23,9 @@ __all__ = [
     "UNet",
     "apply_network",
     "condition_shape",
-    "fields_of",
     "from_config",
     "initial_inputs",
+    "network_fields",
     "preset",
     "timestep_embedding",
 ]
@@ -59,7 +59,7 @@ def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
     return inputs
 
 
-def fields_of(model: _Network | type[_Network]) -> dict[str, Any]:
+def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
     """Returns the fields of a network, or a class's defaults, by name, without the fields that Flax adds."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
     return {name: getattr(model, name) for name in names}
@@ -80,8 +80,8 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
         if named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
         kind = _KINDS[named]
-    fields = fields_of(kind)
-    unused = {name: default for name, default in fields_of(UNet).items() if name not in fields}
+    fields = network_fields(kind)
+    unused = {name: default for name, default in network_fields(UNet).items() if name not in fields}
     for name in unused.keys() & options.keys():
         if options.pop(name) != unused[name]:
             network = "an MLP (model.kind='mlp')" if kind is MLP else "a classifier (diffusion.loss='classify')"

@@ -69,7 +69,7 @@ class Conditional(nn.Module):
         """
         return float("nan") if self.condition_dropout else None
 
-    def nulls_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def nulls(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the null_y for guidance: the null label and condition for the keys "y" and "condition" in `given`.
 
         If the network has no null for a key, the given value is returned, so that guidance leaves it unchanged.

@@ -272,7 +272,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
         diffusion |= {"betas": net.schedule.betas.tolist(), "timesteps": net.schedule.timesteps.tolist()}
     stored = {name: getattr(net, name) for name in _STORED_FIELDS} | {
         "kind": type(net.model).__name__,
-        "model": models.fields_of(net.model),
+        "model": models.network_fields(net.model),
         "diffusion": dict(diffusion),
         "clip": clip,
         "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
@@ -318,8 +318,9 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
         )
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, models.Classifier) else "hybrid" if is_learned else "simple"
-    size, model = description.image_size, models.fields_of(description.model)
-    model.pop("spatial_dims", None)  # not a setting: follows from the number of sizes
+    size, model = description.image_size, models.network_fields(description.model)
+    for name in ("spatial_dims", "out_channels"):  # not settings: these follow from the data and the variance
+        model.pop(name, None)
     if description.low_resolution:
         del model["condition_channels"]  # follows from low_resolution
     if isinstance(description.model, models.MLP):
@@ -352,13 +353,8 @@ def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: boo
             f"init_from={path} holds weights of models.{type(net.model).__name__}, and the config describes "
             f"models.{type(model).__name__}"
         )
-    loaded = net.model
-    if not isinstance(loaded, models.Classifier) and not isinstance(model, models.Classifier):
-        # If the output has the channels of the data, out_channels may be None or a number.
-        loaded = loaded.clone(out_channels=loaded.out_channels or net.channels)
-        model = model.clone(out_channels=model.out_channels or config["data"]["channels"])
-    names = sorted(set(models.fields_of(model)) - _FIELDS_IGNORED)
-    there, here = ({f"model.{name}": getattr(network, name) for name in names} for network in (loaded, model))
+    names = sorted(set(models.network_fields(model)) - _FIELDS_IGNORED)
+    there, here = ({f"model.{name}": getattr(network, name) for name in names} for network in (net.model, model))
     there, here = there | {"data.channels": net.channels}, here | {"data.channels": config["data"]["channels"]}
     if differences := list_differences(there, here):
         raise UserError(

@@ -20,7 +20,7 @@ import numpy as np
 from diffusion_jax import schedules
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.files import atomic_directory
-from diffusion_jax.models import UNet, fields_of
+from diffusion_jax.models import UNet, network_fields
 from diffusion_jax.models.layers import split_heads
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_clip, make_model
@@ -209,7 +209,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
     read = unet_from_config(config)
     lost = [
         f"model.{name}={value!r}"
-        for name, value in fields_of(model).items()
+        for name, value in network_fields(model).items()
         if name not in _FIELDS_STORED_OTHERWISE and value != getattr(read, name)
     ]
     if net.low_resolution:

@@ -23,7 +23,7 @@ from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
 from diffusion_jax.images import is_image_shape, to_model_range
-from diffusion_jax.models import Classifier, Conditional, apply_network, fields_of, upsampling
+from diffusion_jax.models import Classifier, Conditional, apply_network, network_fields, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.sampling.driver import is_batch_of_keys, split
@@ -130,15 +130,15 @@ class Model:
         self,
         path: pathlib.Path,
         tensors: parameters.Tensors,
-        name_of: Callable[[parameters.Path, Any], str],
+        tensor_name: Callable[[parameters.Path, Any], str],
         convert: Callable = parameters.from_torch,
     ) -> Model:
         """Returns the same model with the parameters of a file, built by `parameters.build_params`.
 
-        name_of: (parameter path, network) -> tensor name.
+        tensor_name: (parameter path, network) -> tensor name.
         """
         shapes = parameters.parameter_shapes(self.model, self.example_shape)
-        params = parameters.build_params(path, shapes, tensors, lambda p: name_of(p, self.model), convert)
+        params = parameters.build_params(path, shapes, tensors, lambda p: tensor_name(p, self.model), convert)
         return self.with_params(params)
 
     def on_mesh(self, mesh: Mesh) -> Model:
@@ -479,7 +479,7 @@ def _run_program(program: _Program, all_params, key, arrays: Mapping[str, Any], 
     if program.is_guided:
         assert isinstance(program.model, Conditional)
         limits = {"interval": program.interval, "rescale": program.rescale}
-        denoise_fn = guidance.classifier_free(network, given, program.model.nulls_of(given), scale, **limits)
+        denoise_fn = guidance.classifier_free(network, given, program.model.nulls(given), scale, **limits)
     if program.classifier is not None:
         classifier = program.classifier
         log_prob = guidance.class_log_prob(lambda x, time: apply_network(classifier, classifier_params, x, time), y)
@@ -606,7 +606,7 @@ def format_summary(net: Model) -> str:
         "timesteps": "{}, network times {:g} ... {:g}".format(
             net.schedule.num_timesteps, *net.schedule.timesteps[[0, -1]]
         ),
-        **{f"model.{name}": value for name, value in fields_of(net.model).items()},
+        **{f"model.{name}": value for name, value in network_fields(net.model).items()},
     }
     rows = {name: value for name, value in rows.items() if value is not None}
     width = max(map(len, rows))

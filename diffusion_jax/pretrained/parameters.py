@@ -290,16 +290,16 @@ def build_params(
     source: pathlib.Path,
     shapes: Mapping[Path, tuple[int, ...]],
     tensors: Tensors,
-    name_of: Callable[[Path], str],
+    tensor_name: Callable[[Path], str],
     convert: Callable[[np.ndarray, Path, tuple[int, ...]], np.ndarray] = from_torch,
 ) -> dict:
     """Builds a tree of parameters, float32 JAX arrays.
 
-    source: the file, for error messages. shapes: {path: shape} of the network's parameters. name_of: path -> tensor name.
+    source: the file, for error messages. shapes: {path: shape} of the network's parameters. tensor_name: path -> tensor name.
     convert: (tensor, path, shape) -> tensor in this package's layout.
     Raises: PretrainedError that lists tensors that are missing, unexpected, not finite or have a wrong shape.
     """
-    expected, names = {path: name_of(path) for path in shapes}, set(tensors.shapes)
+    expected, names = {path: tensor_name(path) for path in shapes}, set(tensors.shapes)
     missing = [name for name in expected.values() if name not in names]
     unexpected = sorted(names - set(expected.values()))
     if missing or unexpected:

@@ -243,7 +243,7 @@ def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
 
 
 def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray | None:
-    """Returns the classes of `sampling.class` as int32; None for a model without classes. Raises: UserError.
+    """Returns the classes of `sampling.label` as int32; None for a model without classes. Raises: UserError.
 
     value: a class or several, each an index or a name; a string may list several, as in "3,cats"; None for all classes.
     """

@@ -51,7 +51,7 @@ from diffusion_jax.runs.workdir import (
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
 
-__all__ = ["BatchLoader", "PreviewBatches", "StepsInFlight", "run"]
+__all__ = ["BatchLoader", "SampleBatches", "StepsInFlight", "run"]
 
 _FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
@@ -110,14 +110,14 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
         net = dataclasses.replace(net, normalizations=normalizations)
-        preview = compare = None
+        preview = frechet_distance = None
         if config.sampling.preview_samples and samples_from_noise:
             count, seed = config.sampling.preview_samples, config.sampling.seed
-            preview = PreviewBatches(config, net, loaded, count, seed, "the pictures")
+            preview = SampleBatches(config, net, loaded, count, seed, "the pictures")
         if config.evaluation.every:
             count, seed = config.sampling.batch_size, config.evaluation.seed
-            batches = PreviewBatches(config, net, loaded, count, seed, "the Frechet distance")
-            compare = _make_frechet_distance(config, workdir, batches, source)
+            batches = SampleBatches(config, net, loaded, count, seed, "the Frechet distance")
+            frechet_distance = _make_frechet_distance(config, workdir, batches, source)
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network
@@ -133,7 +133,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         step = int(state.step)
         log(f"Continuing from step {step}." if step else "Starting from step 0.")
         normalized = normalize(config, loaded, normalizations)
-        _train(config, workdir, program, checkpoints, state, normalized, preview, compare, launch)
+        _train(config, workdir, program, checkpoints, state, normalized, preview, frechet_distance, launch)
     advice = "Sample with --mode=sample."
     if is_upsampler(config):
         advice = "Enlarge images with --mode=sample --config.sampling.low_resolution=PATH."
@@ -173,13 +173,13 @@ def _train(
     checkpoints: Checkpoints,
     state: training.TrainState,
     source: data.Source,
-    preview: PreviewBatches | None,
-    compare: Callable[[Any], dict[str, float]] | None,
+    preview: SampleBatches | None,
+    frechet_distance: Callable[[Any], dict[str, float]] | None,
     launch: LaunchTimes,
 ) -> None:
     """Runs the train loop from the step of `state` to the end.
 
-    source: normalized. preview: draws the samples of the pictures, or None. compare: returns the Frechet distance, or None.
+    source: normalized. preview: draws the samples of the pictures, or None. frechet_distance: of parameters, or None.
     Raises: UserError if a loss or gradient is not finite, SaveError, StoppedBySignal.
     """
     options, step, num_calls = config.training, int(state.step), 0
@@ -188,7 +188,7 @@ def _train(
     def is_due(every: int) -> bool:
         return every > 0 and (step == options.num_steps or step % every == 0)
 
-    state = _begin_window(config, program, state, step)
+    state = _empty_averages_if_due(config, program, state, step)
     launch.begin(step)
     with contextlib.ExitStack() as stack:
         stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
@@ -226,14 +226,14 @@ def _train(
 
             if is_due(options.log_every):
                 in_flight.drain()
-                means = training.window_means(_finite_window(state, checkpoints))
+                means = training.mean_metrics(_check_finite(state, checkpoints))
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
                 note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
                 with launch.measure("output"):
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})
             watchdog.record_step()
-            state = _begin_window(config, program, state, step)
+            state = _empty_averages_if_due(config, program, state, step)
             with launch.measure("output"):
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
@@ -245,18 +245,18 @@ def _train(
                 with launch.measure("output"), watchdog.paused():
                     kind, params = _sampling_weights(config, state, step)
                     _write_picture(workdir, metrics, step, preview(params), preview.setup, kind)
-            if compare and is_due(config.evaluation.every) and not must_stop:
+            if frechet_distance and is_due(config.evaluation.every) and not must_stop:
                 in_flight.drain()
                 with launch.measure("output"), watchdog.paused():
                     kind, params = _sampling_weights(config, state, step)
-                    distance = compare(params)
+                    distance = frechet_distance(params)
                     text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
                     log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
                     metrics.write_scalars(step, distance)
             if must_stop or is_due(options.checkpoint_every):
                 in_flight.drain()
                 with launch.measure("output"):
-                    _finite_window(state, checkpoints)
+                    _check_finite(state, checkpoints)
                     metrics.flush()  # a run that resumes from this checkpoint does not write the earlier lines again
                     with watchdog.paused(), launch.measure("save"):
                         checkpoints.save(step, state)
@@ -289,13 +289,13 @@ def _trace(workdir: RunDir, in_flight: StepsInFlight) -> Iterator[None]:
         log(f"A trace of the train step: xprof --logdir={workdir} (pip install xprof).")
 
 
-def _begin_window(
+def _empty_averages_if_due(
     config: ConfigDict, program: training.TrainingProgram, state: training.TrainState, step: int
 ) -> training.TrainState:
-    """Empties the window of metrics if `training.log_every` divides the step; otherwise returns the state unchanged."""
+    """Empties the averages of metrics if `training.log_every` divides the step; otherwise returns the state unchanged."""
     if step % config.training.log_every:
         return state
-    return dataclasses.replace(state, window=program.empty_window())
+    return dataclasses.replace(state, averages=program.empty_averages())
 
 
 def _sampling_weights(config: ConfigDict, state: training.TrainState, step: int) -> tuple[str, Any]:
@@ -304,19 +304,19 @@ def _sampling_weights(config: ConfigDict, state: training.TrainState, step: int)
     return kind, state.ema_params if kind == "ema" else state.params
 
 
-def _finite_window(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Returns the window of metrics on the host. Raises: UserError if a loss or gradient was not finite."""
-    window = jax.device_get(state.window)
-    if window["nonfinite_step"] >= 0:
+def _check_finite(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Returns the averages of metrics on the host. Raises: UserError if a loss or gradient was not finite."""
+    averages = jax.device_get(state.averages)
+    if averages["nonfinite_step"] >= 0:
         steps = checkpoints.steps()
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there was no checkpoint yet"
         raise UserError(
-            f"the loss, its gradient or the parameters were not finite at step {window['nonfinite_step']} ({kept}); "
+            f"the loss, its gradient or the parameters were not finite at step {averages['nonfinite_step']} ({kept}); "
             "try, in a new --workdir, a lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
             "optimizer.grad_clip=1.0, or model.dtype=float32",
             exit_code=1,
         )
-    return window
+    return averages
 
 
 def _speed(spent: dict[str, float], num_steps: int, num_left: int, batch_size: int) -> dict[str, float]:
@@ -437,7 +437,7 @@ class StepsInFlight:
 # ---- Samples
 
 
-class PreviewBatches:
+class SampleBatches:
     """Batches of samples, drawn with a few DDIM steps: `batches(params, i)`. Only the first call compiles."""
 
     def __init__(
@@ -498,7 +498,7 @@ def _write_picture(
 
 
 def _make_frechet_distance(
-    config: ConfigDict, workdir: RunDir, batches: PreviewBatches, source: data.Source | None
+    config: ConfigDict, workdir: RunDir, batches: SampleBatches, source: data.Source | None
 ) -> Callable[[Any], dict[str, float]]:
     """Returns a function from parameters to the Frechet distance of `evaluation.every_samples` samples.
 
@@ -515,10 +515,10 @@ def _make_frechet_distance(
     metric = reported_name("fid", extractor.published, extractor.resize)
     name = f"{metric}_{num_samples}_ddim{batches.setup.schedule.num_timesteps}"
 
-    def compare(params: Any) -> dict[str, float]:
+    def frechet_distance(params: Any) -> dict[str, float]:
         num_batches = -(-num_samples // batches.batch_size)
         samples = np.concatenate([batches(params, i) for i in range(num_batches)])[:num_samples]
         chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
         return {name: METRICS["fid"].compute(moments, of_features.moments_of_chunks(chunks), Options()).values[""]}
 
-    return compare
+    return frechet_distance

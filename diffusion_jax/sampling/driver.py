@@ -144,7 +144,7 @@ class Sampler:
         """Takes one step from x_t at index t, with any number of network calls."""
         raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, state)")
 
-    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
         """Returns the consecutive loops of `sample`: (function with the arguments of `step`, number of steps) each.
 
         By default one loop over `step`. A sampler whose first or last steps make other network calls has a loop for each kind
@@ -345,7 +345,7 @@ def sample(
 
     num_steps = first + 1 - last
     carry, t = (x_T, sampler.init_state(schedule, x_T, num_steps), (empty, empty)), first
-    for step_fn, length in sampler.phases(num_steps, final_step):
+    for step_fn, length in sampler.loops(num_steps, final_step):
         if length:
             steps = jnp.arange(t, t - length, -1, dtype=jnp.int32)
             carry, _ = jax.lax.scan(functools.partial(step, step_fn), carry, steps)

@@ -342,7 +342,7 @@ class heun(Sampler):
     def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
         return self._step(t > 0, key, schedule, denoise_fn, x_t, t, state)
 
-    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
         last = int(final_step)
         return [(functools.partial(self._step, True), num_steps - last), (functools.partial(self._step, False), last)]
 
@@ -403,7 +403,7 @@ class pndm(Sampler):
         starting = (t > 0) & (state.steps_taken < self._num_starting)
         return self._step(starting, key, schedule, denoise_fn, x_t, t, state)
 
-    def phases(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
+    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
         starting = min(self._num_starting, num_steps - final_step)
         return [
             (functools.partial(self._step, True), starting),

@@ -99,7 +99,7 @@ def _copy_objects(
 
     root.mkdir(parents=True, exist_ok=True)
     directory, stem = copy_path(root, store.url), f".{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    with filelock.FileLock(root / f"{stem}.lock"):  # waits for other processes of this machine
+    with filelock.FileLock(root / f"{stem}.lock", fallback_to_soft=False):  # waits for other processes of this machine
         tags: dict[str, str] = {}  # {URL: tag}
         with contextlib.suppress(OSError, ValueError):
             tags = json.loads((root / f"{stem}.json").read_text())

@@ -9,7 +9,7 @@ from diffusion_jax.training.from_config import (
     schedule_from_config,
     stored_normalizations,
 )
-from diffusion_jax.training.state import TrainState, window_means
+from diffusion_jax.training.state import TrainState, mean_metrics
 from diffusion_jax.training.step import scan_steps, sigma_data
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "build_program",
     "condition_shape",
     "create",
+    "mean_metrics",
     "model_from_config",
     "scan_steps",
     "schedule_from_config",
     "sigma_data",
     "stored_normalizations",
-    "window_means",
 ]

@@ -1,7 +1,7 @@
 """Orbax checkpoints: saved in the background, committed by a rename, checked when read, restored bit-identically.
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
-(optimizer, step, window of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
+(optimizer, step, averages of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
 Orbax restores a flipped bit as another number, without an error.
 
 Each process writes its arrays into its own directory, `<step>.partial/<process>`, which other processes need not see: Orbax
@@ -58,7 +58,7 @@ def _first_line(error: BaseException) -> str:
 
 def _items(state: TrainState) -> dict[str, Any]:
     """Splits a state into the items of a checkpoint."""
-    rest = {"opt_state": state.opt_state, "step": state.step, "window": state.window}
+    rest = {"opt_state": state.opt_state, "step": state.step, "averages": state.averages}
     if state.loss_history is not None:
         rest["loss_history"] = state.loss_history
     return {name: getattr(state, name) for name in _WEIGHTS} | {"rest": rest}
@@ -181,7 +181,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> TrainState | None:
         """Restores the newest intact state with the shardings of `abstract`; None if there is no checkpoint.
 
-        A checkpoint with corrupted files is renamed to `<step>.unreadable`, and the previous checkpoint is used.
+        A damaged checkpoint is renamed to `<step>.unreadable`, and the previous checkpoint is used.
         Raises: CheckpointError if no checkpoint is intact, or if the newest intact checkpoint does not match `abstract`.
         """
         items_of_state = _items(abstract)
@@ -191,29 +191,31 @@ class Checkpoints:
         _, items = restored
         return TrainState(params=items["params"], ema_params=items["ema_params"], **items["rest"])
 
-    def restore_weights(self, abstract_params: Any, kind_of: Callable[[int], str]) -> tuple[int, Any] | None:
+    def restore_weights(self, abstract_params: Any, choose_kind: Callable[[int], str]) -> tuple[int, Any] | None:
         """Restores (step, params) from the newest intact checkpoint; None if there is no checkpoint.
 
-        kind_of: maps a step to "ema" or "raw", as `optimizer.weights_kind`. Raises: CheckpointError, as `restore`.
+        choose_kind: maps a step to "ema" or "raw", as `optimizer.weights_kind`. Raises: CheckpointError, as `restore`.
         """
-        restored = self._restore_newest(lambda step: {_ITEMS_OF_WEIGHTS[kind_of(step)]: abstract_params})
+        restored = self._restore_newest(lambda step: {_ITEMS_OF_WEIGHTS[choose_kind(step)]: abstract_params})
         if restored is None:
             return None
         step, items = restored
-        return step, items[_ITEMS_OF_WEIGHTS[kind_of(step)]]
+        return step, items[_ITEMS_OF_WEIGHTS[choose_kind(step)]]
 
     def newest_intact_step(self) -> int | None:
-        """Returns the newest step without corrupted files, or None; restores nothing."""
+        """Returns the newest step with an intact checkpoint, or None; restores nothing."""
         for step in reversed(broadcast_from_process_0(self.steps)):
             if broadcast_from_process_0(functools.partial(self._find_corruption, step, (*_WEIGHTS, "rest"))) is None:
                 return step
         return None
 
-    def _restore_newest(self, abstract_of: Callable[[int], Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
-        """Restores (step, items) from the newest checkpoint in which all items of `abstract_of(step)` are intact."""
+    def _restore_newest(
+        self, make_abstract: Callable[[int], Mapping[str, Any]]
+    ) -> tuple[int, Mapping[str, Any]] | None:
+        """Restores (step, items) from the newest checkpoint in which all items of `make_abstract(step)` are intact."""
         damaged: list[int] = []
         for step in reversed(broadcast_from_process_0(self.steps)):
-            abstract = abstract_of(step)
+            abstract = make_abstract(step)
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
             if problem is None:
                 self._fetch(step, abstract)
@@ -242,7 +244,7 @@ class Checkpoints:
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
         """Raises: CheckpointError if the names, dtypes or shapes of the arrays differ from `abstract`; Orbax would cast.
 
-        Such a checkpoint is not corrupted, so it is not renamed.
+        Such a checkpoint is not damaged, so it is not renamed.
         """
         for name, tree in abstract.items():
             item = epath.Path(self._directory) / str(step) / name
@@ -267,7 +269,7 @@ class Checkpoints:
             return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
     def _rename_as_unreadable(self, step: int) -> None:
-        """Renames the directory of a corrupted step, which then is no step any more."""
+        """Renames the directory of a damaged checkpoint, so that it is not restored."""
         self._run_dir.rename(self._directory / str(step), f"{step}.unreadable")
         log(f"Renamed the damaged checkpoint to {self._directory / f'{step}.unreadable'}.")
 
@@ -278,7 +280,7 @@ class Checkpoints:
             for path in self._directory.glob(pattern):
                 shutil.rmtree(path)
         if isinstance(self._run_dir, BucketRunDir):
-            store, prefix = self._run_dir.store, f"{self._run_dir.name_of(self._run_dir.path)}/"
+            store, prefix = self._run_dir.store, f"{self._run_dir.object_name(self._run_dir.path)}/"
             for step in {name.removeprefix(prefix).split("/")[0] for name in store.list(prefix)}:
                 if step.isdecimal() and store.find(f"{prefix}{step}/{MANIFEST}") is None:  # the list may be old
                     self._run_dir.delete(self._directory / step)
@@ -367,7 +369,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     if not is_first:  # metadata of the step and of its items describe all arrays; process 0 writes complete metadata
         table = {name: value for name, value in table.items() if name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
-        name = run_dir.name_of(run_dir / step)
+        name = run_dir.object_name(run_dir / step)
         uploads: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
         # A launch that was suspended may have lost the lease, and the other launch may have saved this step.
         run_dir.store.upload_all(uploads, before_overwriting=run_dir.check_locks)
@@ -391,7 +393,7 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
     if isinstance(run_dir, BucketRunDir):
         write_manifest(part, table)
         run_dir.check_locks()
-        store, name = run_dir.store, run_dir.name_of(run_dir / step)
+        store, name = run_dir.store, run_dir.object_name(run_dir / step)
         written = {f"{name}/{file}" for file in table}
         store.delete(store.list(f"{name}/").keys() - written)  # left by a failed save of the same step
         store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
@@ -415,7 +417,7 @@ def write_manifest(directory: pathlib.Path, table: Table) -> None:
 
 
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
-    """Returns a phrase about the first corrupted file of `items`; None if all files are intact."""
+    """Returns a phrase about the first damaged file of `items`; None if all files are intact."""
     try:
         table = json.loads((directory / MANIFEST).read_bytes())
         listed = {name: (size, value) for name, (size, value) in table.items()}

@@ -22,7 +22,7 @@ from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.batches import condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
-from diffusion_jax.training.state import Network, TrainState, empty_window, initial_state, metric_names
+from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state, metric_names
 from diffusion_jax.training.step import TrainStep, make_train_step, scan_steps
 
 __all__ = [
@@ -130,7 +130,7 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
 def model_from_config(config: Mapping[str, Any]) -> Network:
     """Builds the network of `config.model`: a U-Net or MLP with output channels for the variance, or a classifier.
 
-    Raises: ValueError if `model.out_channels` contradicts the variance, or for values that the network does not allow.
+    Raises: ValueError for values that the network does not allow.
     """
     spatial_dims = len(data.example_shape(config["data"])) - 1
     _check_kind(config["model"].get("kind", "unet"), spatial_dims)
@@ -141,14 +141,8 @@ def model_from_config(config: Mapping[str, Any]) -> Network:
     if isinstance(model, models.UNet):
         condition_channels = small_image_channels or model.condition_channels
         model = model.clone(spatial_dims=spatial_dims, condition_channels=condition_channels)
-    channels, variance = config["data"]["channels"], config["diffusion"]["variance"]
-    needed = channels * (2 if variance.startswith("learned") else 1)
-    if model.out_channels not in (None, needed):
-        raise ValueError(
-            f"model.out_channels={model.out_channels}, but diffusion.variance={variance!r} and data.channels={channels} "
-            f"need {needed}; leave it out"
-        )
-    return model.clone(out_channels=None if needed == channels else needed)
+    is_learned = config["diffusion"]["variance"].startswith("learned")
+    return model.clone(out_channels=config["data"]["channels"] * (2 if is_learned else 1))
 
 
 def _check_kind(kind: str, spatial_dims: int) -> None:
@@ -232,7 +226,7 @@ def _check_path(config: Mapping[str, Any]) -> None:
 class TrainingProgram(NamedTuple):
     """Compiled functions and array shapes that a config describes, before any array exists.
 
-    init: () -> TrainState, compiled, with the config's seed. empty_window: () -> an empty window of metrics, compiled.
+    init: () -> TrainState, compiled, with the config's seed. empty_averages: () -> averages over no steps, compiled.
     train_step: (state, batch) -> (state, metrics), compiled, donates the state. train_steps: runs `training.steps_per_call`
     train steps, on batches with a leading axis of that size; None for one step per call. abstract_state: the shapes, dtypes
     and shardings of the state.
@@ -242,7 +236,7 @@ class TrainingProgram(NamedTuple):
     model: Network
     schedule: schedules.Schedule
     init: functools.partial[TrainState]
-    empty_window: Wrapped
+    empty_averages: Wrapped
     train_step: Wrapped
     train_steps: Wrapped | None
     abstract_state: TrainState
@@ -299,7 +293,9 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         init=functools.partial(
             jax.jit(init, out_shardings=state_shardings, compiler_options=devices.fast_compile_options()), seed
         ),
-        empty_window=jax.jit(lambda: empty_window(metric_names(config["diffusion"]["loss"])), out_shardings=replicated),
+        empty_averages=jax.jit(
+            lambda: empty_averages(metric_names(config["diffusion"]["loss"])), out_shardings=replicated
+        ),
         train_step=compiled(train_step, 0),
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,
         abstract_state=jax.tree.map(

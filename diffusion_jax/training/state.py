@@ -1,7 +1,7 @@
 """The training state: everything that a run needs besides its config, including averages of the metrics.
 
-The train loop starts a new window of metrics after each multiple of `training.log_every`. A window is a dictionary {name:
-Average}; `nonfinite_step` is the first step with a loss, gradient or parameters that were not finite, or -1.
+The averages are a dictionary {name: Average}, which the train loop empties after each multiple of `training.log_every`. Its
+`nonfinite_step` is the first step with a loss, gradient or parameters that were not finite, or -1.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = [
     "Network",
     "TrainState",
     "abstract_params",
-    "empty_window",
+    "empty_averages",
     "initial_params",
     "initial_state",
     "loss_terms",
     "make_average",
+    "mean_metrics",
     "metric_names",
     "quarter_averages",
-    "update_window",
-    "window_means",
+    "update_averages",
 ]
 
 Network = models.UNet | models.MLP | models.Classifier
@@ -49,15 +49,15 @@ class TrainState:
     """The complete state of a run, without its config. A checkpoint holds the whole state.
 
     step: int32, the number of finished steps. params, ema_params: float32 trees. opt_state: the state of the optimizer.
-    window: averages of the metrics since the last multiple of `training.log_every`; part of the state, so that a resumed run
-    logs the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other timestep samplers.
+    averages: of the metrics since the last multiple of `training.log_every`; part of the state, so that a resumed run logs
+    the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other timestep samplers.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: optax.OptState
-    window: dict[str, Any]
+    averages: dict[str, Any]
     loss_history: timesteps.LossHistory | None = None
 
 
@@ -69,7 +69,7 @@ def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Ma
     try:
         return model.init(key, **models.initial_inputs(model, shape))["params"]
     except ValueError as error:
-        if re.split(r"\W", str(error))[0] in models.fields_of(model):
+        if re.split(r"\W", str(error))[0] in models.network_fields(model):
             raise ValueError(f"model.{error}") from error
         raise
 
@@ -92,12 +92,12 @@ def initial_state(
     """Returns the state before the first step; the EMA starts as a copy of the parameters. seed: replaces `config.seed`."""
     diffusion = config["diffusion"]
     params = initial_params(jax.random.key(seed), model, shape)
-    window = empty_window(metric_names(diffusion["loss"]))
+    averages = empty_averages(metric_names(diffusion["loss"]))
     history = None
     if timesteps.needs_history(diffusion["timestep_sampler"]):
         history = timesteps.loss_history(diffusion["num_timesteps"])
     ema_params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), window, history)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), averages, history)
 
 
 def loss_terms(loss: str) -> tuple[str, ...]:
@@ -131,25 +131,25 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
     return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
 
 
-def empty_window(names: Sequence[str]) -> dict[str, Any]:
-    """Returns a window without steps."""
-    window = {name: make_average(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
-    return window | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
+def empty_averages(names: Sequence[str]) -> dict[str, Any]:
+    """Returns averages over no steps."""
+    averages = {name: make_average(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
+    return averages | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 
 
-def update_window(
-    window: Mapping[str, Any], averages: Mapping[str, Average], step: jax.Array, finite: jax.Array
+def update_averages(
+    averages: Mapping[str, Any], metrics: Mapping[str, Average], step: jax.Array, finite: jax.Array
 ) -> dict[str, Any]:
-    """Adds a step to the window.
+    """Adds the metrics of a step to the averages.
 
     step: the number of earlier steps. finite: whether the step's loss, gradient and parameters are finite.
     """
-    updated = {name: window[name].merge(average) for name, average in averages.items()}
-    earlier = window["nonfinite_step"]
+    updated = {name: averages[name].merge(metric) for name, metric in metrics.items()}
+    earlier = averages["nonfinite_step"]
     return updated | {"nonfinite_step": jnp.where((earlier < 0) & ~finite, step + 1, earlier)}
 
 
-def window_means(window: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the means of a window on the host, without metrics of count 0 (quarters without a timestep)."""
-    averages = {name: value for name, value in window.items() if isinstance(value, Average)}
+def mean_metrics(averages: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the means on the host, without metrics of count 0 (quarters without a timestep)."""
+    averages = {name: value for name, value in averages.items() if isinstance(value, Average)}
     return {name: float(average.compute()) for name, average in averages.items() if average.count > 0}

@@ -27,7 +27,7 @@ from diffusion_jax.training.state import (
     loss_terms,
     make_average,
     quarter_averages,
-    update_window,
+    update_averages,
 )
 
 __all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "scan_steps", "sigma_data"]
@@ -116,7 +116,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     """
     loss, options = _loss_and_options(config)
     is_path = bool(config["diffusion"]["path"])
-    levels = schedule.path if is_path else schedule
+    schedule_or_path = schedule.path if is_path else schedule
     is_preconditioned = config["diffusion"]["preconditioning"] == "edm"
     d = sigma_data(config["diffusion"], is_continuous(config))
     classifies = config["diffusion"]["loss"] == "classify"
@@ -142,7 +142,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 
         targets = (y,) if classifies else ()
         denoise_fn = coordinates.precondition(network, schedule, d) if is_preconditioned else network
-        return loss(key_loss, levels, denoise_fn, x_0, *targets, **chain_options, **options)
+        return loss(key_loss, schedule_or_path, denoise_fn, x_0, *targets, **chain_options, **options)
 
     return objective
 
@@ -198,9 +198,9 @@ def make_train_step(
         averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
         averages |= quarter_averages(values, schedule)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        window = update_window(state.window, averages, state.step, finite)
+        averages = update_averages(state.averages, averages, state.step, finite)
         metrics = {name: average.compute() for name, average in averages.items()}
-        return TrainState(state.step + 1, params, ema_params, opt_state, window, history), metrics
+        return TrainState(state.step + 1, params, ema_params, opt_state, averages, history), metrics
 
     return train_step
 
@@ -247,7 +247,7 @@ def _make_gradient(
 def scan_steps(train_step: TrainStep) -> TrainStep:
     """Runs K train steps in one `lax.scan`: (state, batches [K, B, ...]) -> (state, metrics of the last step).
 
-    train_step: from `create`, or a function without `jax.jit`. The returned function is not compiled; wrap it in `jax.jit`.
+    train_step: from `training.create`, or a function without `jax.jit`. The returned function is not compiled.
     """
     # A function with compiler options cannot be called inside another program.
     train_step = getattr(train_step, "__wrapped__", train_step)

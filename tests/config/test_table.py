@@ -42,15 +42,17 @@ def test_every_setting_refuses_a_wrong_type_and_a_wrong_value(name):
 
 
 def test_the_model_settings_are_the_fields_of_the_networks():
-    """Besides `kind`, the class, and `spatial_dims`, which follows from the data."""
+    """Besides `kind`, the class, and `spatial_dims` and `out_channels`, which follow from the data and the variance."""
     defaults = config.defaults({"diffusion": {"loss": "simple"}})
     for network in (models.UNet, models.MLP):
-        fields = models.fields_of(network)
-        fields.pop("spatial_dims", None)
+        fields = models.network_fields(network)
+        for name in ("spatial_dims", "out_channels"):
+            fields.pop(name, None)
         assert fields == {name: defaults[f"model.{name}"] for name in fields}
-    assert {f"model.{name}" for name in ["kind", *models.fields_of(models.UNet)]} - {"model.spatial_dims"} == {
-        name for name in config.SETTINGS if name.startswith("model.")
-    }
+    assert {f"model.{name}" for name in ["kind", *models.network_fields(models.UNet)]} - {
+        "model.spatial_dims",
+        "model.out_channels",
+    } == {name for name in config.SETTINGS if name.startswith("model.")}
 
 
 def test_names_of_higher_layers_are_those_of_the_functions_that_read_them():

@@ -115,7 +115,7 @@ def test_a_label_and_a_condition_are_dropped_together(label_rate, rate):
     trained = apply(model, params, **inputs, train=True, rngs={"dropout": jax.random.key(1)})
     shares = {}
     for nulls in [(), ("y",), ("condition",), ("y", "condition")]:
-        null = {name: jnp.full_like(inputs[name], model.nulls_of({name: 0})[name]) for name in nulls}
+        null = {name: jnp.full_like(inputs[name], model.nulls({name: 0})[name]) for name in nulls}
         shares[nulls] = (abs(trained - apply(model, params, **{**inputs, **null})).max(axis=1) < 1e-3).mean()
     both = min(label_rate, rate)
     expected = [1 - label_rate - rate + both, label_rate - both, rate - both, both]

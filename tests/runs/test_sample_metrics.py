@@ -12,7 +12,7 @@ from diffusion_jax.metrics import of_features
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.runs import evaluate, train, workdir
-from diffusion_jax.runs.train import PreviewBatches
+from diffusion_jax.runs.train import SampleBatches
 from helpers.configs import FEW_DRAWN, FEW_SAMPLES, tiny_config
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits
@@ -74,7 +74,7 @@ def test_training_logs_the_frechet_distance(tmp_path):
     # Of the EMA weights, as the same draws made here say.
     net = workdir.open_model(config, tmp_path / "run")
     params = pretrained.load(tmp_path / "run").params
-    batches = PreviewBatches(config, net, data.load(config.data), config.sampling.batch_size, 0, "the test")
+    batches = SampleBatches(config, net, data.load(config.data), config.sampling.batch_size, 0, "the test")
     drawn = np.concatenate([batches(params, i) for i in range(5)])
     moments = [of_features.moments(by_hand(x)) for x in (all_digits(), drawn)]
     assert logged[4] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)

@@ -133,7 +133,7 @@ def test_a_signal_is_answered_by_a_save_before_the_next_picture(tmp_path, monkey
     settings = {"training.num_steps": 6, "training.sample_every": 1}
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **settings)
     config.training.update(checkpoint_every=6)
-    monkeypatch.setattr(train.PreviewBatches, "__call__", draw)
+    monkeypatch.setattr(train.SampleBatches, "__call__", draw)
     monkeypatch.setattr(train, "_write_picture", lambda *arguments: None)
     with pytest.raises(StoppedBySignal):
         train.run(config, tmp_path / "run")

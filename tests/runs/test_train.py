@@ -63,7 +63,7 @@ def test_rerunning_a_finished_run_does_nothing(trained, capsys):
 
 @pytest.mark.whole
 def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
-    """4 steps, then to 7 (a checkpoint in mid-window), then to 10; against 10 in one go, to the bit."""
+    """4 steps, then to 7 (a checkpoint between two logged lines), then to 10; against 10 in one go, to the bit."""
     for steps in (4, 7, 10):
         train.run(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
     assert "Continuing from step 7" in capsys.readouterr().out

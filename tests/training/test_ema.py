@@ -7,7 +7,7 @@ import pytest
 from diffusion_jax import pretrained
 from diffusion_jax.config import default
 from diffusion_jax.runs import sample, train
-from diffusion_jax.runs.train import PreviewBatches
+from diffusion_jax.runs.train import SampleBatches
 from diffusion_jax.training.optimizer import ema_decay, initial_share, weights_kind
 from helpers.configs import tiny_config
 from helpers.work_directories import last_state
@@ -46,9 +46,9 @@ def test_the_default_average_is_used_from_step_23025_on():
 def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, monkeypatch, capsys):
     """Of a run whose EMA is the initial weights."""
     config, directory = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2}), tmp_path
-    drawn, draw = [], PreviewBatches.__call__
+    drawn, draw = [], SampleBatches.__call__
     monkeypatch.setattr(
-        PreviewBatches, "__call__", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
+        SampleBatches, "__call__", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
     )
     train.run(config, directory)
     state = jax.device_get(last_state(config, directory))

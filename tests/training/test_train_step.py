@@ -123,22 +123,22 @@ def test_the_first_step_that_is_not_finite_stays_marked():
     good, bad = floats(), np.full((8, 8, 8, 1), np.nan, np.float32)
     for x, marked in ((good, -1), (good, -1), (bad, 3), (bad, 3), (good, 3)):
         state, _ = run(state, {"x": x})
-        assert int(state.window["nonfinite_step"]) == marked
+        assert int(state.averages["nonfinite_step"]) == marked
     # The loss and its gradient are finite, and the new parameters are not.
     _, state, run = recorded(tiny_config(**{"optimizer.learning_rate": 3e38}), lambda w, x_t, time: w * x_t)
     state, metrics = run(state, {"x": good})
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
-    assert int(state.window["nonfinite_step"]) == 1
+    assert int(state.averages["nonfinite_step"]) == 1
     # The square of the gradient overflows, and after clipping by an infinite norm the parameters are finite.
     _, state, run = recorded(config, lambda w, x_t, time: x_t + 1e12 * w)
     state, metrics = run(state, {"x": good})
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
-    assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
+    assert np.isfinite(metrics["param_norm"]) and int(state.averages["nonfinite_step"]) == 1
     # The loss alone overflows.
     _, state, run = recorded(config, lambda w, x_t, time: 1e20 + 1e-10 * w + 0 * x_t)
     state, metrics = run(state, {"x": good})
     assert not np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
-    assert np.isfinite(metrics["param_norm"]) and int(state.window["nonfinite_step"]) == 1
+    assert np.isfinite(metrics["param_norm"]) and int(state.averages["nonfinite_step"]) == 1
 
 
 BOUND = {"variance": "learned_range", "gray_levels": 17, "prediction": "v"}

@@ -25,8 +25,8 @@ def test_create_gives_a_state_and_a_step_that_learns():
     assert before.params["conv_in"]["kernel"].is_deleted()  # donated
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
     assert int(state.step) == 60 and train_step._cache_size() == 1  # compiled once
-    window = training.window_means(jax.device_get(state.window))
-    np.testing.assert_allclose(window["loss"], np.mean(losses), rtol=1e-5)
+    means = training.mean_metrics(jax.device_get(state.averages))
+    np.testing.assert_allclose(means["loss"], np.mean(losses), rtol=1e-5)
 
 
 @pytest.mark.whole
