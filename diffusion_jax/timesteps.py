@@ -2,8 +2,8 @@
 
 A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight)`: t int32 [B], the indices, and weight float
 [B], which multiplies the losses so that their mean estimates the mean over all T steps. `TIMESTEP_SAMPLERS` maps config names
-to timestep samplers. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they differ in the
-variance of the batch mean. `loss_second_moment` draws steps with large losses more often, using a `LossHistory` that the
+to timestep samplers. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they differ in
+the variance of the batch mean. `loss_second_moment` draws steps with large losses more often, using a `LossHistory` that the
 caller updates.
 
 t is int32 and the weights are float32, with x64 on or off.
