@@ -195,11 +195,11 @@ def make_train_step(
         scalars = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
-        averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
-        averages |= quarter_averages(values, schedule)
+        step_averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
+        step_averages |= quarter_averages(values, schedule)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        averages = update_averages(state.averages, averages, state.step, finite)
-        metrics = {name: average.compute() for name, average in averages.items()}
+        averages = update_averages(state.averages, step_averages, state.step, finite)
+        metrics = {name: average.compute() for name, average in step_averages.items()}
         return TrainState(state.step + 1, params, ema_params, opt_state, averages, history), metrics
 
     return train_step

@@ -124,6 +124,7 @@ def test_a_label_and_a_condition_are_dropped_together(label_rate, rate):
     assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.whole
 def test_microbatches_drop_the_labels_and_conditions_of_the_whole_batch():
     model, params, inputs = both_dropped(0.5, 0.6)
     options = {"train": True, "rngs": {"dropout": jax.random.key(1)}}
@@ -135,6 +136,7 @@ def test_microbatches_drop_the_labels_and_conditions_of_the_whole_batch():
         np.testing.assert_allclose(found, microbatch.take(whole), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["features", "channels"])
 def test_gradients_are_finite_where_some_have_no_condition(kind):
     model = models.MLP(**SMALL, **{f"condition_{kind}": 2}, condition_dropout=0.5, dtype="bfloat16")

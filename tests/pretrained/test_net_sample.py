@@ -88,6 +88,7 @@ def test_a_sampler_inside_of_another_is_fitted_too():
     assert sampling.find_problem(heun, schedules.respace(net.schedule, 5, "trailing"))
 
 
+@pytest.mark.whole
 def test_a_net_warns_of_steps_on_which_its_errors_grow():
     net, sampler = net_of(), sampling.ddim(clip=False)
     with pytest.warns(UserWarning, match="samples with errors of .* use spacing='log_snr' or more steps, a clip"):

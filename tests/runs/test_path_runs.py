@@ -61,6 +61,7 @@ def test_settings_that_contradict_a_path_are_one_line(overrides, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.whole
 def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
     """Also from a file; standardized data have sigma_data 1."""
     config = tiny_config(**EDM)
@@ -94,6 +95,7 @@ def test_every_mode_on_a_path(tmp_path, settings):
     assert records
 
 
+@pytest.mark.whole
 def test_a_sample_does_not_depend_on_the_batch_size(tmp_path):
     """The draws are equal; images of other batch shapes are equal up to rounding."""
     images, run = [], untrained(tmp_path / "run", tiny_config())
