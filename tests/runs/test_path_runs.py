@@ -13,7 +13,6 @@ from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, sample, train
 from helpers.configs import a_batch, tiny_config
-from helpers.work_directories import untrained
 
 EDM = {
     "diffusion.path": "edm",

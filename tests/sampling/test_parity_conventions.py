@@ -80,10 +80,15 @@ def test_a_denoiser_of_k_diffusion(torch, network, method):
     schedule = schedules.from_path(path, np.log(steps[::-1]) / 4)
     x_T = 80 * schedule.sqrt_alpha_bar[-1].astype(np.float32) * noise()
     sampler = sampling.SAMPLERS[method](prediction="x_0", clip=False)
-    samples = sampling.sample(KEY, schedule, coordinates.from_edm(denoiser(ours, jnp), path), x_T, sampler)
     y = y.numpy()
     assert y.std() > 0.1
-    np.testing.assert_allclose(samples, y, atol=1e-5)
+    # The denoiser, or the network inside it.
+    for denoise_fn in (
+        coordinates.from_edm(denoiser(ours, jnp), path),
+        coordinates.precondition(ours, path, SIGMA_DATA),
+    ):
+        samples = sampling.sample(KEY, schedule, denoise_fn, x_T, sampler)
+        np.testing.assert_allclose(samples, y, atol=1e-5)
 
 
 def test_a_velocity_of_torchcfm(torch, network):
