@@ -2,13 +2,14 @@
 
 import functools
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from diffusion_jax import likelihood, schedules
+from diffusion_jax import coordinates, likelihood, schedules
 from diffusion_jax.evaluation import ode_likelihood
 from helpers.decoder import scipy_log_prob
 from helpers.gaussian_mixtures import FULL as SCHEDULE
@@ -165,6 +166,87 @@ def test_variational_dequantization_of_a_traced_schedule(steps):
     decoder = scipy_log_prob(x_0.astype(np.float64), mean, sd, 256).sum(-1)
     assert (decoder < -0.5).all()
     np.testing.assert_allclose(bits, (log_q - log_p - decoder) / 3 / np.log(2), atol=1e-3)
+
+
+# A mixture of round Gaussians in the plane, with mean 0.
+CENTERS, SPREADS = np.array([[1.0, 0.2], [-0.4, 0.6], [-0.6, -0.8]]), np.array([0.2, 0.05, 0.1])
+
+
+def denoiser(y, s):
+    """EDM's D(y; s) of the mixture: the mean of x_0 given y = x_0 + s eps, for one y [2]."""
+    away, spread = y - CENTERS, SPREADS + s**2
+    shares = jax.nn.softmax(-0.5 * (away**2).sum(-1) / spread - jnp.log(spread))
+    return y - s**2 * (shares / spread) @ away
+
+
+def velocity(z, tau):
+    """Flow matching's u(z, tau), the mean of eps - x_0 given z = (1 - tau) x_0 + tau eps."""
+    return (z - denoiser(z / (1 - tau), tau / (1 - tau))) / tau
+
+
+def log_density_by_diffrax(derivative, start, end, x, last_variance):
+    """log p(x), [B], from the ODE dx/dt = f(x, t), d log p / dt = -div f, and p = N(0, last_variance) at the end."""
+
+    def with_divergence(t, state, _):
+        return derivative(state[0], t), jnp.trace(jax.jacfwd(derivative)(state[0], t))
+
+    def of_row(row):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(with_divergence),
+            diffrax.Tsit5(),
+            t0=start,
+            t1=end,
+            dt0=None,
+            y0=(row, jnp.zeros(())),
+            stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-8),
+        )
+        last, divergence = (value[0] for value in solution.ys)
+        return divergence - 0.5 * last @ last / last_variance - jnp.log(2 * jnp.pi * last_variance)
+
+    return jax.jit(jax.vmap(of_row))(x)
+
+
+@pytest.mark.whole
+@pytest.mark.usefixtures("x64")
+def test_others_coordinates_give_the_same_likelihoods():
+    """diffrax on dy/ds and dz/dtau, with the papers' formulas and exact divergences, against paths with the same ends."""
+    s = np.array([0.01, 80.0])
+    tau, alpha = s / (1 + s), 1 / np.sqrt(1 + s**2)
+    rng = np.random.default_rng(0)
+    x = CENTERS[rng.integers(3, size=6)] + 0.4 * rng.normal(size=(6, 2))
+
+    # x = alpha y = k z in two dimensions; the last x has the density N(0, I).
+    of_y = log_density_by_diffrax(lambda y, s: (y - denoiser(y, s)) / s, *s, x / alpha[0], alpha[1] ** -2)
+    by_edm = of_y - 2 * np.log(alpha[0])
+    k = 1 / np.sqrt(tau**2 + (1 - tau) ** 2)
+    by_flow = log_density_by_diffrax(velocity, *tau, x / k[0], k[1] ** -2) - 2 * np.log(k[0])
+    np.testing.assert_allclose(by_edm, by_flow, atol=2e-6)
+
+    # The ODE ends at the ends of an interval, not at the steps; where those are infinite, at the outer steps.
+    edm, whole = schedules.edm(*s), schedules.rectified_flow()
+    inner = schedules.rectified_flow(interval=(1000 * tau[0], 1000 * tau[1]))
+    of_edm, of_inner = coordinates.from_edm(jax.vmap(denoiser), edm), coordinates.from_flow(jax.vmap(velocity), inner)
+    of_whole = coordinates.from_flow(jax.vmap(velocity), whole)
+    for path, times, denoise_fn, prediction in (
+        (edm, np.array([0.0, 0.5]), of_edm, "x_0"),
+        (inner, np.array([300.0, 500.0]), of_inner, "flow"),
+        (whole, 1000 * tau, of_whole, "flow"),
+    ):
+        density = ode_likelihood.log_density(
+            jax.random.key(0),
+            schedules.from_path(path, times),
+            denoise_fn,
+            jnp.asarray(x),
+            prediction=prediction,
+            trace="exact",
+            tolerance=1e-8,
+        )
+        np.testing.assert_allclose(density.log_density, by_edm, atol=2e-6)
+
+    # The truth, up to the difference between N(0, I) and the mixture with the last noise.
+    parts = zip(alpha[0] * CENTERS, alpha[0] ** 2 * SPREADS + 1 - alpha[0] ** 2, strict=True)
+    exact_density = np.mean([scipy.stats.multivariate_normal(*part).pdf(x) for part in parts], axis=0)
+    np.testing.assert_allclose(by_edm, np.log(exact_density), atol=1e-3)
 
 
 def test_bad_arguments_and_a_solver_that_gives_up():

@@ -13,7 +13,6 @@ from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, sample, train
 from helpers.configs import a_batch, tiny_config
-from helpers.work_directories import untrained
 
 EDM = {
     "diffusion.path": "edm",
@@ -93,18 +92,3 @@ def test_every_mode_on_a_path(tmp_path, settings):
     evaluate.run(config, tmp_path / "run")
     records = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert records
-
-
-@pytest.mark.whole
-def test_a_sample_does_not_depend_on_the_batch_size(tmp_path):
-    """The draws are equal; images of other batch shapes are equal up to rounding."""
-    images, run = [], untrained(tmp_path / "run", tiny_config())
-    for batch_size in (2, 3, 7):
-        config = tiny_config(
-            **{"sampling.num_samples": 7, "sampling.batch_size": batch_size, "sampling.sampler": "ddpm"}
-        )
-        with np.load(sample.run(config, run).path) as arrays:
-            images.append(arrays["arr_0"].astype(int))
-        assert len(np.unique(images[0], axis=0)) == 7
-    for other in images[1:]:
-        assert np.abs(other - images[0]).max() <= 1
