@@ -9,6 +9,7 @@ Memorization is the median distance from samples to the nearest training image, 
 real digits (at 1 or more, samples are no closer to the training set than new real digits).
 """
 
+import functools
 import pathlib
 import sys
 
@@ -32,6 +33,7 @@ def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squared.min(axis=1), 0))
 
 
+@functools.cache
 def fit_classifier() -> tuple[MLPClassifier, np.ndarray, np.ndarray]:
     """Trains a classifier on real digits. Returns: (classifier, training digits, held-out digits)."""
     train, test = (data.Digits(split, (8, 8), 1) for split in ("train", "test"))
