@@ -171,5 +171,7 @@ def test_classifier_guidance_at_zero_terminal_snr(prediction, x64_on):
         guided = jax.jit(guidance.classifier(half, log_prob, jsd, 2.0, prediction=prediction))
         shift = {"eps": -200.0, "score": 200.0, "x_0": 0.0, "v": 0.0, "flow": 0.0}[prediction]
         np.testing.assert_allclose(guided(x, jnp.full(5, 9.0)), 0.5 * x + shift, rtol=1e-6)
+        gradient = jax.grad(lambda x: guided(x, jnp.full(5, 9.0)).sum())(x)
+        np.testing.assert_allclose(gradient, 0.5, rtol=1e-6)
         before = guided(x, jnp.full(5, 8.0)) - 0.5 * x
         assert np.isfinite(before).all() and (abs(before) > 10).all()
