@@ -117,7 +117,7 @@ def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
             header_size = file.tell()
     if dtype.hasobject:
         raise ValueError("arrays of Python objects are not read")
-    with open(path, "rb") as file:  # the lengths of the name and of the extra field are in the member's local header
+    with open(path, "rb") as file:  # the member's local header has the lengths of the name and the extra field
         file.seek(member.header_offset + 26)
         start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
     if not all(shape):

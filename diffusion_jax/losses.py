@@ -78,7 +78,7 @@ class ClassifyAux(NamedTuple):
     logits: Float[Array, "B K"]
 
 
-# An elementwise function of the SNR: the weight of the eps error.
+# An elementwise function of the SNR that returns the weight on the eps error.
 WeightFn: TypeAlias = Callable[[Float[Array, "*shape"]], Float[ArrayLike, "*shape"]]
 
 
@@ -154,9 +154,9 @@ def simple(
       timestep_sampler: for a schedule, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`; by default "uniform".
       draw: for a path, a name in `draws.DRAWS` or a `LevelDraw`; the default is "uniform". The draw is part of the objective.
     Returns: (loss [B], LossAux).
-    Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw, one of the last two with the other kind
-      of schedule, an output of another shape, weights that are not [B], an x_0 that is not float [B, ..., C], or a
-      "truncated_snr" or "edm" weight, which is infinite, for eps or score if alpha_bar ends at 0.
+    Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw; a timestep sampler with a path, or a
+      draw with a schedule; an output of the wrong shape; weights that are not [B]; an x_0 that is not float [B, ..., C]; or
+      a "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
     """
     if weighting in ("truncated_snr", "edm") and isinstance(schedule, Schedule):
         process.check_terminal_snr(schedule, prediction)
@@ -330,7 +330,7 @@ class _Drawn(NamedTuple):
 
 
 def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
-    """Draws steps of a schedule, or times of a path, and eps."""
+    """Draws eps, and steps on a schedule or times on a path."""
     x_0 = process.as_batch("x_0", x_0)
     batch_size = x_0.shape[0]
     key_t, key_eps = jax.random.split(key)

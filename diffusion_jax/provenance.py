@@ -35,7 +35,7 @@ class Provenance:
 
     @property
     def digest(self) -> str:
-        """Returns 12 hexadecimal digits of a hash of the settings."""
+        """Returns the settings' hash, as 12 hexadecimal digits."""
         return settings_digest(self.settings)
 
     def differences(self, stored: Provenance) -> str:
@@ -58,12 +58,12 @@ class Provenance:
 
 
 def settings_digest(*settings: Any) -> str:
-    """Returns 12 hexadecimal digits of a hash of JSON values."""
+    """Returns a hash of JSON values, as 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
 def array_digest(array: np.ndarray | None) -> str | None:
-    """Returns the SHA-256 of the values of an array; None for None."""
+    """Returns the SHA-256 of an array's values; None for None."""
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 

@@ -271,7 +271,7 @@ REFUSED = [
     case("interpolate does not take order with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, order=2),
     case(r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)", INTERPOLATE, X[:1], [0.5], sampling.ddim(), t=3),
     *(
-        case("does not broadcast to that of x_0", call, np.ones(shape, bool))
+        case("does not broadcast to x_0's shape", call, np.ones(shape, bool))
         for call in (*WITH_A_MASK, jax.jit(WITH_A_MASK[0]))
         for shape in ((5, 4, 3), (3, 4, 4, 3), (1, 2, 4, 4, 3))
     ),

@@ -120,7 +120,7 @@ def load(
         source = CheckedSource.wrap(config, source)
     log(f"{describe(source)}.")
     is_encoded = isinstance(source, EncodedImages)
-    first = {} if is_encoded else source.read([0])  # a corrupted image is reported together with all others
+    first = {} if is_encoded else source.read([0])  # a corrupted image is reported with all other corrupted images
     size = sum(array.nbytes for name, array in first.items() if name != "label") or math.prod(example_shape(config))
     try:
         if len(source) * size > config["memory_mb"] * 2**20:

@@ -249,8 +249,8 @@ class _Rows:
 class _FolderRows:
     """The rows of several .npy files, one file after another; a file is open only while it is read.
 
-    lengths: the number of rows in each file. row_shape: the shape of one row; a file may contain one row without the first
-    axis.
+    lengths: the number of rows in each file. row_shape: the shape of one row; a file may store a single row without the
+    first axis.
     """
 
     def __init__(self, paths: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype):

@@ -187,7 +187,7 @@ class InMemory(Arrays):
     ) -> InMemory:
         """Reads all examples of a source.
 
-        progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
+        progress: (sizes of decoded chunks, number of examples) -> sizes; shows how many examples are decoded.
         Raises: UnreadableFilesError with all corrupted images.
         """
         n, failures = len(source), {}
@@ -254,7 +254,7 @@ class SelectedExamples(DerivedSource):
 
 
 def example_shape(config: Mapping) -> tuple[int, ...]:
-    """Returns (*spatial, C) of `config.data`; `image_size` is the size of each spatial axis, or one number for two axes."""
+    """Returns (*spatial, C) from `config.data`; `image_size` is the size of each spatial axis, or one size for two."""
     size = config["image_size"]
     return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
 

@@ -105,7 +105,9 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
     if not (has_address or is_slurm or importlib.util.find_spec("libtpu")):
         return
     name = f"process {process_id if has_address else os.environ.get('SLURM_PROCID', '')}"
-    message = f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start them"
+    message = (
+        f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start all processes"
+    )
     timer = threading.Timer(timeout, exit_now, (message, EXIT_PEER_LOST))  # JAX's timeout prints a stack trace
     timer.daemon = True
     timer.start()
@@ -118,7 +120,7 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
             shutdown_timeout_seconds=2 * _HEARTBEAT_TIMEOUT,
         )
     except jax.errors.JaxRuntimeError as error:
-        exit_now(f"{name} cannot connect to the others: {error}", EXIT_PEER_LOST)
+        exit_now(f"{name} cannot connect to the other processes: {error}", EXIT_PEER_LOST)
     except (ValueError, RuntimeError) as error:
         if has_address or is_slurm:
             raise UserError(f"cannot connect to the other processes: {error}") from None

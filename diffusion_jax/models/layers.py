@@ -134,7 +134,7 @@ def _middle_mean(x) -> jax.Array:
 
 
 class Dropout(nn.Module):
-    """Dropout that draws 16 random bits per element instead of 32, because drawing bits is most of its cost.
+    """Dropout that draws 16 random bits per element instead of 32, because drawing bits is most of the cost.
 
     The rate is rounded to a multiple of 2^-16, and the scale follows the rounded rate.
     """
@@ -266,7 +266,7 @@ class LayerFactory:
         return options | {"use_bias": use_bias, "name": name}
 
     def _kernel_init(self, last: bool):
-        """The last layers of residual branches and of the network start at 0 (OpenAI) or close to 0 (Ho et al.)."""
+        """The last layer in each residual branch and in the network starts at 0 (OpenAI) or close to 0 (Ho et al.)."""
         if self.initializer == "openai":
             return nn.initializers.zeros if last else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         return nn.initializers.variance_scaling(1e-10 if last else 1.0, "fan_avg", "uniform")

@@ -1,4 +1,4 @@
-"""Figures of samples in data units, and of statistics: terms of the bound, and curves of two sets with standard errors.
+"""Figures: samples in data units, the bound's terms, and two sets' statistics as curves with standard errors.
 
 Series are lines, fields are images with color bars, volumes are slices and projections, vectors are histograms, and images
 are grids. Only a subset of large sets and arrays is drawn; the title shows what is left out, and how many values are NaN or
@@ -88,8 +88,8 @@ def draw_samples(
     Vectors: a histogram for each channel, and a scatter plot for two channels.
 
     Args:
-      captions: one for each example, for instance its class; not for vectors. columns: number of columns in a grid, or of
-        panels of series. reference: for vectors, examples of the data [m, C] whose histograms are drawn for comparison.
+      captions: a text for each example, for instance the class; not for vectors. columns: number of columns in a grid, or in
+        rows of series panels. reference: for vectors, data examples [m, C] whose histograms are drawn for comparison.
     Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
@@ -143,8 +143,8 @@ def draw_trajectory(
     are colored images (for volumes, the central slice along the first axis), with a row for each sample and channel. Vectors
     are points in one panel for each time, with the first two channels as coordinates, or a histogram of a single channel.
 
-    Noise may be much larger than samples: each column of lines and points has its own scale, and the color scale is the range
-    of the samples, extended by at most half of the range at both ends; values beyond have the colors of the ends.
+    Noise may be much larger than samples: each column of lines and points has its own scale, and the color scale is the
+    samples' range, extended by at most half the range at both ends; values beyond have the colors of the ends.
 
     times: for all columns except the last. captions: one for each sample. Raises: ValueError for no sample, or more spatial
     axes.
@@ -471,7 +471,7 @@ def make_figure(
 
     Args:
       notes: a second paragraph in the title. names: titles of the panels, as plain text. size: (width, height) of a panel
-        with labels, in inches. labels: labels of the x-axes at the bottom and of the y-axes at the left.
+        with labels, in inches. labels: x-axis labels at the bottom and y-axis labels at the left.
       legend: pairs (plain text, Matplotlib line style), shown below the panels.
       share_y: as in `Figure.subplots`.
     """

@@ -142,7 +142,7 @@ class _Files:
         if example.shape != shape or not is_allowed:
             raise UserError(
                 f"editing.{setting}={self._options[setting]!r} holds {example.dtype} {list(example.shape)}; it must be one "
-                f"example of shape {list(shape)} of {'real numbers in data units' if is_continuous else 'uint8'}"
+                f"example with shape {list(shape)} and {'real numbers in data units' if is_continuous else 'type uint8'}"
             )
         values = example if known is None else example[np.broadcast_to(known, shape)]
         if not np.isfinite(values).all():

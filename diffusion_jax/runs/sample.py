@@ -1,6 +1,6 @@
 """`--mode=sample`: draws samples from a trained model in batches.
 
-`SampleFile` and `make_provenance` decide the name of a file of samples, and whether a finished file is reused.
+`SampleFile` and `make_provenance` decide a sample file's name, and whether a finished file is reused.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def write_samples(
 
 
 def _write_trajectory(file: SampleFile) -> None:
-    """Writes the first samples being denoised: pictures of x_t and of the predicted x_0, and an .npz with both.
+    """Writes the first samples being denoised: pictures of x_t and the predicted x_0, and an .npz with both.
 
     The .npz has x_t and x_0 [steps, rows, *spatial, C], the noisiest first, where x_0 is the network's prediction at each
     step (DDPM figure 6); times, the network times; samples [rows, *spatial, C], equal to the file's samples up to rounding.

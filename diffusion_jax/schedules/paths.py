@@ -134,7 +134,7 @@ def row_shape(
 ) -> tuple[tuple[int, ...], DTypeLike]:
     """Returns the shape in which a value for each row, or one for all rows, multiplies `like`, and the dtype of the values.
 
-    Raises: ValueError if the shape of t is not the start of `like`'s shape.
+    Raises: ValueError if `like`'s shape does not start with t's shape.
     """
     t_shape, shape, dtype = jnp.shape(t), jnp.shape(like), jnp.result_type(like)
     if t_shape != shape[: len(t_shape)]:

@@ -39,7 +39,7 @@ def test_resolving_changes_nothing_twice_and_leaves_its_argument_alone():
         ),
         (
             {"ema": {"decay": 2}},
-            "ema.decay=2 must be a number in [0, 1]; description: Decay rate of the moving average of the parameters",
+            "ema.decay=2 must be a number in [0, 1]; description: Decay rate of the parameters' moving average",
         ),
     ],
 )

@@ -22,9 +22,9 @@ def test_downsample_takes_means():
     np.testing.assert_allclose(low.mean((1, 2)), x.mean((1, 2)), rtol=1e-6)
     np.testing.assert_array_equal(upsampling.downsample(x, 4), x)
     for height in (0, 3, 8):
-        with pytest.raises(ValueError, match=f"resolution of {height} pixels does not divide images of 4x8"):
+        with pytest.raises(ValueError, match=f"resolution of {height} pixels does not divide 4x8 images"):
             upsampling.downsample(x, height)
-    with pytest.raises(ValueError, match="does not divide images of 4x6"):
+    with pytest.raises(ValueError, match="does not divide 4x6 images"):
         upsampling.downsample(x[:, :, :6], 1)
 
 

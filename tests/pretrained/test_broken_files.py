@@ -72,7 +72,7 @@ BROKEN = {
     "out.2.bias is (3,), not (6,)": lambda directory: openai(directory, bias(np.zeros(3, np.float32))),
     "out.2.bias has values that are not finite": lambda directory: openai(directory, bias(np.full(6, np.nan))),
     "is int32; convert quantized weights": lambda directory: openai(directory, bias(np.zeros(6, np.int32))),
-    "of an unknown network": lambda directory: (write(directory / "x.safetensors", {"a": np.zeros(3)}), None),
+    "with an unknown network": lambda directory: (write(directory / "x.safetensors", {"a": np.zeros(3)}), None),
     "color is not a flag of OpenAI's": lambda directory: openai(directory, flags=NARROW_FLAGS + " --color blue"),
     "num_heads_upsample=2 is not supported": lambda directory: openai(
         directory, flags=FOUR_HEADS + " --num_heads_upsample 2"

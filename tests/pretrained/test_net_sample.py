@@ -91,7 +91,7 @@ def test_a_sampler_inside_of_another_is_fitted_too():
 @pytest.mark.whole
 def test_a_net_warns_of_steps_on_which_its_errors_grow():
     net, sampler = net_of(), sampling.ddim(clip=False)
-    with pytest.warns(UserWarning, match="samples with errors of .* use spacing='log_snr' or more steps, a clip"):
+    with pytest.warns(UserWarning, match="sample errors of .* use spacing='log_snr' or more steps, a clip"):
         net.sample(KEY, 2, sampler=sampler, steps=10, spacing="trailing")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

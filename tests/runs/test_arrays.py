@@ -55,7 +55,7 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
     stored = json.loads((run / "data.json").read_text())
     np.savez(file, x=examples("vectors", 24, seed=1))
     with pytest.raises(
-        errors.UserError, match="the data are not those that .* was trained on .*--pretrained=.*run --workdir=NEW$"
+        errors.UserError, match="the data differ from the training data of .*--pretrained=.*run --workdir=NEW$"
     ):
         train.run(array_config("vectors", file), run)
     assert json.loads((run / "data.json").read_text()) == stored

@@ -170,7 +170,7 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     [
         ("vectors", {"metrics": ("fid",)}, "fid is not for data with 0 spatial axes and without features=module:"),
         ("field", {"metrics": ("autocorrelation",)}, "names from energy_distance, .*power_spectrum, memorization$"),
-        ("series", {"features": "inception"}, r"'inception' are features of images; .* arrays \[N, \*spatial, C\]"),
+        ("series", {"features": "inception"}, r"'inception' needs images; .* arrays \[N, \*spatial, C\]"),
         ("series", {"num_samples": 39}, "num_samples: 39 examples are too few for sliced_wasserstein, which needs 40"),
     ],
 )

@@ -80,7 +80,7 @@ NOTES = [
     ),
     (
         LONG | CONTINUOUS,
-        "diffusion.prediction=eps of continuous data (data.levels=None) without a clip amplifies the errors",
+        "diffusion.prediction=eps on continuous data (data.levels=None) without a clip amplifies the network's errors",
     ),
     (
         LONG | {"diffusion.num_timesteps": 10},

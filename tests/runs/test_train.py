@@ -154,7 +154,7 @@ def test_other_data_are_refused(tmp_path):
     workdir.check_data(source(5), RunDir(run))
     workdir.check_data(source(5), RunDir(run))  # compared with the first
     for other in (source(6), source(5, seed=1)):
-        with pytest.raises(errors.UserError, match="the data are not those that .* remove .*data.json"):
+        with pytest.raises(errors.UserError, match="the data differ from the training data of .* remove .*data.json"):
             workdir.check_data(other, RunDir(run))
 
 

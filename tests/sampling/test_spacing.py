@@ -145,7 +145,7 @@ KEY = jax.random.key(7)
 
 def noted_error(reason):
     assert "nothing clips x_0" in reason and "\n" not in reason
-    return float(re.search(r"samples with errors of ([\d.e+]+) times the standard deviation of the data", reason)[1])
+    return float(re.search(r"sample errors of ([\d.e+]+) times the data's standard deviation", reason)[1])
 
 
 # (schedule, steps, spacing, whether errors of DDIM grow): continuous data, errors of size 0.05 where there is much noise.

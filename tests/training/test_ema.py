@@ -57,7 +57,7 @@ def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, mo
     net = pretrained.load(directory)
     jax.tree.map(np.testing.assert_array_equal, net.params, state.params)
     assert net.weights == "raw"
-    note = "the EMA (ema.decay=0.9999) of step 4 still holds 100% of the random initial weights, so the raw weights are used"
+    note = "at step 4 the EMA (ema.decay=0.9999) still holds 100% of the random initial weights, so the raw weights are used"
     assert f"Note: {note}." in capsys.readouterr().out
     assert "_raw_" in sample.run(config, directory).path.name
     assert "(raw weights)" in capsys.readouterr().out
