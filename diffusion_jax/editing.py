@@ -295,7 +295,7 @@ def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: C
 
 
 def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
-    """Spherical interpolation of each example as one vector, from x (weight 0) to y (weight 1); keeps the norm of noise."""
+    """Spherical interpolation from x (weight 0) to y (weight 1), each example as one vector; keeps the norm of noise."""
     x, y = process.promote(x=x, y=y)
     weight = jnp.asarray(weight, x.dtype)
     axes = tuple(range(1, x.ndim))

@@ -45,7 +45,7 @@ def mirrors_root() -> pathlib.Path:
 
 
 def with_urls(text: str) -> str:
-    """Replaces the paths of local copies in a text by the URLs of their objects."""
+    """Replaces paths of local copies in a text by the objects' URLs."""
     downloads, mirrors = re.escape(str(downloads_root())), re.escape(str(mirrors_root()))
     return re.sub(rf"(?:{downloads}|{mirrors}/[^/]+)/(gs|s3)/", r"\1://", text)
 

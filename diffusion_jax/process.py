@@ -313,7 +313,7 @@ def _check_output(schedule, output, x_t, t, prediction):
             alpha = schedule.at(t, x_t).alpha
             if not isinstance(alpha, Tracer) and not np.asarray(alpha > 0).all():
                 raise ValueError(
-                    f"alpha is 0 at one of the times {t}: {prediction} does not determine x_0 there; predict v, x_0 or flow"
+                    f"alpha is 0 at a time in {t}: there {prediction} does not determine x_0; predict v, x_0 or flow"
                 )
         return
     known = t is not None and not isinstance(t, Tracer)

@@ -49,7 +49,7 @@ class Provenance:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Provenance | None:
-        """Reads the record from an .npz; None for a file without a record or an unreadable file."""
+        """Reads the record from an .npz; None for a file without a record, or a file that cannot be read."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**json.loads(str(arrays[_ARRAY])))

@@ -132,7 +132,7 @@ MODEL: dict[str, Setting] = {
         Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)"),
         "Width at each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
     ),
-    "num_res_blocks": Setting(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
+    "num_res_blocks": Setting(2, Integer(1), "Residual blocks at each resolution; the decoder has one more."),
     "attention_levels": Setting(
         (1,),
         Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
@@ -232,7 +232,7 @@ DIFFUSION: dict[str, Setting] = {
         "simple",
         Choice(*losses.LOSSES),
         "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; "
-        "continuous_vlb: the bound on a path; classify: the cross entropy of a classifier of noisy images, for guidance.",
+        "continuous_vlb: the bound on a path; classify: the cross entropy of a noise-aware classifier, for guidance.",
     ),
     "vlb_weight": Setting(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
     "conditioning_noise": Setting(

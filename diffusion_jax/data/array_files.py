@@ -167,8 +167,8 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
         unnamed = [name for name in others if name in ("", "arr_0")]  # an .npy, or samples
         if not unnamed:
             raise DataError(
-                f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no others'}; save "
-                "them under these names, outside groups, and optionally 'label' and 'condition'"
+                f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no other arrays'}; "
+                "save them under these names, outside groups, and optionally 'label' and 'condition'"
             )
         others.remove(unnamed[0])
         examples = _Rows(str(path), unnamed[0])

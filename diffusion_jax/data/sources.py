@@ -292,7 +292,7 @@ def check_levels(images: np.ndarray, levels: int) -> None:
 
 
 def find_contradiction(config: Mapping, name: str) -> str:
-    """Returns why data named "image" (uint8) or "x" (others) contradict `data.levels` or `data.random_flip`; else ""."""
+    """Returns why data named "image" (uint8) or "x" (other types) contradict `data.levels` or `data.random_flip`, or ""."""
     if name == "image" and config["levels"] is None:
         return 'data.levels=None is for continuous data ("x"), but the data are uint8 ("image"): use data.levels=256'
     if config["random_flip"] and (name == "x" or len(example_shape(config)) != 3):
@@ -412,7 +412,7 @@ def are_held_out(keys: Iterable[bytes], share: float) -> np.ndarray:
 
 
 def select_split(source: NamedSource, loaded: Source, share: float, split: str) -> SelectedExamples:
-    """Selects the examples of a split made by `data.holdout`: the held-out share for "test", and the others for "train".
+    """Selects a split made by `data.holdout`: the held-out examples for "test", and all other examples for "train".
 
     source: before loading. loaded: `source` itself or its copy in memory. Raises: DataError if a split has no example.
     """

@@ -1,4 +1,4 @@
-"""Starts and ends processes, also stuck ones; agreement between several processes, and loss of a process."""
+"""Starts and ends processes, also stuck processes; agreement between processes, and the loss of a process."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
     has_address = any(value is not None for value in arguments)
     if has_address and (None in arguments or ":" not in str(address)):
         raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id must be given together")
-    is_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun sets it in each of its tasks
+    is_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun sets this variable in each task
     if not (has_address or is_slurm or importlib.util.find_spec("libtpu")):
         return
     name = f"process {process_id if has_address else os.environ.get('SLURM_PROCID', '')}"

@@ -194,7 +194,7 @@ class DigitsNetwork(nn.Module):
 class FeaturePipeline:
     """Computes features with an extractor, in batches of `batch_size` over a mesh.
 
-    workdir: several processes cache features there, because each must see them; one process uses the user's cache.
+    workdir: the cache for several processes, because each process must see the features; one process uses the user's cache.
     """
 
     def __init__(self, extractor: FeatureExtractor, mesh: Mesh, batch_size: int, workdir: RunDir | None = None):

@@ -164,7 +164,7 @@ _BLOCKS: dict[str, tuple] = {
 
 
 class Block(nn.Module):
-    """Parallel branches. Convolutions have the name of their branch, with _1, _2, ... if a branch has several.
+    """Parallel branches. A convolution has its branch's name, with _1, _2, ... if a branch has several convolutions.
 
     A fork ends a branch with two parallel convolutions, 1x3 and 3x1.
     """

@@ -102,7 +102,7 @@ class Metric:
     """A metric that compares samples with a reference.
 
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
-      moments, spatial: `Moments` of features, and of Inception's spatial features. pool: features [N, D].
+      moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
       logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in

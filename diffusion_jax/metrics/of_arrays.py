@@ -130,7 +130,7 @@ def relative_rounding(dtype: np.dtype) -> float:
 
 
 class Measurement(NamedTuple):
-    """An estimate and its standard error: numbers, or arrays of one shape.
+    """An estimate and its standard error: numbers, or arrays with the same shape.
 
     same_distribution, same_distribution_std: for a distance, its mean and standard deviation if both sets have the same
     distribution; compare `value` with them. The standard error assumes different distributions and is too large for equal

@@ -299,7 +299,7 @@ class LayerFactory:
         return Dense(features, **self._options(name, last, use_bias))
 
     def attend(self, q, k, v) -> jax.Array:
-        """`jax.nn.dot_product_attention`, which has no argument for the precision of its products."""
+        """`jax.nn.dot_product_attention` with this precision; the function has no argument for the precision."""
         if self.precision == "default":
             return jax.nn.dot_product_attention(q, k, v)
         with jax.default_matmul_precision(self.precision):
@@ -344,8 +344,9 @@ class ResBlock(nn.Module):
 
     For vectors (`layers.spatial_dims` = 0), dense layers replace the convolutions.
 
-    Biases are added where no extra pass over an image is needed: the first in the second norm, the others as one vector. With
-    `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
+    Biases are added where no extra pass over an image is needed: the first bias in the second norm, the other biases as one
+    vector. With `scale_shift_norm` the time projection is a scale and a shift after the second norm:
+    norm(h) (1 + scale) + shift.
     resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual branch after the first SiLU (ADM
     appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`.
     """

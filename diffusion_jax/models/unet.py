@@ -49,7 +49,7 @@ class Encoder(nn.Module):
     channels: width at the first level, a multiple of `num_groups`.
     channel_multipliers: the width of each level over `channels`, also fractional (ADM's first is 0.5 at 512 pixels); each
       level after the first halves the resolution.
-    num_res_blocks: residual blocks in each level of the downsampling path (the upsampling path has one more).
+    num_res_blocks: residual blocks in each level of the downsampling path; the upsampling path has one more.
     attention_levels: levels with self-attention after each block; (1,) is 16x16 for 32-pixel images, (4,) for 256-pixel
       images. The middle always has self-attention.
     num_heads: attention heads in every layer; head_channels: the channels per head instead, so that wider layers have more

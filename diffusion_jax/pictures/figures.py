@@ -217,7 +217,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def _needs_panels(x: np.ndarray) -> bool:
-    """Returns whether series [n, L, C] have too many channels for one axis, or a channel spans under a tenth of the axis."""
+    """Whether series [n, L, C] have too many channels for one axis, or a channel that spans under a tenth of the axis."""
     limits = np.array([_limits(_to_plotted(x[:_MAX_SERIES, :, channel])) for channel in range(x.shape[-1])])
     spans = np.ptp(limits, axis=1)
     return len(spans) > _MAX_LINES or bool((spans[spans > 0] < 0.1 * np.ptp(limits)).any())

@@ -31,7 +31,7 @@ from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untr
 __all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_samples"]
 
 _FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
-# Settings of `config.sampling` that are not recorded by name: they change no sample, or the record has their result.
+# Settings of `config.sampling` that a record omits, because the settings change no sample or the record has their result.
 _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
 # Settings that file names show, or for `clip` only if it is not the default.
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")

@@ -180,7 +180,7 @@ def call_network(
 
 def is_batch_of_keys(key: Key[Array, "..."]) -> bool:
     """Whether `key` is [B], a key for each row. Raises: ValueError for more axes."""
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)  # an older key of uint32 is one key
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)  # an old-style uint32 key is one key
     if is_typed and key.ndim > 1:
         raise ValueError(f"key must be one key, or one for each row [B]; got shape {key.shape}")
     return is_typed and key.ndim == 1

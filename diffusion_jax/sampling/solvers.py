@@ -302,8 +302,9 @@ class unipc(_Multistep):
 class heun(Sampler):
     """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
 
-    Two network calls per step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method fails if
-    sigma falls by many octaves in one step, as in the first steps of a cosine schedule: respace with "karras" or "log_snr".
+    Two network calls per step, and one in the last step; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method
+    fails if sigma falls by many octaves in one step, as in the first steps of a cosine schedule: respace with "karras" or
+    "log_snr".
 
     churn: S_churn; above 0, each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
       1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the path, with fresh noise scaled by
@@ -384,8 +385,8 @@ class pndm(Sampler):
     Second order for steps that are uniform in network time ("leading", "linspace"); like `heun`, PNDM fails on steps over
     many octaves of sigma.
 
-    runge_kutta: the first three steps have four network calls each, two of them at the midpoint; False starts with the lower
-      orders instead, with one call per step and two in the first (PLMS).
+    runge_kutta: the first three steps have four network calls each, two calls at the midpoint; False starts with the lower
+      orders instead, with one call per step and two calls in the first step (PLMS).
     prediction, variance, clip: as `Sampler`; not "x_prev" with `runge_kutta`.
     """
 

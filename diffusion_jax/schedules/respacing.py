@@ -182,8 +182,8 @@ def respace(
     Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
       schedule's, or the path's at steps between indices.
     Raises: ValueError for an invalid string, a count that does not fit, an index or time outside the schedule, a repeated
-      step, an unknown spacing, a spacing for steps that are not an int, one step with "leading", "linspace" or "quadratic",
-      one of the last three spacings if alpha_bar ends at 0, or tables that are not float64.
+      step, an unknown spacing, a spacing for steps that are not an int, or tables that are not float64. "leading",
+      "linspace" and "quadratic" also raise ValueError for a single step and if alpha_bar ends at 0.
     """
     if not isinstance(schedule.alpha_bar, np.ndarray) or schedule.alpha_bar.dtype != np.float64:
         raise ValueError(

@@ -177,7 +177,7 @@ class Schedule:
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """Returns log(alpha_bar / (1 - alpha_bar)) at any network time, as `Path.log_snr`; equals log(snr) at `timesteps`.
 
-        On the path of `from_betas`, log alpha_bar is linear in time between the steps and constant outside of them.
+        On the path of `from_betas`, log alpha_bar is linear in time between the steps and constant outside of the steps.
         """
         return self.path.log_snr(time)
 

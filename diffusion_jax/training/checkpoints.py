@@ -300,7 +300,10 @@ def own_options() -> ocp.options.MultiprocessingOptions:
 
 
 def copy_to_host(tree: Any) -> Any:
-    """Copies the shards that this process writes to host memory. Process 0 writes replicated arrays; others get None."""
+    """Copies the shards that this process writes to host memory.
+
+    Process 0 writes replicated arrays; the other processes get None.
+    """
 
     def select(array: jax.Array) -> jax.Array | None:
         if not array.is_fully_replicated:
