@@ -4,7 +4,7 @@
 
 Times, prediction, optimizer, batch size and length as in torchcfm's CIFAR-10 example. Differences: DDPM's U-Net instead of
 ADM's; samples by Euler's method with 100 calls instead of dopri5. Published result: FID 3.66 with dopri5. Expected, not
-measured: half of the time of cifar10.
+measured: half of cifar10's time.
 """
 
 from diffusion_jax.config import ConfigDict, default
