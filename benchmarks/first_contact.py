@@ -13,7 +13,7 @@ Exit code: 0, or 1 if a check failed or did not finish.
 | resume | four steps equal, to the bit, two steps, a checkpoint, and two more steps in a program that is compiled again |
 | fsdp | losses and gradient norms with parameters split over all devices equal replicated training to 1e-4 |
 | steps_per_call | losses and gradient norms of two steps in one program equal single steps to 1e-4 |
-| step | a train step of configs/cifar10.py is finite; the line shows the time of a step |
+| step | a train step of configs/cifar10.py is finite; the line shows the step's time |
 """
 
 from __future__ import annotations
