@@ -115,7 +115,7 @@ def test_only_names_of_splits_make_splits(tmp_path):
 
 @pytest.mark.parametrize("name", ["packed.npz", "a.npz", "a.h5", "a.zarr"])
 def test_a_pickled_source_has_paths_and_labels_but_no_other_values(tmp_path, name):
-    """Also after it was read: another process opens the files itself."""
+    """A source that was read before pickling, too: another process opens the files itself."""
     x = np.random.default_rng(0).normal(size=(500, 64))
     arrays = {"x": x, "label": np.arange(500) % 3, "condition": x[:, :2]}
     if name == "packed.npz":

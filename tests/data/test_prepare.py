@@ -1,4 +1,4 @@
-"""Data sets that are downloaded and prepared at the first launch: a TFDS builder of the tests' own, and a local server."""
+"""Data sets that the first launch downloads and prepares, with the tests' own TFDS builder and a local server."""
 
 import contextlib
 import hashlib
