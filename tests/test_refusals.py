@@ -1,4 +1,4 @@
-"""Arrays and options of a wrong kind are refused with one clear line, not computed with."""
+"""Arrays and options of a wrong kind raise a one-line error."""
 
 import re
 from functools import partial
@@ -118,7 +118,7 @@ WITH_A_MASK = [partial(REPAINT, X, jump=5), partial(editing.replacement, samplin
 
 
 def case(words, function, *args, **options):
-    """A call and the words of its error."""
+    """A call and the words in its error."""
     return partial(function, *args, **options), words
 
 
@@ -298,7 +298,7 @@ def test_wrong_arguments_are_refused(call, words):
 
 @pytest.mark.parametrize("loss", [losses.vlb, losses.hybrid])
 def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(loss):
-    """x_0 of eps is unknown at the last step; under jit, where t cannot be seen, that was NaN."""
+    """At the last step eps does not determine x_0; under jit, where t is traced, the result would be NaN."""
     for prediction in ("eps", "score"):
         with pytest.raises(ValueError, match="does not determine x_0 there"):
             jax.jit(lambda key, p=prediction: loss(key, JSD, doubled, X, prediction=p))(KEY)

@@ -25,7 +25,7 @@ def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
 
 
 def openai(directory, change=lambda weights: None, flags=NARROW_FLAGS):
-    """The narrow network of OpenAI's after `change` of its weights."""
+    """Writes OpenAI's narrow network after `change` was applied to the weights."""
     weights = stored("openai_narrow")[0]
     change(weights)
     return write(directory / "model.safetensors", weights), flags

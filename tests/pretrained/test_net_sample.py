@@ -1,4 +1,4 @@
-"""`net.sample`: a loaded network that draws, compiled once, against the core with the same keys."""
+"""`net.sample`, compiled once, against the core with the same keys."""
 
 import dataclasses
 import warnings
@@ -51,7 +51,7 @@ def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
     compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
     assert not [line for line in compiled if "run_program" in line], compiled
     np.testing.assert_array_equal(again, images)
-    assert (other != images).any() and (others != images).any()  # new weights of one model are not the old ones
+    assert (other != images).any() and (others != images).any()  # a model's new weights replace the old weights
 
 
 @pytest.mark.whole

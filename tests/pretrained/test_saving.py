@@ -1,4 +1,4 @@
-"""Networks that are saved and loaded again are equal to the bit; what a format cannot store is refused by field."""
+"""Networks that are saved and loaded again are bit-identical; fields that a format cannot store are refused by name."""
 
 import dataclasses
 import json

@@ -109,7 +109,7 @@ def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp
 def test_conditions_outside_the_range_of_the_run_get_a_note(tmp_path, capsys):
     low, high = np.array([10.0, -1.0]), np.array([20.0, 1.0])
     file = write_arrays("vectors", tmp_path / "x.npz", condition=np.linspace(low, high, 24))
-    np.save(tmp_path / "c.npy", [[12.0, 0.0], [20.9, -1.15], [15.0, 80.0]])  # the second within a tenth of the range
+    np.save(tmp_path / "c.npy", [[12.0, 0.0], [20.9, -1.15], [15.0, 80.0]])  # row 1: within a tenth of the range
     conditions = {"model.condition_features": 2, "sampling.conditions": str(tmp_path / "c.npy")}
     config = array_config("vectors", file, **conditions)
     sample.SampleFile(config, untrained(tmp_path / "run", config, data.load(config.data)))

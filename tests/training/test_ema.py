@@ -1,4 +1,4 @@
-"""The share of the initial weights in the EMA, and the weights that a run uses as long as it is large."""
+"""The initial weights' share in the EMA, and the weights that a run uses while this share is large."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def test_the_default_average_is_used_from_step_23025_on():
 
 @pytest.mark.whole
 def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, monkeypatch, capsys):
-    """Of a run whose EMA is the initial weights."""
+    """A run whose EMA still equals the initial weights."""
     config, directory = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2}), tmp_path
     drawn, draw = [], SampleBatches.__call__
     monkeypatch.setattr(
