@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="", help="directory of TFDS with CIFAR-10")
     parser.add_argument("--steps", type=int, default=1500, help="train steps of the part demo")
     parser.add_argument("--root", default=str(ROOT), help="clone whose code is measured in the last three parts")
-    parser.add_argument("--compile", action="store_true", help="also compile the programs: minutes for the large ones")
+    parser.add_argument("--compile", action="store_true", help="also compile the programs: minutes for large programs")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if "import" in parts:

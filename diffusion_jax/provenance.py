@@ -39,7 +39,7 @@ class Provenance:
         return settings_digest(self.settings)
 
     def differences(self, stored: Provenance) -> str:
-        """Lists the settings in which a stored record differs from this record, in one line; "" if all are equal."""
+        """Lists the settings that differ between a stored record and this record, in one line; "" if all are equal."""
         old, new = flatten(stored.settings), flatten(json.loads(json.dumps(self.settings)))
         return shorten("; ".join(list_differences(old, new)), 300)
 

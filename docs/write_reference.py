@@ -63,7 +63,7 @@ diffusion-jax --config=NAME --workdir=DIR --mode=train
 ```
 
 A rerun of the same command resumes the run. `--config` may be left out for a directory that holds a run, and with
-`--pretrained`, from which any mode then starts.
+`--pretrained`: any mode then starts from these weights.
 """
 _EXIT_CODES = """### Exit codes
 

@@ -197,7 +197,7 @@ DIFFUSION: dict[str, Setting] = {
         None,
         optional(Choice(*schedules.PATHS)),
         "Path, as `schedules.PATHS` names it: training draws from its continuous noise levels, instead of the schedule's. "
-        "Sampling and likelihoods use T of them, evenly spaced in network time. None for the schedule.",
+        "Sampling and likelihoods use T levels, evenly spaced in network time. None for the schedule.",
     ),
     "log_snr_shift": Setting(0.0, Number(), "Number that is added to a path's log SNR, for larger images."),
     "draw": Setting("uniform", Choice(*draws.DRAWS), "Distribution of a batch's noise levels on a path."),
@@ -226,7 +226,7 @@ DIFFUSION: dict[str, Setting] = {
     "variance": Setting(
         "fixed_large",
         Choice(*process.VARIANCES),
-        "Variance of p(x_{t-1} | x_t). The learned ones need the loss vlb or hybrid.",
+        "Variance of p(x_{t-1} | x_t). A learned variance needs the loss vlb or hybrid.",
     ),
     "loss": Setting(
         "simple",

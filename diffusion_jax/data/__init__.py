@@ -136,7 +136,7 @@ def load(
         return loaded
     assert isinstance(source, NamedSource)
     selected = select_split(source, loaded, share, split)
-    log(f"{len(selected):,} of them are the split {split!r} (data.holdout={share}).")
+    log(f"{len(selected):,} examples are in the split {split!r} (data.holdout={share}).")
     return selected
 
 

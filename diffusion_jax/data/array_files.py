@@ -138,7 +138,7 @@ def _find_split(path: str, split: str) -> pathlib.Path:
 
 
 def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
-    """Maps split names to the files and folders that can be a split, without hidden ones."""
+    """Maps split names to the files and folders, without hidden names, that can be a split."""
     entries = collections.defaultdict(list)
     with os.scandir(root) as listing:
         for entry in listing:

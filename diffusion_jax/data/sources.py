@@ -344,7 +344,7 @@ def check_examples(config: Mapping, source: Source) -> None:
 
 
 class CheckedSource(DerivedSource, NamedSource):
-    """A user's source, in which every batch must have the arrays of the first example, with their shapes and types."""
+    """A user's source. Every batch must have the same arrays, shapes and types as the first example."""
 
     @classmethod
     def from_config(cls, config: Mapping) -> Source:

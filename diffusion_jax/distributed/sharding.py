@@ -104,9 +104,9 @@ def state_sharding(mesh: Mesh, state: State) -> State:
 def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: Sequence[str] = ()) -> Callable:
     """Wraps function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
-    Each leaf is gathered separately, and its gradient is scattered. dtype: of the gathered leaves, the dtype in which the
-    layers compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored.
-    If `function` contains a jax.checkpoint, `kept_names` must name all values to store, because the policy of this outer
+    Each leaf is gathered separately, and its gradient is scattered. dtype: the gathered leaves' dtype, in which the layers
+    compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored. If
+    `function` contains a jax.checkpoint, `kept_names` must name all values to store, because the policy of this outer
     checkpoint also applies inside.
     """
     if mesh.shape["fsdp"] == 1:

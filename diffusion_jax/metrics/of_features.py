@@ -106,7 +106,7 @@ def _check_moments(one: Moments, other: Moments) -> None:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Returns R [D, r] with R R^T = C, without the directions in which C is zero up to rounding."""
+    """Returns R [D, r] with R R^T = C, without directions where C is zero up to rounding."""
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
     if values[0] < -1e-6 * max(values[-1], 0) or values[-1] < 0:

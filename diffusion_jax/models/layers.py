@@ -34,7 +34,8 @@ __all__ = [
     "upsample_2x",
 ]
 
-# For jax.checkpoint policies: names the results of products inside a block, from which the rest is cheap to recompute.
+# For jax.checkpoint policies: names the results of products inside a block; all other values are cheap to recompute from
+# these results.
 KEPT_INSIDE = "inside blocks"
 
 

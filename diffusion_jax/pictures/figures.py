@@ -56,7 +56,7 @@ _MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], title: str) -> Picture:
     """Draws the given examples, then the results. captions: one for each example and result."""
     if results.ndim == 2:  # vectors share a panel
-        return draw_samples(results, title + ", and what was given (data)", reference=given)
+        return draw_samples(results, title + ", and the given examples (data)", reference=given)
     shown = np.concatenate([given, results])
     if not is_of_images(shown) and np.isnan(given).any():
         title += "; values to be generated are NaN"
@@ -198,7 +198,7 @@ def draw_trajectory(
 def _select(
     x: np.ndarray, num_examples: int, num_channels: int, positions: int | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Returns (the first examples and channels of x [n, *spatial, C], ready to plot; notes about what is left out).
+    """Returns (the first examples and channels of x [n, *spatial, C], ready to plot; notes about omissions).
 
     positions: the maximum number of positions along each spatial axis; None for all.
     """

@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     options = config.evaluation
     if not (options.likelihood or options.num_samples):
         raise UserError(
-            "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either of them"
+            "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either setting"
         )
     if options.num_samples:
         _metric_names(config)  # raises errors before the likelihood, which may take hours

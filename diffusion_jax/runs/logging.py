@@ -168,12 +168,12 @@ class RunMetrics:
             self._waiting = []
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
-        """Writes a uint8 image [H, W, C]. caption: what it shows."""
+        """Writes a uint8 image [H, W, C]. caption: a title for the image."""
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
         self._call_writers("write_image", step, name, picture, caption)
 
     def flush(self) -> None:
-        """Makes the written lines survive a kill. Call this before saving a checkpoint from which a rerun resumes."""
+        """Makes the written lines survive a kill. Call this method before saving a checkpoint."""
         if not self._is_writer:
             return
         self._last_flush = time.monotonic()

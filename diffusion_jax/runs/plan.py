@@ -70,7 +70,7 @@ class Settings(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Bytes on one device, in the order in which `run` prints them.
+    """Bytes on one device, in the order that `run` prints.
 
     state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: stored for the
     backward pass of a microbatch. working: further memory of the backward pass, and gathered parameters.

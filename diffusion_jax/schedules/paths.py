@@ -404,7 +404,7 @@ PATHS: dict[str, Callable[..., Path]] = {
 
 
 def check_chain(schedule: object, name: str) -> None:
-    """Raises ValueError if `schedule` is a path, for what is defined at the steps of a schedule only."""
+    """Raises ValueError if `schedule` is a path, because `name` is defined only at a schedule's steps."""
     if isinstance(schedule, Path):
         raise ValueError(
             f"{name} needs the steps of a schedule, and a path has no steps; use schedules.from_path(path, times)"

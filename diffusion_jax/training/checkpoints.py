@@ -212,7 +212,7 @@ class Checkpoints:
     def _restore_newest(
         self, make_abstract: Callable[[int], Mapping[str, Any]]
     ) -> tuple[int, Mapping[str, Any]] | None:
-        """Restores (step, items) from the newest checkpoint in which all items of `make_abstract(step)` are intact."""
+        """Restores (step, items) from the newest checkpoint whose items in `make_abstract(step)` are intact."""
         damaged: list[int] = []
         for step in reversed(broadcast_from_process_0(self.steps)):
             abstract = make_abstract(step)

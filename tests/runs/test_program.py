@@ -88,9 +88,7 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
 
 @pytest.mark.whole
 def test_the_stored_config_is_used_if_none_is_given(trained):
-    (
-        trained / "checkpoints" / "6.orbax-checkpoint-tmp"
-    ).mkdir()  # from a run in progress: sampling must not touch the file
+    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # from a run in progress: sampling must keep it
     flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
     code, out, err = finish(start("--workdir", str(trained), *flags))
     assert code == 0, err
