@@ -318,7 +318,7 @@ def test_bad_arguments():
         (of_arrays.mean_and_covariance, [not_finite], "example 7 has values that are not finite"),
     ]
     for function in (of_arrays.energy_distance, sliced, histograms):
-        cases += [(function, [x, x[..., :1]], r"shape \(8, 2\) but samples has \(8, 1\); the shapes must be equal")]
+        cases += [(function, [x, x[..., :1]], r"shape \(8, 2\), but samples has \(8, 1\); the shapes must be equal")]
         cases += [(function, [x, x[:3]], "samples has 3 examples; this needs at least")]
     for function, arguments, words in cases:
         with pytest.raises(ValueError, match=words):

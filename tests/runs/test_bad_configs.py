@@ -106,7 +106,7 @@ def wrong(tmp_path_factory):
         ({"low_resolution": "small.npz"}, "is for models that enlarge images"),
         (
             {"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"},
-            "shifts the mean of the sampler ddpm",
+            "shifts the mean in the sampler ddpm",
         ),
         ({"steps": (3, 4.5, 900), "spacing": "given"}, None),
         ({"classifier": "somewhere", "label": 3}, None),  # which may know classes

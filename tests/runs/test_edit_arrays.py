@@ -123,7 +123,11 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
     np.save("all.npy", np.ones(8, bool))
     for task, overrides, words in (
         ("sdedit", {"editing.image": "several.npz"}, "holds several arrays; save the one to use with np.save"),
-        ("sdedit", {"editing.image": "wide.npy"}, r"holds float64 \[9, 2\]; it must be one example of shape \[8, 2\]"),
+        (
+            "sdedit",
+            {"editing.image": "wide.npy"},
+            r"holds float64 \[9, 2\]; it must be one example with shape \[8, 2\]",
+        ),
         ("sdedit", {"editing.image": "holes.npy"}, "editing.image has values that are not finite"),
         ("interpolate", {}, "needs a single row of sampling.conditions, not 2"),
         ("inpaint", {"editing.mask": "numbers.npy"}, r"holds float64 \[8\]; it must be bool of shape \[8, 2\] or"),

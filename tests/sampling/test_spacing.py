@@ -244,7 +244,7 @@ def test_a_clip_and_other_predictions_prevent_the_growth_of_errors():
     for make in (sampling.ddim, sampling.dpm_solver_pp, sampling.unipc, sampling.deis, sampling.heun, sampling.ddpm):
         for prediction in ("eps", "score"):
             sampler = make(prediction=prediction, clip=False)
-            assert f"from a network of {prediction} with errors" in sampling.find_error_growth(sampler, trailing)
+            assert f"if a network's {prediction} has errors" in sampling.find_error_growth(sampler, trailing)
             assert sampling.default_spacing(sampler, COSINE) == "log_snr"
             for steps in (20, 50):
                 assert sampling.find_error_growth(sampler, schedules.respace(COSINE, steps, "log_snr")) is None

@@ -112,7 +112,7 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     assert code == 0 and "Continuing from step 1." in out, err  # the same command resumes
     other = untrained(tmp_path / "other", tiny_config())
     code, _, err = launch("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}")
-    assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and "starts a run, but" in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
