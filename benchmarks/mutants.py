@@ -64,7 +64,20 @@ ELSEWHERE = {
     "images.py": ("test_data_range.py", "data", "pictures"),
     "metrics": ("evaluation",),
     "provenance.py": ("runs",),
-    "run_dir.py": ("storage", "runs"),
+    "run_dir.py": ("storage", "runs/test_train.py"),
+    "runs/edit.py": ("runs/test_edit.py", "runs/test_edit_arrays.py"),
+    "runs/evaluate.py": ("runs/test_evaluate.py", "runs/test_evaluate_arrays.py", "runs/test_sample_metrics.py"),
+    "runs/logging.py": ("runs/test_logging.py", "runs/test_goodput.py"),
+    "runs/plan.py": ("runs/test_plan.py", "runs/test_path_runs.py"),
+    "runs/sample.py": ("runs/test_sample.py", "runs/test_sample_keys.py"),
+    "runs/sampling_setup.py": ("runs/test_sampling_setup.py", "runs/test_sampler_config.py", "runs/test_sample.py"),
+    "runs/train.py": (
+        "runs/test_train.py",
+        "runs/test_steps_in_flight.py",
+        "runs/test_sample_metrics.py",
+        "runs/test_goodput.py",
+    ),
+    "runs/workdir.py": ("runs/test_train.py", "runs/test_arrays.py", "runs/test_light_refusals.py"),
     "types.py": ("test_types.py",),
 }
 
