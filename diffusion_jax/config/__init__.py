@@ -34,7 +34,7 @@ from diffusion_jax.config.table import (
     is_upsampler,
     resolve_clip,
 )
-from diffusion_jax.config.values import OneOf, parse
+from diffusion_jax.config.values import OneOf, parse, read_value
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
@@ -93,11 +93,17 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     given, values = flatten(config), {}
     for name, text in texts.items():
         name = _ALIASES.get(name, name)
+        if name.startswith("model.options."):
+            options = values.get("model.options", given.get("model.options", {}))
+            values["model.options"] = {**options, name.removeprefix("model.options."): read_value(text)}
+            continue
         _check_known(name)
         values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
-        changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
+        changed.update_from_flattened_dict(
+            {name: values[name] for name in reversed(values) if name in given and name != "model.options"}
+        )
     return _complete(flatten(changed) | values)
 
 

@@ -13,10 +13,12 @@ from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
     Choice,
+    FunctionName,
     Integer,
     Interval,
     Number,
     OneOf,
+    Options,
     Text,
     Tuple,
     ValueKind,
@@ -124,9 +126,14 @@ DATA: dict[str, Setting] = {
 MODEL: dict[str, Setting] = {
     "kind": Setting(
         "unet",
-        Choice("unet", "mlp"),
-        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. The settings of `model` that are not fields "
-        "of `models.MLP`, or of a classifier's `models.Classifier`, must keep their defaults.",
+        OneOf(Choice("unet", "mlp"), FunctionName()),
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors, or a function that makes your own. Settings of "
+        "`model` that the network does not have must keep their defaults.",
+    ),
+    "options": Setting(
+        {},
+        Options(),
+        "Keyword arguments of the function in `model.kind`, as in --config.model.options.depth=4.",
     ),
     "channels": Setting(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": Setting(
@@ -538,7 +545,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested settings to {"group.setting": value}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
+        if f"{prefix}{key}" == "model.options":
+            flat[f"{prefix}{key}"] = value.to_dict() if isinstance(value, ConfigDict) else value
+        elif isinstance(value, Mapping | ConfigDict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
-from diffusion_jax.models.conditions import Conditional, condition_shape
+from diffusion_jax.config.values import import_function
+from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
+from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.unet import KEPT_NAMES, Classifier, UNet
@@ -20,17 +21,21 @@ __all__ = [
     "MLP",
     "Classifier",
     "Conditional",
+    "CustomNetwork",
+    "Shapes",
     "UNet",
     "apply_network",
+    "check_network",
     "condition_shape",
     "from_config",
+    "import_network",
     "initial_inputs",
     "network_fields",
     "preset",
     "timestep_embedding",
 ]
 
-_Network = UNet | MLP | Classifier
+_Network = UNet | MLP | CustomNetwork | Classifier
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 
@@ -48,34 +53,29 @@ def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
     return output
 
 
-def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns zeros with the shapes for `model.init(key, **inputs)`: one x_t [*spatial, C], its label and condition."""
-    inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
-    if isinstance(model, Conditional):
-        if model.num_classes:
-            inputs["y"] = jnp.zeros(1, jnp.int32)
-        if (condition := model.condition_shape(shape[:-1])) is not None:
-            inputs["condition"] = jnp.zeros((1, *condition))
-    return inputs
-
-
 def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
     """Returns the fields of a network, or a class's defaults, by name, without the fields that Flax adds."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
     return {name: getattr(model, name) for name in names}
 
 
-def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
+def from_config(
+    config: Mapping[str, Any], kind: type[Any] | None = None, function: Callable | None = None
+) -> Any:
     """Builds the network whose fields are the settings of `config.model`, and the field `spatial_dims`, which has no setting.
 
     kind: the class; by default the setting `kind`, or a U-Net without this setting. Settings that only the U-Net has must
-    keep their defaults for another network.
+    keep their defaults for another network. function: replaces the function that `config.kind` names.
     Raises: ValueError for a setting that is not a field.
     """
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
     }
-    named = options.pop("kind", "unet")
+    named, own_options = options.pop("kind", "unet"), options.pop("options", {})
+    if kind is None and ":" in named:
+        return _custom_network(named, function or import_network(named), options, own_options)
+    if own_options:
+        raise ValueError(f"model.options={dict(own_options)} are for model.kind=module:function; leave them out")
     if kind is None:
         if named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
@@ -92,3 +92,40 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
             f"model.{unknown[0]} is not a field of models.{kind.__name__}; its fields: {', '.join(sorted(fields))}"
         )
     return kind(**options)
+
+
+def import_network(name: str) -> Callable:
+    """Imports the function that `model.kind` names. Raises: ValueError."""
+    try:
+        return import_function(name)
+    except ValueError as error:
+        raise ValueError(f"model.kind={name} {error}") from None
+
+
+# Settings that `CustomNetwork` applies itself; a network's function may take them, too.
+_PROGRAM_SETTINGS = {
+    "num_classes",
+    "label_dropout",
+    "condition_features",
+    "condition_channels",
+    "condition_dropout",
+    "dtype",
+    "dropout",
+}
+
+
+def _custom_network(
+    kind: str, function: Callable, settings: Mapping[str, Any], options: Mapping[str, Any]
+) -> CustomNetwork:
+    """Builds the network of a user's function. Raises: ValueError for settings that have no effect, and wrong options."""
+    taken, checked = read_options(kind, function, settings, options)
+    fields, defaults = network_fields(CustomNetwork), network_fields(UNet)
+    for name, value in settings.items():
+        if name not in taken and name not in _PROGRAM_SETTINGS and value != defaults.get(name):
+            raise ValueError(
+                f"model.{name}={value!r} has no effect on {kind}, whose function has no argument {name}; use "
+                f"{defaults.get(name)!r}, or --config.model.options.NAME=VALUE for an argument of the function"
+            )
+    given = {name: value for name, value in settings.items() if name in fields}
+    pairs = {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
+    return CustomNetwork(**given, **pairs, kind=kind, function=function)

@@ -127,32 +127,30 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     return schedules.from_path(path, times)
 
 
-def model_from_config(config: Mapping[str, Any]) -> Network:
-    """Builds the network of `config.model`: a U-Net or MLP with output channels for the variance, or a classifier.
+def model_from_config(config: Mapping[str, Any], network: Callable | None = None) -> Network:
+    """Builds the network of `config.model` with output channels for the variance, or a classifier.
 
+    network: replaces the function that `config.model.kind` names.
     Raises: ValueError for values that the network does not allow.
     """
-    spatial_dims = len(data.example_shape(config["data"])) - 1
-    _check_kind(config["model"].get("kind", "unet"), spatial_dims)
+    shape = data.example_shape(config["data"])
     small_image_channels = _small_image_channels(config)
-    if is_classifier(config):
-        return models.from_config(config["model"], models.Classifier).clone(spatial_dims=spatial_dims)
-    model = models.from_config(config["model"])
-    if isinstance(model, models.UNet):
-        condition_channels = small_image_channels or model.condition_channels
-        model = model.clone(spatial_dims=spatial_dims, condition_channels=condition_channels)
-    is_learned = config["diffusion"]["variance"].startswith("learned")
-    return model.clone(out_channels=config["data"]["channels"] * (2 if is_learned else 1))
-
-
-def _check_kind(kind: str, spatial_dims: int) -> None:
-    """Raises: ValueError for a U-Net on vectors, or an MLP on other data."""
-    if kind == "mlp" and spatial_dims:
+    model = models.from_config(config["model"], models.Classifier if is_classifier(config) else None, network)
+    fields: dict[str, Any] = {"spatial_dims": len(shape) - 1}
+    if not is_classifier(config):
+        is_learned = config["diffusion"]["variance"].startswith("learned")
+        fields["out_channels"] = shape[-1] * (2 if is_learned else 1)
+        fields["condition_channels"] = small_image_channels or model.condition_channels
+    model = model.clone(**{name: value for name, value in fields.items() if name in models.network_fields(model)})
+    if isinstance(model, models.CustomNetwork):
+        models.check_network(model, shape, config["model"]["dropout"])
+    elif isinstance(model, models.MLP) != (len(shape) == 1):
+        kind = config["model"].get("kind", "a classifier")
         raise ValueError(
-            f"model.kind='mlp' is for vectors (data.image_size=()); data with {spatial_dims} spatial axes need 'unet'"
+            f"model.kind={kind!r} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need 'mlp', and "
+            "spatial axes 'unet'"
         )
-    if kind != "mlp" and not spatial_dims:
-        raise ValueError("data.image_size=(), vectors, need model.kind='mlp'; a U-Net needs spatial axes")
+    return model
 
 
 def check_loss(config: Mapping[str, Any]) -> None:
