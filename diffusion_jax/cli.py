@@ -85,6 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
         default="",
         help="what they do not contain: a preset, OpenAI's flags, or JSON",
     )
+    add(
+        "--trust_network",
+        action="store_true",
+        help="import the function that a run names as its network (model.kind)",
+    )
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
     )
@@ -111,12 +116,19 @@ def parse(arguments: Sequence[str]) -> Command:
         raise ConfigError(f"--config={error}") from None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
+        trusted = overrides.get("model.kind", flags.trust_network)
+        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, trusted)
         overrides = init | overrides
     elif config is None and workdir is not None:
         from diffusion_jax.runs.workdir import load_config
 
         config = load_config(workdir)
+        if config is not None and ":" in config.model.get("kind", "") and "model.kind" not in overrides:
+            if not flags.trust_network:
+                raise UserError(
+                    f"{workdir} holds a run whose network the function {config.model.kind} makes; to import it, add "
+                    f"--config.model.kind={config.model.kind}, --config=... or --trust_network"
+                )
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
@@ -164,9 +176,12 @@ def _open_workdir(workdir: str, mode: str) -> RunDir:
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str
+    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str, trusted: str | bool
 ) -> tuple[ConfigDict, dict[str, str]]:
-    """Returns `config`, by default the config of the weights, and the overrides that start training from the weights."""
+    """Returns `config`, by default the config of the weights, and the overrides that start training from the weights.
+
+    trusted: a function that may be imported for the network, or whether the function that the weights name may be.
+    """
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
     if workdir is not None and committed_steps(workdir / "checkpoints"):
@@ -177,7 +192,7 @@ def _config_with_weights(
             )
         config, flags = config or stored, flags or stored.init_flags
     try:
-        config = config or config_from_weights(weights, flags)
+        config = config or config_from_weights(weights, flags, trusted)
     except (DiffusionJaxError, ValueError, OSError) as error:
         raise UserError(f"--pretrained={weights}: {error}") from error
     return config, {"init_from": weights, "init_flags": flags}

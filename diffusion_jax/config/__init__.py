@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config.table import (
     GROUPS,
+    NETWORK_SETTINGS,
     SETTINGS,
     clips_by_default,
     defaults,
@@ -87,7 +88,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
-    ConfigDict fields that refer to a replaced field (`get_ref`) follow it.
+    ConfigDict fields that refer to a replaced field (`get_ref`) follow it. If the text names a function for `model.kind`, the
+    settings of the network before get their defaults.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
     given, values = flatten(config), {}
@@ -99,6 +101,9 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
             continue
         _check_known(name)
         values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
+    kind = values.get("model.kind", "")
+    if ":" in kind and kind != given.get("model.kind"):  # the settings of another network mean nothing to this one
+        values = {name: SETTINGS[name].default for name in NETWORK_SETTINGS} | values
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
         changed.update_from_flattened_dict(

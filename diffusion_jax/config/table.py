@@ -29,6 +29,7 @@ from diffusion_jax.metrics import METRICS
 __all__ = [
     "CLASSIFIER_DEFAULTS",
     "GROUPS",
+    "NETWORK_SETTINGS",
     "SETTINGS",
     "Setting",
     "clips_by_default",
@@ -127,8 +128,8 @@ MODEL: dict[str, Setting] = {
     "kind": Setting(
         "unet",
         OneOf(Choice("unet", "mlp"), FunctionName()),
-        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors, or a function that makes your own. Settings of "
-        "`model` that the network does not have must keep their defaults.",
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors, or a function that makes your own. Settings "
+        "of `model` that the network does not have must keep their defaults.",
     ),
     "options": Setting(
         {},
@@ -198,6 +199,18 @@ MODEL: dict[str, Setting] = {
         "Whether the backward pass recomputes activations, for less memory and more time; or the resolutions to recompute.",
     ),
 }
+
+# Settings that every network has; the others describe the layers of one kind of network.
+_COMMON = (
+    "num_classes",
+    "label_dropout",
+    "condition_features",
+    "condition_channels",
+    "condition_dropout",
+    "dropout",
+    "dtype",
+)
+NETWORK_SETTINGS = tuple(f"model.{name}" for name in MODEL if name not in _COMMON)
 
 DIFFUSION: dict[str, Setting] = {
     "schedule": Setting("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),

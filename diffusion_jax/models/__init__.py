@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
+from diffusion_jax.config.table import NETWORK_SETTINGS
 from diffusion_jax.config.values import import_function
 from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
 from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
@@ -32,7 +35,9 @@ __all__ = [
     "initial_inputs",
     "network_fields",
     "preset",
+    "source_file",
     "timestep_embedding",
+    "to_config",
 ]
 
 _Network = UNet | MLP | CustomNetwork | Classifier
@@ -59,9 +64,19 @@ def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
-def from_config(
-    config: Mapping[str, Any], kind: type[Any] | None = None, function: Callable | None = None
-) -> Any:
+def to_config(model: _Network | type[_Network]) -> dict[str, Any]:
+    """Returns the settings of `config.model` for a network, as `from_config` takes them, and the field `spatial_dims`."""
+    settings = network_fields(model)
+    if isinstance(model, CustomNetwork):
+        del settings["function"]
+        settings |= {**dict(settings.pop("settings")), "options": dict(model.options)}
+    elif isinstance(model, MLP):
+        settings["kind"] = "mlp"
+    settings.pop("out_channels", None)  # follows from the data and the variance
+    return settings
+
+
+def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, function: Callable | None = None) -> Any:
     """Builds the network whose fields are the settings of `config.model`, and the field `spatial_dims`, which has no setting.
 
     kind: the class; by default the setting `kind`, or a U-Net without this setting. Settings that only the U-Net has must
@@ -102,18 +117,6 @@ def import_network(name: str) -> Callable:
         raise ValueError(f"model.kind={name} {error}") from None
 
 
-# Settings that `CustomNetwork` applies itself; a network's function may take them, too.
-_PROGRAM_SETTINGS = {
-    "num_classes",
-    "label_dropout",
-    "condition_features",
-    "condition_channels",
-    "condition_dropout",
-    "dtype",
-    "dropout",
-}
-
-
 def _custom_network(
     kind: str, function: Callable, settings: Mapping[str, Any], options: Mapping[str, Any]
 ) -> CustomNetwork:
@@ -121,7 +124,7 @@ def _custom_network(
     taken, checked = read_options(kind, function, settings, options)
     fields, defaults = network_fields(CustomNetwork), network_fields(UNet)
     for name, value in settings.items():
-        if name not in taken and name not in _PROGRAM_SETTINGS and value != defaults.get(name):
+        if f"model.{name}" in NETWORK_SETTINGS and name not in taken and value != defaults.get(name):
             raise ValueError(
                 f"model.{name}={value!r} has no effect on {kind}, whose function has no argument {name}; use "
                 f"{defaults.get(name)!r}, or --config.model.options.NAME=VALUE for an argument of the function"
@@ -129,3 +132,11 @@ def _custom_network(
     given = {name: value for name, value in settings.items() if name in fields}
     pairs = {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
     return CustomNetwork(**given, **pairs, kind=kind, function=function)
+
+
+def source_file(model: _Network) -> pathlib.Path | None:
+    """Returns the file that defines the function of a user's network; None for networks of this package."""
+    if not isinstance(model, CustomNetwork):
+        return None
+    name = inspect.getsourcefile(inspect.unwrap(model.function)) if callable(model.function) else None
+    return None if name is None else pathlib.Path(name)

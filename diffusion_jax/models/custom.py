@@ -100,7 +100,9 @@ class CustomNetwork(Conditional):
         )
         assert self.function is not None
         make = functools.partial(self.function, shapes, **dict(self.settings + self.options))
-        if "rngs" in inspect.signature(self.function).parameters:  # of an NNX module, which draws its parameters when made
+        if (
+            "rngs" in inspect.signature(self.function).parameters
+        ):  # of an NNX module, which draws its parameters when made
             return _nnx_functions(make)
         network = make()
         if isinstance(network, nn.Module):

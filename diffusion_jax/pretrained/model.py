@@ -23,7 +23,7 @@ from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
 from diffusion_jax.images import is_image_shape, to_model_range
-from diffusion_jax.models import Classifier, Conditional, apply_network, network_fields, upsampling
+from diffusion_jax.models import Classifier, Conditional, apply_network, to_config, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.sampling.driver import is_batch_of_keys, split
@@ -606,7 +606,7 @@ def format_summary(net: Model) -> str:
         "timesteps": "{}, network times {:g} ... {:g}".format(
             net.schedule.num_timesteps, *net.schedule.timesteps[[0, -1]]
         ),
-        **{f"model.{name}": value for name, value in network_fields(net.model).items()},
+        **{f"model.{name}": value for name, value in to_config(net.model).items()},
     }
     rows = {name: value for name, value in rows.items() if value is not None}
     width = max(map(len, rows))

@@ -42,6 +42,7 @@ from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
+    check_network_source,
     check_source,
     normalize,
     run_normalizations,
@@ -121,6 +122,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network
+        broadcast_from_process_0(lambda: check_network_source(net.model, workdir))
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
         if jax.default_backend() == "gpu" and not options.deterministic:

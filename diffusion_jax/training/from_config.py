@@ -134,6 +134,12 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
     Raises: ValueError for values that the network does not allow.
     """
     shape = data.example_shape(config["data"])
+    kind = config["model"].get("kind", "unet")
+    if ":" not in kind and (kind == "mlp") != (len(shape) == 1):
+        raise ValueError(
+            f"model.kind={kind!r} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need 'mlp', and "
+            "spatial axes 'unet'"
+        )
     small_image_channels = _small_image_channels(config)
     model = models.from_config(config["model"], models.Classifier if is_classifier(config) else None, network)
     fields: dict[str, Any] = {"spatial_dims": len(shape) - 1}
@@ -144,12 +150,6 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
     model = model.clone(**{name: value for name, value in fields.items() if name in models.network_fields(model)})
     if isinstance(model, models.CustomNetwork):
         models.check_network(model, shape, config["model"]["dropout"])
-    elif isinstance(model, models.MLP) != (len(shape) == 1):
-        kind = config["model"].get("kind", "a classifier")
-        raise ValueError(
-            f"model.kind={kind!r} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need 'mlp', and "
-            "spatial axes 'unet'"
-        )
     return model
 
 

@@ -36,7 +36,7 @@ __all__ = [
     "update_averages",
 ]
 
-Network = models.UNet | models.MLP | models.Classifier
+Network = models.UNet | models.MLP | models.CustomNetwork | models.Classifier
 
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")

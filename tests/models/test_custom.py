@@ -1,0 +1,162 @@
+"""Networks that a user's function makes: forms, options, checks, and the same numbers as the network itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from diffusion_jax import config as configs
+from diffusion_jax import models, pretrained, training
+from diffusion_jax.models import Shapes
+from helpers import own_networks
+from helpers.configs import a_batch, tiny_config
+
+SHAPE = (8, 8, 1)
+X, TIME = jax.random.normal(jax.random.key(1), (3, *SHAPE)), jnp.array([0.0, 3.0, 900.0])
+
+
+def config_of(kind, texts=None, **overrides):
+    """The tiny config with another network: `texts` as on the command line."""
+    config = tiny_config(**overrides)
+    return configs.override(
+        config, {"model.kind": f"helpers.own_networks:{kind}", "model.dropout": "0"} | (texts or {})
+    )
+
+
+def network_of(kind, texts=None, **overrides):
+    return training.model_from_config(config_of(kind, texts, **overrides))
+
+
+def init(model, **inputs):
+    return model.init(jax.random.key(0), X, TIME, **inputs)["params"]
+
+
+def test_a_linen_module_gives_its_own_numbers():
+    model = network_of("linen", {"model.options.width": "6"})
+    params, own = init(model), own_networks.linen(Shapes(SHAPE, SHAPE), width=6)
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, X, TIME), own.apply({"params": params["network"]}, X, TIME)
+    )
+
+
+def test_an_nnx_module_gives_its_own_numbers():
+    model, own = network_of("of_nnx"), own_networks.of_nnx(Shapes(SHAPE, SHAPE), rngs=nnx.Rngs(5))
+    params = {"network": nnx.to_pure_dict(nnx.state(own, nnx.Param))}
+    np.testing.assert_array_equal(model.apply({"params": params}, X, TIME), own(X, TIME))
+    drawn = init(model)["network"]["dense_0"]["kernel"]
+    assert drawn.shape == (65, 8) and drawn.std() > 0
+
+
+def test_a_pair_of_functions_takes_further_scalars():
+    model = network_of("pair", {"model.options.scale": "2"})
+    params = init(model)
+    plain = model.apply({"params": params}, X, TIME)
+    np.testing.assert_allclose(
+        plain.reshape(3, -1),
+        jnp.concatenate([X.reshape(3, -1), TIME[:, None] / 1000], 1) @ params["network"]["w"],
+        rtol=1e-5,
+    )
+    more = model.apply({"params": params}, X, TIME, extra=jnp.full((3, 2), 5.0))
+    np.testing.assert_allclose(more, plain + 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linen", "of_nnx"])
+def test_dropout_follows_the_key_and_is_off_without_training(kind):
+    model = network_of(kind, {"model.dropout": "0.5"})
+    params = init(model)
+
+    def call(seed, train=True):
+        return model.apply({"params": params}, X, TIME, train=train, rngs={"dropout": jax.random.key(seed)})
+
+    assert (call(0) == call(0)).all() and (call(0) != call(1)).any()
+    np.testing.assert_array_equal(call(0, train=False), call(1, train=False))
+
+
+def test_a_condition_is_replaced_by_the_null_that_the_network_declares():
+    model = network_of("linen", {"model.condition_features": "2", "model.condition_dropout": "0.5"})
+    condition = jnp.array([[1.0, 2.0], [jnp.nan, jnp.nan], [0.5, 0.5]])
+    params = init(model, condition=condition)
+    output = model.apply({"params": params}, X, TIME, condition=condition)
+    null = model.apply(
+        {"params": params}, X, TIME, condition=jnp.full((3, 2), own_networks.Convolutions.null_condition)
+    )
+    np.testing.assert_array_equal(output[1:], null[1:])
+    assert (output[0] != null[0]).any()
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
+    low, high = (network_of("linen", {"model.dtype": dtype}) for dtype in ("bfloat16", "float32"))
+    params = init(high)
+    output = low.apply({"params": params}, X, TIME)
+    error = abs(output - high.apply({"params": params}, X, TIME)).max()
+    assert output.dtype == jnp.float32 and 1e-4 < error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "words"),
+    [
+        ("without_time", {}, "the output does not depend on time"),
+        ("too_wide", {}, r"has shape \[2, 2, 8, 8, 1\] .* must have \[2, 8, 8, 1\]"),
+        ("pair", {"model.num_classes": "10"}, "the output does not depend on y"),
+        ("pair", {"model.dropout": "0.1"}, "draws no random numbers; use --config.model.dropout=0"),
+        ("batch_norm", {}, "'batch_stats', which a call changes.*GroupNorm"),
+        ("number", {}, "must return a Linen module, an NNX module or a pair .* not a int"),
+        ("linen", {"model.options.depth": "3"}, "model.options.depth is not an argument .*; its options: width"),
+        ("linen", {"model.options.width": "wide"}, "model.options.width='wide' must be a whole number"),
+        ("linen", {"model.channels": "64"}, "model.channels=64 has no effect .* use 128"),
+        ("absent", {}, "helpers.own_networks:absent cannot be imported"),
+        ("pair", {"model.condition_features": "2", "model.condition_dropout": "0.5"}, "does not depend on condition"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_one_line(kind, texts, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        network_of(kind, texts)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_settings_of_a_run():
+    config = config_of("linen", {"model.options.width": "6"})
+    assert config.model.options.to_dict() == {"width": 6} and config.model.channels == 128
+    assert configs.identity_settings(config)["model.options"] == {"width": 6}
+    again = configs.resolve(configs.override(config, {"model.options.width": "7"}).to_dict())
+    assert again.model.options.to_dict() == {"width": 7}
+    with pytest.raises(ValueError, match="model.options={'width': 3} are for"):
+        training.model_from_config(configs.resolve({"model": {"options": {"width": 3}}}))
+
+
+def test_a_file_names_a_network(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def net(shapes):\n    return lambda key: 1.0, lambda params, x_t, time: params * x_t + time.sum()\n"
+    )
+    config = configs.override(tiny_config(), {"model.kind": f"{path}:net", "model.dropout": "0"})
+    model = training.model_from_config(config)
+    assert models.source_file(model) == path.resolve()
+
+
+@pytest.mark.parametrize("kind", ["linen", "of_nnx", "pair"])
+def test_microbatches_take_the_same_step(kind):
+    """Without dropout; the gradient of two microbatches is that of the batch."""
+    losses = []
+    for count in (1, 2):
+        config = config_of(kind, **{"training.accumulation_steps": count})
+        state, step = training.create(config)
+        for _ in range(2):
+            state, metrics = step(state, a_batch(config))
+        losses.append(metrics["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
+    config = config_of("linen")
+    model = training.model_from_config(config)
+    net = pretrained.from_config(config, init(model))
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    with pytest.raises(pretrained.PretrainedError, match="loading imports no code by itself; give network=FUNCTION"):
+        pretrained.load(tmp_path / "net.safetensors")
+    for network in (True, own_networks.linen):
+        loaded = pretrained.load(tmp_path / "net.safetensors", network=network)
+        np.testing.assert_array_equal(loaded.denoise_fn(X, TIME), net.denoise_fn(X, TIME))
+    with pytest.raises(pretrained.PretrainedError, match="diffusers has no such network"):
+        pretrained.save_diffusers(net, tmp_path / "folder")
