@@ -17,13 +17,14 @@ from diffusion_jax import (
     timesteps,
     types,
 )
-from diffusion_jax.types import Clip, DenoiseFn, TimestepSampler
+from diffusion_jax.types import Clip, DenoiseFn, LevelDraw, TimestepSampler
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Clip",
     "DenoiseFn",
+    "LevelDraw",
     "TimestepSampler",
     "coordinates",
     "draws",

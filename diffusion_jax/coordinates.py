@@ -40,6 +40,7 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
     """
     if not sigma_data > 0:
         raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+    sigma_data = float(sigma_data)  # a float64 scalar would make the output float64 under x64
 
     def denoise_fn(x_t, time):
         x_t = process.as_float("x_t", x_t)

@@ -66,7 +66,7 @@ def classifier_free(
     """(1 - s) unconditional + s conditional (Ho & Salimans 2022 eq. 6 with s = 1 + w), in one call of twice the batch.
 
     s = 1 is bit-identical to the conditional half of that call and s = 0 to the unconditional half. The same mixture applies
-    to eps, x_0, v, x_prev and the score, which are linear functions of each other.
+    to eps, x_0, v, x_prev, the score and flow, which are linear functions of each other.
 
     Args:
       denoise_fn: called with x_t [2 B, ...], network time [2 B] and y [2 B, ...].

@@ -107,12 +107,14 @@ def edm_weight(snr: Float[ArrayLike, "*shape"], sigma_data: float = 0.5) -> Floa
 
     s^2 = 1 / SNR. Karras et al. 2022, table 1.
     """
-    return 1.0 + 1.0 / (process.as_float("snr", snr) * sigma_data**2)
+    snr = process.as_float("snr", snr)
+    return 1.0 + 1.0 / (snr * jnp.asarray(sigma_data, snr.dtype) ** 2)
 
 
 def sigmoid_weight(snr: Float[ArrayLike, "*shape"], bias: float = -1.0) -> Float[Array, "*shape"]:
     """Weight sigmoid(bias - log SNR) on the eps error, for levels drawn uniformly in log SNR (Kingma & Gao 2023; SiD2)."""
-    return 1.0 / (1.0 + process.as_float("snr", snr) * jnp.exp(-jnp.float32(bias)))
+    snr = process.as_float("snr", snr)
+    return 1.0 / (1.0 + snr * jnp.exp(jnp.asarray(-bias, snr.dtype)))
 
 
 WEIGHTINGS: dict[str, WeightFn] = {
@@ -158,7 +160,7 @@ def simple(
       of schedule, an output of another shape, weights that are not [B], an x_0 that is not float [B, ..., C], or a
       "truncated_snr" or "edm" weight, which is infinite, for eps or score if alpha_bar ends at 0.
     """
-    if weighting in ("truncated_snr", "edm") and isinstance(schedule, Schedule):
+    if weighting in ("truncated_snr", "edm"):
         process.check_terminal_snr(schedule, prediction)
     aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw)
     return aux.importance * _weight_of_target(schedule, aux, prediction, weighting) * aux.mse, aux

@@ -279,17 +279,22 @@ def to_flow(
     return to_eps(schedule, output, x_t, t, prediction) - x_0
 
 
-def check_terminal_snr(schedule: Schedule, prediction: str, first: int | None = None) -> None:
+def check_terminal_snr(schedule: Schedule | Path, prediction: str, first: int | None = None) -> None:
     """Raises ValueError if a visited step has alpha = 0 in float32 and the prediction does not determine x_0 there.
 
     The check does not depend on the dtype of x. For a traced schedule, only the last step is checked.
 
     first: the highest index that is visited; the default is T - 1.
     """
-    last = schedule.num_timesteps - 1
-    first = last if first is None else first
     if not schedule.zero_terminal_snr or prediction not in ("eps", "score"):
         return
+    if isinstance(schedule, Path):
+        raise ValueError(
+            f"the path ends in pure noise, where {prediction} does not determine x_0; predict v, x_0 or flow, or give the "
+            "path an interval that ends before"
+        )
+    last = schedule.num_timesteps - 1
+    first = last if first is None else first
     lowest = last  # the first index without signal
     if not isinstance(schedule.sqrt_alpha_bar, Tracer):
         lowest = int(np.argmax(np.asarray(schedule.sqrt_alpha_bar) < np.finfo(np.float32).tiny))

@@ -119,6 +119,42 @@ def test_samplers_see_exact_network_times():
     np.testing.assert_allclose(times[informative], exact, atol=1e-6)
 
 
+@pytest.mark.parametrize("spacing", ["karras", "log_snr", "gaussian"])
+def test_spacings_of_a_schedule_that_ends_in_pure_noise(spacing):
+    """All steps but the last are those of the schedule without it; samples of a Gaussian have its deviation."""
+    times = np.linspace(1, 1000, 1000)
+    whole, inner = (schedules.from_path(schedules.rectified_flow(), t) for t in (times, times[:-1]))
+    spaced, expected = schedules.respace(whole, 61, spacing), schedules.respace(inner, 60, spacing)
+    assert spaced.zero_terminal_snr and spaced.timesteps[-1] == 1000
+    np.testing.assert_allclose(spaced.alpha_bar[:-1], expected.alpha_bar, rtol=1e-12)
+    np.testing.assert_allclose(spaced.timesteps[:-1], expected.timesteps, rtol=1e-12)
+    assert schedules.respace(whole, 1, spacing).timesteps == [1000]
+    x_T = jax.random.normal(KEY, (1000, 1))
+    denoise_fn = gaussian(schedules.rectified_flow(), 0.25)
+    x_0 = sampling.sample(KEY, spaced, denoise_fn, x_T, sampling.dpm_solver_pp(prediction="x_0", clip=False))
+    assert abs(x_0.std() / x_T.std() - 0.5) < 0.02
+
+
+def test_respacing_keeps_the_digits_of_almost_clean_levels():
+    schedule = schedules.from_path(schedules.rectified_flow(), np.array([1e-6, 1e-3, 1.0, 500.0]))
+    short = schedules.respace(schedule, [0, 1, 3])
+    for table in ("alpha_bar", "sqrt_one_minus_alpha_bar", "snr"):
+        np.testing.assert_allclose(getattr(short, table), getattr(schedule, table)[[0, 1, 3]], rtol=1e-14)
+    exact = 1 - (1 + 1e-18 / (1 - 1e-9) ** 2) / (1 + 1e-12 / (1 - 1e-6) ** 2)  # 1 / alpha_bar is 1 + (sigma / alpha)^2
+    np.testing.assert_allclose(short.betas[1], exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("x64", [True, False])
+def test_a_numpy_scalar_does_not_change_the_dtype(x64):
+    with jax.enable_x64(x64):
+        x = jnp.ones((2, 3), jnp.float32)
+        path = schedules.shifted(EDM, -2 * np.log(3.0))
+        assert path.at(jnp.zeros(2, jnp.float32), x).alpha.dtype == jnp.float32
+        denoise_fn = coordinates.precondition(lambda x, time: x, EDM, np.float64(0.3))
+        loss, _ = losses.simple(KEY, path, denoise_fn, x, prediction="x_0", weighting="edm")
+        assert loss.dtype == jnp.float32 and losses.edm_weight(x, np.float64(0.3)).dtype == jnp.float32
+
+
 def test_bad_arguments_are_refused(unchecked_annotations):
     x, t, time = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.zeros(2)
     chain = schedules.from_betas(schedules.betas("linear", 10))
@@ -368,6 +404,29 @@ def test_the_discrete_bound_falls_to_the_continuous_one(steps):
 
 def rho_levels(count):
     return (0.002 ** (1 / 7) + np.arange(count) / (count - 1) * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+
+
+def two_points(x_t, time):
+    """The exact x_0 of equal weights at -1 and 1, each with variance 0.01."""
+    at, variance = EDM.at(time, x_t), 0.01
+    total = variance * at.alpha**2 + at.sigma**2
+    mean = jnp.tanh(at.alpha * x_t / total)
+    return mean + variance * at.alpha / total * (x_t - at.alpha * mean)
+
+
+def test_heun_has_order_2_on_a_mixture():
+    """Against 2,000 steps; where the trajectories part, the error has not reached its order with fewer steps."""
+    with jax.enable_x64(True):
+        x_T = jnp.linspace(-2.0, 2.0, 40)[:, None]
+
+        def draw(count):
+            make = sampling.heun(prediction="x_0", clip=False)
+            return sampling.sample(KEY, levels(EDM, rho_levels(count)), two_points, x_T, make)
+
+        exact = draw(2000)
+        errors = [float(jnp.abs(draw(count) - exact).mean()) for count in (40, 80, 160)]
+    ratios = np.array(errors[:-1]) / np.array(errors[1:])
+    assert (ratios > 3.4).all() and (ratios < 5.5).all()
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])

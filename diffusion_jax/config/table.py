@@ -221,7 +221,9 @@ DIFFUSION: dict[str, Setting] = {
         "Path, as `schedules.PATHS` names it: training draws from its continuous noise levels, instead of the schedule's. "
         "Sampling and likelihoods use T of them, evenly spaced in network time. None for the schedule.",
     ),
-    "log_snr_shift": Setting(0.0, Number(), "Number that is added to a path's log SNR, for larger images."),
+    "log_snr_shift": Setting(
+        0.0, Number(), "Number that is added to the log SNR of a path, and of every draw, for larger images."
+    ),
     "draw": Setting("uniform", Choice(*draws.DRAWS), "Distribution of a batch's noise levels on a path."),
     "draw_mean": Setting(
         None, optional(Number()), "Mean of the draws log_normal and logit_normal; None for the published."
@@ -350,7 +352,7 @@ SAMPLING: dict[str, Setting] = {
         OneOf(
             Choice(None),
             Integer(1),
-            Tuple(OneOf(Integer(0), Number(minimum=0)), "at least 2 numbers", minimum_length=2, shown="(10, 15, 20)"),
+            Tuple(OneOf(Integer(0), Number()), "at least 2 numbers", minimum_length=2, shown="(10, 15, 20)"),
         ),
         "Number of sampling steps; None for all timesteps. Several numbers are the steps per section of the chain "
         "with the spacing openai, or rising network times with the spacing given.",

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffusion_jax import likelihood, process
-from diffusion_jax.schedules import Schedule, cast_table
+from diffusion_jax.schedules import NoiseLevel, Schedule, cast_table
 
 __all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
 
@@ -79,7 +79,7 @@ def log_density(
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
-      time: the network time of x, a number; None for the first time of the training schedule, also if respaced.
+      time: the network time of x, a number; None for the first time of the training path.
     Returns: OdeDensity.
     Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, an output with another shape, or
       prediction eps or score if alpha_bar ends at 0.
@@ -101,7 +101,7 @@ def log_density(
     def derivative(half_log_ratio, state, _):
         x, _ = state
         log_snr = -2 * half_log_ratio
-        alpha, sigma = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+        alpha, sigma, _ = NoiseLevel.at_log_snr(log_snr)
         network_time = jnp.full(x.shape[:1], schedule.time_at_log_snr(log_snr), x.dtype)
 
         def eps_fn(x):

@@ -239,8 +239,13 @@ class Model:
         self._check_is_diffusion_model()
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
-        if is_batch_of_keys(key) and len(key) != num_images:
-            raise ValueError(f"key has {len(key)} keys for {num_images} samples; give one key, or one for each sample")
+        if is_batch_of_keys(key):
+            if algorithm is not None:
+                raise ValueError("an algorithm draws its samples with one key; give one key")
+            if len(key) != num_images:
+                raise ValueError(
+                    f"key has {len(key)} keys for {num_images} samples; give one key, or one for each sample"
+                )
         sampler, schedule = self.configure(sampler, steps, spacing)
         self.check_guidance(sampler, guidance_scale, condition is not None, classifier, classifier_form)
         self.check_small_images(low is not None, noise_std)
@@ -578,6 +583,14 @@ def make_model(
     )
 
 
+def format_schedule(diffusion: Mapping[str, Any]) -> str:
+    """Returns the name of the schedule of `config.diffusion`, or of the path and the shift of its log SNR."""
+    if not diffusion["path"]:
+        return diffusion["schedule"]
+    shift = diffusion["log_snr_shift"]
+    return f"path {diffusion['path']}" + (f", log SNR {shift:+g}" if shift else "")
+
+
 def format_summary(net: Model) -> str:
     """Describes weights, one line for each setting."""
     shapes = parameters.parameter_shapes(net.model, net.example_shape)
@@ -600,9 +613,10 @@ def format_summary(net: Model) -> str:
         "enlarges": f"images {net.low_resolution} pixels high" if net.low_resolution else None,
         "classes": net.num_classes or None,
         "prediction": net.prediction,
+        "sigma_data": net.sigma_data,
         "variance": net.variance,
         "clip": net.clip,
-        "schedule": "a table of betas" if net.diffusion is None else net.diffusion["path"] or net.diffusion["schedule"],
+        "schedule": "a table of betas" if net.diffusion is None else format_schedule(net.diffusion),
         "timesteps": "{}, network times {:g} ... {:g}".format(
             net.schedule.num_timesteps, *net.schedule.timesteps[[0, -1]]
         ),

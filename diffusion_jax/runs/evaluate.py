@@ -33,6 +33,7 @@ from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features
 from diffusion_jax.pretrained import load_weights
+from diffusion_jax.pretrained.model import format_schedule
 from diffusion_jax.provenance import params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.sample import SampleFile
@@ -408,6 +409,7 @@ def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[s
         "split": measured.split,
         "num_examples": measured.num_examples,
         "levels": config.data.levels,
+        "schedule": format_schedule(config.diffusion),
         "num_timesteps": net.schedule.num_timesteps,
         "prediction": config.diffusion.prediction,
         "variance": config.diffusion.variance,

@@ -296,10 +296,14 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
             )
         alpha_bar = training.schedule_from_config(diffusion).alpha_bar[-1]
         if alpha_bar > _MAX_TERMINAL_ALPHA_BAR:
+            settings = f"diffusion.num_timesteps={diffusion.num_timesteps} with the schedule {diffusion.schedule}"
+            better = "--config.diffusion.num_timesteps=1000, or --config.diffusion.schedule=cosine"
+            if diffusion.path:
+                settings = f"diffusion.path={diffusion.path} with log_snr_shift={diffusion.log_snr_shift:g}"
+                better = "--config.diffusion.log_snr_shift=0"
             found.append(
-                f"diffusion.num_timesteps={diffusion.num_timesteps} with the schedule {diffusion.schedule} ends at alpha_bar="
-                f"{alpha_bar:.2g} instead of nearly 0, but samples start from pure noise; use "
-                "--config.diffusion.num_timesteps=1000, or --config.diffusion.schedule=cosine"
+                f"{settings} ends at alpha_bar={alpha_bar:.2g} instead of nearly 0, but samples start from pure noise; use "
+                f"{better}"
             )
     if source is not None:
         batch_size, levels = config.training.batch_size, config.data.levels

@@ -113,6 +113,13 @@ class Path:
             )
         return NoiseLevel.at_log_snr(self._log_snr(time.astype(dtype), jnp).reshape(shape))
 
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the path ends in pure noise; False for a traced path."""
+        with jax.ensure_compile_time_eval():
+            last = self.log_snr(jnp.asarray(self.interval[1], jnp.float32))
+        return not isinstance(last, Tracer) and bool(np.isneginf(last))
+
     def check_finite_ends(self, purpose: str) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Returns the log SNR at both ends of `interval`.
 
@@ -369,9 +376,13 @@ def shifted(path: Path, delta_log_snr: float) -> Path:
     """The path with the log SNR plus a constant at every time.
 
     Images with d times the width need 2 log(1/d) for the same signal in averaged pixels (Hoogeboom et al. 2023, "simple
-    diffusion", eq. 5). SD3's shift of rectified flow by m (Esser et al. 2024, eq. 23) is -2 log m.
+    diffusion", eq. 5). SD3's shift of rectified flow from n to m pixels (Esser et al. 2024, eq. 23) is log(n / m).
+
+    A network trained on this path gets the time of `path`, before the shift. For a network that was trained on `path` itself,
+    or as SD3's, which gets the shifted tau, use `from_path(path, times)` with shifted times instead.
     """
-    return _Shifted(path, delta_log_snr)
+    is_scalar = isinstance(delta_log_snr, np.generic)  # a float64 scalar would make every level float64 under x64
+    return _Shifted(path, float(delta_log_snr) if is_scalar else delta_log_snr)
 
 
 def path(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Num
 
+from diffusion_jax.schedules.paths import Interpolated
 from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_tables
 
 __all__ = ["DATA_STD", "SPACINGS", "respace"]
@@ -114,23 +115,25 @@ def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
 
 
 def _spaced_log_snr(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
-    """Returns the log SNR [count], noisiest last, with sigma spaced as named."""
+    """Returns the log SNR [count], noisiest last, with sigma spaced as named.
+
+    If the schedule ends in pure noise, so does the result, and sigma is spaced up to the last step with signal.
+    """
     _check_count(count, schedule.num_timesteps)
-    if schedule.zero_terminal_snr:
-        raise ValueError(
-            f"spacing {spacing!r} needs a finite noise level at the end, but alpha_bar ends at 0; use 'trailing', or leave "
-            "the last step out"
-        )
-    alpha_bar = schedule.alpha_bar[[0, -1]]
+    is_noise = schedule.zero_terminal_snr and schedule.num_timesteps > 1
+    number = count - is_noise
+    alpha_bar = schedule.alpha_bar[[0, -1 - is_noise]]
     sigma_min, sigma_max = np.sqrt((1 - alpha_bar) / alpha_bar)
-    return -2 * np.log(_SIGMA_SPACINGS[spacing](np.arange(count) / max(count - 1, 1), sigma_min, sigma_max)[::-1])
+    sigma = _SIGMA_SPACINGS[spacing](np.arange(number) / max(number - 1, 1), sigma_min, sigma_max)[::-1]
+    return np.append(-2 * np.log(sigma), [-np.inf] * is_noise)
 
 
 def _levels_between_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns (timesteps, log SNR), float64 [S], if `steps` lie between indices; None if `steps` are indices."""
     if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
         log_snr = _spaced_log_snr(schedule, steps, spacing)
-        return schedule.path.time_on_host(log_snr), log_snr
+        times = schedule.path.time_on_host(log_snr)
+        return np.where(np.isfinite(log_snr), times, schedule.timesteps[-1]), log_snr
     if spacing != "openai" and np.ndim(steps) == 1 and np.size(steps) and np.asarray(steps).dtype.kind == "f":
         timesteps = np.sort(np.asarray(steps, np.float64))
         first, last = schedule.path.interval[0], max(schedule.path.interval[1], schedule.timesteps[-1])
@@ -174,7 +177,8 @@ def respace(
             karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
             log_snr    log sigma (DPM-Solver section 3.3)
             gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data with standard deviation 0.5
-              (Sabour et al. 2024, section 3.1, derive it for their own bound);
+              (Sabour et al. 2024, section 3.1, derive it for their own bound).
+          If alpha_bar ends at 0, the last step is pure noise, and the others reach to the last step with signal;
         several ints with the spacing "openai", as the string "a,b,c";
         or explicit steps, in any order: indices (int), or network times (float).
       spacing: only for an int, or for the sections of "openai"; strings and explicit steps define their own.
@@ -183,7 +187,7 @@ def respace(
       schedule's, or the path's at steps between indices.
     Raises: ValueError for an invalid string, a count that does not fit, an index or time outside the schedule, a repeated
       step, an unknown spacing, a spacing for steps that are not an int, one step with "leading", "linspace" or "quadratic",
-      one of the last three spacings if alpha_bar ends at 0, or tables that are not float64.
+      or tables that are not float64.
     """
     if not isinstance(schedule.alpha_bar, np.ndarray) or schedule.alpha_bar.dtype != np.float64:
         raise ValueError(
@@ -208,5 +212,10 @@ def respace(
         raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
     timesteps, alpha_bar = schedule.timesteps[indices], schedule.alpha_bar[indices]
     _check_repeated(timesteps, steps, spacing)
-    betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)
+    if isinstance(schedule.path, Interpolated):
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+        return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)
+    noise = schedule.sqrt_one_minus_alpha_bar[indices] ** 2  # 1 - alpha_bar has no digits where a path is almost clean
+    with np.errstate(divide="ignore"):  # the logarithm of 0 in pure noise
+        betas = -np.expm1(np.diff(np.log1p(-noise), prepend=0.0))
+    return from_tables(alpha_bar, noise, betas, timesteps, schedule.path)

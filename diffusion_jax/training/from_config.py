@@ -23,7 +23,7 @@ from diffusion_jax.training.batches import condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state, metric_names
-from diffusion_jax.training.step import TrainStep, make_train_step, scan_steps
+from diffusion_jax.training.step import TrainStep, make_draw, make_train_step, scan_steps
 
 __all__ = [
     "TrainingProgram",
@@ -121,8 +121,8 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
     (first, last), count = path.interval, config["num_timesteps"]
-    times = np.linspace(first, last, count)
-    if not np.isfinite(path.log_snr_on_host(first)):
+    times = np.linspace(first, last, count) if count > 1 else np.array([last])
+    if not np.isfinite(path.log_snr_on_host(times[0])) and count > 1:
         times = np.linspace(first, last, count + 1)[1:]
     return schedules.from_path(path, times)
 
@@ -167,8 +167,8 @@ def check_loss(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"diffusion.loss='hybrid' trains a learned variance, but diffusion.variance={variance!r}; use learned_range"
         )
-    if loss == "vlb" and weighting not in (None, "none"):
-        raise ValueError(f"diffusion.weighting={weighting!r} is for L_simple; the vlb has its own weights; use none")
+    if loss in ("vlb", "continuous_vlb") and weighting not in (None, "none"):
+        raise ValueError(f"diffusion.weighting={weighting!r} is for L_simple; the {loss} has its own weights; use none")
 
 
 def _check_path(config: Mapping[str, Any]) -> None:
@@ -184,12 +184,15 @@ def _check_path(config: Mapping[str, Any]) -> None:
             else config["timestep_sampler"],
             "rescale_timesteps": True if config["rescale_timesteps"] else None,
         }
-        for setting, value in of_a_chain.items():
-            if value is not None:
-                raise ValueError(
-                    f"diffusion.{setting}={value!r} needs the steps of a schedule, but diffusion.path={path!r} is "
-                    "continuous; use diffusion.path=None, or leave the setting out"
-                )
+        found = {name: value for name, value in of_a_chain.items() if value is not None}
+        if found:
+            listed = ", ".join(f"diffusion.{name}={value!r}" for name, value in found.items())
+            allowed = {"loss": "simple", "variance": "fixed_large", "prediction": "v", "timestep_sampler": "uniform"}
+            flags = " ".join(f"--config.diffusion.{name}={allowed.get(name, False)}" for name in found)
+            raise ValueError(
+                f"{listed} needs the steps of a schedule, but diffusion.path={path!r} is continuous; use "
+                f"diffusion.path=None, or {flags}"
+            )
     else:
         of_a_path = {
             "loss": loss == "continuous_vlb",
@@ -219,6 +222,31 @@ def _check_path(config: Mapping[str, Any]) -> None:
         )
     if loss != "simple" and config["weighting"] == "edm":
         raise ValueError(f"diffusion.weighting='edm' is for the loss simple, not {loss}; use none")
+
+
+def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None:
+    """Raises: ValueError for a draw or a loss that the path does not allow, or an unknown standard deviation of x_0."""
+    diffusion, normalization = config["diffusion"], config["data"]["normalization"]
+    if diffusion["path"]:
+        needs_ends = diffusion["loss"] == "continuous_vlb" or diffusion["draw"] == "uniform_log_snr"
+        if needs_ends and not np.isfinite(path.log_snr_on_host(np.array(path.interval))).all():
+            setting = "loss" if diffusion["loss"] == "continuous_vlb" else "draw"
+            raise ValueError(
+                f"diffusion.{setting}={diffusion[setting]!r} needs a finite log SNR at both ends of the path, and "
+                f"diffusion.path={diffusion['path']!r} has none; use vp_linear, vp_cosine or edm"
+            )
+        _, log_density = make_draw(diffusion)(jax.random.key(0), 16, path)
+        if not np.isfinite(log_density).all():
+            raise ValueError(
+                f"diffusion.draw_mean={diffusion['draw_mean']} and draw_std={diffusion['draw_std']} draw no level of "
+                f"diffusion.path={diffusion['path']!r}; use values nearer to the published -1.2 and 1.2"
+            )
+    uses_std = "edm" in (diffusion["preconditioning"], diffusion["weighting"]) and diffusion["sigma_data"] is None
+    if uses_std and is_continuous(config) and normalization in ("none", "limits"):
+        raise ValueError(
+            f"data.normalization={normalization!r} does not standardize the data, so their standard deviation is unknown; "
+            "give --config.diffusion.sigma_data=VALUE"
+        )
 
 
 class TrainingProgram(NamedTuple):
@@ -252,6 +280,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
     schedule = schedule_from_config(config["diffusion"])
     check_loss(config["diffusion"])
+    _check_noise_levels(config, schedule.path)
     name = "x" if is_continuous(config) else "image"
     if contradiction := data.find_contradiction(config["data"], name):
         raise data.DataError(contradiction)

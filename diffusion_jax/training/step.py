@@ -29,8 +29,18 @@ from diffusion_jax.training.state import (
     quarter_averages,
     update_averages,
 )
+from diffusion_jax.types import LevelDraw
 
-__all__ = ["Microbatch", "Objective", "TrainStep", "make_objective", "make_train_step", "scan_steps", "sigma_data"]
+__all__ = [
+    "Microbatch",
+    "Objective",
+    "TrainStep",
+    "make_draw",
+    "make_objective",
+    "make_train_step",
+    "scan_steps",
+    "sigma_data",
+]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -79,18 +89,24 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     """
     diffusion = config["diffusion"]
     loss = losses.LOSSES[diffusion["loss"]]
-    settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": None}
-    if diffusion["path"]:
-        options = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
-        options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        options["stratified"] = diffusion["timestep_sampler"] == "stratified"
-        settings["draw"] = draws.DRAWS[diffusion["draw"]](**options)
+    draw = make_draw(diffusion) if diffusion["path"] else None
+    settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": draw}
     if diffusion["weighting"] == "edm":
         settings["weighting"] = functools.partial(
             losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
         )
     names = {name for name, value in inspect.signature(loss).parameters.items() if value.kind is value.KEYWORD_ONLY}
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
+
+
+def make_draw(diffusion: Mapping[str, Any]) -> LevelDraw:
+    """Builds the draw of noise levels for a path, from `config.diffusion`."""
+    options: dict[str, Any] = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
+    options = {name: value for name, value in options.items() if value is not None}
+    draw = draws.DRAWS[diffusion["draw"]](**options, stratified=diffusion["timestep_sampler"] == "stratified")
+    if isinstance(draw, draws.log_normal):  # its levels do not depend on the path, so a shift moves the mean
+        draw = dataclasses.replace(draw, mean=draw.mean - diffusion["log_snr_shift"] / 2)
+    return draw
 
 
 def sigma_data(diffusion: Mapping[str, Any], is_continuous: bool) -> float:

@@ -11,7 +11,8 @@ from diffusion_jax import coordinates, pretrained, training
 from diffusion_jax.models import apply_network
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
-from diffusion_jax.runs import evaluate, sample, train
+from diffusion_jax.runs import evaluate, plan, sample, train
+from diffusion_jax.training.step import make_draw
 from helpers.configs import a_batch, tiny_config
 
 EDM = {
@@ -52,12 +53,48 @@ def test_a_train_step_on_a_path(settings):
         ({"diffusion.path": "edm", "diffusion.draw_mean": 0.5}, "is for the draws log_normal and logit_normal"),
         ({"diffusion.preconditioning": "edm"}, "predict x_0, but diffusion.prediction='eps'; use x_0"),
         ({"diffusion.sigma_data": 0.3}, "is for diffusion.preconditioning=edm or weighting=edm"),
+        (VDM | {"diffusion.weighting": "p2"}, "continuous_vlb has its own weights"),
+        (
+            FLOW | {"diffusion.loss": "continuous_vlb"},
+            "loss='continuous_vlb' needs a finite log SNR .*'rectified_flow' has none",
+        ),
+        (FLOW | {"diffusion.draw": "uniform_log_snr"}, "draw='uniform_log_snr' needs a finite log SNR"),
+        (EDM | {"diffusion.draw_mean": -40.0}, "draw no level of diffusion.path='edm'"),
+        (
+            EDM | {"data.levels": None, "data.normalization": "none", "data.random_flip": False},
+            "normalization='none' does not standardize .* give --config.diffusion.sigma_data",
+        ),
     ],
 )
 def test_settings_that_contradict_a_path_are_one_line(overrides, words):
     with pytest.raises(ValueError, match=words) as caught:
         training.create(tiny_config(**overrides))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [EDM, FLOW, FLOW | {"diffusion.draw": "uniform"}], ids=["edm", "flow", "uniform"])
+def test_a_shift_moves_the_levels_of_training(settings):
+    """And the mean of a draw that does not depend on the path."""
+    means = []
+    for shift in (0.0, -2.0):
+        config = tiny_config(**settings, **{"diffusion.log_snr_shift": shift})
+        path = training.schedule_from_config(config.diffusion).path
+        time, _ = make_draw(config.diffusion)(jax.random.key(0), 2000, path)
+        means.append(np.median(path.log_snr(time)))
+    assert abs(means[1] - means[0] + 2) < 0.15
+
+
+def test_one_level_of_a_path_is_the_noisiest():
+    config = tiny_config(**EDM, **{"diffusion.num_timesteps": 1})
+    np.testing.assert_allclose(training.schedule_from_config(config.diffusion).snr, [80.0**-2], rtol=1e-9)
+
+
+def test_summaries_name_the_path():
+    net = pretrained.from_config(tiny_config(**EDM, **{"diffusion.log_snr_shift": -2.0}))
+    summary = pretrained.format_summary(net)
+    assert "path edm, log SNR -2" in summary and "sigma_data" in summary
+    config = tiny_config(**EDM, **{"diffusion.log_snr_shift": 9.0})
+    assert any("diffusion.path=edm with log_snr_shift=9 ends at" in note for note in plan.notes(config))
 
 
 @pytest.mark.whole
