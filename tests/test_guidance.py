@@ -171,5 +171,9 @@ def test_classifier_guidance_at_zero_terminal_snr(prediction, x64_on):
         guided = jax.jit(guidance.classifier(half, log_prob, jsd, 2.0, prediction=prediction))
         shift = {"eps": -200.0, "score": 200.0, "x_0": 0.0, "v": 0.0, "flow": 0.0}[prediction]
         np.testing.assert_allclose(guided(x, jnp.full(5, 9.0)), 0.5 * x + shift, rtol=1e-6)
+        curved = guidance.classifier(half, lambda x, time: -(x**2).sum(1), jsd, 2.0, prediction=prediction)
+        gradient = jax.grad(lambda x: curved(x, jnp.full(5, 9.0)).sum())(x)
+        slope = {"eps": 4.0, "score": -4.0}.get(prediction, 0.0)
+        np.testing.assert_allclose(gradient, 0.5 + slope, rtol=1e-6)
         before = guided(x, jnp.full(5, 8.0)) - 0.5 * x
         assert np.isfinite(before).all() and (abs(before) > 10).all()

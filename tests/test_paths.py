@@ -181,8 +181,13 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: schedules.from_path(schedules.rectified_flow(), [0.0, 500.0]), "inf at time 0"),
         (lambda: schedules.path(lambda time: time, interval=(0, 1)), "decrease strictly"),
         (lambda: schedules.edm(80, 0.002), "0 < sigma_min"),
-        (lambda: schedules.rectified_flow(interval=(0, 1001)), "in 0 ... 1000"),
+        *(
+            (lambda make=make, ends=ends: make(interval=ends), "in 0 ... 1000")
+            for make in (schedules.rectified_flow, schedules.vp_linear, schedules.vp_cosine)
+            for ends in ((0.0, 1001.0), (-0.5, 1000.0))
+        ),
         (lambda: draws.log_normal(std=0.0), "std must be above 0"),
+        (lambda: losses.simple(KEY, schedules.rectified_flow(), gaussian(EDM), x, weighting="edm"), "ends in pure noise"),
         (lambda: coordinates.precondition(gaussian(EDM), EDM, 0.0), "sigma_data must be above 0"),
         (lambda: schedules.rescale_zero_terminal_snr([0.1]), "one step"),
     ):

@@ -178,6 +178,14 @@ def test_log_snr_extends_the_table_and_is_invertible(x64):
     np.testing.assert_allclose(THOUSAND.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
 
 
+def test_the_levels_of_a_step(x64):
+    t, x = jnp.array([0, 1, 500]), jnp.zeros((3, 1))
+    at = THOUSAND.at(t, x)
+    np.testing.assert_allclose(at.level.log_snr[:, 0], np.log(THOUSAND.snr[t]), rtol=1e-10)
+    np.testing.assert_allclose(at.previous.lam[1:, 0], np.log(THOUSAND.snr[t[1:] - 1]) / 2, rtol=1e-10)
+    assert at.previous.lam[0, 0] > 45 and at.previous.sigma[0, 0] == 0  # no noise, as a finite number
+
+
 def test_a_network_time_at_the_end_has_the_end_s_alpha_bar():
     given = schedules.respace(JSD, [10.0, 50.5, 99.0])
     assert given.zero_terminal_snr and given.alpha_bar[-1] == 0 and given.betas[-1] == 1
