@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--trust_network",
         action="store_true",
-        help="import the function that a run names as its network (model.kind)",
+        help="import the functions that a run names, such as its network (model.kind)",
     )
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -123,12 +123,12 @@ def parse(arguments: Sequence[str]) -> Command:
         from diffusion_jax.runs.workdir import load_config
 
         config = load_config(workdir)
-        if config is not None and ":" in config.model.get("kind", "") and "model.kind" not in overrides:
-            if not flags.trust_network:
-                raise UserError(
-                    f"{workdir} holds a run whose network the function {config.model.kind} makes; to import it, add "
-                    f"--config.model.kind={config.model.kind}, --config=... or --trust_network"
-                )
+        imported = {} if config is None or flags.trust_network else configs.imported_functions(config)
+        for name in imported.keys() - overrides.keys():
+            raise UserError(
+                f"{workdir} holds a run that imports {imported[name]} ({name}); to allow it, add "
+                f"--config.{name}={imported[name]}, --config=... or --trust_network"
+            )
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")

@@ -187,7 +187,10 @@ def test_bad_arguments_are_refused(unchecked_annotations):
             for ends in ((0.0, 1001.0), (-0.5, 1000.0))
         ),
         (lambda: draws.log_normal(std=0.0), "std must be above 0"),
-        (lambda: losses.simple(KEY, schedules.rectified_flow(), gaussian(EDM), x, weighting="edm"), "ends in pure noise"),
+        (
+            lambda: losses.simple(KEY, schedules.rectified_flow(), gaussian(EDM), x, weighting="edm"),
+            "ends in pure noise",
+        ),
         (lambda: coordinates.precondition(gaussian(EDM), EDM, 0.0), "sigma_data must be above 0"),
         (lambda: schedules.rescale_zero_terminal_snr([0.1]), "one step"),
     ):

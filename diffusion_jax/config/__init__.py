@@ -35,7 +35,7 @@ from diffusion_jax.config.table import (
     is_upsampler,
     resolve_clip,
 )
-from diffusion_jax.config.values import OneOf, parse, read_value
+from diffusion_jax.config.values import FunctionName, OneOf, parse, read_value
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "experiment_names",
     "flatten",
     "identity_settings",
+    "imported_functions",
     "is_classifier",
     "is_continuous",
     "is_upsampler",
@@ -110,6 +111,19 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
             {name: values[name] for name in reversed(values) if name in given and name != "model.options"}
         )
     return _complete(flatten(changed) | values)
+
+
+def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings that name a function to import, {"model.kind": "module:function"}, except data and features."""
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if isinstance(value, str) and ":" in value and _names_function(SETTINGS[name].kind)
+    }
+
+
+def _names_function(kind: Any) -> bool:
+    return isinstance(kind, OneOf) and any(isinstance(each, FunctionName) for each in kind.kinds)
 
 
 def experiment(name: str) -> ConfigDict:

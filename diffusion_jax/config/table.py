@@ -213,18 +213,27 @@ _COMMON = (
 NETWORK_SETTINGS = tuple(f"model.{name}" for name in MODEL if name not in _COMMON)
 
 DIFFUSION: dict[str, Setting] = {
-    "schedule": Setting("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
+    "schedule": Setting(
+        "linear",
+        OneOf(Choice(*schedules.SCHEDULES), FunctionName()),
+        "Noise schedule, as `schedules.betas` names it, or a function from T to T betas.",
+    ),
     "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T of the diffusion process."),
     "path": Setting(
         None,
-        optional(Choice(*schedules.PATHS)),
-        "Path, as `schedules.PATHS` names it: training draws from its continuous noise levels, instead of the schedule's. "
-        "Sampling and likelihoods use T of them, evenly spaced in network time. None for the schedule.",
+        OneOf(Choice(*schedules.PATHS), Choice(None), FunctionName()),
+        "Path, as `schedules.PATHS` names it, or a function () -> path. Training draws from its continuous noise levels, "
+        "instead of the schedule's; sampling and likelihoods use T of them, evenly spaced in network time. None for the "
+        "schedule.",
     ),
     "log_snr_shift": Setting(
         0.0, Number(), "Number that is added to the log SNR of a path, and of every draw, for larger images."
     ),
-    "draw": Setting("uniform", Choice(*draws.DRAWS), "Distribution of a batch's noise levels on a path."),
+    "draw": Setting(
+        "uniform",
+        OneOf(Choice(*draws.DRAWS), FunctionName()),
+        "Distribution of a batch's noise levels on a path, or a function (key, batch size, path) -> (time, log density).",
+    ),
     "draw_mean": Setting(
         None, optional(Number()), "Mean of the draws log_normal and logit_normal; None for the published."
     ),
@@ -254,19 +263,25 @@ DIFFUSION: dict[str, Setting] = {
     ),
     "loss": Setting(
         "simple",
-        Choice(*losses.LOSSES),
-        "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; "
-        "continuous_vlb: the bound on a path; classify: the cross entropy of a classifier of noisy images, for guidance.",
+        OneOf(Choice(*losses.LOSSES), FunctionName()),
+        "Training loss, or a function as `losses.simple`. vlb: the variational bound; hybrid: simple plus the bound, for a "
+        "learned variance; continuous_vlb: the bound on a path; classify: the cross entropy of a classifier of noisy images, "
+        "for guidance.",
     ),
     "vlb_weight": Setting(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
     "conditioning_noise": Setting(
         0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
-    "weighting": Setting("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
+    "weighting": Setting(
+        "none",
+        OneOf(Choice("none", *losses.WEIGHTINGS), FunctionName()),
+        "Weight of each noise level in the simple loss, or a function from the SNR to a weight on the eps error.",
+    ),
     "timestep_sampler": Setting(
         "uniform",
-        Choice(*timesteps.TIMESTEP_SAMPLERS),
-        "Distribution of a batch's timesteps. On a path: uniform or stratified.",
+        OneOf(Choice(*timesteps.TIMESTEP_SAMPLERS), FunctionName()),
+        "Distribution of a batch's timesteps, or a function (key, batch size, T) -> (t, weight). On a path: uniform or "
+        "stratified.",
     ),
 }
 
@@ -292,7 +307,11 @@ TRAINING: dict[str, Setting] = {
 }
 
 OPTIMIZER: dict[str, Setting] = {
-    "name": Setting("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
+    "name": Setting(
+        "adam",
+        OneOf(Choice("adam", "adamw"), FunctionName()),
+        "Optimizer of optax, or a function (learning rate schedule, `config.optimizer`) -> optax transformation.",
+    ),
     "learning_rate": Setting(2e-4, Number(above=0), "Learning rate after the warm-up."),
     "warmup_steps": Setting(5_000, Integer(0), "Steps of linear warm-up from 0."),
     "schedule": Setting(

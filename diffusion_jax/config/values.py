@@ -33,6 +33,7 @@ __all__ = [
     "Text",
     "Tuple",
     "ValueKind",
+    "find_function",
     "import_function",
     "optional",
     "parse",
@@ -300,6 +301,16 @@ def import_function(name: str) -> Callable:
     if not callable(function):
         raise ValueError(f"must be a function, not a {type(function).__name__}")
     return function
+
+
+def find_function(registry: Mapping[str, Any], name: str, setting: str) -> Any:
+    """Returns the entry of a registry, or imports the function that a setting names. Raises: ValueError."""
+    if ":" not in name:
+        return registry[name]
+    try:
+        return import_function(name)
+    except ValueError as error:
+        raise ValueError(f"{setting}={name} {error}") from None
 
 
 def _import_file(path: str) -> types.ModuleType:

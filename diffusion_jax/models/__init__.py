@@ -12,7 +12,7 @@ import jax
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.config.table import NETWORK_SETTINGS
-from diffusion_jax.config.values import import_function
+from diffusion_jax.config.values import find_function
 from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
 from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
 from diffusion_jax.models.layers import timestep_embedding
@@ -111,10 +111,7 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, functi
 
 def import_network(name: str) -> Callable:
     """Imports the function that `model.kind` names. Raises: ValueError."""
-    try:
-        return import_function(name)
-    except ValueError as error:
-        raise ValueError(f"model.kind={name} {error}") from None
+    return find_function({}, name, "model.kind")
 
 
 def _custom_network(

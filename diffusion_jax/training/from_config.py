@@ -15,6 +15,7 @@ from jax.stages import Wrapped
 
 from diffusion_jax import data, models, process, schedules
 from diffusion_jax.config import is_classifier, is_continuous, resolve
+from diffusion_jax.config.values import find_function
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.models import upsampling
@@ -106,9 +107,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
     """Returns the schedule of published betas."""
-    betas = schedules.betas(
-        config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
-    )
+    name, count = config["schedule"], config["num_timesteps"]
+    if ":" in name:
+        betas = find_function({}, name, "diffusion.schedule")(count)
+    else:
+        betas = schedules.betas(name, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
     network_times = None
     if config["rescale_timesteps"]:
         network_times = np.arange(config["num_timesteps"]) * (1000.0 / config["num_timesteps"])
@@ -117,7 +120,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     """Returns T levels of a path, evenly spaced in network time, with both ends where the log SNR is finite."""
-    path = schedules.PATHS[config["path"]]()
+    path = find_function(schedules.PATHS, config["path"], "diffusion.path")()
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
     (first, last), count = path.interval, config["num_timesteps"]
@@ -205,7 +208,7 @@ def _check_path(config: Mapping[str, Any]) -> None:
                 f"{', '.join(schedules.PATHS)}"
             )
     for setting in ("draw_mean", "draw_std"):
-        if config[setting] is not None and not config["draw"].endswith("normal"):
+        if config[setting] is not None and config["draw"] not in ("log_normal", "logit_normal"):
             raise ValueError(
                 f"diffusion.{setting}={config[setting]} is for the draws log_normal and logit_normal; use None"
             )

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffusion_jax.config.values import find_function
+
 __all__ = [
     "MAX_INITIAL_SHARE",
     "ema_decay",
@@ -52,13 +54,18 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
     `update` takes the gradient's `global_norm` as the keyword argument `grad_norm`, because the metrics need it, too.
     Raises: ValueError for values that contradict each other.
     """
+    max_norm = config["grad_clip"]
+    if ":" in config["name"]:
+        update = find_function({}, config["name"], "optimizer.name")(learning_rate(config), config)
+        return optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
     options = {name: config[name] for name in ("b1", "b2", "eps")}
     if config["name"] == "adamw":
         options["weight_decay"] = config["weight_decay"]
     elif config["weight_decay"]:
         raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
-    # `config.table` allows only names of optax functions.
-    update, max_norm = getattr(optax, config["name"])(learning_rate(config), **options), config["grad_clip"]
+    update = getattr(optax, config["name"])(
+        learning_rate(config), **options
+    )  # only names of optax functions are allowed
     return optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
 
 

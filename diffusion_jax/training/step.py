@@ -15,6 +15,7 @@ import optax
 
 from diffusion_jax import coordinates, data, draws, losses, timesteps
 from diffusion_jax.config import is_continuous
+from diffusion_jax.config.values import find_function
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
@@ -88,10 +89,12 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     The timestep sampler is not included, because it may need the loss history.
     """
     diffusion = config["diffusion"]
-    loss = losses.LOSSES[diffusion["loss"]]
+    loss = find_function(losses.LOSSES, diffusion["loss"], "diffusion.loss")
     draw = make_draw(diffusion) if diffusion["path"] else None
     settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": draw}
-    if diffusion["weighting"] == "edm":
+    if ":" in diffusion["weighting"]:
+        settings["weighting"] = find_function({}, diffusion["weighting"], "diffusion.weighting")
+    elif diffusion["weighting"] == "edm":
         settings["weighting"] = functools.partial(
             losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
         )
@@ -101,6 +104,8 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
 
 def make_draw(diffusion: Mapping[str, Any]) -> LevelDraw:
     """Builds the draw of noise levels for a path, from `config.diffusion`."""
+    if ":" in diffusion["draw"]:
+        return find_function({}, diffusion["draw"], "diffusion.draw")
     options: dict[str, Any] = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
     options = {name: value for name, value in options.items() if value is not None}
     draw = draws.DRAWS[diffusion["draw"]](**options, stratified=diffusion["timestep_sampler"] == "stratified")
@@ -145,7 +150,11 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         if low_resolution:
             condition = _small_image(key_low, x_0, low_resolution, max_noise)
-        chain_options = {} if is_path else {"timestep_sampler": timesteps.sampler_by_name(sampler_name, history)}
+        chain_options: dict[str, Any] = {}
+        if ":" in sampler_name:
+            chain_options["timestep_sampler"] = find_function({}, sampler_name, "diffusion.timestep_sampler")
+        elif not is_path:
+            chain_options["timestep_sampler"] = timesteps.sampler_by_name(sampler_name, history)
 
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()

@@ -5,8 +5,10 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
+from diffusion_jax import draws, losses, schedules
 from diffusion_jax.models import Shapes, timestep_embedding
 
 
@@ -85,3 +87,37 @@ def batch_norm(shapes: Shapes):
 
 def number(shapes: Shapes):
     return 3
+
+
+# ---- Functions for other settings
+
+
+def betas(count):
+    return jnp.linspace(1e-3, 0.03, count)
+
+
+def path():
+    return schedules.edm(0.01, 50.0)
+
+
+def draw(key, batch_size, path):
+    return draws.log_normal(0.0, 1.0)(key, batch_size, path)
+
+
+def weight(snr):
+    return snr**0.5
+
+
+def last_quarter(key, batch_size, num_timesteps):
+    t = jax.random.randint(key, (batch_size,), 3 * num_timesteps // 4, num_timesteps)
+    return t, jnp.ones(batch_size)
+
+
+def half_loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep_sampler):
+    options = {"prediction": prediction, "weighting": weighting, "timestep_sampler": timestep_sampler}
+    loss, aux = losses.simple(key, schedule, denoise_fn, x_0, **options)
+    return loss / 2, aux
+
+
+def lion(learning_rate, config):
+    return optax.lion(learning_rate, b1=config["b1"])
