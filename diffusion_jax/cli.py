@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import functools
 import importlib
+import inspect
 import os
 import sys
 import time
@@ -66,13 +67,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all flags except the `--config.group.setting` overrides."""
+def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Returns the parser of all flags except the `--config.group.setting` overrides.
+
+    arguments: of the command line; the help describes the network that they name.
+    """
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = Parser(
         "diffusion-jax",
         f"{__doc__}\nModes:\n{modes}",
-        epilog="--config.group.setting=VALUE overrides a setting; docs/reference/configuration.md lists all settings.",
+        epilog="--config.group.setting=VALUE overrides a setting; docs/reference/configuration.md lists all settings."
+        + _describe_network(arguments),
     )
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
@@ -105,9 +110,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe_network(arguments: Sequence[str]) -> str:
+    """Returns the docstring and the options of the function in --config.model.kind=module:function; "" without one."""
+    from diffusion_jax import models
+
+    kinds = [text.partition("=")[2] for text in arguments if text.startswith("--config.model.kind=")]
+    if not kinds or ":" not in kinds[-1]:
+        return ""
+    try:
+        function = models.import_network(kinds[-1])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    options = [
+        f"  --config.model.{'' if f'model.{name}' in configs.SETTINGS else 'options.'}{str(value).replace(' = ', '=')}"
+        for name, value in list(inspect.signature(function).parameters.items())[1:]
+        if name != "rngs"
+    ]
+    return "\n".join([f"\n\nThe network {kinds[-1]}:", inspect.getdoc(function) or "", *options])
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """Parses the command-line arguments, without the program name. Raises: UserError for an invalid command line."""
-    parser = make_parser()
+    parser = make_parser(arguments if "--help" in arguments or "-h" in arguments else ())
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
     try:

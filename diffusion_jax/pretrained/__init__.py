@@ -127,7 +127,7 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Callable | bool 
         raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
     if tensors is None and is_workdir(path):
         config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
-        net = describe_run(config, workdir, network=_trusted_function(path, config["model"], network))
+        net = describe_run(config, workdir, network=_trusted_function(path, config, network))
         return load_weights(net, config, workdir, ema) if with_params else net
     if tensors is None and diffusers.find_configs(path):
         return diffusers.load_diffusers(path, with_params)
@@ -184,21 +184,25 @@ def from_config(
     return net.with_params(params)
 
 
-def _trusted_function(path: pathlib.Path, model: Mapping[str, Any], network: Callable | bool | None) -> Callable | None:
+def _trusted_function(
+    path: pathlib.Path, settings: Mapping[str, Any], network: Callable | bool | None
+) -> Callable | None:
     """Returns the function that makes the network of weights; None for networks of this package.
 
-    model: the settings of the network. network: as for `load`. Raises: PretrainedError if no function may be imported.
+    settings: the groups "model" and "diffusion" of a config. network: as for `load`.
+    Raises: PretrainedError if no function may be imported.
     """
-    kind = model.get("kind", "")
-    if ":" not in kind:
-        if network:
-            raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
-        return None
-    if not network:
+    kind, diffusion = settings["model"].get("kind", ""), settings["diffusion"]
+    imported = [name for name in (kind, diffusion.get("path"), diffusion.get("schedule")) if name and ":" in name]
+    if imported and not network:
         raise PretrainedError(
-            f"{path} holds a network that the function {kind} makes, and loading imports no code by itself; give "
-            f"network=FUNCTION, or network=True to import {kind}"
+            f"{path} needs the function {imported[0]}, and loading imports no code by itself; give network=True to import it"
+            + (", or network=FUNCTION" if imported == [kind] else "")
         )
+    if network and not imported:
+        raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
+    if ":" not in kind:
+        return None
     return network if callable(network) else models.import_network(kind)
 
 
@@ -317,7 +321,7 @@ def _load_file(
     """Loads a file of `save_safetensors`; with the parameters if `with_params`. Raises: PretrainedError."""
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
     kind = models.Classifier if stored["kind"] == "Classifier" else None
-    model = models.from_config(stored["model"], kind, _trusted_function(path, stored["model"], network))
+    model = models.from_config(stored["model"], kind, _trusted_function(path, stored, network))
     if kind is None:
         is_learned = stored["diffusion"]["variance"].startswith("learned")
         model = model.clone(out_channels=stored["channels"] * (2 if is_learned else 1))

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion_jax import cli, models, pretrained, training
 from diffusion_jax import config as configs
-from diffusion_jax import models, pretrained, training
+from diffusion_jax.errors import UserError
 from diffusion_jax.models import Shapes
+from diffusion_jax.run_dir import open_run_dir
+from diffusion_jax.runs import workdir
 from helpers import own_networks
 from helpers.configs import a_batch, tiny_config
 
@@ -153,10 +156,49 @@ def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
     model = training.model_from_config(config)
     net = pretrained.from_config(config, init(model))
     pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    with pytest.raises(pretrained.PretrainedError, match="loading imports no code by itself; give network=FUNCTION"):
+    with pytest.raises(pretrained.PretrainedError, match="loading imports no code by itself; give network=True"):
         pretrained.load(tmp_path / "net.safetensors")
     for network in (True, own_networks.linen):
         loaded = pretrained.load(tmp_path / "net.safetensors", network=network)
         np.testing.assert_array_equal(loaded.denoise_fn(X, TIME), net.denoise_fn(X, TIME))
     with pytest.raises(pretrained.PretrainedError, match="diffusers has no such network"):
         pretrained.save_diffusers(net, tmp_path / "folder")
+
+
+def test_loading_imports_no_path_by_itself(tmp_path):
+    config = configs.override(tiny_config(), {"diffusion.path": "helpers.own_networks:path"})
+    net = pretrained.from_config(config, training.create(config)[0].params)
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    with pytest.raises(pretrained.PretrainedError, match="needs the function helpers.own_networks:path"):
+        pretrained.load(tmp_path / "net.safetensors")
+    assert pretrained.load(tmp_path / "net.safetensors", network=True).schedule.path == own_networks.path()
+
+
+def test_a_run_imports_its_network_only_if_it_is_named_again(tmp_path, capsys):
+    config = config_of("linen", {"model.options.width": "6"})
+    workdir.write_config(config, tmp_path)
+    arguments = [f"--workdir={tmp_path}", "--mode=sample"]
+    with pytest.raises(UserError, match="imports helpers.own_networks:linen .*--trust_network"):
+        cli.parse(arguments)
+    for flag in ("--trust_network", "--config.model.kind=helpers.own_networks:linen"):
+        assert cli.parse([*arguments, flag]).config.model.options.width == 6
+    with pytest.raises(SystemExit):
+        cli.parse(["--config.model.kind=helpers.own_networks:linen", "--help"])
+    assert "--config.model.options.width: int=4" in capsys.readouterr().out
+
+
+def test_a_changed_file_of_a_network_is_a_note(tmp_path, capsys):
+    path, run = tmp_path / "mine.py", open_run_dir(tmp_path / "run")
+    path.write_text(
+        "def net(shapes):\n    return lambda key: 1.0, lambda params, x_t, time: params * x_t + time.sum()\n"
+    )
+    config = configs.override(tiny_config(), {"model.kind": f"{path}:net", "model.dropout": "0"})
+    model = training.model_from_config(config)
+    (run / "checkpoints" / "5" / "rest").mkdir(parents=True)
+    (run / "checkpoints" / "5" / "digests.json").write_text("{}")
+    workdir.check_network_source(model, run)
+    workdir.check_network_source(model, run)
+    assert "changed" not in capsys.readouterr().out
+    path.write_text(path.read_text() + "# another\n")
+    workdir.check_network_source(model, run)
+    assert f"Note: {path} changed since this run began (SHA-256 " in capsys.readouterr().out
