@@ -140,7 +140,7 @@ def parse(arguments: Sequence[str]) -> Command:
         raise ConfigError(f"--config={error}") from None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        trusted = overrides.get("model.kind", flags.trust_network)
+        trusted: str | bool = overrides.get("model.kind") or flags.trust_network
         config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, trusted)
         overrides = init | overrides
     elif config is None and workdir is not None:

@@ -126,9 +126,9 @@ def _custom_network(
                 f"model.{name}={value!r} has no effect on {kind}, whose function has no argument {name}; use "
                 f"{defaults.get(name)!r}, or --config.model.options.NAME=VALUE for an argument of the function"
             )
-    given = {name: value for name, value in settings.items() if name in fields}
-    pairs = {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
-    return CustomNetwork(**given, **pairs, kind=kind, function=function)
+    given: dict[str, Any] = {name: value for name, value in settings.items() if name in fields}
+    given |= {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
+    return CustomNetwork(**given, kind=kind, function=function)
 
 
 def source_file(model: _Network) -> pathlib.Path | None:

@@ -216,9 +216,11 @@ def read_options(
         raise ValueError(f"model.options.{unknown[0]} is not an argument of {kind}; {listed}")
     checked = {}
     for name, value in options.items():
-        allowed = _value_kind(hints.get(name))
+        if (allowed := _value_kind(hints.get(name))) is None:
+            checked[name] = value
+            continue
         try:
-            checked[name] = value if allowed is None else allowed.check(value)
+            checked[name] = allowed.check(value)
         except ValueError as error:
             advice = f"; {error}" if str(error) else ""
             raise ValueError(f"model.options.{name}={value!r} must be {allowed.allowed}{advice}") from None
@@ -255,7 +257,9 @@ def check_network(model: CustomNetwork, shape: tuple[int, ...], dropout: float) 
       numbers; variables that a call changes, such as the averages of BatchNorm.
     """
     plain = model.clone(label_dropout=0.0, condition_dropout=0.0)  # without the random numbers of the program
-    inputs = {name: jnp.repeat(value, 2, axis=0) for name, value in initial_inputs(plain, shape).items()}
+    inputs: dict[str, Any] = {
+        name: jnp.repeat(value, 2, axis=0) for name, value in initial_inputs(plain, shape).items()
+    }
     params = jax.eval_shape(lambda: plain.init(jax.random.key(0), **inputs))["params"]
 
     def call(params, inputs, key):
