@@ -312,6 +312,11 @@ OPTIMIZER: dict[str, Setting] = {
         OneOf(Choice("adam", "adamw"), FunctionName()),
         "Optimizer of optax, or a function (learning rate schedule, `config.optimizer`) -> optax transformation.",
     ),
+    "frozen": Setting(
+        (),
+        OneOf(Tuple(Text(), "patterns", shown="('down_*', 'middle_*')"), FunctionName()),
+        "Parameters that training does not change: patterns of names, or a function from a name to a bool; () for none.",
+    ),
     "learning_rate": Setting(2e-4, Number(above=0), "Learning rate after the warm-up."),
     "warmup_steps": Setting(5_000, Integer(0), "Steps of linear warm-up from 0."),
     "schedule": Setting(

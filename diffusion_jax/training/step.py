@@ -21,7 +21,7 @@ from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import Examples, check_settings, condition_shape, random_flip, read_batch
-from diffusion_jax.training.optimizer import ema_decay, global_norm
+from diffusion_jax.training.optimizer import ema_decay, find_frozen, global_norm
 from diffusion_jax.training.state import (
     Network,
     TrainState,
@@ -208,6 +208,9 @@ def make_train_step(
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
+        if frozen := config["optimizer"]["frozen"]:
+            is_frozen = find_frozen(frozen, grads)
+            grads = jax.tree.map(lambda frozen, g: jnp.zeros_like(g) if frozen else g, is_frozen, grads)
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)

@@ -121,3 +121,7 @@ def half_loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep
 
 def lion(learning_rate, config):
     return optax.lion(learning_rate, b1=config["b1"])
+
+
+def is_encoder(name):
+    return name.startswith(("down_", "time_"))

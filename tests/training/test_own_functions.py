@@ -98,3 +98,36 @@ def test_functions_that_a_config_imports():
         "model.kind": name(own_networks.pair),
     }
     assert configs.imported_functions(tiny_config()) == {}
+
+
+def redrawn(state):
+    """The state with random parameters, because a new network has gradients of 0 in most layers."""
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    drawn = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return state.replace(params=jax.tree.unflatten(tree, drawn))
+
+
+@pytest.mark.parametrize("frozen", [("down_*", "time_*"), "helpers.own_networks:is_encoder"])
+def test_frozen_parameters_do_not_change(frozen):
+    """They have no moments, and the norm that clips the gradient is that of the other parameters."""
+    config = tiny_config(**{"optimizer.frozen": frozen, "optimizer.name": "adamw", "optimizer.weight_decay": 0.1})
+    state, step = training.create(config)
+    state = redrawn(state)
+    before = jax.device_get(state.params)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if getattr(leaf, "ndim", 0)]
+    state, metrics = step(state, a_batch(config))
+    trained = [name for name in before if not name.startswith(("down_", "time_"))]
+    for name in before:
+        pairs = zip(*map(jax.tree.leaves, (before[name], state.params[name])), strict=True)
+        assert any((a != b).any() for a, b in pairs) == (name in trained), name
+    sizes = sum(leaf.size for name in trained for leaf in jax.tree.leaves(before[name]))
+    assert sum(leaf.size for leaf in moments) == 2 * sizes
+    whole, step = training.create(tiny_config())
+    assert 0 < metrics["grad_norm"] < 0.999 * step(redrawn(whole), a_batch(config))[1]["grad_norm"]
+
+
+def test_patterns_that_freeze_nothing_or_everything_are_refused():
+    for frozen, words in ((("dwon_*",), "freezes no parameter; some of the"), (("*",), "freezes every parameter")):
+        with pytest.raises(ValueError, match=words):
+            training.create(tiny_config(**{"optimizer.frozen": frozen}))
