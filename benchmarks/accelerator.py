@@ -2,14 +2,15 @@
 
     make setup EXTRA=cuda && .venv/bin/pip install torch diffusers
     .venv/bin/python benchmarks/accelerator.py --output=TABLE.md
-    .venv/bin/python benchmarks/accelerator.py --small    # without an accelerator: tiny networks, to check that it runs
+    .venv/bin/python benchmarks/accelerator.py --small    # without an accelerator: tiny networks, to check the script
 
 Measurements run one after the other in separate processes, so that neither library holds memory that the other library
 needs; JAX allocates memory as needed (XLA_PYTHON_CLIENT_PREALLOCATE=false). A process makes one call ("first call", mostly
 compilation), warms up and times five series of calls, with one wait after each series; the result is the median. Both train
-steps are the forward and backward pass of L_simple, dropout, clipping, Adam and the EMA, on a batch in device memory; both
-samplers are DDIM with the same number of steps. "tf32" is float32 on tensor cores, in both libraries; bfloat16 is the dtype
-of the layers (torch: autocast), with float32 parameters. If a measurement fails, a line is printed, and all others continue.
+steps are L_simple's forward and backward pass, dropout, clipping, Adam and the EMA, on a batch in device memory; both
+samplers are DDIM with equally many steps. "tf32" is float32 on tensor cores, in both libraries; bfloat16 is the layers'
+dtype (torch: autocast), with float32 parameters. If a measurement fails, a line is printed, and all other measurements
+continue.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def rate(images_per_s: float) -> str:
 
 
 def memory(result: dict) -> str:
-    """Formats the peak memory in gigabytes: of the device, or on a CPU of the process."""
+    """Formats the peak memory in gigabytes: the device's memory, or on a CPU the process's."""
     return f"{result['peak'] / 1e9:.2f}" if result.get("peak") else "?"
 
 
@@ -110,7 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=lambda text: tuple(map(int, text.split(","))), help="for every network")
     parser.add_argument("--libraries", **comma_separated, default=("ours", "torch"))
     parser.add_argument("--steps", type=int, default=50, help="of DDIM")
-    parser.add_argument("--seconds", type=float, default=2.0, help="duration of the timed calls of a measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of a measurement's timed calls")
     parser.add_argument("--peak_tflops", type=float, help="of the chip, if it is not in the table of cards")
     parser.add_argument("--torch_mode", default="default", help="of torch.compile, or eager")
     parser.add_argument("--small", action="store_true", help="tiny networks; the default without an accelerator")
@@ -137,7 +138,7 @@ def report(options: argparse.Namespace, measure: Callable[[Case], dict]) -> Iter
     platform, small = machine["platform"], options.small
     yield f"{machine['kind']}; {machine['versions']}; {datetime.date.today().isoformat()}"
     if platform == "cpu" and not small:
-        yield "No accelerator found: tiny networks (--small), whose numbers are not those of an accelerator."
+        yield "No accelerator found: tiny networks (--small) on the CPU; the numbers do not describe an accelerator."
         small = True
     libraries = options.libraries
     if platform == "tpu" and "torch" in libraries:

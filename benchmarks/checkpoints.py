@@ -111,7 +111,7 @@ def main() -> None:
     for count in map(int, options.processes.split(",")):
         found = run(options, count)
         print(
-            f"processes: {count}; state of {found['megabytes']:,.0f} MB; medians of {options.rounds} saves after a first one"
+            f"processes: {count}; state of {found['megabytes']:,.0f} MB; medians of {options.rounds} saves after a first save"
         )
         for name, meaning in MEASURED.items():
             print(f"{meaning:35} {found[name]:7.3f} s")

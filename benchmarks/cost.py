@@ -3,7 +3,7 @@
     python benchmarks/cost.py [--plot=docs/images/cost.png] [--small]
 
 The network is DDPM's CIFAR-10 network in float32. Measured on this machine: one network call at several batch sizes and
-resolutions, and DDIM with several numbers of steps. Counted, not measured: the FLOPs of a call from the traced program (XLA's
+resolutions, and DDIM with several numbers of steps. Counted, not measured: a call's FLOPs, from the traced program (XLA's
 cost analysis), and the activations that the backward pass needs (as in `--mode=plan`). `--small` uses a narrow network, to
 check that everything runs.
 """

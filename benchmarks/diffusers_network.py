@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def unet_fields(config: ConfigDict) -> dict:
-    """Returns the fields of the `UNet2DModel` with the parameters of a config's network and three output channels."""
+    """Returns the `UNet2DModel` fields for a config's network with three output channels."""
     model = config.model
     num_levels, attention = len(model.channel_multipliers), model.attention_levels
     kind = "Resnet{}sampleBlock2D" if model.resample_blocks else "{}Block2D"

@@ -48,7 +48,7 @@ def agreement(images: np.ndarray, labels: np.ndarray) -> float:
 
 
 def quality(images: np.ndarray) -> dict[str, float]:
-    """Returns the share of confident samples, its standard error, the share of the rarest digit, and the distance ratio."""
+    """Returns the confident samples' share, its standard error, the rarest digit's share, and the distance ratio."""
     classifier, real, held_out = fit_classifier()
     threshold = np.quantile(classifier.predict_proba(features(held_out)).max(axis=1), 0.05)
     probability = classifier.predict_proba(features(images))

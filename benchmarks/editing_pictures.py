@@ -1,4 +1,4 @@
-"""Makes the pictures for docs/guides/editing.md: every task of --mode=edit with a small model of colored digits.
+"""Makes the pictures for docs/guides/editing.md: every --mode=edit task with a small model of colored digits.
 
     python benchmarks/editing_pictures.py DIR
 

@@ -13,7 +13,7 @@ Exit code: 0, or 1 if a check failed or did not finish.
 | resume | four steps equal, to the bit, two steps, a checkpoint, and two more steps in a program that is compiled again |
 | fsdp | losses and gradient norms with parameters split over all devices equal replicated training to 1e-4 |
 | steps_per_call | losses and gradient norms of two steps in one program equal single steps to 1e-4 |
-| step | a train step of configs/cifar10.py is finite; the line shows the time of a step |
+| step | a train step of configs/cifar10.py is finite; the line shows the step's time |
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def run_checks(checks: Any, names: Sequence[str]) -> Iterator[tuple[bool, str]]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parses the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checks", default=",".join(CHECKS), help="the default is all of them")
+    parser.add_argument("--checks", default=",".join(CHECKS), help="the default is all checks")
     parser.add_argument("--directory", help="where a temporary directory for a checkpoint is made")
     parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="this and the next two as of main.py")
     parser.add_argument("--num_processes", type=int)
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     silence_libraries()
     join_processes(options.coordinator_address, options.num_processes, options.process_id, 300)
-    message = f"the checks did not finish in {MAX_SECONDS / 60:.0f} minutes; --checks selects some of them"
+    message = f"the checks did not finish in {MAX_SECONDS / 60:.0f} minutes; --checks selects checks"
     timer = threading.Timer(MAX_SECONDS, exit_now, (message, 1))
     timer.daemon = True
     timer.start()

@@ -27,7 +27,7 @@ from diffusion_jax import data, pictures
 
 PAGE = ROOT / "docs" / "start" / "first_pictures.md"
 STEPS = (250, 500, 1000)  # training steps of the samples in the picture
-NUM_IMAGES = 16  # the number of samples that the training command draws
+NUM_IMAGES = 16  # how many samples the training command draws
 
 
 def blocks(kind: str) -> list[str]:

@@ -3,10 +3,10 @@
     python benchmarks/known_distributions.py [series field volume moons conditional] [--workdir=runs/known] [--seed=0]
 
 Each output line is one comparison: the largest deviation from the exact distribution, the error bar, and the largest
-deviation from a wrong distribution, which must be outside its error bar. An error bar is the stated bias of a network that is
-trained for minutes (the constants below) plus four Monte Carlo standard errors. The likelihood of test data must be at least
-the entropy of the distribution, and at most the entropy plus the slack of the bound and a stated excess. Finished runs are
-not trained again.
+deviation from a wrong distribution, which must be outside its error bar. An error bar is the stated bias for a network
+trained for minutes (the constants below) plus four Monte Carlo standard errors. The test data's likelihood bound must be at
+least the distribution's entropy, and at most the entropy plus the bound's slack and a stated excess. Finished runs are not
+trained again.
 """
 
 import argparse

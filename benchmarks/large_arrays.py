@@ -4,8 +4,8 @@
 
 The file is a sparse .npy of fields with 256 x 256 x 5 floats; every 16th field holds noise. A small U-Net trains on the file
 with `data.workers` readers. Every second, the script reads the memory of the run and its readers from /proc: RssAnon, which
-excludes the pages of the file. The script prints the mean for each quarter of the run, the fraction of a step that waits for
-data, and the rate of the readers alone.
+excludes the pages of the file. The script prints the mean for each quarter of the run, the share of a step's time spent
+waiting for data, and the readers' rate alone.
 """
 
 from __future__ import annotations

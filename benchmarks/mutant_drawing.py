@@ -65,8 +65,8 @@ def _changes_kind(name: str) -> bool:
 def draw(files: Iterable[str], count: int, seed: int, root: pathlib.Path) -> tuple[list[Mutant], int]:
     """Returns (at most `count` mutants at different places in the files, number of places).
 
-    Every place is equally likely. The rank of a place depends only on the seed, the file and the text of the line, so a
-    larger count starts with the same mutants, and equal lines have the same mutants in all versions of a file.
+    Every place is equally likely. A place's rank depends only on the seed, the file and the line's text, so a larger count
+    starts with the same mutants, and equal lines have the same mutants in all versions of a file.
     """
     ranked = []
     for file in files:

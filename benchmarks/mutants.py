@@ -4,10 +4,10 @@
 
 `--core` places in the core and `--elsewhere` places in all other files are drawn at random. At each place, a cosmic-ray
 operator makes a mutant: another arithmetic operator or comparison, a number changed by one, a negated condition, a loop
-without iterations, or a removed decorator. Each mutant runs in a fresh process against the tests of its file until the first
-failure: first tests of `make test`, then the remaining tests of `make test-all`. A mutant is killed if a test fails or the
-tests do not end within the time limit. Mutants are written to a copy of the checkout `--root`. Results are stored in
-`--output`, so the same command resumes an interrupted measurement.
+without iterations, or a removed decorator. Each mutant runs in a fresh process against the tests for the changed file until
+the first failure: first tests in `make test`, then the remaining tests in `make test-all`. A mutant is killed if a test
+fails or the tests do not end within the time limit. Mutants are written to a copy of the checkout `--root`. Results are
+stored in `--output`, so the same command resumes an interrupted measurement.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=40, help="mutants of the core (40)")
     parser.add_argument("--elsewhere", type=int, default=40, help="mutants of all other files (40)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="checkout to measure, by default this one")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="checkout to measure, by default this checkout")
     parser.add_argument("--output", type=pathlib.Path, help="stored results (runs/mutants/COMMIT.jsonl)")
     parser.add_argument(
         "--report", type=pathlib.Path, default=ROOT / "docs" / "results" / "reliability.md", metavar="PAGE"

@@ -50,7 +50,7 @@ def card(kind: str) -> Card | None:
 
 
 def macs(function, *arguments) -> int:
-    """Counts the multiplications of convolutions and matrix products in the jaxpr of `function`.
+    """Counts the multiplications in convolutions and matrix products, from the jaxpr of `function`.
 
     arguments: arrays or ShapeDtypeStructs. Multiplications with padding count, and a loop's body counts once per iteration.
     Raises: NotImplementedError for a `while_loop`, because the jaxpr does not contain the loop's length.
@@ -63,7 +63,9 @@ def _macs(jaxpr: core.Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "while":
-            raise NotImplementedError("the number of iterations of a while_loop is unknown; count its body instead")
+            raise NotImplementedError(
+                "the number of iterations in a while_loop is unknown; count the loop's body instead"
+            )
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)

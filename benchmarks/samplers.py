@@ -1,4 +1,4 @@
-"""Measures the error of every deterministic solver against the number of network calls, on a mixture of Gaussians.
+"""Measures every deterministic solver's error against the number of network calls, on a mixture of Gaussians.
 
     python benchmarks/samplers.py [--spacing=karras] [--plot=docs/images/samplers.png]
 

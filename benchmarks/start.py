@@ -1,18 +1,18 @@
-"""Measures startup: the import, the first train step without and with a compilation cache, and the size of programs.
+"""Measures startup: the import, the first train step without and with a compilation cache, and program sizes.
 
     python benchmarks/start.py [--parts=import,step,command,programs] [--pairs=7] [--presets=ddpm_cifar10,...]
     python benchmarks/start.py --parts=refusals,demo,data [--data_dir=DIR] [--steps=1500] [--root=OTHER_CLONE]
 
 import: `import diffusion_jax` after `import jax`, in separate processes; the median.
-step: the phases up to the first train step of configs/digits.py, from the start of a separate process. The cache is a
+step: the stages up to the first train step of configs/digits.py, timed from a separate process's start. The cache is a
 temporary folder that is empty for the first process.
 command: `main.py --config=configs/digits.py` until the first step is in metrics.jsonl.
 programs: the number of equations, including nested equations, in the train step and in 50 DDIM steps for 2 images, and the
 CPU seconds to trace and lower the programs; with --compile, also to compile. --presets selects networks.
-refusals: CPU seconds of `--help` and of invalid command lines.
+refusals: CPU seconds for `--help` and for invalid command lines.
 demo: the three commands of `make demo` with empty caches, with `--steps` train steps.
-data: loads CIFAR-10 from a TFDS directory in separate processes, with an empty and with a full cache of decoded images.
---root runs refusals, demo and data with the code of another clone, to compare two versions.
+data: loads CIFAR-10 from a TFDS directory in separate processes, with an empty and with a full cache for decoded images.
+--root runs refusals, demo and data with another clone's code, to compare two versions.
 """
 
 import argparse
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="", help="directory of TFDS with CIFAR-10")
     parser.add_argument("--steps", type=int, default=1500, help="train steps of the part demo")
     parser.add_argument("--root", default=str(ROOT), help="clone whose code is measured in the last three parts")
-    parser.add_argument("--compile", action="store_true", help="also compile the programs: minutes for the large ones")
+    parser.add_argument("--compile", action="store_true", help="also compile the programs: minutes for large programs")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if "import" in parts:

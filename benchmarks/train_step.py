@@ -2,7 +2,7 @@
 
     make parity && .venv/bin/python benchmarks/train_step.py [--dtype=bfloat16] [--batch_size=8] [--rounds=10]
 
-Both train steps are the forward and backward pass of L_simple, gradient clipping, Adam and the EMA, on one batch in memory.
+Both train steps are L_simple's forward and backward pass, gradient clipping, Adam and the EMA, on one batch in memory.
 Each library runs in its own process with its usual setup: this project as in main.py, PyTorch with its faster memory layout
 (channels_last). The libraries are timed alternately, call by call, so that a drift in the machine's speed favors neither
 library; the script prints medians, and the median of the ratios. bfloat16 is `model.dtype=bfloat16` in this project and

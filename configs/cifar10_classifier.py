@@ -1,4 +1,4 @@
-"""A noise-aware classifier of CIFAR-10, to guide the models of cifar10.py: ADM's classifier for 32 pixels.
+"""A noise-aware CIFAR-10 classifier, to guide cifar10.py's models: ADM's classifier for 32 pixels.
 
     python main.py --config=configs/cifar10_classifier.py --workdir=DIR --mode=train_classifier
 

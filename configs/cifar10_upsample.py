@@ -2,9 +2,9 @@
 
     python main.py --config=configs/cifar10_upsample.py --workdir=DIR
 
-35,749,763 parameters. No published result. Expected, not measured: the images per second of cifar10.py, with a quarter of its
-steps. Training uses exact small images; with --config.diffusion.conditioning_noise=0.2 the model also accepts samples as
-small images.
+35,749,763 parameters. No published result. Expected, not measured: as many images per second as cifar10.py, with a quarter
+of the steps. Training uses exact small images; with --config.diffusion.conditioning_noise=0.2 the model also accepts samples
+as small images.
 """
 
 from diffusion_jax.config import ConfigDict, default

@@ -83,12 +83,12 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
     add("--mode", default="train", choices=MODES, metavar="MODE", help="one of the listed modes (default: train)")
-    add("--pretrained", metavar="PATH", help="weights to start from: a folder or file as pretrained.load takes it")
+    add("--pretrained", metavar="PATH", help="weights to start from: a folder or file that pretrained.load reads")
     add(
         "--pretrained_flags",
         metavar="FLAGS",
         default="",
-        help="what they do not contain: a preset, OpenAI's flags, or JSON",
+        help="settings that the weights' file lacks: a preset, OpenAI's flags, or JSON",
     )
     add(
         "--trust_network",
@@ -104,9 +104,9 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="address of process 0, the same for all processes",
     )
-    add("--num_processes", default=count, type=int, metavar="N", help="number of processes of the run")
+    add("--num_processes", default=count, type=int, metavar="N", help="number of processes in the run")
     add("--process_id", default=index, type=int, metavar="I", help="number of this process, from 0")
-    add("--join_timeout", type=int, metavar="SECONDS", default=300, help="how long to wait for the others")
+    add("--join_timeout", type=int, metavar="SECONDS", default=300, help="how long to wait for the other processes")
     return parser
 
 
@@ -212,7 +212,7 @@ def _config_with_weights(
         stored = load_config(workdir)  # exists if this is a relaunch
         if stored is None or stored.init_from != weights:
             raise UserError(
-                f"--pretrained={weights} starts a run, and {workdir} holds one; leave it out, or use another --workdir"
+                f"--pretrained={weights} starts a run, but {workdir} holds a run; omit --pretrained, or use another --workdir"
             )
         config, flags = config or stored, flags or stored.init_flags
     try:

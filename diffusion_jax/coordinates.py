@@ -1,4 +1,4 @@
-"""Networks in the coordinates of EDM and of flow matching, as networks of x_t.
+"""Converts networks in the coordinates of EDM or flow matching to networks of x_t.
 
 The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Others rescale x_t:
 

@@ -1,4 +1,4 @@
-"""Draws of noise levels: at which times of a path a batch trains.
+"""Random times on a path, whose noise levels a batch trains on.
 
 A draw is a function `(key, batch_size, path) -> (time, log_density)`: network times float [B], and the log density with
 which the log SNR of each time is drawn. The draw is part of the objective: `losses.simple` does not divide by the density, so
@@ -28,7 +28,7 @@ from diffusion_jax.types import LevelDraw
 
 __all__ = ["DRAWS", "draw_by_name", "log_normal", "logit_normal", "uniform", "uniform_log_snr"]
 
-_SMALLEST = 2.0**-24  # half of the spacing of float32 below 1, so that no draw is at an infinite end of a distribution
+_SMALLEST = 2.0**-24  # half the float32 spacing below 1, so that no draw is at a distribution's infinite end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ def _as_mask_for(mask, x_0, several=False):
         size in (1, other) for size, other in zip(sizes[1:], shape[1:], strict=True)
     )
     if not fits or (sizes[:1] not in ((1,), shape[:1]) and not (several and shape[0] == 1)):
-        raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to that of x_0, {shape}")
+        raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to x_0's shape, {shape}")
     return mask
 
 
@@ -295,7 +295,7 @@ def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: C
 
 
 def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
-    """Spherical interpolation of each example as one vector, from x (weight 0) to y (weight 1); keeps the norm of noise."""
+    """Spherical interpolation from x (weight 0) to y (weight 1), each example as one vector; keeps the norm of noise."""
     x, y = process.promote(x=x, y=y)
     weight = jnp.asarray(weight, x.dtype)
     axes = tuple(range(1, x.ndim))
@@ -405,7 +405,7 @@ def _restore(sampler: Sampler, operator: LinearOperator, y, caption: str) -> Edi
 
 def _colorize(sampler: Sampler, image) -> Edit:
     if image.shape[-1] == 1:
-        raise ValueError("colorize needs a model of color images, and this one has 1 channel")
+        raise ValueError("colorize needs a model of color images, and this model has 1 channel")
     operator = gray(image.shape[-1])
     return _restore(sampler, operator, operator.measure(image), "gray")
 

@@ -56,7 +56,7 @@ class LeaseLostError(UserError):
 
 
 class DataError(DiffusionJaxError):
-    """Missing or unreadable data, or data of the wrong kind."""
+    """Missing data, data that cannot be read, or data of the wrong kind."""
 
 
 class UnreadableFilesError(DataError):

@@ -45,7 +45,7 @@ def mirrors_root() -> pathlib.Path:
 
 
 def with_urls(text: str) -> str:
-    """Replaces the paths of local copies in a text by the URLs of their objects."""
+    """Replaces paths of local copies in a text by the objects' URLs."""
     downloads, mirrors = re.escape(str(downloads_root())), re.escape(str(mirrors_root()))
     return re.sub(rf"(?:{downloads}|{mirrors}/[^/]+)/(gs|s3)/", r"\1://", text)
 
@@ -117,7 +117,7 @@ def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
             header_size = file.tell()
     if dtype.hasobject:
         raise ValueError("arrays of Python objects are not read")
-    with open(path, "rb") as file:  # the lengths of the name and of the extra field are in the member's local header
+    with open(path, "rb") as file:  # the member's local header has the lengths of the name and the extra field
         file.seek(member.header_offset + 26)
         start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
     if not all(shape):

@@ -71,8 +71,8 @@ def classifier_free(
     Args:
       denoise_fn: called with x_t [2 B, ...], network time [2 B] and y [2 B, ...].
       y: the conditions, an array or a tree of arrays. null_y: the condition that means "none" (`UNet.null_label`,
-        `UNet.null_condition`), of y's shape or broadcast to it, or a tree of null conditions. An array of y that null_y
-        repeats is not guided.
+        `UNet.null_condition`), in a shape that broadcasts to y's shape, or a tree of null conditions. An array of y that
+        null_y repeats is not guided.
       scale: s, one number or one per row: [B] or [B, 1, ..., 1].
       interval: (low, high), the network times at which s applies; at other times s is 1 (Kynkaanniemi et al. 2024).
       rescale: phi from Lin et al. 2024 section 3.4, in 0 ... 1, against the overexposure that a large s causes: 1 rescales
@@ -121,7 +121,7 @@ def class_log_prob(logits_fn: LogitsFn, y: Integer[ArrayLike, "B"]) -> LogProbFn
     """log p(y | x_t) from a classifier's logits [B, K].
 
     y: labels in 0 ... K - 1; a traced label out of range gives NaN. Raises: ValueError, when called, for labels that are not
-    int or out of range, or if the numbers of labels and rows differ.
+    int or out of range, or if there are not as many labels as rows.
     """
 
     def log_prob(x_t, time):

@@ -1,4 +1,4 @@
-"""What an image is, and the conversion of images between uint8 and the range of the models, [-1, 1]."""
+"""The shapes of images, and conversions between uint8 and the models' range, [-1, 1]."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool 
     """Replaces labels of y outside 0 ... num_classes - 1 by num_classes, for which a gather with mode "fill" gives NaN.
 
     null_label: whether the last label is the null label, which error messages then mention.
-    Raises: ValueError for a y that is not int, and for labels out of range; the values of a traced y are not checked.
+    Raises: ValueError for a y that is not int, and for labels out of range; traced values are not checked.
     """
     if not isinstance(y, Tracer):
         y = np.asarray(y)

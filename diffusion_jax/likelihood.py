@@ -101,7 +101,7 @@ def _log_cdf_jvp(primals, tangents):
 
 
 def _tanh_cdf(z):
-    """OpenAI's approximation of the standard normal CDF, with an error of at most 1.8e-4."""
+    """OpenAI's approximate standard normal CDF, with an error of at most 1.8e-4."""
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
@@ -141,8 +141,8 @@ def decoder_log_prob(
 
     Args:
       log_variance: values below -60 count as -60.
-      gray_levels: L, the number of gray levels of the data in [-1, 1] (256; 17 for scikit-learn's digits); x_0 is rounded to
-        the nearest level. None for continuous data: returns the log density of N(mean, variance) at x_0.
+      gray_levels: L, the data's number of gray levels in [-1, 1] (256; 17 for scikit-learn's digits); x_0 is rounded to the
+        nearest level. None for continuous data: returns the log density of N(mean, variance) at x_0.
       cdf: "exact", or "tanh" for OpenAI's approximation with their lower bound log 1e-12, to reproduce OpenAI's numbers.
     Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
       gray levels (NaN if x_0 is traced).
@@ -162,8 +162,8 @@ def _decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None, cdf: str
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (gray_levels - 1)
     level = jnp.clip(jnp.round((x_0 + 1) / (2 * half)), 0, gray_levels - 1)
-    # Edges are computed from the integer k, so that neighboring bins share bit-identical edges: with edges computed from x_0
-    # and a standard deviation of 1e-3 the sum of probabilities is off by 5e-5 in float32.
+    # Edges are computed from the integer k, so that neighboring bins share bit-identical edges: with edges computed from
+    # x_0, and a standard deviation of 1e-3, the probabilities sum to 1 only within 5e-5 in float32.
     lower = ((2 * level - 1) * half - 1 - mean) * inverse_sd
     upper = ((2 * level + 1) * half - 1 - mean) * inverse_sd
     first, last = level == 0, level == gray_levels - 1
@@ -308,7 +308,7 @@ def bits_per_dim(
 
 
 def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]:
-    """Bits per dimension that convert the bits of x = (data - offset) / scale to the density of the data in their own units.
+    """Bits per dimension to add to the bits of x = (data - offset) / scale, so that the density is in data units.
 
     By the change of variables -log p(data) = -log p(x) + sum log |scale|, so the result is the mean of log2 |scale|. Add it
     to `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. Nats

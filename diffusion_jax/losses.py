@@ -78,7 +78,7 @@ class ClassifyAux(NamedTuple):
     logits: Float[Array, "B K"]
 
 
-# An elementwise function of the SNR: the weight of the eps error.
+# An elementwise function of the SNR that returns the weight on the eps error.
 WeightFn: TypeAlias = Callable[[Float[Array, "*shape"]], Float[ArrayLike, "*shape"]]
 
 
@@ -156,9 +156,9 @@ def simple(
       timestep_sampler: for a schedule, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`; by default "uniform".
       draw: for a path, a name in `draws.DRAWS` or a `LevelDraw`; the default is "uniform". The draw is part of the objective.
     Returns: (loss [B], LossAux).
-    Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw, one of the last two with the other kind
-      of schedule, an output of another shape, weights that are not [B], an x_0 that is not float [B, ..., C], or a
-      "truncated_snr" or "edm" weight, which is infinite, for eps or score if alpha_bar ends at 0.
+    Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw; a timestep sampler with a path, or a
+      draw with a schedule; an output of the wrong shape; weights that are not [B]; an x_0 that is not float [B, ..., C]; or
+      a "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
     """
     if weighting in ("truncated_snr", "edm"):
         process.check_terminal_snr(schedule, prediction)
@@ -251,14 +251,14 @@ def continuous_vlb(
     """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
 
     1/2 E || eps - eps_theta ||^2 / p(log SNR), with the density p of the drawn log SNR: the mean is the integral over the log
-    SNR between the ends of the path's interval, for every draw. It is the limit of `vlb` without the decoder, as T grows, for
-    a fixed variance, and depends on the path only through the ends of its interval.
+    SNR between the ends of the path's interval, for every draw. As T grows, `vlb` without the decoder, for a fixed variance,
+    converges to this loss. The loss depends on the path only through the ends of the path's interval.
 
     Args:
       key, denoise_fn, x_0: as `simple`. prediction: eps, x_0, v, score or flow.
       draw: a name in `draws.DRAWS` or a `LevelDraw`; it changes the variance of the estimate, not the mean.
     Returns: (loss [B], LossAux).
-    Raises: ValueError as `simple`, for a schedule, and for a path with an infinite log SNR at an end of its interval.
+    Raises: ValueError as `simple`, for a schedule, and for a path whose log SNR is infinite at an end of the interval.
     """
     if not isinstance(path, Path):
         raise ValueError("continuous_vlb needs a path; for the steps of a schedule use losses.vlb, or schedule.path")
@@ -332,7 +332,7 @@ class _Drawn(NamedTuple):
 
 
 def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
-    """Draws steps of a schedule, or times of a path, and eps."""
+    """Draws eps, and steps on a schedule or times on a path."""
     x_0 = process.as_batch("x_0", x_0)
     batch_size = x_0.shape[0]
     key_t, key_eps = jax.random.split(key)
@@ -359,7 +359,7 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
 
 
 def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw=None) -> LossAux:
-    """Draws t and eps, calls the network and computes the error of its prediction."""
+    """Draws t and eps, calls the network and computes the prediction's error."""
     x_0, t, time, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     target = _target(schedule, x_0, x_t, t, eps, prediction)
     output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)

@@ -10,7 +10,7 @@ every row, and to an unbatched x under `vmap`. An index outside 0 ... T - 1 give
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
 functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
 
-A network predicts one of six quantities. Given x_t, each determines the others, because
+A network predicts one of six quantities. Given x_t, each quantity determines the other five, because
 x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 
     eps      the noise itself (DDPM section 3.2)
@@ -318,7 +318,7 @@ def _check_output(schedule, output, x_t, t, prediction):
             alpha = schedule.at(t, x_t).alpha
             if not isinstance(alpha, Tracer) and not np.asarray(alpha > 0).all():
                 raise ValueError(
-                    f"alpha is 0 at one of the times {t}: {prediction} does not determine x_0 there; predict v, x_0 or flow"
+                    f"alpha is 0 at a time in {t}: there {prediction} does not determine x_0; predict v, x_0 or flow"
                 )
         return
     known = t is not None and not isinstance(t, Tracer)

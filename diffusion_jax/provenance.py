@@ -35,11 +35,11 @@ class Provenance:
 
     @property
     def digest(self) -> str:
-        """Returns 12 hexadecimal digits of a hash of the settings."""
+        """Returns the settings' hash, as 12 hexadecimal digits."""
         return settings_digest(self.settings)
 
     def differences(self, stored: Provenance) -> str:
-        """Lists the settings in which a stored record differs from this record, in one line; "" if all are equal."""
+        """Lists the settings that differ between a stored record and this record, in one line; "" if all are equal."""
         old, new = flatten(stored.settings), flatten(json.loads(json.dumps(self.settings)))
         return shorten("; ".join(list_differences(old, new)), 300)
 
@@ -49,7 +49,7 @@ class Provenance:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Provenance | None:
-        """Reads the record from an .npz; None for a file without a record or an unreadable file."""
+        """Reads the record from an .npz; None for a file without a record, or a file that cannot be read."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**json.loads(str(arrays[_ARRAY])))
@@ -58,12 +58,12 @@ class Provenance:
 
 
 def settings_digest(*settings: Any) -> str:
-    """Returns 12 hexadecimal digits of a hash of JSON values."""
+    """Returns a hash of JSON values, as 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
 def array_digest(array: np.ndarray | None) -> str | None:
-    """Returns the SHA-256 of the values of an array; None for None."""
+    """Returns the SHA-256 of an array's values; None for None."""
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 

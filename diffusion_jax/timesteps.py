@@ -86,7 +86,7 @@ def record(
     length, losses = history.losses.shape[1], jnp.asarray(losses, jnp.float32)
     finite = jnp.isfinite(losses)
     same = (t[:, None] == t[None, :]) & finite
-    earlier = jnp.tril(same, -1).sum(axis=1)  # number of earlier losses of the batch at the same step
+    earlier = jnp.tril(same, -1).sum(axis=1)  # number of earlier losses in the batch at the same step
     later = jnp.triu(same, 1).sum(axis=1)
     place = (history.counts[t] + earlier) % length
     # If a batch has more than H losses at one step, only the last H are kept.

@@ -1,7 +1,7 @@
 """Types for the signatures of the core. Imports nothing else from this package.
 
-Shapes are written as in jaxtyping: `Float[ArrayLike, "B *shape"]` is a batch of B float arrays of any shape. The annotations
-have no run-time cost; the tests check them with jaxtyping's import hook.
+Shapes are written as in jaxtyping: `Float[ArrayLike, "B *shape"]` is a batch of B float arrays with any shape. The
+annotations have no run-time cost; the tests check them with jaxtyping's import hook.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "TimestepSampler",
 ]
 
-# A batch of float arrays of any shape: as a result, and as an argument.
+# A batch of float arrays with any shape: as a result, and as an argument.
 Batch: TypeAlias = Float[Array, "B *shape"]
 BatchLike: TypeAlias = Float[ArrayLike, "B *shape"]
 

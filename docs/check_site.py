@@ -1,7 +1,8 @@
 """Checks the built site: `python docs/check_site.py [docs/_build/html]`, the last step of `make docs`.
 
 The script checks that every name in a public module's `__all__` has an entry, that every link leads to an existing file and
-anchor, and that pages load nothing from another machine. If there are problems, it prints all of them and exits with 1.
+anchor, and that pages load nothing from another machine. If there are problems, the script prints all problems and exits
+with 1.
 """
 
 from __future__ import annotations

@@ -46,14 +46,13 @@ settings, and so may any mapping:
 `--config.group.setting=VALUE` overrides a setting: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
 
 The column "identity" shows which settings decide the numbers of a run: a relaunch in the same work directory must not change
-them. The others may change between launches.
+these settings. All other settings may change between launches.
 
 This page is the output of `make reference`.
 """
 _COMMAND_LINE = """# Command line
 
-Three commands: one for the runs of a model, one for weights, and one for sets of images. This page is the output of
-`make reference`.
+Four commands: training and sampling, weights, evaluation, and reports. This page is the output of `make reference`.
 
 ## `diffusion-jax`
 
@@ -64,7 +63,7 @@ diffusion-jax --config=NAME --workdir=DIR --mode=train
 ```
 
 A rerun of the same command resumes the run. `--config` may be left out for a directory that holds a run, and with
-`--pretrained`, from which any mode then starts.
+`--pretrained`: any mode then starts from these weights.
 """
 _EXIT_CODES = """### Exit codes
 
@@ -81,7 +80,7 @@ _EXIT_CODES = """### Exit codes
 | 141 | the reader of the output ended first, as in `... \\| head` |
 | 143 | stopped by SIGTERM before the program had started; rerun the same command |
 
-[Tested faults and exit codes](../results/reliability.md) lists the faults behind each code, and which of them were tested.
+[Tested faults and exit codes](../results/reliability.md) lists the faults behind each code, and the tests.
 """
 
 

@@ -1,4 +1,4 @@
-"""Settings of all tests: checks of the core's annotations, a persistent compilation cache, and no other cache of the user.
+"""Settings for all tests: the core's annotations are checked, and only the compilation cache outlives a session.
 
 Programs that tests start share the caches and run without the checks.
 """
@@ -18,14 +18,14 @@ type_checks.import_core_with_checks()
 pytest_plugins = ["helpers.object_stores"]
 
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path(tempfile.gettempdir()) / "diffusion_jax_tests")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # the programs that tests start share it
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # programs that tests start share the cache
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_session(tmp_path_factory):
-    """Decoded images and features, which otherwise outlive the code that computed them; fonts may."""
+    """Decoded images and features must not outlive the code that computed them; fonts may."""
     os.environ.setdefault("MPLCONFIGDIR", str(pathlib.Path.home() / ".cache" / "matplotlib"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 

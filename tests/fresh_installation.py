@@ -1,4 +1,4 @@
-"""The first command of the README in an empty environment: `make fresh`.
+"""The README's first command in an empty environment: `make fresh`.
 
 Installs requirements.txt into a new environment, prepares a small data set in CIFAR-10's format with TFDS's own builder from
 a server on this machine, and trains the network of configs/cifar10.py for two steps.
@@ -21,11 +21,11 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = ["--config.training.num_steps=2", "--config.training.batch_size=8", "--config.training.log_every=1"]
-FLAGS += ["--config.sampling.preview_samples=0"]  # ancestral sampling takes 1,000 calls of the network
+FLAGS += ["--config.sampling.preview_samples=0"]  # ancestral sampling takes 1,000 network calls
 
 
 def write_archive(path: pathlib.Path) -> None:
-    """Writes a file like cifar-10-binary.tar.gz: each record is a byte of the label and the bytes of a random 32x32 image."""
+    """Writes a file like cifar-10-binary.tar.gz: each record has a label byte and the bytes of a random 32x32 image."""
     draw = random.Random(0)
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     contents = {name: b"".join(bytes([i]) + draw.randbytes(3072) for i in range(4)) for name in names}
@@ -38,7 +38,7 @@ def write_archive(path: pathlib.Path) -> None:
 
 
 def prepare(directory: str) -> None:
-    """Prepares the data set in a directory, as a launch does for a missing one. Runs in the new environment."""
+    """Prepares the data set in a directory, as a launch does for a missing data set. Runs in the new environment."""
     sys.path.insert(0, str(ROOT))
     from diffusion_jax.distributed.devices import silence_libraries
 

@@ -13,6 +13,6 @@ def test_durations(seconds, text):
 
 
 def test_bars_count_images(capsys):
-    """Of 300 images in two chunks: not "2/2"."""
+    """A bar for 300 images in two chunks does not show "2/2"."""
     assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]
     assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")

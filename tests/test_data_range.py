@@ -14,16 +14,16 @@ LEARNED = "learned_range"
 
 
 def network(x_t, time):
-    """Some network with a learned variance."""
+    """A network with a learned variance."""
     return jnp.concatenate([0.4 * x_t, jnp.tanh(x_t)], axis=-1)
 
 
 def data(outside=1.5):
-    """Three examples [3, 2, 1], of which the second has one value `outside` of the range."""
+    """Three examples [3, 2, 1]; the second example has the value `outside`, which is out of range."""
     return jnp.array([-1.0, 1.0, 0.2, outside, 0.3, -0.4]).reshape(3, 2, 1)
 
 
-# Each with the result [B] that must be NaN where the data are outside.
+# Each function returns the result [B] that must be NaN for examples out of range.
 BOUNDS = {
     "vlb": lambda x, **options: losses.vlb(KEY, SCHEDULE, network, x, **options)[0],
     "bits_per_dim": lambda x, **options: (
@@ -44,7 +44,7 @@ ASSUME_THE_RANGE = [{"gray_levels": 256, "clip": False}, {"gray_levels": None, "
     [(name, options) for name in BOUNDS for options in ASSUME_THE_RANGE if name != "decoder" or not options["clip"]],
 )
 def test_data_outside_the_range(name, options):
-    """One example of three: the others keep their numbers."""
+    """Only one of three examples is out of range; the other examples' results do not change."""
     bound, compiled = BOUNDS[name], jax.jit(lambda x: BOUNDS[name](x, **options))
     for outside in (1.1, -1.5, np.inf):
         with pytest.raises(ValueError, match=r"outside of \[-1, 1\].*(gray_levels=None|clip=False) for other data"):
@@ -61,7 +61,7 @@ def test_other_data_need_neither_a_clip_nor_gray_levels(clip):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_images_scaled_in_any_precision_are_in_the_range(dtype):
-    """Every common formula for [-1, 1], from all gray levels, and the largest that two roundings of 2 allow."""
+    """Every common formula for [-1, 1], from all gray levels, and the largest value that two roundings of 2 allow."""
     levels = jnp.arange(256).astype(dtype)
     scales = [jnp.asarray(scale, dtype) for scale in (2 / 255, 1 / 127.5, 1 / 255)]
     scaled = [levels * scales[0] - 1, levels * scales[1] - 1, levels * scales[2] * 2 - 1]

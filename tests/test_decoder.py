@@ -1,4 +1,4 @@
-"""The decoder of discretized data, against SciPy and quadrature."""
+"""The decoder for discretized data, against SciPy and quadrature."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_the_decoder_is_the_gaussian_s_mass_in_the_bin(levels, x64):
 
 
 def in_float32(x_0, mean, sd):
-    """float32 arguments for the decoder, and the same values in float64 for its judge."""
+    """float32 arguments for the decoder, and the same values in float64 for the reference."""
     single = [np.asarray(a, np.float32) for a in (x_0, mean, 2 * np.log(sd))]
     x_0, mean, log_variance = (a.astype(np.float64) for a in single)
     return single, (x_0, mean, np.exp(0.5 * log_variance))
@@ -54,7 +54,7 @@ def test_the_decoder_in_float32_is_close_to_float64():
     mean, sd, x_0 = np.meshgrid([-1.1, -0.4, 0.63, 1.0], [0.01, 0.1, 1.0], np.linspace(-1, 1, 256))
     single, double = in_float32(x_0, mean, sd)
     expected = scipy_log_prob(*double, 256)
-    # (edge - mean) / sd carries 1e-7 / sd, which its square turns into 1e-7 z / sd nats.
+    # (edge - mean) / sd has an error of 1e-7 / sd, so the square has an error of 1e-7 z / sd nats.
     allowed = 1e-4 + 2e-7 * np.sqrt(2 * abs(expected)) / sd + 1e-6 * abs(expected)
     assert (abs(jax.jit(likelihood.decoder_log_prob)(*single) - expected) < allowed).all()
 
@@ -66,7 +66,7 @@ def test_a_far_tail_s_gradient_in_float32_is_the_mills_ratio():
 
 
 def test_openai_s_tanh_decoder():
-    """Its formula, written anew in float64 from the description: edges at +-1/255, tanh CDF, floor of 1e-12."""
+    """OpenAI's formula, written in float64 from the description: edges at +-1/255, tanh CDF, floor of 1e-12."""
     mean, sd, x_0 = np.meshgrid([-0.99, -0.2, 0.7], [0.01, 0.2], np.arange(256) / 127.5 - 1)
     single, (x_0, mean, sd) = in_float32(x_0, mean, sd)
     cdf = lambda z: 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # noqa: E731
@@ -83,7 +83,7 @@ def test_openai_s_tanh_decoder():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_every_gray_level_is_recovered_from_its_rounded_value(dtype, levels):
-    """A mean at level k makes that bin the likeliest of all; x_0 is level k in the dtype's own rounding."""
+    """A mean at level k makes level k's bin the likeliest; x_0 is level k in the dtype's own rounding."""
     k = np.arange(levels)
     exact = 2 * k / (levels - 1) - 1
     x_0 = jnp.asarray(exact, dtype)

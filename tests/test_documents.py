@@ -15,14 +15,14 @@ GUIDES = [path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != 
 
 
 def file_of(name):
-    """A file of the project; names without a folder of it are of the package."""
+    """A file of the project; names without a project folder are relative to the package."""
     path = ROOT / "diffusion_jax" / name
     return path if path.is_file() else ROOT / name
 
 
 @functools.cache
 def defined_names(path):
-    """Functions, classes, methods and constants of a file; methods as Class.method."""
+    """A file's functions, classes, methods and constants; methods as Class.method."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -20,13 +20,13 @@ MASK = np.array([True, False, True])
 
 
 def network(x, time, *y):
-    """A network in bfloat16, as some are, whose time has the dtype that the rule asks for."""
+    """A bfloat16 network, which checks that the time has the dtype of the rule."""
     assert time.dtype == x.dtype, f"x_t is {x.dtype}, the network time {time.dtype}"
     return (0.3 * x + 0.01 * time[:, None, None, None]).astype(jnp.bfloat16)
 
 
 def exact(x, time, *y):
-    """A network whose own constants are float64, which under x64 must not spread."""
+    """A network with float64 constants, whose dtype must not spread under x64."""
     return jnp.asarray(np.float64(0.3) * x, jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
@@ -36,7 +36,7 @@ def doubled(x, time):
 
 
 def logits(x, time):
-    """A classifier of three classes in bfloat16."""
+    """A bfloat16 classifier for three classes."""
     return (x.mean(axis=(1, 2)) + time[:, None]).astype(jnp.bfloat16)
 
 
@@ -46,12 +46,12 @@ def times(x):
 
 
 def low(x):
-    """As a network's output: bfloat16, unless images are float64."""
+    """A value like a network's output: bfloat16, unless images are float64."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.bfloat16)
 
 
 def alone(x):
-    """Numbers [4] of the images."""
+    """Numbers [4] from the images."""
     return x[0, 0, :, 0]
 
 
@@ -166,7 +166,7 @@ def test_results_are_float32_or_float64_by_the_rule(name, dtype, x64):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", CASES)
 def test_low_precision_is_promoted_before_arithmetic(name):
-    """Results for bfloat16 arrays are those for the same values in float32."""
+    """Results for bfloat16 arrays equal the results for the same values in float32."""
     x = jnp.asarray(np.linspace(-1, 1, 96).reshape(2, 4, 4, 3), jnp.bfloat16)
     found, expected = (jax.tree.leaves(jax.jit(CASES[name])(x)) for x in (x, x.astype(jnp.float32)))
     for a, b in zip(found, expected, strict=True):
@@ -187,7 +187,7 @@ def test_arrays_that_are_not_float_are_refused(name, dtype):
 
 
 def test_x64_changes_no_draw():
-    """The same int32 timesteps, float32 weights and noise for float32 images, whatever the mode."""
+    """The same int32 timesteps, float32 weights and noise for float32 images in both modes."""
     x_0, drawn = np.full((4, 2, 2, 1), 0.25, np.float32), []
     for x64 in (False, True):
         with jax.enable_x64(x64):

@@ -1,4 +1,4 @@
-"""Editing against Gaussian data, where the conditional distribution of what is unknown has a closed form."""
+"""Editing with Gaussian data, where the unknown values' conditional distribution has a closed form."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ MASK = jnp.array([True, False])
 
 
 def repainted(resamplings):
-    """Mean and variance of the unknown number, and what the known one came back as."""
+    """The unknown number's mean and variance, and the returned known number."""
     schedule = schedules.respace(FULL, 50, "log_snr")
     x_0 = jnp.tile(jnp.array([KNOWN, -9.0]), (N, 1))
 
@@ -51,11 +51,12 @@ def test_repaint_approaches_the_conditional_mean_with_too_small_a_variance():
     print({r: (float(m), float(v)) for r, (m, v) in found.items()}, "exact", mean, variance)
     assert errors[1] - errors[5] > 4 * (bar[1] + bar[5])
     assert errors[5] - errors[20] > 4 * (bar[5] + bar[20])
-    assert found[20][1] < variance  # said in the docstring
+    assert found[20][1] < variance  # stated in the docstring
 
 
 def test_the_steps_of_repaint():
-    """The published example's rules, counted: every stretch as often as asked, each climb back to where it fell from."""
+    """Counts steps by the published example's rules: every stretch is repeated as often as requested, and each jump returns
+    to the stretch's start."""
     downs, climbs = editing._repaint_steps(12, 3, 4)
     np.testing.assert_array_equal(downs[:4], [11, 10, 9, 8])
     assert {j: int((climbs == j).sum()) for j in set(climbs.tolist()) - {-1}} == {4: 2, 8: 2}
@@ -114,10 +115,11 @@ def test_projection_changes_only_the_measured_part(name, x64):
     np.testing.assert_allclose(linear.measure(linear.invert(y)), y, atol=1e-12)  # A A+ = I
     moved = editing.project(linear, y, clip=False)(other)
     np.testing.assert_allclose(linear.measure(moved), y, atol=1e-12)
-    # Only along A+: what A does not see is as it was, and no nearer x_0 fits (A+ is the transpose but for a factor).
+    # Changes are along A+ only: the null space of A is unchanged, and no nearer x_0 fits (A+ is a multiple of the
+    # transpose).
     np.testing.assert_allclose(moved - other, linear.invert(linear.measure(moved - other)), atol=1e-12)
     np.testing.assert_allclose(editing.project(linear, y, clip=False)(moved), moved, atol=1e-12)
-    # A clip comes before the projection, or measured values near the ends of the range would be cut.
+    # The clip precedes the projection; otherwise measured values near the ends of the range would be clipped.
     clipped = jnp.clip(3 * other, -1, 1)
     expected = clipped + linear.invert(y - linear.measure(clipped))
     np.testing.assert_allclose(editing.project(linear, y, clip=True)(3 * other), expected, atol=1e-12)
@@ -126,7 +128,7 @@ def test_projection_changes_only_the_measured_part(name, x64):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", ["gray", "average_pool"])
 def test_restored_images_agree_with_the_measurement(name):
-    """Independent Gaussian pixels: the measured means come back, the rest keeps its spread."""
+    """Independent Gaussian pixels: the results have the measured means, and the remaining components keep their variance."""
     linear = OPERATORS[name]
     image = np.sqrt(S2) * jax.random.normal(jax.random.key(5), (200, 8, 8, 3))
     y = linear.measure(image)
@@ -159,7 +161,7 @@ def test_slerp():
 
 @pytest.mark.whole
 def test_interpolation_half_way_up_the_chain():
-    """Ho's: linear in x_t, so with a linear sampler linear in x_0, with the same noise throughout."""
+    """Ho et al.'s interpolation is linear in x_t, so with a linear sampler and the same noise also in x_0."""
     schedule, sampler = schedules.respace(FULL, 50, "log_snr"), sampling.ddim(clip=False)
     weights, x, y = jnp.linspace(0, 1, 5), jnp.full((3, 1), -0.7), jnp.full((3, 1), 0.9)
     held = editing.interpolate(KEY, schedule, pixels, x, y, weights, sampler, t=25)
@@ -167,11 +169,11 @@ def test_interpolation_half_way_up_the_chain():
     assert np.std(held[0]) > 0.01
     many = jnp.full((N, 1), 0.2)
     ends = editing.interpolate(KEY, schedule, pixels, many, many, [0.0, 1.0], sampler, t=25)
-    assert abs(np.corrcoef(ends[0, :, 0], ends[1, :, 0])[0, 1]) < 4 / np.sqrt(N)  # each end has noise of its own
+    assert abs(np.corrcoef(ends[0, :, 0], ends[1, :, 0])[0, 1]) < 4 / np.sqrt(N)  # each end has its own noise
 
 
 def test_known_pixels_are_drawn_one_step_earlier():
-    """q(x_{t-1} | x_0) at every t, x_0 itself at 0, and the unknown ones as they were."""
+    """Known pixels follow q(x_{t-1} | x_0) at every t and equal x_0 at 0; unknown pixels do not change."""
     schedule = schedules.respace(FULL, 10)
     x_0, x_prev = jnp.tile(jnp.array([KNOWN, 5.0]), (N, 1)), jnp.tile(jnp.array([9.0, -3.0]), (N, 1))
     for t in (9, 4, 1, 0):
@@ -183,7 +185,8 @@ def test_known_pixels_are_drawn_one_step_earlier():
 
 
 def test_repaint_of_one_resampling_is_replacement():
-    """With nothing known and a deterministic sampler it is that sampler; known pixels are returned without noise."""
+    """Without known pixels, and with a deterministic sampler, RePaint equals the sampler; known pixels are returned without
+    noise."""
     schedule, x_0 = schedules.respace(FULL, 6, "trailing"), jnp.array([[KNOWN, -9.0], [0.2, 1.0]])
     sampler = sampling.ddim(clip=False)
     run = jax.jit(lambda mask: editing.repaint(KEY, schedule, correlated, x_0, mask, sampler, resamplings=1))
@@ -195,17 +198,17 @@ def test_repaint_of_one_resampling_is_replacement():
 
 @pytest.mark.parametrize(("prediction", "start"), [("v", 60), ("x_0", None)])
 def test_interpolation_encodes_with_the_prediction_of_the_sampler_up_to_the_start(prediction, start, x64):
-    """Of Gaussian data with an exact network, the ends come back for any prediction and any start."""
+    """For Gaussian data with an exact network, the ends are recovered for any prediction and any start."""
     schedule, sampler = schedules.respace(FULL, 200, "log_snr"), sampling.heun(prediction=prediction, clip=False)
     x, y = np.array([[-0.7], [0.2]]), np.array([[0.9], [-0.4]])
     interpolate = partial(editing.interpolate, KEY, schedule, gaussian(prediction), order=2, start=start)
     between = jax.jit(lambda x, y: interpolate(x, y, [0.0, 0.4, 1.0], sampler))(x, y)
-    np.testing.assert_allclose(between, [x, 0.6 * x + 0.4 * y, y], atol=2e-3)  # in one dimension a line
+    np.testing.assert_allclose(between, [x, 0.6 * x + 0.4 * y, y], atol=2e-3)  # in one dimension the path is a line
 
 
 @pytest.mark.parametrize("resamplings", [2, pytest.param(5, marks=pytest.mark.whole)])
 def test_repaint_without_known_pixels_returns_the_prior(resamplings):
-    """Data N(10, 1) and their exact network, for which the ancestral steps are exact at any number of steps.
+    """Data N(10, 1) with the exact network, for which ancestral steps are exact for any number of steps.
 
     With x_t ~ N(sqrt(alpha_bar) 10, 1) the mean of q(x_{t-1} | x_t) is exact and its variance is beta; the last step returns
     E[x_0 | x_1], whose variance is alpha_bar at index 0.
@@ -217,7 +220,7 @@ def test_repaint_without_known_pixels_returns_the_prior(resamplings):
         lambda x: editing.repaint(KEY, schedule, gaussian(mean=10.0, variance=1.0), x, mask, sampler, **options)
     )
     x = np.asarray(run(jnp.full((N, 2), 100.0)), np.float64)
-    # Of x_T ~ N(0, 1) instead of N(sqrt(alpha_bar_T) 10, 1), a share alpha_bar_T remains.
+    # With x_T ~ N(0, 1) instead of N(sqrt(alpha_bar_T) 10, 1), a share alpha_bar_T of the difference remains.
     expected, variance = 10.0 * (1 - FULL.alpha_bar[-1]), schedule.alpha_bar[0]
     assert (abs(x.mean(axis=0) - expected) < 4 * np.sqrt(variance / N)).all()
     assert (abs(x.var(axis=0) - variance) < 4 * variance * np.sqrt(2 / N)).all()

@@ -21,7 +21,7 @@ def class_logits(x, time):
 
 
 def network(prediction="eps", learned=False):
-    """(x_t, time, y) -> the exact output for class y, or for all of them at the null label."""
+    """(x_t, time, y) -> the exact output for class y, or for all classes at the null label."""
 
     def denoise_fn(x, time, y):
         alpha, sigma = levels(time)
@@ -82,7 +82,7 @@ def images_of(x, time, y):
 
 
 def test_a_scale_for_each_row_and_an_interval():
-    """Outside of the interval the scale is 1; a scale of shape [B] or [B, 1, 1, 1]."""
+    """Outside the interval the scale is 1; a scale of shape [B] or [B, 1, 1, 1]."""
     x = jnp.broadcast_to(X_T[:, None, None], (5, 3, 2, 2))
     scales = jnp.array([0.0, 4.0, 3.0, -1.0, 2.0])
     draw = lambda scale, interval: guidance.classifier_free(images_of, Y, NULL, scale, interval=interval)(x, TIME)  # noqa: E731
@@ -127,7 +127,7 @@ def test_rescaling_does_not_change_constant_outputs():
     def constant(x, time, y):
         return jnp.broadcast_to(1.0 + y[:, None, None, None], x.shape)
 
-    with jax.debug_nans(True):  # a deviation of 0 is not divided by
+    with jax.debug_nans(True):  # no division by a standard deviation of 0
         guided = guidance.classifier_free(constant, y, 3, 5.0, rescale=1.0)(x, jnp.zeros(2))
     np.testing.assert_allclose(guided[:, 0, 0, 0], [-4 * 4 + 5 * 1, -4 * 4 + 5 * 3])
 
@@ -135,7 +135,7 @@ def test_rescaling_does_not_change_constant_outputs():
 @pytest.mark.whole
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x64):
-    """The learned variance is that of the unconditional network."""
+    """The learned variance comes from the unconditional network."""
     exact, null = network(prediction, learned=True), jnp.full(5, NULL)
     log_prob = guidance.class_log_prob(class_logits, Y)
     guided = guidance.classifier(lambda x, time: exact(x, time, null), log_prob, FULL, 1.0, prediction=prediction)
@@ -164,7 +164,7 @@ def test_mean_shift_is_the_eps_shift_to_first_order(x64):
 @pytest.mark.parametrize("x64_on", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_guidance_at_zero_terminal_snr(prediction, x64_on):
-    """At alpha_bar = 0, x_t tells nothing of y and shifts neither x_0 nor v, however large the gradient is."""
+    """At alpha_bar = 0, x_t has no information about y, so no gradient, however large, shifts x_0 or v."""
     with jax.enable_x64(x64_on):
         jsd, x = schedules.from_betas(schedules.betas("jsd", 10)), jnp.asarray(X_T, float)
         half, log_prob = lambda x, time: 0.5 * x, lambda x, time: 100 * x.sum(1)

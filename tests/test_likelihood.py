@@ -127,7 +127,7 @@ def test_the_discretized_decoder_term_by_quadrature():
 
 
 def test_with_the_fixed_small_variance_terms_are_snr_differences(x64):
-    """L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x0hat||^2 (Kingma et al. 2021), whatever the network says."""
+    """L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x0hat||^2 (Kingma et al. 2021), for any network output."""
     x_0 = jax.random.uniform(jax.random.key(0), (5, 3), minval=-1)
     bits = likelihood.bits_per_dim(
         jax.random.key(1), SCHEDULE, lambda x, time: 0.3 * x + 0.1, x_0, variance="fixed_small", clip=True
@@ -169,7 +169,7 @@ def test_rate_and_distortion_of_a_gaussian():
     prior = 0.5 * (a[-1] * (S2 + M**2) - a[-1] - np.log1p(-a[-1])) / np.log(2)
     rate, distortion = likelihood.rate_distortion(prior, kl, error)
     expected = 0.5 * np.log2(1 + S2 * schedule.snr)
-    # The first steps are coarse whatever T is: SNR halves there from one to the next, which costs up to half a bit.
+    # The first steps are coarse for every T: the SNR halves between these steps, which costs up to half a bit.
     np.testing.assert_allclose(rate[steps // 50 :], expected[steps // 50 :], atol=2e-3)
     np.testing.assert_allclose(distortion, 127.5 * np.sqrt(S2) * 2.0**-expected, rtol=1e-4)
     assert rate[-1] == pytest.approx(prior) and (np.diff(rate) <= 0).all()
@@ -180,8 +180,9 @@ def test_rate_and_distortion_of_a_gaussian():
 
 @pytest.mark.parametrize("shape", [(5, 2), *(pytest.param(s, marks=pytest.mark.whole) for s in ((2,), (2, 3, 2, 2)))])
 def test_the_bound_of_standardized_data_in_their_units(shape):
-    """Independent normal channels. After standardization x_t is N(0, 1) at every t, and beta_t is the exact variance, so that
-    only the decoder has a gap to the entropy: its variance at index 0 is the posterior one of index 1."""
+    """Independent normal channels. After standardization x_t is N(0, 1) at every t, and beta_t is the exact variance, so
+    that only the decoder has a gap to the entropy: the decoder's variance at index 0 is the posterior variance at index
+    1."""
     n, offset, scale = 4000, np.array([3.0, -20.0]), np.array([0.05, -40.0])
     schedule = schedules.from_betas(schedules.betas("linear", 100, beta_start=1e-3, beta_end=0.12))
     data = offset + np.abs(scale) * np.random.default_rng(0).normal(size=(n, *shape))
@@ -199,14 +200,14 @@ def test_the_bound_of_standardized_data_in_their_units(shape):
 
 
 def test_the_bits_of_a_standardization():
-    """log2 |scale|: of one number, of channels, and of an array of the data's shape."""
+    """log2 |scale| for a number, a value per channel, and an array with the data's shape."""
     assert likelihood.standardization_bits(8.0) == 3 and likelihood.standardization_bits(-0.25) == -2
     scale = np.array([2.0, 32.0], np.float32)
     assert likelihood.standardization_bits(scale) == 3
     assert likelihood.standardization_bits(np.broadcast_to(scale, (4, 4, 2))) == 3
 
 
-# The estimate from some of the steps.
+# The estimate from a subset of the steps.
 
 
 @pytest.mark.whole
@@ -219,7 +220,7 @@ def test_strata_are_an_unbiased_estimate(strata):
     transitions = bits.total - bits.prior - bits.decoder
     mean, error = mean_and_error(transitions)
     assert abs(mean - closed_form("learned_range")[1:].sum()) < 4 * error
-    # The stated error, against the spread of estimates of one and the same example.
+    # The stated error, against the spread of repeated estimates for the same example.
     same = jnp.repeat(x_0[:1], 20_000, axis=0)
     bits = evaluate(optimal("learned_range"), "learned_range", same, key=3, gray_levels=None, strata=strata)
     spread = np.asarray(bits.total - bits.decoder, np.float64).var()
@@ -254,7 +255,7 @@ def test_tables_do_not_change_the_bound():
 @pytest.mark.whole
 @pytest.mark.parametrize("levels", [256, None])
 def test_gradients_are_finite_at_any_learned_log_variance(levels):
-    """float32 has no exponential beyond 88: neither the term at t nor the branch that is not taken may overflow."""
+    """In float32, exp overflows beyond 88: neither the term at t nor the unused branch may overflow."""
     x_0, x_t = jnp.array([[-1.0, 0.3], [1.0, -0.4]]), jnp.array([[-0.9, 0.2], [0.8, -0.5]])
     for log_variance in (-200.0, -89.0, -60.0, -20.0, 20.0):
         for t in (0, T // 2):

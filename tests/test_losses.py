@@ -57,7 +57,7 @@ EPS_WEIGHTS = {
 
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_a_weighting_applies_to_the_eps_error_for_every_prediction(prediction):
-    """With any output, the weighted loss is w(SNR) times the error of the eps that the output stands for."""
+    """For any output, the weighted loss is w(SNR) times the error of the eps that follows from the output."""
     x_0 = jax.random.normal(jax.random.key(0), (64, 3))
     off = lambda x_t, time: 1.1 * optimal(prediction)(x_t, time) + 0.1  # noqa: E731
     draw = partial(losses.simple, jax.random.key(2), SCHEDULE, off, prediction=prediction)
@@ -136,7 +136,8 @@ def test_the_vlb_loss_estimates_the_bound(variance):
 @pytest.mark.whole
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
-    """With respect to the output: the mean's gradient is that of L_simple, the variance's that of the weighted vlb."""
+    """The gradient with respect to the predicted mean equals L_simple's; with respect to the variance, the weighted
+    vlb's."""
     x_0 = bounded_data(16)
 
     def gradient(loss, **options):
@@ -152,7 +153,7 @@ def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     # Two programs: each gradient is a difference of float32 numbers, rounded to 2^-24 of the larger, a few times.
     rounding = 1e-6 * abs(simple[0]).max()
     np.testing.assert_allclose(hybrid[0], simple[0], rtol=1e-6, atol=rounding)
-    assert 0.001 * abs(bound[0]).max() > 10 * rounding  # the gradient of the bound would be seen
+    assert 0.001 * abs(bound[0]).max() > 10 * rounding  # the bound's gradient would be visible
     assert (simple[1] == 0).all()
     np.testing.assert_allclose(hybrid[1], 0.001 * bound[1], rtol=1e-5, atol=1e-9)
     loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0, prediction=prediction, vlb_weight=0.5)
@@ -187,7 +188,7 @@ def first_step(key, batch, total):
 @pytest.mark.whole
 @pytest.mark.parametrize("sampler", [first_step, timesteps.uniform])
 def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
-    """8-bit images of black and white, a thousand cosine steps, a mean far off: float32."""
+    """In float32: black and white 8-bit images, a thousand cosine steps, and a mean far from the data."""
     schedule = schedules.from_betas(schedules.betas("cosine", 1000))
     x_0 = jnp.where(jax.random.bernoulli(jax.random.key(0), shape=(512, 3)), 1.0, -1.0)
 
@@ -206,7 +207,7 @@ def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
 
 @pytest.mark.whole
 def test_importance_sampling_is_unbiased_and_has_less_variance():
-    """The weighted estimate of the bound equals the uniform one within error bars, with less variance."""
+    """The weighted estimate of the bound equals the uniform estimate within error bars, with less variance."""
     x_0 = gaussian_data(60_000)
     run = jax.jit(
         lambda key, sampler_history: losses.vlb(
@@ -224,6 +225,6 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
     np.testing.assert_allclose(parts.importance, 1 / (20 * np.asarray(p)[parts.t]), rtol=1e-6)
     (a, error_a), (b, error_b) = mean_and_error(uniform), mean_and_error(weighted)
     assert abs(a - b) < 4 * np.hypot(error_a, error_b) and error_b < 0.9 * error_a
-    # Also where a step is almost never drawn: the frequencies are the probabilities.
+    # Also for a step that is almost never drawn: the frequencies equal the probabilities.
     counts = np.bincount(np.asarray(parts.t), minlength=20)
     assert (abs(counts - 60_000 * p) < 5 * np.sqrt(60_000 * p) + 1).all()

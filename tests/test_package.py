@@ -34,7 +34,7 @@ def test_import_loads_only_jax_numpy_and_jaxtyping():
     ]
 
 
-LAYERS = [  # lowest first; a module imports from its own layer or a lower one
+LAYERS = [  # lowest first; a module imports from its own layer or a lower layer
     {"errors", "images", "labels", "types"},
     {"schedules"},
     {"process"},
@@ -74,7 +74,7 @@ def imported_modules(node):
 
 
 def module_level_nodes(tree):
-    """The nodes of a syntax tree that run when the module is imported: all outside of functions."""
+    """The syntax tree nodes that run when the module is imported: all nodes outside functions."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield node

@@ -240,13 +240,13 @@ def test_rescaled_betas_end_in_pure_noise():
     old, new = (schedules.from_betas(b) for b in (betas, schedules.rescale_zero_terminal_snr(betas)))
     assert new.alpha_bar[-1] == 0 and new.zero_terminal_snr
     np.testing.assert_allclose(new.alpha_bar[0], old.alpha_bar[0], rtol=1e-12)
-    # sqrt(alpha_bar) is an affine function of the old one.
+    # the new sqrt(alpha_bar) is an affine function of the old.
     slope = np.diff(new.sqrt_alpha_bar) / np.diff(old.sqrt_alpha_bar)
     np.testing.assert_allclose(slope, slope[0], rtol=1e-7)
 
 
 def fixed(time):
-    """A draw of one time."""
+    """A draw that always returns one time."""
     return lambda key, batch_size, path: (jnp.full(batch_size, time), jnp.zeros(batch_size))
 
 
@@ -330,9 +330,9 @@ DRAWS = {name: make() for name, make in draws.DRAWS.items()}
 @pytest.mark.parametrize("path", FINITE.values(), ids=FINITE)
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_have_the_density_that_they_return(name, path):
-    """The mean of 1 / p(l) is the length of the range of l, and that of l / p(l) the integral of l."""
+    """E[1 / p(l)] is the length of l's range, and E[l / p(l)] is the integral of l."""
     if name.endswith("normal"):
-        draw = draws.log_normal(-0.5, 2.5)  # wide enough for weights of finite variance
+        draw = draws.log_normal(-0.5, 2.5)  # wide enough for weights with finite variance
     else:
         draw = DRAWS[name]
     time, log_density = jax.jit(lambda key, path: draw(key, 20_000, path))(KEY, path)
@@ -377,7 +377,7 @@ SAME_ENDS = {
 @pytest.mark.parametrize("path", SAME_ENDS.values(), ids=SAME_ENDS)
 @pytest.mark.parametrize("draw", ["uniform_log_snr", "uniform", draws.log_normal(0.0, 3.0)])
 def test_the_continuous_bound_depends_on_the_ends_of_the_path_only(path, draw):
-    """On N(0, c^2) with the exact network it is 1/2 ln[(1 + c^2 e^-g0) / (1 + c^2 e^-g1)] nats."""
+    """On N(0, c^2) with the exact network the bound is 1/2 ln[(1 + c^2 e^-g0) / (1 + c^2 e^-g1)] nats."""
     c2 = 0.7
     x_0 = np.sqrt(c2) * jax.random.normal(KEY, (40_000, 2))
     loss, aux = losses.continuous_vlb(jax.random.key(3), path, gaussian(path, c2), x_0, prediction="x_0", draw=draw)
@@ -458,7 +458,7 @@ def test_others_coordinates_give_the_same_samples():
     sigma = rho_levels(18)[::-1]
     start = np.random.default_rng(0).normal(size=(6, 1))
 
-    # EDM's Algorithm 2 with D(y; s) of N(0, d2), which ends at s = 0.
+    # EDM's Algorithm 2 with D(y; s) for N(0, d2), which ends at s = 0.
     denoiser = lambda y, s: d2 / (d2 + s**2) * y  # noqa: E731
     y = start * np.hypot(1, sigma[0])
     y_0 = y

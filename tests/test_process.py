@@ -1,4 +1,4 @@
-"""The process against Bayes in float64, closed forms of Gaussian and two-point data, and its own inverses."""
+"""The process against Bayes in float64, closed forms for Gaussian and two-point data, and inverse functions."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def numpy_tables(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_process_composes(name, x64):
-    """Steps from x_0 on have the moments of q(x_t | x_0), the closed form of DDPM eq. 4."""
+    """Steps from x_0 on have the moments of q(x_t | x_0) in DDPM eq. 4."""
     schedule, t, x_0 = SCHEDULES[name], jnp.arange(1000), np.tile(draw((1, 3)), (1000, 1))
     mean, variance = process.q_mean_variance(schedule, x_0, t)
     mean_prev, variance_prev = np.append(x_0[:1], mean[:-1], 0), np.append(0 * x_0[:1], variance[:-1], 0)
@@ -50,7 +50,7 @@ def test_posterior_is_bayes(name, x64):
     """Against the product of the two densities, completed to a square, over a whole chain but its degenerate ends."""
     schedule = SCHEDULES[name]
     _, prev = numpy_tables(name)
-    last = 998 if name == "jsd" else 999  # jsd's last step forgets everything: precision 0, tested below
+    last = 998 if name == "jsd" else 999  # jsd's last step keeps no information: precision 0, tested below
     t = np.arange(1, last + 1)
     x_0, x_t = draw((t.size, 2), 1), draw((t.size, 2), 2)
     beta = schedules.betas(name, 1000)[t][:, None]
@@ -156,7 +156,7 @@ def test_clipping_acts_on_x_0_and_is_switchable():
     np.testing.assert_allclose(free.x_0, big)
     half = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=lambda x_0: x_0 / 2)
     np.testing.assert_allclose(half.x_0, big / 2)
-    # The mean that is predicted directly is not clipped, only the x_0 that is reported.
+    # A directly predicted mean is not clipped, only the reported x_0.
     direct = process.p_mean_variance(schedule, big, x_t, t, "x_prev")
     np.testing.assert_allclose(direct.mean, big)
     assert abs(direct.x_0).max() <= 1

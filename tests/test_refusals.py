@@ -1,4 +1,4 @@
-"""Arrays and options of a wrong kind are refused with one clear line, not computed with."""
+"""Arrays and options of a wrong kind raise a one-line error."""
 
 import re
 from functools import partial
@@ -118,7 +118,7 @@ WITH_A_MASK = [partial(REPAINT, X, jump=5), partial(editing.replacement, samplin
 
 
 def case(words, function, *args, **options):
-    """A call and the words of its error."""
+    """A call and the words in its error."""
     return partial(function, *args, **options), words
 
 
@@ -272,7 +272,7 @@ REFUSED = [
     case("interpolate does not take order with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, order=2),
     case(r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)", INTERPOLATE, X[:1], [0.5], sampling.ddim(), t=3),
     *(
-        case("does not broadcast to that of x_0", call, np.ones(shape, bool))
+        case("does not broadcast to x_0's shape", call, np.ones(shape, bool))
         for call in (*WITH_A_MASK, jax.jit(WITH_A_MASK[0]))
         for shape in ((5, 4, 3), (3, 4, 4, 3), (1, 2, 4, 4, 3))
     ),
@@ -299,7 +299,7 @@ def test_wrong_arguments_are_refused(call, words):
 
 @pytest.mark.parametrize("loss", [losses.vlb, losses.hybrid])
 def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(loss):
-    """x_0 of eps is unknown at the last step; under jit, where t cannot be seen, that was NaN."""
+    """At the last step eps does not determine x_0; under jit, where t is traced, the result would be NaN."""
     for prediction in ("eps", "score"):
         with pytest.raises(ValueError, match="does not determine x_0 there"):
             jax.jit(lambda key, p=prediction: loss(key, JSD, doubled, X, prediction=p))(KEY)

@@ -1,4 +1,4 @@
-"""Schedules against their published definitions, in float64 NumPy written here anew."""
+"""Schedules against the published definitions, in independent float64 NumPy."""
 
 import itertools
 
@@ -46,7 +46,7 @@ def test_any_length_gives_a_schedule(name, num_timesteps):
 
 def test_published_entries_of_the_tables():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
-    assert schedule.alpha_bar[-1] == pytest.approx(4.035830e-05, rel=1e-6)  # DDPM's L_T rests on it
+    assert schedule.alpha_bar[-1] == pytest.approx(4.035830e-05, rel=1e-6)  # DDPM's L_T depends on this value
     assert schedule.posterior_log_variance[0] == pytest.approx(-9.816725, abs=1e-6)
     np.testing.assert_array_equal(schedule.timesteps, np.arange(1000))
     assert (schedule.posterior_variance[0], schedule.posterior_mean_coef_x_0[0]) == (0.0, pytest.approx(1.0))
@@ -134,7 +134,7 @@ def test_spacings_of_the_noise_level():
             np.testing.assert_allclose(sigmas(schedule)[[0, -1]], [first, last], rtol=1e-9)
             np.testing.assert_allclose(schedule.timesteps[[0, -1]], [0, 999], atol=1e-9)
             np.testing.assert_allclose(np.cumprod(1 - schedule.betas), schedule.alpha_bar, rtol=1e-12)
-            # The network's time is where the training grid has this level.
+            # The network's time is the time at which the training grid has this level.
             np.testing.assert_allclose(schedule.log_snr(schedule.timesteps), np.log(schedule.snr), atol=2e-5)
         rho = np.linspace(last ** (1 / 7), first ** (1 / 7), count)[::-1] ** 7  # Karras et al. 2022 eq. 5
         np.testing.assert_allclose(sigmas(spaced["karras"]), rho, rtol=1e-9)

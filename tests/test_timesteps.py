@@ -25,14 +25,14 @@ def test_antithetic_pairs_and_strata():
     np.testing.assert_array_equal(t[:3] + t[4:], 99)
     for seed in range(20):
         t, _ = timesteps.stratified(jax.random.key(seed), 8, 80)
-        np.testing.assert_array_equal(np.sort(np.asarray(t) // 10), np.arange(8))  # one in each eighth
+        np.testing.assert_array_equal(np.sort(np.asarray(t) // 10), np.arange(8))  # one timestep in each eighth
 
 
 record = jax.jit(timesteps.record)
 
 
 def test_the_history_keeps_the_last_losses_of_each_step():
-    """The published rule, one loss at a time: a list for each step, of which the oldest falls out."""
+    """The published rule, one loss at a time: each step has a list, whose oldest loss is dropped."""
     rng = np.random.default_rng(0)
     history, lists = timesteps.loss_history(5, length=3), [[] for _ in range(5)]
     for _ in range(20):
@@ -59,7 +59,7 @@ def test_the_sampler_is_uniform_until_every_step_is_full():
 
 @pytest.mark.whole
 def test_the_uniform_part_of_importance_sampling():
-    """Half of it uniform: a step whose losses are 0 keeps the probability 1 / (2 T), and its weight is 2."""
+    """Half of the distribution is uniform: a step whose losses are 0 keeps the probability 1 / (2 T) and has weight 2."""
     t = jnp.repeat(jnp.arange(4), 2)
     history = record(timesteps.loss_history(4, length=2), t, jnp.where(t == 0, 0.0, 1.0))
     np.testing.assert_allclose(timesteps.step_probabilities(history, 0.5), [1 / 8, *[7 / 24] * 3], rtol=1e-6)
@@ -85,7 +85,7 @@ def test_losses_without_usable_squares_are_drawn_uniformly(losses):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_losses_that_are_not_finite_are_not_recorded(bad):
-    """The history is that of the finite losses alone, in their order, also within one batch."""
+    """The history contains only the finite losses, in order, also within one batch."""
     t, values = jnp.array([0, 1, 1, 0, 1, 0]), jnp.array([bad, 3.0, 5.0, 4.0, bad, 6.0])
     history = full_history([1.0, 2.0])
     found = record(history, t, values)

@@ -1,4 +1,4 @@
-"""The annotations of the core: resolvable, checked in these tests, and free without them."""
+"""The core's annotations: resolvable, checked in these tests, and without cost outside the tests."""
 
 import importlib
 import inspect
@@ -33,7 +33,7 @@ def functions():
 
 
 def test_every_annotation_of_the_core_resolves():
-    """jaxtyping does not check an annotation that it cannot evaluate, and does not tell."""
+    """jaxtyping silently skips an annotation that cannot be evaluated."""
     hints = [typing.get_type_hints(function, include_extras=True) for function in functions()]
     assert len(hints) > 100
 

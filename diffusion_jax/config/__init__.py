@@ -69,7 +69,7 @@ def default() -> ConfigDict:
 
 
 def default_classifier() -> ConfigDict:
-    """Returns the config of a classifier of noisy images: `diffusion.loss` is "classify", and `model` has other defaults."""
+    """Returns a config for a noise-aware classifier: `diffusion.loss` is "classify", `model` has other defaults."""
     return resolve({"diffusion": {"loss": "classify"}})
 
 

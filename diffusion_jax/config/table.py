@@ -76,9 +76,7 @@ DATA: dict[str, Setting] = {
         'Name of a TFDS data set, "folder" (images below `data.data_dir`), "arrays" (.npy, .npz, .zarr or .h5 at '
         '`data.data_dir`), "digits" (scikit-learn\'s), or module:function (`config.data` to a `data.Source`).',
     ),
-    "data_dir": Setting(
-        "", PATH, 'Directory of TFDS ("" for ~/tensorflow_datasets), folder of images, or file of arrays.'
-    ),
+    "data_dir": Setting("", PATH, 'TFDS directory ("" for ~/tensorflow_datasets), image folder, or array file.'),
     "download": Setting(True, Boolean(), "Whether a missing TFDS data set is downloaded and prepared."),
     "split": Setting("train", Text(), "Training split of the data set."),
     "holdout": Setting(
@@ -90,7 +88,7 @@ DATA: dict[str, Setting] = {
     "image_size": Setting(
         32,
         OneOf(Integer(1), Tuple(Integer(1), "0 to 3 whole numbers", maximum_length=3, shown="(32, 48)")),
-        "Height and width of square images, or the size of each spatial axis: (height, width) for images, (length,) for "
+        "Side length for square images, or the size of each spatial axis: (height, width) for images, (length,) for "
         "series, () for vectors.",
     ),
     "channels": Setting(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
@@ -121,7 +119,7 @@ DATA: dict[str, Setting] = {
     "cache_decoded": Setting(
         True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."
     ),
-    "workers": Setting(8, Integer(0), "Number of processes that decode images of a streamed data set."),
+    "workers": Setting(8, Integer(0), "Number of processes that decode the images in a streamed data set."),
 }
 
 MODEL: dict[str, Setting] = {
@@ -136,13 +134,13 @@ MODEL: dict[str, Setting] = {
         Options(),
         "Keyword arguments of the function in `model.kind`, as in --config.model.options.depth=4.",
     ),
-    "channels": Setting(128, Integer(4), "Width of the first resolution, a multiple of `model.num_groups`."),
+    "channels": Setting(128, Integer(4), "Width at the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": Setting(
         (1, 2, 2, 2),
         Tuple(OneOf(Integer(1), Number(above=0)), "positive numbers", minimum_length=1, shown="(1, 2, 2)"),
-        "Width of each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
+        "Width at each resolution, as a multiple of `model.channels`. Each resolution halves the height and width.",
     ),
-    "num_res_blocks": Setting(2, Integer(1), "Residual blocks at each resolution (one more in the decoder)."),
+    "num_res_blocks": Setting(2, Integer(1), "Residual blocks at each resolution; the decoder has one more."),
     "attention_levels": Setting(
         (1,),
         Tuple(Integer(0), "whole numbers of at least 0", shown="(1,), or () for none"),
@@ -158,7 +156,7 @@ MODEL: dict[str, Setting] = {
     "scale_shift_norm": Setting(
         False,
         Boolean(),
-        "Whether the time embedding scales and shifts the second norm of a block, instead of being added.",
+        "Whether the time embedding scales and shifts a block's second norm, instead of being added.",
     ),
     "embedding_cos_first": Setting(
         False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."
@@ -218,12 +216,12 @@ DIFFUSION: dict[str, Setting] = {
         OneOf(Choice(*schedules.SCHEDULES), FunctionName()),
         "Noise schedule, as `schedules.betas` names it, or a function from T to T betas.",
     ),
-    "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T of the diffusion process."),
+    "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T in the diffusion process."),
     "path": Setting(
         None,
         OneOf(Choice(*schedules.PATHS), Choice(None), FunctionName()),
         "Path, as `schedules.PATHS` names it, or a function () -> path. Training draws from its continuous noise levels, "
-        "instead of the schedule's; sampling and likelihoods use T of them, evenly spaced in network time. None for the "
+        "instead of the schedule's; sampling and likelihoods use T levels, evenly spaced in network time. None for the "
         "schedule.",
     ),
     "log_snr_shift": Setting(
@@ -259,14 +257,14 @@ DIFFUSION: dict[str, Setting] = {
     "variance": Setting(
         "fixed_large",
         Choice(*process.VARIANCES),
-        "Variance of p(x_{t-1} | x_t). The learned ones need the loss vlb or hybrid.",
+        "Variance of p(x_{t-1} | x_t). A learned variance needs the loss vlb or hybrid.",
     ),
     "loss": Setting(
         "simple",
         OneOf(Choice(*losses.LOSSES), FunctionName()),
         "Training loss, or a function as `losses.simple`. vlb: the variational bound; hybrid: simple plus the bound, for a "
-        "learned variance; continuous_vlb: the bound on a path; classify: the cross entropy of a classifier of noisy images, "
-        "for guidance.",
+        "learned variance; continuous_vlb: the bound on a path; classify: the cross entropy of a noise-aware classifier, for "
+        "guidance.",
     ),
     "vlb_weight": Setting(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
     "conditioning_noise": Setting(
@@ -341,7 +339,7 @@ LOGGING: dict[str, Setting] = {
 }
 
 EMA: dict[str, Setting] = {
-    "decay": Setting(0.9999, Number(minimum=0, maximum=1), "Decay rate of the moving average of the parameters."),
+    "decay": Setting(0.9999, Number(minimum=0, maximum=1), "Decay rate of the parameters' moving average."),
     "warmup": Setting(False, Boolean(), "Whether the decay rate is min(decay, (1 + step) / (10 + step))."),
 }
 
@@ -441,7 +439,7 @@ SAMPLING: dict[str, Setting] = {
         "Quantity that the classifier shifts: the predicted noise, or the mean of ddpm (ADM).",
     ),
     "low_resolution": Setting(
-        "", PATH, "Small images for an upsampler: an .npz of --mode=sample, or a folder of images."
+        "", PATH, "Small images for an upsampler: an .npz from --mode=sample, or an image folder."
     ),
     "low_resolution_noise": Setting(
         0.0,
@@ -454,7 +452,7 @@ SAMPLING: dict[str, Setting] = {
         'Conditions of the samples, in data units: an .npy, or an .npz with "condition". Sample i uses row i '
         "modulo the number of rows.",
     ),
-    "num_samples": Setting(64, Integer(1), "Number of samples of --mode=sample."),
+    "num_samples": Setting(64, Integer(1), "Number of samples that --mode=sample draws."),
     "batch_size": Setting(64, Integer(1), "Samples per batch."),
     "seed": Setting(0, SEED, "Seed of the samples."),
     "use_ema": Setting(
@@ -497,7 +495,9 @@ EDITING: dict[str, Setting] = {
 EVALUATION: dict[str, Setting] = {
     "split": Setting("test", Text(), "Split whose likelihood is measured."),
     "data_dir": Setting("", PATH, 'Directory of `evaluation.split`; "" for `data.data_dir`.'),
-    "num_examples": Setting(0, Integer(0), "Number of examples to measure, from the start of the split; 0 for all."),
+    "num_examples": Setting(
+        0, Integer(0), "Number of examples to measure, starting with the first; 0 for all examples."
+    ),
     "batch_size": Setting(64, Integer(1), "Examples measured per batch."),
     "strata": Setting(
         None,
@@ -545,7 +545,7 @@ EVALUATION: dict[str, Setting] = {
     "every_samples": Setting(1000, Integer(2), "Samples for the FID during training."),
 }
 
-# The description and the settings of each group, in the order of the reference.
+# Each group's description and settings, in the order of the reference page.
 GROUPS: dict[str, tuple[str, dict[str, Setting]]] = {
     "": ("The run as a whole.", ROOT),
     "data": ("Training data.", DATA),
@@ -608,7 +608,7 @@ def identity_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a complete config trains a classifier of noisy images instead of a diffusion model."""
+    """Whether a complete config trains a classifier on noisy images instead of a diffusion model."""
     return config["diffusion"]["loss"] == "classify"
 
 

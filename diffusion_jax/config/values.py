@@ -195,7 +195,7 @@ Integer = partial(Number, whole=True)
 
 @dataclasses.dataclass(frozen=True)
 class Tuple:
-    """A tuple (or another sequence) of items of one kind.
+    """A tuple, or another sequence, whose items have one kind.
 
     items: a plural noun for the items. shown: an example. rising: whether the tuple is empty or has at least two items in
     increasing order.

@@ -120,7 +120,7 @@ def load(
         source = CheckedSource.wrap(config, source)
     log(f"{describe(source)}.")
     is_encoded = isinstance(source, EncodedImages)
-    first = {} if is_encoded else source.read([0])  # a corrupted image is reported together with all others
+    first = {} if is_encoded else source.read([0])  # a corrupted image is reported with all other corrupted images
     size = sum(array.nbytes for name, array in first.items() if name != "label") or math.prod(example_shape(config))
     try:
         if len(source) * size > config["memory_mb"] * 2**20:
@@ -136,7 +136,7 @@ def load(
         return loaded
     assert isinstance(source, NamedSource)
     selected = select_split(source, loaded, share, split)
-    log(f"{len(selected):,} of them are the split {split!r} (data.holdout={share}).")
+    log(f"{len(selected):,} examples are in the split {split!r} (data.holdout={share}).")
     return selected
 
 

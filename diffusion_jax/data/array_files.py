@@ -138,7 +138,7 @@ def _find_split(path: str, split: str) -> pathlib.Path:
 
 
 def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
-    """Maps split names to the files and folders that can be a split, without hidden ones."""
+    """Maps split names to the files and folders, without hidden names, that can be a split."""
     entries = collections.defaultdict(list)
     with os.scandir(root) as listing:
         for entry in listing:
@@ -167,8 +167,8 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
         unnamed = [name for name in others if name in ("", "arr_0")]  # an .npy, or samples
         if not unnamed:
             raise DataError(
-                f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no others'}; save "
-                "them under these names, outside groups, and optionally 'label' and 'condition'"
+                f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no other arrays'}; "
+                "save them under these names, outside groups, and optionally 'label' and 'condition'"
             )
         others.remove(unnamed[0])
         examples = _Rows(str(path), unnamed[0])
@@ -249,8 +249,8 @@ class _Rows:
 class _FolderRows:
     """The rows of several .npy files, one file after another; a file is open only while it is read.
 
-    lengths: the number of rows in each file. row_shape: the shape of one row; a file may contain one row without the first
-    axis.
+    lengths: the number of rows in each file. row_shape: the shape of one row; a file may store a single row without the
+    first axis.
     """
 
     def __init__(self, paths: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype):

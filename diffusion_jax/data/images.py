@@ -1,4 +1,4 @@
-"""Image sources: scikit-learn's digits, a folder of image files, and the cache of decoded images.
+"""Image sources: scikit-learn's digits, a folder of image files, and a cache for decoded images.
 
 The cache is in the user's cache directory, so that a data set is decoded once and not at every launch. The SHA-256 of the
 encoded files (names and contents) and the decoding settings names a cache file, so a changed source has another name.
@@ -186,7 +186,7 @@ class Folder(EncodedImages):
             if not self._resizes and image.size != self._size[::-1]:
                 raise DataError(
                     f"{self._root / file} is {image.size[0]}x{image.size[1]}, but the first image is "
-                    f"{self._size[1]}x{self._size[0]}; resize them to one size, or use image_size"
+                    f"{self._size[1]}x{self._size[0]}; resize all images to one size, or use image_size"
                 )
             return fit(image, self._size, self._channels)
 

@@ -43,7 +43,7 @@ class Normalization:
     high: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
     def apply(self, data: np.ndarray) -> np.ndarray:
-        """Converts data [n, *spatial, C] to float32 x. Float32 data are computed in float32, all others in float64."""
+        """Converts data [n, *spatial, C] to float32 x. Float32 data are computed in float32, all other data in float64."""
         dtype = np.float32 if data.dtype in (np.float16, np.float32) else np.float64
         x = np.subtract(data, np.asarray(self.offset, dtype), dtype=dtype)
         x /= np.asarray(self.scale, dtype)

@@ -187,7 +187,7 @@ class InMemory(Arrays):
     ) -> InMemory:
         """Reads all examples of a source.
 
-        progress: (sizes of the decoded chunks, number of examples) -> sizes, to show the number of decoded examples.
+        progress: (sizes of decoded chunks, number of examples) -> sizes; shows how many examples are decoded.
         Raises: UnreadableFilesError with all corrupted images.
         """
         n, failures = len(source), {}
@@ -254,7 +254,7 @@ class SelectedExamples(DerivedSource):
 
 
 def example_shape(config: Mapping) -> tuple[int, ...]:
-    """Returns (*spatial, C) of `config.data`; `image_size` is the size of each spatial axis, or one number for two axes."""
+    """Returns (*spatial, C) from `config.data`; `image_size` is the size of each spatial axis, or one size for two."""
     size = config["image_size"]
     return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
 
@@ -292,7 +292,7 @@ def check_levels(images: np.ndarray, levels: int) -> None:
 
 
 def find_contradiction(config: Mapping, name: str) -> str:
-    """Returns why data named "image" (uint8) or "x" (others) contradict `data.levels` or `data.random_flip`; else ""."""
+    """Returns why data named "image" (uint8) or "x" (other types) contradict `data.levels` or `data.random_flip`, or ""."""
     if name == "image" and config["levels"] is None:
         return 'data.levels=None is for continuous data ("x"), but the data are uint8 ("image"): use data.levels=256'
     if config["random_flip"] and (name == "x" or len(example_shape(config)) != 3):
@@ -344,7 +344,7 @@ def check_examples(config: Mapping, source: Source) -> None:
 
 
 class CheckedSource(DerivedSource, NamedSource):
-    """A user's source, in which every batch must have the arrays of the first example, with their shapes and types."""
+    """A user's source. Every batch must have the same arrays, shapes and types as the first example."""
 
     @classmethod
     def from_config(cls, config: Mapping) -> Source:
@@ -412,7 +412,7 @@ def are_held_out(keys: Iterable[bytes], share: float) -> np.ndarray:
 
 
 def select_split(source: NamedSource, loaded: Source, share: float, split: str) -> SelectedExamples:
-    """Selects the examples of a split made by `data.holdout`: the held-out share for "test", and the others for "train".
+    """Selects a split made by `data.holdout`: the held-out examples for "test", and all other examples for "train".
 
     source: before loading. loaded: `source` itself or its copy in memory. Raises: DataError if a split has no example.
     """

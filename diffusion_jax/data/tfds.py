@@ -59,7 +59,7 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
 
 
 def local_data_dir(name: str, data_dir: str | None) -> str | None:
-    """Returns the directory of TFDS; for a bucket, a local copy of the data set's files."""
+    """Returns the TFDS directory; for a bucket, a local copy of the data set's files."""
     return str(local_path(data_dir, below=f"{name.split('/')[0].split(':')[0]}/")) if data_dir else None
 
 
@@ -95,8 +95,8 @@ def prepare(name: str, data_dir: str | None) -> None:
     root, missing = builder.data_dir_root, f"the data set {name!r} is not in {builder.data_dir_root}"
     if importlib.util.find_spec("tensorflow") is None:
         raise DataError(
-            f"{missing}, and TFDS needs TensorFlow to prepare it: pip install '.[tfds]'; reading a prepared one does not "
-            "need it"
+            f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'; reading a prepared data "
+            "set does not need TensorFlow"
         )
     if builder.data_path.exists():
         raise DataError(

@@ -1,4 +1,4 @@
-"""Starts and ends processes, also stuck ones; agreement between several processes, and loss of a process."""
+"""Starts and ends processes, also stuck processes; agreement between processes, and the loss of a process."""
 
 from __future__ import annotations
 
@@ -101,11 +101,13 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
     has_address = any(value is not None for value in arguments)
     if has_address and (None in arguments or ":" not in str(address)):
         raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id must be given together")
-    is_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun sets it in each of its tasks
+    is_slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # srun sets this variable in each task
     if not (has_address or is_slurm or importlib.util.find_spec("libtpu")):
         return
     name = f"process {process_id if has_address else os.environ.get('SLURM_PROCID', '')}"
-    message = f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start them"
+    message = (
+        f"{name}: the other processes did not connect within {timeout} s; raise --join_timeout, or start all processes"
+    )
     timer = threading.Timer(timeout, exit_now, (message, EXIT_PEER_LOST))  # JAX's timeout prints a stack trace
     timer.daemon = True
     timer.start()
@@ -118,7 +120,7 @@ def join_processes(address: str | None, num_processes: int | None, process_id: i
             shutdown_timeout_seconds=2 * _HEARTBEAT_TIMEOUT,
         )
     except jax.errors.JaxRuntimeError as error:
-        exit_now(f"{name} cannot connect to the others: {error}", EXIT_PEER_LOST)
+        exit_now(f"{name} cannot connect to the other processes: {error}", EXIT_PEER_LOST)
     except (ValueError, RuntimeError) as error:
         if has_address or is_slurm:
             raise UserError(f"cannot connect to the other processes: {error}") from None

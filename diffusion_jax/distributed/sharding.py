@@ -1,4 +1,4 @@
-"""The mesh of all devices, and the sharding of arrays on the mesh.
+"""The mesh of all devices, and how arrays are split over the mesh.
 
 Both mesh axes split the batch. The axis `fsdp` also splits the large leaves of parameters, optimizer state and EMA (FSDP, or
 ZeRO-3): a device gathers each layer's parameters when it needs them, again in the backward pass, and keeps only its own shard
@@ -47,7 +47,7 @@ State = TypeVar("State", bound=Any)
 def make_mesh(config: Mapping[str, int]) -> Mesh:
     """Builds a mesh of all devices with the axes `data` and `fsdp` of `config.mesh`; data=-1 uses the remaining devices.
 
-    Raises: ValueError if the product of the sizes is not the number of devices.
+    Raises: ValueError if the sizes' product is not the number of devices.
     """
     devices = jax.device_count()
     data, fsdp = config["data"], config["fsdp"]
@@ -104,9 +104,9 @@ def state_sharding(mesh: Mesh, state: State) -> State:
 def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: Sequence[str] = ()) -> Callable:
     """Wraps function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
-    Each leaf is gathered separately, and its gradient is scattered. dtype: of the gathered leaves, the dtype in which the
-    layers compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored.
-    If `function` contains a jax.checkpoint, `kept_names` must name all values to store, because the policy of this outer
+    Each leaf is gathered separately, and its gradient is scattered. dtype: the gathered leaves' dtype, in which the layers
+    compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored. If
+    `function` contains a jax.checkpoint, `kept_names` must name all values to store, because the policy of this outer
     checkpoint also applies inside.
     """
     if mesh.shape["fsdp"] == 1:
@@ -176,10 +176,10 @@ class BatchFunction:
     def __call__(self, read: Callable[[np.ndarray], Any], start: int, count: int, *numbers: np.generic) -> Any:
         """Computes the results for the batch that starts at example `start`, and returns them on every process.
 
-        read: (indices) -> arrays; each process reads the rows of its devices. count: number of all examples; the last batch
-        may be smaller.
+        read: (indices) -> arrays; each process reads the rows for its own devices. count: total number of examples; the last
+        batch may be smaller.
         """
-        # The last batch is padded with copies of the last example; the results of the copies are dropped.
+        # The last batch is padded with copies of the last example, whose results are dropped.
         own = read(np.minimum(start + self._own_rows, count - 1))
         batch = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._by_rows, rows), own)
         out = multihost_utils.process_allgather(self._compute(self._params, numbers, batch), tiled=True)

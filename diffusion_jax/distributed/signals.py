@@ -51,7 +51,7 @@ class SignalHandler:
     """
 
     def __init__(self):
-        self.resume_hint: Callable[[], str] = lambda: "rerun the same command to continue from what is saved"
+        self.resume_hint: Callable[[], str] = lambda: "rerun the same command to continue from the saved files"
         self._writer: socket.socket | None = None  # None: not installed
         self._previous: dict[signal.Signals, Any] = {}
         self._is_saving = False

@@ -72,13 +72,13 @@ def make_parser() -> Parser:
     add(
         "--inception",
         default="",
-        help="weights of FID's network: pt_inception-2015-12-05-6726825d.pth (in pytorch-fid's releases on GitHub)\n"
+        help="the FID network's weights: pt_inception-2015-12-05-6726825d.pth (in pytorch-fid's releases on GitHub)\n"
         "or classify_image_graph_def.pb",
     )
-    add("--features", help="inception, digits, or module:function of examples [N, *spatial, C] -> [N, D]")
-    add("--metrics", help=f"some of {', '.join(METRICS)}; by default all that suit the examples")
+    add("--features", help="inception, digits, or module:function (examples [N, *spatial, C] -> features [N, D])")
+    add("--metrics", help=f"some of {', '.join(METRICS)}; by default all metrics that suit the examples")
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
-    add("--batch_size", type=int, default=64, help="images at a time; no metric depends on it")
+    add("--batch_size", type=int, default=64, help="examples per batch; the metrics do not depend on the batch size")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")
     add("--image_size", type=int, help="resizes images of different sizes")
     add(

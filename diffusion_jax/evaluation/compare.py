@@ -154,7 +154,7 @@ def _possible_metrics(
     if not names:
         raise ValueError("nothing is left to measure; name other metrics")
     if extractor and extractor.name == "inception" and not extractor.published:
-        log("Note: these are not the published weights of FID's Inception, so none of these metrics is called FID.")
+        log("Note: these weights are not the published Inception weights for FID, so no metric is called FID.")
     for each in (reference, samples):
         if each.examples is not None:
             check_count(each.name, len(each.examples), names)
@@ -285,4 +285,4 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
             return records
     except (ValueError, OSError) as error:
         problem = str(error)
-    raise ValueError(f"{path} is not a valid metrics.json ({problem}); name another file, or move this one away")
+    raise ValueError(f"{path} is not a valid metrics.json ({problem}); name another file, or move this file away")

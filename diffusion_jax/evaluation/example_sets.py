@@ -1,4 +1,4 @@
-"""Sets of examples to compare: a file of samples or arrays, a folder, a run, a data set, or feature statistics."""
+"""Example sets to compare: a file with samples or arrays, a folder, a run, a data set, or feature statistics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BLOCK = 1024
 
 
 class SetFeatures(NamedTuple):
-    """Features of a set of examples.
+    """An example set's features.
 
     pool: float32 [N, D], features of the first 50,000 examples; None for sets that have only statistics. moments: feature
     moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the examples or

@@ -136,8 +136,8 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
     """
     if not of_images and ":" not in name:
         raise ValueError(
-            f"features={name!r} are features of images; use module:function, a function of arrays [N, *spatial, C], "
-            'or "" for the metrics that need none'
+            f"features={name!r} needs images; use module:function, which gets arrays [N, *spatial, C], or "
+            '"" for the metrics that need no features'
         )
     if name == "inception":
         if not inception_path:
@@ -194,7 +194,7 @@ class DigitsNetwork(nn.Module):
 class FeaturePipeline:
     """Computes features with an extractor, in batches of `batch_size` over a mesh.
 
-    workdir: several processes cache features there, because each must see them; one process uses the user's cache.
+    workdir: the cache for several processes, because each process must see the features; one process uses the user's cache.
     """
 
     def __init__(self, extractor: FeatureExtractor, mesh: Mesh, batch_size: int, workdir: RunDir | None = None):
@@ -234,7 +234,7 @@ class FeaturePipeline:
         return features
 
     def extract_set(self, examples: ExampleSet, folder: str = "references") -> SetFeatures:
-        """Computes the features of a set, cached in a folder of the cache: "references" or "samples".
+        """Computes a set's features, stored in the cache folder "references" or "samples".
 
         Statistics in the set's file take precedence over the examples, which may be fewer.
         """

@@ -164,7 +164,7 @@ _BLOCKS: dict[str, tuple] = {
 
 
 class Block(nn.Module):
-    """Parallel branches. Convolutions have the name of their branch, with _1, _2, ... if a branch has several.
+    """Parallel branches. A convolution has its branch's name, with _1, _2, ... if a branch has several convolutions.
 
     A fork ends a branch with two parallel convolutions, 1x3 and 3x1.
     """
@@ -222,7 +222,7 @@ class Inception(nn.Module):
 
 
 def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
-    """Loads (parameters of `Inception`, SHA-256 of the file, whether the file is one of the two files for published FIDs).
+    """Loads (parameters of `Inception`, the file's SHA-256, whether published FIDs use the file).
 
     path: `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), the same tensors as
     safetensors, or `classify_image_graph_def.pb`.

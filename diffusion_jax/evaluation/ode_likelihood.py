@@ -204,7 +204,7 @@ def bits_per_dim(
     axes, dimensions, time = range(1, x_0.ndim), math.prod(x_0.shape[1:]), None
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
-    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # the argument of the density, and the cost of the dequantization
+    x, nats = x_0, jnp.zeros(x_0.shape[0], x_0.dtype)  # the density's argument, and the dequantization's cost
     if dequantization == "uniform":
         assert gray_levels is not None
         width = 2 / (gray_levels - 1)

@@ -102,12 +102,12 @@ class Metric:
     """A metric that compares samples with a reference.
 
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
-      moments, spatial: `Moments` of features, and of Inception's spatial features. pool: features [N, D].
+      moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
       logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
       vectors: the features of images, or the examples for other data.
-    minimum: the smallest number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
-    records, with features from the published Inception and from other extractors; the result's names are then endings of this
-    name.
+    minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
+    records, with features from the published Inception and from other extractors; the result's names are then endings of
+    this name.
     """
 
     compute: Callable[[Any, Any, Options], Result]
@@ -137,7 +137,7 @@ def choose_metrics(
 ) -> tuple[str, ...]:
     """Returns the requested metrics; by default feature metrics for images, and all that suit other examples.
 
-    spatial_axes: of the examples. has_features: whether features of the examples are available.
+    spatial_axes: number of the examples' spatial axes. has_features: whether the examples' features are available.
     Raises: ValueError for a requested metric that does not suit the examples.
     """
     suitable = [
@@ -301,7 +301,7 @@ def _named(name: str, distance: Measurement) -> dict[str, Any]:
 
 
 def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Returns a statistic of the reference and of the samples, with standard errors, by array name."""
+    """Returns a statistic of both sets, the reference and the samples, with standard errors, by array name."""
     return {
         f"{name}_{side}{end}": np.asarray(getattr(statistic, field))
         for side, statistic in zip(("reference", "samples"), pair, strict=True)
@@ -318,7 +318,7 @@ def _rescaled(statistic: Any, factor: np.ndarray, shift: Any = 0.0) -> Any:
 def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Returns (the deviation of the samples where |z| is largest, with standard error and z-score; its index).
 
-    pair: the statistic of the reference and of the samples.
+    pair: the statistic of the reference, then the statistic of the samples.
     """
     difference = pair[1].value - pair[0].value
     with np.errstate(divide="ignore", invalid="ignore"):  # equal numbers without an error have the z-score 0
@@ -365,31 +365,31 @@ METRICS: dict[str, Metric] = {
     "autocorrelation": Metric(_autocorrelation, "examples", 2, spatial_axes=(1,)),
     "memorization": Metric(_memorization, "vectors", 2),
 }
-_DISTANCE = "distance of Gaussians with the mean and covariance of the features of the two sets; 0 for equal ones"
+_DISTANCE = "distance between Gaussians with the mean and covariance of each set's features; 0 for equal Gaussians"
 _MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
 # The meaning of the numbers in a record, by reported name without a resize.
 MEANINGS = {
     "fid": f"Frechet Inception distance: {_DISTANCE}. Lower is better; it falls with the number of samples",
     "frechet_distance": f"{_DISTANCE}. Lower is better; it falls with the number of samples",
-    "sfid": f"the same for spatial features of Inception: {_DISTANCE}",
-    "spatial_frechet_distance": f"of spatial features: {_DISTANCE}",
+    "sfid": f"the same for Inception's spatial features: {_DISTANCE}",
+    "spatial_frechet_distance": f"the same for spatial features: {_DISTANCE}",
     "kid": f"kernel Inception distance: {_MMD}",
     "kernel_distance": _MMD,
-    "inception_score": "exp of the mean divergence of Inception's classes of an image from those of all; higher is better",
-    "precision": "share of samples within the manifold of the reference (nearest-neighbor balls): fidelity",
-    "recall": "share of reference images within the manifold of the samples: diversity",
-    "density": "mean number of reference balls that hold a sample, over k: fidelity, 1 for equal distributions",
-    "coverage": "share of reference images whose ball holds a sample: diversity",
+    "inception_score": "exp(mean KL(p(class | image) || p(class))), by Inception's class probabilities; higher is better",
+    "precision": "fidelity: share of samples inside the reference's manifold (nearest-neighbor balls)",
+    "recall": "diversity: share of reference images inside the samples' manifold",
+    "density": "fidelity: mean number of reference balls that contain a sample, divided by k; 1 for equal distributions",
+    "coverage": "diversity: share of reference images whose ball contains a sample",
     "close_share": "share of samples nearer to a reference image than 99% of the reference images are to each other: about "
     "0.01 for new images, near 1 for copies",
     "energy_distance": "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal distributions, within "
     "a few same_distribution_std",
-    "sliced_wasserstein": "(mean over directions of W_2^2)^(1/2) of standardized data; for equal distributions about "
+    "sliced_wasserstein": "root of the mean W_2^2 over directions, for standardized data; for equal distributions about "
     "same_distribution",
-    "histogram_distance": "total variation of the histograms of a channel, the largest of all channels; for equal "
+    "histogram_distance": "total variation between a channel's histograms, the largest over all channels; for equal "
     "distributions about same_distribution",
-    "mean_deviation": "samples minus data, of standardized channels, where |z| is largest",
-    "covariance_deviation": "samples minus data, of standardized channels at one position, where |z| is largest",
+    "mean_deviation": "samples minus data, for standardized channels, where |z| is largest",
+    "covariance_deviation": "samples minus data, for standardized channels at one position, where |z| is largest",
     "power_spectrum_deviation": "samples / data - 1, at the frequency and channel where |z| is largest",
     "autocorrelation_deviation": "samples minus data, at the lag and channel where |z| is largest",
 }

@@ -1,4 +1,4 @@
-"""Statistics of sets of float arrays [n, *spatial, C], and distances between two sets, without a feature network.
+"""Statistics for sets of float arrays [n, *spatial, C], and distances between two sets, without a feature network.
 
 Vectors, series, fields and volumes are compared as they are: if channels have different units, divide each by its standard
 deviation first. Examples are independent draws, but the positions in an example may depend on each other, so every standard
@@ -96,8 +96,8 @@ def as_example_pair(reference: Any, samples: Any, minimum: int) -> tuple[np.ndar
     reference, samples = as_examples("reference", reference, minimum), as_examples("samples", samples, minimum)
     if reference.shape[1:] != samples.shape[1:]:
         raise ValueError(
-            f"reference has examples of shape {reference.shape[1:]} and samples of {samples.shape[1:]}; "
-            "they must be equal"
+            f"reference has examples of shape {reference.shape[1:]}, but samples has {samples.shape[1:]}; "
+            "the shapes must be equal"
         )
     return reference, samples
 
@@ -130,7 +130,7 @@ def relative_rounding(dtype: np.dtype) -> float:
 
 
 class Measurement(NamedTuple):
-    """An estimate and its standard error: numbers, or arrays of one shape.
+    """An estimate and its standard error: numbers, or arrays with the same shape.
 
     same_distribution, same_distribution_std: for a distance, its mean and standard deviation if both sets have the same
     distribution; compare `value` with them. The standard error assumes different distributions and is too large for equal
@@ -249,8 +249,8 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Curve:
     if not varies.all():
         raise ValueError(f"channel {int(np.argmin(varies))} is constant; it has no autocorrelation: leave it out")
     value = covariance / variance
-    # Delta method: the error of a ratio of means is the error of the mean of (product at the lag - value * product at lag 0),
-    # divided by the variance.
+    # Delta method: a ratio of means has the error of mean(product at the lag - value * product at lag 0), divided by the
+    # variance.
     centered = squares - 2 * value * with_variance + value**2 * squares[0]
     error = _standard_error(total - value * total[0], centered, count) / variance
     error[0] = 0.0
@@ -258,7 +258,7 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Curve:
 
 
 def _channel_means(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean of each channel [C], and the covariance of these estimates [C, C]."""
+    """Returns each channel's mean [C], and the covariance between these estimates [C, C]."""
     channels = x.shape[-1]
     means = np.concatenate([block.reshape(len(block), -1, channels).mean(axis=1) for _, block in read_blocks(x)])
     mean = means.mean(axis=0)
@@ -350,7 +350,7 @@ def sliced_wasserstein(
       projections: the number of directions, at least 2.
       groups: the standard error is a jackknife over `groups` groups of examples from both sets, plus the error from the
         choice of directions.
-      permutations: the number of permutations of the examples over both sets, for `same_distribution`.
+      permutations: how often the examples of both sets are permuted, for `same_distribution`.
     Raises: ValueError for too few examples for the groups, different example shapes, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)

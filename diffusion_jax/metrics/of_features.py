@@ -53,7 +53,7 @@ def moments(features) -> Moments:
 
 
 def _merge(one: Moments, other: Moments) -> Moments:
-    """Merges the moments of two sets into the moments of their union (Chan et al. 1979)."""
+    """Merges the moments of two sets into their union's moments (Chan et al. 1979)."""
     _check_moments(one, other)
     count, shift = one.count + other.count, other.mean - one.mean
     scatter = one.covariance * (one.count - 1) + other.covariance * (other.count - 1)
@@ -80,9 +80,9 @@ def moments_of_chunks(chunks: Iterable[np.ndarray]) -> Moments:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), between the Gaussians of two `Moments` (Heusel et al. 2017, eq. 6).
 
-    tr (C_1 C_2)^(1/2) is the sum of the singular values of C_1^(1/2) C_2^(1/2). The singular values are exact up to rounding
-    even for singular covariances (fewer images than dimensions); the eigenvalues of C_1 C_2, their squares, lose half the
-    digits. Raises: ValueError for moments with different dimensions, or that are not finite or no covariances.
+    tr (C_1 C_2)^(1/2) sums the singular values of C_1^(1/2) C_2^(1/2). The singular values are exact up to rounding even for
+    singular covariances (fewer images than dimensions); the eigenvalues of C_1 C_2, their squares, lose half the digits.
+    Raises: ValueError for moments with different dimensions, or that are not finite or no covariances.
     """
     _check_moments(one, other)
     shift = one.mean - other.mean
@@ -106,7 +106,7 @@ def _check_moments(one: Moments, other: Moments) -> None:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Returns R [D, r] with R R^T = C, without the directions in which C is zero up to rounding."""
+    """Returns R [D, r] with R R^T = C, without directions where C is zero up to rounding."""
     values, vectors = np.linalg.eigh(covariance)
     rounding = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
     if values[0] < -1e-6 * max(values[-1], 0) or values[-1] < 0:
@@ -143,8 +143,8 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (subset_size * (subset_size - 1))
         values[i] = within - 2 * xy.mean()
-    # Two random subsets with m of n images share a fraction m/n of them, so their correlation is m/n (less for equal
-    # distributions, whose error is then too large), and the variance over subsets lacks this fraction.
+    # Two random subsets with m of n images share a fraction m/n of each subset, so two estimates have the correlation m/n
+    # (less for equal distributions, whose error is then too large), and the variance over subsets lacks this fraction.
     std, share = values.std(), subset_size / fewest
     error = np.sqrt(std**2 / (1 - share) * (share + (1 - share) / subsets)) if share < 1 else np.nan
     return Estimate(values.mean(), std, error)
@@ -176,11 +176,11 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(reference, samples, k: int = 3) -> PrecisionRecall:
-    """Share of samples in the reference's manifold, and of references in the samples' manifold (Kynkaanniemi et al. 2019).
+    """Precision, the share of samples in the reference's manifold, and recall, with the sets exchanged.
 
-    A set's manifold is the union of balls around its members; a ball's radius is the distance to the k-th nearest other
-    member. Distances that are equal up to rounding count as equal, so that repeated points and members of both sets lie
-    inside. Raises: ValueError for fewer than k + 1 images.
+    Kynkaanniemi et al. 2019. A set's manifold is the union of balls around the members; a ball's radius is the distance to
+    the k-th nearest other member. Distances that are equal up to rounding count as equal, so that repeated points and
+    members of both sets lie inside. Raises: ValueError for fewer than k + 1 images.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any())
@@ -239,9 +239,9 @@ def nearest_neighbors(reference, queries, k: int = 1, others: bool = False) -> N
 def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], Neighbors]:
     """Returns (a report on samples that copy reference images, the samples' k nearest neighbors).
 
-    reference, samples: features [N, D]. close_distance is the 1% quantile of the distances from reference images to their
-    nearest neighbors; close_share is the share of samples within this distance of a reference image: about 0.01 for new
-    images, near 1 for copies.
+    reference, samples: features [N, D]. close_distance is the 1% quantile of nearest-neighbor distances within the
+    reference; close_share is the share of samples within close_distance of a reference image: about 0.01 for new images,
+    near 1 for copies.
     """
     neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))
     reference_distances = nearest_neighbors(reference, reference, others=True).distances[:, 0]
@@ -266,7 +266,7 @@ def _radii(features: np.ndarray, k: int) -> np.ndarray:
 
 
 def _smallest(d, k: int, excluded):
-    """Returns (values, indices) of the k smallest entries of d [N], in order, without the index `excluded`."""
+    """Returns (values, indices) for the k smallest entries of d [N], in order, without the index `excluded`."""
     values, indices = jax.lax.top_k(-jnp.where(jnp.arange(len(d)) == excluded, jnp.inf, d), k)
     return -values, indices
 

@@ -46,8 +46,9 @@ class Conditional(nn.Module):
       a separate embedding. A null array is zeros, and an extra input channel is 1 for examples with a condition and 0
       without, because zeros can be data. At 0 there is no null condition. A network with condition_dropout accepts
       condition=None for no conditions, and `null_condition` (NaN everywhere) for an example without a condition. Training
-      drops label and condition together with the smaller of the two probabilities, because the unconditional half of guidance
-      needs examples without both, and drops one alone with the rest of the larger probability.
+      drops label and condition together with the smaller of the two probabilities, because guidance also calls the network
+      without both inputs. With the difference between the probabilities, only the input with the larger probability is
+      dropped.
     """
 
     num_classes: int = 0

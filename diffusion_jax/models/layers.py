@@ -34,7 +34,8 @@ __all__ = [
     "upsample_2x",
 ]
 
-# For jax.checkpoint policies: names the results of products inside a block, from which the rest is cheap to recompute.
+# For jax.checkpoint policies: names the results of products inside a block; all other values are cheap to recompute from
+# these results.
 KEPT_INSIDE = "inside blocks"
 
 
@@ -134,7 +135,7 @@ def _middle_mean(x) -> jax.Array:
 
 
 class Dropout(nn.Module):
-    """Dropout that draws 16 random bits per element instead of 32, because drawing bits is most of its cost.
+    """Dropout that draws 16 random bits per element instead of 32, because drawing bits is most of the cost.
 
     The rate is rounded to a multiple of 2^-16, and the scale follows the rounded rate.
     """
@@ -266,7 +267,7 @@ class LayerFactory:
         return options | {"use_bias": use_bias, "name": name}
 
     def _kernel_init(self, last: bool):
-        """The last layers of residual branches and of the network start at 0 (OpenAI) or close to 0 (Ho et al.)."""
+        """The last layer in each residual branch and in the network starts at 0 (OpenAI) or close to 0 (Ho et al.)."""
         if self.initializer == "openai":
             return nn.initializers.zeros if last else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         return nn.initializers.variance_scaling(1e-10 if last else 1.0, "fan_avg", "uniform")
@@ -299,7 +300,7 @@ class LayerFactory:
         return Dense(features, **self._options(name, last, use_bias))
 
     def attend(self, q, k, v) -> jax.Array:
-        """`jax.nn.dot_product_attention`, which has no argument for the precision of its products."""
+        """`jax.nn.dot_product_attention` with this precision; the function has no argument for the precision."""
         if self.precision == "default":
             return jax.nn.dot_product_attention(q, k, v)
         with jax.default_matmul_precision(self.precision):
@@ -344,8 +345,9 @@ class ResBlock(nn.Module):
 
     For vectors (`layers.spatial_dims` = 0), dense layers replace the convolutions.
 
-    Biases are added where no extra pass over an image is needed: the first in the second norm, the others as one vector. With
-    `scale_shift_norm` the time projection is a scale and a shift after the second norm: norm(h) (1 + scale) + shift.
+    Biases are added where no extra pass over an image is needed: the first bias in the second norm, the other biases as one
+    vector. With `scale_shift_norm` the time projection is a scale and a shift after the second norm:
+    norm(h) (1 + scale) + shift.
     resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual branch after the first SiLU (ADM
     appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`.
     """

@@ -24,9 +24,10 @@ class MLP(Conditional):
     channels: width of every block, an even number.
     num_res_blocks: the number of blocks.
     scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
-    initializer: "ho" or "openai", as in the U-Net. Both start the end of each block and of the network at 0 or close to it.
+    initializer: "ho" or "openai", as in the U-Net. Both initialize the last layer in each block and in the network at 0 or
+    close to 0.
     dropout: rate before the second dense layer in each block, in training only.
-    out_channels: channels of the output; None for x_t's number of channels, or twice that number for a learned variance.
+    out_channels: output channels; None for as many as x_t has, or twice as many for a learned variance.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
       float32.
     precision: as in the U-Net.

@@ -46,10 +46,10 @@ _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.rem
 class Encoder(nn.Module):
     """The downsampling path and the middle, with their fields and layers.
 
-    channels: width of the first level, a multiple of `num_groups`.
+    channels: width at the first level, a multiple of `num_groups`.
     channel_multipliers: the width of each level over `channels`, also fractional (ADM's first is 0.5 at 512 pixels); each
       level after the first halves the resolution.
-    num_res_blocks: residual blocks in each level of the downsampling path (the upsampling path has one more).
+    num_res_blocks: residual blocks in each level of the downsampling path; the upsampling path has one more.
     attention_levels: levels with self-attention after each block; (1,) is 16x16 for 32-pixel images, (4,) for 256-pixel
       images. The middle always has self-attention.
     num_heads: attention heads in every layer; head_channels: the channels per head instead, so that wider layers have more
@@ -70,8 +70,8 @@ class Encoder(nn.Module):
     remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
       levels to recompute. Level 0 has most activations.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
-    padding: "zeros", or "periodic" for data on a torus: convolutions continue an array at its opposite end, so that shifting
-      the input of a U-Net by a multiple of 2^(levels - 1) positions shifts the output.
+    padding: "zeros", or "periodic" for data on a torus: convolutions wrap around at the ends of an array, so that shifting a
+      U-Net's input by a multiple of 2^(levels - 1) positions shifts the output.
     """
 
     channels: int = 128
@@ -208,7 +208,7 @@ class UNet(Encoder, Conditional):
     end to the next multiple, and the output is cropped. The padded positions take part in attention and in the statistics of
     norms. Fields: `Encoder`'s, `Conditional`'s, and
 
-    out_channels: channels of the output; None for x_t's number of channels, or twice that number for a learned variance.
+    out_channels: output channels; None for as many as x_t has, or twice as many for a learned variance.
     """
 
     out_channels: int | None = None

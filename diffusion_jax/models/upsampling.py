@@ -1,7 +1,7 @@
 """Conditions of super-resolution networks, as in SR3 and ADM (Dhariwal & Nichol 2021, section 5.3).
 
-The small image, resized to the size of x_t, is an array condition of the network (`models.Conditional.condition_channels`).
-With noise augmentation (Ho et al. 2021, Cascaded Diffusion Models, section 4) the small image is noisy, and an extra channel
+The small image, resized to x_t's size, is an array condition for the network (`models.Conditional.condition_channels`). With
+noise augmentation (Ho et al. 2021, Cascaded Diffusion Models, section 4) the small image is noisy, and an extra channel
 holds the standard deviation of the noise.
 """
 
@@ -20,7 +20,7 @@ def downsample(x_0, height: int) -> jax.Array:
     """
     b, h, w, c = x_0.shape
     if not 1 <= height <= h or h % height or w % (h // height):
-        raise ValueError(f"a low resolution of {height} pixels does not divide images of {h}x{w}")
+        raise ValueError(f"a low resolution of {height} pixels does not divide {h}x{w} images")
     side = h // height
     return x_0.reshape(b, height, side, w // side, side, c).mean(axis=(2, 4))
 

@@ -1,4 +1,4 @@
-"""Figures of samples in data units, and of statistics: terms of the bound, and curves of two sets with standard errors.
+"""Figures: samples in data units, the bound's terms, and two sets' statistics as curves with standard errors.
 
 Series are lines, fields are images with color bars, volumes are slices and projections, vectors are histograms, and images
 are grids. Only a subset of large sets and arrays is drawn; the title shows what is left out, and how many values are NaN or
@@ -56,7 +56,7 @@ _MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 def draw_edit(given: np.ndarray, results: np.ndarray, captions: Sequence[str], title: str) -> Picture:
     """Draws the given examples, then the results. captions: one for each example and result."""
     if results.ndim == 2:  # vectors share a panel
-        return draw_samples(results, title + ", and what was given (data)", reference=given)
+        return draw_samples(results, title + ", and the given examples (data)", reference=given)
     shown = np.concatenate([given, results])
     if not is_of_images(shown) and np.isnan(given).any():
         title += "; values to be generated are NaN"
@@ -88,8 +88,8 @@ def draw_samples(
     Vectors: a histogram for each channel, and a scatter plot for two channels.
 
     Args:
-      captions: one for each example, for instance its class; not for vectors. columns: number of columns in a grid, or of
-        panels of series. reference: for vectors, examples of the data [m, C] whose histograms are drawn for comparison.
+      captions: a text for each example, for instance the class; not for vectors. columns: number of columns in a grid, or in
+        rows of series panels. reference: for vectors, data examples [m, C] whose histograms are drawn for comparison.
     Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
@@ -143,8 +143,8 @@ def draw_trajectory(
     are colored images (for volumes, the central slice along the first axis), with a row for each sample and channel. Vectors
     are points in one panel for each time, with the first two channels as coordinates, or a histogram of a single channel.
 
-    Noise may be much larger than samples: each column of lines and points has its own scale, and the color scale is the range
-    of the samples, extended by at most half of the range at both ends; values beyond have the colors of the ends.
+    Noise may be much larger than samples: each column of lines and points has its own scale, and the color scale is the
+    samples' range, extended by at most half the range at both ends; values beyond have the colors of the ends.
 
     times: for all columns except the last. captions: one for each sample. Raises: ValueError for no sample, or more spatial
     axes.
@@ -198,7 +198,7 @@ def draw_trajectory(
 def _select(
     x: np.ndarray, num_examples: int, num_channels: int, positions: int | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Returns (the first examples and channels of x [n, *spatial, C], ready to plot; notes about what is left out).
+    """Returns (the first examples and channels of x [n, *spatial, C], ready to plot; notes about omissions).
 
     positions: the maximum number of positions along each spatial axis; None for all.
     """
@@ -217,7 +217,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def _needs_panels(x: np.ndarray) -> bool:
-    """Returns whether series [n, L, C] have too many channels for one axis, or a channel spans under a tenth of the axis."""
+    """Whether series [n, L, C] have too many channels for one axis, or a channel that spans under a tenth of the axis."""
     limits = np.array([_limits(_to_plotted(x[:_MAX_SERIES, :, channel])) for channel in range(x.shape[-1])])
     spans = np.ptp(limits, axis=1)
     return len(spans) > _MAX_LINES or bool((spans[spans > 0] < 0.1 * np.ptp(limits)).any())
@@ -471,7 +471,7 @@ def make_figure(
 
     Args:
       notes: a second paragraph in the title. names: titles of the panels, as plain text. size: (width, height) of a panel
-        with labels, in inches. labels: labels of the x-axes at the bottom and of the y-axes at the left.
+        with labels, in inches. labels: x-axis labels at the bottom and y-axis labels at the left.
       legend: pairs (plain text, Matplotlib line style), shown below the panels.
       share_y: as in `Figure.subplots`.
     """

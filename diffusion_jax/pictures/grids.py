@@ -1,4 +1,4 @@
-"""Grids of images with captions; conversion of pictures to arrays, PNG files and terminal text."""
+"""Image grids with captions, and conversions from pictures to arrays, PNG files and terminal text."""
 
 from __future__ import annotations
 

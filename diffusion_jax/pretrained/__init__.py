@@ -75,8 +75,8 @@ def load(
       - OpenAI's .pt, under its published name or with flags;
       - a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the .ckpt of the PyTorch port;
       - a work directory, or a file from `save_safetensors`.
-    flags: for OpenAI's files, the name of a preset ("adm_imagenet256"), or the flags of OpenAI's scripts, as a dict or as
-      text ("--num_heads 4 --noise_schedule cosine ...") or JSON; for unpublished networks from Ho et al.'s code, image_size,
+    flags: for OpenAI's files, a preset's name ("adm_imagenet256"), or flags for OpenAI's scripts, as a dict, as text
+      ("--num_heads 4 --noise_schedule cosine ...") or as JSON; for unpublished networks from Ho et al.'s code, image_size,
       variance and other settings of `config.diffusion`.
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
@@ -135,8 +135,8 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Callable | bool 
         return _load_file(path, tensors, network, with_params)
     found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"
     raise PretrainedError(
-        f"{path} is {found} of an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
-        "directory with checkpoints, and files of Ho et al., of OpenAI and of this package"
+        f"{path} is {found} with an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
+        "directory with checkpoints, and files from Ho et al., OpenAI or this package"
     )
 
 
@@ -228,8 +228,8 @@ def _starts_from_other_weights(config: Mapping[str, Any], workdir: RunDir) -> bo
 def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -> tuple[str, ...]:
     """Reads the class names of samples; () if unknown.
 
-    The names are read from data.json of the run, of the run in `init_from`, or, for a model without classes, of the guiding
-    classifier's run.
+    The names are read from the run's data.json, from data.json of the run in `init_from`, or, for a model without classes,
+    from data.json of the guiding classifier's run.
     """
 
     def read(directory: str | os.PathLike) -> tuple[str, ...]:
@@ -282,7 +282,7 @@ def load_weights(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bo
     kind = weights_kind(config, step, ema)
     if ema and kind == "raw":
         log(
-            f"Note: the EMA (ema.decay={config['ema']['decay']:g}) of step {step:,} still holds "
+            f"Note: at step {step:,} the EMA (ema.decay={config['ema']['decay']:g}) still holds "
             f"{initial_share(config, step):.0%} of the random initial weights, so the raw weights are used."
         )
     provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind})
@@ -351,8 +351,7 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
     """Returns config settings for the same network, schedule and data shape. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
-            "a config cannot describe these weights' table of betas, or the range of their clip; use pretrained.load in a "
-            "program"
+            "a config cannot describe these weights' beta table or clip range; use pretrained.load in a program"
         )
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, models.Classifier) else "hybrid" if is_learned else "simple"

@@ -1,8 +1,8 @@
 """Reads and writes diffusers folders: a UNet2DModel and a scheduler, each with its config.
 
 Every field of the network's config is used, or raises an error that names the field. From the scheduler's config, the fields
-that describe weights are used; all other fields are sampler options. Missing fields get the defaults of diffusers, because
-the values of published networks would give the right shapes and wrong images.
+that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults, because the
+published networks' values would give the right shapes and wrong images.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _head_channels(model: UNet, widths: Sequence[int]) -> int | None:
     head_channels = {c // split_heads(c, model.num_heads, model.head_channels) for c in attention_widths}
     if len(head_channels) > 1:
         raise PretrainedError(
-            f"num_heads={model.num_heads}: UNet2DModel has heads of one width, and these are {sorted(head_channels)} wide"
+            f"num_heads={model.num_heads}: UNet2DModel has heads of one width, but the model has {sorted(head_channels)}"
         )
     return head_channels.pop()
 
@@ -365,7 +365,7 @@ def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
 
 
 def _describe(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model:
-    """Builds the model, without parameters, from the configs of a UNet2DModel and of a scheduler."""
+    """Builds the model, without parameters, from a UNet2DModel's config and a scheduler's config."""
     size, model = config.get("sample_size"), unet_from_config(config)
     settings, betas, clip = scheduler_from_config(scheduler)
     channels = config.get("in_channels", _UNET_DEFAULTS["in_channels"])

@@ -18,7 +18,7 @@ from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_model
 
 __all__ = ["NAMING", "PRESETS", "is_ho", "load_ho"]
 
-# Presets of `models`: the image size, and the settings of `config.diffusion` that differ from `DIFFUSION_DEFAULTS`.
+# Presets of `models`: the image size, and the `config.diffusion` settings that differ from `DIFFUSION_DEFAULTS`.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm_cifar10": (32, {"variance": "fixed_large"}),
     "ddpm_256": (256, {"variance": "fixed_small"}),

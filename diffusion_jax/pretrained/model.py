@@ -51,18 +51,18 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 class Model:
     """A trained network with everything needed to use it, as `pretrained.load` and `pretrained.from_config` return it.
 
-    family: a text that names the source. model: the network. channels: channels of an example. image_size: sizes of the 0 to
+    family: a text that names the source. model: the network. channels: channels in an example. image_size: sizes of the 0 to
     3 spatial axes, (height, width) for images. schedule: the training schedule; its timesteps are the network times.
     prediction, variance, clip: as samplers take them. params: the float32 tree for `model.apply({"params": params}, x_t,
     time)`; None from `pretrained.describe`. low_resolution: height of the small images for a super-resolution network, else
     0. conditioning_noise: the largest standard deviation of the noise on small images. diffusion: settings of
-    `config.diffusion`; None if the schedule is a table of betas, which no setting describes. levels: gray levels; None for
+    `config.diffusion`; None if the schedule is a table of betas that no setting describes. levels: gray levels; None for
     continuous data. normalizations: `data.Normalization`, from data units to network units, for "x" (continuous data) and
     "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
-    these values to [-1, 1]. class_names: names of the labels, () if unknown. provenance: the origin of the weights: a name
+    these values to [-1, 1]. class_names: the labels' names, () if unknown. provenance: where the weights are from: a name
     for files, and for a run "step" and "weights", ema or raw. sigma_data: the standard deviation of x_0 for EDM's
-    preconditioning; None for a network that gets x_t itself. mesh: the devices that `sample` splits its batch over; None
-    for one device.
+    preconditioning; None for a network that gets x_t itself. mesh: the devices that `sample` splits its batch over; None for
+    one device.
     """
 
     family: str
@@ -114,7 +114,7 @@ class Model:
 
     @property
     def weights(self) -> str | None:
-        """The kind of weights of a run, ema or raw; None if unknown (other projects and single files)."""
+        """The kind of a run's weights, ema or raw; None if unknown (other projects and single files)."""
         return self.provenance.settings.get("weights")
 
     @property
@@ -217,7 +217,7 @@ class Model:
 
         Args:
           key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only.
-          num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the number of devices.
+          num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the device count.
           y: one label for all samples or int [N], for a network with classes, or for the classifier.
           sampler: by default the ancestral `sampling.ddpm`. The sampler gets the network's prediction and, if learned, its
             variance. For continuous data, clip=True becomes the network's clip.
@@ -536,14 +536,14 @@ def _gather(x: jax.Array) -> np.ndarray:
 
 
 def _shift_mean(sampler: sampling.Sampler, shift: Callable) -> sampling.Sampler:
-    """Shifts the mean of a ddpm sampler, or of a wrapped ddpm sampler. Raises: ValueError for other samplers."""
+    """Shifts the mean in a ddpm sampler, which may be wrapped in another sampler. Raises: ValueError for other samplers."""
     replace: Any = dataclasses.replace
     inner = getattr(sampler, "sampler", None)
     if isinstance(inner, sampling.Sampler):
         return replace(sampler, sampler=_shift_mean(inner, shift))
     if not isinstance(sampler, sampling.ddpm):
         raise ValueError(
-            f"classifier_form='mean' shifts the mean of the sampler ddpm, and not of {type(sampler).__name__}; use 'eps'"
+            f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
         )
     return replace(sampler, mean_shift=shift)
 

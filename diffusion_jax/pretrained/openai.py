@@ -1,7 +1,7 @@
 """OpenAI's weights: Improved DDPM's and ADM's plain state dicts (https://github.com/openai/guided-diffusion).
 
 The files contain no description. The tensors determine most of the network; the rest (number of heads, schedule, image size)
-comes from the file's published name, from the name of a preset, or from the flags of OpenAI's own scripts.
+comes from the file's published name, a preset's name, or flags for OpenAI's own scripts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
 # Improved DDPM's linear schedule goes from 0.1 / T to 20 / T.
 _LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 
-# Presets of `models`: the height of the image and of the low-resolution image (or 0), and settings of `config.diffusion`.
+# Presets of `models`: the image height, the low-resolution image height (or 0), and settings of `config.diffusion`.
 PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "improved_cifar10": (32, 0, _IMPROVED | {"rescale_timesteps": True}),
     "improved_imagenet64": (64, 0, _IMPROVED | {"rescale_timesteps": True}),
@@ -61,7 +61,7 @@ FILES = {
     **dict.fromkeys(("lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"), "adm_lsun"),
     **{f"{size}x{size}_classifier": f"adm_classifier{size}" for size in (64, 128, 256, 512)},
 }
-# Presets whose attention stores all rows of q, then k, then v, instead of head by head.
+# Presets whose attention stores the rows for q, then k, then v, instead of head by head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
 # Flags in OpenAI's scripts that describe a network, with value types.
@@ -122,7 +122,7 @@ def parse_flags(text: str) -> dict[str, str]:
     """Parses OpenAI's flags, such as "--image_size 64 --class_cond True", into a dict. Raises: PretrainedError."""
     words = text.replace("=", " ").split()
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise PretrainedError(f"flags={text!r} are neither the name of a preset nor pairs of --name value")
+        raise PretrainedError(f"flags={text!r} are neither a preset name nor --name value pairs")
     return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
 
 

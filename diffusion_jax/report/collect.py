@@ -1,6 +1,6 @@
 """Reads the contents of a work directory as plain values for the page. Any file may be missing, also during a launch.
 
-A measurement is a record of metrics.json, or the bits per dimension of likelihood.json; `table_cells` makes a table of
+A measurement is a record from metrics.json, or the bits per dimension from likelihood.json; `table_cells` makes a table of
 measurements. `train_command` and `sample_command` return the commands that repeat a run.
 """
 
@@ -62,7 +62,7 @@ class RunFiles:
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """Returns the records of metrics.json, then the bits per dimension of likelihood.json as another record."""
+        """Returns the records of metrics.json, then the bits per dimension from likelihood.json as another record."""
         keys = ("step", "weights", "dataset")
         bits = {key: value for key, value in self.likelihood.items() if key in keys or "_per_dim" in key}
         return [*self.records, bits] if bits else self.records
@@ -109,7 +109,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]:
-    """Returns (columns, rows of text) of measurements: the settings in which they differ, and the metrics.
+    """Returns (columns, rows of text) for measurements: the settings that differ, and the metrics.
 
     records: measurements, with a key "run" if they are of several runs.
     """

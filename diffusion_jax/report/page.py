@@ -1,4 +1,4 @@
-"""The page about one run, and the page that compares several.
+"""The page about one run, and the page that compares several runs.
 
 A section is (id, title, element), or None if the run has no content for the section.
 """
@@ -103,7 +103,7 @@ _LIKELIHOOD_TERMS = {
     "bits_per_dim": "total bound, upper bound of the negative log-likelihood",
     "nats_per_dim": "the same in nats",
     "prior": "KL of q(x_T | x_0) from the standard normal, in bits per dimension",
-    "transitions": "sum of the terms of the steps between, in bits per dimension",
+    "transitions": "sum of the terms for the steps between, in bits per dimension",
     "decoder": "L_0, the code of x_0 given x_1, in bits per dimension",
     "ode_bits_per_dim": "by the probability-flow ODE, no bound",
     "ode_nats_per_dim": "the same in nats",

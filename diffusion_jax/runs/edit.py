@@ -142,7 +142,7 @@ class _Files:
         if example.shape != shape or not is_allowed:
             raise UserError(
                 f"editing.{setting}={self._options[setting]!r} holds {example.dtype} {list(example.shape)}; it must be one "
-                f"example of shape {list(shape)} of {'real numbers in data units' if is_continuous else 'uint8'}"
+                f"example with shape {list(shape)} and {'real numbers in data units' if is_continuous else 'type uint8'}"
             )
         values = example if known is None else example[np.broadcast_to(known, shape)]
         if not np.isfinite(values).all():
@@ -186,12 +186,12 @@ class _Files:
             value = color if self._net.is_images else known.all()
             raise UserError(
                 f"editing.mask={self._options.mask!r} is {value} everywhere: {problem}. "
-                "Make what is to be kept white (above 127 of 255) or True, and what is to be generated black or False"
+                "Use white (above 127 of 255) or True for values to keep, and black or False for values to generate"
             )
         everywhere = np.broadcast_to(known, self._shape)
         log(
             f"The mask keeps {everywhere.sum():,} of {everywhere.size:,} values ({100 * everywhere.mean():.0f}%), where it "
-            "is white or True, and the model generates the others."
+            "is white or True, and the model generates all other values."
         )
         return known
 

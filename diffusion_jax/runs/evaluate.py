@@ -1,4 +1,4 @@
-"""`--mode=evaluate`: measures the likelihood of held-out examples, and computes metrics of samples.
+"""`--mode=evaluate`: measures the likelihood of held-out examples, and computes sample metrics.
 
 The likelihood is written to likelihood.json (bits per dimension, its terms and standard errors), likelihood.npz (the terms at
 every timestep), likelihood_terms.png and rate_distortion.png. For continuous data, it is a density in data units, reported in
@@ -64,7 +64,7 @@ _REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in lik
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Measures the likelihood of `evaluation.split`, then computes metrics of samples, if the config enables them.
+    """Measures the likelihood of `evaluation.split`, then computes sample metrics; the config can turn off either.
 
     Raises: UserError, DataError, PretrainedError.
     """
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     options = config.evaluation
     if not (options.likelihood or options.num_samples):
         raise UserError(
-            "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either of them"
+            "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either setting"
         )
     if options.num_samples:
         _metric_names(config)  # raises errors before the likelihood, which may take hours
@@ -116,7 +116,7 @@ def measure_likelihood(
     if num_failed:
         raise UserError(
             f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE did not converge "
-            f"for {num_failed} of {count} {_noun(config)}; try a larger one"
+            f"for {num_failed} of {count} {_noun(config)}; try a larger tolerance"
         )
     write_config_if_untrained(config, workdir)
 
@@ -199,7 +199,7 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
 
 
 def _load(title: str, location: dict, renamed: Mapping[str, str], source: data.Source | None) -> data.Source:
-    """Loads the examples of `location`, a complete `config.data`, or of a caller's source. renamed: settings in errors."""
+    """Loads the examples of `location`, a complete `config.data`, or the caller's source. renamed: settings in errors."""
     if source is not None:
         location = location | {"holdout": 0.0}
     with rename_settings_in_errors(renamed):
@@ -210,7 +210,7 @@ def _load(title: str, location: dict, renamed: Mapping[str, str], source: data.S
 
 
 class LikelihoodRun:
-    """The newest weights of a run and the examples of `evaluation.split`, to measure the likelihood.
+    """A run's newest weights and the examples of `evaluation.split`, to measure the likelihood.
 
     source: the examples, normalized. dataset, split: the origin of the examples; split is None for the source of a caller and
     for a folder or file in `evaluation.data_dir`.
@@ -342,7 +342,7 @@ def _load_source(
     loaded = _load(title, location, renamed, None)
     if is_trained_here and not is_elsewhere and split == config.data.split:
         log(
-            f"Note: these are the {_noun(config)} that the model was trained on (split {split!r}); to measure others, "
+            f"Note: the model was trained on these {_noun(config)} (split {split!r}); to measure other {_noun(config)}, "
             "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
         )
     return loaded, split

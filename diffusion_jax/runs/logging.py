@@ -58,7 +58,7 @@ _TENSORBOARD_GROUPS = {
 
 
 def check_writers(config: ConfigDict) -> None:
-    """Raises: UserError for an unknown writer in `logging.writers`, or one whose package is not installed."""
+    """Raises: UserError for an unknown writer in `logging.writers`, or a writer whose package is not installed."""
     for name in config.logging.writers:
         if name not in WRITERS:
             raise UserError(f"logging.writers has {name!r}; use names from {', '.join(WRITERS)}")
@@ -168,12 +168,12 @@ class RunMetrics:
             self._waiting = []
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
-        """Writes a uint8 image [H, W, C]. caption: what it shows."""
+        """Writes a uint8 image [H, W, C]. caption: a title for the image."""
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
         self._call_writers("write_image", step, name, picture, caption)
 
     def flush(self) -> None:
-        """Makes the written lines survive a kill. Call this before saving a checkpoint from which a rerun resumes."""
+        """Makes the written lines survive a kill. Call this method before saving a checkpoint."""
         if not self._is_writer:
             return
         self._last_flush = time.monotonic()
@@ -202,7 +202,7 @@ class RunMetrics:
 class _TensorBoard:
     """Writes event files with TensorBoard alone, because importing TensorFlow takes seconds.
 
-    The first event of a launch makes TensorBoard ignore the events of earlier launches beyond `step`.
+    A launch's first event makes TensorBoard ignore earlier launches' events beyond `step`.
     """
 
     def __init__(self, workdir: RunDir, config: Mapping[str, Any], step: int):
@@ -454,7 +454,7 @@ class LaunchTimes:
 
 
 def read_goodput(workdir: RunDir | pathlib.Path) -> Goodput | None:
-    """Returns the goodput of a run up to the end of its last launch; None if no launch wrote its times."""
+    """Returns a run's goodput, up to the end of the last launch; None if no launch wrote times."""
     launches = read_launches(workdir)
     return _goodput(launches) if launches else None
 

@@ -70,7 +70,7 @@ class Settings(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Bytes on one device, in the order in which `run` prints them.
+    """Bytes on one device, in the order that `run` prints.
 
     state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: stored for the
     backward pass of a microbatch. working: further memory of the backward pass, and gathered parameters.
@@ -274,7 +274,7 @@ def log_notes(config: ConfigDict, source: data.Source | None = None) -> None:
 
 
 def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
-    """Returns problems of a complete config, and of the training data if given. These problems do not stop the run."""
+    """Returns problems in a complete config, and in the training data if passed. These problems do not stop the run."""
     found, diffusion, num_steps = [], config.diffusion, config.training.num_steps
     warmup_steps, share = config.optimizer.warmup_steps, initial_share(config, num_steps)
     if num_steps > _MAX_TRIAL_STEPS and warmup_steps >= num_steps:
@@ -291,8 +291,8 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
     if not is_classifier(config):
         if is_continuous(config) and diffusion.prediction in ("eps", "score") and not resolve_clip(config):
             found.append(
-                f"diffusion.prediction={diffusion.prediction} of continuous data (data.levels=None) without a clip amplifies "
-                "the errors of the network at the first steps of a sampler; use --config.diffusion.prediction=v"
+                f"diffusion.prediction={diffusion.prediction} on continuous data (data.levels=None) without a clip amplifies "
+                "the network's errors in a sampler's first steps; use --config.diffusion.prediction=v"
             )
         alpha_bar = training.schedule_from_config(diffusion).alpha_bar[-1]
         if alpha_bar > _MAX_TERMINAL_ALPHA_BAR:

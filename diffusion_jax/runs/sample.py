@@ -1,6 +1,6 @@
 """`--mode=sample`: draws samples from a trained model in batches.
 
-`SampleFile` and `make_provenance` decide the name of a file of samples, and whether a finished file is reused.
+`SampleFile` and `make_provenance` decide a sample file's name, and whether a finished file is reused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untr
 __all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_samples"]
 
 _FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
-# Settings of `config.sampling` that are not recorded by name: they change no sample, or the record has their result.
+# Settings of `config.sampling` that a record omits, because the settings change no sample or the record has their result.
 _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
 # Settings that file names show, or for `clip` only if it is not the default.
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
@@ -217,7 +217,7 @@ def write_samples(
 
 
 def _write_trajectory(file: SampleFile) -> None:
-    """Writes the first samples being denoised: pictures of x_t and of the predicted x_0, and an .npz with both.
+    """Writes the first samples being denoised: pictures of x_t and the predicted x_0, and an .npz with both.
 
     The .npz has x_t and x_0 [steps, rows, *spatial, C], the noisiest first, where x_0 is the network's prediction at each
     step (DDPM figure 6); times, the network times; samples [rows, *spatial, C], equal to the file's samples up to rounding.

@@ -288,7 +288,7 @@ def _read_conditions(path: str) -> np.ndarray:
 
 
 def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
-    """Reads the array of an .npy, or all arrays of an .npz by name. setting: for error messages. Raises: UserError."""
+    """Reads the array in an .npy, or all arrays in an .npz by name. setting: for error messages. Raises: UserError."""
     try:
         loaded = np.load(local_path(path), allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -303,7 +303,7 @@ def _read_small_images(path: str, net: pretrained.Model) -> tuple[np.ndarray, np
     """Reads `sampling.low_resolution`: uint8 images [N, h, w, C], and labels [N] or None. Raises: UserError, DataError."""
     if not path:
         raise UserError(
-            "this model enlarges images: set sampling.low_resolution to an .npz of --mode=sample or to a folder of images"
+            "this model enlarges images: set sampling.low_resolution to an .npz from --mode=sample or to an image folder"
         )
     height, width, channels = net.example_shape
     size = (net.low_resolution, width * net.low_resolution // height)

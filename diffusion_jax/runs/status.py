@@ -27,7 +27,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
 
 
 def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
-    """Returns the state of a work directory as lines of text."""
+    """Returns a work directory's state as lines of text."""
     workdir = open_run_dir(workdir, read_only=True)
     rows = describe(config, workdir, read_metrics(workdir))
     width = max(map(len, rows))

@@ -96,7 +96,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     check_source(config, loaded)
     net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
     if isinstance(net.model, models.Conditional):
-        with as_user_error("config"):  # raises the errors of --mode=sample now, except errors of its files
+        with as_user_error("config"):  # raises the errors of --mode=sample now, except file errors
             resolve_sampling(config, net, read_files=False)
     log_notes(config, loaded)
     initial_weights = None
@@ -181,7 +181,8 @@ def _train(
 ) -> None:
     """Runs the train loop from the step of `state` to the end.
 
-    source: normalized. preview: draws the samples of the pictures, or None. frechet_distance: of parameters, or None.
+    source: normalized. preview: draws the samples for the pictures, or None. frechet_distance: a function of parameters, or
+    None.
     Raises: UserError if a loss or gradient is not finite, SaveError, StoppedBySignal.
     """
     options, step, num_calls = config.training, int(state.step), 0
@@ -357,7 +358,7 @@ class BatchLoader:
             self._stream.close()
 
     def next(self, step: int) -> tuple[Any, int]:
-        """Returns (batch of the call that starts at `step`, number of its steps); (None, 0) after the last step.
+        """Returns (batch, number of steps) for the call that starts at `step`; (None, 0) after the last step.
 
         Calls of `steps_per_call` steps start at its multiples, also after a rerun; all other steps are single calls.
         """
@@ -447,8 +448,8 @@ class SampleBatches:
     ):
         """net: without parameters. source: in data units; samples get the conditions of evenly spread examples.
 
-        num_images: the batch size, rounded down to a multiple of the number of devices. purpose: what the samples are for, as
-        a phrase for the log. Raises: UserError or ValueError for settings that are not allowed.
+        num_images: the batch size, rounded down to a multiple of the device count. purpose: the samples' purpose, as a
+        phrase for the log. Raises: UserError or ValueError for settings that are not allowed.
         """
         options, num_devices = to_dict(config), net.num_devices
         options["sampling"] |= {
@@ -504,7 +505,7 @@ def _make_frechet_distance(
 ) -> Callable[[Any], dict[str, float]]:
     """Returns a function from parameters to the Frechet distance of `evaluation.every_samples` samples.
 
-    Every call draws the same noise. The metric's name contains the number of samples and of steps, because the distance
+    Every call draws the same noise. The metric's name contains the numbers of samples and steps, because the distance
     depends on both. The features of the reference are computed now. source: training data that replace `config.data`.
     Raises: UserError, DataError, PretrainedError.
     """

@@ -118,12 +118,12 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     difference = "other values or labels"
     if old["classes"] != names:
         difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
-    advice = f"remove {path} to continue with these"
+    advice = f"remove {path} to continue with the new data"
     if normalizations:  # which data.json stores, and the weights need
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
     raise UserError(
-        f"the data are not those that {workdir} was trained on ({old['images']:,} examples then, {len(source):,} now, "
-        f"{shorten(difference, 300)}): restore them, use another --workdir, or {advice}"
+        f"the data differ from the training data of {workdir} ({old['images']:,} examples then, {len(source):,} now, "
+        f"{shorten(difference, 300)}): restore the training data, use another --workdir, or {advice}"
     )
 
 
@@ -245,7 +245,7 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
 
 @contextlib.contextmanager
 def rename_settings_in_errors(settings: Mapping[str, str]) -> Iterator[None]:
-    """Replaces names of settings in the message of a DataError, such as {"data.split": "evaluation.split"}."""
+    """Replaces setting names in a DataError's message, such as {"data.split": "evaluation.split"}."""
     try:
         yield
     except DataError as error:
@@ -267,6 +267,6 @@ def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | N
     workdir = open_run_dir(workdir)
     check_identity(config, workdir)
     if is_classifier(config):
-        raise UserError("diffusion.loss=classify is the config of a classifier; use the config of a diffusion model")
+        raise UserError("diffusion.loss=classify trains a classifier; use a diffusion model's config")
     with as_user_error("config"):
         return pretrained.describe_run(config, workdir, mesh or sharding.make_mesh(config.mesh))

@@ -108,7 +108,7 @@ def encode(
     Args:
       schedule, denoise_fn: as `sample`.
       order: 1 is DDIM's step with the network evaluated at (x_{t-1}, t), with one call per step; 2 is Heun's step, with two
-        calls, from which `heun()` reconstructs x_0 much more closely.
+        calls; `heun()` then reconstructs x_0 much more closely.
       start: the index to stop at, where `sample(..., start=start)` starts; the default is T - 1.
       prediction, variance: as `ddim`, without x_prev. clip: for order 1, clips the predicted x_0 at each step (and keeps eps,
         as diffusers does).

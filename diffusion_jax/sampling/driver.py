@@ -129,7 +129,7 @@ class Sampler:
         return None
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
-        """Returns the state before the first of `num_steps` steps, a pytree of arrays; () for a sampler without a state."""
+        """Returns the state before the first of `num_steps` steps, as a pytree; () for a sampler without a state."""
         return ()
 
     def step(
@@ -145,7 +145,7 @@ class Sampler:
         raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, state)")
 
     def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        """Returns the consecutive loops of `sample`: (function with the arguments of `step`, number of steps) each.
+        """Returns the consecutive loops of `sample`: (function with `step`'s arguments, number of steps) each.
 
         By default one loop over `step`. A sampler whose first or last steps make other network calls has a loop for each kind
         of step, because a branch inside a loop makes a GPU wait for the host. final_step: whether the last step ends at x_0.
@@ -180,21 +180,21 @@ def call_network(
 
 def is_batch_of_keys(key: Key[Array, "..."]) -> bool:
     """Whether `key` is [B], a key for each row. Raises: ValueError for more axes."""
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)  # an older key of uint32 is one key
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)  # an old-style uint32 key is one key
     if is_typed and key.ndim > 1:
         raise ValueError(f"key must be one key, or one for each row [B]; got shape {key.shape}")
     return is_typed and key.ndim == 1
 
 
 def fold_in(key: Key[Array, "..."], number: int | Int[Array, ""]) -> Key[Array, "..."]:
-    """`jax.random.fold_in`, for one key or for each of [B] keys."""
+    """`jax.random.fold_in`, for one key or for [B] keys."""
     if is_batch_of_keys(key):
         return jax.vmap(jax.random.fold_in, (0, None))(key, number)
     return jax.random.fold_in(key, number)
 
 
 def split(key: Key[Array, "..."]) -> tuple[Key[Array, "..."], Key[Array, "..."]]:
-    """`jax.random.split` in two, for one key or for each of [B] keys."""
+    """`jax.random.split` in two, for one key or for [B] keys."""
     first, second = jax.vmap(jax.random.split, out_axes=1)(key) if is_batch_of_keys(key) else jax.random.split(key)
     return first, second
 
@@ -298,7 +298,7 @@ def sample(
       sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. By default the predicted x_0 is clipped to [-1, 1], the range of
         images; data outside this range need `clip=False`.
       start: the index of x_T's noise level; the default is T - 1.
-      final_step: False stops at the noise level of index 0 instead of denoising to x_0.
+      final_step: False stops at index 0's noise level instead of denoising to x_0.
       trajectory: also returns x_t and the predicted x_0 at every step (True) or at the given indices t; kept values need
         memory.
       progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.

@@ -76,7 +76,7 @@ class _Multistep(Sampler):
         return empty_history(x_T, num_steps, self.order - 1)
 
     def _step_order(self, history: History, t: Int[Array, ""]) -> Int[Array, ""]:
-        """Returns the order of this step: at most `order`, the number of values so far, and the number of steps left."""
+        """Returns the order of this step: the least of `order`, the values so far, and the steps left."""
         order = jnp.minimum(self.order, history.steps_taken + 1)
         return jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(t > 0, order, 1)
 
@@ -92,7 +92,7 @@ def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]
 def _slopes(values, gaps):
     """First and second derivative in lambda, at values[0], of the line or parabola through two or three values.
 
-    gaps[i]: lambda of values[i] minus lambda of values[i + 1].
+    gaps[i]: lambda at values[i] minus lambda at values[i + 1].
     """
     first = (values[0] - values[1]) / gaps[0]
     if len(values) == 2:
@@ -302,8 +302,9 @@ class unipc(_Multistep):
 class heun(Sampler):
     """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
 
-    Two network calls per step, one in the last; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method fails on
-    steps over many octaves of sigma, such as the first steps of a cosine schedule: respace with "karras" or "log_snr".
+    Two network calls per step, and one in the last step; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method
+    fails if sigma falls by many octaves in one step, as in the first steps of a cosine schedule: respace with "karras" or
+    "log_snr".
 
     churn: S_churn; above 0, each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
       1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the path, with fresh noise scaled by
@@ -384,8 +385,8 @@ class pndm(Sampler):
     Second order for steps that are uniform in network time ("leading", "linspace"); like `heun`, PNDM fails on steps over
     many octaves of sigma.
 
-    runge_kutta: the first three steps have four network calls each, two of them at the midpoint; False starts with the lower
-      orders instead, with one call per step and two in the first (PLMS).
+    runge_kutta: the first three steps have four network calls each, two calls at the midpoint; False starts with the lower
+      orders instead, with one call per step and two calls in the first step (PLMS).
     prediction, variance, clip: as `Sampler`; not "x_prev" with `runge_kutta`.
     """
 

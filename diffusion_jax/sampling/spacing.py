@@ -2,8 +2,8 @@
 
 A step that removes too much noise at once returns noise or blurred images, without an error. Noise levels alone predict this
 on Gaussian data with standard deviation 0.5 (about the value for images in [-1, 1]): their probability flow has a closed
-form, and so has the error of each step. `tests/sampling/test_spacing.py` compares the samples of every sampler with the exact
-distribution of a mixture.
+form, and so has the error of each step. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's
+exact distribution.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
 
 
 def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
-    """Returns why `sampler` fails on the steps of `schedule`, as the end of an error message, or None.
+    """Returns why `sampler` fails on the steps in `schedule`, as the end of an error message, or None.
 
     schedule: respaced, not traced. Samplers without `Sampler.stability` give None.
     Raises: ValueError for a sampler that is not a `Sampler`.
@@ -87,8 +87,8 @@ def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
         return None
     extrapolated = "; its extrapolation may enlarge them" if factor > 1 else ""
     return (
-        f"nothing clips x_0: from a network of {sampler.prediction} with errors of {_NETWORK_ERROR:g}, these steps give "
-        f"samples with errors of {error:.2g} times the standard deviation of the data{extrapolated}"
+        f"nothing clips x_0: if a network's {sampler.prediction} has errors of {_NETWORK_ERROR:g}, these steps give "
+        f"sample errors of {error:.2g} times the data's standard deviation{extrapolated}"
     )
 
 
@@ -108,7 +108,7 @@ def _innermost(sampler: Sampler) -> Sampler:
 
 
 def _error_of_samples(eta: float, sigma: np.ndarray) -> float:
-    """The standard deviation of the network's error in samples of N(0, 1), drawn by DDIM steps with this eta.
+    """The standard deviation that the network's error causes in samples of N(0, 1), drawn by DDIM steps with this eta.
 
     In y = x / alpha, the exact x_0 is y / (1 + sigma^2) and the exact eps is sigma y / (1 + sigma^2).
     """

@@ -4,7 +4,7 @@ A schedule starts as `betas` (float64 [T], the variances of q(x_t | x_{t-1})) an
 table that the posterior, the losses and the samplers read. `respace` selects some steps and returns a shorter `Schedule` with
 the same `alpha_bar` at these steps.
 
-A `Path` is the noise level at every network time, without steps; `from_path` makes a `Schedule` from some of its levels.
+A `Path` is the noise level at every network time, without steps; `from_path` makes a `Schedule` from levels on a path.
 
 The index and the network time are distinct. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables.
 The network time (float, in the unit of training) is `schedule.timesteps[t]`, the only time that a `denoise_fn` receives.

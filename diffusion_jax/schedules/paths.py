@@ -141,7 +141,7 @@ def row_shape(
 ) -> tuple[tuple[int, ...], DTypeLike]:
     """Returns the shape in which a value for each row, or one for all rows, multiplies `like`, and the dtype of the values.
 
-    Raises: ValueError if the shape of t is not the start of `like`'s shape.
+    Raises: ValueError if `like`'s shape does not start with t's shape.
     """
     t_shape, shape, dtype = jnp.shape(t), jnp.shape(like), jnp.result_type(like)
     if t_shape != shape[: len(t_shape)]:
@@ -415,7 +415,7 @@ PATHS: dict[str, Callable[..., Path]] = {
 
 
 def check_chain(schedule: object, name: str) -> None:
-    """Raises ValueError if `schedule` is a path, for what is defined at the steps of a schedule only."""
+    """Raises ValueError if `schedule` is a path, because `name` is defined only at a schedule's steps."""
     if isinstance(schedule, Path):
         raise ValueError(
             f"{name} needs the steps of a schedule, and a path has no steps; use schedules.from_path(path, times)"

@@ -147,11 +147,11 @@ class Schedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T, the number of steps of this (perhaps respaced) schedule."""
+        """T, the number of steps in this schedule, also after respacing."""
         return self.betas.shape[0]
 
     def __repr__(self) -> str:
-        """One line: the number of steps and the ends of two tables; a shape for traced or stacked tables."""
+        """One line: the number of steps and the ends of two tables, or the shape of traced or stacked tables."""
         betas = self.betas
         if isinstance(betas, Tracer) or not isinstance(betas, np.ndarray | jax.Array) or betas.ndim != 1:
             return f"Schedule(betas of shape {getattr(betas, 'shape', None)})"
@@ -177,7 +177,7 @@ class Schedule:
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """Returns log(alpha_bar / (1 - alpha_bar)) at any network time, as `Path.log_snr`; equals log(snr) at `timesteps`.
 
-        On the path of `from_betas`, log alpha_bar is linear in time between the steps and constant outside of them.
+        On the path of `from_betas`, log alpha_bar is linear in time between the steps and constant outside of the steps.
         """
         return self.path.log_snr(time)
 
@@ -204,7 +204,7 @@ class ScheduleStep:
 
         x_t = at.alpha * x_0 + at.sigma * eps          # DDPM eq. 4
 
-    time: the network time, in the shape of t. beta, alpha_bar, snr: as the tables of `Schedule`.
+    time: the network time, in t's shape. beta, alpha_bar, snr: as the tables of `Schedule`.
     alpha, sigma: sqrt(alpha_bar) and sqrt(1 - alpha_bar).
     alpha_bar_prev, alpha_prev, sigma_prev: the values one step earlier; 1, 1 and 0 at index 0.
     posterior_variance, posterior_log_variance, posterior_mean_coef_x_0, posterior_mean_coef_x_t, fixed_large_variance: as the
@@ -214,7 +214,7 @@ class ScheduleStep:
     schedule: Schedule
     t: Integer[Array, "..."]
     dtype: Any
-    shape: tuple[int, ...]  # of the values: that of t, with axes of size 1 after it
+    shape: tuple[int, ...]  # the values' shape: t's shape, then axes of size 1
 
     beta = _Table("betas")
     alpha_bar = _Table("alpha_bar")

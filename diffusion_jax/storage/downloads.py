@@ -27,7 +27,7 @@ Objects = Mapping[str, ObjectInfo]
 
 
 def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
-    """Returns a local path: a given path with "~" expanded, or the path of a downloaded copy of a URL.
+    """Returns a local path: `path` with "~" expanded, or for a URL, the path of a downloaded copy.
 
     Files that have not changed since the last call are not downloaded again. From a work directory, only samples and the
     objects that `is_small` selects are downloaded. below: only objects in the folder whose names begin with this prefix are
@@ -80,7 +80,7 @@ def copy_objects(
 ) -> None:
     """Downloads objects that have changed since the last call, and removes the copies of deleted objects.
 
-    An object is copied to `copy_path` of its URL. url: the common URL of the objects; one file below `root` stores the tags.
+    An object is copied to `copy_path(URL)`. url: the objects' common URL; one file below `root` stores the tags.
     prefix: only objects whose names start with this are listed. is_needed: (name, listed objects) -> bool.
     Raises: OSError; UserError if the disk is too small.
     """

@@ -110,7 +110,7 @@ class Lease:
         self._store, self._name, self._url = store, name, f"{store.url}/{name}"
         self._token = secrets.token_hex(16)
         self._count = 0  # number of written versions; makes the contents of each version unique
-        self._tag: str | None = None  # tag of the version that this process wrote; None without a lease
+        self._tag: str | None = None  # tag of this process's last version; None without a lease
         self._lost: str | None = None  # the error message, once another launch holds the lease
         self._mutex, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew_until_end, name="lease", daemon=True)
@@ -176,7 +176,10 @@ class Lease:
             return {"holder": "another process"}, tag
 
     def _replace(self, tag: str) -> tuple[str | None, str]:
-        """Writes a new version of the lease over version `tag`. Returns: (the new tag, ""), or (None, the other holder)."""
+        """Writes a new version of the lease over version `tag`.
+
+        Returns: (the new tag, ""), or (None, the holder) if another launch holds the lease.
+        """
         while True:
             self._count += 1
             content = {"holder": _this_process(), "token": self._token, "count": self._count}
@@ -203,6 +206,6 @@ class Lease:
             self._tag, holder = self._replace(self._tag)
             if self._tag is None:
                 self._lost = (
-                    f"{holder} has taken over {self._store.url}, which this process did not renew in time: this launch "
-                    "must stop; let the other one go on, or end it and rerun this command"
+                    f"{holder} has taken over {self._store.url}, because this process did not renew the lease in time: this "
+                    "launch must stop; let the other launch continue, or end the other launch and rerun this command"
                 )

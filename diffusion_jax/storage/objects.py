@@ -226,7 +226,7 @@ class ObjectStore(abc.ABC):
             if self.replace(name, b"{}", tag):  # some S3-compatible services overwrite the object
                 raise StorageError(
                     f"{self.url}: the service ignores If-None-Match or If-Match, which keep two launches apart; use "
-                    "another one"
+                    "another service"
                 )
 
     def _explain(self, error: Exception, action: str) -> str:

@@ -80,7 +80,7 @@ def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         raise ValueError(contradiction)
     if "x" in batch and levels is not None and loss in ("vlb", "hybrid"):
         raise ValueError(
-            f'data.levels={levels}: the loss {loss} of the "x" of a batch is a bound of continuous data; use '
+            f'data.levels={levels}: the loss {loss} on "x" in a batch is a bound for continuous data; use '
             'data.levels=None, or give uint8 images as "image"'
         )
 

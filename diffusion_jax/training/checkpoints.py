@@ -212,7 +212,7 @@ class Checkpoints:
     def _restore_newest(
         self, make_abstract: Callable[[int], Mapping[str, Any]]
     ) -> tuple[int, Mapping[str, Any]] | None:
-        """Restores (step, items) from the newest checkpoint in which all items of `make_abstract(step)` are intact."""
+        """Restores (step, items) from the newest checkpoint whose items in `make_abstract(step)` are intact."""
         damaged: list[int] = []
         for step in reversed(broadcast_from_process_0(self.steps)):
             abstract = make_abstract(step)
@@ -255,8 +255,8 @@ class Checkpoints:
                 key = differing[0]
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self._directory} holds another state: {name}/{key} is "
-                    f"{saved.get(key, 'missing')}, expected {expected.get(key, 'none')} (and {len(differing) - 1} others "
-                    "differ); use the config and the version that wrote it, or another --workdir"
+                    f"{saved.get(key, 'missing')}, expected {expected.get(key, 'none')} (and {len(differing) - 1} other "
+                    "arrays differ); use the config and the version that wrote the checkpoint, or another --workdir"
                 )
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -300,7 +300,10 @@ def own_options() -> ocp.options.MultiprocessingOptions:
 
 
 def copy_to_host(tree: Any) -> Any:
-    """Copies the shards that this process writes to host memory. Process 0 writes replicated arrays; others get None."""
+    """Copies the shards that this process writes to host memory.
+
+    Process 0 writes replicated arrays; the other processes get None.
+    """
 
     def select(array: jax.Array) -> jax.Array | None:
         if not array.is_fully_replicated:
@@ -366,7 +369,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         checkpointer.save(part, args=ocp.args.Composite(**saves), force=True)
     files = [path for path in part.rglob("*") if path.is_file()]
     table = {path.relative_to(part).as_posix(): digest(path) for path in files}
-    if not is_first:  # metadata of the step and of its items describe all arrays; process 0 writes complete metadata
+    if not is_first:  # metadata of a step and its items describe all arrays; process 0 writes complete metadata
         table = {name: value for name, value in table.items() if name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
         name = run_dir.object_name(run_dir / step)

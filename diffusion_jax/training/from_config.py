@@ -175,7 +175,7 @@ def check_loss(config: Mapping[str, Any]) -> None:
 
 
 def _check_path(config: Mapping[str, Any]) -> None:
-    """Raises: ValueError for settings of a chain with a path, settings of a path without one, and settings without effect."""
+    """Raises: ValueError for chain settings with a path, path settings without a path, and settings without effect."""
     path, loss = config["path"], config["loss"]
     if path:
         of_a_chain = {
@@ -351,8 +351,8 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     config = resolve(config)
     if config["init_from"]:
         raise ValueError(
-            f"init_from={config['init_from']!r}: training.create does not load weights; leave it out, and put those "
-            "of pretrained.load into the state: state.replace(params=..., ema_params=...)"
+            f"init_from={config['init_from']!r}: training.create does not load weights; omit init_from, and put the "
+            "weights from pretrained.load into the state: state.replace(params=..., ema_params=...)"
         )
     built = build_program(config)
     return built.init(), built.train_step

@@ -1,4 +1,4 @@
-"""The optax optimizer of a config, and the moving average (EMA) of the parameters."""
+"""The config's optax optimizer, and the parameters' moving average (EMA)."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class TrainState:
     """The complete state of a run, without its config. A checkpoint holds the whole state.
 
     step: int32, the number of finished steps. params, ema_params: float32 trees. opt_state: the state of the optimizer.
-    averages: of the metrics since the last multiple of `training.log_every`; part of the state, so that a resumed run logs
-    the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other timestep samplers.
+    averages: averages of the metrics since the last multiple of `training.log_every`, in the state so that a resumed run
+    logs the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other timestep samplers.
     """
 
     step: jax.Array
@@ -62,7 +62,7 @@ class TrainState:
 
 
 def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Mapping[str, Any]:
-    """Initializes the parameters of a network for examples of `shape`, (*spatial, C).
+    """Initializes a network's parameters for examples with `shape`, (*spatial, C).
 
     Raises: ValueError for network fields that contradict each other; the message names them as settings, model.NAME.
     """
@@ -106,12 +106,12 @@ def loss_terms(loss: str) -> tuple[str, ...]:
 
 
 def metric_names(loss: str) -> tuple[str, ...]:
-    """Returns the names of all metrics of a train step."""
+    """Returns the names of all train step metrics."""
     return ("loss", *QUARTERS, *loss_terms(loss), "grad_norm", "param_norm", "learning_rate")
 
 
 def make_average(total: jax.Array, count: jax.Array) -> Average:
-    """Returns an average from the sum of values and the sum of weights, both float32 []."""
+    """Returns an average, total / count: the sums of the values and the weights, both float32 []."""
     return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 

@@ -29,12 +29,12 @@ _LONGEST_VALUE = 160  # characters
 
 
 def page_of(module: str, name: str) -> str:
-    """The module whose page documents what `module` exports as `name`: a package above it, or the one that defines it.
+    """The module whose page documents `module.name`: a package above `module`, or the module that defines the object.
 
-    For objects of other projects it is the name of their module, which has no page.
+    For an object of another project, returns that project's module name, which has no page.
     """
     value = getattr(importlib.import_module(module), name)
-    if module == PACKAGE:  # its short names are those of a module below it
+    if module == PACKAGE:  # the package exports a submodule's names
         for below in filter(inspect.ismodule, vars(importlib.import_module(PACKAGE)).values()):
             if name in getattr(below, "__all__", ()) and getattr(below, name, None) is value:
                 return below.__name__
@@ -114,7 +114,7 @@ def _format_default(value: Any) -> str:
 
 
 def format_signature(value: Any) -> tuple[str, str] | None:
-    """(arguments, result) of a function or class, with the annotations of the source; None where it has no signature."""
+    """(arguments, result) for a function or class, with the source's annotations; None without a signature."""
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):
@@ -289,7 +289,7 @@ _SUBMODULES = re.compile(r"^<!-- submodules of ([\w.]+) -->$", re.MULTILINE)
 
 
 def _list_submodules(app: Sphinx, page: str, source: list[str]) -> None:
-    """Replaces the comment `submodules of PACKAGE` by a section for each module of the package that has `__all__`."""
+    """Replaces the comment `submodules of PACKAGE` by a section for each module in the package with `__all__`."""
 
     def sections(match: re.Match) -> str:
         package = importlib.import_module(match[1])

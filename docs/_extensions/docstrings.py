@@ -18,7 +18,7 @@ _EXCEPTION = re.compile(r"^([A-Z]\w+)\s+(.*)$", re.DOTALL)
 
 
 def to_rst(docstring: str) -> list[str]:
-    """The lines of reStructuredText of a docstring whose common indentation is removed."""
+    """Converts a docstring without common indentation to lines of reStructuredText."""
     blocks: list[list[str]] = []
     for block in _blocks(docstring.strip("\n").splitlines()):
         if blocks and _is_verbatim(block) and _is_verbatim(blocks[-1]):

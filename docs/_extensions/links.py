@@ -1,7 +1,7 @@
 """Links that pages need not write.
 
-From the name of a public object to its API entry, from the name of an object of another project to its documentation (with
-DOCS_ONLINE=1), and from a document of the repository's root to its page. With DOCS_REPOSITORY_URL the commands that clone the
+A public object's name links to the API entry, another project's object to that project's documentation (with DOCS_ONLINE=1),
+and a document in the repository's root to the document's page. With DOCS_REPOSITORY_URL the commands that clone the
 repository have its address.
 """
 

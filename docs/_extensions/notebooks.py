@@ -16,7 +16,7 @@ _COLAB = "https://colab.research.google.com/github"
 
 
 def cache_directory(root: pathlib.Path, build: pathlib.Path) -> pathlib.Path:
-    """Where the outputs of this version of the library are cached; caches of other versions are deleted.
+    """The folder of cached outputs for this library version; caches for other versions are deleted.
 
     The cache of myst-nb compares only the notebooks' cells, but their outputs also depend on the library.
     """

@@ -1,4 +1,4 @@
-"""The accelerator benchmark: what it counts against published numbers, and small runs."""
+"""The accelerator benchmark: the counted multiplications against published numbers, and small runs."""
 
 import jax
 import pytest
@@ -26,7 +26,7 @@ def restored_precision():
 )
 def test_multiplications_are_the_published_ones(name, pixels, gmac):
     model = models.preset(name)
-    # Others convolve the doubled image where ours takes 4 products for 9 (models.layers.convolve_upsampled).
+    # Published counts convolve the doubled image; this package takes 4 products for 9 (models.layers.convolve_upsampled).
     levels = range(1, len(model.channel_multipliers))
     saved = sum(5 * (model.width(level) * (pixels >> (level - 1))) ** 2 for level in levels)
     counted = (roofline.forward_macs(model, (pixels, pixels, 3)) + saved) / 1e9

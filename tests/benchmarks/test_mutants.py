@@ -1,4 +1,4 @@
-"""`make mutants`: how it draws mutants, selects and runs their tests, and reports the result."""
+"""`make mutants`: how the command draws mutants, selects and runs the tests, and reports the result."""
 
 import pytest
 

@@ -23,7 +23,7 @@ def test_resolving_changes_nothing_twice_and_leaves_its_argument_alone():
     resolved = config.resolve(given)
     assert resolved.data.image_size == (8, 16) and given.to_dict() == {"data": {"image_size": [8, 16]}}
     assert config.resolve(resolved).to_dict() == resolved.to_dict()
-    resolved.sampling.steps, resolved.data.image_size = 5, 8  # settings of several types stay open to all of them
+    resolved.sampling.steps, resolved.data.image_size = 5, 8  # a setting with several types still accepts all types
     assert config.resolve(resolved).sampling.steps == 5
 
 
@@ -39,7 +39,7 @@ def test_resolving_changes_nothing_twice_and_leaves_its_argument_alone():
         ),
         (
             {"ema": {"decay": 2}},
-            "ema.decay=2 must be a number in [0, 1]; description: Decay rate of the moving average of the parameters",
+            "ema.decay=2 must be a number in [0, 1]; description: Decay rate of the parameters' moving average",
         ),
     ],
 )

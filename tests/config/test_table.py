@@ -1,4 +1,4 @@
-"""The table of settings: every setting refuses a wrong type and a wrong value, and the table agrees with what reads it."""
+"""The table of settings: every setting refuses a wrong type and a wrong value, and the table agrees with its readers."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from diffusion_jax.metrics import METRICS
 
 
 def wrong_value(kind):
-    """A value of the right type that a kind does not allow; bytes where it allows all of that type."""
+    """A value of the right type that a kind does not allow, or bytes if the kind allows every value of the type."""
     match kind:
         case values.OneOf():
             return wrong_value(kind.kinds[0]) if len(kind.kinds) == 2 else b"bytes"

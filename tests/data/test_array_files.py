@@ -115,7 +115,7 @@ def test_only_names_of_splits_make_splits(tmp_path):
 
 @pytest.mark.parametrize("name", ["packed.npz", "a.npz", "a.h5", "a.zarr"])
 def test_a_pickled_source_has_paths_and_labels_but_no_other_values(tmp_path, name):
-    """Also after it was read: another process opens the files itself."""
+    """A source that was read before pickling, too: another process opens the files itself."""
     x = np.random.default_rng(0).normal(size=(500, 64))
     arrays = {"x": x, "label": np.arange(500) % 3, "condition": x[:, :2]}
     if name == "packed.npz":
@@ -156,7 +156,11 @@ def test_a_file_of_6_gb_is_not_loaded(tmp_path):
         ("a.npz", {"x": X[..., [0, 0, 0]]}, "--config.data.image_size=(3,4) --config.data.channels=3"),
         ("a.zarr", {"x": X, "image": X}, "'x' and 'image'; keep one"),
         ("a.h5", {"alpha": X, "beta": X}, "no array 'x' or 'image', only alpha, beta"),
-        ("a.h5", {"train/x": X}, "no array 'x' or 'image', and no others; save them under these names, outside groups"),
+        (
+            "a.h5",
+            {"train/x": X},
+            "no array 'x' or 'image', and no other arrays; save them under these names, outside groups",
+        ),
     ],
 )
 def test_arrays_that_cannot_be_used_are_one_line(tmp_path, name, arrays, words):

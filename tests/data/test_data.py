@@ -1,4 +1,4 @@
-"""Batches as a function of (seed, step), and the three kinds of sources."""
+"""Batches as a function of (seed, step), and three kinds of sources."""
 
 import pickle
 
@@ -55,7 +55,7 @@ def test_stream_starts_at_any_step(workers):
 
 
 def test_digits_equal_those_of_scikit_learn():
-    """Read from its file, without its import."""
+    """The digits are read from scikit-learn's file, without importing scikit-learn."""
     from sklearn.datasets import load_digits
 
     digits, held_out = load_digits(), np.arange(1797) % 6 == 5
@@ -70,7 +70,7 @@ def test_digits_equal_those_of_scikit_learn():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes; wide, tall, gray, palette and transparent files, and one that is no image."""
+    """Two classes; wide, tall, gray, palette and transparent files, and a file that is no image."""
     rng = np.random.default_rng(0)
     for name in ("cat", "dog", ".thumbs"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Decoded images in the user's cache: the same examples, never those of another source, and no error without a disk."""
+"""Decoded images in the user's cache: the same examples, never another source's examples, and no error without a disk."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""`data.holdout`: which examples are held out, that they stay so, and what has no holdout."""
+"""`data.holdout`: which examples are held out, also after changes to the data, and which sources have no holdout."""
 
 import hashlib
 
@@ -26,7 +26,7 @@ def of_arrays(path, **changes):
 
 
 def save_images(root, numbers):
-    """Gray images of one value, in two classes by its parity."""
+    """Gray images with one value each, in two classes by the value's parity."""
     for number in numbers:
         path = root / ("odd" if number % 2 else "even") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def save_images(root, numbers):
 
 
 def values_of(config):
-    """The first value of every example of both splits, and the labels."""
+    """Every example's first value, for both splits, and the labels."""
     found = []
     for split in ("train", "test"):
         source = data.load({**config, "split": split})
@@ -49,7 +49,7 @@ def test_the_hash_of_an_example_decides():
     found = sources.are_held_out(keys, 0.1)
     by_hand = [int(hashlib.sha256(key).hexdigest()[:16], 16) / 2**64 < 0.1 for key in keys]
     assert found.tolist() == by_hand
-    assert sources.are_held_out(keys, 0.2)[found].all()  # a larger share has these and more
+    assert sources.are_held_out(keys, 0.2)[found].all()  # a larger share holds out these examples and more
 
 
 def test_images_of_a_folder_keep_their_side_when_others_are_added(tmp_path):

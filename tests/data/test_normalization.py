@@ -1,4 +1,4 @@
-"""The constants of float data: their values, their inverse, and what they refuse."""
+"""Normalization constants for float data: the values, the inverse, and refused data."""
 
 import json
 import pickle
@@ -117,7 +117,7 @@ def test_large_offsets_keep_the_digits_of_the_data():
 
 @pytest.mark.parametrize(("dtype", "ulp"), [(np.float32, 2.0**-27), (np.float64, 2.0**-56), (np.float16, 2.0**-14)])
 def test_a_constant_channel_with_its_rounding_is_constant(dtype, ulp):
-    """0.1 with one unit in the last place more or less; four of the units are data."""
+    """0.1 plus or minus one unit in the last place is constant; four units are data."""
     rng, x = np.random.default_rng(0), series(100, dtype, offset=(0.0, 0.0), scale=(1.0, 1.0))
     x[..., 1] = dtype(0.1) + rng.integers(-1, 2, x.shape[:-1]).astype(dtype) * dtype(ulp)
     assert len(np.unique(x[..., 1])) == 3

@@ -1,4 +1,4 @@
-"""Data sets that are downloaded and prepared at the first launch: a TFDS builder of the tests' own, and a local server."""
+"""Data sets that the first launch downloads and prepares, with the tests' own TFDS builder and a local server."""
 
 import contextlib
 import hashlib
@@ -118,7 +118,7 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
     ("module", "words"),
     [
         ("tensorflow_datasets", r"'cifar10' .* is not installed: pip install '\.\[tfds\]'"),
-        ("tensorflow", r"needs TensorFlow to prepare it: pip install '\.\[tfds\]'"),
+        ("tensorflow", r"needs TensorFlow to prepare a data set: pip install '\.\[tfds\]'"),
     ],
 )
 def test_missing_packages_are_named_with_the_extra(monkeypatch, tmp_path, module, words):

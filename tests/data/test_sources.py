@@ -1,4 +1,4 @@
-"""Sources of a user: what they return is checked at the start and in every batch."""
+"""A user's sources: the returned arrays are checked at the start and in every batch."""
 
 import pickle
 
@@ -12,7 +12,7 @@ X = np.random.default_rng(0).standard_normal((600, 4))
 
 
 class Function:
-    """A source that returns what a function of the indices returns."""
+    """A source that returns the result of a function of the indices."""
 
     def __init__(self, function, **attributes):
         self.function = function
@@ -30,7 +30,7 @@ def settings(**changes):
 
 
 def later(first, others):
-    """`first` of batches of small indices, which the first example is in, and `others` of the rest."""
+    """Returns `first` for a batch with small indices, such as the first example's, and `others` for all other batches."""
     return lambda i: first(i) if (i < 200).all() else others(i)
 
 

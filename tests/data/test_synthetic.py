@@ -24,7 +24,7 @@ def load(name, split="train", **changes):
 
 
 def spectral_z_scores(x, law_spectrum):
-    """z-scores of the real and the imaginary parts of all cross spectra, without the parts that are always 0."""
+    """z-scores for all cross spectra, real and imaginary parts, without the parts that are always 0."""
     spatial = x.shape[1:-1]
     transform = np.fft.fftn(x - x.mean(axis=tuple(range(x.ndim - 1))), axes=range(1, x.ndim - 1))
     products = transform[..., :, None] * transform[..., None, :].conj() / np.prod(spatial)
@@ -36,7 +36,7 @@ def spectral_z_scores(x, law_spectrum):
 
 
 def agrees(z):
-    """Whether z-scores are those of an exact distribution: standard normal numbers, apart from their correlations."""
+    """Whether z-scores are standard normal, as for an exact distribution, apart from correlations."""
     return np.abs(z).max() < 5 and 0.8 < np.sqrt(np.mean(z**2)) < 1.25
 
 
@@ -136,7 +136,7 @@ def test_entropy_and_covariance_of_periodic_arrays_are_those_of_the_whole_matrix
     assert np.isclose(distribution.entropy(shape), exact, rtol=1e-10)
     x = distribution.sample(np.random.default_rng(1), 20_000, shape)
     x = x.reshape(20_000, -1) - np.tile(distribution.means, size // len(distribution.means))
-    products = x[:, : len(distribution.means), None] * x[:, None, :]  # of the first position with all
+    products = x[:, : len(distribution.means), None] * x[:, None, :]  # covariances of the first position
     z = (products.mean(axis=0) - matrix[: len(distribution.means)]) / (products.std(axis=0) / np.sqrt(len(x)))
     assert np.abs(z).max() < 5
 

@@ -15,8 +15,8 @@ CALLS = [(-3, 2**30), (-8, 1), (-1, 2**31 - 1)]  # M_MMAP_THRESHOLD, M_ARENA_MAX
     ("platforms", "variables", "accepts", "expected"),
     [
         ("cpu", {}, 1, CALLS),
-        ("cpu", {}, 0, CALLS[:1]),  # a library that refuses the threshold keeps its others
-        ("cpu", {"GLIBC_TUNABLES": "1"}, 1, []),  # the user configures it
+        ("cpu", {}, 0, CALLS[:1]),  # a library that refuses the threshold keeps its other values
+        ("cpu", {"GLIBC_TUNABLES": "1"}, 1, []),  # the user configures the allocator
         ("", {}, 1, []),
         ("cpu", {}, None, []),  # another C library
     ],

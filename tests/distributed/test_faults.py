@@ -1,6 +1,6 @@
-"""Faults, injected into runs of configs/digits.py: `make faults`; docs/results/reliability.md holds what it measured.
+"""Faults, injected into runs of configs/digits.py: `make faults`; docs/results/reliability.md has the results.
 
-Every run that was disturbed must end with the log and the last state, to the bit, of one that was not.
+Every disturbed run must end with a log and a last state that are bit-identical to an undisturbed run's.
 """
 
 import os
@@ -37,7 +37,7 @@ def config(**overrides):
 
 
 def launch(directory, *more, program="main.py", log=None, **variables):
-    """The run's command, started; what it prints goes to a file beside the directory."""
+    """Starts the run's command; the output goes to a file beside the directory."""
     flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     with (log or directory.with_suffix(".log")).open("a") as file:
@@ -61,7 +61,7 @@ def figure(text):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbed."""
+    """An undisturbed run."""
     directory = tmp_path_factory.mktemp("faults") / "whole"
     to_the_end(directory)
     return directory
@@ -84,14 +84,14 @@ def wait_for_a_save(directory, process):
 
 
 def disturbed(tmp_path, whole, count, disturb):
-    """Launches that `disturb(directory, process)` each, over as many runs as that takes; each must equal the whole one."""
+    """Disturbs each launch with `disturb(directory, process)`, over as many runs as needed; each run must equal `whole`."""
     runs, directory = 0, None
     for _ in range(count):
         if directory is None:
             directory = tmp_path / f"run{runs}"
         process = launch(directory)
         disturb(directory, process)
-        if process.returncode == 0:  # it was done before
+        if process.returncode == 0:  # the run was complete before
             assert_same(directory, whole)
             runs, directory = runs + 1, None
     if directory is not None:
@@ -102,7 +102,8 @@ def disturbed(tmp_path, whole, count, disturb):
 
 
 def test_run_resumes_bit_identically_after_sigkill(tmp_path, whole):
-    """Fifty: twenty from the start of the program on (reading, compiling), the others after a save, ten of them in one."""
+    """Fifty kills: twenty after the program's start (reading, compiling), thirty after a save, of which ten during a
+    save."""
     rng, during_save, kinds = random.Random(0), [], ["start"] * 20 + ["step"] * 20 + ["save"] * 10
     rng.shuffle(kinds)
 
@@ -143,7 +144,7 @@ def test_run_resumes_bit_identically_after_sigterm(tmp_path, whole):
         seconds.append(time.monotonic() - began)
 
     runs = disturbed(tmp_path, whole, 10, terminate)
-    # A signal that comes before Python has read main.py ends it by the system's own hand.
+    # Before Python has read main.py, a signal ends the process with the system's default action.
     assert all(code in (0, EXIT_PREEMPTED, -signal.SIGTERM) for code in codes)
     figure(
         f"10 SIGTERMs over {runs} runs: exit codes {codes}, at most {max(seconds):.1f} s to save and stop; equal to the bit"
@@ -201,7 +202,7 @@ def until(condition, *processes):
 def close_to(directory, whole):
     one, two = lines(whole), lines(directory)
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    # The first steps agree up to the order of sums; later ones drift, as any two orders do.
+    # The first steps agree up to the order of sums; later steps drift, as for any two orders.
     np.testing.assert_allclose([row["loss"] for row in two[:20]], [row["loss"] for row in one[:20]], rtol=1e-3)
 
 
@@ -215,13 +216,13 @@ def test_killed_process_ends_its_peer(tmp_path, victim):
     code = pair[1 - victim].wait(timeout=PATIENCE)
     seconds = time.monotonic() - began
     text = directory.with_suffix(f".{1 - victim}.log").read_text()
-    assert code in (EXIT_PEER_LOST, -signal.SIGABRT), text  # JAX's own service aborts where it is the first to notice
+    assert code in (EXIT_PEER_LOST, -signal.SIGABRT), text  # JAX's own service aborts if the service notices first
     pair[victim].wait()
     figure(f"process {victim} of two killed: the other ended after {seconds:.1f} s with exit code {code}")
 
 
 def test_stuck_process_ends_both(tmp_path):
-    """The data of one stands still, its heartbeats go on."""
+    """One process waits for data forever, but still sends heartbeats."""
     directory = tmp_path / "two"
     pair = joined(directory, "--config.training.stall_timeout=20", program=changed_program(tmp_path, STUCK))
     began = time.monotonic()
@@ -252,7 +253,7 @@ data.Batches.__getitem__ = stuck
 
 
 def test_processes_wait_for_the_slowest_compilation(tmp_path):
-    """For longer than the 30 s after which Gloo gives up a process that is late for the first step."""
+    """The wait is longer than 30 s, after which Gloo gives up a process that is late for the first step."""
     directory = tmp_path / "two"
     pair = joined(directory, "--config.training.num_steps=3", program=changed_program(tmp_path, LATE))
     codes = [process.wait(timeout=300) for process in pair]
@@ -279,7 +280,8 @@ train._compile = late
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_full_disk_of_one_process_ends_both(tmp_path, process):
-    """Of process 1 when it writes its part, or of process 0 when it commits the step: both report it in the same step."""
+    """Process 1's disk is full in a write, or process 0's in the commit: both processes report the error in the same
+    step."""
     directory = tmp_path / "two"
     pair = joined(directory, "--config.mesh.fsdp=4", program=changed_program(tmp_path, FULL), FULL=str(process))
     until(lambda: checkpoints.committed_steps(directory / "checkpoints"), *pair)

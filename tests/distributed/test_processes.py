@@ -1,5 +1,5 @@
-"""Two processes of two devices each, and other numbers of devices: the losses of one, the data in the same order, and a run
-that goes on with fewer than it began with."""
+"""Two processes with two devices each, and other device counts: the losses equal a single process's, the data have the same
+order, and a run resumes with fewer devices."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def two(tmp_path_factory):
     program.write_text(ALL_MODES)
     first, second = run_together(2, *tiny_flags(directory, **OVERRIDES), program=program)
     assert "on 4 cpu devices" in first
-    assert not any(word in second for word in ("jax ", "Training", "Sampling"))  # the first alone speaks
+    assert not any(word in second for word in ("jax ", "Training", "Sampling"))  # only process 0 prints
     return directory
 
 
@@ -43,7 +43,7 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
     evaluate(tiny_config(**OVERRIDES), tmp_path)
     reports = [json.loads((path / "likelihood.json").read_text()) for path in (tmp_path, two)]
     assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
-    for path in (tmp_path, two):  # each judged its own samples
+    for path in (tmp_path, two):  # each process evaluates its own samples
         (record,) = json.loads((path / "metrics.json").read_text())
         drawn = np.load(path / "samples" / "step4_ema_ddpm2_seed0_n10.npz")["arr_0"]
         digits = data.Digits("train", (8, 8), 1)
@@ -53,7 +53,7 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
     for path in (tmp_path, two):
         with np.load(path / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
             assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
-    for path in (tmp_path, two):  # one device; before, four
+    for path in (tmp_path, two):  # one device now, four devices before
         train.run(tiny_config(**{**OVERRIDES, "training.num_steps": 6}), path)
     assert_close_losses(tmp_path, two)
 
@@ -74,7 +74,7 @@ def write_config(path, kind, data_file, overrides):
 
 
 def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditions(tmp_path):
-    """Streamed by worker processes, as one process on one device."""
+    """Worker processes stream the data; the losses equal those of one process on one device."""
     conditions = np.linspace(-3, 5, 24)[:, None]
     data_file = str(write_arrays("vectors", tmp_path / "data.npz", condition=conditions))
     np.save(tmp_path / "conditions.npy", conditions[:3])
@@ -98,7 +98,7 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
 
 
 def test_two_processes_measure_arrays_as_one(tmp_path):
-    """The same weights: the likelihoods and the metrics differ by rounding only, and each is written once."""
+    """The same weights: likelihoods and metrics differ by rounding only, and each file is written once."""
     data_file = str(write_arrays("series", tmp_path / "data.npz", 48, condition=np.linspace(-3, 5, 48)[:, None]))
     overrides = {"model.condition_features": 1, "diffusion.num_timesteps": 20, "evaluation.split": "train"}
     overrides |= {"evaluation.num_examples": 22, "evaluation.batch_size": 8, "evaluation.ode": True}

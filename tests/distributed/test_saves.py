@@ -1,4 +1,4 @@
-"""Several processes save and restore checkpoints together: to the bit on any mesh; if one process fails, all report it."""
+"""Several processes save and restore checkpoints, bit-identical on any mesh; if one process fails, all report the error."""
 
 import concurrent.futures
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.whole
 
 
 def together(scenario, count, num_devices, directory, *more):
-    """What each of several processes returns from a scenario of helpers/saving.py."""
+    """Runs a scenario of helpers/saving.py in several processes; returns each process's result."""
     port = str(free_port())
 
     def run(index):
@@ -39,7 +39,7 @@ def test_other_numbers_of_processes_restore_what_four_or_two_saved_on_any_mesh(t
             files = {path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()}
             assert step.name == "2" and json.loads((step / MANIFEST).read_text()).keys() == files - {MANIFEST}
             assert ("params/manifest.ocdbt" in files) is not is_split
-            assert ("params/conv/0.0.0.1" in files) is is_split  # a file of its own for each chunk of a split array
+            assert ("params/conv/0.0.0.1" in files) is is_split  # a separate file for each chunk of a split array
         for count, num_devices in ((2, 2), (1, 4), (1, 1)):
             meshes = [fsdp for fsdp in (4, 1) if fsdp <= count * num_devices]
             found = together("restore", count, num_devices, directory, *meshes)

@@ -1,4 +1,4 @@
-"""Meshes: the rule that splits a state, what its program sends, the same numbers on any mesh, and relaunches on another."""
+"""Meshes: how a state is split, the bytes that a step sends, equal numbers on any mesh, and relaunches on another mesh."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def measured():
 def test_split_axis_is_the_longest_divisible_axis():
     assert sharding.split_axis((3, 3, 128, 256), 8) == 3
     assert sharding.split_axis((3, 3, 256, 128), 8) == 2
-    assert sharding.split_axis((3, 3, 256, 256), 8) == 3  # the last of equally long ones
+    assert sharding.split_axis((3, 3, 256, 256), 8) == 3  # the last of equally long axes
     assert sharding.split_axis((1001, 512), 8) == 1
     assert sharding.split_axis((257, 511), 8) is None
     assert sharding.split_axis((256,), 8) is None and sharding.split_axis((3, 3, 128, 256), 1) is None
@@ -35,14 +35,14 @@ def test_split_axis_is_the_longest_divisible_axis():
 
 @pytest.mark.whole
 def test_program_gathers_parameters_and_sums_gradients(measured):
-    """Two gathers of every split leaf, one at a time, and one sum of the gradients; activations would come on top. Bytes are
-    counted from the leaves: parameters, two moments and the EMA."""
+    """Every split array is gathered twice, separately, and the gradients are summed once; activations would add to the
+    bytes. Bytes are counted from the arrays: parameters, two moments and the EMA."""
     program = measured["program"]
     split = program["params"] - program["whole"]
     state = 4 * (split / 8 + program["whole"])
     np.testing.assert_allclose(program["held"], state, rtol=1e-5)  # Adam's step counter, too
     assert program["held"] <= program["arguments"] <= 1.01 * state  # and the batch and the running sums
-    assert state <= 1.15 * 4 * program["params"] / 8  # a small network: more of it is biases and norms
+    assert state <= 1.15 * 4 * program["params"] / 8  # a small network has a larger share of biases and norms
     assert program["init_temporary"] < program["params"]  # not even one of the four copies was whole on a device
     assert program["kinds"] == ["all-gather", "all-reduce"]
     assert max(program["gathers"]) <= program["largest"]
@@ -52,7 +52,8 @@ def test_program_gathers_parameters_and_sums_gradients(measured):
 
 @pytest.mark.whole
 def test_remat_recomputes_every_block_with_sharded_parameters(measured):
-    """model.remat: the first convolution of each recomputed block, three at full resolution of eight, and no other."""
+    """model.remat repeats the first convolution in each recomputed block and nothing else; three of eight blocks have full
+    resolution."""
     without, full_resolution, all_blocks = measured["program"]["convolutions"]
     assert (full_resolution - without, all_blocks - without) == (3, 8)
 
@@ -61,12 +62,12 @@ def test_remat_recomputes_every_block_with_sharded_parameters(measured):
 def test_losses_are_equal_on_every_mesh(measured):
     """The same draws and rows, so the same losses up to the order of float32 sums.
 
-    A loss is a mean of some 500 numbers: another order changes it by a few 6e-8. Adam's first steps pass on the errors of
-    the gradients' smallest numbers whole, as steps of the learning rate's size, which is 2e-3 here: hence 1e-5 after four.
+    A loss is a mean of some 500 numbers: another order changes the loss by a few 6e-8. In Adam's first steps, rounding
+    errors in the smallest gradients change updates by up to the learning rate, 2e-3 here: hence 1e-5 after four.
     """
     expected = measured["trajectories"]["losses"]["1x1"]
     assert len(set(expected)) == 4 and measured["trajectories"]["same_init"]
-    assert all(rows == list(range(8)) for rows in measured["trajectories"]["rows"])  # the order that data is read in
+    assert all(rows == list(range(8)) for rows in measured["trajectories"]["rows"])  # the order in which data are read
     for mesh, losses in measured["trajectories"]["losses"].items():
         np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6, err_msg=mesh)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)

@@ -34,7 +34,7 @@ def test_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
 def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(processes, "exit_now", lambda *_: ended.set())
-    # A single process waits for no other.
+    # A single process waits for no other process.
     assert list(processes.watch_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
     monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
     seen = []
@@ -61,12 +61,12 @@ with HANDLER.saving() if sys.argv[1] == "2" else contextlib.nullcontext():
 @pytest.mark.whole
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2])
 def test_signal_ends_a_call_that_python_cannot_interrupt(tmp_path, numbers):
-    """For example a compilation before the first step; during training, the second Ctrl-C does."""
+    """For example a compilation before the first step; during training, a second Ctrl-C ends the call."""
     process = start("-c", IN_A_CALL, str(len(numbers)), str(tmp_path), program="-u")
     assert process.stdout.readline() == "compiling\n"
     for number in numbers:
         process.send_signal(number)
-        time.sleep(0.3)  # signals that come together are one
+        time.sleep(0.3)  # signals that arrive together count as one signal
     code, out, err = finish(process)
     reason, exit_code = ENDINGS[numbers[0]]
     reason = reason if len(numbers) == 1 else "stopped at once by a second Ctrl-C"

@@ -1,4 +1,4 @@
-"""The built site in Debian's Chromium, as wide as a phone and as a desktop: `make browser`.
+"""The built site in Debian's Chromium, with the widths of a phone and a desktop: `make browser`.
 
 No page writes an error to the console, loads anything from another machine, or is wider than its window; pictures and
 equations are rendered; the search finds functions; axe-core finds no serious violation. Screenshots:
@@ -53,7 +53,7 @@ def browser():
 
 @pytest.fixture(scope="module", params=WIDTHS)
 def context(request, browser, address):
-    """A window; `requests` collects what its pages ask of other machines, and nothing is sent there."""
+    """A browser context; `requests` collects the pages' requests to other machines, which are not sent."""
     with window(browser, request.param, (address,)) as context:
         yield context
 

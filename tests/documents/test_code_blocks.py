@@ -1,7 +1,7 @@
 """The code of README.md and of the pages: Python blocks run, shell blocks are parsed by the command line.
 
 ```python   runs, from top to bottom in one namespace for each page
-```py       does not run; a sentence above it says what it needs
+```py does not run; a sentence above the block names what is missing
 ```sh       lines that start with `python main.py` or `diffusion-jax` are parsed; PATH, DIR, NAME and ... are placeholders
 ```console  and other languages: only shown
 """
@@ -26,7 +26,7 @@ BLOCK = re.compile(r"^ *(`{3,})[ ]*(\S*)[^\n]*\n(.*?)^ *\1 *$", re.MULTILINE | r
 class Block(NamedTuple):
     kind: str
     text: str
-    line: int  # of its first line of text
+    line: int  # of the block's first line
 
 
 def pages():
@@ -40,7 +40,7 @@ def name(path):
 
 
 def blocks(path):
-    """The blocks between fences of backticks, from top to bottom."""
+    """The blocks between backtick fences, from top to bottom."""
     text = path.read_text()
     return [Block(m[2], m[3], text.count("\n", 0, m.start(3)) + 1) for m in BLOCK.finditer(text)]
 
@@ -59,12 +59,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
         if block.kind == "python":
-            # The empty lines make the lines of a traceback those of the page.
+            # The empty lines give tracebacks the page's line numbers.
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
 
 
 def commands(text):
-    """The commands of a shell block that the command line of this project parses."""
+    """The commands in a shell block that this project's command line parses."""
     for line in text.replace("\\\n", " ").splitlines():
         if COMMAND.match(line.strip()):
             yield line.strip()
@@ -72,7 +72,7 @@ def commands(text):
 
 @pytest.fixture(scope="module")
 def placeholders(tmp_path_factory):
-    """A work directory that holds a config, and weights in a folder of diffusers."""
+    """A work directory that holds a config, and weights in a diffusers folder."""
     folder = tmp_path_factory.mktemp("documents")
     run = folder / "run"
     run.mkdir()
@@ -83,7 +83,7 @@ def placeholders(tmp_path_factory):
 
 
 def arguments(command, placeholders, empty):
-    """The arguments of a command, with a value of every placeholder."""
+    """A command's arguments, with a value for every placeholder."""
     words = shlex.split(COMMAND.sub("", command), comments=True)
     given = {word.partition("=")[0] for word in words}
     replaced = []

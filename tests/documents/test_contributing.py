@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md, each run as a part of the module that it extends."""
+"""Each example in CONTRIBUTING.md runs inside the module that the example extends."""
 
 import re
 
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 
 def example(name, module):
-    """What the block that defines `name` defines in a module."""
+    """Runs the block that defines `name` in a module; returns the block's definitions."""
     blocks = re.findall(r"^```py\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
     (text,) = [block for block in blocks if f" {name}(" in block]
     assert len(text.splitlines()) < 20

@@ -1,4 +1,4 @@
-"""The files of docs/recipes: their syntax, their commands, and the exit codes after which they start the program again."""
+"""The files in docs/recipes: syntax, commands, and the exit codes after which a recipe restarts the program."""
 
 import os
 import re
@@ -20,7 +20,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 
 
 def commands(path):
-    """The command lines of a recipe: lines of a shell, or lists of words in YAML."""
+    """A recipe's command lines: shell lines, or lists of words in YAML."""
     text = re.sub(r"\\\n\s*|\n\s*- (?=--)", " ", path.read_text())
     variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
     lines = re.findall(r"^[^#\n]*?(?:\S*/|\s)(diffusion-jax\s.*)", text, re.MULTILINE)
@@ -38,7 +38,7 @@ def test_the_command_line_parses_the_commands(path):
 
 
 def run_recipe(folder, recipe, exit_codes, **variables):
-    """(exit code, calls of replaced commands) of a recipe. exit_codes: {command: one for each call, then 0}."""
+    """(a recipe's exit code, calls of replaced commands). exit_codes: {command: a code for each call, then 0}."""
     for command, numbers in exit_codes.items():
         path, left = folder / command, folder / f"{command}.left"
         left.write_text("".join(f"{number}\n" for number in numbers))

@@ -1,4 +1,4 @@
-"""The generated pages of the reference are those that the code writes now."""
+"""The generated reference pages equal the pages that the code writes now."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Statistics and distances of sets of arrays: NumPy, SciPy, closed forms of known processes, and standard errors against
+"""Statistics and distances for sets of arrays: NumPy, SciPy, closed forms for known processes, and standard errors against
 the scatter of estimates."""
 
 import functools
@@ -39,7 +39,7 @@ def z_scores(found, exact):
 
 
 def ar_1(rng, n, length, channels=1, rho=RHO):
-    """Stationary series of variance 1, by the recursion."""
+    """Stationary series with variance 1, by the recursion."""
     noise = rng.normal(size=(n, length, channels))
     x = [noise[:, 0]]
     for i in range(1, length):
@@ -48,7 +48,7 @@ def ar_1(rng, n, length, channels=1, rho=RHO):
 
 
 def periodic_field(rng, n, spectrum):
-    """A Gaussian field of a given spectrum on the grid, from white noise."""
+    """A Gaussian field with a given spectrum on the grid, from white noise."""
     white = np.fft.fftn(rng.normal(size=(n, *spectrum.shape)), axes=range(1, 1 + spectrum.ndim))
     return np.fft.ifftn(white * np.sqrt(spectrum), axes=range(1, 1 + spectrum.ndim)).real[..., None]
 
@@ -82,7 +82,7 @@ def test_vectors_have_the_mean_and_covariance_of_numpy(tiny_blocks):
 
 
 def test_the_covariance_of_correlated_channels_of_a_series():
-    """AR(1) series, mixed: positions depend on each other, and the errors know it."""
+    """Mixed AR(1) series: positions depend on each other, and the standard errors include this dependence."""
     rng, means, covariances = np.random.default_rng(0), [], []
     for _ in range(300):
         found = of_arrays.mean_and_covariance(2.0 + ar_1(rng, 60, 12, 3) @ MIXING.T)
@@ -90,7 +90,7 @@ def test_the_covariance_of_correlated_channels_of_a_series():
         covariances.append(z_scores(found.covariance, MIXING @ MIXING.T))
     means = np.array(means)  # errors that are estimated from n examples make the variance larger by about 2 / n
     assert (abs(means.mean(0)) < 5 / np.sqrt(300)).all() and (abs(means.var(0) - 1) < 5 * np.sqrt(2 / 300) + 0.05).all()
-    # Sums of squares of 60 examples are skewed, and their z-scores lean to the negative side by up to 0.3.
+    # Sums of squares over 60 examples are skewed, so the mean z-score is as low as -0.3.
     covariances = np.array(covariances)
     assert (abs(covariances.mean(0)) < 0.45).all() and (abs(covariances.var(0) - 1) < 0.6).all()
     wrong = MIXING @ np.diag([1, 1.6, 1]) @ MIXING.T
@@ -107,13 +107,13 @@ def test_parseval(shape, tiny_blocks):
     frequencies = np.linalg.norm(np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"), axis=0)
     _, sizes = np.unique(np.round(frequencies * max(shape)), return_counts=True)
     mean = sizes @ found.value / np.prod(shape)
-    # The correction of the mean is that of frequency 0 here, and of the whole variance there: the same number.
+    # Correcting for the estimated mean changes frequency 0 here and the variance there, by the same number.
     np.testing.assert_allclose(mean, np.diag(covariance), rtol=1e-10, atol=1e-10)
 
 
 def test_spectra_of_few_examples_are_unbiased():
-    """Four AR(1) series around a mean that is estimated: at every frequency the definition
-    sum_{r,s} rho^|r-s| cos(2 pi k (r - s)) / L, within four standard errors of the mean of all repetitions."""
+    """Four AR(1) series around an estimated mean: at every frequency, the mean over all repetitions equals the definition
+    sum_{r,s} rho^|r-s| cos(2 pi k (r - s)) / L within four standard errors."""
     rng, length, repetitions = np.random.default_rng(0), 8, 4000
     x = 3 + ar_1(rng, 4 * repetitions, length, 2)
     spectra = np.array([of_arrays.power_spectrum(part).value for part in np.split(x, repetitions)])
@@ -131,7 +131,7 @@ def test_the_spectrum_of_a_periodic_field_is_recovered_and_a_wrong_one_detected(
     found = of_arrays.power_spectrum(periodic_field(rng, 2000, exact))
     shells = shell_average(exact)
     assert abs(z_scores(found, shells[:, None])).max() < 4.5
-    wrong = smooth_spectrum(shape, 2.2) * (exact.mean() / smooth_spectrum(shape, 2.2).mean())  # of the same variance
+    wrong = smooth_spectrum(shape, 2.2) * (exact.mean() / smooth_spectrum(shape, 2.2).mean())  # with the same variance
     assert abs(z_scores(found, shell_average(wrong)[:, None])).max() > 8
 
 
@@ -154,7 +154,7 @@ def test_the_autocorrelation_of_an_ar_1_process():
         found = of_arrays.autocorrelation(5.0 + ar_1(rng, 100, 12))
         z.append(z_scores(found, RHO ** lags[:, None])[1:, 0])
     z = np.array(z)
-    # A ratio of means of 100 examples: biased by about 1 / 100 of its scatter per example.
+    # A ratio of means over 100 examples has a bias of about 1 / 100 of the scatter per example.
     assert (abs(z.mean(0)) < 0.4).all() and (abs(z.var(0) - 1) < 0.55).all()
     found = of_arrays.autocorrelation(ar_1(rng, 4000, 12))
     assert abs(z_scores(found, RHO ** lags[:, None])).max() < 4.5
@@ -180,8 +180,8 @@ def test_energy_distance_by_its_definition(tiny_blocks):
 
 
 def test_energy_distance_of_two_gaussians_and_its_standard_error():
-    """N(0, I) and N(0, s^2 I) in five dimensions: every term is the mean of a chi distribution. 200 estimates know their
-    standard deviation to 5%, and z-scores have a mean of 0 and a variance of 1 within four of their own errors."""
+    """N(0, I) and N(0, s^2 I) in five dimensions: every term is the mean of a chi distribution. 200 estimates give a
+    standard deviation to 5%, and z-scores have mean 0 and variance 1 within four standard errors."""
     s = 1.6
     exact = 2 * mean_norm(5, np.hypot(1, s)) - mean_norm(5, np.sqrt(2)) - mean_norm(5, s * np.sqrt(2))
     values, errors = repeat(lambda rng: of_arrays.energy_distance(gaussian(rng, 120, (5,)), gaussian(rng, 80, (5,), s)))
@@ -192,8 +192,9 @@ def test_energy_distance_of_two_gaussians_and_its_standard_error():
 
 @pytest.mark.parametrize(("dimensions", "sizes"), [(1, (30, 30)), (3, (8, 60)), (10, (30, 20))])
 def test_energy_distance_of_equal_distributions(dimensions, sizes):
-    """Unbiased, and the square of same_distribution_std is the variance within four errors of the ratio, 4 to 11% of it (the
-    estimate is a weighted sum of chi-squares, whose fourth moment is measured). The standard error is never below it."""
+    """The estimate is unbiased, and same_distribution_std^2 equals its variance within four standard errors of the ratio, 4
+    to 11% (the estimate is a weighted sum of chi-squares, whose fourth moment is measured). The standard error is never
+    below same_distribution_std."""
     rng, count = np.random.default_rng(0), 3000
     found = [of_arrays.energy_distance(*(gaussian(rng, n, (dimensions,)) for n in sizes)) for _ in range(count)]
     values, errors, same_distribution = np.array([(f.value, f.standard_error, f[3]) for f in found]).T
@@ -206,18 +207,18 @@ def test_energy_distance_of_equal_distributions(dimensions, sizes):
 
 @pytest.mark.parametrize("shift", [0.0, 2.5])
 def test_shifted_sets(shift):
-    """A shift d in one dimension is the distance d; in D dimensions it is |d| / sqrt(D) on average."""
+    """A shift d in one dimension has the distance d; in D dimensions the distance is |d| / sqrt(D) on average."""
     x, key = gaussian(np.random.default_rng(0), 50, (1,)), jax.random.key(0)
     found = of_arrays.sliced_wasserstein(key, x, x + shift, projections=4)
     assert found.value == pytest.approx(shift, abs=1e-12)
-    # The square of an entry of a unit vector has the mean 1/D and the variance 2 (D - 1) / (D^2 (D + 2)).
+    # A squared entry of a random unit vector has mean 1/D and variance 2 (D - 1) / (D^2 (D + 2)).
     x = gaussian(np.random.default_rng(0), 50, (2, 3))
     found = of_arrays.sliced_wasserstein(key, x, x + shift, projections=4000, permutations=2)
     assert abs(found.value - shift) <= 4 * shift * 0.5 * np.sqrt(2 * 5 / 8 / 4000)
 
 
 def test_sets_of_different_sizes_in_one_dimension():
-    """As sets of one size, in which every number is repeated."""
+    """Equal to sets of one size, in which every number is repeated."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(45, 1)), rng.gamma(2.0, size=(60, 1))
     found = of_arrays.sliced_wasserstein(jax.random.key(0), x, y, projections=2)
@@ -226,7 +227,7 @@ def test_sets_of_different_sizes_in_one_dimension():
 
 
 def test_the_jackknife_of_few_groups():
-    """From a single point the squared distance is a mean of squares. Three groups of six numbers are pairs of them."""
+    """From a single point the squared distance is a mean of squares. The jackknife splits six numbers into three pairs."""
     x, y = np.array([[0.0], [1.0], [3.0], [7.0], [12.0], [20.0]]), np.full((6, 1), 50.0)
     errors = {
         round(of_arrays.sliced_wasserstein(jax.random.key(i), x, y, groups=3, projections=2).standard_error, 6)
@@ -238,14 +239,15 @@ def test_the_jackknife_of_few_groups():
         roots = np.sqrt([np.delete(pairs, i, axis=0).mean() for i in range(3)])
         expected.add(round(np.sqrt(2 * roots.var()), 6))
     assert len(errors) > 1 and errors <= expected
-    # Examples 0 and 2 are one group of the histograms, 1 and 3 the other; the distance is the share above 25.
+    # Examples 0 and 2 are the histograms' first group, 1 and 3 the second group; the distance is the share above 25.
     x, y = np.zeros((4, 4, 1)), np.array([[0, 0, 0, 0], [50, 50, 50, 0], [50, 0, 0, 0], [50, 50, 50, 50]])[..., None]
     found = of_arrays.marginal_histograms(x, y, bins=2, limits=(0, 50), groups=2).distance
     np.testing.assert_allclose(found[:2], [[0.5], [(7 / 8 - 1 / 8) / 2]], rtol=1e-12)
 
 
 def test_sliced_wasserstein_of_one_distribution():
-    """The permutations give the distance of finite sets of one distribution, and a different distribution is far above it."""
+    """Permutations estimate the distance between finite sets from one distribution; another distribution is far above this
+    distance."""
     keys = iter(jax.random.split(jax.random.key(1), 60))
     rng = np.random.default_rng(0)
 
@@ -273,7 +275,8 @@ def test_shares_are_those_of_numpy(tiny_blocks):
 
 
 def test_histograms_against_the_normal_distribution():
-    """Shares and their errors: positions of an example are equal here, which makes errors sqrt(p (1 - p) / n)."""
+    """Shares and standard errors: an example has equal values at all positions here, so the errors are sqrt(p (1 - p) /
+    n)."""
     n, edges = 20_000, np.linspace(-2, 2, 9)
     rng = np.random.default_rng(0)
     x, y = (np.repeat(rng.normal(shift, 1, (n, 1, 1)), 5, axis=1) for shift in (0.0, 1.0))
@@ -315,7 +318,7 @@ def test_bad_arguments():
         (of_arrays.mean_and_covariance, [not_finite], "example 7 has values that are not finite"),
     ]
     for function in (of_arrays.energy_distance, sliced, histograms):
-        cases += [(function, [x, x[..., :1]], r"shape \(8, 2\) and samples of \(8, 1\); they must be equal")]
+        cases += [(function, [x, x[..., :1]], r"shape \(8, 2\), but samples has \(8, 1\); the shapes must be equal")]
         cases += [(function, [x, x[:3]], "samples has 3 examples; this needs at least")]
     for function, arguments, words in cases:
         with pytest.raises(ValueError, match=words):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_the_command_writes_records(tmp_path):
     samples = save(tmp_path / "half.npz", all_digits("train")[:200])
     command.main(["digits:train", samples])
-    command.main(["digits:train", samples, "--batch_size=50"])  # takes the place of the first
+    command.main(["digits:train", samples, "--batch_size=50"])  # replaces the first record
     (record,) = json.loads((tmp_path / "metrics.json").read_text())
     own, all_of_them = (of_features.moments(by_hand(all_digits()[:n])) for n in (200, None))
     assert record["frechet_distance"] == pytest.approx(of_features.frechet_distance(all_of_them, own), rel=1e-4)
@@ -29,14 +29,14 @@ def test_the_command_writes_records(tmp_path):
     assert Image.open(tmp_path / record["files"]["memorization"]).width > 6 * 64
     cache = tmp_path / "cache" / "diffusion_jax" / "features"
     assert not list((cache / "samples").iterdir()) and list((cache / "references").iterdir())
-    for names in ("fid,kid", "precision_recall"):  # the second adds to the first
+    for names in ("fid,kid", "precision_recall"):  # the second record is added to the first
         command.main(["digits:train", save(tmp_path / "more.npz", all_digits()[200:500]), f"--metrics={names}"])
     record = json.loads((tmp_path / "metrics.json").read_text())[-1]
     assert {"frechet_distance", "kernel_distance", "precision"} <= set(record)
 
 
 def a_function(batch):
-    """Features of one's own, as --features=module:function names them."""
+    """A user's own features, named by --features=module:function."""
     return batch.reshape(len(batch), -1)[:, 20:30].astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def test_the_command_accepts_a_function_and_statistics(tmp_path, capsys):
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
     note = "precision_recall (the reference has statistics only)"
     assert "precision" not in record and note in capsys.readouterr().out
-    # Of a file with both, as ADM's reference batches, the statistics make the distance, and the images the rest.
+    # If a file has both, as ADM's reference batches, the distance uses the statistics, and other metrics use the images.
     statistics = {"mu": reference.mean, "sigma": reference.covariance}
     both = save(tmp_path / "both.npz", drawn[:100], **statistics, mu_s=np.zeros(3), sigma_s=np.eye(3))
     assert open_set(both).statistics.spatial.count == 0
@@ -64,7 +64,7 @@ def test_the_command_accepts_a_function_and_statistics(tmp_path, capsys):
 
 
 def test_the_command_compares_arrays_and_images_by_their_values(tmp_path):
-    """Arrays are standardized by the channels of the reference; images can be compared by their gray levels."""
+    """Arrays are standardized by the reference's channels; images can be compared by gray levels."""
     one, other = (300 + 10 * np.random.default_rng(seed).standard_normal((60, 2)).astype(np.float32) for seed in (0, 1))
     np.save(tmp_path / "one.npy", one)
     command.main([str(tmp_path / "one.npy"), save(tmp_path / "other.npz", other), "--output=arrays.json"])

@@ -1,4 +1,4 @@
-"""Sets of images and statistics, their features, extracted in parts, and the metrics that they allow."""
+"""Sets of images and statistics, feature extraction in chunks, and the metrics that a set allows."""
 
 import os
 
@@ -55,9 +55,9 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_set(source)
     found = extraction.extract_set(source)
-    assert len(calls) == 3 + 3 and len(found.pool) == 90  # two parts were kept
+    assert len(calls) == 3 + 3 and len(found.pool) == 90  # two chunks were kept
     extraction.extract_set(source)
-    assert len(calls) == 6  # all of them now
+    assert len(calls) == 6  # all chunks now
     found.chunks.delete()
     assert not any((user_cache() / "features" / "references").iterdir())
 
@@ -103,7 +103,7 @@ def test_copies_of_the_reference_are_found():
     fresh[:100] = reference[200:300] + 1e-3
     report, near = of_features.memorization_report(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
-    reference[10:20] = reference[:10]  # duplicates of its own must not hide them
+    reference[10:20] = reference[:10]  # duplicates within the reference must not hide copies
     assert of_features.memorization_report(reference, reference[:300])[0]["close_share"] == 1
 
 

@@ -1,4 +1,4 @@
-"""FID's Inception: its weights, its resizes and its features."""
+"""FID's Inception: weights, resizes and features."""
 
 import hashlib
 
@@ -34,7 +34,7 @@ def redrawn():
 
 @pytest.fixture(scope="module")
 def port(redrawn, tmp_path_factory):
-    """The same as a file with the port's names and layouts."""
+    """The same weights as a file with the port's names and layouts."""
     from safetensors.numpy import save_file
 
     path = tmp_path_factory.mktemp("port") / "inception.safetensors"
@@ -97,7 +97,7 @@ def test_the_tf1_resize_equals_tensorflow(shape):
 
 
 def test_the_clean_resize_equals_pillow():
-    """Where it shrinks, too, which is where it differs from others."""
+    """Large images are shrunk, too; there the clean resize differs from other resizes."""
     for shape in ((32, 32), (400, 301), (700, 650)):
         drawn = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32)
         channels = [Image.fromarray(drawn[..., i]).resize((299, 299), Image.Resampling.BICUBIC) for i in range(3)]
@@ -108,7 +108,8 @@ def test_the_clean_resize_equals_pillow():
 
 @pytest.mark.whole
 def test_features_of_inception_equal_those_of_torch_fidelity(port):
-    """Those that torch-fidelity had for the same weights and images; and a gray image is a color one with equal channels."""
+    """The features equal torch-fidelity's for the same weights and images; a gray image equals a color image with equal
+    channels."""
     extractor = features.inception(port)
     stored = np.load(inception_peer.FIXTURE)
     extraction = features.FeaturePipeline(extractor, single_mesh(), 2)

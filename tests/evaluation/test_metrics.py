@@ -1,4 +1,4 @@
-"""The metrics of samples: closed forms, definitions in plain NumPy, and their behavior at the edges."""
+"""Sample metrics: closed forms, definitions in plain NumPy, and edge cases."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ def gaussian(seed, n, dimensions, scale=1.0, shift=0.0):
 
 
 def test_commuting_covariances():
-    """Where both have the same axes, the distance is sum (sqrt a - sqrt b)^2: also over fourteen orders of magnitude."""
+    """If both covariances have the same axes, the distance is sum (sqrt a - sqrt b)^2, also over fourteen orders of
+    magnitude."""
     axes, rng = np.linalg.qr(gaussian(0, 60, 60))[0], np.random.default_rng(1)
     a, b = 10 ** rng.uniform(-12, 2, 60), 10 ** rng.uniform(-12, 2, 60)
     one, other = (of_features.Moments(np.zeros(60), axes * values @ axes.T, 100) for values in (a, b))
@@ -41,7 +42,7 @@ def test_moments_in_chunks():
 
 
 def test_kid_by_its_definition():
-    """Of whole sets as one subset, the sums over pairs, written out."""
+    """With whole sets as one subset, KID equals the explicit sums over pairs."""
     x, y = gaussian(0, 12, 5), gaussian(1, 12, 5, 1.2, 0.3)
 
     def k(a, b):
@@ -55,7 +56,8 @@ def test_kid_by_its_definition():
 
 
 def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():
-    """Over 60 repetitions: unbiased, and the standard error is what the means really scatter by, which 60 know to 9%."""
+    """Over 60 repetitions, KID is unbiased, and the standard error equals the means' scatter, which 60 repetitions give to
+    9%."""
 
     def repeated(shift, n, subsets, size):
         sets = [(gaussian(2 * i, n, 6), gaussian(2 * i + 1, n, 6, 1, shift)) for i in range(60)]
@@ -72,14 +74,14 @@ def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():
 
 def test_inception_score():
     sure = 1e3 * np.eye(10)[np.arange(100) % 10]
-    assert of_features.inception_score(sure).mean == pytest.approx(10)  # every class, each certain
+    assert of_features.inception_score(sure).mean == pytest.approx(10)  # every class, each with certainty
     some = 1e3 * np.eye(10)[np.arange(60) % 3]  # three of ten classes, in equal parts
     for scale in (1, 1e300):  # p of the other classes is no float64
         assert of_features.inception_score(scale * some).mean == pytest.approx(3, rel=1e-12)
-    assert of_features.inception_score(np.zeros((50, 10))).mean == pytest.approx(1)  # no image says anything
+    assert of_features.inception_score(np.zeros((50, 10))).mean == pytest.approx(1)  # no image has information
     logits = gaussian(0, 25, 4)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    splits = [p[:10], p[10:20], p[20:]]  # the last one is kept
+    splits = [p[:10], p[10:20], p[20:]]  # the last image is kept
     scores = [np.exp(np.mean([sum(q * np.log(q / part.mean(0))) for q in part])) for part in splits]
     found = of_features.inception_score(logits, split_size=10)
     assert found.mean == pytest.approx(np.mean(scores), rel=1e-12) and found.std == pytest.approx(np.std(scores))
@@ -109,7 +111,7 @@ def test_manifolds_by_their_definitions(k, monkeypatch):
 
 
 def test_equal_distances_count_as_equal():
-    """One-hot features: all others are at the squared distance 2, but for rounding."""
+    """One-hot features: all other features are at the squared distance 2, up to rounding."""
     x = np.eye(30, dtype=np.float32)
     assert of_features.density_coverage(x[:20], x[10:], k=3) == (20 * 20 / (3 * 20), 1)
     assert of_features.precision_recall(x[:20], x[20:].repeat(5, axis=0)) == (1, 0)
@@ -117,7 +119,7 @@ def test_equal_distances_count_as_equal():
 
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
 def test_shares_have_no_unit(scale):
-    """Where squares of the features are no float32."""
+    """Also if the features' squares overflow or underflow in float32."""
     x, y = gaussian(0, 60, 6), gaussian(1, 50, 6, 0.7, 0.3)
     assert of_features.precision_recall(x * scale, y * scale) == of_features.precision_recall(x, y)
     assert of_features.density_coverage(x * scale, y * scale) == of_features.density_coverage(x, y)

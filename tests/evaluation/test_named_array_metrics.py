@@ -1,4 +1,4 @@
-"""The metrics of arrays by name: which suit the data, and their values, also of sets that are read when needed."""
+"""Array metrics by name: which metrics suit the data, and the values, also for sets that are read when needed."""
 
 import json
 import math
@@ -16,7 +16,7 @@ ARRAY_METRICS = [name for name in metrics.METRICS if not metrics.needs_features(
 
 
 class Found:
-    """The results of metrics together: values and notes."""
+    """The metrics' joint results: values and notes."""
 
     def __init__(self, reference, samples, names, normalization=None):
         options = metrics.Options(normalization=normalization)
@@ -26,7 +26,7 @@ class Found:
 
 
 def series(seed, n=200, slope=0.8, length=16):
-    """Stationary series of an AR(1) process and independent noise, [n, length, 2]."""
+    """Stationary series [n, length, 2]: an AR(1) process, and independent noise."""
     rng = np.random.default_rng(seed)
     x = np.empty((n, length, 2))
     x[:, 0] = rng.standard_normal((n, 2))
@@ -37,7 +37,7 @@ def series(seed, n=200, slope=0.8, length=16):
 
 
 def test_a_wrong_spectrum_is_found_where_it_is():
-    """Of a process with the same mean and covariance at one position."""
+    """The process has the same mean and covariance at one position."""
     names = ("power_spectrum", "autocorrelation", "mean_and_covariance")
     equal, found = (Found(series(1), series(3, slope=slope), names).values for slope in (0.8, 0.5))
     for name in ("power_spectrum", "autocorrelation"):
@@ -49,7 +49,7 @@ def test_a_wrong_spectrum_is_found_where_it_is():
 
 def test_a_shift_and_a_scale_are_found():
     x, y = series(1), series(2) * np.float32(1.2) + np.array([0, 0.5], np.float32)
-    y[0] = 1e6  # must not hide the others
+    y[0] = 1e6  # must not hide the other metrics
     assert Found(x, y, ("marginal_histograms",)).values["histogram_distance_channel"] == 1
     y[0] = y[1]
     values = Found(x, y, ("mean_and_covariance",)).values
@@ -81,7 +81,7 @@ def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
 
 
 def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
-    """The same numbers as of arrays in memory, of evenly spread examples."""
+    """The numbers equal those for arrays in memory with the same evenly spread examples."""
     x, y = (300 + 10 * series(seed) for seed in (1, 2))
     constants = data.Normalization((300.0, 300.0), (10.0, 10.0))
 

@@ -1,4 +1,5 @@
-"""The probability-flow ODE's likelihood on Gaussian data, whose density at every step is known, and beside the bound."""
+"""The probability-flow ODE's likelihood on Gaussian data, whose density at every step is known, and compared with the
+bound."""
 
 import functools
 
@@ -26,7 +27,7 @@ def data(n, d=4):
 @pytest.mark.whole
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "score"])
 def test_the_density_of_a_gaussian(prediction):
-    """Within 1e-3 nats a dimension of log N(x; m, s^2); the noise of index 0 and the tolerance leave less than that."""
+    """Within 1e-3 nats per dimension of log N(x; m, s^2); the noise at index 0 and the tolerance cause smaller errors."""
     x = data(64)
     run = jax.jit(
         lambda x: ode_likelihood.log_density(
@@ -36,7 +37,7 @@ def test_the_density_of_a_gaussian(prediction):
     density = run(x)
     expected = scipy.stats.norm(M, np.sqrt(S2)).logpdf(x).sum(-1)
     assert abs(np.mean(density.log_density - expected)) / 4 < 1e-3
-    # Every example, against what the ODE must give: N(0, I) pushed through its closed-form map.
+    # Every example, against the ODE's exact result: N(0, I) pushed through the closed-form map.
     scale, a = np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
     pushed = scipy.stats.norm(a[0] * M - scale * a[-1] * M, scale).logpdf(x).sum(-1)
     np.testing.assert_allclose(density.log_density, pushed, atol=4e-4)
@@ -49,8 +50,8 @@ def test_the_density_of_a_gaussian(prediction):
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 2, 2), (2, 1, 2, 2)])
 def test_arrays_of_every_shape_in_the_units_of_the_data(shape, trace):
-    """Correlated channels with scales of 0.1 and 30, at every position: N(0, I) pushed through a map that is a stretch along
-    each eigenvector of the covariance, times the Jacobian of the standardization."""
+    """Correlated channels with scales of 0.1 and 30, at every position: N(0, I) pushed through a map that stretches along
+    each covariance eigenvector, times the standardization's Jacobian."""
     covariance, scale, n = np.array([[0.5, 0.3], [0.3, 0.8]]), np.array([0.1, 30.0]), 6
     eigenvalues, basis = np.linalg.eigh(covariance)
     standard = np.random.default_rng(0).normal(size=(n, *shape)) * np.sqrt(eigenvalues) @ basis.T
@@ -66,7 +67,7 @@ def test_arrays_of_every_shape_in_the_units_of_the_data(shape, trace):
         a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
         return jnp.sqrt(s2) * ((x @ basis) / (a * eigenvalues + s2)) @ basis.T
 
-    # Of every trace here, the average over probes has a standard deviation below 1 bit per dimension / sqrt(probes).
+    # Every trace's average over probes has a standard deviation below 1 bit per dimension / sqrt(probes).
     bits, _ = ode_likelihood.bits_per_dim(
         jax.random.key(0),
         SCHEDULE,
@@ -83,7 +84,7 @@ def test_arrays_of_every_shape_in_the_units_of_the_data(shape, trace):
 
 @pytest.mark.whole
 def test_discrete_likelihood_has_its_closed_form_and_bounds_the_truth():
-    """Images of 17 levels, whose true probability is a Gaussian's mass in each cell; the model's density is Gaussian."""
+    """Images with 17 levels, whose true probability is a Gaussian's mass in each cell; the model's density is Gaussian."""
     levels, width = 17, 2 / 16
     grid = np.arange(levels) * width - 1
     log_p = np.asarray(likelihood.decoder_log_prob(grid, np.full(levels, M), np.full(levels, np.log(S2)), levels))
@@ -124,8 +125,9 @@ def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
 
 
 def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
-    """Its own index 0 may have more noise (trailing), and its last index a signal (leading); the ODE ends at neither. Against
-    N(0, I) pushed through the closed-form map of all 1000 steps, and from another time against the map from there."""
+    """The respaced schedule's index 0 may have more noise (trailing), and its last index a signal (leading); the ODE ends at
+    neither index. The result is compared with N(0, I) pushed through the closed-form map of all 1000 steps, and for a start
+    at another time with the map from that time."""
     x, scale, a = data(8), np.sqrt(V[0] / V[-1]), SCHEDULE.sqrt_alpha_bar
     pushed = scipy.stats.norm(a[0] * M - scale * a[-1] * M, scale).logpdf(x).sum(-1)
     run = functools.partial(ode_likelihood.log_density, jax.random.key(1), denoise_fn=exact, x=x, trace="exact")
@@ -142,8 +144,8 @@ def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
 
 @pytest.mark.parametrize("steps", [None, 10])
 def test_variational_dequantization_of_a_traced_schedule(steps):
-    """256 levels in three dimensions: -log p(x_1) + log q(x_1 | x_0) - log P(x_0 | x_1) in float64, of the same draws of x_1
-    at index 0, which a trailing schedule has at more noise."""
+    """256 levels in three dimensions: -log p(x_1) + log q(x_1 | x_0) - log P(x_0 | x_1) in float64, for the same draws of
+    x_1 at index 0, where a trailing schedule has more noise."""
     schedule = SCHEDULE if steps is None else schedules.respace(SCHEDULE, steps, spacing="trailing")
     key, width = jax.random.key(3), 2 / 255
     x_0 = (np.round((np.clip(data(6, 3), -0.9, 0.9) + 1) / width) * width - 1).astype(np.float32)
@@ -168,12 +170,12 @@ def test_variational_dequantization_of_a_traced_schedule(steps):
     np.testing.assert_allclose(bits, (log_q - log_p - decoder) / 3 / np.log(2), atol=1e-3)
 
 
-# A mixture of round Gaussians in the plane, with mean 0.
+# A mixture of isotropic Gaussians in the plane, with mean 0.
 CENTERS, SPREADS = np.array([[1.0, 0.2], [-0.4, 0.6], [-0.6, -0.8]]), np.array([0.2, 0.05, 0.1])
 
 
 def denoiser(y, s):
-    """EDM's D(y; s) of the mixture: the mean of x_0 given y = x_0 + s eps, for one y [2]."""
+    """EDM's D(y; s) for the mixture: E[x_0 | y = x_0 + s eps], for one y [2]."""
     away, spread = y - CENTERS, SPREADS + s**2
     shares = jax.nn.softmax(-0.5 * (away**2).sum(-1) / spread - jnp.log(spread))
     return y - s**2 * (shares / spread) @ away
@@ -209,7 +211,8 @@ def log_density_by_diffrax(derivative, start, end, x, last_variance):
 @pytest.mark.whole
 @pytest.mark.usefixtures("x64")
 def test_others_coordinates_give_the_same_likelihoods():
-    """diffrax on dy/ds and dz/dtau, with the papers' formulas and exact divergences, against paths with the same ends."""
+    """diffrax solves dy/ds and dz/dtau, with the papers' formulas and exact divergences; paths with the same ends must
+    agree."""
     s = np.array([0.01, 80.0])
     tau, alpha = s / (1 + s), 1 / np.sqrt(1 + s**2)
     rng = np.random.default_rng(0)
@@ -222,7 +225,7 @@ def test_others_coordinates_give_the_same_likelihoods():
     by_flow = log_density_by_diffrax(velocity, *tau, x / k[0], k[1] ** -2) - 2 * np.log(k[0])
     np.testing.assert_allclose(by_edm, by_flow, atol=2e-6)
 
-    # The ODE ends at the ends of an interval, not at the steps; where those are infinite, at the outer steps.
+    # The ODE ends at the interval's ends, not at steps; at the outer steps if the ends are infinite.
     edm, whole = schedules.edm(*s), schedules.rectified_flow()
     inner = schedules.rectified_flow(interval=(1000 * tau[0], 1000 * tau[1]))
     of_edm, of_inner = coordinates.from_edm(jax.vmap(denoiser), edm), coordinates.from_flow(jax.vmap(velocity), inner)
@@ -243,7 +246,7 @@ def test_others_coordinates_give_the_same_likelihoods():
         )
         np.testing.assert_allclose(density.log_density, by_edm, atol=2e-6)
 
-    # The truth, up to the difference between N(0, I) and the mixture with the last noise.
+    # The exact density, up to the difference between N(0, I) and the mixture with the last noise.
     parts = zip(alpha[0] * CENTERS, alpha[0] ** 2 * SPREADS + 1 - alpha[0] ** 2, strict=True)
     exact_density = np.mean([scipy.stats.multivariate_normal(*part).pdf(x) for part in parts], axis=0)
     np.testing.assert_allclose(by_edm, np.log(exact_density), atol=1e-3)
@@ -261,6 +264,6 @@ def test_bad_arguments_and_a_solver_that_gives_up():
         with pytest.raises(ValueError, match=words):
             ode_likelihood.bits_per_dim(key, SCHEDULE, exact, **{"x_0": x} | options)
     x = jnp.zeros((2, 3, 4))
-    for shape in ((2, 3, 1), (1, 3, 4), (3, 4), (2, 1, 4), (2, 3, 5), ()):  # some of them would broadcast
+    for shape in ((2, 3, 1), (1, 3, 4), (3, 4), (2, 1, 4), (2, 3, 5), ()):  # some of these shapes would broadcast
         with pytest.raises(ValueError, match=r"returned .* for x of shape \(2, 3, 4\); it must return that shape"):
             ode_likelihood.log_density(key, SCHEDULE, lambda x, t, s=shape: jnp.zeros(s), x)

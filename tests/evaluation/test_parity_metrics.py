@@ -1,4 +1,4 @@
-"""The metrics beside torch-fidelity's, on the same features; and the FID Inception beside pytorch-fid's and torch-fidelity's,
+"""The metrics against torch-fidelity's, on the same features; the FID Inception against pytorch-fid's and torch-fidelity's,
 with the same weights. Run by `make parity`.
 """
 
@@ -32,7 +32,7 @@ def tensors(*arrays):
 
 
 def test_frechet_distance(pair):
-    """torch-fidelity's, and the formula with SciPy's root of the product, which is that of pytorch-fid and ADM."""
+    """Against torch-fidelity, and against pytorch-fid's and ADM's formula, with SciPy's root of the product."""
     from torch_fidelity import metric_fid
 
     ours = of_features.frechet_distance(*map(of_features.moments, pair))
@@ -91,7 +91,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize("size", [(47, 33), (299, 299), (400, 301)])
 def test_pytorch_fid(weights_file, size, monkeypatch):
-    """Its network with the resize inside, its fully connected layer, and its Mixed_6d for the spatial features."""
+    """pytorch-fid's network with the resize inside, its fully connected layer, and Mixed_6d for the spatial features."""
     import pytorch_fid.inception as theirs
     import torch
 

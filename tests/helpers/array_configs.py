@@ -1,4 +1,4 @@
-"""Tiny configs of data that are not images, and the files that they read."""
+"""Tiny configs for data that are not images, and the configs' data files."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ SHAPES = {"vectors": (3,), "series": (8, 2), "field": (6, 8, 5), "volume": (4, 4
 
 
 def array_config(kind, data_dir, **overrides) -> ConfigDict:
-    """The tiny config of continuous data of a shape of `SHAPES`, which `write_arrays` writes to `data_dir`."""
+    """A tiny config for continuous data with a shape from `SHAPES`, which `write_arrays` writes to `data_dir`."""
     config, shape = default(), SHAPES[kind]
     config.data.update(dataset="arrays", data_dir=str(data_dir), image_size=shape[:-1], channels=shape[-1])
     config.data.update(levels=None, random_flip=False)
@@ -23,7 +23,7 @@ def array_config(kind, data_dir, **overrides) -> ConfigDict:
 
 
 def examples(kind, count=24, seed=0):
-    """Float examples [count, *spatial, C] in units far from 0 and 1, of which each channel has its own."""
+    """Float examples [count, *spatial, C] in units far from 0 and 1, with different units in each channel."""
     shape = SHAPES[kind]
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((count, *shape)) * np.arange(1, shape[-1] + 1) * 10 + 300).astype(np.float32)

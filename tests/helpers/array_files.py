@@ -1,4 +1,4 @@
-"""Small arrays, and files of them."""
+"""Small arrays, and files with small arrays."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def save_npy(path, array):
 
 
 def save_store(path, **arrays):
-    """The arrays as an .npz, HDF5 or Zarr store, according to the suffix; v2.zarr is of format 2."""
+    """The arrays as an .npz, HDF5 or Zarr store, according to the suffix; v2.zarr has format 2."""
     if path.suffix == ".npz":
         np.savez(path, **arrays)
     elif path.suffix in (".h5", ".hdf5"):

@@ -1,4 +1,4 @@
-"""Pages in Debian's Chromium: what they load, write to the console and break, as the tests of the mark `browser` check it."""
+"""Opens pages in Debian's Chromium and checks requests, console messages and layout, for tests with the mark `browser`."""
 
 import contextlib
 import shutil
@@ -22,9 +22,9 @@ def chromium():
 
 @contextlib.contextmanager
 def window(browser, label, allowed, **options):
-    """A window as wide as WIDTHS[label]; `requests` collects what its pages ask of other addresses, which is not sent.
+    """A browser context with the width WIDTHS[label]; `requests` collects requests to other addresses, which are not sent.
 
-    allowed: the beginnings of addresses that pages may load.
+    allowed: prefixes of addresses that pages may load.
     """
     context = browser.new_context(viewport={"width": WIDTHS[label], "height": 900}, **options)
     context.requests = []
@@ -40,7 +40,7 @@ def window(browser, label, allowed, **options):
 
 
 def open_page(context, url):
-    """(page, its messages of errors), when everything is loaded and rendered."""
+    """(page, the page's error messages), when everything is loaded and rendered."""
     page, errors = context.new_page(), []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -50,7 +50,7 @@ def open_page(context, url):
 
 
 def _violations(page):
-    """The serious violations that axe-core finds, with the first elements that have them."""
+    """The serious violations that axe-core finds, each with the first elements."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]

@@ -1,4 +1,4 @@
-"""Configs of runs that take seconds."""
+"""Configs for runs that take seconds."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def digits_config() -> ConfigDict:
 
 
 def small_run(config, **overrides):
-    """The config with four steps, few samples and no metrics of samples."""
+    """The config with four steps, few samples and no sample metrics."""
     config.training.update(batch_size=8, num_steps=4, log_every=2, sample_every=0, checkpoint_every=2)
     config.sampling.update(preview_samples=2, preview_steps=2, num_samples=3, batch_size=2, steps=2, trajectory=0)
     config.optimizer.warmup_steps = 0

@@ -1,4 +1,4 @@
-"""Samples of a work directory compared with those of the core alone."""
+"""Compares a work directory's samples with samples from the core alone."""
 
 import numpy as np
 
@@ -14,6 +14,6 @@ def core_inputs(config, directory, steps=5, spacing="trailing"):
 
 
 def agree(images, x, distinct=10):
-    """uint8 images and what they were made from, but for the rounding of values half-way."""
+    """Checks that uint8 images equal the float values, except for values halfway between levels."""
     assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     assert len(np.unique(images)) > distinct

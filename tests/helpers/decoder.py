@@ -6,7 +6,7 @@ import scipy.stats
 
 
 def scipy_log_prob(x_0, mean, sd, levels):
-    """Independent, in float64: differences of SciPy's log CDF on the side where it is small."""
+    """Independent, in float64: differences of SciPy's log CDF on the side where the CDF is small."""
     k = np.round((x_0 + 1) * (levels - 1) / 2)
     lower = np.where(k == 0, -np.inf, ((2 * k - 1) / (levels - 1) - 1 - mean) / sd)
     upper = np.where(k == levels - 1, np.inf, ((2 * k + 1) / (levels - 1) - 1 - mean) / sd)

@@ -18,7 +18,7 @@ from helpers.configs import a_batch, tiny_config
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
-# All that draws: flips, timesteps, noise, dropout, dropped labels.
+# Everything random: flips, timesteps, noise, dropout, dropped labels.
 DRAWING = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.3}
 
 
@@ -30,13 +30,13 @@ def on(data: int, fsdp: int, **overrides):
 
 @functools.cache
 def build(data: int, fsdp: int) -> training.TrainingProgram:
-    """On the first data * fsdp devices, as if there were no others."""
+    """Builds the program on the first data * fsdp devices, as if no other devices existed."""
     with mock.patch("jax.device_count", lambda: data * fsdp):
         return training.build_program(on(data, fsdp))
 
 
 def trajectories():
-    """The losses of four steps on each mesh, and whether (2, 4) begins with what one device does."""
+    """The losses of four steps on each mesh, and whether mesh (2, 4) starts from the same weights as one device."""
     out, begun = {}, jax.device_get(build(1, 1).init())
     split = jax.device_get(build(2, 4).init())
     for mesh in MESHES:
@@ -47,13 +47,13 @@ def trajectories():
             losses.append(float(metrics["loss"]))
         out["x".join(map(str, mesh))] = losses
     rows = [sharding.process_rows(8, build(*mesh).mesh).tolist() for mesh in MESHES]
-    # Two programs draw the same bits, but may round what they make of them differently.
+    # Two programs draw the same bits, but may round computed values differently.
     same = functools.partial(np.allclose, rtol=1e-6, atol=1e-6)
     return {"losses": out, "rows": rows, "same_init": all(jax.tree.leaves(jax.tree.map(same, begun, split)))}
 
 
 def collectives(compiled) -> dict:
-    """What the devices send in a program: kinds of collectives, bytes of the gathered and of the summed arrays."""
+    """A program's communication: kinds of collectives, bytes of gathered arrays, and bytes of summed arrays."""
     pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
     found = re.findall(pattern, compiled.as_text())
     sizes = {kind: [] for _, kind in found}
@@ -68,7 +68,7 @@ def collectives(compiled) -> dict:
 
 
 def program():
-    """Bytes of the state and of what the train step sends, for a network of 1.6 million parameters with fsdp=8."""
+    """The state's bytes and the bytes that a train step sends, for a network of 1.6 million parameters with fsdp=8."""
     config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
     built = training.build_program(config)
     state = built.abstract_state
@@ -97,5 +97,5 @@ if __name__ == "__main__":
     output = sys.stdout
     sys.stdout = sys.stderr  # what runs say
     found = {"program": program()}
-    sharding.MIN_SPLIT_SIZE = 64  # the tiny network's leaves, too, are split from here on
+    sharding.MIN_SPLIT_SIZE = 64  # from here on, the tiny network's arrays are split, too
     print(json.dumps(found | {"trajectories": trajectories()}), file=output)

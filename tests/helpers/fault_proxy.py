@@ -1,4 +1,4 @@
-"""A proxy in front of an emulator of an object store, which injects faults and counts requests."""
+"""A proxy in front of an object store emulator; the proxy injects faults and counts requests."""
 
 import collections
 import contextlib
@@ -15,7 +15,7 @@ FAULTS = ("refuse", "silence", "cut", "lose", "truncate", "delay", "stale", "unc
 
 
 def kind_of(method, target, headers):
-    """What a request of either service does: write, copy, delete, list, read, find or other."""
+    """The kind of a request to either service: write, copy, delete, list, read, find or other."""
     path, _, query = target.partition("?")
     if path.startswith(("/storage/v1/", "/upload/", "/download/")):
         is_object = re.search(r"/b/[^/]+/o/.", path)
@@ -34,14 +34,14 @@ def kind_of(method, target, headers):
 
 @dataclasses.dataclass
 class Rule:
-    """A fault of some requests.
+    """A fault for some requests.
 
-    fault: "refuse" answers with `status`; "silence" waits `seconds`, then closes the connection; "cut" closes it
-    in the middle of the request's body; "lose" carries the request out and closes the connection without an answer;
-    "truncate" closes it in the middle of the answer's body; "delay" waits `seconds`, then carries the request out; "stale"
-    repeats the first answer to a listing; "unconditional" removes the conditions of a write.
-    kind: of the requests it applies to, None for all. skip: so many requests are left alone first. every: applies to each
-    second one, for example. times: how often it applies.
+    fault: "refuse" answers with `status`; "silence" waits `seconds`, then closes the connection; "cut" closes the
+    connection in the middle of the request's body; "lose" carries the request out and closes the connection without an
+    answer; "truncate" closes the connection in the middle of the answer's body; "delay" waits `seconds`, then carries the
+    request out; "stale" repeats the first answer to a listing; "unconditional" removes a write's conditions.
+    kind: the kind of requests that the rule applies to, None for all. skip: number of requests without a fault at first.
+    every: 2 applies the rule to every second request. times: how often the rule applies.
     """
 
     fault: str
@@ -55,7 +55,7 @@ class Rule:
 
 
 class FaultProxy:
-    """Forwards requests to `upstream`, an address such as http://127.0.0.1:8000, from its own `address`.
+    """Forwards requests from `address` to `upstream`, an address such as http://127.0.0.1:8000.
 
     requests: (kind, URL path) of all requests; counts: by kind; injected: by fault.
     """
@@ -89,11 +89,11 @@ class FaultProxy:
         self._rules.clear()
 
     def call_after(self, count, function):
-        """Calls a function after the `count`-th change from now on was carried out, before its answer."""
+        """Calls a function after the `count`-th change from now on was carried out, before the answer."""
         self._calls.append((self._mutations + count, function))
 
     def choose(self, kind, target):
-        """Notes a request; returns the rule that applies to it, or None."""
+        """Counts a request; returns the rule that applies, or None."""
         with self._mutex:
             self.requests.append((kind, urllib.parse.unquote(target.partition("?")[0])))
             self.counts[kind] += 1
@@ -115,7 +115,7 @@ class FaultProxy:
             function()
 
     def first_answer(self, target, answer):
-        """The first answer to this request; `answer` if it is the first."""
+        """The first answer to this request: `answer` if there was no earlier answer."""
         with self._mutex:
             return self._first_answers.setdefault(target, answer)
 

@@ -1,4 +1,4 @@
-"""TFDS data sets of the tests' own: one that is downloaded, and one that a person must fetch."""
+"""The tests' own TFDS data sets: a downloaded data set, and a data set that a person must fetch."""
 
 import io
 import zipfile
@@ -22,7 +22,7 @@ def archive(count: int = 12) -> bytes:
 
 
 class LocalFruit(tfds.core.GeneratorBasedBuilder):
-    """Two classes of gray 8x8 images, of an archive that a server on this machine has."""
+    """Two classes of gray 8x8 images, from an archive on a local server."""
 
     VERSION = tfds.core.Version("1.0.0")
     url = ""

@@ -1,4 +1,4 @@
-"""Data whose score is known: one and several Gaussians, as networks in the network time of a schedule."""
+"""Data whose score is known, a Gaussian and mixtures, as networks of (x_t, network time)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ MEANS, VARIANCES, WEIGHTS = np.array([-0.8, 0.5]), np.array([0.05, 0.1]), np.arr
 
 
 def as_prediction(eps, x, alpha, sigma, prediction, x_0=None):
-    """The output of a network of that prediction where the noise is `eps`; x_0 is given where alpha may be 0."""
+    """Converts `eps` to a network output with this prediction; x_0 is needed if alpha may be 0."""
     x_0 = (x - sigma * eps) / alpha if x_0 is None else x_0
     return {"eps": eps, "x_0": x_0, "v": alpha * eps - sigma * x_0, "score": -eps / sigma, "flow": eps - x_0}[
         prediction
@@ -37,7 +37,7 @@ def gaussian(prediction="eps", schedule=FULL, mean=M, variance=S2):
 
 
 def mixture(prediction="eps", schedule=FULL, variances=VARIANCES):
-    """Two Gaussians in every dimension, each on its own; x [B, D]."""
+    """Two Gaussians in every dimension, independently; x [B, D]."""
 
     def denoise_fn(x, time):
         alpha, sigma = levels(time, schedule)

@@ -1,6 +1,6 @@
 """Weights of FID's Inception, redrawn, and torch-fidelity's features with them.
 
-As a program (it needs `make parity`'s packages) it writes the fixture that test_inception.py reads without them:
+As a program (with `make parity`'s packages) writes the fixture that test_inception.py reads without these packages:
 
     PYTHONPATH=tests python -m helpers.inception_peer
 """
@@ -19,7 +19,7 @@ FIXTURE = FIXTURES / "inception.npz"
 
 
 def redrawn() -> dict[tuple[str, ...], np.ndarray]:
-    """Our parameters by their paths, at random, such that no norm is trivial and no activation dies."""
+    """This package's parameters by path, random, so that no norm is trivial and no activation is always 0."""
     shape = jax.ShapeDtypeStruct((1, 299, 299, 3), np.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), shape)["params"]
     rng, drawn = np.random.default_rng(0), {}
@@ -50,7 +50,7 @@ def images(height: int, width: int, count: int) -> np.ndarray:
 
 
 def torch_fidelity(weights_file, batch: np.ndarray) -> dict[str, np.ndarray]:
-    """Its features: pool, logits without bias, and the spatial ones, of its Mixed_6d."""
+    """torch-fidelity's features: pool, logits without bias, and spatial features from Mixed_6d."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -6,7 +6,7 @@ import jax
 
 
 def equations(jaxpr) -> Iterator:
-    """Every equation of a jaxpr, those of the programs inside it too."""
+    """Every equation in a jaxpr, including nested programs."""
     for equation in jaxpr.eqns:
         yield equation
         for part in jax.tree.leaves(equation.params):
@@ -15,10 +15,10 @@ def equations(jaxpr) -> Iterator:
 
 
 def calls(jaxpr, name: str) -> list:
-    """The equations that call a jitted function of that name."""
+    """The equations that call a jitted function with this name."""
     return [e for e in equations(jaxpr) if e.primitive.name in ("jit", "pjit") and e.params["name"] == name]
 
 
 def loops(jaxpr) -> list:
-    """The loops, outermost and inner ones."""
+    """All loops, outermost and nested."""
     return [e for e in equations(jaxpr) if e.primitive.name in ("scan", "while")]

@@ -1,4 +1,4 @@
-"""Runs the program in processes forked from one that has imported the libraries: a tenth of a second instead of seconds."""
+"""Runs the program in forks of a process that has imported the libraries: a tenth of a second instead of seconds."""
 
 import contextlib
 import functools

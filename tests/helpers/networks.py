@@ -1,4 +1,4 @@
-"""A U-Net of a few thousand parameters: its initialization, its compiled call, and weights without a zero."""
+"""A U-Net with a few thousand parameters: initialization, a compiled call, and weights without a zero."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "atte
 
 
 def redraw(params, seed=1):
-    """Every leaf at random, the layers that start at zero included."""
+    """Redraws every array, including the layers that start at zero."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
@@ -22,11 +22,11 @@ def silu(x):
 
 
 def init(model, shape=(1, 8, 8, 3), y=None):
-    """The parameters of a model for images of a shape and labels y."""
+    """A model's parameters for images of this shape and labels y."""
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
 
 
 def apply(model, params, *args, **kwargs):
-    """The output of a model, compiled: op by op would take longer than the network."""
+    """A model's output, compiled, because single operations would take longer to dispatch."""
     train = kwargs.pop("train", False)
     return jax.jit(lambda p, *a, **kw: model.apply({"params": p}, *a, train=train, **kw))(params, *args, **kwargs)

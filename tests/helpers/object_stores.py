@@ -33,7 +33,7 @@ run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_bac
 
 
 def variables(scheme, address):
-    """The environment variables with which a program reaches a service at an address, such as http://127.0.0.1:8000."""
+    """The environment variables that direct a program to a service at an address, such as http://127.0.0.1:8000."""
     return {_ENDPOINTS[scheme]: address, **(S3_VARIABLES if scheme == "s3" else {})}
 
 
@@ -108,7 +108,7 @@ def make_bucket(scheme, address):
 
 
 def assert_complete_checkpoints(url, steps):
-    """The bucket holds these steps, each with the files that its manifest lists, and nothing else of checkpoints."""
+    """Checks that the bucket's checkpoints are these steps, each with the files in its manifest, and nothing else."""
     store, found = open_store(url), collections.defaultdict(set)
     for name in store.list("checkpoints/"):
         found[name.split("/")[1]].add(name.split("/", 2)[2])
@@ -120,7 +120,7 @@ def assert_complete_checkpoints(url, steps):
 
 @pytest.fixture(scope="session")
 def emulators():
-    """{scheme: address}, each started when it is first used."""
+    """{scheme: address}; each service starts at its first use."""
     with contextlib.ExitStack() as stack:
         addresses = {}
 
@@ -136,13 +136,13 @@ def emulators():
 
 @pytest.fixture(params=["gs", "s3"])
 def scheme(request):
-    """Both services, one after the other."""
+    """Parametrizes over both services."""
     return request.param
 
 
 @pytest.fixture
 def bucket_url(scheme, emulators, monkeypatch):
-    """The URL of an empty bucket; this process and the programs that it starts reach it."""
+    """The URL of an empty bucket, for this process and the programs that this process starts."""
     address = emulators[scheme]
     for name, value in variables(scheme, address).items():
         monkeypatch.setenv(name, value)

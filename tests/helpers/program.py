@@ -71,7 +71,8 @@ def free_port() -> int:
 
 
 def start_together(count, *flags, program="main.py"):
-    """Starts the processes of one launch. Two processes have two devices each, so that they both split and share arrays."""
+    """Starts the processes of one launch. Two processes have two devices each, so that arrays are split within and between
+    processes."""
     joined = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
     devices = {"XLA_FLAGS": TWO_DEVICES} if count == 2 else {}
     return [start(*flags, *joined, f"--process_id={i}", program=str(program), **devices) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Weights as others publish them: the stored networks, their files and folders, and the published flags."""
+"""Weights as other projects publish them: stored networks, files and folders, and the published flags."""
 
 import json
 import re
@@ -13,7 +13,7 @@ LEARNED = {**SCHEDULER, "variance_type": "learned_range"}
 NARROW_FLAGS = "--image_size 64 --num_head_channels 16 --use_new_attention_order False "
 NARROW_FLAGS += "--diffusion_steps 1000 --noise_schedule linear"
 CLASSIFIER_FLAGS = {"image_size": 8, "classifier_depth": 1, "diffusion_steps": 1000, "noise_schedule": "cosine"}
-README = {  # the lines of OpenAI's documents, and what they are of
+README = {  # OpenAI's documented flags, by network
     "improved_imagenet64": "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True --num_heads 4 "
     "--diffusion_steps 4000 --noise_schedule cosine --rescale_timesteps True",
     "improved_cifar10": "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
@@ -72,7 +72,7 @@ def stored(name):
 
 
 def write_folder(directory, config, weights, scheduler=SCHEDULER):
-    """A pipeline's folder as diffusers writes it; of six channels, with the variance learned."""
+    """Writes a pipeline folder as diffusers does; with six channels, the variance is learned."""
     if scheduler is SCHEDULER and weights["conv_out.bias"].shape == (6,):
         scheduler = LEARNED
     (directory / "unet").mkdir(parents=True)
@@ -90,7 +90,7 @@ def write(path, weights):
 
 
 def ho_variables(weights):
-    """The port's names and layouts as Ho et al.'s variables: written out here, not taken from the code under test."""
+    """Converts the port's names and layouts to Ho et al.'s variables, independently of the code under test."""
     variables = {}
     for name, value in weights.items():
         layer, leaf = name.rsplit(".", 1)

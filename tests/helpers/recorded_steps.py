@@ -1,4 +1,4 @@
-"""The train step with a network of one parameter, which keeps what it is called with."""
+"""The train step with a one-parameter network that records its arguments."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from diffusion_jax.training.step import make_train_step
 
 
 class Recorder:
-    """A network of one parameter, which keeps what it is called with; the step is run without jit, so these are numbers."""
+    """A one-parameter network that records its arguments; the step runs without jit, so the arguments are numbers."""
 
     num_classes = 0
 

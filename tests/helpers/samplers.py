@@ -1,4 +1,4 @@
-"""Every sampler by name, with each of its options off its default in one of the rows; all take the common options, too."""
+"""Every sampler by name; each option differs from the default in one row. All samplers also take the common options."""
 
 from functools import partial
 
@@ -42,5 +42,5 @@ METHODS = [  # where all rows would take too long
 
 
 def is_deterministic(name):
-    """Whether a sampler of that name draws no noise."""
+    """Whether the sampler with this name draws no noise."""
     return not MAKERS[name]().is_stochastic

@@ -1,6 +1,7 @@
-"""One of several processes that save and restore checkpoints: `python -m helpers.saving SCENARIO PORT COUNT INDEX ...`.
+"""A process that saves and restores checkpoints together with other processes: `python -m helpers.saving SCENARIO PORT COUNT
+INDEX ...`.
 
-The state has the tree of a run, split leaves and others, and random values, so nothing is compiled.
+The state has a run's tree, with split and replicated arrays, and random values, so nothing is compiled.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def assert_holds(state: TrainState, abstract: TrainState, seed: int) -> None:
 
 
 def exchange(directory: pathlib.Path, *meshes: str) -> dict:
-    """Saves two steps on each mesh (values of fsdp), and restores the second on all."""
+    """Saves two steps on each mesh (values of fsdp), and restores the second step on all meshes."""
     for fsdp in map(int, meshes):
         with Checkpoints(directory / str(fsdp), kept=1) as saved:
             for step in (1, 2):
@@ -85,13 +86,13 @@ def full(*_):
 
 
 def full_disk(process: int, module, name: str):
-    """A context in which a function of one process finds no room."""
+    """A context in which a function on one process finds a full disk."""
     is_broken = jax.process_index() == process
     return mock.patch.object(module, name, full) if is_broken else contextlib.nullcontext()
 
 
 def fail(directory: pathlib.Path) -> dict:
-    """Saves that fail on one process, and then one that does not: what each process sees."""
+    """Runs saves that fail on one process, then a successful save; returns each process's errors and results."""
     state, errors, num_checks = random_state(abstract_state(jax.device_count()), seed=0), [], 0
     with Checkpoints(directory) as saved:
         saved.save(1, state)

@@ -1,4 +1,4 @@
-"""The networks of the fixtures: loaded as their family writes them, and their outputs."""
+"""The fixtures' networks, loaded in each family's format, and the outputs."""
 
 import json
 
@@ -13,7 +13,7 @@ FAMILIES = (*torch_networks.DIFFUSERS, *torch_networks.STORED_OPENAI, "port_narr
 
 
 def load(directory, name):
-    """A fixture's network, from a file or a folder as its family has them."""
+    """A fixture's network, from a file or a folder in the family's format."""
     weights, arrays = stored(name)
     if name in torch_networks.DIFFUSERS:
         return pretrained.load(write_folder(directory / name, json.loads(str(arrays["config"])), weights)), arrays

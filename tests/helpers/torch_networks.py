@@ -1,7 +1,7 @@
-"""PyTorch's networks that ours must equal: diffusers' `UNet2DModel`, OpenAI's, and the port of Ho et al.'s.
+"""PyTorch networks that this package's networks must equal: diffusers' `UNet2DModel`, OpenAI's, and the port of Ho et al.'s.
 
-As a program (it needs `make parity`'s packages, and for the port a checkout of pesser/pytorch_diffusion), it writes the
-fixtures that helpers/stored_networks.py reads without them:
+As a program (with `make parity`'s packages, and for the port a checkout of pesser/pytorch_diffusion) writes the fixtures
+that helpers/stored_networks.py reads without these packages:
 
     PYTHONPATH=tests python -m helpers.torch_networks [--port=CHECKOUT]
 """
@@ -127,7 +127,7 @@ OPENAI = {
     ),
     "classifier": ("create_classifier", _CLASSIFIER),
 }
-# Stored: one level less than any published network, so as to be small.
+# Stored: one level less than any published network, so that the files are small.
 STORED_OPENAI = {
     "openai_narrow": (
         "create_model",
@@ -170,10 +170,10 @@ def diffusers(config: dict):
 
 
 def openai(function: str, flags: dict):
-    """OpenAI's network of a script's flags."""
+    """OpenAI's network for a script's flags."""
     from guided_diffusion import script_util, unet
 
-    if function == "EncoderUNetModel":  # the classifier of one level, which no script makes
+    if function == "EncoderUNetModel":  # the classifier with one level, which no script makes
         model = unet.EncoderUNetModel(
             image_size=flags["image_size"],
             in_channels=3,
@@ -211,7 +211,7 @@ def images(array: np.ndarray):
 
 
 def call(model, x: np.ndarray, time: np.ndarray, y: np.ndarray | None = None, low: np.ndarray | None = None):
-    """A PyTorch network on NHWC images: its output as a tensor, with gradients."""
+    """Calls a PyTorch network on NHWC images; returns the output as a tensor, with gradients."""
     import torch
 
     kind, time = type(model).__name__, torch.from_numpy(time)

@@ -23,7 +23,7 @@ CORE = (
 
 
 def import_core_with_checks() -> None:
-    """Imports the core so that every call checks its arguments and result. Must be the first import of the package."""
+    """Imports the core so that every call checks arguments and result. Must be the first import of the package."""
     modules = [f"diffusion_jax.{name}" for name in CORE]
     with jaxtyping.install_import_hook(modules, "helpers.type_checks.typechecker"):
         from diffusion_jax import images, schedules  # noqa: F401

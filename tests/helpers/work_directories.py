@@ -1,4 +1,4 @@
-"""Work directories: made without training, and what a run left in its own."""
+"""Work directories without training, and comparisons of a run's files."""
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ def lines(directory, without=SPEED):
 
 
 def assert_close_losses(one, two):
-    """The losses of two runs agree up to the order of sums: the mean over a batch is one of partial means."""
+    """Checks that two runs' losses agree up to the order of sums: a batch mean is a mean of partial means."""
     one, two = lines(one), lines(two)
     assert [row["step"] for row in one] == [row["step"] for row in two]
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
@@ -50,7 +50,7 @@ def last_state(config, directory):
 
 
 def reuse_or_draw(config, directory):
-    """The samples as --mode=evaluate gets them."""
+    """The samples that --mode=evaluate gets."""
     file = SampleFile(config, directory)
     file.write(reuse=True)
     return file

@@ -1,4 +1,4 @@
-"""Layers and blocks of the networks: resampling blocks, GroupNorm and dropout, against float64 NumPy."""
+"""Network layers and blocks: resampling blocks, GroupNorm and dropout, against float64 NumPy."""
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,8 @@ def group_norm(x, layer, groups=2, epsilon=1e-5):
 @pytest.mark.whole
 @pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
 def test_resampling_block_equals_adm_in_numpy(resample):
-    """In float64 NumPy: both branches are resampled, the residual one between its first SiLU and its first convolution."""
+    """In float64 NumPy: both branches are resampled; the residual branch between its first SiLU and its first
+    convolution."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     block = ResBlock(6, 0.0, True, layers, resample)
     x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 6, 4)), jax.random.normal(jax.random.key(1), (2, 5))
@@ -58,10 +59,10 @@ def test_group_norm_equals_numpy():
 
 @pytest.mark.whole
 def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
-    """And its derivatives, also by the shift, are those of the norm of the sum."""
+    """The value and the derivatives, also with respect to the shift, equal those of the norm applied to the sum."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
     x, scale, after = (jax.random.normal(next(keys), shape) for shape in ((2, 5, 3, 6), (2, 6), (2, 6)))
-    shift = 30 * jax.random.normal(next(keys), (2, 6))  # far more than the deviation of a channel
+    shift = 30 * jax.random.normal(next(keys), (2, 6))  # far larger than a channel's standard deviation
     norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
     params = redraw(norm.init(jax.random.key(1), x))
     weights = jax.random.normal(next(keys), x.shape)
@@ -83,7 +84,7 @@ def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
 
 
 def test_dropout_drops_at_its_rate_and_keeps_the_mean():
-    x = jnp.ones((64, 16, 16, 7))  # an odd number of channels: the last draw of a pixel is used by half
+    x = jnp.ones((64, 16, 16, 7))  # with an odd number of channels, half of a pixel's last draw is used
 
     def drop(key, rate=0.1):
         return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": key})
@@ -102,7 +103,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
 
 
 def test_a_call_does_not_change_parameters_that_are_numpy_arrays():
-    """As a file of weights gives them; a sum in place would change them."""
+    """Parameters are NumPy arrays, as from a weight file; a sum in place would change the parameters."""
     block = ResBlock(8, 0.0, False, models.UNet(num_groups=4).layers)
     x, embedding = jnp.ones((1, 4, 4, 4)), jnp.ones((1, 6))  # 4 to 8 channels, so with a projection
     params = jax.device_get(block.init(jax.random.key(0), x, embedding, False))["params"]

@@ -1,4 +1,4 @@
-"""The classifier of noisy images: its network and loss against NumPy, and its training as a person starts it."""
+"""The noise-aware classifier: network and loss against NumPy, and training from the command line."""
 
 import functools
 
@@ -18,7 +18,8 @@ from helpers.work_directories import lines
 
 @pytest.mark.whole
 def test_attention_pool_equals_numpy():
-    """float64: the mean before the others, places added, and for each head a softmax over all, by the mean's query alone."""
+    """In float64: the mean precedes the positions, position embeddings are added, and each head has one softmax, for the
+    mean's query."""
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     pool = unet.AttentionPool(features=5, num_heads=1, head_channels=2, layers=layers)
     x = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
@@ -88,7 +89,7 @@ SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_end=0.5))
 
 @pytest.mark.whole
 def test_classify_is_the_cross_entropy_at_x_t(x64):
-    """Logits that are linear in x_t and in time, in NumPy."""
+    """In NumPy, for logits that are linear in x_t and time."""
     x_0, y = jax.random.normal(jax.random.key(0), (6, 2, 2, 1)), jnp.array([0, 2, 1, 1, 0, 2])
     w = jax.random.normal(jax.random.key(1), (4, 3))
 
@@ -133,7 +134,7 @@ def test_classify_weights_importance_samples_and_gives_nan_for_labels_out_of_ran
 
 @pytest.mark.whole
 def test_classifier_learns_two_classes():
-    """Bright images are of class 1, dark ones of class 0, and the noise is small: soon all are told apart."""
+    """Bright images have class 1, dark images class 0, and the noise is small, so the accuracy is soon 1."""
     config = classifier_config(
         **{"diffusion.beta_end": 1e-3, "diffusion.schedule": "linear", "optimizer.learning_rate": 3e-3}
     )

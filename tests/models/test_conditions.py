@@ -14,7 +14,7 @@ SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
 
 
 def parameters(model, *inputs, **named):
-    """Large enough for conditions to matter."""
+    """Parameters that are large enough for conditions to matter."""
     params = redraw(jax.jit(model.init)(jax.random.key(0), *inputs, **named)["params"])
     return jax.tree.map(lambda leaf: 3 * leaf, params)
 
@@ -31,7 +31,8 @@ def without(params, *names):
     ],
 )
 def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
-    """By two dense layers, in NumPy: the network without conditions whose time embedding has that bias is the same."""
+    """Two dense layers, in NumPy: a network without conditions has the same output if its time embedding gets the shift as a
+    bias."""
     model = kind(**fields, condition_features=2)
     x, c, time = jax.random.normal(jax.random.key(0), (1, *shape)), jnp.array([[0.7, -2.0]]), jnp.array([30.0])
     params = parameters(model, x, time, condition=c)
@@ -54,7 +55,7 @@ def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
     ],
 )
 def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
-    """With the dropout of conditions one more channel marks the examples that have one."""
+    """With condition dropout, an additional channel marks examples that have a condition."""
     model = kind(**fields, condition_channels=2, condition_dropout=dropout)
     x, time = jax.random.normal(jax.random.key(0), (2, *shape)), jnp.array([30.0, 7.0])
     c = jax.random.normal(jax.random.key(1), (2, *shape[:-1], 2))
@@ -72,7 +73,7 @@ def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", ["features", "channels"])
 def test_dropout_gives_the_null_condition_in_training_alone(kind):
-    """A training output is that of the condition or of the null condition, at the configured rate."""
+    """A training output equals the output for the condition or for the null condition, at the configured rate."""
     rate, n = 0.3, 400
     model = models.MLP(**SMALL, **{f"condition_{kind}": 2}, condition_dropout=rate)
     x, time, c = jnp.ones((n, 3)), jnp.zeros(n), jnp.broadcast_to(jnp.array([2.0, -1.0]), (n, 2))
@@ -87,12 +88,12 @@ def test_dropout_gives_the_null_condition_in_training_alone(kind):
     kept, dropped = (abs(trained - one).max(axis=1) < 1e-3 for one in (given, null))
     assert (kept ^ dropped).all()
     assert abs(dropped.mean() - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
-    # One entry that is not a number is not "no condition".
+    # A single NaN entry does not mean "no condition".
     assert np.isnan(apply(model, params, x, time, condition=c.at[3, 0].set(jnp.nan))).any(axis=1).nonzero()[0] == [3]
 
 
 def both_dropped(label_rate, rate):
-    """(a network of labels and conditions that drops these shares of them, its parameters, its inputs by name)."""
+    """(a network that drops labels and conditions at these rates, parameters, inputs by name)."""
     n = 4000
     model = models.MLP(
         **SMALL,
@@ -109,7 +110,7 @@ def both_dropped(label_rate, rate):
 @pytest.mark.whole
 @pytest.mark.parametrize(("label_rate", "rate"), [(0.5, 0.6), (0.7, 0.4)])
 def test_a_label_and_a_condition_are_dropped_together(label_rate, rate):
-    """The shares of outputs that are those of neither, of one or of both, which keep the shares of each dropout."""
+    """Outputs without the label, the condition, both or neither have the expected shares, so each dropout keeps its rate."""
     model, params, inputs = both_dropped(label_rate, rate)
     n = len(inputs["y"])
     trained = apply(model, params, **inputs, train=True, rngs={"dropout": jax.random.key(1)})

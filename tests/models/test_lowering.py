@@ -1,4 +1,4 @@
-"""Lowered programs: the precision of products, and programs for TPUs and for CUDA, without the devices."""
+"""Lowered programs: the products' precision, and programs for TPUs and CUDA, without the devices."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_train_step_lowers_for_tpu_and_cuda(overrides):
 
 
 def test_gpu_options_are_known_to_the_compiler():
-    """Their names and values: what they do shows only on a GPU."""
+    """The compiler accepts the options' names and values; the effect is visible only on a GPU."""
     jax.jit(lambda x: x + 1, compiler_options=devices.DETERMINISTIC).lower(jnp.zeros(())).compile()
 
 
@@ -53,14 +53,14 @@ NETWORKS = {
 
 
 def precisions(text: str) -> set[str]:
-    """The precisions of the products and convolutions of a lowered program."""
+    """The precisions of products and convolutions in a lowered program."""
     lines = [line for line in text.splitlines() if re.search(r"stablehlo\.(dot_general|convolution)\b", line)]
     assert lines
     return {name for line in lines for name in re.findall(r"DEFAULT|HIGHEST|HIGH", line) or ["DEFAULT"]}
 
 
 def gradient(model):
-    """The lowered gradient of a network's output with respect to its parameters and its input."""
+    """Lowers the gradient of a network's output with respect to parameters and input."""
     shape = (4,) * getattr(model, "spatial_dims", 0) + (3,)
     inputs = models.initial_inputs(model, shape)
     if isinstance(model, models.Classifier):
@@ -82,7 +82,7 @@ def test_the_default_high_and_an_unknown_precision():
     model = NETWORKS["vectors"]
     assert precisions(gradient(model)) == {"DEFAULT"}
     assert precisions(gradient(model.clone(precision="high"))) == {"HIGH"}
-    with jax.default_matmul_precision("highest"):  # which the default follows
+    with jax.default_matmul_precision("highest"):  # the default follows this setting
         assert precisions(gradient(model)) == {"HIGHEST"}
     for kind in ("vectors", "images"):
         with pytest.raises(ValueError, match="precision='double' must be 'default', 'high' or 'highest'"):

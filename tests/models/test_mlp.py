@@ -1,4 +1,4 @@
-"""The network for vectors: against float64 NumPy, and what it shares with the U-Net."""
+"""The network for vectors: against float64 NumPy, and the behavior shared with the U-Net."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_it_starts_near_zero_and_every_parameter_has_a_gradient(initializer):
 
 
 def test_from_config_takes_the_settings_of_its_kind():
-    config = {"kind": "mlp", "channels": 16, "attention_levels": [1], "num_groups": 32}  # the defaults of the U-Net
+    config = {"kind": "mlp", "channels": 16, "attention_levels": [1], "num_groups": 32}  # the U-Net's defaults
     assert models.from_config(config) == models.MLP(channels=16)
     assert models.from_config({"kind": "unet", "spatial_dims": 1}) == models.UNet(spatial_dims=1)
     with pytest.raises(ValueError, match=r"model.attention_levels=\(2,\) has no effect on an MLP"):

@@ -1,4 +1,4 @@
-"""Networks of series, images and volumes: layers against explicit sums in float64, and whole networks against each other."""
+"""Networks for series, images and volumes: layers against explicit sums in float64, and networks against each other."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def explicit(x, kernel, padding, stride=1, periodic=False):
 
 
 def layer(n, *, periodic=False, **options):
-    """A convolution of 5 to 3 channels, its input, and its kernel."""
+    """A convolution from 5 to 3 channels, an input, and the kernel."""
     factory = LayerFactory(1, 1e-6, "ho", jnp.dtype("float32"), n, periodic)
     conv = factory.conv(3, "conv", **options)
     x = jax.random.normal(jax.random.key(n), (2, *SIZES[n], 5))
@@ -73,13 +73,14 @@ def test_the_kernel_of_an_upsampled_image_is_summed_before_rounding():
         return layers.conv(64, "up", upsample=upsample).apply(params, x)
 
     y, doubled = run(kernel, True, low), run(kernel, False, upsample_2x(low))
-    # As of the doubled image itself; with kernels that are rounded before they are added up 1.25 times that.
+    # The error equals a convolution's of the doubled image; kernels that are rounded before their sum give 1.25 times this
+    # error.
     assert error(y) < 1.05 * error(doubled)
     assert error(run(np.asarray(kernel, jnp.bfloat16), True, low)) > 1.1 * error(y)
 
 
 def without_first_axis(params):
-    """Parameters of a network with one axis less, which is the same on arrays that are constant along the first axis."""
+    """Parameters for a network without the first axis; both networks agree on arrays that are constant along this axis."""
     return jax.tree.map(lambda leaf: leaf.sum(0) if leaf.ndim > 2 else leaf, params)
 
 
@@ -89,7 +90,7 @@ def without_first_axis(params):
     [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), pytest.param(3, {}, marks=pytest.mark.slow)],
 )
 def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, fields):
-    """On a torus kernels add up along an axis on which the array is constant; norms and attention do not see copies."""
+    """On a torus, kernels add up along an axis with constant values; norms and attention do not change with copies."""
     size = (8, 4)[: n - 1]
     large, small = (models.UNet(**TINY, **fields, padding="periodic", spatial_dims=d) for d in (n, n - 1))
     x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])
@@ -115,14 +116,14 @@ def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
         return abs(shifted - jnp.roll(out, shift, axes)).max() / abs(out).max()
 
     assert error(model, (2,) * n) < 1e-5 and error(model, (-4,) + (2,) * (n - 1)) < 1e-5
-    assert error(model, (1,) * n) > 1e-3  # not a multiple of the stride of the second level
+    assert error(model, (1,) * n) > 1e-3  # not a multiple of the second level's stride
     assert error(model.clone(padding="zeros"), (2,) * n) > 1e-3
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 5, 2)])
 def test_any_size_is_padded_with_zeros_and_cropped(shape):
-    """As the same network of the padded array and condition, cropped by hand."""
+    """Equal to the same network on the padded array and condition, cropped by hand."""
     n = len(shape)
     model = models.UNet(**TINY, spatial_dims=n, condition_channels=2)
     even = tuple(-(-size // 2) * 2 for size in shape)

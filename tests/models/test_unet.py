@@ -1,4 +1,4 @@
-"""The U-Net: counts, embedding and initialization as published, and what it accepts and refuses."""
+"""The U-Net: counts, embedding and initialization as published, and accepted and refused arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_timestep_embedding_equals_published_values():
 
 @pytest.mark.whole
 def test_initialization_equals_ho_et_al():
-    """Uniform of variance 1 / fan_avg, biases 0; the last layer of every residual branch and of the network near 0."""
+    """Uniform with variance 1 / fan_avg, biases 0; the last layer in every residual branch and in the network is near 0."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}))
     kernel = params["down_1_block_0"]["conv1"]["kernel"]
     bound = np.sqrt(3 / (9 * (64 + 128) / 2))
@@ -60,7 +60,7 @@ def test_every_parameter_has_a_gradient(adm):
     params = redraw(init(model, y=y[:1]))
     grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        if "['k']['bias']" not in jax.tree_util.keystr(path):  # a constant added to every logit moves no softmax
+        if "['k']['bias']" not in jax.tree_util.keystr(path):  # a constant in all logits cancels in the softmax
             assert abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
 
 
@@ -75,7 +75,7 @@ def test_output_depends_on_labels_time_and_dropout():
     assert abs(a - b).max() > 1e-3
     np.testing.assert_array_equal(run(), run())
     concrete = lambda x, y: model.apply({"params": params}, x, jnp.zeros(1), y)  # noqa: E731
-    for label in (3, -1):  # a label out of range is never a neighbor's
+    for label in (3, -1):  # a label out of range never selects another label's embedding
         with pytest.raises(ValueError, match=rf"labels must lie in 0 \.\.\. 2, got {label}"):
             concrete(x, jnp.array([label]))
         assert np.isnan(run(y=label)).all()
@@ -108,7 +108,7 @@ def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), loss(plain), loss(remat))
     half = models.UNet(**TINY, dtype="bfloat16")
     out = apply(half, params, x, time)
-    # bfloat16 keeps 8 bits: 0.4% a rounding, some tens of them in a row.
+    # bfloat16 keeps 8 bits: 0.4% per rounding, with some tens of roundings in a row.
     assert out.dtype == jnp.float32 and np.linalg.norm(out - reference) < 0.05 * np.linalg.norm(reference)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(init(half)))
 

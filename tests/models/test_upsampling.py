@@ -1,4 +1,4 @@
-"""Networks that enlarge: what they are given, checked in closed form, and their training."""
+"""Super-resolution networks: inputs, checked in closed form, and training."""
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,21 @@ def test_downsample_takes_means():
     np.testing.assert_allclose(low.mean((1, 2)), x.mean((1, 2)), rtol=1e-6)
     np.testing.assert_array_equal(upsampling.downsample(x, 4), x)
     for height in (0, 3, 8):
-        with pytest.raises(ValueError, match=f"resolution of {height} pixels does not divide images of 4x8"):
+        with pytest.raises(ValueError, match=f"resolution of {height} pixels does not divide 4x8 images"):
             upsampling.downsample(x, height)
-    with pytest.raises(ValueError, match="does not divide images of 4x6"):
+    with pytest.raises(ValueError, match="does not divide 4x6 images"):
         upsampling.downsample(x[:, :, :6], 1)
 
 
 def test_enlarge_inverts_downsample_for_linear_images():
-    """Means over squares put a line's value at each square's center, where bilinear interpolation finds it again."""
+    """A mean over a square equals a linear function's value at the center, so bilinear interpolation recovers the
+    function."""
     y, x = np.mgrid[:8, :16] + 0.5
     image = jnp.float32((3 + 0.5 * x - 0.25 * y)[None, :, :, None])
     low = upsampling.downsample(image, 4)
     again = upsampling.enlarge(low, (8, 16))
     np.testing.assert_allclose(again[:, 1:-1, 1:-1], image[:, 1:-1, 1:-1], rtol=1e-5)
-    np.testing.assert_allclose(again[0, 0, 0], low[0, 0, 0], rtol=1e-6)  # beyond the outermost centers: their value
+    np.testing.assert_allclose(again[0, 0, 0], low[0, 0, 0], rtol=1e-6)  # beyond the outer centers
     constant = jnp.full((1, 8, 8, 3), 0.3)
     np.testing.assert_allclose(upsampling.enlarge(upsampling.downsample(constant, 2), (8, 8)), constant, rtol=1e-6)
 
@@ -63,7 +64,7 @@ def test_augment_adds_noise_of_the_given_standard_deviation():
 
 
 class Spy:
-    """A network that remembers what it is given; its output is its one parameter."""
+    """A network that records its inputs; the output is the single parameter."""
 
     num_classes = 0
     seen: list
@@ -79,7 +80,8 @@ class Spy:
 @pytest.mark.whole
 @pytest.mark.parametrize("most", [0.0, 0.8])
 def test_objective_conditions_on_the_downsampled_x_0(most):
-    """And with noise: the channel that tells its size is uniform up to the most, and is the noise that is there."""
+    """With noise, too: the noise channel is uniform up to the maximum and equals the standard deviation of the added
+    noise."""
     config = upsampler_config(**{"diffusion.conditioning_noise": most})
     spy, n = Spy(), 512
     objective = make_objective(config, spy, training.schedule_from_config(config.diffusion))
@@ -96,7 +98,7 @@ def test_objective_conditions_on_the_downsampled_x_0(most):
     np.testing.assert_array_equal(given[..., 1], std[:, None, None].repeat(8, 1).repeat(8, 2))
     assert 0 <= std.min() and std.max() < most
     assert abs(std.mean() - most / 2) < 4 * most / (12 * n) ** 0.5
-    # The enlargement of white noise of deviation 1 has a mean square that the same enlargement of one pixel tells.
+    # Enlarged unit white noise has the mean square that follows from enlarging single pixels.
     pixels = upsampling.enlarge(jnp.eye(16).reshape(16, 4, 4, 1), (8, 8))
     ratio = ((given[..., 0] - exact) ** 2).mean((1, 2)) / std**2 / ((pixels**2).sum(0).mean())
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / n**0.5

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn equals what is given, every point is inside the axes, and what is left out is stated."""
+"""Pictures: the drawn values equal the arguments, every point is inside the axes, and omissions are stated."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from diffusion_jax.metrics.of_arrays import Measurement
 from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
 
-SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by their number of spatial axes
+SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by number of spatial axes
 
 
 def drawn(seed, *shape):
@@ -21,7 +21,7 @@ def lines(axes):
 
 
 def images(figure):
-    """The axes with images, without color bars, and their images."""
+    """The axes with images, without color bars, and the images."""
     shown = [axes for axes in figure.axes if axes.get_images()]
     return shown, [axes.get_images()[0] for axes in shown]
 
@@ -99,7 +99,7 @@ def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
 
 @pytest.mark.parametrize("shape", [(1,), *SHAPES])
 def test_a_trajectory_has_a_column_for_each_time(shape):
-    """Lines have a scale for each time; the colors of images show the range of the samples and half as much around it."""
+    """Lines have a scale for each time; images' colors show the samples' range, extended by half."""
     x = drawn(12, 4, 2, *shape) * np.array([100, 50, 10, 1]).reshape(-1, *[1] * (len(shape) + 1))
     figure = draw_trajectory(x, [9, 5, 1], title="being denoised")
     if len(shape) == 1:
@@ -163,17 +163,17 @@ def test_values_that_are_not_finite_are_counted_and_marked(shape):
     x = drawn(24, 4, *shape)
     x[0].flat[0], x[1].flat[0], x[2].flat[1] = np.nan, np.inf, -np.inf
     figure = draw_samples(x, title="not finite")
-    counted = "9 of 1184" if len(shape) == 4 else f"3 of {x.size}"  # of volumes, those of slices and projections
+    counted = "9 of 1184" if len(shape) == 4 else f"3 of {x.size}"  # in slices and projections
     assert f"{counted} drawn values are NaN or infinite" in figure.get_suptitle()
     marked = (to_array(figure) == [255, 0, 255]).all(axis=-1).any()
-    assert marked == (len(shape) > 2)  # those of vectors are counted only
+    assert marked == (len(shape) > 2)  # values of vectors are only counted
     to_array(draw_trajectory(np.stack([x, x]), [1], title="not finite"))
 
 
 @pytest.mark.parametrize("value", [3.0, np.nan])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_example_of_one_value_with_text_that_is_not_mathematical_notation(shape, value):
-    """A name that Matplotlib cannot read as a formula would raise."""
+    """Matplotlib would raise for a name that is an invalid formula."""
     x, text = np.full((1, *shape), value, np.float32), "$\\frac{$ a" + 40 * "b"
     options = {"title": text, "captions": [text]}
     for figure in (draw_samples(x, **options, reference=x), draw_trajectory(x[None], [], **options)):
@@ -215,7 +215,7 @@ def test_statistics_have_error_bars_for_both_sets(kind, length):
 
 @pytest.mark.parametrize("decoder", [1.8, 1e-12, -1e-9])
 def test_the_decoder_term_is_inside_the_axes(decoder):
-    """If it is far below the other terms, it is at the bottom of the axis."""
+    """If the decoder term is far below the other terms, the term is at the bottom of the axis."""
     terms = np.concatenate([[decoder], np.geomspace(2.0, 1e-4, 999)])
     (axes,) = pictures.draw_bound_terms(terms, "digits").axes
     transitions, point = axes.get_lines()
@@ -253,5 +253,5 @@ def test_a_grid_with_text_has_the_images_of_one_without():
         text = captioned[top + 96 : top + 96 + LINE, left : left + 96]
         assert (text == text[0, 0]).all() == (i == 1)
     headed = pictures.draw_grid(images, " ".join(3 * [25 * "w"]), headers=["t = 999", "t = 0", "image"])
-    np.testing.assert_array_equal(headed[4 * LINE :], plain)  # three lines of the title, and one of headers
+    np.testing.assert_array_equal(headed[4 * LINE :], plain)  # three title lines and a header line
     assert (headed[3 * LINE : 4 * LINE, GAP:100] > 150).any()

@@ -1,4 +1,4 @@
-"""Weights of series, fields, volumes and vectors, with conditions: a run, one file of it, and what they sample."""
+"""Weights for series, fields, volumes and vectors, with conditions: a run, a file from this run, and their samples."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ UNET = models.UNet(**TINY | {"attention_levels": ()})
 
 
 def net_of(model, image_size, channels, **options):
-    """Weights at random, for data with the offset 300 and the scale 10."""
+    """Random weights, for data with offset 300 and scale 10."""
     normalizations = {"x": Normalization((300.0,) * channels, (10.0,) * channels)}
     options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
     description = make_model("random", model, image_size, DIFFUSION, channels, **options)
@@ -92,7 +92,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
 def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
 
-    The clip of a sampler to [-1, 1] is not for standardized data.
+    A sampler's clip to [-1, 1] does not apply to standardized data.
     """
     net = vectors_net()
     y, condition = np.array([0, 2, 1]), np.array([[54.0, 0.0], [50.0, -2.0], [42.0, 4.0]])
@@ -129,7 +129,7 @@ def test_one_condition_serves_all_and_none_is_the_null_condition():
     np.testing.assert_allclose(unguided, without, rtol=1e-5)
     assert (x != without).any()
     own_clip = net.sample(KEY, 2, condition=one, sampler=sampling.ddim(clip=jnp.tanh), steps=3)
-    assert (own_clip != x).any()  # only the default clip of a sampler is replaced
+    assert (own_clip != x).any()  # only a sampler's default clip is replaced
 
 
 def test_conditions_that_do_not_fit_a_network_are_one_line():

@@ -25,7 +25,7 @@ def test_settings_that_shapes_do_not_determine_are_requested_by_name(tmp_path):
 
 
 def openai(directory, change=lambda weights: None, flags=NARROW_FLAGS):
-    """The narrow network of OpenAI's after `change` of its weights."""
+    """Writes OpenAI's narrow network after `change` was applied to the weights."""
     weights = stored("openai_narrow")[0]
     change(weights)
     return write(directory / "model.safetensors", weights), flags
@@ -72,7 +72,7 @@ BROKEN = {
     "out.2.bias is (3,), not (6,)": lambda directory: openai(directory, bias(np.zeros(3, np.float32))),
     "out.2.bias has values that are not finite": lambda directory: openai(directory, bias(np.full(6, np.nan))),
     "is int32; convert quantized weights": lambda directory: openai(directory, bias(np.zeros(6, np.int32))),
-    "of an unknown network": lambda directory: (write(directory / "x.safetensors", {"a": np.zeros(3)}), None),
+    "with an unknown network": lambda directory: (write(directory / "x.safetensors", {"a": np.zeros(3)}), None),
     "color is not a flag of OpenAI's": lambda directory: openai(directory, flags=NARROW_FLAGS + " --color blue"),
     "num_heads_upsample=2 is not supported": lambda directory: openai(
         directory, flags=FOUR_HEADS + " --num_heads_upsample 2"

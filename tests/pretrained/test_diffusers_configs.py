@@ -1,4 +1,4 @@
-"""diffusers' configs of networks and schedulers: their defaults, and the fields that are refused by name."""
+"""diffusers' network and scheduler configs: the defaults, and fields that are refused by name."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from helpers import torch_networks
 
 
 def test_missing_fields_of_a_config_have_diffusers_defaults():
-    """The published shapes also load with the library's defaults, which are different values."""
+    """The published shapes also load with the library's defaults, whose values differ."""
     bare = diffusers.unet_from_config({"block_out_channels": [224, 448, 672, 896]})
     assert bare.embedding_cos_first is True and (bare.embedding_freq_shift, bare.head_channels) == (0, 8)
     assert bare.norm_epsilon == 1e-5

@@ -1,4 +1,4 @@
-"""Stored networks of every family, TensorFlow's checkpoints and work directories load and give their stored outputs."""
+"""Every family's stored networks, TensorFlow checkpoints and work directories load and give the stored outputs."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(n
     net, arrays = load(tmp_path, name)
     assert arrays["out"].std() > 0.1
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
-    # The same check must detect a wrong time, or it would not test the embedding.
+    # The same check must detect a wrong time; otherwise the check would not test the embedding.
     assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
     if "classifier" in name:
         np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
@@ -70,7 +70,7 @@ def test_both_orders_of_attention_rows(tmp_path):
 
 
 def save_with_tensorflow(path, variables, **options):
-    """The path of a checkpoint that TensorFlow itself writes."""
+    """Writes a checkpoint with TensorFlow; returns the path."""
     import tensorflow as tf
 
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -80,7 +80,7 @@ def save_with_tensorflow(path, variables, **options):
 
 
 def test_tensorflow_checkpoints(tmp_path):
-    """The EMA is the port's network, the raw weights another."""
+    """The EMA equals the port's network; the raw weights differ."""
     weights, arrays = stored("port_narrow")
     variables, flags = ho_variables(weights), {"image_size": 16, "variance": "fixed_small"}
     others = {f"{name}/ExponentialMovingAverage": value for name, value in variables.items()}

@@ -1,4 +1,4 @@
-"""`net.sample`: a loaded network that draws, compiled once, against the core with the same keys."""
+"""`net.sample`, compiled once, against the core with the same keys."""
 
 import dataclasses
 import warnings
@@ -51,7 +51,7 @@ def test_samples_are_the_core_s_and_the_second_call_compiles_nothing(caplog):
     compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
     assert not [line for line in compiled if "run_program" in line], compiled
     np.testing.assert_array_equal(again, images)
-    assert (other != images).any() and (others != images).any()  # new weights of one model are not the old ones
+    assert (other != images).any() and (others != images).any()  # a model's new weights replace the old weights
 
 
 @pytest.mark.whole
@@ -91,7 +91,7 @@ def test_a_sampler_inside_of_another_is_fitted_too():
 @pytest.mark.whole
 def test_a_net_warns_of_steps_on_which_its_errors_grow():
     net, sampler = net_of(), sampling.ddim(clip=False)
-    with pytest.warns(UserWarning, match="samples with errors of .* use spacing='log_snr' or more steps, a clip"):
+    with pytest.warns(UserWarning, match="sample errors of .* use spacing='log_snr' or more steps, a clip"):
         net.sample(KEY, 2, sampler=sampler, steps=10, spacing="trailing")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Our networks against PyTorch's on the same weights, with `make parity`: outputs, gradients, files, samples."""
+"""This package's networks against PyTorch's on the same weights, with `make parity`: outputs, gradients, files, samples."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def weights_of(model):
 
 
 def save(model, path):
-    """As OpenAI publishes them: a plain state dict."""
+    """Saves the weights as OpenAI does: a plain state dict."""
     import torch
 
     torch.save(model.state_dict(), path)
@@ -50,7 +50,7 @@ def ours(net, x, times, y=None, low=None):
 
 
 def typed(text):
-    """The value of a flag, as OpenAI's scripts read it."""
+    """A flag's value, as OpenAI's scripts read the flag."""
     if text in ("True", "False"):
         return text == "True"
     return int(text) if text.isdecimal() else float(text) if text.replace(".", "").isdecimal() else text
@@ -121,7 +121,7 @@ def test_openai_s_networks(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adm_imagenet64", "improved_cifar10", "adm_upsampler_64_256", "adm_classifier64"])
 def test_openai_s_networks_at_full_width(name, tmp_path):
-    """A network of each kind as it is published; gigabytes, and minutes."""
+    """A network of each kind with the published size; takes gigabytes and minutes."""
     flags = {name: typed(value) for name, value in openai.parse_flags(README[name]).items()}
     size, low, _ = openai.PRESETS[name]
     taken = {key: value for key, value in flags.items() if not key.startswith(("diffusion", "noise", "rescale"))}
@@ -146,7 +146,8 @@ def test_openai_s_networks_at_full_width(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["diffusers", "openai", "classifier", "upsampler"])
 def test_gradients(name, tmp_path):
-    """Of a weighted sum of the output, by every parameter: theirs, put through the same map as weights, against ours."""
+    """Gradients of a weighted sum over the output, with respect to every parameter: PyTorch's, converted like weights,
+    against ours."""
     import torch
 
     config = {"diffusers": torch_networks.IMPROVED}.get(name)
@@ -176,7 +177,7 @@ def test_gradients(name, tmp_path):
     own = jax.jit(jax.grad(loss))(net.params)
     errors = []
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(theirs), strict=True):
-        if jax.tree_util.keystr(path).endswith("['k']['bias']"):  # the softmax does not see it: rounding alone
+        if jax.tree_util.keystr(path).endswith("['k']['bias']"):  # cancels in the softmax: only rounding
             assert abs(a).max() < 1e-3 * abs(own["conv_in"]["kernel"]).max()
             continue
         errors.append(worst(a, b))
@@ -215,7 +216,7 @@ def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
 
 
 def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
-    """The same weights as TensorFlow wrote them and as a google/ddpm-* folder, through their own code's network."""
+    """The same weights as a TensorFlow checkpoint and as a google/ddpm-* folder, which diffusers' own network reads."""
     import tensorflow as tf
 
     model = torch_networks.diffusers(torch_networks.PUBLISHED)
@@ -244,7 +245,8 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
 
 
 def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
-    """Truncated, with code to run, with other things than tensors; and the same weights in every container."""
+    """Truncated files, files with code, and files with other objects than tensors; and the same weights in every
+    container."""
     import torch
 
     function, flags = torch_networks.OPENAI["improved"]
@@ -286,7 +288,7 @@ def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
 
 
 def test_diffusers_older_files(tmp_path):
-    """.bin weights, beside config.json in one folder, as google/ddpm-cifar10-32 has them."""
+    """.bin weights beside config.json in one folder, as in google/ddpm-cifar10-32."""
     import torch
 
     model = torch_networks.diffusers(torch_networks.PUBLISHED)

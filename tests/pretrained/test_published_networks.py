@@ -1,4 +1,4 @@
-"""Published flags, tensor shapes and configs give the presets; the presets have the published numbers of parameters."""
+"""Published flags, tensor shapes and configs give the presets; the presets have the published parameter counts."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from helpers.published_files import README
 
 
 def named(model, size, naming, channels=3):
-    """Shapes under other people's names, as PyTorch lists them; OpenAI's q, k and v as one."""
+    """Shapes under the other project's names, as PyTorch lists shapes; OpenAI's q, k and v are one tensor."""
     shapes = {}
     for path, shape in parameter_shapes(model, (size, size, channels)).items():
         name, shape = naming(path, model), torch_shape(shape, path)
@@ -29,7 +29,7 @@ def named(model, size, naming, channels=3):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", README)
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
-    """The shapes of a file and its flags determine every field of the preset, and so does the name of the file."""
+    """A file's shapes and flags determine every field of the preset, and so does the file's name."""
     size, *_ = openai.PRESETS[name]
     shapes = named(models.preset(name), min(size, 256), openai.NAMING)
     if "classifier" in name:
@@ -61,7 +61,7 @@ def test_every_published_file_and_preset_is_known():
     assert set(presets.PRESETS) == set(openai.PRESETS) | set(ho.PRESETS)
 
 
-# The number of parameters of each preset, and the configs that train it.
+# Each preset's parameter count, and the configs that train the preset.
 NETWORKS = {
     "ddpm_cifar10": (35_746_307, ["cifar10"]),
     "ddpm_256": (113_673_219, ["celeba_hq_256", "lsun_bedroom_256", "lsun_cat_256", "lsun_church_256"]),

@@ -1,4 +1,4 @@
-"""Networks that are saved and loaded again are equal to the bit; what a format cannot store is refused by field."""
+"""Networks that are saved and loaded again are bit-identical; fields that a format cannot store are refused by name."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_a_table_of_betas_goes_through_diffusers(tmp_path):
     assert again.diffusion is None and again.variance == net.variance and float(again.clip(jnp.float32(7))) == 1.5
     with pytest.raises(PretrainedError, match="only True, False and a range"):
         pretrained.save_safetensors(dataclasses.replace(net, clip=jnp.tanh), tmp_path / "y.safetensors")
-    with pytest.raises(PretrainedError, match="table of betas"):
+    with pytest.raises(PretrainedError, match="beta table"):
         pretrained.config_settings(net)
 
 

@@ -1,4 +1,4 @@
-"""report.html: what it shows of complete, killed, damaged and empty work directories, its parts; and model cards."""
+"""report.html for complete, killed, damaged and empty work directories, the page's sections, and model cards."""
 
 import dataclasses
 import html.parser
@@ -27,7 +27,7 @@ SECTIONS += ["environment", "reproduce"]
 
 
 class Page(html.parser.HTMLParser):
-    """The parts of a page: sections, texts, images, and what it would load."""
+    """A parsed page: sections, texts, images, and addresses that the page would load."""
 
     def __init__(self, path):
         super().__init__()
@@ -60,7 +60,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_a_complete_run_has_every_section(tmp_path):
-    """And every frame of training and denoising."""
+    """Also every frame of training and denoising."""
     write_run(tmp_path)
     page = Page(write_report(tmp_path))
     assert page.sections == SECTIONS
@@ -75,7 +75,7 @@ def test_a_complete_run_has_every_section(tmp_path):
     assert training["captions"][-1] == "after 1,000 training steps"
     assert training["start"] == 3 and len(training["images"]) == 4
     assert denoising["captions"][:2] == ["network time t = 999", "network time t = 774"]
-    for each in page.frames:  # each picture once: the first one shown is in the page itself
+    for each in page.frames:  # each picture once: the first picture shown is in the page itself
         missing = [i for i, images in enumerate(each["images"]) if images[0] is None]
         assert missing == [each["start"]]
 
@@ -121,7 +121,7 @@ def test_text_from_data_and_configs_is_escaped(tmp_path):
 
 
 def test_a_page_stays_small(tmp_path, monkeypatch):
-    """Pictures of noise, which do not compress, with a fifteenth of the real limit."""
+    """Noise pictures, which do not compress, with a fifteenth of the real limit."""
     monkeypatch.setattr(page_module, "PICTURE_BYTES", page_module.PICTURE_BYTES // 15)
     write_log(tmp_path)
     (tmp_path / "samples").mkdir()
@@ -234,8 +234,8 @@ def test_a_card_is_filled_from_the_run(run, tmp_path):
     assert found["license"] == "unknown" and found["library_name"] == "diffusers" and found["datasets"] == ["digits"]
     for text in ("1,498 examples", "1,000 of batch 64", "0.1067 ± 0.04", "3.21 ± 0.02", "--config=digits_conditional"):
         assert text in card, text
-    card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)  # the metrics are of other weights
+    card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)  # the metrics belong to other weights
     assert "Nothing was measured of these weights" in card
-    card = model_card(net, tmp_path / "x.safetensors", None)  # as of published weights
+    card = model_card(net, tmp_path / "x.safetensors", None)  # as for published weights
     assert front_matter(card)["library_name"] == "diffusion_jax"
     assert "## Training" not in card and "network times 0 ..." in card

@@ -1,4 +1,4 @@
-"""Work directories that the tests of several modes use."""
+"""Work directories for the tests of several modes."""
 
 import pathlib
 import shutil
@@ -13,7 +13,7 @@ from helpers.work_directories import untrained
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of 4 steps, which no test may change."""
+    """A run with 4 steps, which no test may change."""
     directory = tmp_path_factory.mktemp("run")
     train.run(tiny_config(), directory)
     return directory
@@ -44,7 +44,7 @@ def run(untrained_run, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Seeds and numbers of the batches that are drawn, in place of a network's drawing."""
+    """Records the drawn batches' seeds and numbers, instead of drawing with a network."""
     calls = []
 
     def draw(setup, seed, index, batch_size):

@@ -55,7 +55,7 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
     stored = json.loads((run / "data.json").read_text())
     np.savez(file, x=examples("vectors", 24, seed=1))
     with pytest.raises(
-        errors.UserError, match="the data are not those that .* was trained on .*--pretrained=.*run --workdir=NEW$"
+        errors.UserError, match="the data differ from the training data of .*--pretrained=.*run --workdir=NEW$"
     ):
         train.run(array_config("vectors", file), run)
     assert json.loads((run / "data.json").read_text()) == stored
@@ -109,7 +109,7 @@ def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp
 def test_conditions_outside_the_range_of_the_run_get_a_note(tmp_path, capsys):
     low, high = np.array([10.0, -1.0]), np.array([20.0, 1.0])
     file = write_arrays("vectors", tmp_path / "x.npz", condition=np.linspace(low, high, 24))
-    np.save(tmp_path / "c.npy", [[12.0, 0.0], [20.9, -1.15], [15.0, 80.0]])  # the second within a tenth of the range
+    np.save(tmp_path / "c.npy", [[12.0, 0.0], [20.9, -1.15], [15.0, 80.0]])  # row 1: within a tenth of the range
     conditions = {"model.condition_features": 2, "sampling.conditions": str(tmp_path / "c.npy")}
     config = array_config("vectors", file, **conditions)
     sample.SampleFile(config, untrained(tmp_path / "run", config, data.load(config.data)))

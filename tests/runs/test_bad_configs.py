@@ -12,7 +12,7 @@ from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.paths import ROOT
 
-# Setting, value, and words of the message: what the setting alone does not show.
+# Setting, value, and words in the message that the setting alone does not contain.
 BAD = [
     ("training.steps_per_call", 3, "training.log_every=2 must be a multiple of training.steps_per_call=3"),
     ("mesh.data", 3, "mesh.data=3"),
@@ -24,7 +24,7 @@ BAD = [
     ("init_from", "/nowhere", "/nowhere"),
 ]
 
-# Flags, and what the one line must hold: what is wrong, its value, what is allowed. {} is a folder with the files and runs
+# Flags, and words in the one-line message: the error, the value, what is allowed. {} is a folder with the files and runs
 # that `wrong` makes; the program is main.py, or with "-m" a module.
 TRAIN, SAMPLE, RUN = "--config=configs/digits.py", "--mode=sample", "--workdir={}/run"
 LAUNCHES = [
@@ -106,14 +106,14 @@ def wrong(tmp_path_factory):
         ({"low_resolution": "small.npz"}, "is for models that enlarge images"),
         (
             {"classifier": "somewhere", "classifier_form": "mean", "sampler": "ddim"},
-            "shifts the mean of the sampler ddpm",
+            "shifts the mean in the sampler ddpm",
         ),
         ({"steps": (3, 4.5, 900), "spacing": "given"}, None),
         ({"classifier": "somewhere", "label": 3}, None),  # which may know classes
     ],
 )
 def test_training_refuses_what_sampling_would(settings, words, tmp_path, monkeypatch):
-    """Before anything is written or compiled; and takes the rest."""
+    """The errors come before anything is written or compiled; all other configs are accepted."""
 
     def noting(*_):
         raise DataError("taken")

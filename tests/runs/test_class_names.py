@@ -1,4 +1,4 @@
-"""The class names of the data, and their way to samples and pictures."""
+"""The data's class names, in samples and pictures."""
 
 import json
 
@@ -18,7 +18,7 @@ NAMES = [*"0123456", "tabby cat", "9", "fox"]
 def test_class_names_are_stored_with_the_run_and_must_not_change(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
-    (run / "checkpoints" / "1" / "digests.json").write_text("{}")  # without a checkpoint nothing is compared
+    (run / "checkpoints" / "1" / "digests.json").write_text("{}")  # without a checkpoint there is nothing to compare
     images, labels = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6, dtype=np.int32) % 3
 
     def check(*names):

@@ -36,7 +36,7 @@ def editing_config(files, **overrides):
 
 
 def edited(directory, config):
-    """The results of an edit."""
+    """Runs an edit; returns the results."""
     before = set((directory / "samples" / "edits").glob("*.npz"))
     edit.run(config, directory)
     (path,) = set((directory / "samples" / "edits").glob("*.npz")) - before
@@ -56,7 +56,7 @@ def test_known_pixels_and_measurements_are_kept(root, files):
     assert (images[0, :4] != images[1, :4]).any()
     images = edited(root / "conditional", editing_config(files, **options | {"editing.task": "super_resolution"}))
     small = data.fit(Image.fromarray(image), (4, 4), 1)
-    free = (images > 0) & (images < 255)  # clipped values no longer have the given means
+    free = (images > 0) & (images < 255)  # clipping changes the means
     whole = free.reshape(3, 4, 2, 4, 2).all(axis=(2, 4))
     means = images.reshape(3, 4, 2, 4, 2).mean(axis=(2, 4))
     assert abs(means - small[..., 0])[whole].max() <= 1 and whole.any()
@@ -64,7 +64,7 @@ def test_known_pixels_and_measurements_are_kept(root, files):
 
 @pytest.mark.whole
 def test_edits_equal_those_of_the_core(root, files):
-    """The label, the guidance by a classifier in both forms, and the options of each task, by hand."""
+    """The label, both forms of classifier guidance, and each task's options, by hand."""
     walked, full, model, params = core_inputs(conditional(), root / "conditional")
     classifier, y = pretrained.load(root / "classifier"), jnp.full(3, 4)
     log_prob = guidance.class_log_prob(classifier.logits, y)
@@ -112,7 +112,7 @@ def test_invalid_editing_options_are_refused(root, files):
 
 
 def test_a_mask_of_zeros_and_ones_keeps_the_ones(files, capsys):
-    """Saved as color; the console shows how many pixels are kept."""
+    """The mask is saved in color; the console shows how many pixels are kept."""
     with Image.open(files / "mask.png") as mask:
         Image.fromarray(np.stack([np.asarray(mask) // 255] * 3, -1)).save(files / "ones.png")
     config = editing_config(files, **{"editing.mask": str(files / "ones.png")})

@@ -1,4 +1,4 @@
-"""--mode=edit on data that are not images: files of arrays, results in data units, conditions."""
+"""--mode=edit on data that are not images: array files, results in data units, conditions."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def known_values(kind):
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Directories by kind, made when they are first needed: an untrained run with conditions, and the files of edits."""
+    """Directories by kind, made when first needed: an untrained run with conditions, and files for edits."""
     made = {}
 
     def get(kind):
@@ -73,7 +73,7 @@ def results(config, root):
     [("vectors", "inpaint"), ("volume", "replace")],
 )
 def test_inpainting_returns_the_known_numbers_of_the_file(roots, kind, task, capsys):
-    """Exactly, and the others may be NaN in the file."""
+    """Known values are returned exactly, and unknown values may be NaN in the file."""
     root, known = roots(kind), known_values(kind)
     holes = np.load(root / "holes.npy")
     x = results(configured(kind, root, task, **{"editing.image": str(root / "holes.npy")}), root)
@@ -92,7 +92,7 @@ def test_the_means_of_enlarged_fields_are_the_given_ones(roots):
     options = {"editing.image": str(root / "small.npy"), "editing.factor": 2, "sampling.steps": 4}
     x = results(configured("field", root, "super_resolution", **options), root)
     means = x.reshape(2, 3, 2, 4, 2, 5).mean(axis=(2, 4))
-    scale = abs(x).max()  # of an untrained network's large values, which cancel in the means
+    scale = abs(x).max()  # an untrained network has large values, which cancel in the means
     np.testing.assert_allclose(means, np.stack([small] * 2), rtol=1e-5, atol=1e-6 * scale)
 
 
@@ -123,7 +123,11 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
     np.save("all.npy", np.ones(8, bool))
     for task, overrides, words in (
         ("sdedit", {"editing.image": "several.npz"}, "holds several arrays; save the one to use with np.save"),
-        ("sdedit", {"editing.image": "wide.npy"}, r"holds float64 \[9, 2\]; it must be one example of shape \[8, 2\]"),
+        (
+            "sdedit",
+            {"editing.image": "wide.npy"},
+            r"holds float64 \[9, 2\]; it must be one example with shape \[8, 2\]",
+        ),
         ("sdedit", {"editing.image": "holes.npy"}, "editing.image has values that are not finite"),
         ("interpolate", {}, "needs a single row of sampling.conditions, not 2"),
         ("inpaint", {"editing.mask": "numbers.npy"}, r"holds float64 \[8\]; it must be bool of shape \[8, 2\] or"),

@@ -91,7 +91,7 @@ def test_the_report_agrees_with_the_bound_of_the_core(trained, monkeypatch):
 
 @pytest.mark.whole
 def test_the_options_reach_the_core(trained):
-    """Another split, seed, cdf and clip; and the ODE's with both of its dequantizations."""
+    """Another split, seed, cdf and clip; and the ODE with both dequantizations."""
     options = {"split": "train", "seed": 3, "cdf": "tanh", "clip": False}
     evaluate(config_with(**{f"evaluation.{key}": value for key, value in options.items()}), trained)
     got = report(trained)
@@ -114,7 +114,7 @@ def test_the_options_reach_the_core(trained):
 
 @pytest.mark.whole
 def test_measured_batches_are_kept_if_writing_fails_and_reused_only_with_equal_options(trained, monkeypatch):
-    """A full disk at the plots costs no measuring; another seed starts anew."""
+    """After a full disk at the plots, the batches are not measured again; another seed starts from the beginning."""
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""--mode=evaluate of continuous data: likelihoods in data units, metrics of samples, and the examples it takes."""
+"""--mode=evaluate with continuous data: likelihoods in data units, sample metrics, and the choice of examples."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def record(directory):
 
 @pytest.fixture
 def exact_network(monkeypatch):
-    """In place of the network, the exact one for standardized data that are Gaussian with the variance 1."""
+    """Replaces the network by the exact network for Gaussian data with variance 1 after standardization."""
 
     def denoise_fn(self, params, batch):
         schedule = self.net.schedule
@@ -65,7 +65,7 @@ def exact_network(monkeypatch):
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", ["vectors", "series"])
 def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exact_network):
-    """For data of variance 1 the chain with the variance beta is q itself, so the bound is tight; and the ODE is exact."""
+    """For data with variance 1, the chain with variance beta equals q, so the bound is tight; the ODE is exact."""
     x = examples(kind, 64)
     source = rows_of(x)
     overrides = {"evaluation.ode": True, "evaluation.ode_trace": "exact", "diffusion.variance": "fixed_large"}
@@ -141,7 +141,7 @@ def test_samples_are_compared_with_the_data(tmp_path):
         assert got["histogram_distance"] == arrays["histogram_distance"][channel] == arrays["histogram_distance"].max()
     assert all((run / got["files"][name]).exists() for name in ("histograms", "spectrum", "memorization"))
     assert got["memorization"]["num_samples"] == 48 and got["num_reference"] == 60 and got["features"] is None
-    # Another metric of the same sets is added to the record.
+    # Another metric for the same sets is added to the record.
     config.evaluation.metrics = ("energy_distance",)
     evaluate.measure_samples(config, run)
     assert len(json.loads((run / "metrics.json").read_text())) == 1
@@ -170,7 +170,7 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     [
         ("vectors", {"metrics": ("fid",)}, "fid is not for data with 0 spatial axes and without features=module:"),
         ("field", {"metrics": ("autocorrelation",)}, "names from energy_distance, .*power_spectrum, memorization$"),
-        ("series", {"features": "inception"}, r"'inception' are features of images; .* arrays \[N, \*spatial, C\]"),
+        ("series", {"features": "inception"}, r"'inception' needs images; .* arrays \[N, \*spatial, C\]"),
         ("series", {"num_samples": 39}, "num_samples: 39 examples are too few for sliced_wasserstein, which needs 40"),
     ],
 )
@@ -191,7 +191,7 @@ def test_training_logs_a_distance_of_features_alone(tmp_path):
 
 
 def test_examples_of_another_file_have_no_split(tmp_path, capsys):
-    """And other weights were not trained on the file of the config."""
+    """Other weights were not trained on the config's file, either."""
     own, other = (write_arrays("vectors", tmp_path / f"{name}.npz", count) for name, count in (("x", 40), ("y", 5)))
     run = untrained(tmp_path / "run", array_config("vectors", own), data.load(array_config("vectors", own).data))
     for file, split, count in ((other, None, 5), (f"{tmp_path}/../{tmp_path.name}/x.npz", "train", 40)):
@@ -215,12 +215,12 @@ def test_held_out_examples_are_the_test_split(tmp_path, capsys):
 
     normalized = data.Normalized(trained_on, found.net.normalizations)
     assert not rows(found.source) & rows(normalized) and len(rows(found.source) | rows(normalized)) == 40
-    # Samples are compared with the split that was trained on, or with the other.
+    # Samples are compared with the training split, or with the test split.
     reference = evaluate.load_reference(config)
     assert reference.name.endswith(":train") and rows(reference.examples) == rows(trained_on)
     config.evaluation.reference_split = "test"
     assert len(evaluate.load_reference(config).examples) == 40 - len(trained_on)
     config.evaluation.split = "train"
     assert LikelihoodRun(config, run).split == "train" and "(split 'train')" in capsys.readouterr().out
-    # The examples of a caller are measured as a whole.
+    # All of a caller's examples are measured.
     assert len(LikelihoodRun(config, run, trained_on).source) == len(trained_on)

@@ -1,4 +1,4 @@
-"""Goodput over launches, the status of a directory, and profiles."""
+"""Goodput over launches, a directory's status, and profiles."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
     clock = types.SimpleNamespace(now=1000.0)
     assert launch(tmp_path, clock, 0, 65, 65) == pytest.approx(65 / 100)
     clock.now += 50  # the machine was gone
-    # The checkpoint was of step 52, so 13 of the 65 steps, 13 s, are done again.
+    # The checkpoint has step 52, so 13 of the 65 steps, 13 s, are repeated.
     goodput = launch(tmp_path, clock, 52, 115, 167)
     assert goodput == pytest.approx((65 - 13 + 115) / 300)
     found = read_goodput(tmp_path)
@@ -68,7 +68,7 @@ def test_the_status_of_a_run(tmp_path, capsys):
 
 @pytest.mark.whole
 def test_a_profile_is_of_the_sixth_to_the_tenth_call(tmp_path, monkeypatch):
-    """Also of a launch that ends before the tenth."""
+    """Also for a launch that ends before the tenth step."""
     events = []
     monkeypatch.setattr("jax.profiler.start_trace", lambda directory: events.append("start"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: events.append("stop"))

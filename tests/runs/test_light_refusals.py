@@ -1,4 +1,4 @@
-"""`--help` and refusals do not import what only runs need, so that they are fast."""
+"""`--help` and refusals are fast, because libraries that only runs need are not imported."""
 
 import json
 import os
@@ -29,7 +29,7 @@ print(json.dumps(loaded))
 
 
 def test_help_and_refusals_load_nothing_heavy(tmp_path):
-    """All in one process; the last looks for a data set."""
+    """All commands run in one process; the last command looks for a data set."""
     arguments = [sys.executable, "-c", _CODE, json.dumps(_COMMANDS), json.dumps([*_HEAVY, "tensorflow_datasets"])]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run(arguments, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The writers of metrics: lines, TensorBoard's events, and trackers, the real packages in their offline modes."""
+"""Metric writers: lines, TensorBoard events, and trackers (the real packages in offline mode)."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
 
 
 def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
-    """The first launch is killed in the middle of a line and of an event."""
+    """The first launch is killed in the middle of a line and an event."""
     for step in (0, 4):
         metrics = RunMetrics(tiny_config(), RunDir(tmp_path), step)
         for later in (3, 5, 7) if step == 0 else (5, 6):
@@ -87,7 +87,7 @@ def offline(tmp_path, monkeypatch):
 
 
 def tracked_points(name, workdir):
-    """[(step, loss)] of the run of a tracker."""
+    """[(step, loss)] from a tracker's run."""
     run = json.loads((workdir / "trackers.json").read_text())[name]
     if name == "mlflow":
         history = importlib.import_module("mlflow").MlflowClient().get_metric_history(run, "loss")
@@ -107,9 +107,9 @@ def test_a_relaunch_continues_the_tracked_run(name, offline, capsys):
             tracker.write_scalars(step, {"loss": 1 / step, "grad_norm": 2.0})
             tracker.write_image(step, "samples", PICTURE, "Samples")
         tracker.close()
-        time.sleep(1.1)  # W&B names the folder of a launch by the second
+        time.sleep(1.1)  # W&B names a launch's folder by the second
     assert "continues without it" not in capsys.readouterr().out
-    if name == "wandb":  # whose files are not documented
+    if name == "wandb":  # the tracker's files are not documented
         run_id = json.loads((offline / "trackers.json").read_text())["wandb"]
         assert len(list(offline.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))) == 2
     else:

@@ -1,4 +1,4 @@
-"""Runs on continuous noise levels: training, samples, likelihoods and files of models with `diffusion.path`."""
+"""Runs on continuous noise levels, with `diffusion.path`: training, samples, likelihoods and weight files."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_summaries_name_the_path():
 
 @pytest.mark.whole
 def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
-    """Also from a file; standardized data have sigma_data 1."""
+    """The same for a model from a file; standardized data have sigma_data 1."""
     config = tiny_config(**EDM)
     net = pretrained.from_config(config, training.create(config)[0].params)
     x, time = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32), jnp.array([-1.0, 0.5])

@@ -1,4 +1,4 @@
-"""The plan: the bytes and FLOPs that it counts, the settings that it proposes, and notes about problems of a config."""
+"""The plan: counted bytes and FLOPs, proposed settings, and notes about problems in a config."""
 
 import re
 
@@ -14,7 +14,7 @@ from helpers.configs import tiny_config
 
 @pytest.fixture(scope="module")
 def choices():
-    """(a config, all its settings for eight devices), of a small network whose arrays are split, too."""
+    """(a config, all possible settings on eight devices), for a small network whose arrays are also split."""
     config = resolve(tiny_config(**{"training.batch_size": 32, "data.image_size": 16, "model.num_groups": 4}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SPLIT_SIZE", 64)
@@ -37,13 +37,13 @@ def test_settings_trade_memory_for_time(choices):
 
 @pytest.mark.whole
 def test_an_estimate_is_that_of_the_compiled_program():
-    """The state exactly, FLOPs and the peak up to what one compiler does otherwise."""
+    """The state is exact; FLOPs and the peak agree up to differences in the compiler."""
     config = resolve(tiny_config(**{"training.batch_size": 32, "data.image_size": 16}))
     program = training.build_program(config)
     traced = plan.trace(config, [False])
     found = plan.estimate(config, traced, plan.Settings(1, False, 1), 1)
     state = (program.abstract_state.params, program.abstract_state.ema_params, program.abstract_state.opt_state)
-    assert found.state + 8 == sum(leaf.size * 4 for leaf in jax.tree.leaves(state))  # and two counters of steps
+    assert found.state + 8 == sum(leaf.size * 4 for leaf in jax.tree.leaves(state))  # and two step counters
     batch = {"image": jax.ShapeDtypeStruct((32, 16, 16, 1), "uint8"), "label": jax.ShapeDtypeStruct((32,), "int32")}
     compiled = program.train_step.lower(program.abstract_state, batch).compile()
     memory = compiled.memory_analysis()
@@ -80,7 +80,7 @@ NOTES = [
     ),
     (
         LONG | CONTINUOUS,
-        "diffusion.prediction=eps of continuous data (data.levels=None) without a clip amplifies the errors",
+        "diffusion.prediction=eps on continuous data (data.levels=None) without a clip amplifies the network's errors",
     ),
     (
         LONG | {"diffusion.num_timesteps": 10},
@@ -121,7 +121,7 @@ def test_what_works_has_no_note(config):
 
 
 def test_data_that_do_not_fit_the_settings_have_a_note():
-    """A batch that repeats examples, and gray levels that are not those of the images."""
+    """A batch that repeats examples, and gray levels that differ from the images' levels."""
     source = data.load(tiny_config().data)
     for overrides, words in (
         ({"training.batch_size": len(source)}, None),

@@ -1,4 +1,4 @@
-"""The program in processes of its own: signals, kills, flags and stored configs."""
+"""The program in separate processes: signals, kills, flags and stored configs."""
 
 import os
 import signal
@@ -51,8 +51,8 @@ def num_lines(directory):
     ],
 )
 def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps, ends):
-    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number but the speed equals an unbroken run's,
-    to the bit."""
+    """SIGKILL, SIGTERM or Ctrl-C in mid-run; then to the end. Every logged number except the speed is bit-identical to an
+    uninterrupted run's."""
     overrides = {
         "training.num_steps": num_steps,
         "training.log_every": 1,
@@ -82,13 +82,13 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
         assert len(list((tmp_path / directory / "samples").glob("train_step*.png"))) == 3
     killed, whole = (last_state(tiny_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
-    if loss:  # long past its warm-up
+    if loss:  # long after the warm-up
         assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
 
 
 @pytest.mark.whole
 def test_the_stored_config_is_used_if_none_is_given(trained):
-    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # of a run in progress: sampling must leave it alone
+    (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # from a run in progress: sampling must keep it
     flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
     code, out, err = finish(start("--workdir", str(trained), *flags))
     assert code == 0, err
@@ -111,7 +111,7 @@ def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path)
 
 @pytest.mark.whole
 def test_ctrl_c_does_not_stop_the_processes_that_read_data(tmp_path):
-    """A terminal sends it to all processes of the command; the step must still be saved, in one line."""
+    """A terminal sends Ctrl-C to all processes of the command; the step must still be saved, and one line printed."""
     streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
     flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
     process = start(*flags, start_new_session=True)

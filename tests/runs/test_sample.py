@@ -1,4 +1,4 @@
-"""--mode=sample: its files, which are reused or sampled again, and resuming."""
+"""--mode=sample: the sample files, which are reused or drawn again, and resuming."""
 
 import dataclasses
 
@@ -40,12 +40,12 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
         assert all(trajectory.with_name(f"{path.stem}{of}.png").exists() for of in ("", "_x_0"))
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
-    assert example_sets.open_set(str(trained)).name == str(path)  # not the trajectory, which is newer
+    assert example_sets.open_set(str(trained)).name == str(path)  # not the newer trajectory
 
 
 @pytest.mark.whole
 def test_the_trajectory_is_of_the_first_samples(tmp_path):
-    """The same noise and classes, also of a sampler that draws noise at every step, within a gray level of rounding."""
+    """The same noise and classes, also for a sampler that draws noise at every step, up to one gray level of rounding."""
     config = conditional(
         **{
             "sampling.steps": 6,
@@ -98,7 +98,7 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
     (torn / "2.partial.npz").write_bytes(b"killed while writing")
     monkeypatch.setattr(SamplingSetup, "generate_batch", lambda *args: made.append(1) or draw(*args))
     sample.run(config, trained)
-    assert len(made) == 5  # two before, the broken one, and the two that were left
+    assert len(made) == 5  # two before, the failed batch, and the two remaining batches
     with np.load(whole) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], expected)
     assert not [p for p in (trained / "samples").iterdir() if p.name.startswith(".")]
@@ -113,7 +113,7 @@ def test_sampling_without_a_run_is_refused(tmp_path):
 
 @pytest.mark.usefixtures("own_cache")
 def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
-    """Files of one name: other settings, other weights of the same step, and a damaged file."""
+    """Files with the same name: other settings, other weights from the same step, and a corrupted file."""
     file = reuse_or_draw(tiny_config(**FEW_DRAWN), run)
     assert len(drawn) == 3
     for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}):
@@ -138,7 +138,7 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
 
 
 def store_settings(path, **settings):
-    """Replaces settings in the record of a file."""
+    """Replaces settings in a file's record."""
     stored = Provenance.read(path)
     np.savez(path, np.load(path)["arr_0"], **dataclasses.replace(stored, settings=stored.settings | settings).arrays())
 

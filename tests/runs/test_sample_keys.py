@@ -1,4 +1,4 @@
-"""--mode=sample draws each sample with its own key, whatever the batch size and the number of devices."""
+"""--mode=sample draws each sample with its own key, for any batch size and device count."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ class sum_of_draws(sampling.Sampler):
 
 
 def test_draws_are_equal_to_the_bit_for_any_batch_size():
-    """The sum of x_T and the noise of five steps, and the classes, of seven samples."""
+    """For seven samples: the sum of x_T and the noise in five steps, and the classes."""
     config = conditional(**{"data.levels": None})  # the setup returns floats
     setup = resolve_sampling(config, pretrained.from_config(config))
     setup = dataclasses.replace(setup, sampler=sum_of_draws())
@@ -57,7 +57,8 @@ def test_draws_are_equal_to_the_bit_for_any_batch_size():
 
 @pytest.mark.whole
 def test_images_for_any_batch_size_and_on_four_devices(tmp_path, monkeypatch):
-    """In batches of one size, equal to the bit for any number of samples; otherwise up to the rounding in DDIM's 50 steps."""
+    """With equal batch sizes, bit-identical for any number of samples; otherwise equal up to the rounding in DDIM's 50
+    steps."""
     settings = {"diffusion.num_timesteps": 1000, "sampling.sampler": "ddim", "sampling.steps": 50}
     run = untrained(tmp_path / "run", conditional(**settings))
 

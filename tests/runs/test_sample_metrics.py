@@ -1,4 +1,4 @@
-"""--mode=evaluate: metrics of samples; and the distance that training logs."""
+"""--mode=evaluate: sample metrics, and the distance that training logs."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_training_logs_the_frechet_distance(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {line["step"]: line["frechet_distance_10_ddim2"] for line in lines if "frechet_distance_10_ddim2" in line}
     assert list(logged) == [2, 4]
-    # Of the EMA weights, as the same draws made here say.
+    # With the EMA weights: the same draws give the same value here.
     net = workdir.open_model(config, tmp_path / "run")
     params = pretrained.load(tmp_path / "run").params
     batches = SampleBatches(config, net, data.load(config.data), config.sampling.batch_size, 0, "the test")

@@ -1,4 +1,4 @@
-"""The sampler and the steps of config.sampling, against those of the core."""
+"""The sampler and the steps from config.sampling, against the core's."""
 
 import dataclasses
 import inspect
@@ -27,7 +27,7 @@ def test_the_defaults_of_the_settings_are_those_of_the_samplers(name):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
-    """The same function as the core's with the same options, by what it draws; each option changes that."""
+    """The same samples as from the core's sampler with the same options; each option changes the samples."""
     options = {setting: value for setting, value in OFF_DEFAULT.items() if name in sampling.samplers_with(setting)}
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 6, "log_snr")
     network = lambda x, time: jnp.sin(3 * x) * (1 + time[:, None] / 1000)  # noqa: E731
@@ -100,7 +100,7 @@ def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words, un
 
 
 def test_settings_without_effect_are_listed():
-    """Each alone, beside what reads it and beside what does not."""
+    """Each setting alone, with a sampler that reads the setting and with a sampler that does not."""
     assert sampling_setup.unused_settings(tiny_config().sampling) == []
     for setting, value, reader, other in (
         ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),

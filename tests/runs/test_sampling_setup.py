@@ -90,7 +90,7 @@ def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name
 
 @pytest.mark.whole
 def test_an_upsampler_enlarges_given_images(root, tmp_path):
-    """Images of an .npz in turn, and of a folder; the noise it is told of; a trajectory."""
+    """Images from an .npz, repeated in order, and from a folder; noise on the small images; a trajectory."""
     directory = root / "upsampler"
     low = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
     np.savez(tmp_path / "low.npz", low)
@@ -131,7 +131,7 @@ def of(settings, **diffusion):
 
 @pytest.mark.whole
 def test_different_sampling_options_have_different_file_names(root):
-    """The sampler, the steps, the classes and the guidance are spelled; a digest stands for all else."""
+    """A file name contains the sampler, the steps, the classes and the guidance; a digest represents all other options."""
     names = {
         "ddpm5_guided2.0": {"guidance_scale": 2.0},
         "ddpm5_guided2.0000001": {"guidance_scale": 2.0000001},
@@ -156,14 +156,15 @@ def test_different_sampling_options_have_different_file_names(root):
 
 
 def test_steps_on_which_a_sampler_fails_are_refused():
-    """With no spacing given heun, pndm and plms take one that works; the others that are known to fail are one line."""
+    """Without a spacing, heun, pndm and plms use a spacing that works; other steps that are known to fail raise a one-line
+    error."""
     cosine = {"schedule": "cosine", "num_timesteps": 1000}
     for sampler in ("heun", "pndm", "plms"):
         chosen = of({"sampler": sampler, "steps": 20}, **cosine)
         assert chosen.schedule.num_timesteps == 20 and not chosen.notes
         with pytest.raises(errors.UserError, match="would be noise; use spacing='log_snr' or more steps"):
             of({"sampler": sampler, "steps": 20, "spacing": "trailing"}, **cosine)
-    # Without a clip the errors of an eps network grow, unless the steps are even in the log SNR: the default then.
+    # Without a clip an eps network's errors grow, unless the steps are even in the log SNR, which is then the default.
     unclipped = of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine)
     log_snr = of({"sampler": "ddim", "steps": 20, "clip": False, "spacing": "log_snr"}, **cosine)
     np.testing.assert_array_equal(unclipped.schedule.timesteps, log_snr.schedule.timesteps)

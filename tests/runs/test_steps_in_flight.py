@@ -1,4 +1,4 @@
-"""How much of the train step is in flight, and how soon a signal stops it."""
+"""The train step calls in flight, and the time until a signal stops training."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from helpers.array_configs import array_config, write_arrays
 
 
 class Device:
-    """A simulated device that computes its calls in order, and the clock of its host."""
+    """A simulated device that computes calls in order, and the host's clock."""
 
     def __init__(self):
         self.now = self.free = 0.0
@@ -29,7 +29,7 @@ class Device:
 
 
 class Output:
-    """An array of a call that ends at a time."""
+    """An array from a call that ends at a given time."""
 
     def __init__(self, device, end):
         self.device, self.end = device, end
@@ -64,7 +64,7 @@ def test_about_a_second_of_work_is_in_flight(seconds):
     assert in_flight.finished == 100 - round(work[-1] / seconds)  # counts finished steps, not dispatched ones
     in_flight.drain()
     assert in_flight.finished == 100 and device.now >= device.free
-    # A slow step waits for the host, for a millisecond; the others never.
+    # A slow step waits for the host for a millisecond; other steps never wait.
     assert device.now <= 100 * seconds + 0.1 + 1e-6 and (seconds > 1 or device.now <= 100 * seconds + 0.005)
 
 
@@ -75,7 +75,7 @@ def test_steps_that_become_slow_are_bounded_again():
 
 @pytest.mark.parametrize("seconds", [0.3, 0.45, 0.02])
 def test_irregular_pauses_do_not_let_work_pile_up(seconds):
-    """Calls that finish during a pause are seen together, as if they were short."""
+    """Calls that finish during a pause are noticed together, so each call looks short."""
     draw, count = np.random.default_rng(0), 2000
     pauses = np.where(draw.random(count) < 0.05, draw.uniform(0, 3, count), 0.0)
     _, _, work = train_simulated(seconds * draw.uniform(0.95, 1.05, count), pauses)
@@ -117,11 +117,11 @@ def test_a_signal_saves_after_at_most_two_calls(tmp_path, monkeypatch):
     with pytest.raises(StoppedBySignal):
         train.run(config, tmp_path / "run")
     (step,) = committed_steps(tmp_path / "run" / "checkpoints")
-    assert step <= finished[0] + 3  # one may finish before the handler runs; jax itself would queue 32
+    assert step <= finished[0] + 3  # a call may finish before the handler runs; jax itself would queue 32 calls
 
 
 def test_a_signal_is_answered_by_a_save_before_the_next_picture(tmp_path, monkeypatch):
-    """A picture may take longer than the notice of a preemption."""
+    """A picture may take longer than the time between a preemption notice and the end."""
     drawn = []
 
     def draw(self, params):

@@ -1,4 +1,4 @@
-"""--mode=train: files, resuming, corrupted checkpoints, and options that cannot be trained."""
+"""--mode=train: files, resuming, damaged checkpoints, and options that cannot be trained."""
 
 import fcntl
 import json
@@ -43,7 +43,7 @@ def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("start, counts", [(0, [3, 3, 1, 1]), (1, [1, 1, 3, 1, 1]), (6, [1, 1])])
 def test_calls_of_several_steps_end_at_their_multiples(start, counts):
-    """Eight steps, at most three in a call, where the devices scan them; a resumed run starts at any step."""
+    """Eight steps, at most three in a call, on devices that scan steps; a resumed run starts at any step."""
     config = tiny_config(**{"training.num_steps": 8, "training.steps_per_call": 3, "training.log_every": 3})
     program = types.SimpleNamespace(mesh=sharding.make_mesh(config.mesh), train_steps=lambda *_: None)
     step, found, loader = start, [], BatchLoader(config, program, data.load(config.data), start)
@@ -63,7 +63,7 @@ def test_rerunning_a_finished_run_does_nothing(trained, capsys):
 
 @pytest.mark.whole
 def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
-    """4 steps, then to 7 (a checkpoint between two logged lines), then to 10; against 10 in one go, to the bit."""
+    """4 steps, then to 7 (a checkpoint between two logged lines), then to 10: bit-identical to 10 steps without a break."""
     for steps in (4, 7, 10):
         train.run(tiny_config(**{"training.num_steps": steps, "training.log_every": 5}), tmp_path / "broken")
     assert "Continuing from step 7" in capsys.readouterr().out
@@ -84,7 +84,8 @@ def test_leaves_that_identify_a_run_must_not_change(trained):
 
 @pytest.mark.whole
 def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monkeypatch):
-    """The first fails in its first step; the second, of another network and other images, runs as in a new directory."""
+    """The first launch fails in its first step; the second launch, with another network and other images, runs as in a new
+    directory."""
     with monkeypatch.context() as broken:
         broken.setattr(BatchLoader, "next", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -110,7 +111,7 @@ def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(
 def test_a_second_launch_is_refused_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_WAIT_SECONDS", 1.0)
     with (tmp_path / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as another process locks it
+        fcntl.flock(file, fcntl.LOCK_EX)  # as if another process held the lock
         with pytest.raises(locks.LockHeldError, match="another process is training in .*second launch"):
             train.run(tiny_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -138,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_other_data_are_refused(tmp_path):
-    """Other numbers or another number of examples; where they are stored does not matter."""
+    """Other numbers or another number of examples; the location of the data does not matter."""
 
     def source(count, seed=0):
         path = tmp_path / f"{count}_{seed}.npz"
@@ -147,20 +148,21 @@ def test_other_data_are_refused(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
-    workdir.check_data(source(7), RunDir(run))  # of a launch that saved nothing
+    workdir.check_data(source(7), RunDir(run))  # from a launch that saved nothing
     (run / "checkpoints" / "1").mkdir(parents=True)
     workdir.check_data(source(5), RunDir(run))
     (run / "checkpoints" / "1" / "digests.json").write_text("{}")
     workdir.check_data(source(5), RunDir(run))
-    workdir.check_data(source(5), RunDir(run))  # compared with the first
+    workdir.check_data(source(5), RunDir(run))  # compared with the first data
     for other in (source(6), source(5, seed=1)):
-        with pytest.raises(errors.UserError, match="the data are not those that .* remove .*data.json"):
+        with pytest.raises(errors.UserError, match="the data differ from the training data of .* remove .*data.json"):
             workdir.check_data(other, RunDir(run))
 
 
 @pytest.mark.whole
 def test_steps_per_call_can_change_between_launches(tmp_path, monkeypatch):
-    """Several steps in one program (as on accelerators), from a step that is no multiple, to an end that is none."""
+    """Several steps in one program (as on accelerators), where neither the first step nor the end is a multiple of the
+    count."""
     build = training.build_program
 
     def on_an_accelerator(config):

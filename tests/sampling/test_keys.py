@@ -29,7 +29,7 @@ def test_a_row_depends_on_its_own_key_only(name):
     together = draw(keys, X, SAMPLERS[name])
     order = np.array([4, 0, 2])
     np.testing.assert_allclose(draw(keys[order], X[order], SAMPLERS[name]), together[order], rtol=1e-5, atol=1e-6)
-    # Rows with equal keys have equal noise, and those with other keys do not.
+    # Rows with equal keys have equal noise; rows with different keys do not.
     same = draw(keys[np.zeros(5, int)], jnp.broadcast_to(X[:1], X.shape), SAMPLERS[name])
     np.testing.assert_allclose(same, jnp.broadcast_to(same[:1], same.shape), rtol=1e-5, atol=1e-6)
     other = draw(keys, jnp.broadcast_to(X[:1], X.shape), SAMPLERS[name])

@@ -1,5 +1,5 @@
-"""Samples of PyTorch networks in the conventions of k-diffusion and torchcfm, with loops written from the papers, against our
-solvers with the same weights. Run by `make parity`.
+"""Samples from PyTorch networks in k-diffusion's and torchcfm's conventions, with loops written from the papers, against
+this package's solvers with the same weights. Run by `make parity`.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def torch():
 
 @pytest.fixture(scope="module")
 def network(torch):
-    """A network of x [B, 2] and a time [B]: PyTorch's, and the same function of JAX arrays with copies of its weights."""
+    """A network of x [B, 2] and time [B], in PyTorch, and the same function for JAX arrays with copies of the weights."""
     linear, silu = torch.nn.Linear, torch.nn.SiLU
     layers = torch_networks.redraw(torch.nn.Sequential(linear(3, 32), silu(), linear(32, 32), silu(), linear(32, 2)))
     weights = [parameter.detach().numpy().copy() for parameter in layers.parameters()]
@@ -48,7 +48,7 @@ def noise():
 
 
 def denoiser(network, library):
-    """k-diffusion's D(y, s): Karras et al.'s preconditioning (table 1) of a network."""
+    """k-diffusion's D(y, s): a network with Karras et al.'s preconditioning (table 1)."""
 
     def denoise(y, s):
         variance = s**2 + SIGMA_DATA**2
@@ -82,7 +82,7 @@ def test_a_denoiser_of_k_diffusion(torch, network, method):
     sampler = sampling.SAMPLERS[method](prediction="x_0", clip=False)
     y = y.numpy()
     assert y.std() > 0.1
-    # The denoiser, or the network inside it.
+    # The denoiser, or the network inside the denoiser.
     for denoise_fn in (
         coordinates.from_edm(denoiser(ours, jnp), path),
         coordinates.precondition(ours, path, SIGMA_DATA),

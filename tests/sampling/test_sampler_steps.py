@@ -1,4 +1,4 @@
-"""Steps of the solvers against float64 NumPy, with the noise of the sampler itself, and against numbers of diffusers."""
+"""Solver steps against float64 NumPy, with the sampler's own noise, and against diffusers' numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def walk(sampler, start, **options):
 
 
 def move(x, eps, t, to=None):
-    """Along eps from index t to the one before, or to the level (alpha, sigma)."""
+    """Moves along eps from index t to index t - 1, or to the level (alpha, sigma)."""
     b, r = to or ((ALPHAS[t - 1], SIGMAS[t - 1]) if t else (1.0, 0.0))
     return b / ALPHAS[t] * x + (r - b / ALPHAS[t] * SIGMAS[t]) * eps
 
@@ -38,9 +38,9 @@ def move(x, eps, t, to=None):
 @pytest.mark.parametrize(("start", "last"), [(5, 0), (2, 0), (3, 1), (1, 1)])
 @pytest.mark.parametrize("runge_kutta", [False, True])
 def test_pndm_is_the_recursion_of_its_paper(runge_kutta, start, last, x64):
-    """Liu et al. 2022, algorithm 2 and eq. 12 (its first steps: Runge-Kutta, or the improved Euler of PLMS) and eq. 10.
+    """Liu et al. 2022, algorithm 2 and eq. 12 (first steps: Runge-Kutta, or PLMS's improved Euler) and eq. 10.
 
-    Without the step to x_0 (last = 1) the last one may be a first one.
+    Without the step to x_0 (last = 1) the last step may be among the first steps.
     """
     x, seen = X, []
     for t in range(start, last - 1, -1):
@@ -81,7 +81,7 @@ def noise_of(t):
 
 
 def integral(rate, h, lams, values):
-    """rate int_0^h e^{-rate (h - u)} P(lams[0] + u) du, P the polynomial through values at lams, by Gauss's quadrature."""
+    """rate int_0^h e^{-rate (h - u)} P(lams[0] + u) du by Gauss's quadrature; P is the polynomial through values at lams."""
     nodes, weights = np.polynomial.legendre.leggauss(20)
     u, powers = h / 2 * (nodes + 1), np.vander(np.subtract(lams, lams[0]), increasing=True)
     polynomial = np.vander(u, len(lams), increasing=True) @ np.linalg.solve(powers, np.reshape(values, (len(lams), -1)))
@@ -93,9 +93,9 @@ def integral(rate, h, lams, values):
 @pytest.mark.parametrize("sde", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpm_solver_pp_integrates_a_polynomial_through_x_0(order, sde, singlestep, lower_order_final, x64):
-    """DPM-Solver++ eq. 9, and the reverse SDE with twice the rate and its noise; singlestep: from the first x of a group.
-
-    Two values have the authors' h/2 (1 - e^-h) as their second weight. The steps differ in length, and stop at a noise level.
+    """DPM-Solver++ eq. 9, and the reverse SDE with twice the rate and with noise; singlestep starts from the first x in a
+    group. With two values, the second weight is the authors' h/2 (1 - e^-h). The steps differ in length, and stop at a noise
+    level.
     """
     x, rate, seen = X, 1 + sde, []
     for t in range(5, 0, -1):
@@ -107,7 +107,7 @@ def test_dpm_solver_pp_integrates_a_polynomial_through_x_0(order, sde, singleste
         if not singlestep or not seen:
             x_first, first, path = x, t, 0.0
         value = LAM[t], x_0_of(x, t)
-        seen = [*seen, value] if singlestep else [value, *seen]  # where the step starts comes first
+        seen = [*seen, value] if singlestep else [value, *seen]  # the step's start comes first
         lams, values = zip(*seen, strict=True)
         h, length = LAM[t - 1] - LAM[t], LAM[t - 1] - LAM[first]
         if len(seen) == 2:
@@ -148,7 +148,8 @@ RANGE = {"churn": 1.2, "churn_range": (1.0, 140.0), "churn_noise": 1.1}
 
 @pytest.mark.parametrize(("options", "factor"), [({}, 1.0), ({"churn": 20.0}, 2**0.5), (RANGE, 1.2)])
 def test_heun_is_edm_s_algorithm_2(options, factor, x64):
-    """In x / alpha and sigma / alpha, with the exact network of N(M, S2): raised inside the range, up to the grid's end."""
+    """In x / alpha and sigma / alpha, with the exact network for N(M, S2): sigma is raised inside the range, up to the
+    grid's end."""
     schedule = schedules.respace(FULL, [40, 150, 300, 620, 980, 990])
     alphas, sigmas = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar / schedule.sqrt_alpha_bar
     highest = FULL.sqrt_one_minus_alpha_bar[-1] / FULL.sqrt_alpha_bar[-1]
@@ -177,18 +178,18 @@ def test_heun_is_edm_s_algorithm_2(options, factor, x64):
     "name", ["dpm_solver_pp {}", "dpm_solver_pp {} singlestep", "dpm_solver_pp {} sde", "deis {}", "unipc {}"]
 )
 def test_the_last_step_returns_the_predicted_x_0(name, order, lower_order_final, x64):
-    """Whatever its place in a group, and of the first order even where the final steps are not lowered."""
+    """At any place in a group; the last step has order 1 even if the order of the final steps is not lowered."""
     sampler = MAKERS[name.format(order)](lower_order_final=lower_order_final, clip=False)
-    x_0, kept = walk(sampler, 2 * order - 1, trajectory=True)  # its last step would end a group
-    # UniPC corrects the x before, but its last step starts from the corrected one and predicts with the same x_0.
+    x_0, kept = walk(sampler, 2 * order - 1, trajectory=True)  # the last step would end a group
+    # UniPC corrects the previous x, but the last step starts from the corrected x and predicts with the same x_0.
     np.testing.assert_allclose(x_0, kept.x_0[-1], rtol=1e-9)
 
 
 SAMPLE = (np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2).astype(np.float32)
 LINSPACE = np.round(np.linspace(0, 999, 11)).astype(int)
 FULL_ORDER = {"clip": False, "lower_order_final": False}
-# diffusers' tests of its schedulers: (sampler, the levels that are walked, mean of |x| at the level of index 0). With
-# Karras's and Lu's levels diffusers ends there twice.
+# diffusers' scheduler tests: (sampler, the visited levels, mean of |x| at index 0's level). With Karras's and Lu's levels
+# diffusers ends there twice.
 PUBLISHED = {
     "2M": (sampling.dpm_solver_pp(2, **FULL_ORDER), (LINSPACE,), 0.3301),
     "2M v": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (LINSPACE,), 0.2251),

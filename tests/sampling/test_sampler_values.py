@@ -1,4 +1,4 @@
-"""Samplers as values: equality, hash and repr, dtypes with and without x64, and where a walk starts."""
+"""Samplers as values: equality, hash and repr, dtypes with and without x64, and the start index."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def test_a_static_sampler_does_not_compile_again():
 @pytest.mark.whole
 @pytest.mark.parametrize("name", [name for name in MAKERS if " 1" not in name])
 def test_float32_samples_are_the_same_under_x64(name):
-    """And float64 ones agree with both to float32's rounding. Without jit, so that single operations are compiled once."""
+    """Float64 samples agree with both to float32's rounding. Without jit, so that single operations are compiled once."""
     schedule = schedules.respace(FULL, 5, "log_snr")
     x_T = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
     network = lambda x, time: jnp.tanh(0.8 * x) * (0.5 + time[:, None] / 2000)  # noqa: E731
@@ -90,7 +90,7 @@ def test_float32_samples_are_the_same_under_x64(name):
     assert [out.dtype for out in outs] == [np.float32, np.float32, np.float64]
     scale = abs(outs[0]).max()
     np.testing.assert_allclose(outs[1], outs[0], atol=1e-5 * scale)
-    if is_deterministic(name):  # noise of another dtype is another draw
+    if is_deterministic(name):  # noise in another dtype is another draw
         np.testing.assert_allclose(outs[2], outs[0], atol=1e-4 * scale)
 
 
@@ -120,7 +120,8 @@ def test_pure_noise_is_refused_where_it_is_visited():
 @pytest.mark.whole
 @pytest.mark.parametrize("name", [*(name for name in METHODS if "churn" not in name), 1, 2])
 def test_a_start_below_pure_noise_accepts_every_prediction(name):
-    """Up to T - 2 of a chain that ends at alpha_bar = 0, an eps network's samples, or noise, are those without that step."""
+    """From a start up to T - 2 in a chain that ends at alpha_bar = 0, an eps network's samples equal those of the chain
+    without the last step; the same for noise."""
     x = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
     with jax.disable_jit():
         if name in (1, 2):

@@ -1,4 +1,4 @@
-"""Samplers against the closed forms of Gaussian data, where the network, every step's variance and the map are known."""
+"""Samplers against closed forms for Gaussian data, where the network, every step's variance and the map are known."""
 
 import functools
 
@@ -21,7 +21,7 @@ def thousand(name):
 
 
 def exact_x_0(schedule):
-    """E[x_0 | x_t] of N(0, S2) data."""
+    """E[x_0 | x_t] for N(0, S2) data."""
     return gaussian("x_0", schedule, 0.0, S2)
 
 
@@ -82,7 +82,8 @@ def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_variance_of_ddim_samples_has_its_closed_form(name, x64):
-    """Each step multiplies x / sqrt(alpha_bar) by (s^2 + sigma sigma') / (s^2 + sigma^2); the last leaves E[x_0 | x_1]."""
+    """Each step multiplies x / sqrt(alpha_bar) by (s^2 + sigma sigma') / (s^2 + sigma^2); the last step returns E[x_0 |
+    x_1]."""
     full = thousand(name)
     schedule = schedules.respace(full, 20, spacing="linspace" if name != "jsd" else "leading")
     sigma = np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
@@ -105,7 +106,7 @@ def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
 
 
 def test_mean_shift_moves_by_variance_times_gradient(x64):
-    """With a Gaussian classifier log p(y|x) linear in x, each step moves by sigma^2 g, the last included."""
+    """For a classifier with log p(y|x) linear in x, each step, including the last, moves by sigma^2 g."""
     full = thousand("linear")
     schedule = schedules.respace(full, [499])
     keep = lambda x_t, time: 0 * x_t  # noqa: E731
@@ -121,14 +122,14 @@ def test_trajectory_start_and_final_step():
     draw = functools.partial(
         sampling.sample, KEY, schedule, exact_x_0(full), sampler=sampling.ddpm(prediction="x_0", clip=False)
     )
-    # Programs that keep different things may round differently, by a few 2^-24 in each of 25 steps.
+    # Programs that keep different values may round differently, by a few 2^-24 in each of 25 steps.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     x_0, kept = draw(x_T, trajectory=True)
     close(draw(x_T), x_0)
     np.testing.assert_array_equal(kept.t, np.arange(24, -1, -1))
     assert kept.x_t.shape == kept.x_0.shape == (25, 2, 3)
     np.testing.assert_array_equal(kept.x_t[0], x_T)
-    close(kept.x_0[-1], x_0)  # the last step has no noise and ends at its x_0
+    close(kept.x_0[-1], x_0)  # the last step has no noise and ends at the predicted x_0
     part, some = draw(kept.x_t[8], start=16, trajectory=[0, 16, 7])
     close(part, x_0)
     np.testing.assert_array_equal(some.t, [16, 7, 0])
@@ -172,7 +173,7 @@ def test_every_prediction_inverts_to_the_same_noise(x64):
     assert abs(part).max() < abs(outs[0]).max()
 
 
-# The lengths of the loops, and the network calls of one of their steps.
+# The loops' lengths, and the network calls in a step of each loop.
 @pytest.mark.parametrize(
     ("sampler", "final_step", "expected"),
     [
@@ -204,6 +205,6 @@ def test_the_loops_call_the_network_as_often_as_their_steps_need_and_never_the_h
 
     counts = [(loop.params["length"], len(calls(loop.params["jaxpr"], "network"))) for loop in loops(program())]
     assert [count for count in counts if count[1]] == expected
-    # What asks the host has an effect, and progress is the only such thing; GPUs also wait for the host where they branch.
+    # Host callbacks have an effect, and only progress uses a callback; GPUs also wait for the host at branches.
     assert not program().effects and program(progress=print).effects
     assert not [e for e in equations(program()) if "callback" in e.primitive.name or e.primitive.name == "cond"]

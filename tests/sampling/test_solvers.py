@@ -1,4 +1,4 @@
-"""The solvers' orders of convergence and their behavior as pure functions."""
+"""The solvers' orders of convergence, and their behavior as pure functions."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ TOP, LOW = 800.0, 100.0  # two noise levels; x_0 itself would hide the order
 
 
 def between(steps):
-    """TOP to LOW in steps even in log SNR."""
+    """The schedule from TOP to LOW, with steps even in log SNR."""
     ends = np.asarray(FULL.log_snr(np.array([LOW, TOP])))
     return schedules.respace(FULL, np.asarray(FULL.time_at_log_snr(np.linspace(*ends, steps + 1))))
 
@@ -56,7 +56,7 @@ POINTS = np.linspace(-1.5, 1.5, 7)[:, None]
 
 @pytest.fixture(scope="module")
 def truth_of_the_mixture():
-    """The map in float64 by 2,400 steps of the third order; another method agrees."""
+    """The exact map in float64 by 2,400 third-order steps; another method agrees."""
     with jax.enable_x64(True):
         fine = walk(sampling.dpm_solver_pp(3, singlestep=True, **FULL_ORDER), mixture(), POINTS, 2400)
         other = walk(sampling.deis(3, **FULL_ORDER), mixture(), POINTS, 2400)
@@ -122,7 +122,8 @@ def test_every_prediction_gives_the_same_samples(name, x64):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", METHODS)
 def test_every_solver_from_pure_noise(name):
-    """A schedule whose alpha_bar ends at 0, with a network that predicts v; Gaussian data, whose spread must come out."""
+    """A schedule whose alpha_bar ends at 0, with a network that predicts v; the samples must have the Gaussian data's
+    standard deviation."""
     zero = schedules.from_betas(np.append(FULL.betas[:-1], 1.0))
     schedule = schedules.respace(zero, 100, "trailing")
     assert schedule.zero_terminal_snr

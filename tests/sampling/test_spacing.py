@@ -13,7 +13,7 @@ from diffusion_jax import editing, sampling, schedules
 from helpers.gaussian_mixtures import MEANS, WEIGHTS, mixture
 from helpers.samplers import MAKERS
 
-SDS = np.array([0.11, 0.16])  # narrower than those of the other tests
+SDS = np.array([0.11, 0.16])  # narrower than in other tests
 POINTS = 400
 COSINE, LINEAR = (schedules.from_betas(schedules.betas(name, 1000)) for name in ("cosine", "linear"))
 WHOLE = ["dpm_solver_pp", "dpm_solver_pp 3 singlestep", "deis 3", "ddim"]
@@ -25,19 +25,19 @@ SLOW = [
 
 
 def quantiles():
-    """Of the mixture, at the middles of POINTS equal parts."""
+    """The mixture's quantiles at the middles of POINTS equal intervals."""
     grid = np.linspace(-2, 2, 4001)
     below = 0.5 * (1 + np.vectorize(math.erf)((grid[:, None] - MEANS) / SDS / 2**0.5)) @ WEIGHTS
     return np.interp((np.arange(POINTS) + 0.5) / POINTS, below, grid)
 
 
 def distance(x):
-    """Of samples to the mixture, in the first Wasserstein distance; 0.55 for all samples at its mean."""
+    """The first Wasserstein distance from samples to the mixture; 0.55 if all samples equal the mean."""
     return np.abs(np.sort(np.asarray(x).ravel()) - quantiles()).mean()
 
 
 def combinations(steps):
-    """(name of the schedule, spacing, respaced schedule) of all that there are."""
+    """Yields (schedule name, spacing, respaced schedule) for all combinations."""
     for name in schedules.SCHEDULES:
         full = schedules.from_betas(schedules.betas(name, 1000))
         for spacing in schedules.SPACINGS:
@@ -52,7 +52,7 @@ def combinations(steps):
     + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW],
 )
 def test_accepted_steps_give_samples_near_the_data(name):
-    """Of the combinations of 10 steps that are neither refused nor noted."""
+    """For all combinations with 10 steps that are neither refused nor noted."""
     make, accepted = MAKERS[name], []
     sampler, found = make(prediction="v", clip=False), list(combinations(10))
     # v needs no finite log SNR, so that one program serves every schedule.
@@ -64,7 +64,7 @@ def test_accepted_steps_give_samples_near_the_data(name):
     for (schedule_name, spacing, schedule), x in zip(found, samples, strict=True):
         if sampling.find_problem(sampler, schedule) is None and sampling.find_blur(schedule) is None:
             accepted.append((schedule_name, spacing))
-            # 0.55 is all samples at the mean, and noise is above 1; what few steps of any good solver do is below.
+            # 0.55: all samples equal the mean; noise is above 1; a good solver with few steps is below.
             assert distance(x) < 0.5, (schedule_name, spacing)
     for schedule in ("linear", "quadratic", "sigmoid"):
         assert (schedule, "trailing") in accepted or (schedule, "log_snr") in accepted
@@ -81,7 +81,7 @@ CONSTANT, JSD, WARMUP = (schedules.from_betas(schedules.betas(n, 1000)) for n in
 @pytest.mark.parametrize(
     ("samplers", "full", "steps", "fails"),
     [
-        # Each of these draws noise, with exact networks: distances of 0.6 to 1e6 were measured.
+        # Each of these combinations draws noise, although the network is exact: the measured distances are 0.6 to 1e6.
         *((ALONG_EPS, COSINE, (10, spacing), True) for spacing in ("trailing", "linspace", "gaussian")),
         (EXTRAPOLATING, WARMUP, (10, "leading"), True),
         *((ALONG_EPS, COSINE, (count, "log_snr"), False) for count in (10, 20, 50)),
@@ -117,9 +117,9 @@ def test_the_spacing_that_suits_a_sampler(full, samplers, spacing):
 
 
 def deviation_by_ddim(schedule, error):
-    """Of samples of N(0, 1) by DDIM in float64, with independent errors of eps where sigma > alpha: a loop over the steps.
+    """The standard deviation of DDIM samples for N(0, 1), in float64, with independent eps errors where sigma > alpha.
 
-    The exact eps of x / alpha = y is sigma y / (1 + sigma^2), with sigma here that of y.
+    For y = x / alpha with noise level sigma, the exact eps is sigma y / (1 + sigma^2).
     """
     sigma = np.sqrt(1 / schedule.alpha_bar[::-1] - 1)
     variance = 1 / schedule.alpha_bar[-1]  # of y, from x_T ~ N(0, 1)
@@ -145,10 +145,10 @@ KEY = jax.random.key(7)
 
 def noted_error(reason):
     assert "nothing clips x_0" in reason and "\n" not in reason
-    return float(re.search(r"samples with errors of ([\d.e+]+) times the standard deviation of the data", reason)[1])
+    return float(re.search(r"sample errors of ([\d.e+]+) times the data's standard deviation", reason)[1])
 
 
-# (schedule, steps, spacing, whether errors of DDIM grow): continuous data, errors of size 0.05 where there is much noise.
+# (schedule, steps, spacing, whether DDIM's errors grow): continuous data, errors of 0.05 at high noise.
 GROWTH = [
     (COSINE, 50, "trailing", True),
     (COSINE, 50, "linspace", True),
@@ -181,7 +181,8 @@ def test_samples_have_the_deviation_that_the_steps_of_ddim_imply(full, steps, sp
 
 @pytest.mark.parametrize(("sigma", "grows"), [(0.99, False), (1.01, True)])
 def test_errors_below_a_noise_level_of_1_do_not_count(sigma, grows):
-    """3.7 times the deviation by two steps, from 6.18 to sigma to x_0, whose limit is 0.5: 0.48 without the second error."""
+    """Two steps, from 6.18 to sigma to x_0: 3.7 times the deviation. The limit is 0.5; without the second error the
+    value is 0.48."""
     alpha_bar = 1 / (1 + np.array([sigma, 6.18]) ** 2)
     schedule = schedules.from_betas(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
     assert (sampling.find_error_growth(sampling.pndm(clip=False), schedule) is not None) == grows
@@ -200,7 +201,7 @@ def test_noise_of_the_sampler_replaces_errors_of_the_network():
     assert abs(noted_error(sampling.find_error_growth(some, trailing)) / found - 1) < 0.05
 
 
-EXTRAPOLATION = [  # steps where errors of DDIM would be small
+EXTRAPOLATION = [  # steps for which DDIM's errors would be small
     (sampling.pndm(clip=False), 20, "log_snr", True),
     (sampling.pndm(clip=False), 20, "karras", True),
     (sampling.pndm(clip=False), 50, "log_snr", False),
@@ -243,7 +244,7 @@ def test_a_clip_and_other_predictions_prevent_the_growth_of_errors():
     for make in (sampling.ddim, sampling.dpm_solver_pp, sampling.unipc, sampling.deis, sampling.heun, sampling.ddpm):
         for prediction in ("eps", "score"):
             sampler = make(prediction=prediction, clip=False)
-            assert f"from a network of {prediction} with errors" in sampling.find_error_growth(sampler, trailing)
+            assert f"if a network's {prediction} has errors" in sampling.find_error_growth(sampler, trailing)
             assert sampling.default_spacing(sampler, COSINE) == "log_snr"
             for steps in (20, 50):
                 assert sampling.find_error_growth(sampler, schedules.respace(COSINE, steps, "log_snr")) is None

@@ -1,4 +1,4 @@
-"""Data sets in buckets: TFDS directories, folders of images and arrays, named by their URLs."""
+"""Data sets in buckets, named by URL: TFDS directories, image folders and arrays."""
 
 import numpy as np
 import pytest

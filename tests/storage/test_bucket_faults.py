@@ -1,7 +1,7 @@
-"""Faults of programs and of the network while a run's work directory is in a bucket: `make faults`.
+"""Program and network faults while a run's work directory is in a bucket: `make faults`.
 
-Every run that was disturbed must end with the log and the last state, to the bit, of one that was not, and leave no object
-that a reader does not count. The services are emulators behind a proxy that injects the faults.
+Every disturbed run must end with a log and a last state that are bit-identical to an undisturbed run's, and leave no object
+that readers ignore. The services are emulators behind a proxy that injects the faults.
 """
 
 import collections
@@ -49,7 +49,7 @@ def figure(text):
 
 
 class Runs:
-    """Launches of one work directory, whose requests pass a proxy."""
+    """Launches in one work directory, whose requests pass a proxy."""
 
     def __init__(self, url, proxy, log):
         self.url, self.proxy, self._log = url, proxy, log
@@ -95,7 +95,7 @@ def assert_same(url, whole):
 
 
 def assert_nothing_leaked(url):
-    """Objects: two steps with the files that their manifests list, and a free lease."""
+    """Checks that the bucket has two steps with the files in their manifests, and a free lease."""
     store = open_store(url)
     assert_complete_checkpoints(url, [STEPS - 4, STEPS])
     others = [name for name in store.list() if not name.startswith(("checkpoints/", "metrics/", "events", "samples/"))]
@@ -104,7 +104,7 @@ def assert_nothing_leaked(url):
 
 
 def test_run_resumes_bit_identically_after_kills_at_object_boundaries(runs, whole):
-    """Fifteen for each service, each right after a random change of an object was carried out."""
+    """Fifteen kills for each service, each right after a random object change was carried out."""
     rng, kinds = random.Random(runs.url[:2]), collections.Counter()
     for _ in range(15):
         process = runs.launch()
@@ -122,7 +122,7 @@ def test_run_resumes_bit_identically_after_kills_at_object_boundaries(runs, whol
 
 
 def test_network_faults_change_nothing(runs, whole):
-    """Every kind of fault at least three times, in one run that none of them ends."""
+    """Every kind of fault occurs at least three times in one run, and no fault ends the run."""
     proxy = runs.proxy
     proxy.inject("stale", "list", skip=3, every=7, times=3)
     for skip in (5, 60, 200, 420):

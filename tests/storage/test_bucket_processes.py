@@ -39,7 +39,8 @@ def test_two_processes_do_everything_and_one_goes_on(bucket_url, tmp_path):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_a_killed_process_loses_nothing(bucket_url, count):
-    """One is killed; the others end; the next launch resumes, to the bit, as a run that nothing disturbed."""
+    """One process is killed; the other processes end; after the next launch, the run is bit-identical to an undisturbed
+    run."""
     overrides = OVERRIDES | {"mesh.fsdp": 4, "training.num_steps": 12, "training.checkpoint_every": 2}
     whole, url = f"{bucket_url}/whole", f"{bucket_url}/run"
     run_together(count, *tiny_flags(whole, **overrides))

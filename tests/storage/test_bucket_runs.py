@@ -1,4 +1,4 @@
-"""Runs whose work directory is in a bucket, beside the same runs in a local one."""
+"""Runs whose work directory is in a bucket, compared with the same runs in a local directory."""
 
 import json
 

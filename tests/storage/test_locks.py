@@ -46,7 +46,7 @@ def hold(workdir):
 
 
 def lease_of(workdir):
-    """The lease that `hold` holds."""
+    """The lease held by `hold`."""
     return workdir._locks[-1]
 
 
@@ -55,7 +55,7 @@ def stored(workdir):
 
 
 def abandon(workdir):
-    """Leaves the lease of a process that was killed on another machine."""
+    """Leaves a lease as a process that was killed on another machine."""
     lease = {"holder": "process 7 of there", "token": "x", "count": 1}
     workdir.store.write(".lock", json.dumps(lease).encode())
 
@@ -122,7 +122,7 @@ def test_one_of_many_launches_gets_the_lease(workdir):
 
 
 def test_a_holder_notices_that_it_was_replaced(workdir, monkeypatch):
-    set_times(monkeypatch, renew=60)  # it does not renew
+    set_times(monkeypatch, renew=60)  # the holder does not renew the lease
     message = f"^{HERE}.* has taken over .*this launch must stop"
     with pytest.raises(LeaseLostError, match=message) as at_the_end, hold(workdir):
         other = BucketRunDir(str(workdir))
@@ -154,7 +154,7 @@ def test_a_deleted_lease_is_lost_and_reported_once(workdir, capfd):
 
 @pytest.mark.whole
 def test_a_lease_survives_faults(workdir, proxy):
-    """The answer to the first write is lost; renewals are refused, lost, unanswered and late; the holder notices nothing."""
+    """The answer to the first write is lost; renewals are refused, lost, unanswered and late; the holder keeps the lease."""
     lease = locks.Lease(objects.open_store(str(workdir)), ".lock")  # which passes the proxy
     proxy.inject("lose", "write")
     assert lease.acquire() is None and proxy.injected["lose"] == 1
@@ -198,7 +198,7 @@ def test_a_file_is_locked_until_its_process_ends(tmp_path, capfd):
         assert time.monotonic() - start >= 1
         out = capfd.readouterr().out
         assert f"Note: {name}" in out and f"holds {path}; waiting 1 s." in out
-        assert 1 <= out.count(" s left.") <= 3  # one in a third of the second, not one in each try
+        assert 1 <= out.count(" s left.") <= 3  # one request in a third of a second, not one in each try
         threading.Timer(0.3, holder.kill).start()
         with hold(RunDir(tmp_path)):  # waits for the end
             assert path.read_text().startswith(HERE)

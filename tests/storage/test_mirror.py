@@ -1,4 +1,4 @@
-"""Local mirrors of work directories in buckets: what is fetched, uploaded and deleted."""
+"""Local mirrors of work directories in buckets: fetched, uploaded and deleted files."""
 
 import os
 
@@ -107,7 +107,7 @@ def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch
     (parent / "dead").mkdir()
     (parent / "dead" / ".lock").touch()
     second = BucketRunDir(url)
-    # The lock of a live process is respected between processes; this one cannot refuse itself.
+    # A live process's lock is respected between processes; this process cannot refuse itself.
     assert second.path.exists() and first.path != second.path
     assert not (parent / "dead").exists()
 

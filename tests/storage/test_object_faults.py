@@ -11,7 +11,7 @@ from diffusion_jax.storage import objects, s3
 
 @pytest.fixture
 def store(bucket_url, proxy, scheme, monkeypatch):
-    """A store whose client waits less between its attempts."""
+    """A store whose client waits less between attempts."""
     if scheme == "gs":
         hurried = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
         monkeypatch.setattr("gcsfs.retry.asyncio", hurried)
@@ -22,7 +22,7 @@ def store(bucket_url, proxy, scheme, monkeypatch):
 
 
 def use_everything(store, tmp_path):
-    """Calls every method, and checks what it does."""
+    """Calls every method, and checks the effect."""
     store.write("a", b"1")
     assert store.read("a") == b"1" and store.find("a").size == 1 and sorted(store.list()) == ["a", "there"]
     tag = (

@@ -1,4 +1,5 @@
-"""Objects of both services: what is written is read, conditional writes, and what is refused before any object is touched."""
+"""Objects in both services: reads return the written bytes, conditional writes, and refusals before any object is
+touched."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The batches of a train step: what it takes and refuses, flips, and several steps in one call."""
+"""A train step's batches: accepted and refused arrays, flips, and several steps in one call."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def test_only_images_are_mirrored(settings):
 
 
 def test_float_data_are_not_mirrored_by_default():
-    """The levels of a config that does not name them are 256, so the batch alone tells that the data are no images."""
+    """A config without levels has 256 levels, so only the batch shows that the data are no images."""
     for overrides, batch, words in (
         (
             {"data.random_flip": True},
@@ -102,7 +102,7 @@ def test_a_mirrored_image_has_its_condition_mirrored():
 
 @pytest.mark.whole
 def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
-    """data.levels=None is a bound of continuous data."""
+    """data.levels=None selects the bound for continuous data."""
     hybrid = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 4}
     output = lambda w, x_t, _: w * jnp.concatenate([x_t] * 2, -1)  # noqa: E731
     _, state, run = recorded(tiny_config(**hybrid, **{"data.levels": None}), output)
@@ -112,7 +112,7 @@ def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_float_data_are_taken_as_they_are(dtype):
-    """The same step as with the uint8 images that they stand for, where the numbers are the same."""
+    """The same step as with the corresponding uint8 images, where the numbers are equal."""
     config = tiny_config()
     levels = np.array([0, 255], np.uint8)  # -1 and 1, which every type holds
     image = np.random.default_rng(0).choice(levels, (8, 8, 8, 1))

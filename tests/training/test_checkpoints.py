@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged are found out by their digests, named, set aside, and the one before is restored."""
+"""Damaged checkpoints are detected by digests, named and renamed, and the previous checkpoint is restored."""
 
 import pathlib
 import shutil
@@ -90,7 +90,7 @@ def test_damage_is_named_and_the_step_before_restored(copied, capsys, part, dama
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), states[1])
     assert sorted(path.name for path in directory.iterdir()) == ["1", "2.unreadable"]
     with checkpoints.Checkpoints(directory) as saved:
-        saved.save(2, state)  # the way is clear
+        saved.save(2, state)  # the step's name is free
         saved.finish()
 
 
@@ -99,7 +99,7 @@ def test_weights_fall_back_as_well_and_change_nothing(copied, capsys):
     directory, abstract, states = copied
     flip(max(files(directory / "2" / "ema_params"), key=lambda path: path.stat().st_size), 99)
     before = {path: path.read_bytes() for path in files(directory)}
-    # The raw weights' files are whole, and the last kinds are those of a run whose EMA is used from step 2 on.
+    # The raw weights' files are intact; in the last cases the EMA is used from step 2 on.
     wanted = [(lambda step: "ema", 1, "ema_params"), (lambda step: "raw", 2, "params")]
     wanted.append((lambda step: "ema" if step >= 2 else "raw", 1, "params"))
     for kind_of, step, name in wanted:
@@ -147,7 +147,7 @@ def test_a_flipped_bit_of_any_file_is_found(copied):
 
 
 def test_a_save_that_fails_in_the_commit_leaves_no_step(copied, monkeypatch):
-    """And none of its files, which would take the room that the next one needs."""
+    """Nor does a file of the failed save remain, which would take the space for the next save."""
     directory, abstract, states = copied
     state = restore(directory, abstract)
 
@@ -203,7 +203,7 @@ def test_the_newest_steps_and_those_at_the_interval_are_kept(tmp_path):
 
 
 def test_a_save_holds_the_state_at_its_call(tmp_path):
-    """The next step overwrites the state, whose buffers are donated to it."""
+    """The next step overwrites the state, because its buffers are donated."""
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
     with checkpoints.Checkpoints(tmp_path) as saved:
         for step in (1, 2):

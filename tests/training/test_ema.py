@@ -1,4 +1,4 @@
-"""The share of the initial weights in the EMA, and the weights that a run uses as long as it is large."""
+"""The initial weights' share in the EMA, and the weights that a run uses while this share is large."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def test_the_default_average_is_used_from_step_23025_on():
 
 @pytest.mark.whole
 def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, monkeypatch, capsys):
-    """Of a run whose EMA is the initial weights."""
+    """A run whose EMA still equals the initial weights."""
     config, directory = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2}), tmp_path
     drawn, draw = [], SampleBatches.__call__
     monkeypatch.setattr(
@@ -57,7 +57,7 @@ def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, mo
     net = pretrained.load(directory)
     jax.tree.map(np.testing.assert_array_equal, net.params, state.params)
     assert net.weights == "raw"
-    note = "the EMA (ema.decay=0.9999) of step 4 still holds 100% of the random initial weights, so the raw weights are used"
+    note = "at step 4 the EMA (ema.decay=0.9999) still holds 100% of the random initial weights, so the raw weights are used"
     assert f"Note: {note}." in capsys.readouterr().out
     assert "_raw_" in sample.run(config, directory).path.name
     assert "(raw weights)" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from helpers.work_directories import untrained
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """diffusers' narrow network of three classes."""
+    """diffusers' narrow network with three classes."""
     parts = stored("unet_improved_narrow")
     config = json.loads(str(parts[1]["config"])) | {"sample_size": 16}
     return write_folder(
@@ -43,7 +43,8 @@ def small(config, **settings):
 
 @pytest.mark.whole
 def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
-    """--pretrained: the same images as by pretrained.load and the core. The directory then names them by itself."""
+    """--pretrained gives the same images as pretrained.load and the core. Afterwards the directory stores the weights'
+    path."""
     flags = [f"--{name}" for name in ("mode=sample", f"pretrained={folder}", f"workdir={tmp_path / 'out'}")]
     flags += [
         f"--config.sampling.{setting}" for setting in ("num_samples=2", "batch_size=2", "steps=3", "sampler=ddim")
@@ -89,7 +90,7 @@ def test_training_begins_with_published_weights(folder, tmp_path):
 
 @pytest.mark.whole
 def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
-    """One step, from weights of a run of ours; its own checkpoints are what is sampled then."""
+    """One step, from the weights of another run; sampling then uses the new run's checkpoints."""
     base = {
         "training.num_steps": 1,
         "training.checkpoint_every": 1,
@@ -108,10 +109,10 @@ def test_a_run_that_began_with_weights_goes_on_as_any_other(tmp_path):
     assert pretrained.load_weights(net, config, second, True).step == 1
     longer = ("--config.training.num_steps=2", "--mode=train")
     code, out, err = launch(f"--pretrained={first}", f"--workdir={tmp_path / 'second'}", *longer)
-    assert code == 0 and "Continuing from step 1." in out, err  # the same command goes on
+    assert code == 0 and "Continuing from step 1." in out, err  # the same command resumes
     other = untrained(tmp_path / "other", tiny_config())
     code, _, err = launch("--mode=sample", f"--pretrained={other}", f"--workdir={tmp_path / 'second'}")
-    assert code == 2 and "starts a run, and" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and "starts a run, but" in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

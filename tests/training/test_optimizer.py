@@ -1,4 +1,4 @@
-"""The optimizer of a config against optax's, and the norm of a tree."""
+"""A config's optimizer against optax's, and a tree's norm."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def test_global_norm_is_that_of_all_numbers():
 
 @pytest.mark.parametrize("size", [0.01, 100.0])
 def test_optimizer_clips_as_optax(size):
-    """Its state has the structure of optax's, which is in checkpoints."""
+    """The state has the structure of optax's state, which checkpoints contain."""
     config = default().optimizer
     config.update(warmup_steps=0, grad_clip=1.0)
     mine = optimizer.from_config(config)
@@ -28,7 +28,7 @@ def test_optimizer_clips_as_optax(size):
     grads = jax.tree.map(lambda p: size * jax.random.normal(jax.random.key(p.size), p.shape), params)
     states = mine.init(params), true.init(params)
     assert jax.tree.structure(optax.tree.get(states[0], "mu")) == jax.tree.structure(params)
-    assert len(jax.tree.leaves(states[0])) == len(jax.tree.leaves(states[1])) + 1  # the schedule counts, too
+    assert len(jax.tree.leaves(states[0])) == len(jax.tree.leaves(states[1])) + 1  # and the schedule's counter
     _, state = mine.update(grads, states[0], params, grad_norm=optimizer.global_norm(grads))
     _, expected = true.update(grads, states[1], params)
     for name in ("mu", "nu"):

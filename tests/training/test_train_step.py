@@ -1,4 +1,4 @@
-"""The train step alone, with networks of one parameter whose losses are known in closed form."""
+"""The train step alone, with one-parameter networks whose losses are known in closed form."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from helpers.recorded_steps import floats, recorded, schedule_of
 
 @pytest.mark.whole
 def test_every_step_draws_anew_and_a_relaunch_draws_the_same():
-    """Of a step's noise and of its timesteps nothing is repeated in the next; they depend on the seed and the step alone."""
+    """A step's noise and timesteps are not repeated in the next step; both depend only on the seed and the step."""
     config = tiny_config()
     network, state, run = recorded(config, lambda w, x_t, time: w * x_t)
     first = state
@@ -33,7 +33,7 @@ def test_every_step_draws_anew_and_a_relaunch_draws_the_same():
 
 @pytest.mark.parametrize("loss", ["simple", "classify"])
 def test_no_key_is_used_twice(loss):
-    """Flips, timesteps, noise, dropout and an upsampler's noise each have a key of their own (jax's checker, by tracing)."""
+    """Flips, timesteps, noise, dropout and an upsampler's noise each have their own key (jax's checker, by tracing)."""
     overrides = {"data.random_flip": True, "data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}
     config = tiny_config(**overrides) if loss == "simple" else classifier_config(**{"data.random_flip": True})
 
@@ -48,7 +48,8 @@ def test_no_key_is_used_twice(loss):
 
 @pytest.mark.parametrize("num_timesteps", [4, 5, 6, 7, 10, 1000])
 def test_quarters_of_a_number_of_timesteps_that_4_does_not_divide(num_timesteps):
-    """Timestep t is in the quarter of t / T, so that every timestep is in one and their sizes differ by one at most."""
+    """Timestep t is in the quarter of t / T, so that every timestep is in one quarter and the quarters' sizes differ by at
+    most one."""
     t = np.arange(num_timesteps)
     averages = quarter_averages(
         {"t": jnp.asarray(t), "loss": jnp.asarray(10.0**4 + t), "importance": jnp.ones(len(t))},
@@ -129,7 +130,7 @@ def test_the_first_step_that_is_not_finite_stays_marked():
     state, metrics = run(state, {"x": good})
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert int(state.averages["nonfinite_step"]) == 1
-    # The square of the gradient overflows, and after clipping by an infinite norm the parameters are finite.
+    # The squared gradient overflows, and after clipping by an infinite norm the parameters are finite.
     _, state, run = recorded(config, lambda w, x_t, time: x_t + 1e12 * w)
     state, metrics = run(state, {"x": good})
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])

@@ -1,4 +1,4 @@
-"""The train step: its parts against optax and NumPy written here, one program, sharding, and steps in one call."""
+"""The train step: components against optax and independent NumPy, one program, sharding, and steps in one call."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_create_gives_a_state_and_a_step_that_learns():
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """The same draws, dropout and dropped labels included, so the same step up to the order of float32 sums.
 
-    The initial last layers of residual branches are almost 0, which would hide the dropout before them.
+    Initially the last layers in residual branches are almost 0, which would hide the preceding dropout.
     """
     drawing = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.5, "model.dropout": 0.5}
     bound = {"loss": "hybrid", "variance": "learned_range", "timestep_sampler": "loss_second_moment"}
