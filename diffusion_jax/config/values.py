@@ -319,7 +319,10 @@ def _import_file(path: str) -> types.ModuleType:
     if path not in sys.modules:
         spec = importlib.util.spec_from_file_location(path, path)
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[path] = module
+        sys.modules[path] = importlib.util.module_from_spec(spec)  # before it runs, because dataclasses look it up
+        try:
+            spec.loader.exec_module(sys.modules[path])
+        except BaseException:
+            del sys.modules[path]
+            raise
     return sys.modules[path]

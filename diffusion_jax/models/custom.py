@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from diffusion_jax.config.values import Boolean, Integer, Number, OneOf, Text, Tuple, optional
@@ -151,7 +152,8 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
             raise ValueError(_describe_mutable(f"variable {'.'.join(map(str, path))}"))
 
     def init(key, inputs):
-        return nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)), nnx.Param))
+        flat = flatten_dict(nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)), nnx.Param)))
+        return unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})  # lists have int keys
 
     def apply(params, inputs, key):
         key = jax.random.key(0) if key is None else key
@@ -165,10 +167,19 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
 
 
 def _plain_functions(init: Callable, function: Callable) -> _Functions:
-    def apply(params, inputs, key):
-        return function(params, **_known_arguments(function, {**inputs, "key": key}))
+    """Stores the parameters, which may be any pytree such as an Equinox module, in nested dicts, as files need."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init, jax.random.key(0)))
+    names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ("value",) for path, _ in paths]
 
-    return _Functions(lambda key, inputs: init(key), apply, getattr(function, "null_condition", None))
+    def init_dicts(key, inputs):
+        return unflatten_dict(dict(zip(names, jax.tree.leaves(init(key)), strict=True)))
+
+    def apply(params, inputs, key):
+        leaves = flatten_dict(params)
+        tree = jax.tree.unflatten(structure, [leaves[name] for name in names])
+        return function(tree, **_known_arguments(function, {**inputs, "key": key}))
+
+    return _Functions(init_dicts, apply, getattr(function, "null_condition", None))
 
 
 def _random_state(leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:

@@ -310,7 +310,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
         "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
     }
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
-    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
     path.parent.mkdir(parents=True, exist_ok=True)
     parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
 

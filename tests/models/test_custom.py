@@ -138,6 +138,43 @@ def test_a_file_names_a_network(tmp_path):
     assert models.source_file(model) == path.resolve()
 
 
+def test_a_file_with_annotations_as_text_defines_a_module(tmp_path):
+    """Dataclasses look up the module of their annotations while the file runs."""
+    path = tmp_path / "annotated.py"
+    path.write_text(
+        "from __future__ import annotations\nimport flax.linen as nn\n\n\nclass Net(nn.Module):\n    scale: float\n\n"
+        "    @nn.compact\n    def __call__(self, x_t, time):\n"
+        "        return self.scale * nn.Dense(1)(x_t) + time[:, None, None, None]\n\n\n"
+        "def net(shapes, *, scale: float = 2.0):\n    return Net(scale)\n"
+    )
+    config = configs.override(tiny_config(), {"model.kind": f"{path}:net", "model.dropout": "0"})
+    assert init(training.model_from_config(config))["network"]["Dense_0"]["kernel"].shape == (1, 1)
+    path.with_name("broken.py").write_text("import absent_module\n")
+    for _ in range(2):  # a file that fails is not kept
+        with pytest.raises(ValueError, match="No module named 'absent_module'"):
+            models.import_network(f"{path.with_name('broken.py')}:net")
+
+
+def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
+    """Files hold them as nested dicts; the pair gets its own pytree."""
+
+    def tree(shapes):
+        def apply(params, x_t, time):
+            first, (second, third) = params["a"], params["b"]
+            return first * x_t + second * time[:, None, None, None] + third
+
+        return lambda key: {"b": (jnp.full((), 2.0), jnp.full((1,), 3.0)), "a": jnp.full((), 5.0)}, apply
+
+    config = configs.override(tiny_config(), {"model.kind": "any.module:tree", "model.dropout": "0"})
+    model = training.model_from_config(config, tree)
+    params = init(model)
+    assert params["network"] == {"a": 5.0, "b": {"0": 2.0, "1": 3.0}}
+    net = pretrained.from_config(config, params, network=tree)
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    output = pretrained.load(tmp_path / "net.safetensors", network=tree).denoise_fn(X, TIME)
+    np.testing.assert_allclose(output, 5 * X + 2 * TIME[:, None, None, None] + 3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["linen", "of_nnx", "pair"])
 def test_microbatches_take_the_same_step(kind):
     """Without dropout; the gradient of two microbatches is that of the batch."""
