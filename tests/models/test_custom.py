@@ -1,5 +1,7 @@
 """Networks that a user's function makes: forms, options, checks, and the same numbers as the network itself."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,23 +157,26 @@ def test_a_file_with_annotations_as_text_defines_a_module(tmp_path):
             models.import_network(f"{path.with_name('broken.py')}:net")
 
 
+class Line(NamedTuple):
+    slope: jax.Array
+    biases: list[jax.Array]
+
+
 def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
-    """Files hold them as nested dicts; the pair gets its own pytree."""
+    """Files hold them as nested dicts, whose leaves have another order; the pair gets its own pytree."""
 
-    def tree(shapes):
+    def line(shapes):
         def apply(params, x_t, time):
-            first, (second, third) = params["a"], params["b"]
-            return first * x_t + second * time[:, None, None, None] + third
+            return params.slope * x_t + params.biases[0] * time[:, None, None, None] + params.biases[1]
 
-        return lambda key: {"b": (jnp.full((), 2.0), jnp.full((1,), 3.0)), "a": jnp.full((), 5.0)}, apply
+        return lambda key: Line(jnp.full((), 5.0), [jnp.full((), 2.0), jnp.full((1,), 3.0)]), apply
 
-    config = configs.override(tiny_config(), {"model.kind": "any.module:tree", "model.dropout": "0"})
-    model = training.model_from_config(config, tree)
-    params = init(model)
-    assert params["network"] == {"a": 5.0, "b": {"0": 2.0, "1": 3.0}}
-    net = pretrained.from_config(config, params, network=tree)
+    config = configs.override(tiny_config(), {"model.kind": "any.module:line", "model.dropout": "0"})
+    params = init(training.model_from_config(config, line))
+    assert params["network"] == {"slope": 5.0, "biases": {"0": 2.0, "1": 3.0}}
+    net = pretrained.from_config(config, params, network=line)
     pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    output = pretrained.load(tmp_path / "net.safetensors", network=tree).denoise_fn(X, TIME)
+    output = pretrained.load(tmp_path / "net.safetensors", network=line).denoise_fn(X, TIME)
     np.testing.assert_allclose(output, 5 * X + 2 * TIME[:, None, None, None] + 3, rtol=1e-6)
 
 
