@@ -150,6 +150,7 @@ def experiment(name: str) -> ConfigDict:
         if get_config is None:
             raise ConfigError(f"{file} defines no function get_config(), which must return the ConfigDict")
         config = get_config() if argument is None else get_config(argument)
+        _find_beside(config, pathlib.Path(file).parent)
         resolved = resolve(config)
         return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
     except ConfigError as error:
@@ -159,6 +160,13 @@ def experiment(name: str) -> ConfigDict:
         where = f"line {lines[-1]} of {file}" if lines else file
         text = shorten(str(error), 300)  # some errors list a whole config
         raise ConfigError(f"{name}: {where} raises {type(error).__name__}: {text}") from error
+
+
+def _find_beside(config: Any, folder: pathlib.Path) -> None:
+    """Makes the path of the network's file absolute if the file is in the folder of the config."""
+    kind = config.get("model", {}).get("kind", "") if isinstance(config, Mapping | ConfigDict) else ""
+    if isinstance(kind, str) and ".py:" in kind and (folder / kind.rpartition(":")[0]).is_file():
+        config["model"]["kind"] = str(folder.resolve() / kind)
 
 
 def experiment_names() -> list[str]:

@@ -603,8 +603,15 @@ def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that all launches of a run must agree on, as {"group.setting": value}."""
-    return {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
+    """Returns the settings that all launches of a run must agree on, as {"group.setting": value}.
+
+    FILE.py:function is compared without the folder, so that a run can move.
+    """
+    found = {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
+    return {
+        name: value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
+        for name, value in found.items()
+    }
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:

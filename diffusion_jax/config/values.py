@@ -253,14 +253,18 @@ def optional(kind: ValueKind) -> OneOf:
 
 
 class FunctionName:
-    """The name of a function, "module:function" or "FILE.py:function", which `import_function` imports."""
+    """The name of a function, "module:function" or "FILE.py:function", which `import_function` imports.
+
+    The path of an existing file becomes absolute, so that the name has the same meaning in every directory.
+    """
 
     allowed = "module:function, or FILE.py:function"
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str) or not re.fullmatch(r"[^:]+(:[^:]*)?\.py:\w+|[\w.]+:\w+", value):
             raise ValueError
-        return str(value)
+        file, _, function = value.rpartition(":")
+        return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") and os.path.isfile(file) else str(value)
 
 
 class Options:

@@ -151,10 +151,13 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         if low_resolution:
             condition = _small_image(key_low, x_0, low_resolution, max_noise)
         chain_options: dict[str, Any] = {}
-        if ":" in sampler_name:
-            chain_options["timestep_sampler"] = find_function({}, sampler_name, "diffusion.timestep_sampler")
-        elif not is_path:
-            chain_options["timestep_sampler"] = timesteps.sampler_by_name(sampler_name, history)
+        if not is_path and "timestep_sampler" in inspect.signature(loss).parameters:
+            sampler = (
+                find_function({}, sampler_name, "diffusion.timestep_sampler")
+                if ":" in sampler_name
+                else timesteps.sampler_by_name(sampler_name, history)
+            )
+            chain_options["timestep_sampler"] = sampler
 
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()

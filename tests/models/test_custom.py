@@ -140,6 +140,22 @@ def test_a_file_names_a_network(tmp_path):
     assert models.source_file(model) == path.resolve()
 
 
+def test_a_file_is_found_beside_the_config_and_from_another_directory(tmp_path, monkeypatch):
+    code = "def net(shapes):\n    return lambda key: 1.0, lambda params, x_t, time: params * x_t + time.sum()\n"
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "experiment.py").write_text(
+        "from diffusion_jax.config import default\n\n\ndef get_config():\n"
+        "    config = default()\n    config.model.kind = 'mine.py:net'\n    return config\n"
+    )
+    kind = f"{tmp_path.resolve()}/mine.py:net"
+    assert configs.experiment(str(tmp_path / "experiment.py")).model.kind == kind
+    monkeypatch.chdir(tmp_path)
+    config = configs.override(tiny_config(), {"model.kind": "mine.py:net"})
+    assert config.model.kind == kind
+    moved = configs.resolve(config.to_dict() | {"model": config.model.to_dict() | {"kind": "/moved/mine.py:net"}})
+    assert configs.identity_settings(moved) == configs.identity_settings(config)
+
+
 def test_a_file_with_annotations_as_text_defines_a_module(tmp_path):
     """Dataclasses look up the module of their annotations while the file runs."""
     path = tmp_path / "annotated.py"
