@@ -140,19 +140,21 @@ def parse(arguments: Sequence[str]) -> Command:
         raise ConfigError(f"--config={error}") from None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        trusted: str | bool = overrides.get("model.kind") or flags.trust_network
+        named = frozenset(text for text in overrides.values() if ":" in text)
+        trusted: bool | frozenset[str] = flags.trust_network or named
         config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, trusted)
         overrides = init | overrides
     elif config is None and workdir is not None:
         from diffusion_jax.runs.workdir import load_config
 
         config = load_config(workdir)
-        imported = {} if config is None or flags.trust_network else configs.imported_functions(config)
-        for name in imported.keys() - overrides.keys():
-            raise UserError(
-                f"{workdir} holds a run that imports {imported[name]} ({name}); to allow it, add "
-                f"--config.{name}={imported[name]}, --config=... or --trust_network"
-            )
+    reads_functions = not (flags.config or flags.trust_network) and flags.mode not in ("status", "report")
+    imported = configs.imported_functions(config) if config is not None and reads_functions else {}
+    for name in imported.keys() - overrides.keys():
+        raise UserError(
+            f"{flags.pretrained or workdir} holds a run that imports {imported[name]} ({name}); to allow it, add "
+            f"--config.{name}={imported[name]}, --config=... or --trust_network"
+        )
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
@@ -200,11 +202,11 @@ def _open_workdir(workdir: str, mode: str) -> RunDir:
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str, trusted: str | bool
+    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str, trusted: bool | frozenset[str]
 ) -> tuple[ConfigDict, dict[str, str]]:
     """Returns `config`, by default the config of the weights, and the overrides that start training from the weights.
 
-    trusted: a function that may be imported for the network, or whether the function that the weights name may be.
+    trusted: the functions that may be imported, or True for all that the weights name.
     """
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 

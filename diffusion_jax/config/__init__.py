@@ -34,6 +34,7 @@ from diffusion_jax.config.table import (
     is_continuous,
     is_upsampler,
     resolve_clip,
+    short_name,
 )
 from diffusion_jax.config.values import FunctionName, OneOf, parse, read_value
 from diffusion_jax.errors import ConfigError, closest_names, shorten
@@ -57,6 +58,7 @@ __all__ = [
     "override",
     "resolve",
     "resolve_clip",
+    "short_name",
 ]
 
 _ALIASES = {"sampling.class": "sampling.label"}
@@ -93,18 +95,20 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     settings of the network before get their defaults.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
-    given, values = flatten(config), {}
+    given, values, options = flatten(config), {}, {}
     for name, text in texts.items():
         name = _ALIASES.get(name, name)
         if name.startswith("model.options."):
-            options = values.get("model.options", given.get("model.options", {}))
-            values["model.options"] = {**options, name.removeprefix("model.options."): read_value(text)}
+            options[name.removeprefix("model.options.")] = read_value(text)
             continue
         _check_known(name)
         values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
-    kind = values.get("model.kind", "")
-    if ":" in kind and kind != given.get("model.kind"):  # the settings of another network mean nothing to this one
+    before, kind = given.get("model.kind", ""), values.get("model.kind", given.get("model.kind", ""))
+    if f"{before}{kind}".count(":") and short_name(before) != short_name(kind):
+        # The settings of another network mean nothing to this network.
         values = {name: SETTINGS[name].default for name in NETWORK_SETTINGS} | values
+    if options:
+        values["model.options"] = {**values.get("model.options", given.get("model.options", {})), **options}
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
         changed.update_from_flattened_dict(
@@ -114,11 +118,14 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
 
 
 def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings that name a function to import, {"model.kind": "module:function"}, except data and features."""
+    """Returns the settings that name a function to import, {"model.kind": "module:function"}.
+
+    Of `data.dataset` and `evaluation.features`, only files are included, which could be part of a downloaded run.
+    """
     return {
         name: value
         for name, value in flatten(config).items()
-        if isinstance(value, str) and ":" in value and _names_function(SETTINGS[name].kind)
+        if isinstance(value, str) and ":" in value and (_names_function(SETTINGS[name].kind) or ".py:" in value)
     }
 
 
@@ -163,10 +170,12 @@ def experiment(name: str) -> ConfigDict:
 
 
 def _find_beside(config: Any, folder: pathlib.Path) -> None:
-    """Makes the path of the network's file absolute if the file is in the folder of the config."""
-    kind = config.get("model", {}).get("kind", "") if isinstance(config, Mapping | ConfigDict) else ""
-    if isinstance(kind, str) and ".py:" in kind and (folder / kind.rpartition(":")[0]).is_file():
-        config["model"]["kind"] = str(folder.resolve() / kind)
+    """Makes the paths of functions' files absolute if the files are in the folder of the config."""
+    for group in ("model", "diffusion", "optimizer"):
+        settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
+        for name, value in settings.items():
+            if isinstance(value, str) and ".py:" in value and (folder / value.rpartition(":")[0]).is_file():
+                settings[name] = str(folder.resolve() / value)
 
 
 def experiment_names() -> list[str]:

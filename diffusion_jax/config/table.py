@@ -41,6 +41,7 @@ __all__ = [
     "is_identity",
     "is_upsampler",
     "resolve_clip",
+    "short_name",
 ]
 
 
@@ -313,7 +314,8 @@ OPTIMIZER: dict[str, Setting] = {
     "frozen": Setting(
         (),
         OneOf(Tuple(Text(), "patterns", shown="('down_*', 'middle_*')"), FunctionName()),
-        "Parameters that training does not change: patterns of names, or a function from a name to a bool; () for none.",
+        "Parameters that training does not change: patterns of names, such as network/* for your own network, or a "
+        "function from a name to a bool; () for none.",
     ),
     "learning_rate": Setting(2e-4, Number(above=0), "Learning rate after the warm-up."),
     "warmup_steps": Setting(5_000, Integer(0), "Steps of linear warm-up from 0."),
@@ -549,7 +551,7 @@ EVALUATION: dict[str, Setting] = {
 GROUPS: dict[str, tuple[str, dict[str, Setting]]] = {
     "": ("The run as a whole.", ROOT),
     "data": ("Training data.", DATA),
-    "model": ("The network: the fields of `models.UNet`.", MODEL),
+    "model": ("The network: its kind and the fields of `models.UNet`.", MODEL),
     "diffusion": ("The diffusion process and the loss.", DIFFUSION),
     "training": ("Lengths and intervals of training.", TRAINING),
     "optimizer": ("The optimizer.", OPTIMIZER),
@@ -608,10 +610,12 @@ def identity_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     FILE.py:function is compared without the folder, so that a run can move.
     """
     found = {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
-    return {
-        name: value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
-        for name, value in found.items()
-    }
+    return {name: short_name(value) if isinstance(value, str) else value for name, value in found.items()}
+
+
+def short_name(name: str) -> str:
+    """Returns the name of a function, FILE.py:function, without the folder of the file; any other text is unchanged."""
+    return name.rpartition("/")[2] if ".py:" in name else name
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:

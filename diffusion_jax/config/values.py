@@ -275,6 +275,8 @@ class Options:
     def check(self, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise ValueError
+        if wrong := [name for name in value if not str(name).isidentifier()]:
+            raise ValueError(f"{wrong[0]} is not the name of an argument")
         return {str(name): self._check_value(name, each) for name, each in value.items()}
 
     def _check_value(self, name: Any, value: Any) -> Any:

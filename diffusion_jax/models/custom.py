@@ -84,11 +84,12 @@ class CustomNetwork(Conditional):
             null = jnp.asarray(functions.null_condition, condition.dtype)
             condition = jnp.where(jnp.isnan(condition), null, condition)
         inputs = {"x_t": x_t, "time": time, "y": y, "condition": condition, "extra": extra, "train": train}
-        params = self.param("network", functions.init, inputs)
+        params = self.param("network", lambda key: jax.tree.map(jnp.asarray, functions.init(key, inputs)))
         if self.dtype == "bfloat16":
             params = _cast(params, jnp.bfloat16)
             inputs |= {name: _cast(inputs[name], jnp.bfloat16) for name in ("x_t", "condition", "extra")}
-        key = self.make_rng("dropout") if train else None
+        stream = "microbatch" if not functions.is_linen and self.has_rng("microbatch") else "dropout"
+        key = self.make_rng(stream) if train else None
         return jnp.asarray(functions.apply(params, inputs, key)).astype(jnp.float32)
 
     def _make_functions(self, x_t, condition) -> _Functions:
@@ -101,9 +102,7 @@ class CustomNetwork(Conditional):
         )
         assert self.function is not None
         make = functools.partial(self.function, shapes, **dict(self.settings + self.options))
-        if (
-            "rngs" in inspect.signature(self.function).parameters
-        ):  # of an NNX module, which draws its parameters when made
+        if "rngs" in inspect.signature(self.function).parameters:  # an NNX module draws its parameters when it is made
             return _nnx_functions(make)
         network = make()
         if isinstance(network, nn.Module):
@@ -124,6 +123,7 @@ class _Functions(NamedTuple):
     init: Callable[..., Any]
     apply: Callable[..., Any]
     null_condition: Any = None
+    is_linen: bool = False
 
 
 def _linen_functions(module: nn.Module) -> _Functions:
@@ -141,7 +141,7 @@ def _linen_functions(module: nn.Module) -> _Functions:
         rngs = {} if key is None else {"dropout": key}
         return module.apply({"params": params}, **known(inputs), rngs=rngs)
 
-    return _Functions(init, apply, getattr(module, "null_condition", None))
+    return _Functions(init, apply, getattr(module, "null_condition", None), is_linen=True)
 
 
 def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
@@ -158,7 +158,9 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
     def apply(params, inputs, key):
         key = jax.random.key(0) if key is None else key
         nnx.replace_by_pure_dict(params_state, params)
-        random = jax.tree.map(lambda leaf: _random_state(leaf, key), rest)
+        leaves, structure = jax.tree.flatten(rest)
+        keys = [_random_state(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)]
+        random = jax.tree.unflatten(structure, keys)
         module = nnx.merge(graph, params_state, random)
         module.set_attributes(deterministic=not inputs["train"], raise_if_not_found=False)
         return module(**_known_arguments(type(module).__call__, inputs))
@@ -219,7 +221,13 @@ def read_options(
     """
     parameters = dict(list(inspect.signature(function).parameters.items())[1:])
     parameters.pop("rngs", None)
-    hints = typing.get_type_hints(function)
+    parameters = {
+        name: each for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+    }
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):  # hints of names that are imported for type checkers only, or no function
+        hints = {}
     taken = {name: settings[name] for name in parameters if name in settings}
     known = {name: value for name, value in parameters.items() if name not in settings}
     if unknown := sorted(options.keys() - known.keys()):
@@ -251,8 +259,9 @@ def _value_kind(hint: Any) -> Any:
         kinds = [_value_kind(each) for each in arguments if each is not type(None)]
         if None in kinds:
             return None
-        return optional(kinds[0]) if type(None) in arguments and len(kinds) == 1 else OneOf(*kinds)
-    if origin in (tuple, list) and arguments and (item := _value_kind(arguments[0])) is not None:
+        return optional(OneOf(*kinds)) if type(None) in arguments else OneOf(*kinds)
+    is_uniform = len(set(arguments) - {Ellipsis}) == 1
+    if origin in (tuple, list) and is_uniform and (item := _value_kind(arguments[0])) is not None:
         return Tuple(item, "values")
     return None
 

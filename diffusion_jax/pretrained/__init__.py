@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import resolve, resolve_clip
+from diffusion_jax.config import resolve, resolve_clip, short_name
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError, list_differences, list_names
@@ -63,11 +63,10 @@ _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_nois
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "function"}
 
 Flags = str | Mapping[str, Any] | None
+Trust = Callable | bool | frozenset[str] | None  # of functions that weights name; a set has names
 
 
-def load(
-    path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Callable | bool | None = None
-) -> Model:
+def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
     """Loads a trained network with its weights, schedule and settings.
 
     path: one of
@@ -81,21 +80,19 @@ def load(
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
     network: for weights of your own network (`config.model.kind`), the function that makes the network, or True to import the
-    function that the weights name. No code is imported otherwise.
+    functions that the weights name. No code is imported otherwise.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files.
     """
     return _read_or_raise(path, flags, ema, network, with_params=True)
 
 
-def describe(
-    path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Callable | bool | None = None
-) -> Model:
+def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
     """Like `load`, but does not read the parameters, which are None. Raises: as `load`, except for values."""
     return _read_or_raise(path, flags, ema, network, with_params=False)
 
 
-def _read_or_raise(path, flags: Flags, ema: bool, network: Callable | bool | None, with_params: bool) -> Model:
+def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: bool) -> Model:
     """Like `_read`, but raises a PretrainedError for every error of an invalid file."""
     try:
         flags = json.loads(flags) if isinstance(flags, str) and flags.startswith("{") else flags
@@ -113,7 +110,7 @@ def _read_or_raise(path, flags: Flags, ema: bool, network: Callable | bool | Non
     return dataclasses.replace(net, provenance=Provenance(pathlib.Path(path).stem, {"family": net.family}))
 
 
-def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Callable | bool | None, with_params: bool) -> Model:
+def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_params: bool) -> Model:
     tensors = None
     if not path.is_dir():
         if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
@@ -184,26 +181,30 @@ def from_config(
     return net.with_params(params)
 
 
-def _trusted_function(
-    path: pathlib.Path, settings: Mapping[str, Any], network: Callable | bool | None
-) -> Callable | None:
+def _trusted_function(path: pathlib.Path, settings: Mapping[str, Any], network: Trust) -> Callable | None:
     """Returns the function that makes the network of weights; None for networks of this package.
 
-    settings: the groups "model" and "diffusion" of a config. network: as for `load`.
-    Raises: PretrainedError if no function may be imported.
+    settings: the groups "model" and "diffusion" of a config. network: as for `load`, or names that may be imported.
+    Raises: PretrainedError if a function may not be imported.
     """
     kind, diffusion = settings["model"].get("kind", ""), settings["diffusion"]
     imported = [name for name in (kind, diffusion.get("path"), diffusion.get("schedule")) if name and ":" in name]
-    if imported and not network:
-        raise PretrainedError(
-            f"{path} needs the function {imported[0]}, and loading imports no code by itself; give network=True to import it"
-            + (", or network=FUNCTION" if imported == [kind] else "")
-        )
-    if network and not imported:
-        raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
+    trusted = network if isinstance(network, frozenset) else frozenset()
+    for name in imported:
+        is_given = callable(network) and name == kind
+        if network is not True and not is_given and short_name(name) not in map(short_name, trusted):
+            raise PretrainedError(
+                f"{path} needs the function {name}, and loading imports no code by itself; give network=True"
+                + (" or network=FUNCTION" if imported == [kind] else "")
+                + " (--trust_network on the command line)"
+            )
     if ":" not in kind:
+        if callable(network):
+            raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
         return None
-    return network if callable(network) else models.import_network(kind)
+    if callable(network):
+        return network
+    return models.import_network(next((name for name in trusted if short_name(name) == short_name(kind)), kind))
 
 
 def describe_run(
@@ -315,12 +316,12 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
     parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
 
 
-def _load_file(
-    path: pathlib.Path, tensors: parameters.Tensors, network: Callable | bool | None, with_params: bool
-) -> Model:
+def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, with_params: bool) -> Model:
     """Loads a file of `save_safetensors`; with the parameters if `with_params`. Raises: PretrainedError."""
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
     kind = models.Classifier if stored["kind"] == "Classifier" else None
+    if stored["kind"] == "MLP":
+        stored["model"].setdefault("kind", "mlp")
     model = models.from_config(stored["model"], kind, _trusted_function(path, stored, network))
     if kind is None:
         is_learned = stored["diffusion"]["variance"].startswith("learned")
@@ -387,8 +388,7 @@ def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: boo
             f"init_from={path} holds weights of models.{type(net.model).__name__}, and the config describes "
             f"models.{type(model).__name__}"
         )
-    names = sorted(set(models.network_fields(model)) - _FIELDS_IGNORED)
-    there, here = ({f"model.{name}": getattr(network, name) for name in names} for network in (net.model, model))
+    there, here = _comparable_fields(net.model), _comparable_fields(model)
     there, here = there | {"data.channels": net.channels}, here | {"data.channels": config["data"]["channels"]}
     if differences := list_differences(there, here):
         raise UserError(
@@ -397,11 +397,23 @@ def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: boo
     return net
 
 
+def _comparable_fields(model: Network) -> dict[str, Any]:
+    """Returns the fields of a network that determine its parameters, as settings."""
+    fields = models.network_fields(model)
+    fields |= dict(fields.pop("settings", ()))
+    if "kind" in fields:
+        fields["kind"] = short_name(fields["kind"])
+    return {f"model.{name}": value for name, value in fields.items() if name not in _FIELDS_IGNORED}
+
+
 def _initial_weights(read: Callable[..., Model], config: Mapping[str, Any], use_ema: bool = True) -> Model:
     """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
-    path, kind = config["init_from"], config["model"].get("kind", "")
+    path = config["init_from"]
+    named = config["model"].get("kind", ""), config["diffusion"]["path"], config["diffusion"]["schedule"]
     try:
-        return read(path, config["init_flags"] or None, use_ema, models.import_network(kind) if ":" in kind else None)
+        return read(
+            path, config["init_flags"] or None, use_ema, frozenset(name for name in named if name and ":" in name)
+        )
     except PretrainedError as error:
         raise PretrainedError(f"init_from={path}: {error}") from error
 

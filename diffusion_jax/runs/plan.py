@@ -72,8 +72,9 @@ class Settings(NamedTuple):
 class Estimate(NamedTuple):
     """Bytes on one device, in the order that `run` prints.
 
-    state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: stored for the
-    backward pass of a microbatch. working: further memory of the backward pass, and gathered parameters.
+    state: parameters, EMA and two moments of each parameter, as Adam has. gradients: one tree, or two with accumulation.
+    activations: stored for the backward pass of a microbatch. working: further memory of the backward pass, and gathered
+    parameters.
     """
 
     settings: Settings

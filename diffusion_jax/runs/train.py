@@ -119,10 +119,10 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             count, seed = config.sampling.batch_size, config.evaluation.seed
             batches = SampleBatches(config, net, loaded, count, seed, "the Frechet distance")
             frechet_distance = _make_frechet_distance(config, workdir, batches, source)
+        broadcast_from_process_0(lambda: check_network_source(net.model, workdir))
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network
-        broadcast_from_process_0(lambda: check_network_source(net.model, workdir))
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)
         if jax.default_backend() == "gpu" and not options.deterministic:

@@ -62,14 +62,13 @@ def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
         raise UserError(f"{path} is not a valid config ({error}); correct it, or use another --workdir") from None
 
 
-def config_from_weights(path: str, flags: str = "", network: str | bool = False) -> ConfigDict:
+def config_from_weights(path: str, flags: str = "", network: bool | frozenset[str] = False) -> ConfigDict:
     """Returns a config that starts training from the weights at `path`; settings of a run's config are inherited.
 
-    path: as in `pretrained.load`. flags: settings that the weights do not contain. network: the name of the function that
-    makes the network, or whether the function that the weights name may be imported. Raises: UserError, PretrainedError.
+    path: as in `pretrained.load`. flags: settings that the weights do not contain. network: the functions that may be
+    imported, or True for all that the weights name. Raises: UserError, PretrainedError.
     """
-    function = models.import_network(network) if isinstance(network, str) and ":" in network else bool(network)
-    description = pretrained.describe(path, flags or None, network=function)
+    description = pretrained.describe(path, flags or None, network=network)
     config = load_config(path) if pretrained.is_workdir(path) else None
     if config is None:
         settings = pretrained.config_settings(description)

@@ -207,6 +207,11 @@ def _check_path(config: Mapping[str, Any]) -> None:
                 f"diffusion.{setting}={config[setting]!r} is for a path; set diffusion.path to one of "
                 f"{', '.join(schedules.PATHS)}"
             )
+    if ":" in config["draw"] and config["timestep_sampler"] != "uniform":
+        raise ValueError(
+            f"diffusion.timestep_sampler={config['timestep_sampler']!r} has no effect on {config['draw']}, which draws the "
+            "levels itself; use uniform"
+        )
     for setting in ("draw_mean", "draw_std"):
         if config[setting] is not None and config["draw"] not in ("log_normal", "logit_normal"):
             raise ValueError(

@@ -92,6 +92,13 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
         def is_frozen(name: str) -> bool:
             return any(fnmatch.fnmatchcase(name, end) for pattern in frozen for end in (pattern, f"{pattern}/*"))
 
+        every = jax.tree.leaves(names)
+        for pattern in frozen:
+            if not any(fnmatch.fnmatchcase(name, end) for name in every for end in (pattern, f"{pattern}/*")):
+                some = ", ".join(every[:: max(1, len(every) // 3)])
+                raise ValueError(
+                    f"optimizer.frozen: {pattern!r} freezes no parameter; some of the {len(every)} parameters: {some}"
+                )
     found = jax.tree.map(lambda name: bool(is_frozen(name)), names)
     count, total = sum(jax.tree.leaves(found)), len(jax.tree.leaves(found))
     if not 0 < count < total:

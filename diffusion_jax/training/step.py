@@ -98,7 +98,14 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
         settings["weighting"] = functools.partial(
             losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
         )
-    names = {name for name, value in inspect.signature(loss).parameters.items() if value.kind is value.KEYWORD_ONLY}
+    names = set(list(inspect.signature(loss).parameters)[4:])  # after key, schedule, denoise_fn and x_0
+    if ":" in diffusion["loss"]:
+        for name, default in (("weighting", "none"), ("timestep_sampler", "uniform"), ("draw", "uniform")):
+            if name not in names and diffusion[name] != default:
+                raise ValueError(
+                    f"diffusion.{name}={diffusion[name]} has no effect on {diffusion['loss']}, which has no argument {name}; "
+                    f"use {default}"
+                )
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
@@ -164,6 +171,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             conditions: dict[str, Any] = {} if condition is None else {"condition": microbatch.take(condition)}
             x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}
+            if microbatch.count > 1:  # for networks whose dropout is not intercepted
+                rngs["microbatch"] = jax.random.fold_in(key_dropout, microbatch.index)
             with nn.intercept_methods(microbatch.dropout):
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
             return microbatch.put(jnp.asarray(output))

@@ -67,6 +67,33 @@ def pair(shapes: Shapes, *, scale: float = 1.0):
     return init, apply
 
 
+class TwoDropouts(nnx.Module):
+    def __init__(self, dropout, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+        self.first, self.second = (nnx.Dropout(dropout, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x_t, time):
+        return self.second(self.first(self.scale.value * x_t + 0 * time.sum() + 1))
+
+
+def two_dropouts(shapes: Shapes, *, dropout: float = 0.0, rngs: nnx.Rngs):
+    return TwoDropouts(dropout, rngs)
+
+
+def with_key(shapes: Shapes, *, dropout: float = 0.0):
+    """A pair whose dropout draws from the key."""
+
+    def apply(params, x_t, time, key=None):
+        kept = 1.0 if key is None else jax.random.bernoulli(key, 1 - dropout, x_t.shape) / (1 - dropout)
+        return params * kept * x_t + time[:, None, None, None]
+
+    return lambda key: jnp.ones(()), apply
+
+
+def ignores_dropout(shapes: Shapes, *, dropout: float = 0.0):
+    return lambda key: jnp.ones(()), lambda params, x_t, time: params * x_t + time[:, None, None, None]
+
+
 def without_time(shapes: Shapes):
     return lambda key: jnp.ones(()), lambda params, x_t: params * x_t
 

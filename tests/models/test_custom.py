@@ -104,7 +104,9 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32():
         ("without_time", {}, "the output does not depend on time"),
         ("too_wide", {}, r"has shape \[2, 2, 8, 8, 1\] .* must have \[2, 8, 8, 1\]"),
         ("pair", {"model.num_classes": "10"}, "the output does not depend on y"),
-        ("pair", {"model.dropout": "0.1"}, "draws no random numbers; use --config.model.dropout=0"),
+        ("pair", {"model.dropout": "0.1"}, "has no argument dropout; use --config.model.dropout=0"),
+        ("ignores_dropout", {"model.dropout": "0.1"}, "draws no random numbers; use --config.model.dropout=0"),
+        ("linen", {"diffusion.loss": "classify", "model.num_classes": "10"}, "a classifier is not made by"),
         ("batch_norm", {}, "'batch_stats', which a call changes.*GroupNorm"),
         ("number", {}, "must return a Linen module, an NNX module or a pair .* not a int"),
         ("linen", {"model.options.depth": "3"}, "model.options.depth is not an argument .*; its options: width"),
@@ -260,3 +262,73 @@ def test_a_changed_file_of_a_network_is_a_note(tmp_path, capsys):
     path.write_text(path.read_text() + "# another\n")
     workdir.check_network_source(model, run)
     assert f"Note: {path} changed since this run began (SHA-256 " in capsys.readouterr().out
+
+
+def test_each_dropout_of_an_nnx_module_draws_its_own_mask():
+    model = network_of("two_dropouts", {"model.dropout": "0.5"})
+    params = init(model)
+
+    def call(train):
+        return model.apply({"params": params}, X, TIME, train=train, rngs={"dropout": jax.random.key(0)})
+
+    ratio = np.asarray(call(True) / call(False))  # the product of two masks, 0 or 4
+    assert set(np.unique(ratio.round(4))) == {0.0, 4.0} and abs((ratio > 0).mean() - 0.25) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["of_nnx", "with_key"])
+def test_microbatches_draw_different_numbers(kind):
+    """Of a network whose dropout is not Linen's."""
+    model = network_of(kind, {"model.dropout": "0.5"})
+    params = init(model)
+    outputs = [
+        model.apply(
+            {"params": params},
+            X,
+            TIME,
+            train=True,
+            rngs={"dropout": jax.random.key(0), "microbatch": jax.random.key(i)},
+        )
+        for i in (1, 2)
+    ]
+    assert (outputs[0] != outputs[1]).any()
+
+
+def test_weights_start_from_weights_with_another_dropout(tmp_path):
+    config = config_of("linen", {"model.dropout": "0.3"})
+    net = pretrained.from_config(config, init(training.model_from_config(config)))
+    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
+    config = config_of("linen", **{"init_from": str(tmp_path / "net.safetensors")})
+    loaded = pretrained.load_initial_weights(config, training.model_from_config(config))
+    assert loaded.params.keys() == net.params.keys()
+    other = configs.override(config, {"model.options.width": "9"})
+    with pytest.raises(UserError, match="is another network"):
+        pretrained.load_initial_weights(other, training.model_from_config(other))
+    with pytest.raises(pretrained.PretrainedError, match="needs the function helpers.own_networks:linen"):
+        unet = tiny_config(**{"init_from": str(tmp_path / "net.safetensors")})
+        pretrained.load_initial_weights(unet, training.model_from_config(unet))
+
+
+def test_no_flag_lets_weights_import_a_function_that_it_does_not_name(tmp_path):
+    config = configs.override(config_of("linen"), {"diffusion.path": "helpers.own_networks:path"})
+    path = tmp_path / "net.safetensors"
+    pretrained.save_safetensors(pretrained.from_config(config, init(training.model_from_config(config))), path)
+    for flag in ("--config.model.kind=unet", "--config.model.kind=helpers.own_networks:linen"):
+        with pytest.raises(UserError, match="loading imports no code"):
+            cli.parse([f"--pretrained={path}", f"--workdir={tmp_path / 'run'}", flag])
+    with pytest.raises(pretrained.PretrainedError, match="needs the function helpers.own_networks:path"):
+        pretrained.load(path, network=own_networks.linen)
+    parsed = cli.parse([f"--pretrained={path}", f"--workdir={tmp_path / 'run'}", "--trust_network"])
+    assert parsed.config.model.kind == "helpers.own_networks:linen"
+    workdir.write_config(configs.override(tiny_config(), {"diffusion.weighting": "evil:weight"}), tmp_path / "other")
+    (tmp_path / "other" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="imports evil:weight"):
+        cli.parse([f"--pretrained={tmp_path / 'other'}", f"--workdir={tmp_path / 'run'}"])
+
+
+def test_options_belong_to_one_network():
+    config = config_of("linen", {"model.options.width": "6"})
+    other = configs.override(config, {"model.kind": "helpers.own_networks:pair", "model.options.scale": "2"})
+    assert other.model.options.to_dict() == {"scale": 2}
+    assert configs.override(config, {"model.kind": "unet"}).model.options.to_dict() == {}
+    with pytest.raises(configs.ConfigError, match="a.b is not the name of an argument"):
+        configs.override(config, {"model.options.a.b": "1"})
