@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import functools
 import importlib
+import inspect
 import os
 import sys
 import time
@@ -66,13 +67,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all flags except the `--config.group.setting` overrides."""
+def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Returns the parser of all flags except the `--config.group.setting` overrides.
+
+    arguments: of the command line; the help describes the network that they name.
+    """
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     parser = Parser(
         "diffusion-jax",
         f"{__doc__}\nModes:\n{modes}",
-        epilog="--config.group.setting=VALUE overrides a setting; docs/reference/configuration.md lists all settings.",
+        epilog="--config.group.setting=VALUE overrides a setting; docs/reference/configuration.md lists all settings."
+        + _describe_network(arguments),
     )
     add = parser.add_argument
     add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
@@ -84,6 +89,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FLAGS",
         default="",
         help="settings that the weights' file lacks: a preset, OpenAI's flags, or JSON",
+    )
+    add(
+        "--trust_network",
+        action="store_true",
+        help="import the functions that a run names, such as its network (model.kind)",
     )
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -100,9 +110,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe_network(arguments: Sequence[str]) -> str:
+    """Returns the docstring and the options of the function in --config.model.kind=module:function; "" without one."""
+    from diffusion_jax import models
+
+    kinds = [text.partition("=")[2] for text in arguments if text.startswith("--config.model.kind=")]
+    if not kinds or ":" not in kinds[-1]:
+        return ""
+    try:
+        function = models.import_network(kinds[-1])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    options = [
+        f"  --config.model.{'' if f'model.{name}' in configs.SETTINGS else 'options.'}{str(value).replace(' = ', '=')}"
+        for name, value in list(inspect.signature(function).parameters.items())[1:]
+        if name != "rngs"
+    ]
+    return "\n".join([f"\n\nThe network {kinds[-1]}:", inspect.getdoc(function) or "", *options])
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """Parses the command-line arguments, without the program name. Raises: UserError for an invalid command line."""
-    parser = make_parser()
+    parser = make_parser(arguments if "--help" in arguments or "-h" in arguments else ())
     flags, rest = parser.parse_known_args(list(arguments))
     overrides = _read_overrides(rest, [f"--{name}" for name in vars(flags)])
     try:
@@ -111,12 +140,21 @@ def parse(arguments: Sequence[str]) -> Command:
         raise ConfigError(f"--config={error}") from None
     workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
     if flags.pretrained:
-        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags)
+        named = frozenset(text for text in overrides.values() if ":" in text)
+        trusted: bool | frozenset[str] = flags.trust_network or named
+        config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, trusted)
         overrides = init | overrides
     elif config is None and workdir is not None:
         from diffusion_jax.runs.workdir import load_config
 
         config = load_config(workdir)
+    reads_functions = not (flags.config or flags.trust_network) and flags.mode not in ("status", "report")
+    imported = configs.imported_functions(config) if config is not None and reads_functions else {}
+    for name in imported.keys() - overrides.keys():
+        raise UserError(
+            f"{flags.pretrained or workdir} holds a run that imports {imported[name]} ({name}); to allow it, add "
+            f"--config.{name}={imported[name]}, --config=... or --trust_network"
+        )
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
@@ -164,9 +202,12 @@ def _open_workdir(workdir: str, mode: str) -> RunDir:
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str
+    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str, trusted: bool | frozenset[str]
 ) -> tuple[ConfigDict, dict[str, str]]:
-    """Returns `config`, by default the config of the weights, and the overrides that start training from the weights."""
+    """Returns `config`, by default the config of the weights, and the overrides that start training from the weights.
+
+    trusted: the functions that may be imported, or True for all that the weights name.
+    """
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
     if workdir is not None and committed_steps(workdir / "checkpoints"):
@@ -177,7 +218,7 @@ def _config_with_weights(
             )
         config, flags = config or stored, flags or stored.init_flags
     try:
-        config = config or config_from_weights(weights, flags)
+        config = config or config_from_weights(weights, flags, trusted)
     except (DiffusionJaxError, ValueError, OSError) as error:
         raise UserError(f"--pretrained={weights}: {error}") from error
     return config, {"init_from": weights, "init_flags": flags}

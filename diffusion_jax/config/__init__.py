@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config.table import (
     GROUPS,
+    NETWORK_SETTINGS,
     SETTINGS,
     clips_by_default,
     defaults,
@@ -33,8 +34,9 @@ from diffusion_jax.config.table import (
     is_continuous,
     is_upsampler,
     resolve_clip,
+    short_name,
 )
-from diffusion_jax.config.values import OneOf, parse
+from diffusion_jax.config.values import FunctionName, OneOf, parse, read_value
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
@@ -49,12 +51,14 @@ __all__ = [
     "experiment_names",
     "flatten",
     "identity_settings",
+    "imported_functions",
     "is_classifier",
     "is_continuous",
     "is_upsampler",
     "override",
     "resolve",
     "resolve_clip",
+    "short_name",
 ]
 
 _ALIASES = {"sampling.class": "sampling.label"}
@@ -87,18 +91,46 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
-    ConfigDict fields that refer to a replaced field (`get_ref`) follow it.
+    ConfigDict fields that refer to a replaced field (`get_ref`) follow it. If the text names a function for `model.kind`, the
+    settings of the network before get their defaults.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
-    given, values = flatten(config), {}
+    given, values, options = flatten(config), {}, {}
     for name, text in texts.items():
         name = _ALIASES.get(name, name)
+        if name.startswith("model.options."):
+            options[name.removeprefix("model.options.")] = read_value(text)
+            continue
         _check_known(name)
         values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
+    before, kind = given.get("model.kind", ""), values.get("model.kind", given.get("model.kind", ""))
+    if f"{before}{kind}".count(":") and short_name(before) != short_name(kind):
+        # The settings of another network mean nothing to this network.
+        values = {name: SETTINGS[name].default for name in NETWORK_SETTINGS} | values
+    if options:
+        values["model.options"] = {**values.get("model.options", given.get("model.options", {})), **options}
     changed = copy.deepcopy(ConfigDict(config))
     with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
-        changed.update_from_flattened_dict({name: values[name] for name in reversed(values) if name in given})
+        changed.update_from_flattened_dict(
+            {name: values[name] for name in reversed(values) if name in given and name != "model.options"}
+        )
     return _complete(flatten(changed) | values)
+
+
+def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings that name a function to import, {"model.kind": "module:function"}.
+
+    Of `data.dataset` and `evaluation.features`, only files are included, which could be part of a downloaded run.
+    """
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if isinstance(value, str) and ":" in value and (_names_function(SETTINGS[name].kind) or ".py:" in value)
+    }
+
+
+def _names_function(kind: Any) -> bool:
+    return isinstance(kind, OneOf) and any(isinstance(each, FunctionName) for each in kind.kinds)
 
 
 def experiment(name: str) -> ConfigDict:
@@ -125,6 +157,7 @@ def experiment(name: str) -> ConfigDict:
         if get_config is None:
             raise ConfigError(f"{file} defines no function get_config(), which must return the ConfigDict")
         config = get_config() if argument is None else get_config(argument)
+        _find_beside(config, pathlib.Path(file).parent)
         resolved = resolve(config)
         return config if isinstance(config, ConfigDict) else resolved  # a ConfigDict keeps its references
     except ConfigError as error:
@@ -134,6 +167,15 @@ def experiment(name: str) -> ConfigDict:
         where = f"line {lines[-1]} of {file}" if lines else file
         text = shorten(str(error), 300)  # some errors list a whole config
         raise ConfigError(f"{name}: {where} raises {type(error).__name__}: {text}") from error
+
+
+def _find_beside(config: Any, folder: pathlib.Path) -> None:
+    """Makes the paths of functions' files absolute if the files are in the folder of the config."""
+    for group in ("model", "diffusion", "optimizer"):
+        settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
+        for name, value in settings.items():
+            if isinstance(value, str) and ".py:" in value and (folder / value.rpartition(":")[0]).is_file():
+                settings[name] = str(folder.resolve() / value)
 
 
 def experiment_names() -> list[str]:

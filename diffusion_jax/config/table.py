@@ -13,10 +13,12 @@ from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
     Choice,
+    FunctionName,
     Integer,
     Interval,
     Number,
     OneOf,
+    Options,
     Text,
     Tuple,
     ValueKind,
@@ -27,6 +29,7 @@ from diffusion_jax.metrics import METRICS
 __all__ = [
     "CLASSIFIER_DEFAULTS",
     "GROUPS",
+    "NETWORK_SETTINGS",
     "SETTINGS",
     "Setting",
     "clips_by_default",
@@ -38,6 +41,7 @@ __all__ = [
     "is_identity",
     "is_upsampler",
     "resolve_clip",
+    "short_name",
 ]
 
 
@@ -122,9 +126,14 @@ DATA: dict[str, Setting] = {
 MODEL: dict[str, Setting] = {
     "kind": Setting(
         "unet",
-        Choice("unet", "mlp"),
-        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors. The settings of `model` that are not fields "
-        "of `models.MLP`, or of a classifier's `models.Classifier`, must keep their defaults.",
+        OneOf(Choice("unet", "mlp"), FunctionName()),
+        "Network: unet for arrays with 1, 2 or 3 spatial axes, mlp for vectors, or a function that makes your own. Settings "
+        "of `model` that the network does not have must keep their defaults.",
+    ),
+    "options": Setting(
+        {},
+        Options(),
+        "Keyword arguments of the function in `model.kind`, as in --config.model.options.depth=4.",
     ),
     "channels": Setting(128, Integer(4), "Width at the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": Setting(
@@ -190,19 +199,40 @@ MODEL: dict[str, Setting] = {
     ),
 }
 
+# Settings that every network has; the others describe the layers of one kind of network.
+_COMMON = (
+    "num_classes",
+    "label_dropout",
+    "condition_features",
+    "condition_channels",
+    "condition_dropout",
+    "dropout",
+    "dtype",
+)
+NETWORK_SETTINGS = tuple(f"model.{name}" for name in MODEL if name not in _COMMON)
+
 DIFFUSION: dict[str, Setting] = {
-    "schedule": Setting("linear", Choice(*schedules.SCHEDULES), "Noise schedule, as `schedules.betas` names it."),
+    "schedule": Setting(
+        "linear",
+        OneOf(Choice(*schedules.SCHEDULES), FunctionName()),
+        "Noise schedule, as `schedules.betas` names it, or a function from T to T betas.",
+    ),
     "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T in the diffusion process."),
     "path": Setting(
         None,
-        optional(Choice(*schedules.PATHS)),
-        "Path, as `schedules.PATHS` names it: training draws from its continuous noise levels, instead of the schedule's. "
-        "Sampling and likelihoods use T levels, evenly spaced in network time. None for the schedule.",
+        OneOf(Choice(*schedules.PATHS), Choice(None), FunctionName()),
+        "Path, as `schedules.PATHS` names it, or a function () -> path. Training draws from its continuous noise levels, "
+        "instead of the schedule's; sampling and likelihoods use T levels, evenly spaced in network time. None for the "
+        "schedule.",
     ),
     "log_snr_shift": Setting(
         0.0, Number(), "Number that is added to the log SNR of a path, and of every draw, for larger images."
     ),
-    "draw": Setting("uniform", Choice(*draws.DRAWS), "Distribution of a batch's noise levels on a path."),
+    "draw": Setting(
+        "uniform",
+        OneOf(Choice(*draws.DRAWS), FunctionName()),
+        "Distribution of a batch's noise levels on a path, or a function (key, batch size, path) -> (time, log density).",
+    ),
     "draw_mean": Setting(
         None, optional(Number()), "Mean of the draws log_normal and logit_normal; None for the published."
     ),
@@ -232,19 +262,25 @@ DIFFUSION: dict[str, Setting] = {
     ),
     "loss": Setting(
         "simple",
-        Choice(*losses.LOSSES),
-        "Training loss. vlb: the variational bound; hybrid: simple plus the bound, for a learned variance; "
-        "continuous_vlb: the bound on a path; classify: the cross entropy of a noise-aware classifier, for guidance.",
+        OneOf(Choice(*losses.LOSSES), FunctionName()),
+        "Training loss, or a function as `losses.simple`. vlb: the variational bound; hybrid: simple plus the bound, for a "
+        "learned variance; continuous_vlb: the bound on a path; classify: the cross entropy of a noise-aware classifier, for "
+        "guidance.",
     ),
     "vlb_weight": Setting(0.001, Number(minimum=0), "Weight of the variational bound in the hybrid loss."),
     "conditioning_noise": Setting(
         0.0, Number(minimum=0), "Largest standard deviation of the noise on an upsampler's small images; 0 for none."
     ),
-    "weighting": Setting("none", Choice("none", *losses.WEIGHTINGS), "Weight of each timestep in the simple loss."),
+    "weighting": Setting(
+        "none",
+        OneOf(Choice("none", *losses.WEIGHTINGS), FunctionName()),
+        "Weight of each noise level in the simple loss, or a function from the SNR to a weight on the eps error.",
+    ),
     "timestep_sampler": Setting(
         "uniform",
-        Choice(*timesteps.TIMESTEP_SAMPLERS),
-        "Distribution of a batch's timesteps. On a path: uniform or stratified.",
+        OneOf(Choice(*timesteps.TIMESTEP_SAMPLERS), FunctionName()),
+        "Distribution of a batch's timesteps, or a function (key, batch size, T) -> (t, weight). On a path: uniform or "
+        "stratified.",
     ),
 }
 
@@ -270,7 +306,17 @@ TRAINING: dict[str, Setting] = {
 }
 
 OPTIMIZER: dict[str, Setting] = {
-    "name": Setting("adam", Choice("adam", "adamw"), "Optimizer, from optax."),
+    "name": Setting(
+        "adam",
+        OneOf(Choice("adam", "adamw"), FunctionName()),
+        "Optimizer of optax, or a function (learning rate schedule, `config.optimizer`) -> optax transformation.",
+    ),
+    "frozen": Setting(
+        (),
+        OneOf(Tuple(Text(), "patterns", shown="('down_*', 'middle_*')"), FunctionName()),
+        "Parameters that training does not change: patterns of names, such as network/* for your own network, or a "
+        "function from a name to a bool; () for none.",
+    ),
     "learning_rate": Setting(2e-4, Number(above=0), "Learning rate after the warm-up."),
     "warmup_steps": Setting(5_000, Integer(0), "Steps of linear warm-up from 0."),
     "schedule": Setting(
@@ -505,7 +551,7 @@ EVALUATION: dict[str, Setting] = {
 GROUPS: dict[str, tuple[str, dict[str, Setting]]] = {
     "": ("The run as a whole.", ROOT),
     "data": ("Training data.", DATA),
-    "model": ("The network: the fields of `models.UNet`.", MODEL),
+    "model": ("The network: its kind and the fields of `models.UNet`.", MODEL),
     "diffusion": ("The diffusion process and the loss.", DIFFUSION),
     "training": ("Lengths and intervals of training.", TRAINING),
     "optimizer": ("The optimizer.", OPTIMIZER),
@@ -540,7 +586,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested settings to {"group.setting": value}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
+        if f"{prefix}{key}" == "model.options":
+            flat[f"{prefix}{key}"] = value.to_dict() if isinstance(value, ConfigDict) else value
+        elif isinstance(value, Mapping | ConfigDict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -557,8 +605,17 @@ def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that all launches of a run must agree on, as {"group.setting": value}."""
-    return {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
+    """Returns the settings that all launches of a run must agree on, as {"group.setting": value}.
+
+    FILE.py:function is compared without the folder, so that a run can move.
+    """
+    found = {name: value for name, value in flatten(config).items() if name in SETTINGS and is_identity(name)}
+    return {name: short_name(value) if isinstance(value, str) else value for name, value in found.items()}
+
+
+def short_name(name: str) -> str:
+    """Returns the name of a function, FILE.py:function, without the folder of the file; any other text is unchanged."""
+    return name.rpartition("/")[2] if ".py:" in name else name
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:

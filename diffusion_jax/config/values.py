@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import math
 import numbers
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,16 +24,20 @@ from diffusion_jax.errors import closest_names
 __all__ = [
     "Boolean",
     "Choice",
+    "FunctionName",
     "Integer",
     "Interval",
     "Number",
     "OneOf",
+    "Options",
     "Text",
     "Tuple",
     "ValueKind",
+    "find_function",
     "import_function",
     "optional",
     "parse",
+    "read_value",
 ]
 
 
@@ -246,15 +252,83 @@ def optional(kind: ValueKind) -> OneOf:
     return OneOf(kind, Choice(None))
 
 
+class FunctionName:
+    """The name of a function, "module:function" or "FILE.py:function", which `import_function` imports.
+
+    The path of an existing file becomes absolute, so that the name has the same meaning in every directory.
+    """
+
+    allowed = "module:function, or FILE.py:function"
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"[^:]+(:[^:]*)?\.py:\w+|[\w.]+:\w+", value):
+            raise ValueError
+        file, _, function = value.rpartition(":")
+        return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") and os.path.isfile(file) else str(value)
+
+
+class Options:
+    """Values by name, for the keyword arguments of a function: numbers, texts, bools, None, or tuples of these."""
+
+    allowed = "values by name"
+
+    def check(self, value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError
+        if wrong := [name for name in value if not str(name).isidentifier()]:
+            raise ValueError(f"{wrong[0]} is not the name of an argument")
+        return {str(name): self._check_value(name, each) for name, each in value.items()}
+
+    def _check_value(self, name: Any, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(self._check_value(name, each) for each in value)
+        value = _to_scalar(value)
+        if not (value is None or isinstance(value, bool | int | float | str)):
+            raise ValueError(f"{name} is a {type(value).__name__}; give a number, text, bool, None or a tuple of these")
+        return value
+
+
+def read_value(text: str) -> Any:
+    """Returns the first reading of a command-line argument, for an option, whose kind only the function knows."""
+    text = text.strip()
+    return text == "True" if text in ("True", "False") else next(_readings(text))
+
+
 def import_function(name: str) -> Callable:
-    """Imports the function "module:function", also from a module in the current directory. Raises: ValueError."""
-    module_name, _, function_name = name.partition(":")
+    """Imports the function "module:function" or "FILE.py:function", also from the current directory. Raises: ValueError."""
+    module_name, _, function_name = name.rpartition(":")
     if os.getcwd() not in sys.path:  # the installed command does not add the current directory
         sys.path.append(os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
+        module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
         raise ValueError(f"cannot be imported ({error})") from None
     if not callable(function):
         raise ValueError(f"must be a function, not a {type(function).__name__}")
     return function
+
+
+def find_function(registry: Mapping[str, Any], name: str, setting: str) -> Any:
+    """Returns the entry of a registry, or imports the function that a setting names. Raises: ValueError."""
+    if ":" not in name:
+        return registry[name]
+    try:
+        return import_function(name)
+    except ValueError as error:
+        raise ValueError(f"{setting}={name} {error}") from None
+
+
+def _import_file(path: str) -> types.ModuleType:
+    """Imports a Python file, once in each process."""
+    path = os.path.realpath(path)
+    if path not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[path] = importlib.util.module_from_spec(spec)  # before it runs, because dataclasses look it up
+        try:
+            spec.loader.exec_module(sys.modules[path])
+        except BaseException:
+            del sys.modules[path]
+            raise
+    return sys.modules[path]

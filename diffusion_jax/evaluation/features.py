@@ -151,7 +151,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
         function = import_function(name)
     except ValueError as error:
         raise ValueError(f"features={name!r} {error}") from None
-    path = sys.modules[name.partition(":")[0]].__file__
+    path = sys.modules[function.__module__].__file__
     assert path is not None  # only namespace packages have no file, and namespace packages have no functions
     with open(path, "rb") as file:  # the file's digest approximates the function's identity
         content = hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
-from diffusion_jax.models.conditions import Conditional, condition_shape
+from diffusion_jax.config.table import NETWORK_SETTINGS
+from diffusion_jax.config.values import Options, find_function
+from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
+from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.unet import KEPT_NAMES, Classifier, UNet
@@ -20,17 +24,23 @@ __all__ = [
     "MLP",
     "Classifier",
     "Conditional",
+    "CustomNetwork",
+    "Shapes",
     "UNet",
     "apply_network",
+    "check_network",
     "condition_shape",
     "from_config",
+    "import_network",
     "initial_inputs",
     "network_fields",
     "preset",
+    "source_file",
     "timestep_embedding",
+    "to_config",
 ]
 
-_Network = UNet | MLP | Classifier
+_Network = UNet | MLP | CustomNetwork | Classifier
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
 
 
@@ -48,34 +58,41 @@ def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
     return output
 
 
-def initial_inputs(model: _Network, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns zeros with the shapes for `model.init(key, **inputs)`: one x_t [*spatial, C], its label and condition."""
-    inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
-    if isinstance(model, Conditional):
-        if model.num_classes:
-            inputs["y"] = jnp.zeros(1, jnp.int32)
-        if (condition := model.condition_shape(shape[:-1])) is not None:
-            inputs["condition"] = jnp.zeros((1, *condition))
-    return inputs
-
-
 def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
     """Returns the fields of a network, or a class's defaults, by name, without the fields that Flax adds."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
     return {name: getattr(model, name) for name in names}
 
 
-def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any:
+def to_config(model: _Network | type[_Network]) -> dict[str, Any]:
+    """Returns the settings of `config.model` for a network, as `from_config` takes them, and the field `spatial_dims`."""
+    settings = network_fields(model)
+    if isinstance(model, CustomNetwork):
+        del settings["function"]
+        settings |= {**dict(settings.pop("settings")), "options": dict(model.options)}
+    elif isinstance(model, MLP):
+        settings["kind"] = "mlp"
+    settings.pop("out_channels", None)  # follows from the data and the variance
+    return settings
+
+
+def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, function: Callable | None = None) -> Any:
     """Builds the network whose fields are the settings of `config.model`, and the field `spatial_dims`, which has no setting.
 
     kind: the class; by default the setting `kind`, or a U-Net without this setting. Settings that only the U-Net has must
-    keep their defaults for another network.
+    keep their defaults for another network. function: replaces the function that `config.kind` names.
     Raises: ValueError for a setting that is not a field.
     """
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
     }
-    named = options.pop("kind", "unet")
+    named, own_options = options.pop("kind", "unet"), Options().check(dict(options.pop("options", {})))
+    if kind is not None and ":" in named:
+        raise ValueError(f"model.kind={named}: a classifier is not made by a function of yours; leave it out")
+    if kind is None and ":" in named:
+        return _custom_network(named, function or import_network(named), options, own_options)
+    if own_options:
+        raise ValueError(f"model.options={dict(own_options)} are for model.kind=module:function; leave them out")
     if kind is None:
         if named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
@@ -92,3 +109,38 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None) -> Any
             f"model.{unknown[0]} is not a field of models.{kind.__name__}; its fields: {', '.join(sorted(fields))}"
         )
     return kind(**options)
+
+
+def import_network(name: str) -> Callable:
+    """Imports the function that `model.kind` names. Raises: ValueError."""
+    return find_function({}, name, "model.kind")
+
+
+def _custom_network(
+    kind: str, function: Callable, settings: Mapping[str, Any], options: Mapping[str, Any]
+) -> CustomNetwork:
+    """Builds the network of a user's function. Raises: ValueError for settings that have no effect, and wrong options."""
+    taken, checked = read_options(kind, function, settings, options)
+    fields, defaults = network_fields(CustomNetwork), network_fields(UNet)
+    if settings.get("dropout") and "dropout" not in taken:
+        raise ValueError(
+            f"model.dropout={settings['dropout']} has no effect on {kind}, whose function has no argument dropout; use "
+            "--config.model.dropout=0"
+        )
+    for name, value in settings.items():
+        if f"model.{name}" in NETWORK_SETTINGS and name not in taken and value != defaults.get(name):
+            raise ValueError(
+                f"model.{name}={value!r} has no effect on {kind}, whose function has no argument {name}; use "
+                f"{defaults.get(name)!r}, or --config.model.options.NAME=VALUE for an argument of the function"
+            )
+    given: dict[str, Any] = {name: value for name, value in settings.items() if name in fields}
+    given |= {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
+    return CustomNetwork(**given, kind=kind, function=function)
+
+
+def source_file(model: _Network) -> pathlib.Path | None:
+    """Returns the file that defines the function of a user's network; None for networks of this package."""
+    if not isinstance(model, CustomNetwork):
+        return None
+    name = inspect.getsourcefile(inspect.unwrap(model.function)) if callable(model.function) else None
+    return None if name is None else pathlib.Path(name)

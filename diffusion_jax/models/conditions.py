@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from diffusion_jax import labels
 from diffusion_jax.models.layers import LayerFactory
 
-__all__ = ["Conditional", "condition_shape"]
+__all__ = ["Conditional", "condition_shape", "initial_inputs"]
 
 
 def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -186,3 +186,14 @@ class Conditional(nn.Module):
                 f"the condition must be float of shape {shape}, got {condition.dtype} of shape {condition.shape}"
             )
         return condition
+
+
+def initial_inputs(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns zeros with the shapes for `model.init(key, **inputs)`: one x_t [*spatial, C], its label and condition."""
+    inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
+    if isinstance(model, Conditional):
+        if model.num_classes:
+            inputs["y"] = jnp.zeros(1, jnp.int32)
+        if (condition := model.condition_shape(shape[:-1])) is not None:
+            inputs["condition"] = jnp.zeros((1, *condition))
+    return inputs

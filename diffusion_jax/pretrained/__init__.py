@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import resolve, resolve_clip
+from diffusion_jax.config import resolve, resolve_clip, short_name
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError, list_differences, list_names
@@ -60,12 +60,13 @@ __all__ = [
 _METADATA_KEY = "diffusion_jax"  # metadata key in files of `save_safetensors`
 _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits", "class_names")
 # Network fields that do not change the weights.
-_FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer"}
+_FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "function"}
 
 Flags = str | Mapping[str, Any] | None
+Trust = Callable | bool | frozenset[str] | None  # of functions that weights name; a set has names
 
 
-def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Model:
+def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
     """Loads a trained network with its weights, schedule and settings.
 
     path: one of
@@ -78,22 +79,24 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Mode
       variance and other settings of `config.diffusion`.
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
+    network: for weights of your own network (`config.model.kind`), the function that makes the network, or True to import the
+    functions that the weights name. No code is imported otherwise.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files.
     """
-    return _read_or_raise(path, flags, ema, with_params=True)
+    return _read_or_raise(path, flags, ema, network, with_params=True)
 
 
-def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True) -> Model:
+def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
     """Like `load`, but does not read the parameters, which are None. Raises: as `load`, except for values."""
-    return _read_or_raise(path, flags, ema, with_params=False)
+    return _read_or_raise(path, flags, ema, network, with_params=False)
 
 
-def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Model:
+def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: bool) -> Model:
     """Like `_read`, but raises a PretrainedError for every error of an invalid file."""
     try:
         flags = json.loads(flags) if isinstance(flags, str) and flags.startswith("{") else flags
-        net = _read(local_path(path), flags, ema, with_params)
+        net = _read(local_path(path), flags, ema, network, with_params)
     except (CheckpointError, DataError) as error:
         raise PretrainedError(str(error)) from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -107,7 +110,7 @@ def _read_or_raise(path, flags: Flags, ema: bool, with_params: bool) -> Model:
     return dataclasses.replace(net, provenance=Provenance(pathlib.Path(path).stem, {"family": net.family}))
 
 
-def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Model:
+def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_params: bool) -> Model:
     tensors = None
     if not path.is_dir():
         if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
@@ -121,12 +124,12 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, with_params: bool) -> Mod
         raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
     if tensors is None and is_workdir(path):
         config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
-        net = describe_run(config, workdir)
+        net = describe_run(config, workdir, network=_trusted_function(path, config, network))
         return load_weights(net, config, workdir, ema) if with_params else net
     if tensors is None and diffusers.find_configs(path):
         return diffusers.load_diffusers(path, with_params)
     if tensors is not None and _METADATA_KEY in tensors.metadata:
-        return _load_file(path, tensors, with_params)
+        return _load_file(path, tensors, network, with_params)
     found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"
     raise PretrainedError(
         f"{path} is {found} with an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
@@ -150,17 +153,19 @@ def from_config(
     normalizations: data.Normalizations = types.MappingProxyType({}),
     class_names: Sequence[str] = (),
     mesh: Mesh | None = None,
+    network: Callable | None = None,
 ) -> Model:
     """Builds the model that a config describes. params: for instance the parameters of a `TrainState`.
 
-    config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model.
+    config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model. network: replaces
+    the function that `config.model.kind` names.
     Raises: ConfigError for a value that its setting does not allow; ValueError for a config that cannot be built.
     """
     config = resolve(config)
     shape, diffusion = data.example_shape(config["data"]), config["diffusion"]
     net = make_model(
         "diffusion_jax",
-        training.model_from_config(config),
+        training.model_from_config(config, network),
         shape[:-1],
         {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
         shape[-1],
@@ -176,12 +181,40 @@ def from_config(
     return net.with_params(params)
 
 
-def describe_run(config: Mapping[str, Any], workdir: RunDir, mesh: Mesh | None = None) -> Model:
-    """Returns the model of a run without its parameters, for `load_weights`.
+def _trusted_function(path: pathlib.Path, settings: Mapping[str, Any], network: Trust) -> Callable | None:
+    """Returns the function that makes the network of weights; None for networks of this package.
+
+    settings: the groups "model" and "diffusion" of a config. network: as for `load`, or names that may be imported.
+    Raises: PretrainedError if a function may not be imported.
+    """
+    kind, diffusion = settings["model"].get("kind", ""), settings["diffusion"]
+    imported = [name for name in (kind, diffusion.get("path"), diffusion.get("schedule")) if name and ":" in name]
+    trusted = network if isinstance(network, frozenset) else frozenset()
+    for name in imported:
+        is_given = callable(network) and name == kind
+        if network is not True and not is_given and short_name(name) not in map(short_name, trusted):
+            raise PretrainedError(
+                f"{path} needs the function {name}, and loading imports no code by itself; give network=True"
+                + (" or network=FUNCTION" if imported == [kind] else "")
+                + " (--trust_network on the command line)"
+            )
+    if ":" not in kind:
+        if callable(network):
+            raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
+        return None
+    if callable(network):
+        return network
+    return models.import_network(next((name for name in trusted if short_name(name) == short_name(kind)), kind))
+
+
+def describe_run(
+    config: Mapping[str, Any], workdir: RunDir, mesh: Mesh | None = None, network: Callable | None = None
+) -> Model:
+    """Returns the model of a run without its parameters, for `load_weights`. network: as for `from_config`.
 
     Raises: ValueError for a config that cannot be built; PretrainedError, CheckpointError.
     """
-    net = from_config(config, mesh=mesh)
+    net = from_config(config, mesh=mesh, network=network)
     if _starts_from_other_weights(config, workdir):
         normalizations = _initial_weights(describe, config).normalizations
     else:
@@ -272,27 +305,33 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
         diffusion |= {"betas": net.schedule.betas.tolist(), "timesteps": net.schedule.timesteps.tolist()}
     stored = {name: getattr(net, name) for name in _STORED_FIELDS} | {
         "kind": type(net.model).__name__,
-        "model": models.network_fields(net.model),
+        "model": models.to_config(net.model),
         "diffusion": dict(diffusion),
         "clip": clip,
         "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
     }
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
-    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
     path.parent.mkdir(parents=True, exist_ok=True)
     parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
 
 
-def _load_file(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Model:
+def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, with_params: bool) -> Model:
     """Loads a file of `save_safetensors`; with the parameters if `with_params`. Raises: PretrainedError."""
     stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
-    kinds: dict[str, Any] = {kind.__name__: kind for kind in (models.UNet, models.MLP, models.Classifier)}
+    kind = models.Classifier if stored["kind"] == "Classifier" else None
+    if stored["kind"] == "MLP":
+        stored["model"].setdefault("kind", "mlp")
+    model = models.from_config(stored["model"], kind, _trusted_function(path, stored, network))
+    if kind is None:
+        is_learned = stored["diffusion"]["variance"].startswith("learned")
+        model = model.clone(out_channels=stored["channels"] * (2 if is_learned else 1))
     diffusion = stored["diffusion"]
     fields: dict[str, Any] = {name: stored[name] for name in _STORED_FIELDS}
     fields |= {name: tuple(stored[name]) for name in ("limits", "class_names")}
     net = make_model(
         "diffusion_jax, one file",
-        models.from_config(stored["model"], kinds[stored["kind"]]),
+        model,
         diffusion={name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
         clip=make_clip(stored["clip"]),
         normalizations={n: data.Normalization.from_json(value) for n, value in stored["normalizations"].items()},
@@ -317,13 +356,10 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
         )
     is_learned = description.variance.startswith("learned")
     loss = "classify" if isinstance(description.model, models.Classifier) else "hybrid" if is_learned else "simple"
-    size, model = description.image_size, models.network_fields(description.model)
-    for name in ("spatial_dims", "out_channels"):  # not settings: these follow from the data and the variance
-        model.pop(name, None)
+    size, model = description.image_size, models.to_config(description.model)
+    model.pop("spatial_dims", None)  # not a setting: follows from the number of sizes
     if description.low_resolution:
         del model["condition_channels"]  # follows from low_resolution
-    if isinstance(description.model, models.MLP):
-        model["kind"] = "mlp"
     normalization = "auto"
     if description.levels is None:
         normalization = "limits" if description.limits else "auto" if "x" in description.normalizations else "none"
@@ -352,8 +388,7 @@ def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: boo
             f"init_from={path} holds weights of models.{type(net.model).__name__}, and the config describes "
             f"models.{type(model).__name__}"
         )
-    names = sorted(set(models.network_fields(model)) - _FIELDS_IGNORED)
-    there, here = ({f"model.{name}": getattr(network, name) for name in names} for network in (net.model, model))
+    there, here = _comparable_fields(net.model), _comparable_fields(model)
     there, here = there | {"data.channels": net.channels}, here | {"data.channels": config["data"]["channels"]}
     if differences := list_differences(there, here):
         raise UserError(
@@ -362,11 +397,23 @@ def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: boo
     return net
 
 
+def _comparable_fields(model: Network) -> dict[str, Any]:
+    """Returns the fields of a network that determine its parameters, as settings."""
+    fields = models.network_fields(model)
+    fields |= dict(fields.pop("settings", ()))
+    if "kind" in fields:
+        fields["kind"] = short_name(fields["kind"])
+    return {f"model.{name}": value for name, value in fields.items() if name not in _FIELDS_IGNORED}
+
+
 def _initial_weights(read: Callable[..., Model], config: Mapping[str, Any], use_ema: bool = True) -> Model:
     """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
+    named = config["model"].get("kind", ""), config["diffusion"]["path"], config["diffusion"]["schedule"]
     try:
-        return read(path, config["init_flags"] or None, use_ema)
+        return read(
+            path, config["init_flags"] or None, use_ema, frozenset(name for name in named if name and ":" in name)
+        )
     except PretrainedError as error:
         raise PretrainedError(f"init_from={path}: {error}") from error
 

@@ -24,6 +24,7 @@ def make_parser() -> Parser:
     parser.add_argument("path", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder that convert writes")
     parser.add_argument("--flags", help="settings that the file does not contain")
+    parser.add_argument("--trust_network", action="store_true", help="import the functions that the weights name")
     parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
     return parser
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         if (args.command == "convert") != (args.to is not None):
             parser.error("convert needs PATH and TO, and inspect PATH alone")
-        net = pretrained.load(args.path, args.flags, not args.raw)
+        net = pretrained.load(args.path, args.flags, not args.raw, args.trust_network)
         print(pretrained.format_summary(net))
         if args.to is not None:
             _convert(net, args)

@@ -23,7 +23,7 @@ from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
 from diffusion_jax.images import is_image_shape, to_model_range
-from diffusion_jax.models import Classifier, Conditional, apply_network, network_fields, upsampling
+from diffusion_jax.models import Classifier, Conditional, apply_network, to_config, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.sampling.driver import is_batch_of_keys, split
@@ -165,13 +165,15 @@ class Model:
             differences.append("another noise schedule")
         return differences
 
-    def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None) -> jax.Array:
+    def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None, extra=None) -> jax.Array:
         """Computes the network output [B, *spatial, channels or 2 channels], as samplers and losses need it.
 
         y: labels int [B] for a network with classes. low: small images [B, h, w, C] in [-1, 1] for a super-resolution
         network; noise_std: [B], the standard deviation of the noise on small images. condition: float [B, D] or
         [B, *spatial, K] for a conditional network, in network units as x_t; `normalizations["condition"].apply` converts from
-        data units. Under jit the parameters are constants of the program; to pass them as an argument, use
+        data units. extra: [B, K], further numbers for a network of your own that takes them.
+
+        Under jit the parameters are constants of the program; to pass them as an argument, use
         `net.with_params(params).denoise_fn`. Raises: TypeError for a classifier.
         """
         self._check_is_diffusion_model()
@@ -179,7 +181,7 @@ class Model:
             if low is None or condition is not None:
                 raise TypeError("this is a super-resolution network: give low=, the small images, and no condition")
             condition = upsampling.condition(low, x_t.shape, noise_std)
-        options = {} if condition is None else {"condition": condition}
+        options = {name: each for name, each in (("condition", condition), ("extra", extra)) if each is not None}
         network = partial(apply_network, self.model, self.params, y=y, **options)
         return _precondition(network, self.schedule, self.sigma_data)(x_t, time)
 
@@ -620,7 +622,7 @@ def format_summary(net: Model) -> str:
         "timesteps": "{}, network times {:g} ... {:g}".format(
             net.schedule.num_timesteps, *net.schedule.timesteps[[0, -1]]
         ),
-        **{f"model.{name}": value for name, value in network_fields(net.model).items()},
+        **{f"model.{name}": value for name, value in to_config(net.model).items()},
     }
     rows = {name: value for name, value in rows.items() if value is not None}
     width = max(map(len, rows))

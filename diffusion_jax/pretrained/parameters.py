@@ -317,7 +317,7 @@ def build_params(
             raise PretrainedError(f"{source}: {name} is {value.dtype}; convert quantized weights to float32")
         if not np.isfinite(value).all():
             raise PretrainedError(f"{source}: {name} has values that are not finite; download the file again")
-        params[path] = jnp.asarray(np.ascontiguousarray(value, dtype=np.float32))
+        params[path] = jnp.asarray(np.asarray(value, dtype=np.float32, order="C"))
     if wrong:
         raise PretrainedError(f"{source} does not fit the network: {len(wrong)} shapes differ ({list_names(wrong)})")
     return flax.traverse_util.unflatten_dict(params)

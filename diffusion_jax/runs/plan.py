@@ -72,8 +72,9 @@ class Settings(NamedTuple):
 class Estimate(NamedTuple):
     """Bytes on one device, in the order that `run` prints.
 
-    state: parameters, EMA and Adam's two moments. gradients: one tree, or two with accumulation. activations: stored for the
-    backward pass of a microbatch. working: further memory of the backward pass, and gathered parameters.
+    state: parameters, EMA and two moments of each parameter, as Adam has. gradients: one tree, or two with accumulation.
+    activations: stored for the backward pass of a microbatch. working: further memory of the backward pass, and gathered
+    parameters.
     """
 
     settings: Settings
@@ -146,8 +147,8 @@ def run(config: ConfigDict) -> None:
 
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
     """Traces the network once for each value of `model.remat` in `choices`."""
-    without, first, *_ = remat_choices(config)
-    needed = dict.fromkeys([*choices, without, first, True])  # `estimate` needs the last three
+    every = remat_choices(config)
+    needed = dict.fromkeys([*choices, *every[:2], every[-1]])  # `estimate` needs the last three
     variants = {remat: {**config, "model": {**config["model"], "remat": remat}} for remat in needed}
     activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]
@@ -157,11 +158,13 @@ def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
 def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
     """Estimates the memory of one device when a complete config trains on `num_devices` devices."""
     activations, width = traced.activations, jnp.dtype(config["model"]["dtype"]).itemsize
-    # The backward pass of a block holds the block's activations and equally many gradients. The gradients of all skip
-    # connections, half the arrays between blocks, wait for the encoder. Blocks at full resolution are the largest.
-    without, first, *_ = remat_choices(config)
-    num_blocks = 2 * config["model"]["num_res_blocks"] + 1
-    backward = 2 * (activations[without] - activations[first]) / num_blocks + activations[True] / 2
+    if len(every := remat_choices(config)) == 1:
+        backward = activations[every[0]]  # of an unknown network, at most a gradient for each activation
+    else:
+        # The backward pass of a block holds the block's activations and equally many gradients. The gradients of all skip
+        # connections, half of the arrays between blocks, wait for the encoder. Blocks at full resolution are the largest.
+        num_blocks = 2 * config["model"]["num_res_blocks"] + 1
+        backward = 2 * (activations[every[0]] - activations[every[1]]) / num_blocks + activations[True] / 2
     fsdp, remat, steps = settings
     microbatch = config["training"]["batch_size"] // num_devices // steps
     largest = max(map(math.prod, traced.shapes)) * width if fsdp > 1 else 0
@@ -245,9 +248,15 @@ def _network(config: Mapping[str, Any], batch_size: int):
 
 
 def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
-    """Returns values of `model.remat`, each recomputing more: False, the first levels, True; and the config's own value."""
+    """Returns values of `model.remat`, each recomputing more: False, the first levels, True; and the config's own value.
+
+    A network that a user's function makes has only the config's own value.
+    """
+    kind = config["model"].get("kind", "unet")  # a classifier has no such setting
+    if ":" in kind:
+        return [config["model"]["remat"]]
     choices: list[Remat] = [False, True]
-    if config["model"].get("kind", "unet") == "unet":  # a classifier has no such setting
+    if kind == "unet":
         choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
     return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
 

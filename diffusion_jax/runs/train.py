@@ -42,6 +42,7 @@ from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
+    check_network_source,
     check_source,
     normalize,
     run_normalizations,
@@ -118,6 +119,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             count, seed = config.sampling.batch_size, config.evaluation.seed
             batches = SampleBatches(config, net, loaded, count, seed, "the Frechet distance")
             frechet_distance = _make_frechet_distance(config, workdir, batches, source)
+        broadcast_from_process_0(lambda: check_network_source(net.model, workdir))
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, pretrained
+from diffusion_jax import data, models, pretrained
 from diffusion_jax.config import identity_settings, is_classifier, resolve
-from diffusion_jax.console import progress_over
+from diffusion_jax.console import log, progress_over
 from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -24,10 +24,12 @@ from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
+from diffusion_jax.training.state import Network
 
 __all__ = [
     "check_data",
     "check_identity",
+    "check_network_source",
     "check_source",
     "config_from_weights",
     "digest_of_some",
@@ -60,12 +62,13 @@ def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
         raise UserError(f"{path} is not a valid config ({error}); correct it, or use another --workdir") from None
 
 
-def config_from_weights(path: str, flags: str = "") -> ConfigDict:
+def config_from_weights(path: str, flags: str = "", network: bool | frozenset[str] = False) -> ConfigDict:
     """Returns a config that starts training from the weights at `path`; settings of a run's config are inherited.
 
-    path: as in `pretrained.load`. flags: settings that the weights do not contain. Raises: UserError, PretrainedError.
+    path: as in `pretrained.load`. flags: settings that the weights do not contain. network: the functions that may be
+    imported, or True for all that the weights name. Raises: UserError, PretrainedError.
     """
-    description = pretrained.describe(path, flags or None)
+    description = pretrained.describe(path, flags or None, network=network)
     config = load_config(path) if pretrained.is_workdir(path) else None
     if config is None:
         settings = pretrained.config_settings(description)
@@ -132,6 +135,21 @@ def digest_of_some(source: Source) -> str:
     return hashlib.sha256(
         b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
     ).hexdigest()
+
+
+def check_network_source(network: Network, workdir: RunDir) -> None:
+    """Records the SHA-256 of the file that defines a user's network, and logs a note if the run began with another file."""
+    file = models.source_file(network)
+    if file is None:
+        return
+    path, digest = workdir / "network.json", hashlib.sha256(file.read_bytes()).hexdigest()
+    if path.exists() and committed_steps(workdir / "checkpoints"):
+        recorded = json.loads(path.read_text())["sha256"]
+        if recorded != digest:
+            log(f"Note: {file} changed since this run began (SHA-256 {recorded[:12]} then, {digest[:12]} now).")
+        return
+    write_text(path, json.dumps({"file": str(file), "sha256": digest}) + "\n")
+    workdir.upload(path)
 
 
 def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:

@@ -15,6 +15,7 @@ from jax.stages import Wrapped
 
 from diffusion_jax import data, models, process, schedules
 from diffusion_jax.config import is_classifier, is_continuous, resolve
+from diffusion_jax.config.values import find_function
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.models import upsampling
@@ -106,9 +107,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
     """Returns the schedule of published betas."""
-    betas = schedules.betas(
-        config["schedule"], config["num_timesteps"], beta_start=config["beta_start"], beta_end=config["beta_end"]
-    )
+    name, count = config["schedule"], config["num_timesteps"]
+    if ":" in name:
+        betas = find_function({}, name, "diffusion.schedule")(count)
+    else:
+        betas = schedules.betas(name, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
     network_times = None
     if config["rescale_timesteps"]:
         network_times = np.arange(config["num_timesteps"]) * (1000.0 / config["num_timesteps"])
@@ -117,7 +120,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     """Returns T levels of a path, evenly spaced in network time, with both ends where the log SNR is finite."""
-    path = schedules.PATHS[config["path"]]()
+    path = find_function(schedules.PATHS, config["path"], "diffusion.path")()
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
     (first, last), count = path.interval, config["num_timesteps"]
@@ -127,32 +130,30 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     return schedules.from_path(path, times)
 
 
-def model_from_config(config: Mapping[str, Any]) -> Network:
-    """Builds the network of `config.model`: a U-Net or MLP with output channels for the variance, or a classifier.
+def model_from_config(config: Mapping[str, Any], network: Callable | None = None) -> Network:
+    """Builds the network of `config.model` with output channels for the variance, or a classifier.
 
+    network: replaces the function that `config.model.kind` names.
     Raises: ValueError for values that the network does not allow.
     """
-    spatial_dims = len(data.example_shape(config["data"])) - 1
-    _check_kind(config["model"].get("kind", "unet"), spatial_dims)
-    small_image_channels = _small_image_channels(config)
-    if is_classifier(config):
-        return models.from_config(config["model"], models.Classifier).clone(spatial_dims=spatial_dims)
-    model = models.from_config(config["model"])
-    if isinstance(model, models.UNet):
-        condition_channels = small_image_channels or model.condition_channels
-        model = model.clone(spatial_dims=spatial_dims, condition_channels=condition_channels)
-    is_learned = config["diffusion"]["variance"].startswith("learned")
-    return model.clone(out_channels=config["data"]["channels"] * (2 if is_learned else 1))
-
-
-def _check_kind(kind: str, spatial_dims: int) -> None:
-    """Raises: ValueError for a U-Net on vectors, or an MLP on other data."""
-    if kind == "mlp" and spatial_dims:
+    shape = data.example_shape(config["data"])
+    kind = config["model"].get("kind", "unet")
+    if ":" not in kind and (kind == "mlp") != (len(shape) == 1):
         raise ValueError(
-            f"model.kind='mlp' is for vectors (data.image_size=()); data with {spatial_dims} spatial axes need 'unet'"
+            f"model.kind={kind!r} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need 'mlp', and "
+            "spatial axes 'unet'"
         )
-    if kind != "mlp" and not spatial_dims:
-        raise ValueError("data.image_size=(), vectors, need model.kind='mlp'; a U-Net needs spatial axes")
+    small_image_channels = _small_image_channels(config)
+    model = models.from_config(config["model"], models.Classifier if is_classifier(config) else None, network)
+    fields: dict[str, Any] = {"spatial_dims": len(shape) - 1}
+    if not is_classifier(config):
+        is_learned = config["diffusion"]["variance"].startswith("learned")
+        fields["out_channels"] = shape[-1] * (2 if is_learned else 1)
+        fields["condition_channels"] = small_image_channels or model.condition_channels
+    model = model.clone(**{name: value for name, value in fields.items() if name in models.network_fields(model)})
+    if isinstance(model, models.CustomNetwork):
+        models.check_network(model, shape, config["model"]["dropout"])
+    return model
 
 
 def check_loss(config: Mapping[str, Any]) -> None:
@@ -206,8 +207,13 @@ def _check_path(config: Mapping[str, Any]) -> None:
                 f"diffusion.{setting}={config[setting]!r} is for a path; set diffusion.path to one of "
                 f"{', '.join(schedules.PATHS)}"
             )
+    if ":" in config["draw"] and config["timestep_sampler"] != "uniform":
+        raise ValueError(
+            f"diffusion.timestep_sampler={config['timestep_sampler']!r} has no effect on {config['draw']}, which draws the "
+            "levels itself; use uniform"
+        )
     for setting in ("draw_mean", "draw_std"):
-        if config[setting] is not None and not config["draw"].endswith("normal"):
+        if config[setting] is not None and config["draw"] not in ("log_normal", "logit_normal"):
             raise ValueError(
                 f"diffusion.{setting}={config[setting]} is for the draws log_normal and logit_normal; use None"
             )

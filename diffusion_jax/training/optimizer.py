@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffusion_jax.config.values import find_function
+
 __all__ = [
     "MAX_INITIAL_SHARE",
     "ema_decay",
+    "find_frozen",
     "from_config",
     "global_norm",
     "initial_share",
@@ -49,17 +53,59 @@ def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
 def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer of `config.optimizer`: clipping by the global norm (0 for none), then Adam or AdamW.
 
-    `update` takes the gradient's `global_norm` as the keyword argument `grad_norm`, because the metrics need it, too.
+    `update` takes the gradient's `global_norm` as the keyword argument `grad_norm`, because the metrics need it, too. Frozen
+    parameters have no optimizer state, and updates of 0.
     Raises: ValueError for values that contradict each other.
     """
-    options = {name: config[name] for name in ("b1", "b2", "eps")}
-    if config["name"] == "adamw":
-        options["weight_decay"] = config["weight_decay"]
-    elif config["weight_decay"]:
-        raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
-    # `config.table` allows only names of optax functions.
-    update, max_norm = getattr(optax, config["name"])(learning_rate(config), **options), config["grad_clip"]
-    return optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
+    if ":" in config["name"]:
+        update = find_function({}, config["name"], "optimizer.name")(learning_rate(config), config)
+    else:
+        options = {name: config[name] for name in ("b1", "b2", "eps")}
+        if config["name"] == "adamw":
+            options["weight_decay"] = config["weight_decay"]
+        elif config["weight_decay"]:
+            raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
+        update = getattr(optax, config["name"])(learning_rate(config), **options)  # only names of optax are allowed
+    max_norm = config["grad_clip"]
+    optimizer = optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
+    if not config["frozen"]:
+        return optimizer
+    return optax.multi_transform(
+        {False: optimizer, True: optax.set_to_zero()}, lambda params: find_frozen(config["frozen"], params)
+    )
+
+
+def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
+    """Returns a tree of bools, True for parameters that training does not change.
+
+    frozen: patterns such as "down_*", compared with the names of parameters, "down_0_block_0/conv_0/kernel", and with the
+    names of all modules that contain them; or "module:function", a function from the name to a bool.
+    Raises: ValueError if no parameter or every parameter is frozen.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: "/".join(str(getattr(entry, "key", entry)) for entry in path), params
+    )
+    if isinstance(frozen, str):
+        is_frozen = find_function({}, frozen, "optimizer.frozen")
+    else:
+
+        def is_frozen(name: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, end) for pattern in frozen for end in (pattern, f"{pattern}/*"))
+
+        every = jax.tree.leaves(names)
+        for pattern in frozen:
+            if not any(fnmatch.fnmatchcase(name, end) for name in every for end in (pattern, f"{pattern}/*")):
+                some = ", ".join(every[:: max(1, len(every) // 3)])
+                raise ValueError(
+                    f"optimizer.frozen: {pattern!r} freezes no parameter; some of the {len(every)} parameters: {some}"
+                )
+    found = jax.tree.map(lambda name: bool(is_frozen(name)), names)
+    count, total = sum(jax.tree.leaves(found)), len(jax.tree.leaves(found))
+    if not 0 < count < total:
+        which = "every parameter" if count else "no parameter"
+        some = ", ".join(jax.tree.leaves(names)[:: max(1, total // 3)])
+        raise ValueError(f"optimizer.frozen={frozen!r} freezes {which}; some of the {total} parameters: {some}")
+    return found
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -36,7 +36,7 @@ __all__ = [
     "update_averages",
 ]
 
-Network = models.UNet | models.MLP | models.Classifier
+Network = models.UNet | models.MLP | models.CustomNetwork | models.Classifier
 
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -94,7 +94,7 @@ def initial_state(
     params = initial_params(jax.random.key(seed), model, shape)
     averages = empty_averages(metric_names(diffusion["loss"]))
     history = None
-    if timesteps.needs_history(diffusion["timestep_sampler"]):
+    if ":" not in diffusion["timestep_sampler"] and timesteps.needs_history(diffusion["timestep_sampler"]):
         history = timesteps.loss_history(diffusion["num_timesteps"])
     ema_params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), averages, history)

@@ -15,12 +15,13 @@ import optax
 
 from diffusion_jax import coordinates, data, draws, losses, timesteps
 from diffusion_jax.config import is_continuous
+from diffusion_jax.config.values import find_function
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import Examples, check_settings, condition_shape, random_flip, read_batch
-from diffusion_jax.training.optimizer import ema_decay, global_norm
+from diffusion_jax.training.optimizer import ema_decay, find_frozen, global_norm
 from diffusion_jax.training.state import (
     Network,
     TrainState,
@@ -88,19 +89,30 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     The timestep sampler is not included, because it may need the loss history.
     """
     diffusion = config["diffusion"]
-    loss = losses.LOSSES[diffusion["loss"]]
+    loss = find_function(losses.LOSSES, diffusion["loss"], "diffusion.loss")
     draw = make_draw(diffusion) if diffusion["path"] else None
     settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": draw}
-    if diffusion["weighting"] == "edm":
+    if ":" in diffusion["weighting"]:
+        settings["weighting"] = find_function({}, diffusion["weighting"], "diffusion.weighting")
+    elif diffusion["weighting"] == "edm":
         settings["weighting"] = functools.partial(
             losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
         )
-    names = {name for name, value in inspect.signature(loss).parameters.items() if value.kind is value.KEYWORD_ONLY}
+    names = set(list(inspect.signature(loss).parameters)[4:])  # after key, schedule, denoise_fn and x_0
+    if ":" in diffusion["loss"]:
+        for name, default in (("weighting", "none"), ("timestep_sampler", "uniform"), ("draw", "uniform")):
+            if name not in names and diffusion[name] != default:
+                raise ValueError(
+                    f"diffusion.{name}={diffusion[name]} has no effect on {diffusion['loss']}, which has no argument {name}; "
+                    f"use {default}"
+                )
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
 def make_draw(diffusion: Mapping[str, Any]) -> LevelDraw:
     """Builds the draw of noise levels for a path, from `config.diffusion`."""
+    if ":" in diffusion["draw"]:
+        return find_function({}, diffusion["draw"], "diffusion.draw")
     options: dict[str, Any] = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
     options = {name: value for name, value in options.items() if value is not None}
     draw = draws.DRAWS[diffusion["draw"]](**options, stratified=diffusion["timestep_sampler"] == "stratified")
@@ -145,13 +157,22 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         if low_resolution:
             condition = _small_image(key_low, x_0, low_resolution, max_noise)
-        chain_options = {} if is_path else {"timestep_sampler": timesteps.sampler_by_name(sampler_name, history)}
+        chain_options: dict[str, Any] = {}
+        if not is_path and "timestep_sampler" in inspect.signature(loss).parameters:
+            sampler = (
+                find_function({}, sampler_name, "diffusion.timestep_sampler")
+                if ":" in sampler_name
+                else timesteps.sampler_by_name(sampler_name, history)
+            )
+            chain_options["timestep_sampler"] = sampler
 
         def network(x_t, time):
             labels = (microbatch.take(y),) if is_conditional else ()
             conditions: dict[str, Any] = {} if condition is None else {"condition": microbatch.take(condition)}
             x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}
+            if microbatch.count > 1:  # for networks whose dropout is not intercepted
+                rngs["microbatch"] = jax.random.fold_in(key_dropout, microbatch.index)
             with nn.intercept_methods(microbatch.dropout):
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
             return microbatch.put(jnp.asarray(output))
@@ -199,6 +220,9 @@ def make_train_step(
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
+        if frozen := config["optimizer"]["frozen"]:
+            is_frozen = find_frozen(frozen, grads)
+            grads = jax.tree.map(lambda frozen, g: jnp.zeros_like(g) if frozen else g, is_frozen, grads)
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)

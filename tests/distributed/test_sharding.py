@@ -73,6 +73,13 @@ def test_losses_are_equal_on_every_mesh(measured):
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
 
 
+@pytest.mark.whole
+def test_a_user_s_network_has_equal_losses_on_split_parameters(measured):
+    for kind, (one, eight) in measured["own_networks"].items():
+        np.testing.assert_allclose(eight, one, rtol=1e-5, err_msg=kind)
+        assert len(set(one)) == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

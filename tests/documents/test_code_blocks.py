@@ -1,6 +1,6 @@
 """The code of README.md and of the pages: Python blocks run, shell blocks are parsed by the command line.
 
-```python   runs, from top to bottom in one namespace for each page
+```python   runs, from top to bottom in one namespace for each page; a block that starts with "# FILE.py" is added to FILE.py
 ```py does not run; a sentence above the block names what is missing
 ```sh       lines that start with `python main.py` or `diffusion-jax` are parsed; PATH, DIR, NAME and ... are placeholders
 ```console  and other languages: only shown
@@ -59,6 +59,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
         if block.kind == "python":
+            if match := re.match(r"# (\w+\.py)\n", block.text):
+                with open(match[1], "a") as file:
+                    file.write(block.text)
             # The empty lines give tracebacks the page's line numbers.
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
 

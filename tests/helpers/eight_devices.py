@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
+from diffusion_jax import config as configs
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
 from helpers.configs import a_batch, tiny_config
@@ -50,6 +51,26 @@ def trajectories():
     # Two programs draw the same bits, but may round computed values differently.
     same = functools.partial(np.allclose, rtol=1e-6, atol=1e-6)
     return {"losses": out, "rows": rows, "same_init": all(jax.tree.leaves(jax.tree.map(same, begun, split)))}
+
+
+def own_networks():
+    """The losses of four steps of a user's networks on one device, and on eight with split parameters."""
+    out = {}
+    for kind in ("linen", "of_nnx", "pair"):
+        texts = {"model.kind": f"helpers.own_networks:{kind}", "model.dropout": "0" if kind == "pair" else "0.3"}
+        begun, out[kind] = None, []
+        for data, fsdp in ((1, 1), (2, 4)):
+            settings = {"mesh.data": data, "mesh.fsdp": fsdp, "training.accumulation_steps": 1}
+            config = configs.override(tiny_config(**settings), texts)
+            with mock.patch("jax.device_count", lambda count=data * fsdp: count):
+                built, losses = training.build_program(config), []
+            begun = begun or jax.device_get(built.init())
+            state = jax.device_put(begun, jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state))
+            for i in range(4):
+                state, metrics = built.train_step(state, a_batch(config, i))
+                losses.append(float(metrics["loss"]))
+            out[kind].append(losses)
+    return out
 
 
 def collectives(compiled) -> dict:
@@ -98,4 +119,4 @@ if __name__ == "__main__":
     sys.stdout = sys.stderr  # what runs say
     found = {"program": program()}
     sharding.MIN_SPLIT_SIZE = 64  # from here on, the tiny network's arrays are split, too
-    print(json.dumps(found | {"trajectories": trajectories()}), file=output)
+    print(json.dumps(found | {"trajectories": trajectories(), "own_networks": own_networks()}), file=output)

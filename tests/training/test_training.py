@@ -68,8 +68,8 @@ def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"model.kind": "mlp"}, "model.kind='mlp' is for vectors .*with 2 spatial axes need 'unet'"),
-        ({"data.image_size": ()}, r"data.image_size=\(\), vectors, need model.kind='mlp'"),
+        ({"model.kind": "mlp"}, "model.kind='mlp' does not fit data of shape .*spatial axes 'unet'"),
+        ({"data.image_size": ()}, "model.kind='unet' does not fit .*need 'mlp'"),
         ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
         ({"diffusion.schedule": "jsd"}, "diffusion.prediction=v"),
         ({"diffusion.variance": "learned_range"}, "untrained"),

@@ -1,0 +1,154 @@
+"""Networks of a user: functions for `model.kind`."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from diffusion_jax import draws, losses, schedules
+from diffusion_jax.models import Shapes, timestep_embedding
+
+
+class Convolutions(nn.Module):
+    width: int
+    channels: int
+    num_labels: int
+    dropout: float
+    null_condition = 0.5
+
+    @nn.compact
+    def __call__(self, x_t, time, y=None, condition=None, train=False):
+        embedding = nn.Dense(self.width)(timestep_embedding(time, 8))
+        if y is not None:
+            embedding += nn.Embed(self.num_labels, self.width)(y)
+        if condition is not None:
+            embedding += nn.Dense(self.width, name="condition")(condition)
+        h = nn.silu(nn.Conv(self.width, (3, 3))(x_t) + embedding[:, None, None])
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        return nn.Conv(self.channels, (3, 3))(h)
+
+
+def linen(shapes: Shapes, *, width: int = 4, dropout: float = 0.0) -> nn.Module:
+    return Convolutions(width, shapes.output[-1], shapes.num_labels, dropout)
+
+
+class Dense(nnx.Module):
+    def __init__(self, shapes, width, dropout, rngs):
+        self.dense_0 = nnx.Linear(math.prod(shapes.data) + 1, width, rngs=rngs)
+        self.dense_1 = nnx.Linear(width, math.prod(shapes.output), rngs=rngs)
+        self.drop = nnx.Dropout(dropout, rngs=rngs)
+        self.shape = shapes.output
+
+    def __call__(self, x_t, time):
+        h = jnp.concatenate([x_t.reshape(len(x_t), -1), time[:, None] / 1000], axis=1)
+        h = self.dense_1(self.drop(jax.nn.silu(self.dense_0(h))))
+        return h.reshape(-1, *self.shape)
+
+
+def of_nnx(shapes: Shapes, *, width: int = 8, dropout: float = 0.0, rngs: nnx.Rngs) -> nnx.Module:
+    return Dense(shapes, width, dropout, rngs)
+
+
+def pair(shapes: Shapes, *, scale: float = 1.0):
+    """A linear map of x_t and the time; `extra` is added."""
+    size = math.prod(shapes.data)
+
+    def init(key):
+        return {"w": scale * jax.random.normal(key, (size + 1, math.prod(shapes.output))) / size}
+
+    def apply(params, x_t, time, extra=None):
+        x = jnp.concatenate([x_t.reshape(len(x_t), -1), time[:, None] / 1000], axis=1)
+        output = (x @ params["w"]).reshape(-1, *shapes.output)
+        return output if extra is None else output + extra[:, :1, None, None]
+
+    return init, apply
+
+
+class TwoDropouts(nnx.Module):
+    def __init__(self, dropout, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+        self.first, self.second = (nnx.Dropout(dropout, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x_t, time):
+        return self.second(self.first(self.scale.value * x_t + 0 * time.sum() + 1))
+
+
+def two_dropouts(shapes: Shapes, *, dropout: float = 0.0, rngs: nnx.Rngs):
+    return TwoDropouts(dropout, rngs)
+
+
+def with_key(shapes: Shapes, *, dropout: float = 0.0):
+    """A pair whose dropout draws from the key."""
+
+    def apply(params, x_t, time, key=None):
+        kept = 1.0 if key is None else jax.random.bernoulli(key, 1 - dropout, x_t.shape) / (1 - dropout)
+        return params * kept * x_t + time[:, None, None, None]
+
+    return lambda key: jnp.ones(()), apply
+
+
+def ignores_dropout(shapes: Shapes, *, dropout: float = 0.0):
+    return lambda key: jnp.ones(()), lambda params, x_t, time: params * x_t + time[:, None, None, None]
+
+
+def without_time(shapes: Shapes):
+    return lambda key: jnp.ones(()), lambda params, x_t: params * x_t
+
+
+def too_wide(shapes: Shapes):
+    return lambda key: jnp.ones(()), lambda params, x_t, time: jnp.stack([params * x_t + time[0]] * 2)
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x_t, time, train):
+        return nn.BatchNorm(use_running_average=not train)(x_t) + time[:, None, None, None]
+
+
+def batch_norm(shapes: Shapes):
+    return Normalized()
+
+
+def number(shapes: Shapes):
+    return 3
+
+
+# ---- Functions for other settings
+
+
+def betas(count):
+    return jnp.linspace(1e-3, 0.03, count)
+
+
+def path():
+    return schedules.edm(0.01, 50.0)
+
+
+def draw(key, batch_size, path):
+    return draws.log_normal(0.0, 1.0)(key, batch_size, path)
+
+
+def weight(snr):
+    return snr**0.5
+
+
+def last_quarter(key, batch_size, num_timesteps):
+    t = jax.random.randint(key, (batch_size,), 3 * num_timesteps // 4, num_timesteps)
+    return t, jnp.ones(batch_size)
+
+
+def half_loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep_sampler):
+    options = {"prediction": prediction, "weighting": weighting, "timestep_sampler": timestep_sampler}
+    loss, aux = losses.simple(key, schedule, denoise_fn, x_0, **options)
+    return loss / 2, aux
+
+
+def lion(learning_rate, config):
+    return optax.lion(learning_rate, b1=config["b1"])
+
+
+def is_encoder(name):
+    return name.startswith(("down_", "time_"))

@@ -1,0 +1,133 @@
+"""Settings that name a function of the user: the train step equals that with the function itself."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax import config as configs
+from diffusion_jax import schedules, training
+from diffusion_jax.config import ConfigError
+from diffusion_jax.training.optimizer import from_config
+from diffusion_jax.training.step import make_draw
+from helpers import own_networks
+from helpers.configs import a_batch, tiny_config
+
+
+def name(function):
+    return f"helpers.own_networks:{function.__name__}"
+
+
+def config_with(**settings):
+    """Settings of the tiny config, by text as on the command line."""
+    texts = {key: value if isinstance(value, str) else name(value) for key, value in settings.items()}
+    return configs.override(tiny_config(), {key.replace("__", "."): value for key, value in texts.items()})
+
+
+def test_betas_and_a_path():
+    config = config_with(diffusion__schedule=own_networks.betas)
+    np.testing.assert_allclose(
+        training.schedule_from_config(config.diffusion).betas, np.linspace(1e-3, 0.03, 1000), rtol=1e-6
+    )
+    config = config_with(diffusion__path=own_networks.path)
+    assert training.schedule_from_config(config.diffusion).path.interval == schedules.edm(0.01, 50.0).interval
+
+
+def test_a_draw():
+    config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
+    assert make_draw(config.diffusion) is own_networks.draw
+
+
+def metrics_of(config):
+    state, step = training.create(config)
+    return jax.device_get(step(state, a_batch(config))[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"diffusion__loss": own_networks.half_loss}, 0.5),
+        ({"diffusion__weighting": lambda: None}, None),
+        ({"diffusion__timestep_sampler": own_networks.last_quarter}, None),
+    ],
+    ids=["loss", "weighting", "timesteps"],
+)
+def test_functions_of_the_loss(settings, expected):
+    plain = metrics_of(tiny_config(**{"diffusion.timestep_sampler": "uniform"}))
+    if "diffusion__weighting" in settings:
+        settings = {"diffusion__weighting": own_networks.weight}
+    if "diffusion__timestep_sampler" not in settings:
+        settings = settings | {"diffusion__timestep_sampler": "uniform"}
+    found = metrics_of(config_with(**settings))
+    if expected is not None:
+        np.testing.assert_allclose(found["loss"], expected * plain["loss"], rtol=1e-6)
+    elif "diffusion__weighting" in settings:
+        assert found["loss"] < 10 * plain["loss"] and found["loss"] != plain["loss"]
+        assert found["loss_q4"] < 0.5 * plain["loss_q4"]  # the SNR is small there
+    else:
+        assert np.isnan([found[f"loss_q{i}"] for i in (1, 2, 3)]).all() and np.isfinite(found["loss_q4"])
+
+
+def test_an_optimizer():
+    config = config_with(optimizer__name=own_networks.lion, optimizer__grad_clip="0")
+    params, grads = {"w": np.ones(3, np.float32)}, {"w": np.array([1.0, -2.0, 0.5], np.float32)}
+    rate = training.optimizer.learning_rate(config.optimizer)
+    for transformation in (found := from_config(config.optimizer), expected := optax.lion(rate, b1=0.9)):
+        assert transformation.init(params) is not None
+    updates = [
+        t.update(grads, t.init(params), params, **extra)[0]["w"]
+        for t, extra in ((found, {"grad_norm": 1.0}), (expected, {}))
+    ]
+    np.testing.assert_array_equal(*updates)
+
+
+def test_functions_that_are_missing_are_one_line():
+    with pytest.raises(
+        ValueError, match="diffusion.weighting=helpers.own_networks:absent cannot be imported"
+    ) as caught:
+        training.create(config_with(diffusion__weighting="helpers.own_networks:absent"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="diffusion.weighting=sqrt must be none, snr, .* or module:function"):
+        config_with(diffusion__weighting="sqrt")
+
+
+def test_functions_that_a_config_imports():
+    config = config_with(diffusion__weighting=own_networks.weight, model__kind=own_networks.pair)
+    assert configs.imported_functions(config) == {
+        "diffusion.weighting": name(own_networks.weight),
+        "model.kind": name(own_networks.pair),
+    }
+    assert configs.imported_functions(tiny_config()) == {}
+
+
+def redrawn(state):
+    """The state with random parameters, because a new network has gradients of 0 in most layers."""
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    drawn = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return state.replace(params=jax.tree.unflatten(tree, drawn))
+
+
+@pytest.mark.parametrize("frozen", [("down_*", "time_*"), "helpers.own_networks:is_encoder"])
+def test_frozen_parameters_do_not_change(frozen):
+    """They have no moments, and the norm that clips the gradient is that of the other parameters."""
+    config = tiny_config(**{"optimizer.frozen": frozen, "optimizer.name": "adamw", "optimizer.weight_decay": 0.1})
+    state, step = training.create(config)
+    state = redrawn(state)
+    before = jax.device_get(state.params)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if getattr(leaf, "ndim", 0)]
+    state, metrics = step(state, a_batch(config))
+    trained = [name for name in before if not name.startswith(("down_", "time_"))]
+    for name in before:
+        pairs = zip(*map(jax.tree.leaves, (before[name], state.params[name])), strict=True)
+        assert any((a != b).any() for a, b in pairs) == (name in trained), name
+    sizes = sum(leaf.size for name in trained for leaf in jax.tree.leaves(before[name]))
+    assert sum(leaf.size for leaf in moments) == 2 * sizes
+    whole, step = training.create(tiny_config())
+    assert 0 < metrics["grad_norm"] < 0.999 * step(redrawn(whole), a_batch(config))[1]["grad_norm"]
+
+
+def test_patterns_that_freeze_nothing_or_everything_are_refused():
+    for frozen, words in ((("dwon_*",), "freezes no parameter; some of the"), (("*",), "freezes every parameter")):
+        with pytest.raises(ValueError, match=words):
+            training.create(tiny_config(**{"optimizer.frozen": frozen}))
