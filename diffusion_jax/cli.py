@@ -112,11 +112,11 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 def _describe_network(arguments: Sequence[str]) -> str:
     """Returns the docstring and the options of the function in --config.model.kind=module:function; "" without one."""
-    from diffusion_jax import models
-
     kinds = [text.partition("=")[2] for text in arguments if text.startswith("--config.model.kind=")]
     if not kinds or ":" not in kinds[-1]:
         return ""
+    from diffusion_jax import models  # not before, because help loads nothing heavy
+
     try:
         function = models.import_network(kinds[-1])
     except ValueError as error:

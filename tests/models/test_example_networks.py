@@ -50,7 +50,7 @@ def test_the_command_of_the_docstring_builds_the_network(name, monkeypatch):
     command = shlex.split(lines)
     assert command[:2] == ["python", "main.py"]
     config = cli.parse(command[2:]).config
-    assert config.model.kind == f"examples/{name}" and len(config.model.options) == 1
+    assert config.model.kind == str(ROOT / "examples" / name) and len(config.model.options) == 1
     assert isinstance(training.model_from_config(config), models.CustomNetwork)  # with the dropout of the digits
 
 
