@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import types
 
 import pytest
@@ -33,3 +34,16 @@ def test_freed_memory_is_kept_on_cpus(monkeypatch, platforms, variables, accepts
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "jax_plugins")
     devices.start()
     assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("present", "words"),
+    [("/dev/nvidia0", "an NVIDIA GPU .* make setup EXTRA=cuda"), ("/dev/accel0", "a TPU .* EXTRA=tpu"), ("", None)],
+)
+def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, capsys, present, words):
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: path == present if str(path)[:5] == "/dev/" else exists(path))
+    monkeypatch.setattr(devices, "_platforms", lambda: "")
+    devices.start()
+    shown = capsys.readouterr().out
+    assert re.search(words, shown) if words else "This machine has" not in shown

@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax import pictures
 from diffusion_jax.metrics import Curves
 from diffusion_jax.metrics.of_arrays import Measurement
-from diffusion_jax.pictures import draw_curves, draw_samples, draw_trajectory, to_array
+from diffusion_jax.pictures import draw_curves, draw_grid, draw_samples, draw_trajectory, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by number of spatial axes
@@ -46,6 +46,26 @@ def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
     for c, axes in enumerate(figure.axes):
         np.testing.assert_array_equal(lines(axes), x[..., c])
         assert np.ptp(axes.get_ylim()) < 1.2 * np.ptp(x[..., c])
+
+
+def test_only_the_lowest_panel_of_a_column_names_its_axis():
+    panels = [axes.get_subplotspec() for axes in draw_samples(drawn(9, 4, 40, 5) * 10.0 ** np.arange(5), "x").axes]
+    axes_with_names = draw_samples(drawn(9, 4, 40, 5) * 10.0 ** np.arange(5), "x").axes
+    for panel, axes in zip(panels, axes_with_names, strict=True):
+        is_lowest = not any(
+            other.colspan == panel.colspan and other.rowspan.start > panel.rowspan.start for other in panels
+        )
+        assert bool(axes.get_xlabel()) == is_lowest
+    assert len({panel.rowspan.start for panel in panels}) > 1
+
+
+def test_captions_of_a_trajectory_of_images_are_below_the_samples():
+    x = np.random.default_rng(2).integers(0, 256, (3, 2, 8, 8, 1), dtype=np.uint8)
+    title = "t; columns: network time t"
+    grid = draw_grid(
+        x.swapaxes(0, 1).reshape(6, 8, 8, 1), title, 3, ["", "", "a", "", "", "b"], ["t = 9", "t = 5", "sample"]
+    )
+    np.testing.assert_array_equal(to_array(draw_trajectory(x, [9, 5], "t", ["a", "b"])), to_array(grid))
 
 
 def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
