@@ -27,9 +27,9 @@ __all__ = [
     "FunctionName",
     "Integer",
     "Interval",
+    "NamedValues",
     "Number",
     "OneOf",
-    "Options",
     "Text",
     "Tuple",
     "ValueKind",
@@ -267,7 +267,7 @@ class FunctionName:
         return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") and os.path.isfile(file) else str(value)
 
 
-class Options:
+class NamedValues:
     """Values by name, for the keyword arguments of a function: numbers, texts, bools, None, or tuples of these."""
 
     allowed = "values by name"

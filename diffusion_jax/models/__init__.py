@@ -12,7 +12,7 @@ import jax
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.config.table import NETWORK_SETTINGS
-from diffusion_jax.config.values import Options, find_function
+from diffusion_jax.config.values import NamedValues, find_function
 from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
 from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
 from diffusion_jax.models.layers import timestep_embedding
@@ -86,7 +86,7 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, functi
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
     }
-    named, own_options = options.pop("kind", "unet"), Options().check(dict(options.pop("options", {})))
+    named, own_options = options.pop("kind", "unet"), NamedValues().check(dict(options.pop("options", {})))
     if kind is not None and ":" in named:
         raise ValueError(f"model.kind={named}: a classifier is not made by a function of yours; leave it out")
     if kind is None and ":" in named:

@@ -209,7 +209,7 @@ def _describe_mutable(name: str) -> str:
     )
 
 
-# ---- Options
+# ---- NamedValues
 
 
 def read_options(
