@@ -209,7 +209,7 @@ def _describe_mutable(name: str) -> str:
     )
 
 
-# ---- NamedValues
+# ---- Options
 
 
 def read_options(
