@@ -23,13 +23,16 @@ from helpers.paths import ROOT
 def two_steps(tmp_path_factory):
     """(directory with steps 1 and 2, abstract state, {step: state})."""
     directory = tmp_path_factory.mktemp("run")
-    built = training.build_program(tiny_config())
+    config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
+    built = training.build_program(config)
     state = built.init()
     states = {}
     with checkpoints.Checkpoints(directory) as saved:
         for step in (1, 2):
             state = state.replace(
-                step=jnp.int32(step), params=jax.tree.map(lambda x, n=step: x + jnp.float32(n), state.params)
+                step=jnp.int32(step),
+                params=jax.tree.map(lambda x, n=step: x + jnp.float32(n), state.params),
+                loss_history=jax.tree.map(lambda x, n=step: x + jnp.asarray(n, x.dtype), state.loss_history),
             )
             saved.save(step, state)
             states[step] = jax.device_get(state)
