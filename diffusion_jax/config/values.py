@@ -309,9 +309,12 @@ def import_function(name: str) -> Callable:
     return function
 
 
-def find_function(registry: Mapping[str, Any], name: str, setting: str) -> Any:
-    """Returns the entry of a registry, or imports the function that a setting names. Raises: ValueError."""
-    if ":" not in name:
+def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = None) -> Any:
+    """Imports the function that a setting names, or returns the registry's entry for a name without a colon.
+
+    Raises: ValueError.
+    """
+    if registry is not None and ":" not in name:
         return registry[name]
     try:
         return import_function(name)

@@ -113,7 +113,7 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, functi
 
 def import_network(name: str) -> Callable:
     """Imports the function that `model.kind` names. Raises: ValueError."""
-    return find_function({}, name, "model.kind")
+    return find_function(name, "model.kind")
 
 
 def _custom_network(

@@ -109,7 +109,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
     """Returns the schedule of published betas."""
     name, count = config["schedule"], config["num_timesteps"]
     if ":" in name:
-        betas = find_function({}, name, "diffusion.schedule")(count)
+        betas = find_function(name, "diffusion.schedule")(count)
     else:
         betas = schedules.betas(name, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
     network_times = None
@@ -120,7 +120,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
     """Returns T levels of a path, evenly spaced in network time, with both ends where the log SNR is finite."""
-    path = find_function(schedules.PATHS, config["path"], "diffusion.path")()
+    path = find_function(config["path"], "diffusion.path", schedules.PATHS)()
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
     (first, last), count = path.interval, config["num_timesteps"]

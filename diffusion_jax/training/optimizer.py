@@ -58,7 +58,7 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
     Raises: ValueError for values that contradict each other.
     """
     if ":" in config["name"]:
-        update = find_function({}, config["name"], "optimizer.name")(learning_rate(config), config)
+        update = find_function(config["name"], "optimizer.name")(learning_rate(config), config)
     else:
         options = {name: config[name] for name in ("b1", "b2", "eps")}
         if config["name"] == "adamw":
@@ -85,27 +85,22 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
     names = jax.tree_util.tree_map_with_path(
         lambda path, _: "/".join(str(getattr(entry, "key", entry)) for entry in path), params
     )
+    every = jax.tree.leaves(names)
+    some = f"some of the {len(every)} parameters: {', '.join(every[:: max(1, len(every) // 3)])}"
     if isinstance(frozen, str):
-        is_frozen = find_function({}, frozen, "optimizer.frozen")
+        chosen = set(filter(find_function(frozen, "optimizer.frozen"), every))
     else:
-
-        def is_frozen(name: str) -> bool:
-            return any(fnmatch.fnmatchcase(name, end) for pattern in frozen for end in (pattern, f"{pattern}/*"))
-
-        every = jax.tree.leaves(names)
+        chosen = set()
         for pattern in frozen:
-            if not any(fnmatch.fnmatchcase(name, end) for name in every for end in (pattern, f"{pattern}/*")):
-                some = ", ".join(every[:: max(1, len(every) // 3)])
-                raise ValueError(
-                    f"optimizer.frozen: {pattern!r} freezes no parameter; some of the {len(every)} parameters: {some}"
-                )
-    found = jax.tree.map(lambda name: bool(is_frozen(name)), names)
-    count, total = sum(jax.tree.leaves(found)), len(jax.tree.leaves(found))
-    if not 0 < count < total:
-        which = "every parameter" if count else "no parameter"
-        some = ", ".join(jax.tree.leaves(names)[:: max(1, total // 3)])
-        raise ValueError(f"optimizer.frozen={frozen!r} freezes {which}; some of the {total} parameters: {some}")
-    return found
+            ends = pattern, f"{pattern}/*"
+            matching = {name for name in every if any(fnmatch.fnmatchcase(name, end) for end in ends)}
+            if not matching:
+                raise ValueError(f"optimizer.frozen: {pattern!r} freezes no parameter; {some}")
+            chosen |= matching
+    if not 0 < len(chosen) < len(every):
+        which = "every parameter" if chosen else "no parameter"
+        raise ValueError(f"optimizer.frozen={frozen!r} freezes {which}; {some}")
+    return jax.tree.map(lambda name: name in chosen, names)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -89,11 +89,11 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     The timestep sampler is not included, because it may need the loss history.
     """
     diffusion = config["diffusion"]
-    loss = find_function(losses.LOSSES, diffusion["loss"], "diffusion.loss")
+    loss = find_function(diffusion["loss"], "diffusion.loss", losses.LOSSES)
     draw = make_draw(diffusion) if diffusion["path"] else None
     settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": draw}
     if ":" in diffusion["weighting"]:
-        settings["weighting"] = find_function({}, diffusion["weighting"], "diffusion.weighting")
+        settings["weighting"] = find_function(diffusion["weighting"], "diffusion.weighting")
     elif diffusion["weighting"] == "edm":
         settings["weighting"] = functools.partial(
             losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
@@ -112,7 +112,7 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
 def make_draw(diffusion: Mapping[str, Any]) -> LevelDraw:
     """Builds the draw of noise levels for a path, from `config.diffusion`."""
     if ":" in diffusion["draw"]:
-        return find_function({}, diffusion["draw"], "diffusion.draw")
+        return find_function(diffusion["draw"], "diffusion.draw")
     options: dict[str, Any] = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
     options = {name: value for name, value in options.items() if value is not None}
     draw = draws.DRAWS[diffusion["draw"]](**options, stratified=diffusion["timestep_sampler"] == "stratified")
@@ -160,7 +160,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         chain_options: dict[str, Any] = {}
         if not is_path and "timestep_sampler" in inspect.signature(loss).parameters:
             sampler = (
-                find_function({}, sampler_name, "diffusion.timestep_sampler")
+                find_function(sampler_name, "diffusion.timestep_sampler")
                 if ":" in sampler_name
                 else timesteps.sampler_by_name(sampler_name, history)
             )

@@ -73,7 +73,7 @@ class TwoDropouts(nnx.Module):
         self.first, self.second = (nnx.Dropout(dropout, rngs=rngs) for _ in range(2))
 
     def __call__(self, x_t, time):
-        return self.second(self.first(self.scale.value * x_t + 0 * time.sum() + 1))
+        return self.second(self.first(self.scale[...] * x_t + 0 * time.sum() + 1))
 
 
 def two_dropouts(shapes: Shapes, *, dropout: float = 0.0, rngs: nnx.Rngs):
