@@ -92,8 +92,8 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
     else:
         chosen = set()
         for pattern in frozen:
-            ends = pattern, f"{pattern}/*"
-            matching = {name for name in every if any(fnmatch.fnmatchcase(name, end) for end in ends)}
+            forms = pattern, f"{pattern}/*"  # a parameter, or all parameters of a module
+            matching = {name for name in every if any(fnmatch.fnmatchcase(name, form) for form in forms)}
             if not matching:
                 raise ValueError(f"optimizer.frozen: {pattern!r} freezes no parameter; {some}")
             chosen |= matching
