@@ -68,7 +68,7 @@ SOLVERS = (
     ("dpm_solver_pp", "trailing"),
     ("dpm_solver_pp", "log_snr"),
 )
-CALLS = (10, 20)
+CALLS = {"digits": (20,), "moons": (10, 20)}
 REFERENCE = "dpm_solver_pp, log_snr, 40"
 # The levels of the bound: uniform in log SNR, within the levels that every objective trains on.
 CHAIN_PATH = schedules.path(lambda time: -time, lambda log_snr: -log_snr, interval=(-9.0, 8.0))
@@ -163,7 +163,7 @@ def measure(name: str, objective: str, seed: int, root: pathlib.Path) -> dict[st
     train.run(make_config(name, objective, seed), workdir)
     net = pretrained.load(workdir)
     jobs: dict[str, tuple[str, str, int] | None] = {"likelihood": None, REFERENCE: ("dpm_solver_pp", "log_snr", 40)}
-    for (solver, spacing), calls in itertools.product(SOLVERS, CALLS):
+    for (solver, spacing), calls in itertools.product(SOLVERS, CALLS[name]):
         jobs[f"{solver}, {spacing}, {calls}"] = solver, spacing, calls
     for key, options in jobs.items():
         if key in found:
@@ -208,7 +208,7 @@ def print_tables(name: str, results: dict[str, list[dict[str, dict[str, float]]]
     main = "Frechet distance" if name == "digits" else "energy distance"
     print(f"\n{main} by solver, spacing and network calls:\n\n| solver, spacing, calls | {' | '.join(results)} |")
     print(f"|---|{'---|' * len(results)}")
-    for calls in CALLS:
+    for calls in CALLS[name]:
         for solver, spacing in SOLVERS:
             key = f"{solver}, {spacing}, {calls}"
             cells = [format_mean([run[key][main] for run in runs if run[key]]) for runs in results.values()]

@@ -7,6 +7,8 @@ import difflib
 import hashlib
 import pathlib
 import random
+import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -62,19 +64,33 @@ def _changes_kind(name: str) -> bool:
     return len(words) == 2 and (words[0] in bits) != (words[1] in bits)
 
 
-def draw(files: Iterable[str], count: int, seed: int, root: pathlib.Path) -> tuple[list[Mutant], int]:
+def added_lines(root: pathlib.Path, commit: str, file: str) -> set[int]:
+    """Returns the numbers of the lines that were added to a file since a commit, or changed."""
+    command = ["git", "diff", "--unified=0", commit, "--", f"{PACKAGE}/{file}"]
+    diff = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    hunks = re.findall(r"^@@ .* \+(\d+)(?:,(\d+))? @@", diff, re.MULTILINE)
+    return {int(first) + i for first, count in hunks for i in range(int(count or 1))}
+
+
+def draw(
+    files: Iterable[str], count: int, seed: int, root: pathlib.Path, since: str | None = None
+) -> tuple[list[Mutant], int]:
     """Returns (at most `count` mutants at different places in the files, number of places).
 
+    since: a commit; only lines that were added or changed since this commit are mutated.
     Every place is equally likely. A place's rank depends only on the seed, the file and the line's text, so a larger count
     starts with the same mutants, and equal lines have the same mutants in all versions of a file.
     """
     ranked = []
     for file in files:
         source, repeated = (root / PACKAGE / file).read_text(), Counter()
+        allowed = added_lines(root, since, file) if since else None
         for position, choices in sorted(places(source).items()):
             line = source.splitlines()[position[0] - 1].strip()
             repeated[line] += 1
             name = f"{seed} {file} {line} {repeated[line]}"
+            if allowed is not None and position[0] not in allowed:
+                continue
             ranked.append((hashlib.sha256(name.encode()).hexdigest(), file, choices))
     mutants = []
     for rank, file, choices in sorted(ranked):

@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=40, help="mutants of the core (40)")
     parser.add_argument("--elsewhere", type=int, default=40, help="mutants of all other files (40)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--since", metavar="COMMIT", help="mutate only lines that were added or changed since a commit")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="checkout to measure, by default this checkout")
     parser.add_argument("--output", type=pathlib.Path, help="stored results (runs/mutants/COMMIT.jsonl)")
     parser.add_argument(
@@ -261,7 +262,7 @@ def main() -> None:
     root, commit, reasons = options.root.resolve(), commit_of(options.root), read_reasons()
     areas = {}
     for area, files in zip(("core", "elsewhere"), package_files(root), strict=True):
-        areas[area] = draw(files, getattr(options, area), options.seed, root)
+        areas[area] = draw(files, getattr(options, area), options.seed, root, options.since)
     mutants = [mutant for drawn, _ in areas.values() for mutant in drawn]
     if options.list:
         print("\n\n".join(mutant.diff for mutant in mutants))
@@ -272,6 +273,7 @@ def main() -> None:
         alive = [mutant for mutant in drawn if outcomes[mutant] == "passed"]
         why = [equivalence_reason(mutant, reasons) for mutant in alive]
         title = f"{datetime.date.today()}, {commit}, {options.seed}: {area}"
+        title += f", lines since {options.since}" if options.since else ""
         rows.append(table_row(title, num_places, [outcomes[mutant] for mutant in drawn], len(list(filter(None, why)))))
         for mutant, reason in zip(alive, why, strict=True):
             survivors += ["", "```diff", mutant.diff, "```", *([f"Equivalent: {reason}"] if reason else [])]

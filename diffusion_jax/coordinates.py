@@ -24,9 +24,7 @@ __all__ = ["from_edm", "from_flow", "precondition"]
 
 
 def _level_at(path: Path | Schedule, time: Float[Array, "B"], x_t: Batch) -> NoiseLevel:
-    level = NoiseLevel.at_log_snr(path.log_snr(time).astype(x_t.dtype))
-    rows = (-1,) + (1,) * (x_t.ndim - 1)
-    return NoiseLevel(*(value.reshape(rows) for value in level))
+    return (path.path if isinstance(path, Schedule) else path).at(time, x_t)
 
 
 def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 0.5) -> DenoiseFn:

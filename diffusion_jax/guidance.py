@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real, Shaped
 
 from diffusion_jax import labels, process
-from diffusion_jax.schedules import NoiseLevel, Schedule
+from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Batch, DenoiseFn, LogitsFn, LogProbFn
 
 __all__ = ["ConditionalDenoiseFn", "class_log_prob", "classifier", "classifier_free", "log_prob_gradient"]
@@ -177,8 +177,7 @@ def classifier(
         x_t = process.as_float("x_t", x_t)
         output, g = denoise_fn(x_t, time), gradient(x_t, time)
         output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
-        level = NoiseLevel.at_log_snr(schedule.log_snr(time))
-        alpha, sigma = _expand_rows(level.alpha, x_t), _expand_rows(level.sigma, x_t)
+        alpha, sigma, _ = schedule.path.at(time, x_t)
         has_signal = alpha > 1e-15  # smaller only where a schedule ends at alpha_bar = 0, under x64
         # d eps = -s sigma g, converted to the other predictions. Where alpha is 0, x_t is independent of y, so g is 0.
         shift = {

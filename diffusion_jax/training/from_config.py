@@ -245,6 +245,11 @@ def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None
             )
         _, log_density = make_draw(diffusion)(jax.random.key(0), 16, path)
         if not np.isfinite(log_density).all():
+            if ":" in diffusion["draw"]:
+                raise ValueError(
+                    f"{diffusion['draw']} (diffusion.draw) must return the log density of each log SNR; it returned "
+                    f"{np.asarray(log_density)[~np.isfinite(log_density)][0]:g}"
+                )
             raise ValueError(
                 f"diffusion.draw_mean={diffusion['draw_mean']} and draw_std={diffusion['draw_std']} draw no level of "
                 f"diffusion.path={diffusion['path']!r}; use values nearer to the published -1.2 and 1.2"

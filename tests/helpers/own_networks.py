@@ -131,6 +131,11 @@ def draw(key, batch_size, path):
     return draws.log_normal(0.0, 1.0)(key, batch_size, path)
 
 
+def draw_without_density(key, batch_size, path):
+    time, log_density = draw(key, batch_size, path)
+    return time, log_density - jnp.inf
+
+
 def weight(snr):
     return snr**0.5
 

@@ -36,6 +36,8 @@ def test_betas_and_a_path():
 def test_a_draw():
     config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
     assert make_draw(config.diffusion) is own_networks.draw
+    with pytest.raises(ValueError, match=r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"):
+        training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
 
 
 def metrics_of(config):
