@@ -342,7 +342,9 @@ def test_draws_have_the_density_that_they_return(name, path):
     inner = (path.log_snr(time) < 6) & (path.log_snr(time) > -6)
     weight = np.where(inner, np.exp(-np.asarray(log_density, np.float64)), 0)
     np.testing.assert_allclose(weight.mean(), min(high, 6) - max(low, -6), rtol=0.01)
-    independent, _ = dataclasses.replace(draw, stratified=False)(jax.random.key(1), 20_000, path)
+    independent, _ = jax.jit(dataclasses.replace(draw, stratified=False), static_argnums=1)(
+        jax.random.key(1), 20_000, path
+    )
     assert stats.ks_2samp(np.asarray(time), np.asarray(independent)).pvalue > 1e-3
 
 

@@ -124,6 +124,7 @@ def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
     np.testing.assert_allclose(run(full).log_density, run(SCHEDULE).log_density, atol=1e-3)
 
 
+@pytest.mark.whole
 def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
     """The respaced schedule's index 0 may have more noise (trailing), and its last index a signal (leading); the ODE ends at
     neither index. The result is compared with N(0, I) pushed through the closed-form map of all 1000 steps, and for a start
@@ -142,7 +143,7 @@ def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
     assert abs(from_there - pushed).mean() > 0.01
 
 
-@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.parametrize("steps", [10, pytest.param(None, marks=pytest.mark.whole)])
 def test_variational_dequantization_of_a_traced_schedule(steps):
     """256 levels in three dimensions: -log p(x_1) + log q(x_1 | x_0) - log P(x_0 | x_1) in float64, for the same draws of
     x_1 at index 0, where a trailing schedule has more noise."""

@@ -29,6 +29,12 @@ def examples(kind, count=24, seed=0):
     return (rng.standard_normal((count, *shape)) * np.arange(1, shape[-1] + 1) * 10 + 300).astype(np.float32)
 
 
+def array_batch(kind, batch_size=8, key=0):
+    """A batch of standardized examples, as a train step takes it."""
+    shape = (batch_size, *SHAPES[kind])
+    return {"x": np.random.default_rng(key).standard_normal(shape).astype(np.float32)}
+
+
 def write_arrays(kind, path, count=24, **more):
     """Writes `examples` with further arrays, such as condition [count, D], to an .npz."""
     np.savez(path, x=examples(kind, count), **more)

@@ -9,11 +9,8 @@ TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "atte
 
 def redraw(params, seed=1):
     """Redraws every array, including the layers that start at zero."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        structure, [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(seed)  # jax.random would compile a program for every shape
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), params)
 
 
 def silu(x):

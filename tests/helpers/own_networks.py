@@ -156,4 +156,4 @@ def lion(learning_rate, config):
 
 
 def is_encoder(name):
-    return name.startswith(("down_", "time_"))
+    return name.startswith(("dense_in", "time_"))

@@ -106,8 +106,8 @@ def test_a_call_does_not_change_parameters_that_are_numpy_arrays():
     """Parameters are NumPy arrays, as from a weight file; a sum in place would change the parameters."""
     block = ResBlock(8, 0.0, False, models.UNet(num_groups=4).layers)
     x, embedding = jnp.ones((1, 4, 4, 4)), jnp.ones((1, 6))  # 4 to 8 channels, so with a projection
-    params = jax.device_get(block.init(jax.random.key(0), x, embedding, False))["params"]
-    params = jax.tree.map(lambda leaf: np.array(leaf) + 0.5, params)
+    params = jax.eval_shape(lambda: block.init(jax.random.key(0), x, embedding, False))["params"]
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), params)
     before = jax.tree.map(np.copy, params)
     block.apply({"params": params}, x, embedding, False)
     jax.tree.map(np.testing.assert_array_equal, params, before)

@@ -15,6 +15,7 @@ from diffusion_jax.models import Shapes
 from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.runs import workdir
 from helpers import own_networks
+from helpers.array_configs import array_config
 from helpers.configs import a_batch, tiny_config
 
 SHAPE = (8, 8, 1)
@@ -198,6 +199,7 @@ def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
     np.testing.assert_allclose(output, 5 * X + 2 * TIME[:, None, None, None] + 3, rtol=1e-6)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["linen", "of_nnx", "pair"])
 def test_microbatches_take_the_same_step(kind):
     """Without dropout; the gradient of two microbatches is that of the batch."""
@@ -226,8 +228,9 @@ def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
 
 
 def test_loading_imports_no_path_by_itself(tmp_path):
-    config = configs.override(tiny_config(), {"diffusion.path": "helpers.own_networks:path"})
-    net = pretrained.from_config(config, training.create(config)[0].params)
+    config = configs.override(array_config("vectors", ""), {"diffusion.path": "helpers.own_networks:path"})
+    params = training.model_from_config(config).init(jax.random.key(0), jnp.zeros((1, 3)), TIME[:1])["params"]
+    net = pretrained.from_config(config, params)
     pretrained.save_safetensors(net, tmp_path / "net.safetensors")
     with pytest.raises(pretrained.PretrainedError, match="needs the function helpers.own_networks:path"):
         pretrained.load(tmp_path / "net.safetensors")

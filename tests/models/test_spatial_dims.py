@@ -47,7 +47,7 @@ def test_convolutions_are_the_explicit_sums(n, periodic):
 
 
 @pytest.mark.parametrize("periodic", [False, True])
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, pytest.param(3, marks=pytest.mark.whole)])
 def test_convolutions_of_upsampled_arrays_are_the_explicit_sums(n, periodic):
     conv, params, x = layer(n, periodic=periodic, upsample=True)
     large = np.asarray(x)

@@ -145,7 +145,7 @@ def test_fields_and_inputs_that_do_not_fit_are_refused(kind, shape, fields, inpu
     base = {"channels": 8, "num_res_blocks": 1} if kind == "MLP" else TINY | {"spatial_dims": len(shape) - 2}
     model = getattr(models, kind)(**{**base, **fields})
     with pytest.raises(ValueError, match=words):
-        model.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), **inputs)
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), **inputs))
 
 
 def test_from_config_builds_a_unet_and_refuses_unknown_settings():

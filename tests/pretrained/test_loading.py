@@ -79,6 +79,7 @@ def save_with_tensorflow(path, variables, **options):
         return tf.compat.v1.train.Saver(made).save(session, str(path), **options)
 
 
+@pytest.mark.whole
 def test_tensorflow_checkpoints(tmp_path):
     """The EMA equals the port's network; the raw weights differ."""
     weights, arrays = stored("port_narrow")

@@ -13,7 +13,8 @@ from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, plan, sample, train
 from diffusion_jax.training.step import make_draw
-from helpers.configs import a_batch, tiny_config
+from helpers.array_configs import array_batch, array_config
+from helpers.configs import tiny_config
 
 EDM = {
     "diffusion.path": "edm",
@@ -28,8 +29,8 @@ VDM = {"diffusion.path": "vp_cosine", "diffusion.loss": "continuous_vlb", "diffu
 
 @pytest.mark.parametrize("settings", [EDM, FLOW, VDM], ids=["edm", "flow", "vdm"])
 def test_a_train_step_on_a_path(settings):
-    state, step = training.create(tiny_config(**settings))
-    state, metrics = step(state, a_batch(tiny_config()))
+    state, step = training.create(array_config("vectors", "", **settings))
+    state, metrics = step(state, array_batch("vectors"))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     in_bands = [metrics[f"loss_q{i}"] for i in (1, 2, 3, 4)]
     assert np.isfinite(in_bands).any()

@@ -111,6 +111,7 @@ def test_sampling_without_a_run_is_refused(tmp_path):
         sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("own_cache")
 def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
     """Files with the same name: other settings, other weights from the same step, and a corrupted file."""

@@ -23,7 +23,7 @@ def draw(key, x_T, sampler):
     return jax.jit(lambda key, x_T: sampling.sample(key, SHORT, mixture(), x_T, sampler))(key, x_T)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "sde", "heun"])
+@pytest.mark.parametrize("name", ["ddpm", *(pytest.param(n, marks=pytest.mark.whole) for n in ("ddim", "sde", "heun"))])
 def test_a_row_depends_on_its_own_key_only(name):
     keys = jax.random.split(jax.random.key(3), 5)
     together = draw(keys, X, SAMPLERS[name])

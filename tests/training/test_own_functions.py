@@ -11,17 +11,22 @@ from diffusion_jax.config import ConfigError
 from diffusion_jax.training.optimizer import from_config
 from diffusion_jax.training.step import make_draw
 from helpers import own_networks
-from helpers.configs import a_batch, tiny_config
+from helpers.array_configs import array_batch, array_config
+from helpers.networks import redraw
 
 
 def name(function):
     return f"helpers.own_networks:{function.__name__}"
 
 
+def tiny_mlp(**overrides):
+    return array_config("vectors", "", **overrides)
+
+
 def config_with(**settings):
-    """Settings of the tiny config, by text as on the command line."""
+    """Settings of a tiny MLP's config, by text as on the command line."""
     texts = {key: value if isinstance(value, str) else name(value) for key, value in settings.items()}
-    return configs.override(tiny_config(), {key.replace("__", "."): value for key, value in texts.items()})
+    return configs.override(tiny_mlp(), {key.replace("__", "."): value for key, value in texts.items()})
 
 
 def test_betas_and_a_path():
@@ -36,13 +41,14 @@ def test_betas_and_a_path():
 def test_a_draw():
     config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
     assert make_draw(config.diffusion) is own_networks.draw
-    with pytest.raises(ValueError, match=r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"):
+    words = r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"
+    with pytest.raises(ValueError, match=words):
         training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
 
 
 def metrics_of(config):
     state, step = training.create(config)
-    return jax.device_get(step(state, a_batch(config))[1])
+    return jax.device_get(step(state, array_batch("vectors"))[1])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,7 @@ def metrics_of(config):
     ids=["loss", "weighting", "timesteps"],
 )
 def test_functions_of_the_loss(settings, expected):
-    plain = metrics_of(tiny_config(**{"diffusion.timestep_sampler": "uniform"}))
+    plain = metrics_of(tiny_mlp())
     if "diffusion__weighting" in settings:
         settings = {"diffusion__weighting": own_networks.weight}
     if "diffusion__timestep_sampler" not in settings:
@@ -99,37 +105,30 @@ def test_functions_that_a_config_imports():
         "diffusion.weighting": name(own_networks.weight),
         "model.kind": name(own_networks.pair),
     }
-    assert configs.imported_functions(tiny_config()) == {}
+    assert configs.imported_functions(tiny_mlp()) == {}
 
 
-def redrawn(state):
-    """The state with random parameters, because a new network has gradients of 0 in most layers."""
-    leaves, tree = jax.tree.flatten(state.params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    drawn = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return state.replace(params=jax.tree.unflatten(tree, drawn))
-
-
-@pytest.mark.parametrize("frozen", [("down_*", "time_*"), "helpers.own_networks:is_encoder"])
+@pytest.mark.parametrize("frozen", [("dense_in", "time_*"), "helpers.own_networks:is_encoder"])
 def test_frozen_parameters_do_not_change(frozen):
     """They have no moments, and the norm that clips the gradient is that of the other parameters."""
-    config = tiny_config(**{"optimizer.frozen": frozen, "optimizer.name": "adamw", "optimizer.weight_decay": 0.1})
+    config = tiny_mlp(**{"optimizer.frozen": frozen, "optimizer.name": "adamw", "optimizer.weight_decay": 0.1})
     state, step = training.create(config)
-    state = redrawn(state)
+    state = state.replace(params=redraw(state.params))  # a new network has gradients of 0 in most layers
     before = jax.device_get(state.params)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if getattr(leaf, "ndim", 0)]
-    state, metrics = step(state, a_batch(config))
-    trained = [name for name in before if not name.startswith(("down_", "time_"))]
+    state, metrics = step(state, array_batch("vectors"))
+    trained = [name for name in before if not name.startswith(("dense_in", "time_"))]
     for name in before:
         pairs = zip(*map(jax.tree.leaves, (before[name], state.params[name])), strict=True)
         assert any((a != b).any() for a, b in pairs) == (name in trained), name
     sizes = sum(leaf.size for name in trained for leaf in jax.tree.leaves(before[name]))
     assert sum(leaf.size for leaf in moments) == 2 * sizes
-    whole, step = training.create(tiny_config())
-    assert 0 < metrics["grad_norm"] < 0.999 * step(redrawn(whole), a_batch(config))[1]["grad_norm"]
+    whole, step = training.create(tiny_mlp())
+    whole = whole.replace(params=redraw(whole.params))
+    assert 0 < metrics["grad_norm"] < 0.999 * step(whole, array_batch("vectors"))[1]["grad_norm"]
 
 
 def test_patterns_that_freeze_nothing_or_everything_are_refused():
-    for frozen, words in ((("dwon_*",), "freezes no parameter; some of the"), (("*",), "freezes every parameter")):
+    for frozen, words in ((("dense_on",), "freezes no parameter; some of the"), (("*",), "freezes every parameter")):
         with pytest.raises(ValueError, match=words):
-            training.create(tiny_config(**{"optimizer.frozen": frozen}))
+            training.create(tiny_mlp(**{"optimizer.frozen": frozen}))
