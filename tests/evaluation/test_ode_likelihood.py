@@ -253,6 +253,7 @@ def test_others_coordinates_give_the_same_likelihoods():
     np.testing.assert_allclose(by_edm, np.log(exact_density), atol=1e-3)
 
 
+@pytest.mark.whole
 def test_bad_arguments_and_a_solver_that_gives_up():
     x, key = jnp.zeros((2, 3)), jax.random.key(0)
     assert np.isnan(ode_likelihood.log_density(key, SCHEDULE, exact, data(4), max_steps=3).log_density).all()

@@ -46,7 +46,7 @@ def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
     assert abs(apply(kind(**fields), plain, x, time) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.whole), 0.1])
 @pytest.mark.parametrize(
     ("kind", "fields", "shape"),
     [

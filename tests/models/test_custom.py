@@ -67,7 +67,7 @@ def test_a_pair_of_functions_takes_further_scalars():
     np.testing.assert_allclose(more, plain + 5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["linen", "of_nnx"])
+@pytest.mark.parametrize("kind", [pytest.param("linen", marks=pytest.mark.whole), "of_nnx"])
 def test_dropout_follows_the_key_and_is_off_without_training(kind):
     model = network_of(kind, {"model.dropout": "0.5"})
     params = init(model)

@@ -73,7 +73,14 @@ def gradient(model):
     return jax.jit(jax.grad(loss, (0, 1))).lower(params, inputs["x_t"]).as_text()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "images",
+        "vectors",
+        *(pytest.param(n, marks=pytest.mark.whole) for n in NETWORKS if n not in ("images", "vectors")),
+    ],
+)
 def test_every_product_of_a_network_and_of_its_gradient_has_the_precision(name):
     assert precisions(gradient(NETWORKS[name].clone(precision="highest"))) == {"HIGHEST"}
 
@@ -89,6 +96,7 @@ def test_the_default_high_and_an_unknown_precision():
             gradient(NETWORKS[kind].clone(precision="double"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("make_config", [tiny_config, classifier_config])
 def test_the_setting_sets_the_precision_of_the_train_step(make_config):
     config = make_config(**{"model.precision": "highest", "training.accumulation_steps": 2})

@@ -132,6 +132,7 @@ def test_one_condition_serves_all_and_none_is_the_null_condition():
     assert (own_clip != x).any()  # only a sampler's default clip is replaced
 
 
+@pytest.mark.whole
 def test_conditions_that_do_not_fit_a_network_are_one_line():
     plain = net_of(models.MLP(channels=8, num_res_blocks=1), (), 2)
     needed, dropped = (

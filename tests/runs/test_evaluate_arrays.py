@@ -149,7 +149,9 @@ def test_samples_are_compared_with_the_data(tmp_path):
     assert "power_spectrum_z" in record(run) and record(run)["files"].keys() == got["files"].keys()
 
 
-@pytest.mark.parametrize(("given", "expected"), [("", "conditions of"), ("c.npy", "c.npy")])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("", "conditions of"), pytest.param("c.npy", "c.npy", marks=pytest.mark.whole)]
+)
 def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path):
     conditions = np.random.default_rng(3).standard_normal((50, 2)).astype(np.float32)
     np.save("c.npy", conditions[:5])

@@ -27,7 +27,9 @@ FLOW = {"diffusion.path": "rectified_flow", "diffusion.prediction": "flow", "dif
 VDM = {"diffusion.path": "vp_cosine", "diffusion.loss": "continuous_vlb", "diffusion.draw": "uniform_log_snr"}
 
 
-@pytest.mark.parametrize("settings", [EDM, FLOW, VDM], ids=["edm", "flow", "vdm"])
+@pytest.mark.parametrize(
+    "settings", [EDM, *(pytest.param(s, marks=pytest.mark.whole) for s in (FLOW, VDM))], ids=["edm", "flow", "vdm"]
+)
 def test_a_train_step_on_a_path(settings):
     state, step = training.create(array_config("vectors", "", **settings))
     state, metrics = step(state, array_batch("vectors"))

@@ -34,6 +34,7 @@ class sum_of_draws(sampling.Sampler):
         return sampling.Step(x_t + sampling.normal(key, x_t), x_t)
 
 
+@pytest.mark.whole
 def test_draws_are_equal_to_the_bit_for_any_batch_size():
     """For seven samples: the sum of x_T and the noise in five steps, and the classes."""
     config = conditional(**{"data.levels": None})  # the setup returns floats

@@ -41,6 +41,7 @@ def test_evaluate_measures_samples(run, monkeypatch):
     assert raw["weights"] == "raw" and raw["frechet_distance"] != record["frechet_distance"]
 
 
+@pytest.mark.whole
 def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
     path = reuse_or_draw(tiny_config(**FEW_DRAWN), run).path
     stored = dataclasses.replace(Provenance.read(path), details={"jax": "0.0.1"})
@@ -51,6 +52,7 @@ def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
     assert record["weights_digest"] == stored.settings["weights_digest"] and len(drawn) == 3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -54,6 +54,7 @@ def test_calls_of_several_steps_end_at_their_multiples(start, counts):
     assert found == counts and loader.next(step) == (None, 0)
 
 
+@pytest.mark.whole
 def test_rerunning_a_finished_run_does_nothing(trained, capsys):
     before = lines(trained, without=())
     train.run(tiny_config(), trained)
@@ -72,6 +73,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
     assert [by_step[5], by_step[10]] == lines(tmp_path / "whole")
 
 
+@pytest.mark.whole
 def test_leaves_that_identify_a_run_must_not_change(trained):
     other = tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5, "training.num_steps": 5})
     with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):

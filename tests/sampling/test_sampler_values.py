@@ -103,6 +103,7 @@ def one_gaussian(x, time):
     return jnp.where(time[:, None] < 4.5, 0.5 * jnp.tanh(x) + 0.05 * time[:, None], jnp.nan)
 
 
+@pytest.mark.whole
 def test_pure_noise_is_refused_where_it_is_visited():
     x = jnp.ones((1, 2))
     for start in (None, 5):

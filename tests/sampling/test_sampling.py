@@ -159,6 +159,7 @@ def test_inversion_ends_where_the_probability_flow_does(x64):
         np.testing.assert_allclose(found, truth, atol=tolerance)
 
 
+@pytest.mark.whole
 def test_every_prediction_inverts_to_the_same_noise(x64):
     full, x_0 = thousand("linear"), np.array([[-0.7], [0.2], [1.0]])
     schedule = schedules.respace(full, 40, "log_snr")

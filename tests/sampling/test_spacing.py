@@ -47,8 +47,8 @@ def combinations(steps):
 
 @pytest.mark.parametrize(
     "name",
-    ["heun", "plms"]
-    + [pytest.param(name, marks=pytest.mark.whole) for name in WHOLE]
+    ["heun"]
+    + [pytest.param(name, marks=pytest.mark.whole) for name in ("plms", *WHOLE)]
     + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW],
 )
 def test_accepted_steps_give_samples_near_the_data(name):
