@@ -59,7 +59,7 @@ EPS_WEIGHTS = {
 
 
 @pytest.mark.parametrize(
-    "prediction", ["eps", "v", *(pytest.param(p, marks=pytest.mark.whole) for p in ("x_0", "x_prev", "score", "flow"))]
+    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.whole) for p in process.PREDICTIONS if p != "v")]
 )
 def test_a_weighting_applies_to_the_eps_error_for_every_prediction(prediction):
     """For any output, the weighted loss is w(SNR) times the error of the eps that follows from the output."""

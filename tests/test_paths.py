@@ -395,6 +395,7 @@ def test_the_continuous_bound_depends_on_the_ends_of_the_path_only(path, draw):
     np.testing.assert_array_equal(loss, aux.vlb)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("steps", [10, 100])
 def test_the_discrete_bound_falls_to_the_continuous_one(steps):
     c2, path = 0.7, SAME_ENDS["edm"]
@@ -431,6 +432,7 @@ def two_points(x_t, time):
     return mean + variance * at.alpha / total * (x_t - at.alpha * mean)
 
 
+@pytest.mark.whole
 def test_heun_has_order_2_on_a_mixture():
     """Against 2,000 steps; where the trajectories part, the error has not reached its order with fewer steps."""
     with jax.enable_x64(True):

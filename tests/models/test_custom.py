@@ -227,6 +227,7 @@ def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
         pretrained.save_diffusers(net, tmp_path / "folder")
 
 
+@pytest.mark.whole
 def test_loading_imports_no_path_by_itself(tmp_path):
     config = configs.override(array_config("vectors", ""), {"diffusion.path": "helpers.own_networks:path"})
     params = training.model_from_config(config).init(jax.random.key(0), jnp.zeros((1, 3)), TIME[:1])["params"]

@@ -20,7 +20,7 @@ def norm(x, layer):
     return x * layer["norm"]["scale"] + layer["norm"]["bias"]
 
 
-@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("scale_shift", [pytest.param(False, marks=pytest.mark.whole), True])
 def test_the_network_in_numpy(scale_shift):
     model = models.MLP(**FIELDS, num_classes=3, scale_shift_norm=scale_shift, out_channels=4)
     x, time, y = (

@@ -49,6 +49,7 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     assert len(list((tmp_path / "whole" / "samples").rglob("*.png"))) == 4
 
 
+@pytest.mark.whole
 def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_path):
     file, run = write_arrays("vectors", tmp_path / "data.npz"), tmp_path / "run"
     train.run(array_config("vectors", file, **{"training.num_steps": 2}), run)
@@ -106,6 +107,7 @@ def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp
         resolve_sampling(config, pretrained.from_config(config))
 
 
+@pytest.mark.whole
 def test_conditions_outside_the_range_of_the_run_get_a_note(tmp_path, capsys):
     low, high = np.array([10.0, -1.0]), np.array([20.0, 1.0])
     file = write_arrays("vectors", tmp_path / "x.npz", condition=np.linspace(low, high, 24))

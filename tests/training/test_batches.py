@@ -110,6 +110,7 @@ def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
     np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_float_data_are_taken_as_they_are(dtype):
     """The same step as with the corresponding uint8 images, where the numbers are equal."""

@@ -63,6 +63,7 @@ def test_a_loss():
     np.testing.assert_allclose(found["loss"], plain_metrics()["loss"] / 2, rtol=1e-6)
 
 
+@pytest.mark.whole
 def test_a_weighting():
     found, plain = metrics_of(config_with(diffusion__weighting=own_networks.weight)), plain_metrics()
     assert found["loss"] < 10 * plain["loss"] and found["loss"] != plain["loss"]
