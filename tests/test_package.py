@@ -35,7 +35,7 @@ def test_import_loads_only_jax_numpy_and_jaxtyping():
 
 
 LAYERS = [  # lowest first; a module imports from its own layer or a lower layer
-    {"errors", "images", "labels", "types"},
+    {"errors", "functions", "images", "labels", "types"},
     {"schedules"},
     {"process"},
     {"losses", "timesteps", "draws", "coordinates", "likelihood", "metrics", "sampling", "guidance", "editing"},

@@ -36,7 +36,7 @@ from diffusion_jax.config.table import (
     resolve_clip,
     short_name,
 )
-from diffusion_jax.config.values import FunctionName, OneOf, parse, read_value
+from diffusion_jax.config.values import FunctionName, OneOf, Tuple, parse, read_value
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
@@ -122,15 +122,17 @@ def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
 
     Of `data.dataset` and `evaluation.features`, only files are included, which could be part of a downloaded run.
     """
-    return {
-        name: value
-        for name, value in flatten(config).items()
-        if isinstance(value, str) and ":" in value and (_names_function(SETTINGS[name].kind) or ".py:" in value)
-    }
+    found = {}
+    for name, value in flatten(config).items():
+        texts = [text for text in (value if isinstance(value, tuple | list) else [value]) if isinstance(text, str)]
+        if any(":" in text and (_names_function(SETTINGS[name].kind) or ".py:" in text) for text in texts):
+            found[name] = ",".join(texts)
+    return found
 
 
 def _names_function(kind: Any) -> bool:
-    return isinstance(kind, OneOf) and any(isinstance(each, FunctionName) for each in kind.kinds)
+    parts = kind.kinds if isinstance(kind, OneOf) else [kind.item] if isinstance(kind, Tuple) else ()
+    return isinstance(kind, FunctionName) or any(map(_names_function, parts))
 
 
 def experiment(name: str) -> ConfigDict:
@@ -171,11 +173,17 @@ def experiment(name: str) -> ConfigDict:
 
 def _find_beside(config: Any, folder: pathlib.Path) -> None:
     """Makes the paths of functions' files absolute if the files are in the folder of the config."""
-    for group in ("model", "diffusion", "optimizer"):
+
+    def absolute(text: Any) -> Any:
+        is_beside = isinstance(text, str) and ".py:" in text and (folder / text.rpartition(":")[0]).is_file()
+        return str(folder.resolve() / text) if is_beside else text
+
+    for group in ("model", "diffusion", "optimizer", "evaluation", "logging"):
         settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
         for name, value in settings.items():
-            if isinstance(value, str) and ".py:" in value and (folder / value.rpartition(":")[0]).is_file():
-                settings[name] = str(folder.resolve() / value)
+            found = tuple(map(absolute, value)) if isinstance(value, tuple) else absolute(value)
+            if found is not value and found != value:
+                settings[name] = found
 
 
 def experiment_names() -> list[str]:

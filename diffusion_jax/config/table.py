@@ -333,9 +333,9 @@ OPTIMIZER: dict[str, Setting] = {
 LOGGING: dict[str, Setting] = {
     "writers": Setting(
         ("tensorboard",),
-        Tuple(Text(), "names", shown="('tensorboard', 'wandb')"),
-        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow or trackio. Trackers are "
-        "separate packages, configured by their environment variables.",
+        Tuple(OneOf(FunctionName(), Text()), "names", shown="('tensorboard', 'wandb')"),
+        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or "
+        "module:function. Trackers are separate packages, configured by their environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
@@ -538,7 +538,14 @@ EVALUATION: dict[str, Setting] = {
     ),
     "metrics": Setting(
         None,
-        optional(Tuple(Choice(*METRICS), f"names from {', '.join(METRICS)}", minimum_length=1, shown="('fid',)")),
+        optional(
+            Tuple(
+                OneOf(Choice(*METRICS), FunctionName()),
+                f"names from {', '.join(METRICS)}, or module:function",
+                minimum_length=1,
+                shown="('fid',)",
+            )
+        ),
         "Metrics of samples. None for all that suit the data: feature metrics for images, example metrics for other data, "
         "and both kinds for other data with `evaluation.features`.",
     ),

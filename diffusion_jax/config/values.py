@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import itertools
 import math
 import numbers
 import os
 import re
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -33,8 +29,6 @@ __all__ = [
     "Text",
     "Tuple",
     "ValueKind",
-    "find_function",
-    "import_function",
     "optional",
     "parse",
     "read_value",
@@ -292,46 +286,3 @@ def read_value(text: str) -> Any:
     """Returns the first reading of a command-line argument, for an option, whose kind only the function knows."""
     text = text.strip()
     return text == "True" if text in ("True", "False") else next(_readings(text))
-
-
-def import_function(name: str) -> Callable:
-    """Imports the function "module:function" or "FILE.py:function", also from the current directory. Raises: ValueError."""
-    module_name, _, function_name = name.rpartition(":")
-    if os.getcwd() not in sys.path:  # the installed command does not add the current directory
-        sys.path.append(os.getcwd())
-    try:
-        module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-        function = getattr(module, function_name)
-    except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
-        raise ValueError(f"cannot be imported ({error})") from None
-    if not callable(function):
-        raise ValueError(f"must be a function, not a {type(function).__name__}")
-    return function
-
-
-def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = None) -> Any:
-    """Imports the function that a setting names, or returns the registry's entry for a name without a colon.
-
-    Raises: ValueError.
-    """
-    if registry is not None and ":" not in name:
-        return registry[name]
-    try:
-        return import_function(name)
-    except ValueError as error:
-        raise ValueError(f"{setting}={name} {error}") from None
-
-
-def _import_file(path: str) -> types.ModuleType:
-    """Imports a Python file, once in each process."""
-    path = os.path.realpath(path)
-    if path not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[path] = importlib.util.module_from_spec(spec)  # before it runs, because dataclasses look it up
-        try:
-            spec.loader.exec_module(sys.modules[path])
-        except BaseException:
-            del sys.modules[path]
-            raise
-    return sys.modules[path]

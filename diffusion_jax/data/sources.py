@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from diffusion_jax.config.values import import_function
 from diffusion_jax.errors import DataError, UnreadableFilesError, shorten
+from diffusion_jax.functions import import_function
 from diffusion_jax.images import is_image_shape
 
 if TYPE_CHECKING:

@@ -33,9 +33,9 @@ def compare_sets(arguments: argparse.Namespace) -> None:
     from diffusion_jax.evaluation.example_sets import open_set
 
     requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
-    unknown = sorted(set(requested) - METRICS.keys())
+    unknown = sorted(name for name in requested if name not in METRICS and ":" not in name)
     if unknown:
-        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}")
+        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}, or module:function")
     if arguments.batch_size < 1:
         raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
     output = pathlib.Path(arguments.output).expanduser()
@@ -76,7 +76,10 @@ def make_parser() -> Parser:
         "or classify_image_graph_def.pb",
     )
     add("--features", help="inception, digits, or module:function (examples [N, *spatial, C] -> features [N, D])")
-    add("--metrics", help=f"some of {', '.join(METRICS)}; by default all metrics that suit the examples")
+    add(
+        "--metrics",
+        help=f"some of {', '.join(METRICS)}, and module:function; by default all metrics that suit the examples",
+    )
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
     add("--batch_size", type=int, default=64, help="examples per batch; the metrics do not depend on the batch size")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")

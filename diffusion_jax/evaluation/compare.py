@@ -18,7 +18,7 @@ from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.metrics import MAX_EXAMPLES, METRICS, Options, Result, needs_features, reported_name
+from diffusion_jax.metrics import MAX_EXAMPLES, Options, Result, find_metric, needs_features, reported_name
 from diffusion_jax.provenance import Provenance
 
 __all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
@@ -72,9 +72,10 @@ def compare(
 
     results, values = {}, {}
     for name in names:
-        result = results[name] = METRICS[name].compute(*inputs(METRICS[name].needs), options)
+        metric = find_metric(name)
+        result = results[name] = metric.compute(*inputs(metric.needs), options)
         prefix = ""
-        if METRICS[name].names and extractor:
+        if metric.names and extractor:
             prefix = reported_name(name, extractor.published, extractor.resize)
         values |= {f"{prefix}{key}": value for key, value in result.values.items()}
         if result.note:
@@ -133,10 +134,9 @@ def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
 def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
     """Raises: ValueError if `count` is fewer examples than a metric needs. name: the set or setting, for the message."""
     for metric in metric_names:
-        if count < METRICS[metric].minimum:
-            raise ValueError(
-                f"{name}: {count} examples are too few for {metric}, which needs {METRICS[metric].minimum}"
-            )
+        minimum = find_metric(metric).minimum
+        if count < minimum:
+            raise ValueError(f"{name}: {count} examples are too few for {metric}, which needs {minimum}")
 
 
 def _possible_metrics(
@@ -146,7 +146,7 @@ def _possible_metrics(
     if samples.examples is None:
         raise ValueError(f"{samples.name} has only statistics, but samples must be images; swap the two arguments?")
     check_comparable(reference, samples)
-    reasons = {name: _why_not(METRICS[name].needs, reference, extractor) for name in metric_names}
+    reasons = {name: _why_not(find_metric(name).needs, reference, extractor) for name in metric_names}
     missing = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if missing:
         log(f"Not measured: {'; '.join(missing)}.")

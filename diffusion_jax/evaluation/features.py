@@ -21,13 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from diffusion_jax.config.values import import_function
 from diffusion_jax.console import ProgressBar
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.sharding import BatchFunction
 from diffusion_jax.evaluation.example_sets import ExampleSet, SetFeatures, read_examples, value_digest
 from diffusion_jax.evaluation.inception import DOWNLOAD_SOURCES, RESIZES, Inception, load_inception, to_inception
 from diffusion_jax.files import user_cache
+from diffusion_jax.functions import import_function
 from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES
 from diffusion_jax.metrics.of_features import moments_of_chunks

@@ -3,7 +3,8 @@
 `of_features` compares features [N, D] of two sets, and `of_arrays` compares the examples, float arrays [n, *spatial, C].
 
 A metric is a function (reference, samples, options) -> `Result` and one line in `METRICS`. The setting `evaluation.metrics`,
-the command's `--metrics`, records, pictures and reports follow this table.
+the command's `--metrics`, records, pictures and reports follow this table; both settings also take the name of a user's
+function.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion_jax.functions import find_function
 from diffusion_jax.metrics import of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, Measurement, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
@@ -31,6 +33,7 @@ __all__ = [
     "Options",
     "Result",
     "choose_metrics",
+    "find_metric",
     "largest_z",
     "needs_features",
     "reported_name",
@@ -117,18 +120,35 @@ class Metric:
     names: tuple[str, str] | None = None
 
 
+def find_metric(name: str) -> Metric:
+    """Returns the entry of `METRICS`, or the metric of a user's function "module:function". Raises: ValueError."""
+    if ":" not in name:
+        return METRICS[name]
+    return Metric(functools.partial(_own_metric, name, find_function(name, "evaluation.metrics")), "examples", 1)
+
+
+def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
+    """Calls function(reference, samples), which returns a number or several, {name: number}."""
+    value = function(*(np.asarray(x[np.arange(len(x))]) for x in (reference, samples)))
+    values = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
+    for key, number in values.items():
+        if np.ndim(number) or not np.isfinite(number):
+            raise ValueError(f"{name} returned {key}={number!r}; a metric is a finite number, or {{name: number}}")
+    return Result({str(key): float(number) for key, number in values.items()})
+
+
 def reported_name(metric: str, published: bool, resize: str | None = None) -> str:
     """Returns the name of a metric in reports.
 
     Only the published Inception gives FID, sFID and KID; a resize other than TensorFlow 1's is part of the name.
     """
-    names = METRICS[metric].names
+    names = find_metric(metric).names
     return metric if names is None else names[not published] + ("" if resize in (None, "tf1") else f"_{resize}")
 
 
 def needs_features(names: Iterable[str], of_images: bool) -> bool:
     """Whether any of the metrics compares features, for images or for other arrays."""
-    kinds = {METRICS[name].needs for name in names} - {"examples"}
+    kinds = {find_metric(name).needs for name in names} - {"examples"}
     return bool(kinds if of_images else kinds - {"vectors"})
 
 
@@ -146,7 +166,9 @@ def choose_metrics(
         if spatial_axes in metric.spatial_axes and (has_features or not needs_features([name], of_images))
     ]
     for name in requested or ():
-        if name not in suitable:
+        if ":" in name:
+            find_metric(name)
+        elif name not in suitable:
             what = f"data with {spatial_axes} spatial axes"
             if needs_features([name], of_images):
                 what += " and without features=module:function"

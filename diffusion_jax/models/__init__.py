@@ -12,7 +12,8 @@ import jax
 
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.config.table import NETWORK_SETTINGS
-from diffusion_jax.config.values import NamedValues, find_function
+from diffusion_jax.config.values import NamedValues
+from diffusion_jax.functions import find_function
 from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
 from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
 from diffusion_jax.models.layers import timestep_embedding

@@ -29,8 +29,9 @@ from PIL import Image
 from diffusion_jax.config import flatten
 from diffusion_jax.console import log
 from diffusion_jax.distributed.devices import describe_environment
-from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, UserError, shorten
+from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, UserError, as_user_error, shorten
 from diffusion_jax.files import with_urls, write_text
+from diffusion_jax.functions import find_function
 from diffusion_jax.run_dir import BucketRunDir, RunDir
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import EVENTS, local_path
@@ -60,9 +61,12 @@ _TENSORBOARD_GROUPS = {
 def check_writers(config: ConfigDict) -> None:
     """Raises: UserError for an unknown writer in `logging.writers`, or a writer whose package is not installed."""
     for name in config.logging.writers:
-        if name not in WRITERS:
-            raise UserError(f"logging.writers has {name!r}; use names from {', '.join(WRITERS)}")
-        if importlib.util.find_spec(name) is None:
+        if ":" in name:
+            with as_user_error("config"):
+                find_function(name, "logging.writers")
+        elif name not in WRITERS:
+            raise UserError(f"logging.writers has {name!r}; use names from {', '.join(WRITERS)}, or module:function")
+        elif importlib.util.find_spec(name) is None:
             raise UserError(
                 f"logging.writers has {name!r}, which is not installed: pip install '.[trackers]', or leave it out"
             )
@@ -117,7 +121,8 @@ class RunMetrics:
                     workdir.upload(path)
         for name in config.logging.writers:
             with self._drop_if_it_fails(name):
-                self._writers[name] = WRITERS[name](workdir, to_dict(config), step)
+                make = find_function(name, "logging.writers", WRITERS)
+                self._writers[name] = make(workdir, to_dict(config), step)
 
     def __enter__(self) -> RunMetrics:
         return self
@@ -149,7 +154,8 @@ class RunMetrics:
     def _call_writers(self, method: str, *arguments: Any) -> None:
         for name, writer in list(self._writers.items()):
             with self._drop_if_it_fails(name):
-                getattr(writer, method)(*arguments)
+                if hasattr(writer, method) or method == "write_scalars":  # a tracker of the user's may lack the others
+                    getattr(writer, method)(*arguments)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes numbers by name."""

@@ -15,9 +15,9 @@ from jax.stages import Wrapped
 
 from diffusion_jax import data, models, process, schedules
 from diffusion_jax.config import is_classifier, is_continuous, resolve
-from diffusion_jax.config.values import find_function
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
+from diffusion_jax.functions import find_function
 from diffusion_jax.models import upsampling
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.batches import condition_shape

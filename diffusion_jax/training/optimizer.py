@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax.config.values import find_function
+from diffusion_jax.functions import find_function
 
 __all__ = [
     "MAX_INITIAL_SHARE",

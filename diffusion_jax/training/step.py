@@ -15,7 +15,7 @@ import optax
 
 from diffusion_jax import coordinates, data, draws, losses, timesteps
 from diffusion_jax.config import is_continuous
-from diffusion_jax.config.values import find_function
+from diffusion_jax.functions import find_function
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule

@@ -36,6 +36,25 @@ def series(seed, n=200, slope=0.8, length=16):
     return x.astype(np.float32)
 
 
+def own(name):
+    return metrics.find_metric(f"helpers.own_networks:{name}").compute
+
+
+def test_a_metric_of_the_user():
+    x, y = series(1), series(2)
+    assert own("mean_shift")(x, y, metrics.Options()).values == {"mean_shift": float(y.mean() - x.mean())}
+    lazy = LazyExamples(lambda indices: y[indices], y.shape)
+    assert own("several_numbers")(x, lazy, metrics.Options()).values == {"one": 0.5, "other": 200.0}
+    with pytest.raises(ValueError, match="not_finite returned not_finite=nan; a metric is a finite number"):
+        own("not_finite")(x, y, metrics.Options())
+    with pytest.raises(ValueError, match="evaluation.metrics=helpers.own_networks:absent cannot be imported"):
+        own("absent")
+    with pytest.raises(ValueError, match="absent cannot be imported"):  # before anything is drawn
+        metrics.choose_metrics(["helpers.own_networks:absent"], 1, False, False)
+    names = ("helpers.own_networks:mean_shift", "energy_distance")
+    assert metrics.choose_metrics(names, 1, False, False) == names
+
+
 def test_a_wrong_spectrum_is_found_where_it_is():
     """The process has the same mean and covariance at one position."""
     names = ("power_spectrum", "autocorrelation", "mean_and_covariance")

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -149,6 +150,29 @@ def half_loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep
     options = {"prediction": prediction, "weighting": weighting, "timestep_sampler": timestep_sampler}
     loss, aux = losses.simple(key, schedule, denoise_fn, x_0, **options)
     return loss / 2, aux
+
+
+def mean_shift(reference, samples):
+    return samples.mean() - reference.mean()
+
+
+def several_numbers(reference, samples):
+    return {"one": np.float32(0.5), "other": len(samples)}
+
+
+def not_finite(reference, samples):
+    return np.nan
+
+
+class Lines:
+    """A tracker."""
+
+    def __init__(self, workdir, config, step):
+        self._path = workdir / f"from_{step}.txt"
+
+    def write_scalars(self, step, scalars):
+        with self._path.open("a") as file:
+            file.write(f"{step} {scalars['loss']}\n")
 
 
 def lion(learning_rate, config):

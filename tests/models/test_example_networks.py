@@ -12,7 +12,7 @@ import pytest
 
 from diffusion_jax import cli, models, pretrained, training
 from diffusion_jax import config as configs
-from diffusion_jax.config.values import import_function
+from diffusion_jax.functions import import_function
 from diffusion_jax.models import Shapes
 from diffusion_jax.provenance import params_digest
 from diffusion_jax.runs import sample, train

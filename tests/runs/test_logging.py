@@ -133,14 +133,26 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(method, tmp_path, monkeyp
     assert called == ["write_scalars", "write_image", "write_scalars", "write_image", "flush", "close"]
 
 
+def test_a_tracker_of_the_user(tmp_path, capsys):
+    """It needs no other method than write_scalars; one without that method is dropped with a note."""
+    for name in ("Lines", "lion"):
+        with open_metrics((f"helpers.own_networks:{name}",), tmp_path, step=2) as metrics:
+            metrics.write_scalars(3, {"loss": 0.5})
+            metrics.write_image(3, "samples", PICTURE, "a caption")
+    assert (tmp_path / "from_2.txt").read_text() == "3 0.5\n"
+    out = capsys.readouterr().out
+    assert out.startswith("Note: helpers.own_networks:lion failed (") and out.count("Note") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("helpers.own_networks:absent", "cannot be imported"),
         ("mlflow", r"which is not installed: pip install '.\[trackers\]'"),
         ("mlflov", "use names from tensorboard, wandb, mlflow, trackio"),
     ],
 )
 def test_a_writer_that_is_unknown_or_not_installed_is_refused(name, words, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "mlflow" or None)
-    with pytest.raises(errors.UserError, match=f"logging.writers has '{name}'.*{words}"):
+    with pytest.raises(errors.UserError, match=f"logging.writers.*{name}.*{words}"):
         logging.check_writers(array_config("vectors", "", **{"logging.writers": ("tensorboard", name)}))

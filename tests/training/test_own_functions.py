@@ -105,6 +105,9 @@ def test_functions_that_a_config_imports():
         "model.kind": name(own_networks.pair),
     }
     assert configs.imported_functions(tiny_mlp()) == {}
+    several = {"evaluation.metrics": f"energy_distance,{name(own_networks.mean_shift)}"}
+    several |= {"logging.writers": f"wandb,{name(own_networks.Lines)}"}
+    assert configs.imported_functions(configs.override(tiny_mlp(), several)) == several
 
 
 @pytest.mark.parametrize(
