@@ -16,8 +16,9 @@ from diffusion_jax.functions import import_function
 from diffusion_jax.models import Shapes
 from diffusion_jax.provenance import params_digest
 from diffusion_jax.runs import sample, train
-from helpers.array_configs import array_config
+from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
+from helpers.networks import redraw
 from helpers.paths import ROOT
 
 OPTIONS = {
@@ -168,6 +169,41 @@ def test_without_equinox_the_error_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value) and str(path.resolve()) not in sys.modules
     monkeypatch.undo()
     assert importlib.util.find_spec("equinox") is not None
+
+
+def test_low_rank_changes_of_a_trained_network(tmp_path):
+    """The first output is that of the weights; training changes the small matrices only, and the output."""
+    config, weights = array_config("vectors", ""), tmp_path / "net.safetensors"
+    params = training.model_from_config(config).init(jax.random.key(5), jnp.zeros((1, 3)), jnp.zeros(1))["params"]
+    base = pretrained.from_config(config, redraw(params))
+    pretrained.save_safetensors(base, weights)
+    texts = {"model.kind": f"{ROOT / 'examples' / 'low_rank.py'}:low_rank", "model.options.weights": str(weights)}
+    texts |= {
+        "model.options.rank": "2",
+        "model.dropout": "0",
+        "optimizer.frozen": "network/base/*,",
+        "optimizer.learning_rate": "0.01",
+    }
+    config = configs.override(config, texts)
+    state, step = training.create(config)
+    network, batch = training.model_from_config(config), array_batch("vectors")
+    x, time = batch["x"], jnp.full(8, 300.0)
+
+    def output(params):
+        return np.asarray(network.apply({"params": params}, x, time))
+
+    np.testing.assert_allclose(output(state.params), base.denoise_fn(x, time), rtol=1e-5, atol=1e-5)
+    before = jax.device_get(state.params["network"])
+    for _ in range(2):  # in the first step, the gradient of `down` is 0
+        state, _ = step(state, batch)
+    after = jax.device_get(state.params["network"])
+    jax.tree.map(np.testing.assert_array_equal, after["base"], before["base"])
+    assert all((a != b).any() for name in ("up", "down") for a, b in pairs(after[name], before[name]))
+    assert abs(output(state.params) - base.denoise_fn(x, time)).max() > 1e-3
+
+
+def pairs(one, other):
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
 
 
 @pytest.mark.whole
