@@ -15,7 +15,7 @@ from diffusion_jax.config.table import NETWORK_SETTINGS
 from diffusion_jax.config.values import NamedValues
 from diffusion_jax.functions import find_function
 from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
-from diffusion_jax.models.custom import CustomNetwork, Shapes, check_network, read_options
+from diffusion_jax.models.custom import CustomNetwork, Shapes, read_options
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.unet import KEPT_NAMES, Classifier, UNet
@@ -29,7 +29,6 @@ __all__ = [
     "Shapes",
     "UNet",
     "apply_network",
-    "check_network",
     "condition_shape",
     "from_config",
     "import_network",
@@ -77,12 +76,18 @@ def to_config(model: _Network | type[_Network]) -> dict[str, Any]:
     return settings
 
 
-def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, function: Callable | None = None) -> Any:
+def from_config(
+    config: Mapping[str, Any],
+    kind: type[Any] | None = None,
+    function: Callable | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Any:
     """Builds the network whose fields are the settings of `config.model`, and the field `spatial_dims`, which has no setting.
 
     kind: the class; by default the setting `kind`, or a U-Net without this setting. Settings that only the U-Net has must
-    keep their defaults for another network. function: replaces the function that `config.kind` names.
-    Raises: ValueError for a setting that is not a field.
+    keep their defaults for another network. function: replaces the function that `config.kind` names. shape: of an example,
+    (*spatial, C), for a check.
+    Raises: ValueError for a setting that is not a field, and for a U-Net or an MLP that does not fit the shape.
     """
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
@@ -98,6 +103,8 @@ def from_config(config: Mapping[str, Any], kind: type[Any] | None = None, functi
         if named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
         kind = _KINDS[named]
+    if shape is not None:
+        kind.check_data(shape)
     fields = network_fields(kind)
     unused = {name: default for name, default in network_fields(UNet).items() if name not in fields}
     for name in unused.keys() & options.keys():

@@ -27,7 +27,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from diffusion_jax.config.values import Boolean, Integer, Number, OneOf, Text, Tuple, optional
 from diffusion_jax.models.conditions import Conditional, initial_inputs
 
-__all__ = ["CustomNetwork", "Shapes", "check_network", "read_options"]
+__all__ = ["CustomNetwork", "Shapes", "read_options"]
 
 
 class Shapes(NamedTuple):
@@ -91,6 +91,45 @@ class CustomNetwork(Conditional):
         stream = "microbatch" if not functions.is_linen and self.has_rng("microbatch") else "dropout"
         key = self.make_rng(stream) if train else None
         return jnp.asarray(functions.apply(params, inputs, key)).astype(jnp.float32)
+
+    @property
+    def remat_choices(self) -> tuple[bool]:
+        """The field `remat` alone: this package does not know the layers."""
+        return (self.remat,)
+
+    def check_data(self, shape: tuple[int, ...]) -> None:
+        """Checks the network by tracing it: the shape of its output, and which inputs the output depends on.
+
+        shape: of an example, (*spatial, C). Nothing is compiled.
+        Raises: ValueError, one line: an output of another shape; an input without effect; a dropout above 0 without random
+          numbers; variables that a call changes, such as the averages of BatchNorm.
+        """
+        plain = self.clone(label_dropout=0.0, condition_dropout=0.0)  # without the random numbers of the program
+        inputs: dict[str, Any] = {
+            name: jnp.repeat(value, 2, axis=0) for name, value in initial_inputs(plain, shape).items()
+        }
+        params = jax.eval_shape(lambda: plain.init(jax.random.key(0), **inputs))["params"]
+
+        def call(params, inputs, key):
+            return plain.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
+
+        traced, output = jax.make_jaxpr(call, return_shape=True)(params, inputs, jax.random.key(0))
+        expected = (2, *shape[:-1], self.out_channels or shape[-1])
+        if output.shape != expected:
+            raise ValueError(
+                f"{self.kind}: the output has shape {list(output.shape)} for x_t {[2, *shape]}, and must have "
+                f"{list(expected)}"
+            )
+        _, used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+        used = used[len(jax.tree.leaves(params)) :]
+        for name, is_used in zip(sorted(inputs), used, strict=False):
+            if not is_used:
+                raise ValueError(f"{self.kind}: the output does not depend on {name}; use {name} in the network's call")
+        dropout = dict(self.settings).get("dropout", 0.0)
+        if dropout > 0 and not used[-1]:
+            raise ValueError(
+                f"model.dropout={dropout} has no effect: {self.kind} draws no random numbers; use --config.model.dropout=0"
+            )
 
     def _make_functions(self, x_t, condition) -> _Functions:
         """Returns the network as pure functions. Raises: ValueError for a function that returns something else."""
@@ -264,39 +303,3 @@ def _value_kind(hint: Any) -> Any:
     if origin in (tuple, list) and is_uniform and (item := _value_kind(arguments[0])) is not None:
         return Tuple(item, "values")
     return None
-
-
-# ---- Checks before a long compilation
-
-
-def check_network(model: CustomNetwork, shape: tuple[int, ...], dropout: float) -> None:
-    """Checks a network by tracing it: the shape of its output, and which inputs the output depends on.
-
-    shape: of an example, (*spatial, C). dropout: the setting `model.dropout`. Nothing is compiled.
-    Raises: ValueError, one line: an output of another shape; an input without effect; a dropout above 0 without random
-      numbers; variables that a call changes, such as the averages of BatchNorm.
-    """
-    plain = model.clone(label_dropout=0.0, condition_dropout=0.0)  # without the random numbers of the program
-    inputs: dict[str, Any] = {
-        name: jnp.repeat(value, 2, axis=0) for name, value in initial_inputs(plain, shape).items()
-    }
-    params = jax.eval_shape(lambda: plain.init(jax.random.key(0), **inputs))["params"]
-
-    def call(params, inputs, key):
-        return plain.apply({"params": params}, **inputs, train=True, rngs={"dropout": key})
-
-    traced, output = jax.make_jaxpr(call, return_shape=True)(params, inputs, jax.random.key(0))
-    expected = (2, *shape[:-1], model.out_channels or shape[-1])
-    if output.shape != expected:
-        raise ValueError(
-            f"{model.kind}: the output has shape {list(output.shape)} for x_t {[2, *shape]}, and must have {list(expected)}"
-        )
-    _, used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    used = used[len(jax.tree.leaves(params)) :]
-    for name, is_used in zip(sorted(inputs), used, strict=False):
-        if not is_used:
-            raise ValueError(f"{model.kind}: the output does not depend on {name}; use {name} in the network's call")
-    if dropout > 0 and not used[-1]:
-        raise ValueError(
-            f"model.dropout={dropout} has no effect: {model.kind} draws no random numbers; use --config.model.dropout=0"
-        )

@@ -166,6 +166,20 @@ class Encoder(nn.Module):
         h = self.attention(h, num_levels - 1, "mid_attn")
         return self.residual_block(h, embedding, num_levels - 1, "mid_block_1", train), skips
 
+    @property
+    def remat_choices(self) -> tuple[bool | tuple[int, ...], ...]:
+        """Values of `remat`, each recomputing more: none, the first levels, all."""
+        return (False, *(tuple(range(n)) for n in range(1, len(self.channel_multipliers))), True)
+
+    @classmethod
+    def check_data(cls, shape: tuple[int, ...]) -> None:
+        """Raises: ValueError for examples of a shape [*spatial, C] without spatial axes."""
+        if len(shape) == 1:
+            raise ValueError(
+                f"a {cls.__name__} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need "
+                "model.kind=mlp"
+            )
+
     def check_input(self, x) -> None:
         """Raises ValueError for fields that do not describe a network, or arrays that do not fit the network."""
         num_levels = len(self.channel_multipliers)

@@ -248,17 +248,9 @@ def _network(config: Mapping[str, Any], batch_size: int):
 
 
 def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
-    """Returns values of `model.remat`, each recomputing more: False, the first levels, True; and the config's own value.
-
-    A network that a user's function makes has only the config's own value.
-    """
-    kind = config["model"].get("kind", "unet")  # a classifier has no such setting
-    if ":" in kind:
-        return [config["model"]["remat"]]
-    choices: list[Remat] = [False, True]
-    if kind == "unet":
-        choices[1:1] = [tuple(range(n)) for n in range(1, len(config["model"]["channel_multipliers"]))]
-    return choices if config["model"]["remat"] in choices else [*choices, config["model"]["remat"]]
+    """Returns the network's values of `model.remat`, each recomputing more, and the config's own value."""
+    own, choices = config["model"]["remat"], list(training.model_from_config(config).remat_choices)
+    return choices if own in choices else [*choices, own]
 
 
 def _bytes(size: float) -> str:

@@ -137,14 +137,8 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
     Raises: ValueError for values that the network does not allow.
     """
     shape = data.example_shape(config["data"])
-    kind = config["model"].get("kind", "unet")
-    if ":" not in kind and (kind == "mlp") != (len(shape) == 1):
-        raise ValueError(
-            f"model.kind={kind!r} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need 'mlp', and "
-            "spatial axes 'unet'"
-        )
     small_image_channels = _small_image_channels(config)
-    model = models.from_config(config["model"], models.Classifier if is_classifier(config) else None, network)
+    model = models.from_config(config["model"], models.Classifier if is_classifier(config) else None, network, shape)
     fields: dict[str, Any] = {"spatial_dims": len(shape) - 1}
     if not is_classifier(config):
         is_learned = config["diffusion"]["variance"].startswith("learned")
@@ -152,7 +146,7 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
         fields["condition_channels"] = small_image_channels or model.condition_channels
     model = model.clone(**{name: value for name, value in fields.items() if name in models.network_fields(model)})
     if isinstance(model, models.CustomNetwork):
-        models.check_network(model, shape, config["model"]["dropout"])
+        model.check_data(shape)  # after its number of output channels is known
     return model
 
 
