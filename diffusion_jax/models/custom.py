@@ -24,7 +24,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from diffusion_jax.config.values import Boolean, Integer, Number, OneOf, Text, Tuple, optional
+from diffusion_jax.config.values import Boolean, Choice, Integer, Number, OneOf, Text, Tuple, optional
 from diffusion_jax.models.conditions import Conditional, initial_inputs
 
 __all__ = ["CustomNetwork", "Shapes", "read_options"]
@@ -294,6 +294,8 @@ def _value_kind(hint: Any) -> Any:
     if hint in scalar:
         return scalar[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return Choice(*arguments)
     if origin in (typing.Union, types.UnionType):
         kinds = [_value_kind(each) for each in arguments if each is not type(None)]
         if None in kinds:

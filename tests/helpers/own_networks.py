@@ -1,6 +1,7 @@
 """Networks of a user: functions for `model.kind`."""
 
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,21 @@ def linen(shapes: Shapes, *, width: int = 4, dropout: float = 0.0) -> nn.Module:
     return Convolutions(width, shapes.output[-1], shapes.num_labels, dropout)
 
 
+class LearnsNull(nn.Module):
+    """x_t plus the condition, or plus a parameter where there is none."""
+
+    null_condition = float("nan")
+
+    @nn.compact
+    def __call__(self, x_t, time, condition):
+        null = self.param("null", nn.initializers.constant(0.7), condition.shape[1:])
+        return x_t + 0 * time[:, None] + jnp.where(jnp.isnan(condition), null, condition)
+
+
+def learns_null(shapes: Shapes) -> nn.Module:
+    return LearnsNull()
+
+
 class Dense(nnx.Module):
     def __init__(self, shapes, width, dropout, rngs):
         self.dense_0 = nnx.Linear(math.prod(shapes.data) + 1, width, rngs=rngs)
@@ -53,7 +69,7 @@ def of_nnx(shapes: Shapes, *, width: int = 8, dropout: float = 0.0, rngs: nnx.Rn
     return Dense(shapes, width, dropout, rngs)
 
 
-def pair(shapes: Shapes, *, scale: float = 1.0):
+def pair(shapes: Shapes, *, scale: float = 1.0, mode: Literal["plain", "wide"] = "plain"):
     """A linear map of x_t and the time; `extra` is added."""
     size = math.prod(shapes.data)
 

@@ -91,6 +91,20 @@ def test_a_condition_is_replaced_by_the_null_that_the_network_declares():
     assert (output[0] != null[0]).any()
 
 
+def test_a_null_condition_may_be_learned():
+    texts = {"model.kind": "helpers.own_networks:learns_null", "model.dropout": "0"}
+    texts |= {"model.condition_features": "3", "model.condition_dropout": "0.5"}
+    model = training.model_from_config(configs.override(array_config("vectors", ""), texts))
+    x, condition = jnp.zeros((2, 3)), jnp.array([[1.0, 2.0, 3.0], [jnp.nan] * 3])
+    params = model.init(jax.random.key(0), x, TIME[:2], condition=condition)["params"]
+
+    def output(params):
+        return model.apply({"params": params}, x, TIME[:2], condition=condition)
+
+    np.testing.assert_allclose(output(params), [[1, 2, 3], [0.7] * 3], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda p: output(p).sum())(params)["network"]["null"], np.ones(3))
+
+
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     low, high = (network_of("linen", {"model.dtype": dtype}) for dtype in ("bfloat16", "float32"))
     params = init(high)
@@ -112,6 +126,11 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32():
         ("number", {}, "must return a Linen module, an NNX module or a pair .* not a int"),
         ("linen", {"model.options.depth": "3"}, "model.options.depth is not an argument .*; its options: width"),
         ("linen", {"model.options.width": "wide"}, "model.options.width='wide' must be a whole number"),
+        (
+            "pair",
+            {"model.options.mode": "wides"},
+            "model.options.mode='wides' must be plain or wide; did you mean wide",
+        ),
         ("linen", {"model.channels": "64"}, "model.channels=64 has no effect .* use 128"),
         ("absent", {}, "helpers.own_networks:absent cannot be imported"),
         ("pair", {"model.condition_features": "2", "model.condition_dropout": "0.5"}, "does not depend on condition"),
