@@ -74,6 +74,7 @@ REFERENCE = "dpm_solver_pp, log_snr, 40"
 CHAIN_PATH = schedules.path(lambda time: -time, lambda log_snr: -log_snr, interval=(-9.0, 8.0))
 CHAIN = schedules.from_path(CHAIN_PATH, np.linspace(*CHAIN_PATH.interval, 500))
 NUM_TEST = 299  # all held-out digits
+SMALL = ("energy distance",)  # shown times 1e4
 
 
 def make_config(name: str, objective: str, seed: int) -> ConfigDict:
@@ -190,28 +191,39 @@ def format_mean(values: list[float]) -> str:
     if not values:
         return "fails"
     mean = np.mean(values)
-    if len(values) == 1:
-        return f"{mean:.3g}"
+    if len(values) == 1 or mean > 1e4:
+        return f"{mean:.2g}"
     error = np.std(values, ddof=1) / np.sqrt(len(values))
     digits_shown = max(0, int(np.ceil(-np.log10(max(error, 1e-6)))))
     return f"{mean:.{digits_shown}f} ± {error:.{digits_shown}f}"
+
+
+def scaled(measured: dict[str, float], title: str) -> float:
+    """Returns a measure, times 1e4 if its values are small."""
+    return measured[title] * (1e4 if title in SMALL else 1)
 
 
 def print_tables(name: str, results: dict[str, list[dict[str, dict[str, float]]]]) -> None:
     """Prints a table of objectives for `REFERENCE`, and a table of solvers for each objective."""
     measures = ("likelihood", REFERENCE)
     titles = {title: key for key in measures for runs in results.values() for title in runs[0][key]}
-    print(f"\n### {name}\n\n| objective | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
+    heads = [f"{title} x 1e4" if title in SMALL else title for title in titles]
+    print(f"\n### {name}\n\n| objective | {' | '.join(heads)} |\n|---|{'---|' * len(titles)}")
     for objective, runs in results.items():
-        cells = [format_mean([run[key][title] for run in runs]) for title, key in titles.items()]
+        cells = [format_mean([scaled(run[key], title) for run in runs]) for title, key in titles.items()]
         print(f"| {objective} | {' | '.join(cells)} |")
+    if name == "moons":
+        x = batch_examples(data.load({**CONFIGS[name]().data, "split": "test"}).read(np.arange(NUM_TEST)))
+        exact = -synthetic.MOONS.log_density(x).mean() / x.shape[-1]
+        print(f"\nThe exact density gives {exact:.4f} nats per dimension.")
     main = "Frechet distance" if name == "digits" else "energy distance"
-    print(f"\n{main} by solver, spacing and network calls:\n\n| solver, spacing, calls | {' | '.join(results)} |")
+    unit = " x 1e4" if main in SMALL else ""
+    print(f"\n{main}{unit} by solver, spacing and network calls:\n\n| solver, spacing, calls | {' | '.join(results)} |")
     print(f"|---|{'---|' * len(results)}")
     for calls in CALLS[name]:
         for solver, spacing in SOLVERS:
             key = f"{solver}, {spacing}, {calls}"
-            cells = [format_mean([run[key][main] for run in runs if run[key]]) for runs in results.values()]
+            cells = [format_mean([scaled(run[key], main) for run in runs if run[key]]) for runs in results.values()]
             print(f"| {key} | {' | '.join(cells)} |")
 
 
