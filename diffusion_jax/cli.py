@@ -17,6 +17,7 @@ import importlib
 import inspect
 import os
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -73,14 +74,15 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     arguments: of the command line; the help describes the network that they name.
     """
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
+    experiments = textwrap.fill(", ".join(configs.experiment_names()), 78, initial_indent="  ", subsequent_indent="  ")
     parser = Parser(
         "diffusion-jax",
-        f"{__doc__}\nModes:\n{modes}",
+        f"{__doc__}\nModes:\n{modes}\n\nExperiments (--config), some with a variant such as imagenet_adm:128:\n{experiments}",
         epilog="--config.group.setting=VALUE overrides a setting; docs/reference/configuration.md lists all settings."
         + _describe_network(arguments),
     )
     add = parser.add_argument
-    add("--config", metavar="NAME", help="experiment (digits, imagenet_adm:128, ...) or Python file with get_config()")
+    add("--config", metavar="NAME", help="one of the listed experiments, or a Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
     add("--mode", default="train", choices=MODES, metavar="MODE", help="one of the listed modes (default: train)")
     add("--pretrained", metavar="PATH", help="weights to start from: a folder or file that pretrained.load reads")

@@ -456,6 +456,9 @@ SAMPLING: dict[str, Setting] = {
     ),
     "num_samples": Setting(64, Integer(1), "Number of samples that --mode=sample draws."),
     "batch_size": Setting(64, Integer(1), "Samples per batch."),
+    "files": Setting(
+        "npz", Choice("npz", "png"), "File format of the samples: one .npz, or one PNG for each image as well."
+    ),
     "seed": Setting(0, SEED, "Seed of the samples."),
     "use_ema": Setting(
         True,

@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 import diffusion_jax
-from diffusion_jax import pictures, pretrained, schedules
+from diffusion_jax import data, pictures, pretrained, schedules
 from diffusion_jax.config import SETTINGS, clips_by_default, is_continuous, resolve
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import as_user_error
+from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
@@ -32,7 +33,7 @@ __all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_sampl
 
 _FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
 # Settings of `config.sampling` that a record omits, because the settings change no sample or the record has their result.
-_SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema")
+_SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema", "files")
 # Settings that file names show, or for `clip` only if it is not the default.
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME = 40  # characters
@@ -42,18 +43,37 @@ _MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a te
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
-    """Writes samples as an .npz and a PNG grid; with `sampling.trajectory`, also the first samples being denoised.
+    """Writes samples as an .npz and a PNG grid.
+
+    With `sampling.trajectory`, also the first samples being denoised; with `sampling.files=png`, each image as a file.
 
     After an interruption, the same command continues after the last finished batch.
     Raises: UserError, DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
+    if config.sampling.files == "png" and not data.is_of_images(config.data):
+        raise UserError("config.sampling.files=png is for images, which these data are not; use npz")
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
     file.write()
+    if config.sampling.files == "png" and jax.process_index() == 0:
+        _write_images(file)
     if config.sampling.trajectory and jax.process_index() == 0:
         _write_trajectory(file)
     return file
+
+
+def _write_images(file: SampleFile) -> None:
+    """Writes each image as a PNG below a folder with the name of the .npz."""
+    folder = file.path.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    with np.load(file.path) as arrays:
+        images = arrays["arr_0"]
+    paths = [folder / f"{i:05d}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
+    file.workdir.upload(*paths)
+    log(f"Single images: {folder}")
 
 
 class SampleFile:

@@ -12,6 +12,7 @@ from diffusion_jax.provenance import Provenance, params_digest
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sample import picture_steps
 from diffusion_jax.runs.sampling_setup import SamplingSetup
+from helpers.array_configs import array_config
 from helpers.configs import FEW_DRAWN, conditional, tiny_config
 from helpers.work_directories import reuse_or_draw, untrained
 
@@ -27,6 +28,9 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     with Image.open(f"{path}.png") as picture:
         shown = np.asarray(picture)[-(2 * 100 + 4) :]  # below the title
         np.testing.assert_array_equal(shown[4:100:12, 4:100:12], images[0, :, :, 0])
+    sample.run(tiny_config(**{"sampling.files": "png"}), trained)
+    single = [np.asarray(Image.open(f"{path}/{i:05d}.png")) for i in range(3)]
+    np.testing.assert_array_equal(single, images[..., 0])
     raw = tiny_config(
         **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
@@ -41,6 +45,11 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert all(trajectory.with_name(f"{path.stem}{of}.png").exists() for of in ("", "_x_0"))
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
     assert example_sets.open_set(str(trained)).name == str(path)  # not the newer trajectory
+
+
+def test_single_images_of_other_arrays_are_refused(tmp_path):
+    with pytest.raises(errors.UserError, match="config.sampling.files=png is for images"):
+        sample.run(array_config("vectors", "", **{"sampling.files": "png"}), tmp_path)
 
 
 @pytest.mark.whole
