@@ -27,6 +27,7 @@ __all__ = [
     "compiler_options",
     "describe_environment",
     "fast_compile_options",
+    "peak_memory",
     "silence_libraries",
     "start",
     "start_virtual",
@@ -105,6 +106,11 @@ def describe_environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "processes": jax.process_count(),
     }
+
+
+def peak_memory() -> int | None:
+    """Returns the most bytes that the first local device has held; None where the backend does not report them (CPUs)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _platforms() -> str | None:

@@ -28,7 +28,7 @@ from diffusion_jax.console import (
     log_parameters,
     progress_over,
 )
-from diffusion_jax.distributed import sharding, signals
+from diffusion_jax.distributed import devices, sharding, signals
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation.features import CHUNK
@@ -233,6 +233,7 @@ def _train(
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
                 note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} images/s"
+                note += f"  {peak / 1e9:.1f} GB" if (peak := devices.peak_memory()) else ""
                 with launch.measure("output"):
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})
             watchdog.record_step()

@@ -5,6 +5,7 @@ import os
 import re
 import types
 
+import jax
 import pytest
 
 from diffusion_jax.distributed import devices
@@ -34,6 +35,13 @@ def test_freed_memory_is_kept_on_cpus(monkeypatch, platforms, variables, accepts
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "jax_plugins")
     devices.start()
     assert calls == expected
+
+
+def test_the_peak_of_the_memory_of_a_device(monkeypatch):
+    assert devices.peak_memory() is None  # on a CPU
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 1, "peak_bytes_in_use": 5})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert devices.peak_memory() == 5
 
 
 @pytest.mark.parametrize(
