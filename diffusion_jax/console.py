@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from diffusion_jax.distributed.processes import log
 __all__ = [
     "ProgressBar",
     "format_duration",
+    "format_value",
     "log",
     "log_compilation",
     "log_parameters",
@@ -57,6 +59,15 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def format_value(value: float, error: float | None = None) -> str:
+    """Formats a number; an error decides the digits of both, one of its own or two after a 1: 3.2 ± 0.8, 0.107 ± 0.012."""
+    if not error or not math.isfinite(error):
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    first = math.floor(math.log10(error))  # the place of the error's first digit
+    decimals = max(0, -first + (error < 2 * 10**first))  # two digits of an error that begins with 1
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 class ProgressBar:

@@ -12,6 +12,22 @@ def test_durations(seconds, text):
     assert console.format_duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (3.2345, 0.81, "3.2 ± 0.8"),
+        (0.10671, 0.0123, "0.107 ± 0.012"),
+        (1234.5, 56.0, "1234 ± 56"),
+        (-0.00123, 0.0004, "-0.0012 ± 0.0004"),
+        (0.123456, None, "0.1235"),
+        (2.0, 0.0, "2 ± 0"),
+        (2.0, float("nan"), "2 ± nan"),
+    ],
+)
+def test_numbers_with_errors(value, error, text):
+    assert console.format_value(value, error) == text
+
+
 def test_bars_count_images(capsys):
     """A bar for 300 images in two chunks does not show "2/2"."""
     assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]

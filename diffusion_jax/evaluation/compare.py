@@ -14,6 +14,7 @@ import numpy as np
 
 import diffusion_jax
 from diffusion_jax import pictures
+from diffusion_jax.console import format_value
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
@@ -70,7 +71,7 @@ def compare(
             return None, sets[1].pool @ extractor.head
         return getattr(sets[0], needs), getattr(sets[1], needs)
 
-    results, values = {}, {}
+    results, values, notes = {}, {}, {}
     for name in names:
         metric = find_metric(name)
         result = results[name] = metric.compute(*inputs(metric.needs), options)
@@ -79,7 +80,7 @@ def compare(
             prefix = reported_name(name, extractor.published, extractor.resize)
         values |= {f"{prefix}{key}": value for key, value in result.values.items()}
         if result.note:
-            log(f"Note: {result.note}.")
+            notes[prefix or name] = result.note
     digests = [each.digest for each in sets] or [value_digest(each.source) for each in (reference, samples)]
     used = {
         "features": extractor.name if extractor else None,
@@ -91,6 +92,7 @@ def compare(
     files = _write_files(output.parent, suffix, reference, samples, results, extractor)
     record = {
         **values,
+        "notes": notes,
         "files": files,
         "num_reference": None if reference.statistics else len(reference.source),
         "num_samples": None if samples.statistics else len(samples.source),
@@ -108,6 +110,8 @@ def compare(
     if sets and sets[1].chunks:  # the same samples are rarely compared again
         sets[1].chunks.delete()
     _log_values(values)
+    for name, note in notes.items():
+        log(f"Note: {name}: {note}.")
     log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
     return [output, *(output.with_name(name) for name in files.values())]
 
@@ -254,7 +258,7 @@ def _log_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_distribution")):
             error, same_distribution = (values.get(f"{name}_{of}") for of in ("standard_error", "same_distribution"))
-            line = f"{name:{_WIDTH}} {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
+            line = f"{name:{_WIDTH}} {format_value(value, error)}"
             log(line + (f" (equal distributions: {same_distribution:.4g})" if same_distribution is not None else ""))
     if "memorization" in values:
         share = values["memorization"]["close_share"]
@@ -270,7 +274,8 @@ def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
         else:
             records.append(old)
     merged = earlier | dict(record)
-    merged["files"] = earlier.get("files", {}) | record["files"]
+    for name in ("files", "notes"):
+        merged[name] = earlier.get(name, {}) | record.get(name, {})
     write_text(path, json.dumps([*records, merged], indent=2, allow_nan=False) + "\n")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
+from diffusion_jax.console import format_value
 from diffusion_jax.errors import DiffusionJaxError, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
@@ -30,7 +31,6 @@ __all__ = [
     "RunFiles",
     "changed_settings",
     "collect",
-    "format_value",
     "sample_command",
     "table_cells",
     "train_command",
@@ -131,11 +131,6 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]
         key for key in names | dict.fromkeys(key for row in rows for key in row) if any(key in row for row in rows)
     ]
     return columns, [[row.get(key, "") for key in columns] for row in rows]
-
-
-def format_value(value: float, error: float | None = None) -> str:
-    """Formats a number with its standard error."""
-    return f"{value:.4g}" + (f" ± {error:.1g}" if error is not None else "")
 
 
 def _flat_settings(record: _Record) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
-from diffusion_jax.console import format_duration
+from diffusion_jax.console import format_duration, format_value
 from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.metrics import MEANINGS
 from diffusion_jax.provenance import Provenance
@@ -23,7 +23,6 @@ from diffusion_jax.report import figures
 from diffusion_jax.report.collect import (
     RunFiles,
     changed_settings,
-    format_value,
     sample_command,
     table_cells,
     train_command,
@@ -290,8 +289,15 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
         return None
     columns, rows = table_cells(records)
     body = table("A row for each measurement, ± one standard error", columns, rows, class_="numbers")
+    notes = dict.fromkeys(
+        f"{record['run']}, {name}: {note}"
+        for record in records
+        for name, note in dict(record.get("notes") or {}).items()
+    )
+    warnings = [element("ul", *(element("li", note) for note in notes), class_="notes")] if notes else []
     meanings = MEANINGS | _LIKELIHOOD_TERMS
-    return _section("metrics", "Metrics", body, definitions((n, meanings[n]) for n in columns if n in meanings))
+    explained = definitions((n, meanings[n]) for n in columns if n in meanings)
+    return _section("metrics", "Metrics", body, *warnings, explained)
 
 
 def _pictures(run: RunFiles, budget: Budget) -> Section | None:

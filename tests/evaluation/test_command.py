@@ -52,6 +52,10 @@ def test_the_command_accepts_a_function_and_statistics(tmp_path, capsys):
     assert record["frechet_distance"] == pytest.approx(exact, rel=1e-9)
     note = "precision_recall (the reference has statistics only)"
     assert "precision" not in record and note in capsys.readouterr().out
+    assert record["notes"] == {}
+    command.main([str(tmp_path / "stats.npz"), save(tmp_path / "few.npz", drawn[:8]), *function, "--output=few.json"])
+    (record,) = json.loads((tmp_path / "few.json").read_text())
+    assert record["notes"]["frechet_distance"].startswith("8 samples for 10 dimensions: the distance is larger")
     # If a file has both, as ADM's reference batches, the distance uses the statistics, and other metrics use the images.
     statistics = {"mu": reference.mean, "sigma": reference.covariance}
     both = save(tmp_path / "both.npz", drawn[:100], **statistics, mu_s=np.zeros(3), sigma_s=np.eye(3))
