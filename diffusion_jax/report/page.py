@@ -284,15 +284,15 @@ def _likelihood(run: RunFiles) -> Section | None:
 
 def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     """Returns a table of all metrics, with explanations. runs: {name: run}."""
-    records = [{"run": name} | record for name, run in runs.items() for record in run.measurements()[-_MAX_RECORDS:]]
+    records: list[dict[str, Any]] = [
+        {"run": name} | record for name, run in runs.items() for record in run.measurements()[-_MAX_RECORDS:]
+    ]
     if not records:
         return None
     columns, rows = table_cells(records)
     body = table("A row for each measurement, ± one standard error", columns, rows, class_="numbers")
     notes = dict.fromkeys(
-        f"{record['run']}, {name}: {note}"
-        for record in records
-        for name, note in dict(record.get("notes") or {}).items()
+        f"{record['run']}, {name}: {note}" for record in records for name, note in record.get("notes", {}).items()
     )
     warnings = [element("ul", *(element("li", note) for note in notes), class_="notes")] if notes else []
     meanings = MEANINGS | _LIKELIHOOD_TERMS
