@@ -192,7 +192,7 @@ def format_mean(values: list[float]) -> str:
         return "fails"
     mean = np.mean(values)
     if len(values) == 1 or mean > 1e4:
-        return f"{mean:.2g}"
+        return f"{mean:.3g}"
     error = np.std(values, ddof=1) / np.sqrt(len(values))
     digits_shown = max(0, int(np.ceil(-np.log10(max(error, 1e-6)))))
     return f"{mean:.{digits_shown}f} ± {error:.{digits_shown}f}"
