@@ -61,6 +61,7 @@ ELSEWHERE = {
     "console.py": ("test_console.py",),
     "errors.py": ("runs", "config"),
     "files.py": ("test_files.py", "runs"),
+    "functions.py": ("models/test_custom.py", "training/test_own_functions.py", "config"),
     "images.py": ("test_data_range.py", "data", "pictures"),
     "metrics": ("evaluation",),
     "provenance.py": ("runs",),
