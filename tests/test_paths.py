@@ -327,6 +327,16 @@ def test_the_flow_loss_is_a_weighted_eps_loss():
 DRAWS = {name: make() for name, make in draws.DRAWS.items()}
 
 
+def test_eps_determines_x_0_except_at_pure_noise():
+    flow, x = schedules.rectified_flow(), jnp.ones((2, 3))
+    level = flow.at(jnp.array([250.0, 750.0]), x)
+    for prediction, eps in (("eps", x), ("score", -x / level.sigma)):
+        x_0 = process.to_x_0(flow, eps, level.alpha * 0.5 + level.sigma * x, jnp.array([250.0, 750.0]), prediction)
+        np.testing.assert_allclose(x_0, 0.5 * jnp.ones((2, 3)), rtol=1e-5)
+        with pytest.raises(ValueError, match=f"alpha is 0 at a time .* {prediction} does not determine x_0"):
+            process.to_x_0(flow, x, x, jnp.array([500.0, 1000.0]), prediction)
+
+
 @pytest.mark.parametrize(
     "path",
     [
