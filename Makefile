@@ -90,10 +90,9 @@ browser: docs
 reference: setup
 	$(BIN)/python docs/write_reference.py
 
-# The README's pictures, from the demo's run.
+# The README's picture, from the demo's run.
 pictures: demo
 	cp "$$(ls -t runs/digits/samples/trajectories/step*_n100.png | head -1)" docs/images/noise_to_digits.png
-	cp "$$(ls -t runs/digits/samples/step*_n100.png | head -1)" docs/images/digits.png
 
 # Leaves runs/ alone: those are results.
 clean:

@@ -62,11 +62,13 @@ def format_duration(seconds: float) -> str:
 
 
 def format_value(value: float, error: float | None = None) -> str:
-    """Formats a number; an error decides the digits of both, one of its own or two after a 1: 3.2 ± 0.8, 0.107 ± 0.012."""
+    """Formats a number; with an error, rounds both to the first digit of the error, or to two if the first is 1."""
     if not error or not math.isfinite(error):
         return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
     first = math.floor(math.log10(error))  # the place of the error's first digit
     decimals = max(0, -first + (error < 2 * 10**first))  # two digits of an error that begins with 1
+    if decimals > 6 or abs(value) >= 1e6:
+        return f"{value:.4g} ± {error:.2g}"
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 

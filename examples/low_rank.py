@@ -1,13 +1,15 @@
-r"""Low-rank fine-tuning (LoRA, Hu et al. 2022): trains small matrices beside the kernels of a trained network, which stay.
+r"""Low-rank fine-tuning (LoRA, Hu et al. 2022): adds trainable low-rank matrices to the frozen kernels of a trained network.
 
     python main.py --config=digits --workdir=runs/low_rank \
         --config.model.kind=examples/low_rank.py:low_rank --config.model.options.weights=runs/digits \
         --config.optimizer.frozen='network/base/*,' --config.model.dropout=0
 
-Diffusion and data settings must be those of the weights. The result is W + down up for each kernel W of the network, where
-down has `rank` columns; up begins at 0, so training begins with the output of the weights.
+Diffusion and data settings must be those of the weights, which sampling reads from the same path. Each kernel W becomes
+W + down up, where down has `rank` columns; up begins at 0, so training begins with the output of the weights. The network
+takes labels and conditions as the weights do, but `model.condition_dropout` must be 0.
 """
 
+import functools
 import math
 
 import jax
@@ -18,9 +20,15 @@ from diffusion_jax import pretrained
 from diffusion_jax.models import Shapes
 
 
+@functools.cache
+def _load(weights: str) -> pretrained.Model:
+    with jax.ensure_compile_time_eval():  # the program makes networks while JAX traces
+        return pretrained.load(weights)
+
+
 def low_rank(shapes: Shapes, *, weights: str, rank: int = 4):
-    """Makes the network. weights: a run or a file that `pretrained.load` reads. rank: of each kernel's change."""
-    net = pretrained.load(weights)
+    """Makes the network. weights: a run or a file that `pretrained.load` reads. rank: the rank of each update."""
+    net = _load(weights)
     base = flatten_dict(net.params)
     kernels = {path: value for path, value in base.items() if path[-1] == "kernel"}
 

@@ -181,7 +181,7 @@ def _find_beside(config: Any, folder: pathlib.Path) -> None:
     for group in ("model", "diffusion", "optimizer", "evaluation", "logging"):
         settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
         for name, value in settings.items():
-            found = tuple(map(absolute, value)) if isinstance(value, tuple) else absolute(value)
+            found = type(value)(map(absolute, value)) if isinstance(value, tuple | list) else absolute(value)
             if found is not value and found != value:
                 settings[name] = found
 

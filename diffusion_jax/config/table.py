@@ -457,7 +457,7 @@ SAMPLING: dict[str, Setting] = {
     "num_samples": Setting(64, Integer(1), "Number of samples that --mode=sample draws."),
     "batch_size": Setting(64, Integer(1), "Samples per batch."),
     "files": Setting(
-        "npz", Choice("npz", "png"), "File format of the samples: one .npz, or one PNG for each image as well."
+        "npz", Choice("npz", "png"), "Files of --mode=sample: one .npz, or also a PNG for each image (png)."
     ),
     "seed": Setting(0, SEED, "Seed of the samples."),
     "use_ema": Setting(

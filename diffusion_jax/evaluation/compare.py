@@ -26,6 +26,10 @@ __all__ = ["add_record", "check_comparable", "check_count", "compare", "read_rec
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _WIDTH = 28  # width of names in the log
+# Entries of a record besides metrics, which no metric of the user may replace.
+_RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
+_RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
+_RECORD_KEYS |= {"dataset", "conditions", "versions", "backend", "drawn_with", "init_from", "run"}
 # Records with equal values for these keys describe the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
 
@@ -78,7 +82,10 @@ def compare(
         prefix = ""
         if metric.names and extractor:
             prefix = reported_name(name, extractor.published, extractor.resize)
-        values |= {f"{prefix}{key}": value for key, value in result.values.items()}
+        found = {f"{prefix}{key}": value for key, value in result.values.items()}
+        if taken := sorted(found.keys() & (values.keys() | _RECORD_KEYS)) if ":" in name else []:
+            raise ValueError(f"{name} returned {taken[0]}, which the record already has; choose another name")
+        values |= found
         if result.note:
             notes[prefix or name] = result.note
     digests = [each.digest for each in sets] or [value_digest(each.source) for each in (reference, samples)]

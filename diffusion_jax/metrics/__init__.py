@@ -128,13 +128,20 @@ def find_metric(name: str) -> Metric:
 
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Calls function(reference, samples), which returns a number or several, {name: number}."""
-    value = function(*(np.asarray(x[np.arange(len(x))]) for x in (reference, samples)))
-    values = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
-    for key, number in values.items():
-        if np.ndim(number) or not np.isfinite(number):
+    """Calls function(reference, samples), which returns a number or several, {name: number}, of at most 50,000 examples."""
+    value = function(*(np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples)))
+    found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
+    values = {}
+    for key, number in found.items():
+        try:
+            values[str(key)] = float(number)
+        except (TypeError, ValueError):
+            values[str(key)] = math.nan
+        if not math.isfinite(values[str(key)]):
             raise ValueError(f"{name} returned {key}={number!r}; a metric is a finite number, or {{name: number}}")
-    return Result({str(key): float(number) for key, number in values.items()})
+        if str(key) in MEANINGS or str(key) in METRICS:
+            raise ValueError(f"{name} returned {key}, the name of another metric; choose another name")
+    return Result(values)
 
 
 def reported_name(metric: str, published: bool, resize: str | None = None) -> str:

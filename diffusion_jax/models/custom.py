@@ -94,7 +94,7 @@ class CustomNetwork(Conditional):
 
     @property
     def remat_choices(self) -> tuple[bool]:
-        """The field `remat` alone: this package does not know the layers."""
+        """Returns only the current value, because the layers are unknown."""
         return (self.remat,)
 
     def check_data(self, shape: tuple[int, ...]) -> None:

@@ -319,6 +319,12 @@ class Classifier(Encoder):
 
     num_classes: int = 1000
 
+    @classmethod
+    def check_data(cls, shape: tuple[int, ...]) -> None:
+        """Raises: ValueError for examples of a shape [*spatial, C] without spatial axes."""
+        if len(shape) == 1:
+            raise ValueError(f"a Classifier needs data with spatial axes, not vectors of shape {list(shape)}")
+
     @nn.compact
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
         """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.

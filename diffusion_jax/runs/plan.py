@@ -94,8 +94,12 @@ class Estimate(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """Parameter shapes, and for one example {remat: bytes of activations} and {remat: FLOPs of a step}."""
+    """Parameter shapes, and for one example {remat: bytes of activations} and {remat: FLOPs of a step}.
 
+    choices: the network's values of `model.remat` and the config's own value.
+    """
+
+    choices: list[Remat]
     shapes: list[tuple[int, ...]]
     activations: dict[Remat, int]
     flops: dict[Remat, float]
@@ -152,13 +156,13 @@ def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
     variants = {remat: {**config, "model": {**config["model"], "remat": remat}} for remat in needed}
     activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]
-    return Traced(shapes, activations, {remat: _flops_per_example(variants[remat]) for remat in choices})
+    return Traced(every, shapes, activations, {remat: _flops_per_example(variants[remat]) for remat in choices})
 
 
 def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
     """Estimates the memory of one device when a complete config trains on `num_devices` devices."""
     activations, width = traced.activations, jnp.dtype(config["model"]["dtype"]).itemsize
-    if len(every := remat_choices(config)) == 1:
+    if len(every := traced.choices) == 1:
         backward = activations[every[0]]  # of an unknown network, at most a gradient for each activation
     else:
         # The backward pass of a block holds the block's activations and equally many gradients. The gradients of all skip

@@ -23,7 +23,7 @@ from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.files import save_npz
+from diffusion_jax.files import atomic_write, save_npz
 from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, keys_of_samples, resolve_sampling
@@ -64,14 +64,15 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
 
 
 def _write_images(file: SampleFile) -> None:
-    """Writes each image as a PNG below a folder with the name of the .npz."""
-    folder = file.path.with_suffix("")
-    folder.mkdir(exist_ok=True)
+    """Writes each image as a PNG in images/<name of the .npz>/, which reports do not read."""
+    folder = file.workdir / "images" / file.path.stem
+    folder.mkdir(parents=True, exist_ok=True)
     with np.load(file.path) as arrays:
         images = arrays["arr_0"]
     paths = [folder / f"{i:05d}.png" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
+        with atomic_write(path) as temporary:
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
     file.workdir.upload(*paths)
     log(f"Single images: {folder}")
 

@@ -61,12 +61,12 @@ def copy_path(root: pathlib.Path, url: str) -> pathlib.Path:
 def is_small(name: str, found: Objects) -> bool:
     """Returns whether an object in a work directory is copied at once, instead of when it is read.
 
-    Samples are not copied at once. From checkpoints, only the manifest and Orbax metadata of each committed step are copied,
-    so that the steps are known. TensorBoard events and traces (plugins/) are never read again.
+    Samples and single images are not copied at once. From checkpoints, only the manifest and Orbax metadata of each committed
+    step are copied, so that the steps are known. TensorBoard events and traces (plugins/) are never read again.
     found: all objects in the work directory.
     """
     first, *others = parts = pathlib.PurePosixPath(name).parts
-    if first in ("samples", "plugins") or parts[-1].startswith((EVENTS, LOCK, PROBE)):
+    if first in ("samples", "images", "plugins") or parts[-1].startswith((EVENTS, LOCK, PROBE)):
         return False
     return first != "checkpoints" or (len(others) == 2 and f"{first}/{others[0]}/{MANIFEST}" in found)
 

@@ -1,5 +1,7 @@
 """`make mutants`: how the command draws mutants, selects and runs the tests, and reports the result."""
 
+import subprocess
+
 import pytest
 
 from benchmarks import mutant_drawing, mutants
@@ -30,6 +32,22 @@ def test_draws_are_one_line_each_at_different_places_and_stay_when_other_lines_c
     longer, _ = draw(f"z = 1 + 2\n{SOURCE}", 40, 3)
     kept = [mutant.source.partition("\n")[2] for mutant in longer if mutant.source.startswith("z = 1 + 2\n")]
     assert kept == [mutant.source for mutant in many]
+
+
+def test_lines_that_were_added_since_a_commit(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    path = tmp_path / mutants.PACKAGE / "lines.py"
+    path.parent.mkdir()
+    path.write_text("a\nb\nc\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert mutant_drawing.added_lines(tmp_path, "HEAD", "lines.py") == set()
+    path.write_text("new\na\nB\nc\nd\ne\n")
+    assert mutant_drawing.added_lines(tmp_path, "HEAD", "lines.py") == {1, 3, 5, 6}
 
 
 def test_every_file_has_tests_and_equivalent_mutants_are_recorded_by_their_lines():

@@ -56,6 +56,13 @@ def test_the_command_accepts_a_function_and_statistics(tmp_path, capsys):
     command.main([str(tmp_path / "stats.npz"), save(tmp_path / "few.npz", drawn[:8]), *function, "--output=few.json"])
     (record,) = json.loads((tmp_path / "few.json").read_text())
     assert record["notes"]["frechet_distance"].startswith("8 samples for 10 dimensions: the distance is larger")
+    own = ["--metrics=helpers.own_networks:mean_shift,energy_distance", "--output=own.json"]
+    command.main([save(tmp_path / "all.npz", drawn), samples, *own])
+    (record,) = json.loads((tmp_path / "own.json").read_text())
+    assert record["mean_shift"] == pytest.approx(drawn[:300].mean() - drawn.mean(), rel=1e-4)
+    with pytest.raises(SystemExit):
+        command.main([samples, samples, "--metrics=helpers.own_networks:steps", "--output=own.json"])
+    assert "steps returned steps, which the record already has; choose another name" in capsys.readouterr().err
     # If a file has both, as ADM's reference batches, the distance uses the statistics, and other metrics use the images.
     statistics = {"mu": reference.mean, "sigma": reference.covariance}
     both = save(tmp_path / "both.npz", drawn[:100], **statistics, mu_s=np.zeros(3), sigma_s=np.eye(3))

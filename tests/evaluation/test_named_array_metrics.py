@@ -44,9 +44,17 @@ def test_a_metric_of_the_user():
     x, y = series(1), series(2)
     assert own("mean_shift")(x, y, metrics.Options()).values == {"mean_shift": float(y.mean() - x.mean())}
     lazy = LazyExamples(lambda indices: y[indices], y.shape)
-    assert own("several_numbers")(x, lazy, metrics.Options()).values == {"one": 0.5, "other": 200.0}
-    with pytest.raises(ValueError, match="not_finite returned not_finite=nan; a metric is a finite number"):
-        own("not_finite")(x, y, metrics.Options())
+    assert own("several_numbers")(x, lazy, metrics.Options()).values == {
+        "one": 0.5,
+        "other": pytest.approx(y.sum(dtype=np.float64)),
+    }
+    for name, words in (
+        ("not_finite", "not_finite returned not_finite=nan; a metric is a finite number"),
+        ("text", "text returned text='good'; a metric is a finite number"),
+        ("fid", "fid returned fid, the name of another metric; choose another name"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            own(name)(x, y, metrics.Options())
     with pytest.raises(ValueError, match="evaluation.metrics=helpers.own_networks:absent cannot be imported"):
         own("absent")
     with pytest.raises(ValueError, match="absent cannot be imported"):  # before anything is drawn

@@ -91,6 +91,7 @@ def write_results(directory, classes=("zero", "one", "two")):
         "kernel_distance": 0.10675,
         "kernel_distance_standard_error": 0.036,
         "memorization": {"close_distance": 0.97, "close_share": 0.01, "picture": memorization},
+        "notes": {"frechet_distance": "12 samples for 64 dimensions"},
         "reference": "digits:train",
         "samples": f"{name}.npz",
         "num_samples": 12,

@@ -167,10 +167,12 @@ def test_a_file_is_found_beside_the_config_and_from_another_directory(tmp_path, 
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "experiment.py").write_text(
         "from diffusion_jax.config import default\n\n\ndef get_config():\n"
-        "    config = default()\n    config.model.kind = 'mine.py:net'\n    return config\n"
+        "    config = default()\n    config.model.kind = 'mine.py:net'\n"
+        "    config.evaluation.metrics = ['fid', 'mine.py:net']\n    return config\n"
     )
     kind = f"{tmp_path.resolve()}/mine.py:net"
-    assert configs.experiment(str(tmp_path / "experiment.py")).model.kind == kind
+    found = configs.experiment(str(tmp_path / "experiment.py"))
+    assert found.model.kind == kind and list(found.evaluation.metrics) == ["fid", kind]
     monkeypatch.chdir(tmp_path)
     config = configs.override(tiny_config(), {"model.kind": "mine.py:net"})
     assert config.model.kind == kind

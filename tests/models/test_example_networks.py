@@ -202,6 +202,16 @@ def test_low_rank_changes_of_a_trained_network(tmp_path):
     assert abs(output(state.params) - base.denoise_fn(x, time)).max() > 1e-3
 
 
+@pytest.mark.whole
+def test_low_rank_changes_of_a_run(tmp_path):
+    train.run(tiny_config(), tmp_path / "base")
+    texts = {"model.kind": f"{ROOT / 'examples' / 'low_rank.py'}:low_rank", "model.dropout": "0"}
+    texts |= {"model.options.weights": str(tmp_path / "base"), "optimizer.frozen": "network/base/*,"}
+    train.run(configs.override(tiny_config(), texts), tmp_path / "low_rank")
+    net = pretrained.load(tmp_path / "low_rank", network=True)
+    assert np.isfinite(net.sample(jax.random.key(0), 2, steps=2, spacing="log_snr")).all()
+
+
 def pairs(one, other):
     return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
 

@@ -67,7 +67,7 @@ def test_a_complete_run_has_every_section(tmp_path):
     assert page.num_scripts == 2 and not page.loaded
     assert page.size < 1e6
     assert {"Loss", "Learning rate"} <= {chart["title"] for chart in page.charts}
-    for text in ("0.11 ± 0.04", "3.21 ± 0.02", "300.unreadable", "500.partial", "jax 0.10.2"):
+    for text in ("0.11 ± 0.04", "3.21 ± 0.02", "300.unreadable", "500.partial", "12 samples for 64 dimensions"):
         assert text in page.text, text
     launches = page.text[page.text.index("steps done again later") :]
     assert "16:400600200" in launches  # 16:40, from step 0 to step 600, of which 200 were lost

@@ -29,7 +29,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         shown = np.asarray(picture)[-(2 * 100 + 4) :]  # below the title
         np.testing.assert_array_equal(shown[4:100:12, 4:100:12], images[0, :, :, 0])
     sample.run(tiny_config(**{"sampling.files": "png"}), trained)
-    single = [np.asarray(Image.open(f"{path}/{i:05d}.png")) for i in range(3)]
+    single = [np.asarray(Image.open(trained / "images" / path.name / f"{i:05d}.png")) for i in range(3)]
     np.testing.assert_array_equal(single, images[..., 0])
     raw = tiny_config(
         **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}

@@ -14,6 +14,7 @@ from diffusion_jax.training.optimizer import from_config
 from diffusion_jax.training.step import make_draw
 from helpers import own_networks
 from helpers.array_configs import array_batch, array_config
+from helpers.configs import a_batch, tiny_config
 from helpers.networks import redraw
 
 
@@ -130,6 +131,18 @@ def test_frozen_parameters_do_not_change(frozen):
     whole, step = training.create(tiny_mlp())
     whole = whole.replace(params=redraw(whole.params))
     assert 0 < metrics["grad_norm"] < 0.999 * step(whole, array_batch("vectors"))[1]["grad_norm"]
+
+
+@pytest.mark.whole
+def test_the_encoder_of_a_unet_can_be_frozen():
+    config = tiny_config(**{"optimizer.frozen": ("down_*", "mid_*")})
+    state, step = training.create(config)
+    state = state.replace(params=redraw(state.params))
+    before = jax.device_get(state.params)
+    after = jax.device_get(step(state, a_batch(config))[0].params)
+    for name in before:
+        same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before[name], after[name]))
+        assert same == name.startswith(("down_", "mid_")), name
 
 
 def test_patterns_that_freeze_nothing_or_everything_are_refused():
