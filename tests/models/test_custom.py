@@ -272,6 +272,16 @@ def test_a_run_imports_its_network_only_if_it_is_named_again(tmp_path, capsys):
     assert "--config.model.options.width: int=4" in capsys.readouterr().out
 
 
+def test_only_the_help_describes_the_network_of_a_command_line(tmp_path, monkeypatch, capsys):
+    described = []
+    monkeypatch.setattr(cli, "_describe_network", lambda arguments: described.append(tuple(arguments)) or "")
+    arguments = ["--config=digits", f"--workdir={tmp_path}", "--config.model.kind=helpers.own_networks:linen"]
+    cli.parse(arguments)
+    with pytest.raises(SystemExit):
+        cli.parse([*arguments, "--help"])
+    assert described == [(), (*arguments, "--help")]
+
+
 def test_a_changed_file_of_a_network_is_a_note(tmp_path, capsys):
     path, run = tmp_path / "mine.py", open_run_dir(tmp_path / "run")
     path.write_text(
