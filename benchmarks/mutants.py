@@ -78,7 +78,14 @@ ELSEWHERE = {
         "runs/test_sample_metrics.py",
         "runs/test_goodput.py",
     ),
-    "runs/workdir.py": ("runs/test_train.py", "runs/test_arrays.py", "runs/test_light_refusals.py"),
+    "runs/workdir.py": (
+        "runs/test_train.py",
+        "runs/test_arrays.py",
+        "runs/test_light_refusals.py",
+        "models/test_custom.py",
+    ),
+    "pretrained/model.py": ("pretrained", "runs/test_path_runs.py", "runs/test_sample.py"),
+    "training/from_config.py": ("training", "runs/test_path_runs.py"),
     "types.py": ("test_types.py",),
 }
 

@@ -51,6 +51,10 @@ def labeled(i):
             r'"x" float64 \[\d+, 4\], not .*"x" int64 \[\d+, 4\]$',
         ),
         (later(of_x, lambda i: {"x": X[i, :1]}), r'"x" float64 \[\d+, 1\], not as .*"x" float64 \[\d+, 4\]$'),
+        (
+            later(of_x, lambda i: {"x": np.ones((len(i), 5))}),
+            r'"x" float64 \[\d+, 5\], not as .*"x" float64 \[\d+, 4\]$',
+        ),
         (later(labeled, of_x), r'\d\], not as for its first example "x" .*, "label" int'),
         (later(of_x, labeled), r'"label" int64 \[\d+\], not as for its first example "x" float64 \[\d+, 4\]$'),
         (lambda i: {"x": X[i], "label": i % 4}, "labels from 0 to 3; num_classes=3 allows 0 ... 2"),

@@ -110,6 +110,19 @@ def test_summaries_name_the_path():
     assert any("diffusion.path=edm with log_snr_shift=9 ends at" in note for note in plan.notes(config))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"data.levels": None}, False),
+        ({"data.image_size": (8,)}, False),
+        ({"data.channels": 2}, False),
+    ],
+)
+def test_images_are_gray_levels_with_one_or_three_channels(settings, expected):
+    assert pretrained.from_config(tiny_config(**{"data.dataset": "arrays", **settings})).is_images is expected
+
+
 @pytest.mark.whole
 def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
     """The same for a model from a file; standardized data have sigma_data 1."""
