@@ -149,7 +149,7 @@ def measure_ours(case: Case) -> dict:
             results[0] = generate(parameters, x_T, y)
 
     first, seconds = timed(call, lambda: jax.block_until_ready(results), case.seconds)
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or _process_peak()
+    peak = devices.peak_memory() or _process_peak()
     return size | {"rate": case.batch / seconds, "first": first, "peak": peak}
 
 

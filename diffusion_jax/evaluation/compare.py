@@ -30,6 +30,7 @@ _WIDTH = 28  # width of names in the log
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
 _RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
 _RECORD_KEYS |= {"dataset", "conditions", "versions", "backend", "drawn_with", "init_from", "run"}
+_RECORD_KEYS |= {"weights_digest", "classifier_digest"}
 # Records with equal values for these keys describe the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
 

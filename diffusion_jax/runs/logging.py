@@ -154,7 +154,7 @@ class RunMetrics:
     def _call_writers(self, method: str, *arguments: Any) -> None:
         for name, writer in list(self._writers.items()):
             with self._drop_if_it_fails(name):
-                if hasattr(writer, method) or method == "write_scalars":  # a tracker of the user's may lack the others
+                if hasattr(writer, method) or method == "write_scalars":  # a user's tracker may lack the other methods
                     getattr(writer, method)(*arguments)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
