@@ -117,6 +117,12 @@ DATA: dict[str, Setting] = {
     "memory_mb": Setting(
         2048, Integer(0), "Memory limit for decoded data, in megabytes. A larger data set is streamed."
     ),
+    "disk_mb": Setting(
+        100_000,
+        Integer(0),
+        "Disk limit for a TFDS data set in a bucket, in megabytes. A larger array_record data set is downloaded file by file "
+        "during training, and shuffled by files.",
+    ),
     "cache_decoded": Setting(
         True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."
     ),

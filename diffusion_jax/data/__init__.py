@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from diffusion_jax.config import resolve
 from diffusion_jax.data.array_files import ArrayFiles
+from diffusion_jax.data.batches import Batches, stream
 from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, fit
 from diffusion_jax.data.normalization import (
     Normalization,
@@ -17,7 +18,6 @@ from diffusion_jax.data.normalization import (
     to_model_units,
 )
 from diffusion_jax.data.sources import (
-    Batches,
     CheckedSource,
     InMemory,
     NamedSource,
@@ -31,7 +31,6 @@ from diffusion_jax.data.sources import (
     is_of_images,
     read_classes,
     select_split,
-    stream,
 )
 from diffusion_jax.data.tfds import Tfds, natural_shape
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
@@ -119,13 +118,15 @@ def load(
     else:
         source = CheckedSource.wrap(config, source)
     log(f"{describe(source)}.")
+    if blocks := len(getattr(source, "block_lengths", ())):
+        log(f"The {blocks:,} files are shuffled, and the examples of two files at a time.")
     is_encoded = isinstance(source, EncodedImages)
     first = {} if is_encoded else source.read([0])  # a corrupted image is reported with all other corrupted images
     size = sum(array.nbytes for name, array in first.items() if name != "label") or math.prod(example_shape(config))
     try:
         if len(source) * size > config["memory_mb"] * 2**20:
             loaded = source
-        elif is_encoded and config["cache_decoded"]:
+        elif is_encoded and config["cache_decoded"] and not source.block_lengths:
             loaded = decode_once(source, config, progress, log)
         else:
             loaded = InMemory.load(source, progress)

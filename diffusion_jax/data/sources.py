@@ -1,20 +1,13 @@
-"""Sources of examples: protocol, arrays in memory, derived sources, checks, splits and batches.
-
-Batches are a function of (seed, step), so that a run resumes from its last step number. The examples form an endless sequence
-of epochs without gaps. Each epoch is a new permutation, and step s reads positions s B ... (s + 1) B - 1. A batch may span
-two epochs; no example is omitted.
-"""
+"""Sources of examples: protocol, arrays in memory, derived sources, checks and splits."""
 
 from __future__ import annotations
 
 import abc
-import functools
 import hashlib
 import pathlib
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,12 +15,8 @@ from diffusion_jax.errors import DataError, UnreadableFilesError, shorten
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import is_image_shape
 
-if TYPE_CHECKING:
-    import grain
-
 __all__ = [
     "Arrays",
-    "Batches",
     "CheckedSource",
     "DerivedSource",
     "InMemory",
@@ -48,7 +37,6 @@ __all__ = [
     "read_classes",
     "read_in_order",
     "select_split",
-    "stream",
 ]
 
 _BLOCK_BYTES = 2**24
@@ -79,7 +67,9 @@ class Source(Protocol):
     Pass it to `runs.train.run` as `source`. To use it on a command line, write a function `config.data` -> source in an
     importable module: `--config.data.dataset=module:function`.
 
-    Two attributes are optional: num_classes, by default 0 (no labels), and class_names, by default () (unknown names).
+    Three attributes are optional: num_classes, by default 0 (no labels); class_names, by default () (unknown names); and
+    block_lengths, the numbers of consecutive examples that are cheapest to read together, in order. Training shuffles the
+    blocks, and the examples within a few blocks; by default, all examples are one block.
     """
 
     def __len__(self) -> int:
@@ -134,6 +124,7 @@ class NamedSource(Source):
 
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    block_lengths: Sequence[int] = ()
     of_files = False
 
     @classmethod
@@ -169,6 +160,7 @@ class Arrays:
 
     def __init__(self, arrays: Mapping[str, Any], num_classes: int = 0, class_names: Sequence[str] = ()):
         self.arrays, self.num_classes, self.class_names = dict(arrays), num_classes, tuple(class_names)
+        self.block_lengths = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -212,7 +204,9 @@ class InMemory(Arrays):
                 pass
         if failures:
             raise UnreadableFilesError(failures.items())
-        return cls(arrays, *read_classes(source))
+        loaded = cls(arrays, *read_classes(source))
+        loaded.block_lengths = getattr(source, "block_lengths", ())  # the order must not depend on the available memory
+        return loaded
 
 
 class DerivedSource:
@@ -221,6 +215,7 @@ class DerivedSource:
     def __init__(self, source: Source):
         self.source = source
         self.num_classes, self.class_names = read_classes(source)
+        self.block_lengths: Sequence[int] = getattr(source, "block_lengths", ())
 
     def __len__(self) -> int:
         return len(self.source)
@@ -241,7 +236,7 @@ class SelectedExamples(DerivedSource):
 
     def __init__(self, source: Source, indices: np.ndarray):
         super().__init__(source)
-        self._indices = indices
+        self._indices, self.block_lengths = indices, ()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -304,6 +299,9 @@ def check_examples(config: Mapping, source: Source) -> None:
     """Raises DataError if a source has no examples, or if the shape or kind of its first examples contradicts the config."""
     if not len(source):
         raise DataError(f"data.dataset={config['dataset']!r} has no examples")
+    lengths = getattr(source, "block_lengths", ())
+    if len(lengths) and sum(lengths) != len(source):
+        raise DataError(f"a source's block_lengths add up to {sum(lengths):,}, but it has {len(source):,} examples")
     batch: Any = source.read(np.arange(min(_NUM_CHECKED, len(source))))
     names = list(batch) if isinstance(batch, Mapping) else [type(batch).__name__]
     if len({"image", "x"} & set(names)) != 1 or set(names) - set(_ARRAYS):
@@ -423,63 +421,3 @@ def select_split(source: NamedSource, loaded: Source, share: float, split: str) 
             "needs one: use another share"
         )
     return SelectedExamples(loaded, np.flatnonzero(held_out == (split == "test")))
-
-
-# ---- Batches
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
-
-
-class Batches:
-    """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
-
-    batch_size: over all processes. rows: a slice or indices, the rows of each batch that this process reads, by default all.
-    """
-
-    def __init__(
-        self, source: Source, seed: int, batch_size: int, num_steps: int, rows: slice | np.ndarray = slice(None)
-    ):
-        self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
-        self._rows = np.arange(batch_size, dtype=np.int64)[rows]
-
-    def __len__(self) -> int:
-        return self._num_steps
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns the batch at a step."""
-        epochs, positions = np.divmod(index * self._batch_size + self._rows, len(self._source))
-        indices = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            in_epoch = epochs == epoch
-            indices[in_epoch] = _permutation(self._seed, epoch, len(self._source))[positions[in_epoch]]
-        return self._source.read(indices)
-
-
-def _ignore_ctrl_c(index: int, count: int) -> None:
-    """Ignores SIGINT in workers: a terminal sends it to workers too, but the main process still reads their batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def stream(
-    batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Iterates over the batches from step `start`, prefetched by Grain.
-
-    workers: processes that decode, each a whole batch at a time; 0 for a thread in this process, which suits data in memory.
-    prefetch: the number of batches that each worker (or the thread) reads ahead.
-    """
-    import grain  # grain and absl's flags are slow to import; other data do not need them
-    from absl import flags
-
-    dataset = grain.MapDataset.source(batches)[start:]
-    iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
-    if workers:
-        # Grain reads absl flags before it starts workers; without absl's app.run they keep their defaults.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
-    return iter(iterable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import io
@@ -21,14 +22,17 @@ from PIL import Image
 from diffusion_jax.data.images import EncodedImages, fit
 from diffusion_jax.data.sources import check_image_settings
 from diffusion_jax.errors import DataError, shorten
-from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.storage.objects import is_url
+from diffusion_jax.files import with_urls
+from diffusion_jax.storage.downloads import cached_files, local_path
+from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
 _ANSWER_SECONDS = 10.0  # for name resolution, connection and a server's answer
 _RECORD_HEADER = struct.Struct("<Q4x")  # a TFRecord's header: data length and checksum
 _CHECKSUM_BYTES = 4  # after the data
+_SHARDS_LOCK = threading.Lock()
+_METADATA = (".json", ".txt")  # descriptions of a data set
 
 
 def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = False) -> Any:
@@ -58,14 +62,15 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
     return builder
 
 
-def local_data_dir(name: str, data_dir: str | None) -> str | None:
-    """Returns the TFDS directory; for a bucket, a local copy of the data set's files."""
-    return str(local_path(data_dir, below=f"{name.split('/')[0].split(':')[0]}/")) if data_dir else None
+def local_data_dir(name: str, data_dir: str | None, suffixes: tuple[str, ...] = ("",)) -> str | None:
+    """Returns the TFDS directory; for a bucket, a local copy of the data set's files with these suffixes."""
+    below = f"{name.split('/')[0].split(':')[0]}/"
+    return str(local_path(data_dir, below, suffixes)) if data_dir else None
 
 
 def natural_shape(name: str, data_dir: str | None) -> tuple[tuple[int, int] | None, int]:
     """Returns ((H, W), channels) of a TFDS data set's images, (None, channels) if sizes differ. Raises: DataError."""
-    features = make_builder(name, local_data_dir(name, data_dir)).info.features
+    features = make_builder(name, local_data_dir(name, data_dir, _METADATA)).info.features
     _check_has_images(name, features)
     height, width, channels = features["image"].shape
     return (height, width) if height and width else None, channels or 3
@@ -157,19 +162,22 @@ class Tfds(EncodedImages):
     @classmethod
     def from_config(cls, config: Mapping) -> Tfds:
         size, channels = check_image_settings(config)
-        name, local_dir = config["dataset"], local_data_dir(config["dataset"], config["data_dir"] or None)
+        name, data_dir = config["dataset"], config["data_dir"] or None
         if config["download"] and not is_url(config["data_dir"]):
-            prepare(name, local_dir)
-        return cls(name, config["split"], local_dir, size, channels)
+            prepare(name, local_data_dir(name, data_dir))
+        return cls(name, config["split"], data_dir, size, channels, config["disk_mb"])
 
     @classmethod
     def check_location(cls, config: Mapping) -> None:
         make_builder(config["dataset"], config["data_dir"] or None, must_be_prepared=not config["download"])
 
-    def __init__(self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int):
-        self._name, self._split, self._data_dir = name, split, data_dir
-        self._size, self._channels = image_size, channels
-        builder = make_builder(name, data_dir, must_be_prepared=True)
+    def __init__(
+        self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int, disk_mb: int
+    ):
+        """disk_mb: an array_record data set in a bucket is streamed if it is larger; any other is copied as a whole."""
+        self._name, self._split, self._size, self._channels = name, split, image_size, channels
+        self._data_dir = local_data_dir(name, data_dir, _METADATA)
+        builder = make_builder(name, self._data_dir, must_be_prepared=True)
         directory = builder.data_path.parent
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
@@ -187,7 +195,15 @@ class Tfds(EncodedImages):
         _check_has_images(name, features)
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
-        self._tfrecords = _TfRecords(instructions) if file_format == "tfrecord" else None
+        self._shards: _TfRecords | _BucketShards | None = None
+        if data_dir and is_url(data_dir):
+            if file_format == "array_record" and builder.info.dataset_size > disk_mb * 2**20:
+                self._shards = _BucketShards(instructions, disk_mb)
+                self.block_lengths = self._shards.lengths
+                return
+            local_data_dir(name, data_dir)
+        if file_format == "tfrecord":
+            self._shards = _TfRecords(instructions)
         shards = {pathlib.Path(instruction.filename) for instruction in instructions}
         self._files = sorted(shards | set(pathlib.Path(builder.data_path).glob("*.json")))
 
@@ -206,10 +222,10 @@ class Tfds(EncodedImages):
         import tensorflow_datasets as tfds
 
         builder, encoded = make_builder(self._name, self._data_dir), {"image": tfds.decode.SkipDecoding()}
-        if self._tfrecords is None:
+        if self._shards is None:
             return builder.as_data_source(self._split, decoders=encoded).__getitems__
-        records, parse = self._tfrecords, builder.info.features.deserialize_example_np
-        return lambda indices: [parse(records[i], decoders=encoded) for i in indices]
+        read, parse = self._shards.read, builder.info.features.deserialize_example_np
+        return lambda indices: [parse(record, decoders=encoded) for record in read(indices)]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         try:
@@ -225,7 +241,7 @@ class Tfds(EncodedImages):
 
 
 class _TfRecords:
-    """The records in TFDS's file instructions, in order: `records[i]` is bytes. Picklable.
+    """The records in TFDS's file instructions for tfrecord files, in order. Picklable.
 
     The offsets of all records are computed once from the record lengths. Raises: DataError for files that are missing or do
     not contain the expected records. The checksums of the data are not verified.
@@ -238,11 +254,71 @@ class _TfRecords:
         self._file_index = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
         self._spans = np.concatenate(spans)  # offset, length
 
-    def __getitem__(self, index: int) -> bytes:
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns the records at these indices."""
+        return [self._read(index) for index in indices]
+
+    def _read(self, index: int) -> bytes:
         offset, length = self._spans[index].tolist()
         with open(self._files[self._file_index[index]], "rb") as file:
             file.seek(offset)
             return file.read(length)
+
+
+class _BucketShards:
+    """The records in TFDS's file instructions for array_record files in a bucket, in order. Picklable.
+
+    A file is downloaded when one of its records is read, and at most disk_mb megabytes of files stay on the disk.
+    lengths: the number of records in each file.
+    """
+
+    def __init__(self, instructions: Sequence, disk_mb: int):
+        self._instructions, self._max_bytes = instructions, disk_mb * 2**20
+        self.lengths = [instruction.take for instruction in instructions]
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key not in ("_objects", "_opened")}
+
+    @functools.cached_property
+    def _objects(self) -> tuple[ObjectStore, dict[str, ObjectInfo]]:
+        """The bucket's folder, and its objects by name."""
+        store = open_store(with_urls(str(pathlib.Path(self._instructions[0].filename).parent)))
+        return store, store.list()
+
+    @functools.cached_property
+    def _opened(self) -> collections.OrderedDict[int, Any]:
+        """Readers of recently used files by position in the instructions; a file of which no reader is open may go."""
+        return collections.OrderedDict()
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns the records at these indices. Raises: DataError, OSError."""
+        ends = np.cumsum(self.lengths)
+        shards = np.searchsorted(ends, indices, "right")
+        records: dict[int, bytes] = {}
+        with _SHARDS_LOCK:  # decoding into memory reads in several threads
+            self._open(np.unique(shards).tolist())
+            for shard in np.unique(shards).tolist():
+                wanted, first = np.asarray(indices)[shards == shard], ends[shard] - self.lengths[shard]
+                places = (wanted - first + self._instructions[shard].skip).tolist()
+                records |= zip(wanted.tolist(), self._opened[shard].read(places), strict=True)
+        return [records[index] for index in indices]
+
+    def _open(self, shards: Sequence[int]) -> None:
+        """Downloads and opens files, and closes the least recently used other readers."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        store, objects = self._objects
+        names = {shard: pathlib.Path(self._instructions[shard].filename).name for shard in shards}
+        missing = [name for name in names.values() if name not in objects]
+        if missing:
+            raise DataError(f"{store.url}/{missing[0]} does not exist; copy the whole data set to the bucket")
+        paths = cached_files(store, {name: objects[name] for name in names.values()}, self._max_bytes)
+        for shard, path in zip(names, paths, strict=True):
+            if shard not in self._opened:
+                self._opened[shard] = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+            self._opened.move_to_end(shard)
+        while len(self._opened) > 2 * len(shards):
+            self._opened.popitem(last=False)
 
 
 def _find_records(instruction) -> np.ndarray:

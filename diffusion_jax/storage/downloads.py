@@ -8,13 +8,24 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Mapping
 
 from diffusion_jax.errors import StorageError, UserError
-from diffusion_jax.files import downloads_root, write_text
+from diffusion_jax.files import downloads_root, user_cache, write_text
 from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, is_url, open_store
 
-__all__ = ["EVENTS", "LOCK", "MANIFEST", "copy_objects", "copy_path", "is_safe", "is_small", "local_path"]
+__all__ = [
+    "EVENTS",
+    "LOCK",
+    "MANIFEST",
+    "cached_files",
+    "copy_objects",
+    "copy_path",
+    "is_safe",
+    "is_small",
+    "local_path",
+]
 
 MANIFEST = "digests.json"
 EVENTS = "events.out.tfevents."
@@ -22,16 +33,17 @@ LOCK = ".lock"
 _FILES_AT_ONCE = 256
 _ATTEMPTS = 5
 _ANNOUNCED_BYTES = 1e6
+_MIN_SECONDS = 60.0  # how long an unused copy is kept, because another process may be about to open it
 
 Objects = Mapping[str, ObjectInfo]
 
 
-def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
+def local_path(location: str | os.PathLike, below: str = "", suffixes: tuple[str, ...] = ("",)) -> pathlib.Path:
     """Returns a local path: `path` with "~" expanded, or for a URL, the path of a downloaded copy.
 
     Files that have not changed since the last call are not downloaded again. From a work directory, only samples and the
-    objects that `is_small` selects are downloaded. below: only objects in the folder whose names begin with this prefix are
-    needed. If the URL names no object, the returned path does not exist.
+    objects that `is_small` selects are downloaded. below, suffixes: only objects in the folder whose names begin with this
+    prefix, and end with one of these suffixes, are needed. If the URL names no object, the returned path does not exist.
     Raises: StorageError, OSError; UserError if the disk is too small.
     """
     text = os.fspath(location)
@@ -47,7 +59,8 @@ def local_path(location: str | os.PathLike, below: str = "") -> pathlib.Path:
         folder = store.folder(name)
 
         def is_needed(key: str, found: Objects) -> bool:
-            return "config.json" not in found or key.startswith("samples/") or is_small(key, found)
+            of_run = "config.json" not in found or key.startswith("samples/") or is_small(key, found)
+            return of_run and key.endswith(suffixes)
 
         copy_objects(folder, downloads_root(), url, below, is_needed)
     return copy_path(downloads_root(), url)
@@ -142,6 +155,35 @@ def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
             if parent == root:
                 break
             parent.rmdir()
+
+
+def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list[pathlib.Path]:
+    """Returns the paths of local copies of objects, which are downloaded if they are missing.
+
+    Afterwards, the least recently used copies, from all calls on this machine, are deleted until at most max_bytes remain.
+    Copies that were used in the last minute are kept. objects: a part of `store.list()`. Raises: OSError.
+    """
+    root = user_cache() / "objects"
+    names = {name: f"{store.url}/{name} {info.tag}".encode() for name, info in objects.items()}
+    paths = {name: root / hashlib.sha256(key).hexdigest() for name, key in names.items()}
+    missing = {name: path for name, path in paths.items() if not path.exists()}
+    store.download_all(missing)
+    now = time.time()
+    for path in paths.values():
+        os.utime(path, (now, now))
+    if missing:
+        found = []
+        for path in root.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # deleted by another process
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        excess = sum(size for _, size, _ in found) - max_bytes
+        for used, size, path in sorted(found):
+            if excess <= 0 or used > now - _MIN_SECONDS:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+    return list(paths.values())
 
 
 def is_safe(name: str) -> bool:

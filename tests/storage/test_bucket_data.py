@@ -1,11 +1,17 @@
 """Data sets in buckets, named by URL: TFDS directories, image folders and arrays."""
 
+import os
+import pickle
+import time
+
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
 from diffusion_jax import data
+from diffusion_jax.storage.downloads import cached_files
 from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
 from helpers.fruit_dataset import NAMES, LocalFruit
@@ -56,3 +62,47 @@ def test_a_tfds_directory(bucket_url, tmp_path, own_cache, monkeypatch):
     source = data.load(options(dataset="bucket_fruit", data_dir=f"{bucket_url}/tfds"))
     assert len(source) == 6 and source.class_names == tuple(NAMES)
     assert not list((tmp_path / "cache").rglob("large.array_record"))
+
+
+@pytest.mark.whole
+def test_a_tfds_directory_above_the_disk_limit_is_read_file_by_file(bucket_url, tmp_path, own_cache, monkeypatch):
+    """The examples equal those of a local copy, and a file is copied when one of its examples is read."""
+    monkeypatch.setattr(BucketFruit, "folder", str(fruit(tmp_path / "images", count=12)))
+    options_of_tfds = tfds.download.DownloadConfig(num_shards=4)
+    builder = BucketFruit(data_dir=str(tmp_path / "tfds"), file_format="array_record")
+    builder.download_and_prepare(download_config=options_of_tfds)
+    copy_to_bucket(tmp_path / "tfds", f"{bucket_url}/tfds")
+    local = data.load(options(dataset="bucket_fruit", data_dir=str(tmp_path / "tfds"), memory_mb=0))
+    source = data.load(options(dataset="bucket_fruit", data_dir=f"{bucket_url}/tfds", memory_mb=0, disk_mb=0))
+    assert len(source) == 12 and list(source.block_lengths) == builder.info.splits["train"].shard_lengths
+    objects = tmp_path / "cache" / "diffusion_jax" / "objects"
+    assert not objects.exists() and not list((tmp_path / "cache").rglob("*array_record*"))
+    first = source.read([0])
+    assert len(list(objects.iterdir())) == 1
+    for indices in ([0], [11, 3, 3, 7], range(12)):
+        read, expected = (each.read(list(indices)) for each in (pickle.loads(pickle.dumps(source)), local))
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(read[name], expected[name])
+    np.testing.assert_array_equal(first["image"], local.read([0])["image"])
+    assert len(list(objects.iterdir())) == 4
+
+
+def test_copies_beyond_the_limit_are_deleted_unless_they_were_just_used(bucket_url, own_cache, monkeypatch):
+    store = open_store(f"{bucket_url}/files")
+    store.write("a", b"1" * 100)
+    store.write("b", b"2" * 100)
+    store.write("c", b"3" * 100)
+    objects = store.list()
+    (a,) = cached_files(store, {"a": objects["a"]}, 250)
+    (b,) = cached_files(store, {"b": objects["b"]}, 250)
+    assert (a.read_bytes(), b.read_bytes()) == (b"1" * 100, b"2" * 100)
+    for age, path in ((300, a), (200, b)):
+        os.utime(path, (time.time() - age, time.time() - age))
+    cached_files(store, {"a": objects["a"]}, 250)  # used again: now b is the oldest
+    (c,) = cached_files(store, {"c": objects["c"]}, 250)
+    assert a.exists() and c.exists() and not b.exists()
+    cached_files(store, {"b": objects["b"]}, 250)  # a and c were used in the last minute
+    assert a.exists() and c.exists() and b.exists()
+    store.write("a", b"4" * 100)
+    (changed,) = cached_files(store, {"a": store.list()["a"]}, 1000)
+    assert changed.read_bytes() == b"4" * 100  # a new version of the object has a new copy

@@ -1,0 +1,156 @@
+"""Batches by step, and the order of the examples.
+
+Batches are a function of (seed, step), so that a run resumes from its last step number, on any number of processes. Each
+example is read once in each epoch; a batch may span two epochs.
+
+A source may consist of blocks that are read together, such as the files of a data set in a bucket. An epoch permutes the
+blocks. The rows of a batch form lanes. Each lane reads its own share of the permuted blocks, so a process downloads only the
+blocks of its rows. Within a lane, the examples of two consecutive blocks (a window) are shuffled. A source without blocks has
+one block, one lane and one window: each epoch is a permutation of all examples.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusion_jax.data.sources import Source
+
+if TYPE_CHECKING:
+    import grain
+
+__all__ = ["Batches", "stream"]
+
+_MAX_LANES = 16
+_BLOCKS_IN_WINDOW = 2
+_MIN_AHEAD = 16  # batches that are ready while the next block is downloaded
+
+
+class Batches:
+    """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
+
+    batch_size: over all processes. rows: a slice or indices, the rows of each batch that this process reads, by default all.
+    has_blocks: whether the source has blocks.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, batch_size: int, num_steps: int, rows: slice | np.ndarray = slice(None)
+    ):
+        self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
+        self.rows = np.arange(batch_size, dtype=np.int64)[rows]
+        self._block_lengths = tuple(filter(None, getattr(source, "block_lengths", ()))) or (len(source),)
+        num_blocks = len(self._block_lengths)
+        self.has_blocks = num_blocks > 1
+        num_lanes = math.gcd(batch_size, _MAX_LANES)
+        while num_lanes > 1 and num_lanes * _BLOCKS_IN_WINDOW > num_blocks:
+            num_lanes //= 2
+        self._lane_ends = np.arange(num_lanes + 1) * len(source) // num_lanes
+        self._window = -(-len(source) // num_blocks) * _BLOCKS_IN_WINDOW
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns the batch at a step."""
+        return self._source.read(self.indices(index, self.rows))
+
+    def read_part(self, step: int, part: int, num_parts: int) -> dict[str, np.ndarray]:
+        """Reads one of several parts of this process's rows."""
+        return self._source.read(self.indices(step, np.array_split(self.rows, num_parts)[part]))
+
+    def indices(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Returns the examples int64 [n] in n rows of the batch at a step."""
+        num_lanes = len(self._lane_ends) - 1
+        lanes, places = np.divmod(rows, self._batch_size // num_lanes)
+        starts, lengths = self._lane_ends[lanes], np.diff(self._lane_ends)[lanes]
+        epochs, positions = np.divmod(step * (self._batch_size // num_lanes) + places, lengths)
+        shifts = (
+            lanes * self._window // num_lanes
+        )  # lanes begin a window at different steps, so that downloads are even
+        windows = (positions + shifts) // self._window
+        lows = np.maximum(windows * self._window - shifts, 0)
+        highs = np.minimum((windows + 1) * self._window - shifts, lengths)
+        indices = np.empty_like(positions)
+        for epoch, low, high in np.unique(np.stack([epochs, starts + lows, starts + highs]), axis=1).T.tolist():
+            in_window = (epochs == epoch) & (starts + lows == low)
+            indices[in_window] = self._order(epoch, low, high)[(starts + positions)[in_window] - low]
+        return indices
+
+    def _order(self, epoch: int, low: int, high: int) -> np.ndarray:
+        """Returns the examples of a window, positions low ... high - 1 of an epoch, in random order; keeps recent results."""
+        order = self._orders.get((epoch, low))
+        if order is None:
+            while len(self._orders) >= 2 * (len(self._lane_ends) - 1):
+                self._orders.pop(next(iter(self._orders)))
+            order = self._orders[epoch, low] = _shuffle(self._seed, epoch, low, high, self._block_lengths)
+        return order
+
+
+def _shuffle(seed: int, epoch: int, low: int, high: int, block_lengths: tuple[int, ...]) -> np.ndarray:
+    """Returns the examples int64 [high - low] at these positions of an epoch's permuted blocks, in random order."""
+    positions = low + np.random.default_rng((seed, epoch, low)).permutation(high - low)
+    if len(block_lengths) == 1:
+        return positions
+    lengths = np.array(block_lengths)
+    blocks = np.random.default_rng((seed, epoch, 0, 1)).permutation(len(lengths))
+    ends = np.cumsum(lengths[blocks])
+    rank = np.searchsorted(ends, positions, "right")
+    offsets = positions - (ends - lengths[blocks])[rank]
+    return (np.cumsum(lengths) - lengths)[blocks[rank]] + offsets
+
+
+def _ignore_ctrl_c(index: int, count: int) -> None:
+    """Ignores SIGINT in workers: a terminal sends it to workers too, but the main process still reads their batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Parts:
+    """The parts of all batches in order; Grain's worker i of n reads every n-th element, so always the same rows."""
+
+    def __init__(self, batches: Batches, num_parts: int):
+        self._batches, self._num_parts = batches, num_parts
+
+    def __len__(self) -> int:
+        return len(self._batches) * self._num_parts
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, part = divmod(index, self._num_parts)
+        return self._batches.read_part(step, part, self._num_parts)
+
+
+def _concatenate(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def stream(
+    batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Iterates over the batches from step `start`, prefetched by Grain.
+
+    workers: processes that decode; 0 for a thread in this process, which suits data in memory. Each worker reads whole
+    batches, or for data with blocks, its own rows of each batch, so that it downloads only the blocks of these rows.
+    prefetch: the number of batches that each worker (or the thread) reads ahead; for data with blocks at least 16.
+    """
+    import grain  # grain and absl's flags are slow to import; other data do not need them
+    from absl import flags
+
+    parts = 1
+    if batches.has_blocks:
+        prefetch, parts = max(prefetch, _MIN_AHEAD), max(1, min(workers, len(batches.rows)))
+        workers = min(workers, parts)
+    dataset = grain.MapDataset.source(_Parts(batches, parts) if parts > 1 else batches)[start * parts :]
+    iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
+    if workers:
+        # Grain reads absl flags before it starts workers; without absl's app.run they keep their defaults.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+    if parts > 1:
+        iterable = iterable.batch(parts, batch_fn=_concatenate)
+    return iter(iterable)
