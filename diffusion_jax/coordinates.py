@@ -33,18 +33,19 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
     With d = sigma_data, the result predicts x_0 = c_skip y + c_out F(c_in y), where c_in y = x_t / r,
     c_skip y = d^2 alpha x_t / r^2 and c_out = d sigma / r for r^2 = sigma^2 + d^2 alpha^2. For d = 1, F is -v.
 
-    network: F, called with c_in y and the network time, which is log(s) / 4 on the path `schedules.edm`.
+    network: F, called with c_in y and the network time, which is log(s) / 4 on the path `schedules.edm`, and with the
+      keyword arguments of the result.
     sigma_data: the standard deviation of x_0. Raises: ValueError for a sigma_data that is not positive.
     """
     if not sigma_data > 0:
         raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
     sigma_data = float(sigma_data)  # a float64 scalar would make the output float64 under x64
 
-    def denoise_fn(x_t, time):
+    def denoise_fn(x_t, time, **inputs):
         x_t = process.as_float("x_t", x_t)
         level = _level_at(path, time, x_t)
         r = jnp.sqrt(level.sigma**2 + (sigma_data * level.alpha) ** 2)
-        output = process.as_float("the output of the network", network(x_t / r, time)).astype(x_t.dtype)
+        output = process.as_float("the output of the network", network(x_t / r, time, **inputs)).astype(x_t.dtype)
         channels = x_t.shape[-1]
         skip = sigma_data**2 * level.alpha / r**2 * x_t
         return jnp.concatenate(

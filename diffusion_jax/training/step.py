@@ -166,9 +166,10 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             )
             chain_options["timestep_sampler"] = sampler
 
-        def network(x_t, time):
+        def network(x_t, time, extra=None):
             labels = (microbatch.take(y),) if is_conditional else ()
-            conditions: dict[str, Any] = {} if condition is None else {"condition": microbatch.take(condition)}
+            conditions = {"condition": condition, "extra": extra}
+            conditions = {name: microbatch.take(each) for name, each in conditions.items() if each is not None}
             x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}
             if microbatch.count > 1:  # for networks whose dropout is not intercepted

@@ -1,5 +1,6 @@
 """Networks of a user: functions for `model.kind`."""
 
+import functools
 import math
 from typing import Literal
 
@@ -166,6 +167,20 @@ def half_loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep
     options = {"prediction": prediction, "weighting": weighting, "timestep_sampler": timestep_sampler}
     loss, aux = losses.simple(key, schedule, denoise_fn, x_0, **options)
     return loss / 2, aux
+
+
+def with_extra(key, schedule, denoise_fn, x_0, *, prediction, timestep_sampler):
+    """Adds the number of its row to the output of `pair`, by the argument `extra`."""
+    extra = jnp.arange(len(x_0), dtype=jnp.float32)[:, None]
+    options = {"prediction": prediction, "timestep_sampler": timestep_sampler}
+    return losses.simple(key, schedule, functools.partial(denoise_fn, extra=extra), x_0, **options)
+
+
+def with_addition(key, schedule, denoise_fn, x_0, *, prediction, timestep_sampler):
+    """Adds the number of its row to the output, without the network."""
+    rows = jnp.arange(len(x_0), dtype=jnp.float32).reshape(-1, *[1] * (x_0.ndim - 1))
+    options = {"prediction": prediction, "timestep_sampler": timestep_sampler}
+    return losses.simple(key, schedule, lambda x_t, time: denoise_fn(x_t, time) + rows, x_0, **options)
 
 
 def mean_shift(reference, samples):

@@ -64,6 +64,21 @@ def test_a_loss():
     np.testing.assert_allclose(found["loss"], plain_metrics()["loss"] / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_gives_the_network_further_numbers(accumulation):
+    def loss(function):
+        texts = {"model.kind": "helpers.own_networks:pair", "model.dropout": "0"}
+        texts |= {"diffusion.loss": f"helpers.own_networks:{function.__name__}"}
+        texts |= {"training.accumulation_steps": str(accumulation)}
+        config = configs.override(tiny_config(), texts)
+        state, step = training.create(config)
+        return float(step(state, a_batch(config, 0))[1]["loss"])
+
+    found = loss(own_networks.with_extra)
+    np.testing.assert_allclose(found, loss(own_networks.with_addition), rtol=1e-5)
+    assert found > 1.5  # without the numbers, the loss is about 1
+
+
 @pytest.mark.whole
 def test_a_weighting():
     found, plain = metrics_of(config_with(diffusion__weighting=own_networks.weight)), plain_metrics()
