@@ -73,6 +73,7 @@ nb_execution_cache_path = str(cache_directory(ROOT, BUILD))
 nb_execution_timeout = 600  # seconds for a cell; notebooks should take less than two minutes on two idle cores
 nb_execution_show_tb = True  # notebook errors are warnings, and `make docs` treats warnings as errors
 nb_merge_streams = True
+copybutton_selector = ":not(.highlight-output) > div.highlight > pre"  # no button on printed outputs
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Pages work without a network: MathJax and its fonts are copied from a Python package.

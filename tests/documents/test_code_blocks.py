@@ -1,11 +1,14 @@
 """The code of README.md and of the pages: Python blocks run, shell blocks are parsed by the command line.
 
 ```python   runs, from top to bottom in one namespace for each page; a block that starts with "# FILE.py" is added to FILE.py
+```output   the exact output of the Python block above
 ```py does not run; a sentence above the block names what is missing
 ```sh       lines that start with `python main.py` or `diffusion-jax` are parsed; PATH, DIR, NAME and ... are placeholders
 ```console  and other languages: only shown
 """
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -56,14 +59,26 @@ WITH_SHELL = [page for page in pages() if any(block.kind == "sh" for block in bl
 )
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"}
+    namespace, printed = {"__name__": "__main__"}, io.StringIO()
     for block in blocks(page):
+        if block.kind == "output":
+            assert printed.getvalue() == block.text, f"{page}, line {block.line}"
         if block.kind == "python":
             if match := re.match(r"# (\w+\.py)\n", block.text):
                 with open(match[1], "a") as file:
                     file.write(block.text)
             # The empty lines give tracebacks the page's line numbers.
-            exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+            program = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(program, namespace)
+
+
+def test_the_story_fits_a_phone():
+    """47 characters are the width of a code block in a window of 390 pixels (docs/_static/site.css)."""
+    for block in blocks(ROOT / "docs" / "concepts" / "ddpm.md"):
+        if block.kind in ("python", "output"):
+            assert max(len(line) for line in block.text.splitlines()) <= 47, block.line
 
 
 def commands(text):
