@@ -13,6 +13,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -42,7 +43,7 @@ def make_config(network: str, seed: int, num_steps: int) -> ConfigDict:
 def step_times(rounds: int = 8, steps: int = 8) -> dict[str, float]:
     """Returns the median time of a train step in seconds, by network, from alternating groups of steps."""
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
-    programs = {name: list(training.create(make_config(name, 0, 1000))) for name in NETWORKS}
+    programs: dict[str, list[Any]] = {name: list(training.create(make_config(name, 0, 1000))) for name in NETWORKS}
     times: dict[str, list[float]] = {name: [] for name in NETWORKS}
     for _ in range(rounds):
         for name, program in programs.items():
