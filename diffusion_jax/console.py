@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,6 @@ from diffusion_jax.distributed.processes import log
 __all__ = [
     "ProgressBar",
     "format_duration",
-    "format_value",
     "log",
     "log_compilation",
     "log_parameters",
@@ -61,17 +59,6 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def format_value(value: float, error: float | None = None) -> str:
-    """Formats a number; with an error, rounds both to the first digit of the error, or to two if the first is 1."""
-    if not error or not math.isfinite(error):
-        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
-    first = math.floor(math.log10(error))  # the place of the error's first digit
-    decimals = max(0, -first + (error < 2 * 10**first))  # two digits of an error that begins with 1
-    if decimals > 6 or abs(value) >= 1e6:
-        return f"{value:.4g} ± {error:.2g}"
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
-
-
 class ProgressBar:
     """A progress bar in a terminal; a log file gets at most one line every ten seconds, and a final line."""
 
@@ -111,7 +98,7 @@ class ProgressBar:
 
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:
-    """Returns a function (sizes, total) -> sizes that shows progress: the summed chunk sizes out of `total` images."""
+    """Returns a function (sizes, total) -> sizes that shows progress: the summed chunk sizes out of `total` examples."""
 
     def show(sizes: Iterable[int], total: int) -> Iterator[int]:
         done = 0

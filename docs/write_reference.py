@@ -99,8 +99,10 @@ def configuration() -> str:
     for name, metric in metrics.METRICS.items():
         axes = ", ".join(map(str, metric.spatial_axes))
         lines.append(f"| `{name}` | {_COMPARED[metric.needs]} | {axes} | {metric.minimum} |")
-    meanings = ["", "The numbers that they report:", "", "| number | meaning |", "|---|---|"]
-    meanings += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in metrics.MEANINGS.items()]
+    meanings = ["", "The numbers that they report:", "", "| number | name | better | meaning |", "|---|---|---|---|"]
+    meanings += [
+        f"| `{key}` | {each.name} | {each.better} | {_cell(each.text)} |" for key, each in metrics.MEANINGS.items()
+    ]
     return "\n".join(lines + meanings) + "\n"
 
 

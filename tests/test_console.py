@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_jax import console
+from diffusion_jax import console, metrics
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_durations(seconds, text):
     ],
 )
 def test_numbers_with_errors(value, error, text):
-    assert console.format_value(value, error) == text
+    assert metrics.format_value(value, error) == text
 
 
 def test_bars_count_images(capsys):

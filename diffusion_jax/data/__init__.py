@@ -29,6 +29,7 @@ from diffusion_jax.data.sources import (
     find_contradiction,
     is_in_memory,
     is_of_images,
+    noun,
     read_classes,
     select_split,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "is_of_images",
     "load",
     "natural_shape",
+    "noun",
     "origin",
     "read_classes",
     "stream",

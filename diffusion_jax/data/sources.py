@@ -259,6 +259,11 @@ def is_of_images(config: Mapping) -> bool:
     return config["levels"] is not None and is_image_shape(example_shape(config))
 
 
+def noun(config: Mapping) -> str:
+    """Returns "images" or "examples", the word for the examples of `config.data` in messages."""
+    return "images" if is_of_images(config) else "examples"
+
+
 def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
     """Returns ((height, width), channels) for image files. Raises: DataError for settings that describe other data."""
     shape, name = example_shape(config), config["dataset"]

@@ -14,18 +14,30 @@ import numpy as np
 
 import diffusion_jax
 from diffusion_jax import pictures
-from diffusion_jax.console import format_value
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.metrics import MAX_EXAMPLES, Options, Result, find_metric, needs_features, reported_name
+from diffusion_jax.metrics import (
+    MAX_EXAMPLES,
+    Options,
+    Result,
+    find_meaning,
+    find_metric,
+    format_value,
+    needs_features,
+    reported_name,
+    reported_values,
+)
 from diffusion_jax.provenance import Provenance
 
 __all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
-_WIDTH = 28  # width of names in the log
+_WIDTHS = 41, 18  # of names and values in the log
+_Z_LIMITS: dict[str, str] = dict.fromkeys(
+    ("mean_z", "covariance_z"), "mean_and_covariance_z_limit"
+)  # other limits are NAME_limit
 # Entries of a record besides metrics, which no metric of the user may replace.
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
 _RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
@@ -117,7 +129,7 @@ def compare(
     add_record(output, record)
     if sets and sets[1].chunks:  # the same samples are rarely compared again
         sets[1].chunks.delete()
-    _log_values(values)
+    _log_values(record)
     for name, note in notes.items():
         log(f"Note: {name}: {note}.")
     log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
@@ -261,16 +273,21 @@ def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, 
     return pictures.draw_neighbors(shown, rows[suspects].tolist(), examples, distances[suspects, :nearest], title)
 
 
-def _log_values(values: Mapping[str, Any]) -> None:
-    """Logs each metric with its standard error, and with its value for equal distributions unless that value is 0 or 1."""
-    for name, value in values.items():
-        if isinstance(value, float) and not name.endswith(("_std", "_standard_error", "_same_distribution")):
-            error, same_distribution = (values.get(f"{name}_{of}") for of in ("standard_error", "same_distribution"))
-            line = f"{name:{_WIDTH}} {format_value(value, error)}"
-            log(line + (f" (equal distributions: {same_distribution:.4g})" if same_distribution is not None else ""))
-    if "memorization" in values:
-        share = values["memorization"]["close_share"]
-        log(f"{'closer than the reference':{_WIDTH}} {share:.4f} (new examples: {_EXPECTED_CLOSE_SHARE})")
+def _log_values(record: Mapping[str, Any]) -> None:
+    """Logs each metric with its standard error, its better direction, and its value for equal distributions."""
+    counts = ["statistics" if record[key] is None else f"{record[key]:,}" for key in ("num_samples", "num_reference")]
+    log(f"Metrics of {counts[0]} samples, compared with {counts[1]} of {record['reference']}:")
+    for key, value in reported_values(record).items():
+        meaning = find_meaning(key)
+        name, better = (meaning.name, meaning.better) if meaning else (key, "")
+        line = f"  {name:{_WIDTHS[0]}} {format_value(value, record.get(f'{key}_standard_error')):{_WIDTHS[1]}}"
+        remarks = [f"{better} is better"] * bool(better)
+        expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")
+        if expected is not None:
+            remarks.append(f"equal distributions: {expected:.4g}")
+        limits = [record[end] for end in (f"{key}_limit", _Z_LIMITS.get(key, "")) if end in record]
+        remarks += [f"equal distributions: |z| below {limit:.3g}" for limit in limits]
+        log(f"{line} {'; '.join(remarks)}".rstrip())
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -21,6 +21,14 @@ import numpy as np
 
 from diffusion_jax.functions import find_function
 from diffusion_jax.metrics import of_arrays, of_features
+from diffusion_jax.metrics.meanings import (
+    MEANINGS,
+    Meaning,
+    find_meaning,
+    format_value,
+    heading,
+    reported_values,
+)
 from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, Measurement, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
@@ -29,19 +37,25 @@ __all__ = [
     "MEANINGS",
     "METRICS",
     "Curves",
+    "Meaning",
     "Metric",
     "Options",
     "Result",
     "choose_metrics",
+    "find_meaning",
     "find_metric",
+    "format_value",
+    "heading",
     "largest_z",
     "needs_features",
     "reported_name",
+    "reported_values",
 ]
 
 MAX_EXAMPLES = 50_000  # in a set of arrays, as in the image metrics
 _KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
 _IS_SPLIT_SIZE = 5000
+_FEW_PER_DIMENSION = 10  # with fewer samples per dimension, the bias of the Frechet distance is noticeable
 _MANIFOLD_K, _DENSITY_K = 3, 5
 _GROUPS = 20  # for the jackknives
 _ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # examples per set; products in all distances
@@ -188,7 +202,7 @@ def choose_metrics(
 
 def _frechet_distance(reference: Moments, samples: Moments, options: Options) -> Result:
     count, dimensions, note = samples.count, len(samples.mean), ""
-    if 0 < count <= dimensions:
+    if 0 < count < _FEW_PER_DIMENSION * dimensions:
         note = (
             f"{count:,} samples for {dimensions} dimensions: the distance is larger than with more samples; "
             "compare it at equal numbers of samples only"
@@ -261,7 +275,7 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
     pair, edges = (histograms.reference, histograms.samples), histograms.edges * scale[:, None] + offset[:, None]
     arrays = {"histogram_edges": edges, **_named("histogram_distance", distance), **_both("histogram", pair)}
     notes = [
-        f"total variation {value:.3g} ± {error:.2g}\nexpected for equal distributions: {same_distribution:.2g}"
+        f"total variation {format_value(value, error)}\nexpected for equal distributions: {same_distribution:.2g}"
         for value, error, same_distribution in zip(*distance[:3], strict=True)
     ]
     one, other = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
@@ -300,7 +314,7 @@ def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) 
     spectra = [_rescaled(each, scale**2) for each in spectra]
     arrays = {"spectrum_frequencies": frequencies, **_both("spectrum", spectra)}
     notes = [  # a logarithmic axis has no frequency 0
-        "at frequency 0: " + ", ".join(f"{s.value[0, c]:.3g} ± {s.standard_error[0, c]:.1g}" for s in spectra)
+        "at frequency 0: " + ", ".join(format_value(s.value[0, c], s.standard_error[0, c]) for s in spectra)
         for c in range(len(scale))
     ]
     one, other = (Measurement(each.value[1:], each.standard_error[1:]) for each in spectra)
@@ -393,32 +407,4 @@ METRICS: dict[str, Metric] = {
     "power_spectrum": Metric(_power_spectrum, "examples", 2, spatial_axes=(1, 2, 3)),
     "autocorrelation": Metric(_autocorrelation, "examples", 2, spatial_axes=(1,)),
     "memorization": Metric(_memorization, "vectors", 2),
-}
-_DISTANCE = "distance between Gaussians with the mean and covariance of each set's features; 0 for equal Gaussians"
-_MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
-# The meaning of the numbers in a record, by reported name without a resize.
-MEANINGS = {
-    "fid": f"Frechet Inception distance: {_DISTANCE}. Lower is better; it falls with the number of samples",
-    "frechet_distance": f"{_DISTANCE}. Lower is better; it falls with the number of samples",
-    "sfid": f"the same for Inception's spatial features: {_DISTANCE}",
-    "spatial_frechet_distance": f"the same for spatial features: {_DISTANCE}",
-    "kid": f"kernel Inception distance: {_MMD}",
-    "kernel_distance": _MMD,
-    "inception_score": "exp(mean KL(p(class | image) || p(class))), by Inception's class probabilities; higher is better",
-    "precision": "fidelity: share of samples inside the reference's manifold (nearest-neighbor balls)",
-    "recall": "diversity: share of reference images inside the samples' manifold",
-    "density": "fidelity: mean number of reference balls that contain a sample, divided by k; 1 for equal distributions",
-    "coverage": "diversity: share of reference images whose ball contains a sample",
-    "close_share": "share of samples nearer to a reference image than 99% of the reference images are to each other: about "
-    "0.01 for new images, near 1 for copies",
-    "energy_distance": "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal distributions, within "
-    "a few same_distribution_std",
-    "sliced_wasserstein": "root of the mean W_2^2 over directions, for standardized data; for equal distributions about "
-    "same_distribution",
-    "histogram_distance": "total variation between a channel's histograms, the largest over all channels; for equal "
-    "distributions about same_distribution",
-    "mean_deviation": "samples minus data, for standardized channels, where |z| is largest",
-    "covariance_deviation": "samples minus data, for standardized channels at one position, where |z| is largest",
-    "power_spectrum_deviation": "samples / data - 1, at the frequency and channel where |z| is largest",
-    "autocorrelation_deviation": "samples minus data, at the lag and channel where |z| is largest",
 }

@@ -17,10 +17,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
-from diffusion_jax.console import format_value
 from diffusion_jax.errors import DiffusionJaxError, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
+from diffusion_jax.metrics import format_value, reported_values
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
@@ -36,8 +36,6 @@ __all__ = [
     "train_command",
 ]
 
-# Suffixes of entries that describe a metric, but are not metrics.
-_NOT_METRICS = ("_std", "_standard_error", "_same_distribution", "_limit", "_frequency")
 _FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
 _Record = dict[str, Any]
 
@@ -121,11 +119,8 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]
         row = {key: str(values[key]) for key in names if values.get(key) is not None}
         if "samples" in row:
             row["samples"] = pathlib.Path(row["samples"]).name
-        for key, value in record.items():
-            if isinstance(value, float) and not key.endswith(_NOT_METRICS):
-                row[key] = format_value(value, record.get(f"{key}_standard_error"))
-        if "memorization" in record:
-            row["close_share"] = f"{record['memorization']['close_share']:.4g}"
+        for key, value in reported_values(record).items():
+            row[key] = format_value(value, record.get(f"{key}_standard_error"))
         rows.append(row)
     columns = [
         key for key in names | dict.fromkeys(key for row in rows for key in row) if any(key in row for row in rows)

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.files import write_text
+from diffusion_jax.metrics import heading
 from diffusion_jax.pretrained import Model, format_summary
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
@@ -87,7 +88,9 @@ def _metrics(run: RunFiles, net: Model) -> str:
     records = [record for record in run.measurements() if weights <= record.items()]
     if not records:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
-    return "## Metrics\n\nA row for each measurement, ± one standard error:\n\n" + _table(*table_cells(records))
+    columns, rows = table_cells(records)
+    table = _table([heading(column) for column in columns], rows)
+    return f"## Metrics\n\nA row for each measurement, ± one standard error:\n\n{table}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

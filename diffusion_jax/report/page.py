@@ -15,9 +15,9 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
-from diffusion_jax.console import format_duration, format_value
+from diffusion_jax.console import format_duration
 from diffusion_jax.evaluation.example_sets import sample_files
-from diffusion_jax.metrics import MEANINGS
+from diffusion_jax.metrics import MEANINGS, find_meaning, format_value, heading
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import figures
 from diffusion_jax.report.collect import (
@@ -98,15 +98,15 @@ Section = tuple[str, str, Markup]
 PICTURE_BYTES = 3_000_000  # before base64, which adds a third
 _MAX_RECORDS, _NUMBERS_OF_A_CHART = 20, 12
 _NO_LINES = "Nothing is logged yet."
-_LIKELIHOOD_TERMS = {
-    "bits_per_dim": "total bound, upper bound of the negative log-likelihood",
-    "nats_per_dim": "the same in nats",
-    "prior": "KL of q(x_T | x_0) from the standard normal, in bits per dimension",
-    "transitions": "sum of the terms for the steps between, in bits per dimension",
-    "decoder": "L_0, the code of x_0 given x_1, in bits per dimension",
-    "ode_bits_per_dim": "by the probability-flow ODE, no bound",
-    "ode_nats_per_dim": "the same in nats",
-}
+_LIKELIHOOD_TERMS = (
+    "bits_per_dim",
+    "nats_per_dim",
+    "prior",
+    "transitions",
+    "decoder",
+    "ode_bits_per_dim",
+    "ode_nats_per_dim",
+)
 
 
 def run_page(run: RunFiles) -> str:
@@ -270,8 +270,8 @@ def _gallery(pictures: Iterable[Picture]) -> Markup:
 def _likelihood(run: RunFiles) -> Section | None:
     report = run.likelihood
     rows = [
-        [name, format_value(report[name], report.get(f"{name}_standard_error")), meaning]
-        for name, meaning in _LIKELIHOOD_TERMS.items()
+        [heading(name), format_value(report[name], report.get(f"{name}_standard_error")), MEANINGS[name].text]
+        for name in _LIKELIHOOD_TERMS
         if isinstance(report.get(name), int | float)
     ]
     if not rows:
@@ -290,13 +290,14 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
     if not records:
         return None
     columns, rows = table_cells(records)
-    body = table("A row for each measurement, ± one standard error", columns, rows, class_="numbers")
+    header = [heading(column) for column in columns]
+    body = table("A row for each measurement, ± one standard error", header, rows, class_="numbers")
     notes = dict.fromkeys(
         f"{record['run']}, {name}: {note}" for record in records for name, note in record.get("notes", {}).items()
     )
     warnings = [element("ul", *(element("li", note) for note in notes), class_="notes")] if notes else []
-    meanings = MEANINGS | _LIKELIHOOD_TERMS
-    explained = definitions((n, meanings[n]) for n in columns if n in meanings)
+    meanings = {column: meaning for column in columns if (meaning := find_meaning(column))}
+    explained = definitions((f"{m.name}, {key} in files", m.text) for key, m in meanings.items())
     return _section("metrics", "Metrics", body, *warnings, explained)
 
 

@@ -46,11 +46,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     needed = inspect.signature(editing.EDITS[task]).parameters
     mask = files.read_mask() if "mask" in needed else None
     image = files.read("image", options.factor if "factor" in needed else None, mask)
-    given, captions = [image], ["image"]
+    kind = "image" if net.is_images else "example"
+    given, captions = [image], [kind]
     if mask is not None:  # unknown values may be NaN; the picture shows them gray
         shown = np.where(mask, image, np.nan if net.levels is None else _UNKNOWN).astype(image.dtype)
         image = np.where(mask, image, 0).astype(image.dtype)
-        given, captions = [given[0], shown], ["image", "known"]
+        given, captions = [given[0], shown], [kind, "known"]
     inputs: dict[str, Any] = {"image": files.to_model(image, options.num_samples), "mask": mask}
     if "other" in needed:
         for setting, rows in (("class", setup.labels), ("conditions", setup.conditions)):
@@ -58,7 +59,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
-        given, captions = [image, files.read("other")], ["image", "other"]
+        given, captions = [image, files.read("other")], [kind, "other"]
         inputs["other"] = files.to_model(given[1])
     arguments = {**options.to_dict(), **inputs}
     with as_user_error("config.editing"):

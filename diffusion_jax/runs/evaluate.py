@@ -26,16 +26,24 @@ from diffusion_jax.data.sources import read_in_order
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import features
-from diffusion_jax.evaluation.compare import check_count, compare
+from diffusion_jax.evaluation.compare import check_count, compare, read_records
 from diffusion_jax.evaluation.example_sets import ExampleSet
 from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
-from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features
+from diffusion_jax.metrics import (
+    MAX_EXAMPLES,
+    Options,
+    choose_metrics,
+    format_value,
+    needs_features,
+    reported_values,
+)
 from diffusion_jax.pretrained import load_weights
 from diffusion_jax.pretrained.model import format_schedule
 from diffusion_jax.provenance import params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
+from diffusion_jax.runs.logging import write_evaluation
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import (
     check_source,
@@ -94,7 +102,7 @@ def measure_likelihood(
     config, workdir = resolve(config), open_run_dir(workdir)
     measured, options = LikelihoodRun(config, workdir, source), config.evaluation
     net, count, size = measured.net, measured.num_examples, measured.batch_size
-    log(f"Measuring the bound of {count:,} {_noun(config)} with the {net.weights} weights of step {net.step}.")
+    log(f"Measuring the bound of {count:,} {data.noun(config.data)} with the {net.weights} weights of step {net.step}.")
     with as_user_error("config.evaluation"):
         jax.eval_shape(measured.bound, net.params, np.uint32(0), np.int32(0), measured.read(np.zeros(size, int)))
     assert net.mesh is not None
@@ -116,7 +124,7 @@ def measure_likelihood(
     if num_failed:
         raise UserError(
             f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE did not converge "
-            f"for {num_failed} of {count} {_noun(config)}; try a larger tolerance"
+            f"for {num_failed} of {count} {data.noun(config.data)}; try a larger tolerance"
         )
     write_config_if_untrained(config, workdir)
 
@@ -161,6 +169,9 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     workdir.upload(*written)
+    if jax.process_index() == 0:
+        record = read_records(workdir / "metrics.json")[-1]
+        write_evaluation(config, workdir, file.setup.net.step, reported_values(record))
     write_config_if_untrained(config, workdir)
 
 
@@ -314,10 +325,6 @@ class LikelihoodRun:
         return out
 
 
-def _noun(config: ConfigDict) -> str:
-    return "examples" if is_continuous(config) else "images"
-
-
 def _load_source(
     config: ConfigDict, source: data.Source | None, is_trained_here: bool
 ) -> tuple[data.Source, str | None]:
@@ -326,7 +333,8 @@ def _load_source(
     is_trained_here: whether the model was trained on `config.data`. If the examples are the training examples, a note is
     logged. Returns: (examples, split).
     """
-    options, title, renamed = config.evaluation, f"Reading the {_noun(config)}", {"data.split": "evaluation.split"}
+    options, noun, renamed = config.evaluation, data.noun(config.data), {"data.split": "evaluation.split"}
+    title = f"Reading the {noun}"
     if source is not None:
         return _load(title, dict(config.data), {}, source), None
     location, split = {**config.data, "split": options.split}, options.split
@@ -342,7 +350,7 @@ def _load_source(
     loaded = _load(title, location, renamed, None)
     if is_trained_here and not is_elsewhere and split == config.data.split:
         log(
-            f"Note: the model was trained on these {_noun(config)} (split {split!r}); to measure other {_noun(config)}, "
+            f"Note: the model was trained on these {noun} (split {split!r}); to measure other {noun}, "
             "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
         )
     return loaded, split
@@ -448,14 +456,15 @@ def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
         pictures.save(workdir / name, picture)
     files = ("likelihood.json", "likelihood.npz", *drawn)
     workdir.upload(*(workdir / name for name in files))
-    parts = ", ".join(f"{name} {scale * report[name]:.4f}" for name in ("prior", "transitions", "decoder"))
-    endings = {
-        "": f"{' in data units' if continuous else ''}: {parts}",
-        "ode_": " by the probability-flow ODE",
-    }
-    for prefix, ending in endings.items():
-        key = f"{prefix}{unit}_per_dim"
-        if key in report:
-            error = report[f"{key}_standard_error"]
-            log(f"{report[key]:.4f}{'' if error is None else f' ± {error:.4f}'} {unit} per dimension{ending}")
+
+    def text(key: str, factor: float = 1.0) -> str:
+        error = report[f"{key}_standard_error"]
+        return format_value(factor * report[key], None if error is None else factor * error)
+
+    parts = ", ".join(f"{name} {text(name, scale)}" for name in ("prior", "transitions", "decoder"))
+    units = f"{unit} per dimension{' in data units' if continuous else ''}"
+    log(f"{text(f'{unit}_per_dim')} {units}, an upper bound, lower is better; its terms: {parts}")
+    if f"ode_{unit}_per_dim" in report:
+        log(f"{text(f'ode_{unit}_per_dim')} {units} by the probability-flow ODE, lower is better")
     log(f"Written to {workdir}: {', '.join(files)}")
+    write_evaluation(measured.config, workdir, net.step, reported_values(report))

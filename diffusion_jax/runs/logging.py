@@ -46,6 +46,7 @@ __all__ = [
     "read_goodput",
     "read_launches",
     "read_metrics",
+    "write_evaluation",
 ]
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
@@ -110,7 +111,7 @@ class RunMetrics:
         self._workdir, self._last_flush = workdir, time.monotonic()
         self._in_bucket, self._is_writer = isinstance(workdir, BucketRunDir), jax.process_index() == 0
         self._waiting: list[dict[str, Any]] = []  # lines that are not written yet
-        self._writers: dict[str, Any] = {}
+        self._writers = _Writers(config, {}, step)
         if not self._is_writer:
             return
         with self._write_errors():
@@ -119,10 +120,7 @@ class RunMetrics:
                 if text != path.read_text():
                     write_text(path, text)
                     workdir.upload(path)
-        for name in config.logging.writers:
-            with self._drop_if_it_fails(name):
-                make = find_function(name, "logging.writers", WRITERS)
-                self._writers[name] = make(workdir, to_dict(config), step)
+        self._writers = _Writers(config, dict.fromkeys(config.logging.writers, workdir), step)
 
     def __enter__(self) -> RunMetrics:
         return self
@@ -142,21 +140,6 @@ class RunMetrics:
                 exit_code=1,
             ) from error
 
-    @contextlib.contextmanager
-    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._writers.pop(name, None)
-            reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-            log(f"Note: {name} failed ({reason}): the run continues without it.")
-
-    def _call_writers(self, method: str, *arguments: Any) -> None:
-        for name, writer in list(self._writers.items()):
-            with self._drop_if_it_fails(name):
-                if hasattr(writer, method) or method == "write_scalars":  # a user's tracker may lack the other methods
-                    getattr(writer, method)(*arguments)
-
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes numbers by name."""
         if not self._is_writer:
@@ -164,7 +147,7 @@ class RunMetrics:
         self._waiting.append({"step": step, **scalars})
         if not self._in_bucket:
             self._append(self._workdir / _LINES)
-        self._call_writers("write_scalars", step, scalars)
+        self._writers.call("write_scalars", step, scalars)
         if self._in_bucket and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
@@ -176,7 +159,7 @@ class RunMetrics:
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
         """Writes a uint8 image [H, W, C]. caption: a title for the image."""
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        self._call_writers("write_image", step, name, picture, caption)
+        self._writers.call("write_image", step, name, picture, caption)
 
     def flush(self) -> None:
         """Makes the written lines survive a kill. Call this method before saving a checkpoint."""
@@ -192,14 +175,55 @@ class RunMetrics:
                 path.parent.mkdir(exist_ok=True)
                 self._append(path)
                 self._workdir.upload(path)
-        self._call_writers("flush")
+        self._writers.call("flush")
 
     def close(self) -> None:
         """Flushes, and closes all writers."""
         try:
             self.flush()
         finally:
-            self._call_writers("close")
+            self._writers.call("close")
+
+
+def write_evaluation(config: ConfigDict, workdir: RunDir, step: int | None, scalars: Mapping[str, float]) -> None:
+    """Writes results of `--mode=evaluate` to each writer in `logging.writers`, as evaluation/NAME at the checkpoint's step.
+
+    TensorBoard's events are in the subdirectory evaluation/, so that TensorBoard still reads new events of a training launch.
+    """
+    own = {"tensorboard": workdir.subdirectory("evaluation")}
+    writers = _Writers(config, {name: own.get(name, workdir) for name in config.logging.writers}, step or 0)
+    writers.call("write_evaluation", step or 0, {f"evaluation/{name}": value for name, value in scalars.items()})
+    writers.call("close")
+
+
+class _Writers:
+    """The writers of a launch. A writer that fails is dropped, and one line is logged."""
+
+    def __init__(self, config: ConfigDict, directories: Mapping[str, RunDir], step: int):
+        self._writers: dict[str, Any] = {}
+        for name, directory in directories.items():
+            with self._drop_if_it_fails(name):
+                directory.path.mkdir(parents=True, exist_ok=True)
+                make = find_function(name, "logging.writers", WRITERS)
+                self._writers[name] = make(directory, to_dict(config), step)
+
+    @contextlib.contextmanager
+    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._writers.pop(name, None)
+            reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            log(f"Note: {name} failed ({reason}): the run continues without it.")
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Calls a method of each writer. A user's tracker may have `write_scalars` alone."""
+        for name, writer in list(self._writers.items()):
+            with self._drop_if_it_fails(name):
+                if method == "write_evaluation" and not hasattr(writer, method):
+                    writer.write_scalars(*arguments)
+                elif hasattr(writer, method) or method == "write_scalars":
+                    getattr(writer, method)(*arguments)
 
 
 # ---- Writers. Arguments: the work directory, the config as JSON values, and the first step of the launch.
@@ -239,7 +263,7 @@ class _TensorBoard:
         self._write(step, summary=summary(value=[summary.Value(**value) for value in values]))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        tags = {name: f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}" for name in scalars}
+        tags = {name: name if "/" in name else f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}" for name in scalars}
         self._write_values(step, [{"tag": tags[name], "simple_value": value} for name, value in scalars.items()])
 
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
@@ -304,6 +328,11 @@ class _WandB(_Tracker):
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
+    def write_evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        # W&B drops values of a step that is not after the newest step, so the results have an axis of their own.
+        self._run.define_metric("evaluation/*", step_metric="evaluation/step")
+        self._run.log({**scalars, "evaluation/step": step})
+
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
         self._run.log({name: self._module.Image(image, caption=caption)}, step=step)
 
@@ -319,6 +348,9 @@ class _Trackio(_WandB):
     def _options(self, workdir: RunDir, title: str, run_id: str) -> dict[str, Any]:
         options = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
         return options | {"name": f"{title}-{run_id}", "space_id": os.environ.get("TRACKIO_SPACE_ID")}
+
+    def write_evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.write_scalars(step, scalars)
 
 
 class _MLflow(_Tracker):

@@ -123,9 +123,9 @@ def run(config: ConfigDict) -> None:
         traced = trace(config, choices)
     found, steps = estimate(config, traced, given, num_devices), given.accumulation_steps
     log(
-        f"On {num_devices} device{'s' * (num_devices > 1)} (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), batch "
-        f"{options.batch_size} ({options.batch_size // num_devices} per device, in {steps} microbatch{'es' * (steps > 1)}), "
-        f"layers in {config.model.dtype}:"
+        f"On {num_devices} device{'s' * (num_devices > 1)} of any kind (data {num_devices // mesh.fsdp}, fsdp {mesh.fsdp}), "
+        f"batch {options.batch_size} ({options.batch_size // num_devices} per device, "
+        f"in {steps} microbatch{'es' * (steps > 1)}), layers in {config.model.dtype}:"
     )
     flops = traced.flops[given.remat]
     flops = f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e8 else f"{flops / 1e6:,.2f} MFLOP"
@@ -136,7 +136,8 @@ def run(config: ConfigDict) -> None:
     if mesh.device is None:
         return
     usable = USABLE * DEVICES[mesh.device]
-    log(f"On {num_devices} x {mesh.device} ({_bytes(usable)} of {_bytes(DEVICES[mesh.device])} counted):")
+    memory = f"{_bytes(usable)} of the {_bytes(DEVICES[mesh.device])} on each {mesh.device}"
+    log(f"On {num_devices} x {mesh.device} (may use {memory}):")
     log(f"  as given            {'fits' if found.total <= usable else 'does not fit'}")
     estimates = all_estimates(config, traced, num_devices)
     fitting = [each for each in estimates if each.total <= usable]

@@ -18,7 +18,7 @@ from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import data, pictures, pretrained, schedules
-from diffusion_jax.config import SETTINGS, clips_by_default, is_continuous, resolve
+from diffusion_jax.config import SETTINGS, clips_by_default, resolve
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -115,7 +115,7 @@ class SampleFile:
             return
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
-        options, noun = self.config.sampling, "examples" if is_continuous(self.config) else "images"
+        options, noun = self.config.sampling, data.noun(self.config.data)
         name, kind = self.setup.net.provenance.name, str(self.setup.net.weights)
         weights = f"{name.removesuffix(f'_{kind}')} ({kind.replace('ema', 'EMA')} weights)"
         log(f"Sampling {options.num_samples} {noun} from {weights}.")

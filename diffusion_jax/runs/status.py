@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion_jax import data
 from diffusion_jax.console import format_duration
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
@@ -54,7 +55,7 @@ def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, A
     timed = [line for line in lines if "step_seconds" in line]
     if timed:
         seconds = timed[-1]["step_seconds"]
-        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.3g} examples/s"
+        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.3g} {data.noun(config.data)}/s"
         if step < num_steps:
             rows["time left"] = f"{format_duration((num_steps - step) * seconds)} at this speed"
     rows["checkpoint"] = _checkpoint(workdir, saved)

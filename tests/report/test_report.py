@@ -136,6 +136,13 @@ def test_a_page_stays_small(tmp_path, monkeypatch):
     assert "of 40 pictures are in this file." in written.text
 
 
+def test_metrics_have_names_and_directions(tmp_path):
+    write_run(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "Frechet distance, lower is better</th>" in text and "frechet_distance, lower" not in text
+    assert "Frechet distance, frechet_distance in files</dt>" in text
+
+
 def test_runs_are_compared(tmp_path):
     write_run(tmp_path / "a" / "run")
     write_log(tmp_path / "b" / "run", num_steps=800)

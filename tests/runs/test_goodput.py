@@ -55,7 +55,7 @@ def test_the_status_of_a_run(tmp_path, capsys):
     assert 0 < lines(run, without=())[-1]["goodput"] < 1
     config.training.num_steps = 4
     report = status.report(config, run)
-    for words in ("not running; rerun its command", "step 2 of 4 (50%)", "time left", "1 launch"):
+    for words in ("not running; rerun its command", "step 2 of 4 (50%)", "time left", "1 launch", " examples/s"):
         assert words in report, report
     train.run(config, run)
     assert "finished" in status.report(config, run)

@@ -62,6 +62,19 @@ def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
     ]
 
 
+def test_results_are_beside_the_events_of_training(tmp_path):
+    """At the checkpoint's step; later events of the training launch stay."""
+    config = tiny_config()
+    with RunMetrics(config, RunDir(tmp_path), step=0) as metrics:
+        metrics.write_scalars(3, {"loss": 1.0})
+        logging.write_evaluation(config, RunDir(tmp_path), 2, {"recall": 0.5})
+        metrics.write_scalars(4, {"loss": 2.0})
+    assert [event.step for event in read_events(tmp_path).Scalars("loss/loss")] == [3, 4]
+    (event,) = read_events(tmp_path / "evaluation").Scalars("evaluation/recall")
+    assert (event.step, event.value) == (2, 0.5)
+    assert [line["step"] for line in lines(tmp_path)] == [3, 4]
+
+
 # ---- Trackers
 
 PROJECT = "a_project"
@@ -86,14 +99,14 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "my_run"
 
 
-def tracked_points(name, workdir):
-    """[(step, loss)] from a tracker's run."""
+def tracked_points(name, workdir, metric="loss"):
+    """[(step, value)] from a tracker's run."""
     run = json.loads((workdir / "trackers.json").read_text())[name]
     if name == "mlflow":
-        history = importlib.import_module("mlflow").MlflowClient().get_metric_history(run, "loss")
+        history = importlib.import_module("mlflow").MlflowClient().get_metric_history(run, metric)
         return [(point.step, point.value) for point in history]
     logs = importlib.import_module("trackio").SQLiteStorage.get_logs(PROJECT, f"my_run-{run}")
-    return [(line["step"], line["loss"]) for line in logs if "loss" in line]
+    return [(line["step"], line[metric]) for line in logs if metric in line]
 
 
 @pytest.mark.whole
@@ -114,6 +127,17 @@ def test_a_relaunch_continues_the_tracked_run(name, offline, capsys):
         assert len(list(offline.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))) == 2
     else:
         assert sorted(tracked_points(name, offline)) == [(2, 1 / 2), (4, 1 / 4), (4, 1 / 4), (6, 1 / 6)]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", [name for name in logging.WRITERS if name != "tensorboard"])
+def test_results_go_to_the_tracked_run(name, offline, capsys):
+    pytest.importorskip(name)
+    config = array_config("vectors", "", **{"logging.writers": (name,), "logging.project": PROJECT})
+    logging.write_evaluation(config, RunDir(offline), 2, {"recall": 0.5})
+    assert "continues without it" not in capsys.readouterr().out
+    if name != "wandb":
+        assert tracked_points(name, offline, "evaluation/recall") == [(2, 0.5)]
 
 
 @pytest.mark.parametrize("method", ["open", "write_scalars", "write_image", "flush", "close"])

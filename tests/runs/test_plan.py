@@ -58,6 +58,7 @@ def test_a_plan_proposes_settings(memory, words, choices, capsys, monkeypatch):
     monkeypatch.setattr(plan, "all_estimates", lambda *_: choices[1])
     plan.run(tiny_config(**{"mesh.device": "h100"}))
     out = capsys.readouterr().out
+    assert "of any kind (data" in out and f"On {jax.device_count()} x h100 (may use" in out
     assert words in out and "--config.mesh.fsdp=" in out and "'--config.model.remat=" in out
     assert "as given" in out and ("does not fit" in out) == (memory == 1e3)
 
