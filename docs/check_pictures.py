@@ -42,7 +42,7 @@ class Drawing(NamedTuple):
     sources: tuple[str, ...]
 
 
-_GRIDS, _FIGURES = "diffusion_jax/pictures/grids.py", "diffusion_jax/pictures/figures.py"
+_GRIDS, _FIGURES = "diffusion_jax/pictures/grids.py", "diffusion_jax/pictures/samples.py"
 _REPORT = ("diffusion_jax/report/figures.py", "diffusion_jax/report/page.py", "diffusion_jax/report/static/*.*")
 _TRAIN_DIGITS = "python main.py --config=configs/digits.py --workdir=runs/digits"
 _SAMPLE_DIGITS = "python main.py --workdir=runs/digits --mode=sample"

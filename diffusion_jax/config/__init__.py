@@ -209,6 +209,12 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
             value = FieldReference(value, field_type=object)
         group, _, last = name.rpartition(".")
         (config[group] if group else config)[last] = value
+    for name in ("channel_names", "channel_units"):
+        if config.data[name] and len(config.data[name]) != config.data.channels:
+            raise ConfigError(
+                f"data.{name}={config.data[name]} has {len(config.data[name])} texts for data.channels="
+                f"{config.data.channels}; give one for each channel, or ()"
+            )
     return config
 
 

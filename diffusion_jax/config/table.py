@@ -93,6 +93,14 @@ DATA: dict[str, Setting] = {
         "series, () for vectors.",
     ),
     "channels": Setting(3, Integer(1), "Channels of an example. Image files have 3, or 1 for gray."),
+    "channel_names": Setting(
+        (), Tuple(Text(), "texts", shown="('u', 'v')"), "Names of the channels in pictures; () for numbers."
+    ),
+    "channel_units": Setting(
+        (),
+        Tuple(Text(), "texts", shown="('m/s', 'm/s')"),
+        'Units of the channels in pictures, "" for no unit; () for "data units".',
+    ),
     "low_resolution": Setting(
         0, Integer(0), "Height of the small images that an upsampler enlarges; 0 for other models."
     ),
@@ -590,6 +598,7 @@ CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRES
 
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
 _NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers", "precision")
+_NOT_IDENTITY += ("channel_names", "channel_units")
 
 
 def is_identity(name: str) -> bool:

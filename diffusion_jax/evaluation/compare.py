@@ -55,6 +55,7 @@ def compare(
     pipeline: FeaturePipeline | None,
     options: Options,
     settings: Mapping[str, Any],
+    channels: pictures.Channels = pictures.UNKNOWN,
 ) -> list[pathlib.Path]:
     """Compares the samples with the reference, and adds a record with the metrics and settings to `output`.
 
@@ -109,7 +110,7 @@ def compare(
     }
     suffix = hashlib.sha256(json.dumps([*digests, *used.values()]).encode()).hexdigest()[:6]
     suffix = f"{pathlib.Path(samples.name).stem}_{suffix}"
-    files = _write_files(output.parent, suffix, reference, samples, results, extractor)
+    files = _write_files(output.parent, suffix, reference, samples, results, extractor, channels)
     record = {
         **values,
         "notes": notes,
@@ -228,6 +229,7 @@ def _write_files(
     samples: ExampleSet,
     results: Mapping[str, Result],
     extractor: FeatureExtractor | None,
+    channels: pictures.Channels,
 ) -> dict[str, str]:
     """Writes the pictures, and the statistics as an .npz. Returns: {content: file name}."""
     files: dict[str, str] = {}
@@ -236,7 +238,7 @@ def _write_files(
         picture, curves = None, result.curves
         if curves is not None:
             name = curves.name
-            picture = pictures.draw_curves(curves, f"Samples of {other.stem} and {one.name}")
+            picture = pictures.draw_curves(curves, f"Samples of {other.stem} and {one.name}", channels)
         elif result.neighbors is not None and samples.first.ndim > 2:  # vectors have no picture
             limit = result.values[name]["close_distance"]
             space = (
@@ -244,7 +246,7 @@ def _write_files(
             )
             title = f"Samples of {other.name} and their nearest examples in {one.name}; "
             title += f"Euclidean distances {space}; at most {limit:.3g} is close"
-            picture = _draw_neighbors(reference, samples, result, title)
+            picture = _draw_neighbors(reference, samples, result, title, channels)
         if picture is not None:
             files[name] = f"{name}_{suffix}.png"
             pictures.save(folder / files[name], picture)
@@ -259,7 +261,9 @@ def _write_files(
     return files
 
 
-def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, title: str) -> pictures.Picture:
+def _draw_neighbors(
+    reference: ExampleSet, samples: ExampleSet, result: Result, title: str, channels: pictures.Channels
+) -> pictures.Picture:
     """Draws the samples that are nearest to reference examples: one row for each sample with its nearest examples."""
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
@@ -268,9 +272,11 @@ def _draw_neighbors(reference: ExampleSet, samples: ExampleSet, result: Result, 
     examples = np.stack([read_examples(reference.source, indices[i, :nearest]) for i in suspects])
     shown = read_examples(samples.source, rows[suspects])
     if shown.shape[-1] != examples.shape[-1]:  # gray and color images
-        channels = max(shown.shape[-1], examples.shape[-1])
-        shown, examples = (np.broadcast_to(x, (*x.shape[:-1], channels)) for x in (shown, examples))
-    return pictures.draw_neighbors(shown, rows[suspects].tolist(), examples, distances[suspects, :nearest], title)
+        depth = max(shown.shape[-1], examples.shape[-1])
+        shown, examples = (np.broadcast_to(x, (*x.shape[:-1], depth)) for x in (shown, examples))
+    return pictures.draw_neighbors(
+        shown, rows[suspects].tolist(), examples, distances[suspects, :nearest], title, channels
+    )
 
 
 def _log_values(record: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pathlib
 import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +17,18 @@ from diffusion_jax.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GAP", "LINE", "Picture", "as_text", "draw_grid", "save", "to_array"]
+__all__ = [
+    "GAP",
+    "LINE",
+    "Block",
+    "Picture",
+    "as_text",
+    "draw_blocks",
+    "draw_grid",
+    "fill_cells",
+    "save",
+    "to_array",
+]
 
 Picture: TypeAlias = "np.ndarray | Figure"
 
@@ -25,9 +36,32 @@ GAP = 4  # gray pixels around every image in a grid
 LINE = 14  # height of a text line in pixels
 _MIN_SIZE = 96  # minimum size of an enlarged image in pixels, wide enough for a caption
 _MIN_TITLE_WIDTH = 300  # pixels
+_MAX_ROW_NAME = 160  # pixels
 _LETTER_WIDTH = 7  # pixels, upper bound on the mean letter width in a title
 _BACKGROUND, _TEXT_GRAY = 64, 230
-_SHADES = " .:-=+*#%@"
+_SHADES, _TEXT_GAP = " .:-=+*#%@", 4  # characters
+
+
+class Block(NamedTuple):
+    """Images uint8 [N, H, W, C] in a part of a picture.
+
+    cells: int [rows, columns], the number of the image in each cell; -1 for an empty cell. captions: a text line below each
+    image. headers: text lines above, which share the width of the block evenly.
+    """
+
+    images: np.ndarray
+    cells: np.ndarray
+    captions: Sequence[str] | None = None
+    headers: Sequence[str] | None = None
+
+
+def fill_cells(groups: Sequence[np.ndarray], rows: Sequence[int], columns: int) -> np.ndarray:
+    """Returns cells in which each group of image numbers has some rows; numbers beyond these rows are left out."""
+    cells = np.full((sum(rows), columns), -1)
+    for group, start, count in zip(groups, np.cumsum([0, *rows]), rows, strict=False):
+        chosen = group[: count * columns]
+        cells[start : start + count].reshape(-1)[: len(chosen)] = chosen
+    return cells
 
 
 def draw_grid(
@@ -42,32 +76,63 @@ def draw_grid(
     title: at the top, wrapped into lines. captions: a text line below each image. headers: a text line above each column.
     Captions and headers are shortened to the width of the images.
     """
-    n, height, width, channels = images.shape
+    n = len(images)
     columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    scale = max(1, _MIN_SIZE // max(height, width))
-    below = LINE if captions else 0
-    height, width = height * scale + GAP + below, width * scale + GAP
-    tiles = np.full((rows * columns, height, width, channels), _BACKGROUND, np.uint8)
-    tiles[:n, GAP : height - below, GAP:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    for tile, caption in zip(tiles, captions or (), strict=False):
-        tile[height - below :, GAP:] = _line(caption, width - GAP)[..., None]
-    picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    picture = picture.reshape(rows * height, columns * width, channels)
-    if headers:
-        above = np.full((LINE, columns * width, channels), _BACKGROUND, np.uint8)
-        for column, header in enumerate(headers):
-            above[:, column * width + GAP : (column + 1) * width] = _line(header, width - GAP)[..., None]
-        picture = np.concatenate([above, picture])
+    cells = fill_cells([np.arange(n)], [math.ceil(n / columns)], columns)
+    return draw_blocks([Block(images, cells, captions, headers)], title)
+
+
+def draw_blocks(blocks: Sequence[Block], title: str = "", row_names: Sequence[str] = ()) -> np.ndarray:
+    """Draws blocks with the same number of rows side by side, as `draw_grid`. row_names: texts at the left of the rows."""
+    below = LINE if any(block.captions for block in blocks) else 0
+    above = LINE if any(block.headers for block in blocks) else 0
+    drawn = [_draw_block(block, above, below) for block in blocks]
+    if any(row_names):
+        drawn.insert(0, _draw_row_names(row_names, drawn[0], above))
+    gap = np.full((len(drawn[0]), 3 * GAP, drawn[0].shape[-1]), _BACKGROUND, np.uint8)
+    picture = np.concatenate([each for block in drawn for each in (gap, block)][1:], axis=1)
     if title:
         missing = max(0, _MIN_TITLE_WIDTH - picture.shape[1])
         picture = np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=_BACKGROUND)
         text_width = picture.shape[1] - GAP
         lines = [_line(line, text_width) for line in textwrap.wrap(title, text_width // _LETTER_WIDTH)]
-        above = np.full((len(lines) * LINE, picture.shape[1], channels), _BACKGROUND, np.uint8)
-        above[:, GAP:] = np.concatenate(lines)[..., None]
-        picture = np.concatenate([above, picture])
+        head = np.full((len(lines) * LINE, *picture.shape[1:]), _BACKGROUND, np.uint8)
+        head[:, GAP:] = np.concatenate(lines)[..., None]
+        picture = np.concatenate([head, picture])
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
+
+
+def _draw_block(block: Block, above: int, below: int) -> np.ndarray:
+    """Draws a block with `above` pixels for headers, and `below` pixels under each image for captions."""
+    _, height, width, channels = block.images.shape
+    rows, columns = block.cells.shape
+    scale = max(1, _MIN_SIZE // max(height, width))
+    height, width = height * scale + GAP + below, width * scale + GAP
+    tiles = np.full((rows * columns, height, width, channels), _BACKGROUND, np.uint8)
+    for tile, i in zip(tiles, map(int, block.cells.flat), strict=True):
+        if i >= 0:
+            tile[GAP : height - below, GAP:] = block.images[i].repeat(scale, axis=0).repeat(scale, axis=1)
+            if block.captions and i < len(block.captions):
+                tile[height - below :, GAP:] = _line(block.captions[i], width - GAP)[..., None]
+    picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    head = np.full((above, *picture.shape[1:]), _BACKGROUND, np.uint8)
+    for i, header in enumerate(block.headers or ()):
+        width = picture.shape[1] // len(block.headers or ())
+        head[:, i * width + GAP : (i + 1) * width] = _line(header, width - GAP)[..., None]
+    return np.concatenate([head, picture])
+
+
+def _draw_row_names(names: Sequence[str], block: np.ndarray, above: int) -> np.ndarray:
+    """Draws a text at the middle of each row of a drawn block, on as many pixels as the longest text needs."""
+    font = ImageFont.load_default(LINE - 3)
+    width = min(_MAX_ROW_NAME, math.ceil(max(map(font.getlength, names))))
+    column = np.full((len(block), GAP + width, block.shape[-1]), _BACKGROUND, np.uint8)
+    height = (len(block) - above) // len(names)
+    for i, name in enumerate(names):
+        top = above + i * height + (height - LINE) // 2
+        column[top : top + LINE, GAP:] = _line(name, width)[..., None]
+    return column
 
 
 def _line(text: str, width: int) -> np.ndarray:
@@ -81,11 +146,18 @@ def _line(text: str, width: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def as_text(images: np.ndarray) -> str:
-    """Converts a row of small uint8 images [N, H, W, C] to text, with two characters for each pixel."""
+def as_text(images: np.ndarray, columns: int) -> str:
+    """Converts the first uint8 images [N, H, W, C] to text of at most `columns` characters a line; "" if no image fits.
+
+    The images stand in a row. Each pixel is two characters.
+    """
+    images = images[: (columns + _TEXT_GAP) // (2 * images.shape[2] + _TEXT_GAP)]
+    if not len(images):
+        return ""
     shades = (images.mean(axis=-1) * (len(_SHADES) - 1) / 255).round().astype(int)
-    rows = np.concatenate(list(np.pad(shades, ((0, 0), (0, 0), (0, 2)))), axis=1)
-    return "\n".join("".join(_SHADES[value] * 2 for value in row).rstrip() for row in rows)
+    rows = ["".join(_SHADES[value] * 2 for value in row) for image in shades for row in image]
+    height = shades.shape[1]
+    return "\n".join((" " * _TEXT_GAP).join(rows[i::height]).rstrip() for i in range(height))
 
 
 def to_array(picture: Picture) -> np.ndarray:

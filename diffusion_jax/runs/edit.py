@@ -21,6 +21,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
+from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.sample import make_provenance, write_samples
 from diffusion_jax.runs.sampling_setup import check_finite, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     captions += [f"result {i}" for i in range(1, len(results) + 1)]
     if "other" in needed:
         captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
-    picture = pictures.draw_edit(np.stack(given), results, captions, title)
+    picture = pictures.draw_edit(np.stack(given), results, captions, title, read_channels(config, workdir))
     path = workdir / "samples" / "edits" / f"{provenance.name}.npz"
     write_samples(workdir, path, provenance, {"arr_0": results}, picture)
     noun = "images" if net.is_images else "examples"

@@ -43,6 +43,7 @@ from diffusion_jax.pretrained import load_weights
 from diffusion_jax.pretrained.model import format_schedule
 from diffusion_jax.provenance import params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
+from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.logging import write_evaluation
 from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import (
@@ -165,7 +166,8 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     is_periodic = config.model.get("padding") == "periodic"
     metric_options = Options(options.seed, file.setup.net.normalizations.get("x"), is_periodic)
     try:
-        written = compare(reference, samples, names, workdir / "metrics.json", pipeline, metric_options, settings)
+        output, channels = workdir / "metrics.json", read_channels(config, workdir)
+        written = compare(reference, samples, names, output, pipeline, metric_options, settings, channels)
     except ValueError as error:
         raise UserError(f"the samples cannot be measured: {error}") from error
     workdir.upload(*written)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import atomic_write, save_npz
 from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
+from diffusion_jax.runs.examples import draw_beside_examples, read_channels
 from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untrained
 
@@ -38,8 +40,9 @@ _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "b
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME = 40  # characters
 _TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # samples in the denoising picture; vectors are points
+_LOG_SNRS = -5.0, 3.0  # lowest and highest log SNR of its columns, besides the noise
 _MAX_IMAGES_IN_GRID = 256
-_MAX_PIXELS_AS_TEXT, _TEXT_COLUMNS = 12, 72  # wider images do not fit into a terminal
+_MAX_PIXELS_AS_TEXT = 12
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
@@ -136,12 +139,12 @@ class SampleFile:
             # The samples come first, for programs that read the first array.
             arrays = {"arr_0": samples, "arr_1": rows["y"], "condition": rows["condition"]}
             shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
-            captions = self.setup.captions(len(shown))
-            picture = pictures.draw_samples(shown, f"Samples: {self.provenance.name}", captions)
+            picture = draw_beside_examples(self.workdir, self.setup, shown, f"Samples: {self.provenance.name}")
             write_samples(self.workdir, self.path, self.provenance, arrays, picture)
             chunks.delete()
             if pictures.is_of_images(samples) and samples.shape[2] <= _MAX_PIXELS_AS_TEXT:
-                log(pictures.as_text(samples[: _TEXT_COLUMNS // samples.shape[2]]))
+                if text := pictures.as_text(samples, shutil.get_terminal_size().columns):
+                    log(text)
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
     def _find_difference(self) -> str | None:
@@ -253,10 +256,12 @@ def _write_trajectory(file: SampleFile) -> None:
     arrays = {"x_t": setup.to_examples(frames.x_t), "x_0": setup.to_examples(frames.x_0)}
     arrays |= {"times": setup.schedule.timesteps[steps[::-1]], "samples": setup.to_examples(samples)}
 
+    channels = read_channels(file.config, file.workdir)
+
     def draw_picture(frames: str, what: str):
         x = np.concatenate([arrays[frames], arrays["samples"][None]])
         title = f"The first samples of {file.provenance.name}, {what}"
-        return pictures.draw_trajectory(x, arrays["times"], title, setup.captions(rows))
+        return pictures.draw_trajectory(x, arrays["times"], title, setup.captions(rows), channels)
 
     path = file.path.parent / "trajectories" / file.path.name
     write_samples(file.workdir, path, file.provenance, arrays, draw_picture("x_t", "being denoised"))
@@ -267,11 +272,12 @@ def _write_trajectory(file: SampleFile) -> None:
 
 
 def picture_steps(schedule: schedules.Schedule, count: int) -> np.ndarray:
-    """Returns at most `count` increasing indices of a schedule, evenly spaced in alpha_bar, including the last index.
+    """Returns at most `count` increasing indices of a schedule: the last, and others evenly spaced in log SNR.
 
-    The amount of signal changes equally between neighbors. Evenly spaced indices would mostly show noise, or the finished
-    image, in schedules that take many steps there.
+    The log SNRs are in -5 ... 3, where the picture changes: below, the prediction of x_0 is nearly the mean of the data, and
+    above, x_t looks finished. Evenly spaced indices would mostly show noise, or the finished image.
     """
-    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)
-    wanted = alpha_bar[-1] + (1 - alpha_bar[-1]) * np.arange(count) / count
-    return np.unique(np.abs(alpha_bar - wanted[:, None]).argmin(axis=1))
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(np.asarray(schedule.snr, np.float64))
+    wanted = np.linspace(max(_LOG_SNRS[0], log_snr[-1]), min(_LOG_SNRS[1], log_snr[0]), count - 1)
+    return np.unique([*np.abs(log_snr - wanted[:, None]).argmin(axis=1), len(log_snr) - 1])

@@ -26,6 +26,7 @@ __all__ = [
     "class_captions",
     "keys_of_samples",
     "load_arrays",
+    "make_captions",
     "parse_classes",
     "resolve_sampling",
     "sampler_from_config",
@@ -95,13 +96,9 @@ class SamplingSetup:
         return np.asarray(samples if self.net.levels is None else to_uint8(samples))
 
     def captions(self, count: int) -> list[str] | None:
-        """Returns captions for the first samples: classes, or conditions of a few numbers; None without either."""
+        """Returns captions for the first samples, or None."""
         labels, conditions = (_rows(values, np.arange(count)) for values in (self.labels, self.conditions))
-        if labels is not None:
-            return class_captions(labels, self.net.class_names)
-        if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
-            return None
-        return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
+        return make_captions(labels, conditions, self.net.class_names)
 
 
 def keys_of_samples(seed: int, indices: np.ndarray) -> jax.Array:
@@ -232,7 +229,16 @@ def check_finite(samples: np.ndarray) -> None:
         )
 
 
-# ---- Classes
+# ---- Captions and classes
+
+
+def make_captions(labels: np.ndarray | None, conditions: np.ndarray | None, names: Sequence[str]) -> list[str] | None:
+    """Returns captions: classes, or conditions of a few numbers; None without either."""
+    if labels is not None:
+        return class_captions(labels, names)
+    if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
+        return None
+    return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -36,6 +36,7 @@ from diffusion_jax.metrics import METRICS, Options, of_features, reported_name
 from diffusion_jax.pretrained import load_initial_weights, set_params
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.evaluate import load_pipeline, load_reference
+from diffusion_jax.runs.examples import draw_beside_examples, write_examples
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes
 from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
@@ -110,6 +111,8 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     ):
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
+        if isinstance(net.model, models.Conditional):
+            broadcast_from_process_0(lambda: write_examples(loaded, workdir))
         net = dataclasses.replace(net, normalizations=normalizations)
         preview = frechet_distance = None
         if config.sampling.preview_samples and samples_from_noise:
@@ -487,10 +490,9 @@ def _write_picture(
     """
     if jax.process_index() != 0:
         return
-    captions = None if setup.labels is None else setup.captions(len(samples))
     title = f"Samples after {step:,} training steps, by DDIM with {setup.schedule.num_timesteps} steps"
     title += ", raw weights" if kind == "raw" else ""
-    picture = pictures.to_array(pictures.draw_samples(samples, title, captions))
+    picture = pictures.to_array(draw_beside_examples(workdir, setup, samples, title))
     try:
         path = workdir / "samples" / f"train_step{step:08d}.png"
         path.parent.mkdir(exist_ok=True)

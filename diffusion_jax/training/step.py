@@ -168,7 +168,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 
         def network(x_t, time, extra=None):
             labels = (microbatch.take(y),) if is_conditional else ()
-            conditions = {"condition": condition, "extra": extra}
+            conditions: dict[str, Any] = {"condition": condition, "extra": extra}
             conditions = {name: microbatch.take(each) for name, each in conditions.items() if each is not None}
             x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}

@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax import pictures
 from diffusion_jax.metrics import Curves
 from diffusion_jax.metrics.of_arrays import Measurement
-from diffusion_jax.pictures import draw_curves, draw_grid, draw_samples, draw_trajectory, to_array
+from diffusion_jax.pictures import Channels, Examples, draw_curves, draw_grid, draw_samples, draw_trajectory, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
 
 SHAPES = [(3,), (40, 2), (6, 9, 2), (4, 5, 6, 2)]  # of examples, by number of spatial axes
@@ -32,7 +32,7 @@ def images(figure):
 def test_series_are_lines_of_all_channels():
     x = drawn(0, 5, 40, 3)
     figure = draw_samples(x, title="samples", captions=["0: a", "1: b"])
-    assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "example 2", "example 3", "example 4"]
+    assert [axes.get_title() for axes in figure.axes] == ["0: a", "1: b", "sample 2", "sample 3", "sample 4"]
     for example, axes in zip(x, figure.axes, strict=True):
         np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), example)
     assert len({axes.get_ylim() for axes in figure.axes}) == 1  # one scale
@@ -45,7 +45,7 @@ def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
     assert len(figure.axes) == len(factors)
     for c, axes in enumerate(figure.axes):
         np.testing.assert_array_equal(lines(axes), x[..., c])
-        assert np.ptp(axes.get_ylim()) < 1.2 * np.ptp(x[..., c])
+        assert np.ptp(axes.get_ylim()) == pytest.approx(1.2 * np.ptp(x[..., c]))
 
 
 def test_only_the_lowest_panel_of_a_column_names_its_axis():
@@ -79,7 +79,8 @@ def test_fields_have_a_column_for_each_example_and_a_row_for_each_channel():
         channel, example = divmod(i, 3)
         np.testing.assert_array_equal(picture.get_array(), x[example, ..., channel])
         values = x[..., channel]
-        limits = (-np.abs(values).max(), np.abs(values).max()) if channel == 0 else (values.min(), values.max())
+        low, high = values.min() - 0.1 * np.ptp(values), values.max() + 0.1 * np.ptp(values)
+        limits = (-max(-low, high), max(-low, high)) if channel == 0 else (low, high)
         np.testing.assert_allclose(picture.get_clim(), limits, rtol=1e-6)
         assert picture.cmap.name == ("RdBu_r" if channel == 0 else "viridis")
 
@@ -101,12 +102,12 @@ def test_volumes_are_slices_and_the_values_farthest_from_zero():
 
 def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
     x, reference = drawn(8, 500, 2), drawn(9, 300, 2) + 1
-    figure = draw_samples(x, title="vectors", reference=reference)
+    figure = draw_samples(x, title="vectors", examples=Examples(reference))
     assert len(figure.axes) == 3
     for entry, axes in enumerate(figure.axes[:2]):
         for patch, values in zip(axes.patches, (x, reference), strict=True):
             heights, edges, _ = patch.get_data()
-            assert (heights * np.diff(edges)).sum() == pytest.approx(1)
+            assert (heights * np.diff(edges)).sum() == pytest.approx(1)  # no value is outside
             counts = np.histogram(values[:, entry], edges)[0]
             np.testing.assert_allclose(heights * np.diff(edges) * len(values), counts, atol=1e-9)
     below, above = figure.axes[2].get_lines()
@@ -114,12 +115,102 @@ def test_vectors_are_histograms_beside_those_of_the_reference_and_points():
     np.testing.assert_array_equal(np.transpose(below.get_data()), reference)
 
 
+# ---- Training data beside samples
+
+
+NAMES, UNITS = ("u", "heat", "p", "q", "T"), ("m/s", "W", "hPa", "", "K")
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((2,), 200), ((40, 1), 8), ((40, 5), 8), ((6, 9, 2), 8), ((4, 5, 6, 1), 4)]
+)
+def test_axes_and_colors_come_from_the_training_data_and_have_names_and_units(shape, count):
+    """Samples that differ from the training data change no axis and no color scale."""
+    examples, channels = drawn(30, count, *shape), shape[-1]
+    fitted = Channels(NAMES[:channels], UNITS[:channels]).fit(examples, quantile=0.01)
+    labels = [fitted.label(c) for c in range(channels)]
+    assert labels == ["u (m/s)", "heat (W)", "p (hPa)", "q", "T (K)"][:channels]
+    for samples in (drawn(31, count, *shape), 7 + drawn(32, count, *shape)):
+        figure = draw_samples(samples, "x", examples=Examples(examples), channels=fitted)
+        texts = [text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel())]
+        assert set(labels) <= {text.replace("\n", " ") for text in texts}
+        first = figure.axes[0]
+        if len(shape) > 2:
+            assert first.get_images()[0].get_clim() == fitted.colors(0)[1:]
+        else:
+            assert (first.get_xlim() if len(shape) == 1 else first.get_ylim()) == tuple(fitted.limits[0])
+    assert "% of the values are outside the limits" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("shape", "titles"),
+    [
+        ((40, 2), [f"{word} {i}" for word in ("training data", "sample") for i in range(6)]),
+        ((6, 9, 1), [f"{word} {i}" for word in ("training data", "sample") for i in range(4)]),
+    ],
+)
+def test_training_data_precede_the_samples(shape, titles):
+    examples, samples = drawn(33, 16, *shape), drawn(34, 16, *shape)
+    figure = draw_samples(samples, "x", ["c"], examples=Examples(examples, ["a", "b"]))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    titles = titles.copy()
+    count = len(titles) // 2
+    titles[:2], titles[count] = ["training data\na", "training data\nb"], "samples\nc"
+    assert [axes.get_title().split() for axes in panels] == [title.split() for title in titles]
+    for i, axes in enumerate(panels):
+        shown = axes.get_images()[0].get_array()[..., None] if axes.get_images() else np.stack(lines(axes), axis=-1)
+        np.testing.assert_array_equal(shown, [*examples[:count], *samples[:count]][i])
+
+
+def test_each_channel_of_unlike_series_has_training_data_at_the_left():
+    factors = np.float32([1, 1000])
+    examples, samples = drawn(35, 4, 40, 2) * factors, drawn(36, 4, 40, 2) * factors
+    figure = draw_samples(samples, "x", examples=Examples(examples))
+    names = [f"channel {c}, {name}" for c in range(2) for name in ("training data", "samples")]
+    assert [axes.get_title() for axes in figure.axes] == names
+    for i, axes in enumerate(figure.axes):
+        np.testing.assert_array_equal(lines(axes), (examples, samples)[i % 2][..., i // 2])
+
+
+def cell(picture, row, column, left):
+    """The pixels of 2x2 images, without their enlargement, below a title and headers of a line each."""
+    top, side = 2 * LINE + GAP + row * 100, left + GAP + column * 100
+    return picture[top : top + 96 : 48, side : side + 96 : 48]
+
+
+def test_each_class_has_a_row_with_its_training_data_at_the_left():
+    images = np.random.default_rng(1).integers(0, 256, (11, 2, 2, 1), dtype=np.uint8)
+    labels, classes = np.arange(7) % 2 + 3, np.array([4, 9, 3, 4])
+    captions = [f"class {y}" for y in labels]
+    given = Examples(images[7:], ["a", "b", "c", "d"], classes)
+    picture = draw_samples(images[:7], "t", captions, labels=labels, examples=given)
+    left = picture.shape[1] - GAP - 4 * 100 - 3 * GAP  # four columns in all
+    for row, example, samples in ((0, 9, (0, 2, 4)), (1, 4, (6,)), (2, 7, (1, 3, 5))):
+        if row != 1:
+            np.testing.assert_array_equal(cell(picture, row, 0, left), images[example])
+        for column, i in enumerate(samples):
+            np.testing.assert_array_equal(cell(picture, row, column, left + 100 + 3 * GAP), images[i])
+    assert (cell(picture, 1, 0, left) == picture[-1, -1]).all()  # empty
+    names = picture[2 * LINE + GAP : 2 * LINE + GAP + 300 : 1, :left].max(axis=(1, 2)).reshape(3, 100).max(axis=1)
+    assert (names > 150).tolist() == [True, False, True]
+
+
+def test_many_classes_and_no_classes_have_a_plain_grid():
+    images = np.random.default_rng(2).integers(0, 256, (52, 2, 2, 1), dtype=np.uint8)
+    many = draw_samples(images[:42], "t", 42 * ["c"], labels=np.arange(42) % 21)
+    np.testing.assert_array_equal(many, draw_grid(images[:42], "t", captions=42 * ["c"]))
+    picture = draw_samples(images[:4], "t", examples=Examples(images[4:]))
+    for i in range(4):
+        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 0), images[4 + i])
+        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 200 + 3 * GAP), images[i])
+
+
 # ---- Trajectories
 
 
 @pytest.mark.parametrize("shape", [(1,), *SHAPES])
 def test_a_trajectory_has_a_column_for_each_time(shape):
-    """Lines have a scale for each time; images' colors show the samples' range, extended by half."""
+    """All times have one scale, which suits the samples."""
     x = drawn(12, 4, 2, *shape) * np.array([100, 50, 10, 1]).reshape(-1, *[1] * (len(shape) + 1))
     figure = draw_trajectory(x, [9, 5, 1], title="being denoised")
     if len(shape) == 1:
@@ -132,8 +223,8 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
     elif len(shape) == 2:
         for i, axes in enumerate(figure.axes):
             np.testing.assert_array_equal(np.stack(lines(axes), axis=-1), x[i % 4, i // 4])
-        spans = [np.ptp(axes.get_ylim()) for axes in figure.axes]
-        assert spans[:4] == spans[4:] and spans[0] > 5 * spans[2] > 25 * spans[3]
+        (limits,) = {axes.get_ylim() for axes in figure.axes}
+        assert np.ptp(limits) == pytest.approx(1.2 * np.ptp(x[-1]))
     else:
         shown, pictures = images(figure)
         assert len(shown) == 2 * 2 * 4
@@ -141,8 +232,8 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
         for i, picture in enumerate(pictures):
             row, column = divmod(i, 4)
             np.testing.assert_array_equal(picture.get_array(), slices[column, row // 2, ..., row % 2])
-            last = slices[-1, ..., row % 2]
-            limit = max(last.max(), -last.min()) + np.ptp(last) / 2
+            last = x[-1, ..., row % 2]
+            limit = max(last.max(), -last.min()) + np.ptp(last) / 10
             np.testing.assert_allclose(picture.get_clim(), (-limit, limit), rtol=1e-6)
         assert pictures[0].colorbar.extend == "both"
 
@@ -196,7 +287,7 @@ def test_one_example_of_one_value_with_text_that_is_not_mathematical_notation(sh
     """Matplotlib would raise for a name that is an invalid formula."""
     x, text = np.full((1, *shape), value, np.float32), "$\\frac{$ a" + 40 * "b"
     options = {"title": text, "captions": [text]}
-    for figure in (draw_samples(x, **options, reference=x), draw_trajectory(x[None], [], **options)):
+    for figure in (draw_samples(x, **options, examples=Examples(x)), draw_trajectory(x[None], [], **options)):
         assert to_array(figure).dtype == np.uint8
 
 
@@ -215,7 +306,10 @@ def test_statistics_have_error_bars_for_both_sets(kind, length):
     rng, every = np.random.default_rng(0), 3 if length == 200 else 1
     pair = [Measurement(0.5 + rng.random((length, 2)), 0.1 * rng.random((length, 2))) for _ in range(2)]
     x = np.sort(rng.random((2, length + 1))) if kind == "bins" else 1 + np.arange(length)
-    figure = draw_curves(Curves("name", x, *pair, ("x", "y"), logarithmic=kind == "logarithmic"), "title")
+    curves = Curves("name", x, *pair, ("x", "value (data units)"), logarithmic=kind == "logarithmic")
+    figure = draw_curves(curves, "title", Channels(("u", "v"), ("K", "m")))
+    shown = [(axes.get_title(), axes.get_ylabel()) for axes in figure.axes]
+    assert shown == [("u", "value (K)"), ("v", "value (m)")]
     for c, axes in enumerate(figure.axes):
         assert (axes.get_xscale() == axes.get_yscale() == "log") == (kind == "logarithmic")
         for container, statistic in zip(axes.containers, pair, strict=True):
@@ -260,8 +354,8 @@ def test_grids_and_text_show_the_images():
     picture = pictures.draw_grid(images, columns=3)
     assert picture.shape == (2 * (2 * 32 + 4) + 4, 3 * (3 * 32 + 4) + 4, 1)
     assert (picture[72:136, 104:200] == 255).all() and (picture == 255).sum() == 64 * 96
-    text = pictures.as_text(np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8))
-    assert text == "  @@    @@"
+    pixels = np.array([[[[0], [255]]], [[[255], [0]]]], np.uint8)
+    assert [pictures.as_text(pixels, columns) for columns in (12, 11, 4, 3)] == ["  @@    @@", "  @@", "  @@", ""]
 
 
 def test_a_grid_with_text_has_the_images_of_one_without():

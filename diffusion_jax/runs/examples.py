@@ -1,0 +1,100 @@
+"""examples.npz: a few training examples that a run stores when training starts, for all of its pictures."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, pictures
+from diffusion_jax.console import log
+from diffusion_jax.data.sources import batch_examples
+from diffusion_jax.files import save_npz
+from diffusion_jax.metrics.of_arrays import even_indices
+from diffusion_jax.models import upsampling
+from diffusion_jax.run_dir import RunDir, committed_steps
+from diffusion_jax.runs.sampling_setup import SamplingSetup, make_captions
+
+__all__ = ["draw_beside_examples", "read_channels", "write_examples"]
+
+_FILE = "examples.npz"
+_MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
+_MAX_BYTES = 2**23
+_NUM_CANDIDATES = 128  # further examples that are read to find every class
+_QUANTILE = 0.005  # share of the values of the examples beyond each limit of a channel
+
+
+def write_examples(source: data.Source, workdir: RunDir) -> None:
+    """Writes examples of every class, or evenly spread examples, unless the run has a checkpoint.
+
+    The file has the arrays of the source, in data units. Call this on process 0 only. source: not normalized.
+    """
+    if committed_steps(workdir / "checkpoints"):
+        return
+    first = source.read([0])
+    most = _MAX_VECTORS if batch_examples(first).ndim == 2 else _MAX_EXAMPLES
+    count = max(1, min(most, _MAX_BYTES // sum(array.nbytes for array in first.values())))
+    readable = next(
+        iter(getattr(source, "block_lengths", ())), len(source)
+    )  # other files may not be on this machine yet
+    batch = source.read(even_indices(readable, count + (_NUM_CANDIDATES if "label" in first else 0)))
+    labels = np.asarray(batch.get("label", np.arange(len(batch_examples(batch)))))
+    order = np.argsort(labels, kind="stable")
+    place = np.empty(len(labels), int)  # among the candidates of its class
+    place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    chosen = np.lexsort((labels, place))[: max(count, len(np.unique(labels)))]
+    chosen = chosen[even_indices(len(chosen), count)]
+    path = workdir / _FILE
+    save_npz(path, {name: array[chosen] for name, array in batch.items()})
+    workdir.upload(path)
+
+
+def _read(workdir: RunDir) -> dict[str, np.ndarray]:
+    """Reads the file; {} if the run has none, or if the file cannot be read."""
+    path = workdir / _FILE
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log(f"Note: {path} cannot be read, so pictures omit the training examples: {error}.")
+        return {}
+
+
+def read_channels(config: ConfigDict, workdir: RunDir) -> pictures.Channels:
+    """Returns the names and units of the config, with limits from the stored examples."""
+    return _make_channels(config, _read(workdir))
+
+
+def _make_channels(config: ConfigDict, stored: Mapping[str, np.ndarray]) -> pictures.Channels:
+    channels = pictures.Channels(tuple(config.data.channel_names), tuple(config.data.channel_units))
+    return channels.fit(batch_examples(stored), quantile=_QUANTILE) if stored else channels
+
+
+def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndarray, title: str) -> pictures.Picture:
+    """Draws the first samples of a setup beside the stored examples; for an upsampler, each image after its small image."""
+    stored, rows, examples = _read(workdir), setup.arguments(np.arange(len(samples))), None
+    captions, labels = setup.captions(len(samples)), rows["y"]
+    low, height = rows["low"], setup.net.low_resolution
+    if stored and batch_examples(stored).shape[1:] == setup.net.example_shape:
+        x = batch_examples(stored)
+        if height:
+            x = _pair(np.asarray(upsampling.downsample(x.astype(np.float32), height)).round().astype(x.dtype), x)
+        y = None if labels is None else stored.get("label")
+        condition = None if rows["condition"] is None else stored.get("condition")
+        examples = pictures.Examples(x, make_captions(y, condition, setup.net.class_names), y)
+    if low is not None:
+        samples = _pair(low, samples)
+    if height:
+        title += "; each image after its small image"
+    channels = _make_channels(setup.config, stored)
+    return pictures.draw_samples(samples, title, captions, labels=labels, examples=examples, channels=channels)
+
+
+def _pair(low: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Joins small images [n, h, w, C], whose pixels become squares, and images [n, H, W, C] side by side."""
+    side = x.shape[1] // low.shape[1]
+    return np.concatenate([low.repeat(side, axis=1).repeat(side, axis=2), x], axis=2)
