@@ -89,6 +89,7 @@ html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
+html_search_scorer = str(DOCS / "_extensions" / "search_scorer.js")
 html_domain_indices = False
 html_copy_source = False
 html_show_sourcelink = False

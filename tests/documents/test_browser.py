@@ -1,14 +1,15 @@
 """The built site in Debian's Chromium, with the widths of a phone and a desktop: `make browser`.
 
 No page writes an error to the console, loads anything from another machine, or is wider than its window; pictures and
-equations are rendered; the search finds functions; axe-core finds no serious violation. Screenshots:
-docs/_build/screenshots.
+equations are rendered; the search finds functions, and the answers to common queries; axe-core finds no serious violation.
+Screenshots: docs/_build/screenshots.
 """
 
 import functools
 import http.server
 import shutil
 import threading
+import urllib.parse
 
 import pytest
 
@@ -65,11 +66,49 @@ def test_a_page_is_rendered_and_accessible(context, address, name):
         assert not page.evaluate(BROKEN_EQUATIONS)
 
 
-@pytest.mark.parametrize("words", ["q_posterior", "classifier_free"])
-def test_the_search_finds_a_function(context, address, words):
-    page, errors = open_page(context, f"{address}search.html?q={words}")
-    page.wait_for_selector("#search-results li a", timeout=10_000)
-    links = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
-    assert any(words in link for link in links), links
+def search(context, address, words):
+    """The addresses of the results, relative to the site, best first."""
+    page, errors = open_page(context, f"{address}search.html?{urllib.parse.urlencode({'q': words})}")
+    page.wait_for_selector("#search-results .search-summary:not(:empty)", timeout=10_000)
+    links = page.locator("#search-results li > a").evaluate_all("links => links.map(link => link.href)")
     assert not errors
     page.close()
+    return [link.removeprefix(address) for link in links]
+
+
+@pytest.mark.parametrize("words", ["q_posterior", "classifier_free"])
+def test_the_search_finds_a_function(context, address, words):
+    links = search(context, address, words)
+    assert any(words in link for link in links), links
+
+
+# Queries of users, and the page that answers each.
+ANSWERS = {
+    "FID": "guides/evaluation",
+    "EMA": "guides/choosing",
+    "out of memory": "guides/speed_and_memory",
+    "train on my photos": "guides/your_images",
+    "resume": "guides/resume_and_faults",
+    "my samples are noise": "guides/troubleshooting",
+    "class labels": "guides/conditional",
+    "guidance scale": "guides/conditional",
+    "learning rate": "guides/choosing",
+    "NaN loss": "guides/troubleshooting",
+    "several GPUs": "guides/pods",
+    "TPU pod": "guides/pods",
+    "bucket": "guides/buckets",
+    "own network": "guides/extending",
+    "inpainting": "guides/editing",
+    "super-resolution": "guides/conditional",
+    "likelihood bits per dimension": "guides/likelihood",
+    "faster sampling": "guides/speed_and_memory",
+    "load diffusers weights": "guides/pretrained",
+    "own data set arrays": "guides/arrays",
+}
+
+
+@pytest.mark.parametrize("context", ["desktop"], indirect=True)
+@pytest.mark.parametrize("words", ANSWERS)
+def test_the_search_finds_the_answer_first(context, address, words):
+    links = search(context, address, words)[:3]
+    assert any(link.startswith(f"{ANSWERS[words]}.html") for link in links), links
