@@ -99,8 +99,7 @@ def main() -> None:
                 stream = data.stream(data.Batches(source, 0, options.batch_size, 10**6), workers=workers)
                 next(stream)
                 first, count = time.perf_counter() - begin, len(source) // options.batch_size
-                begin = time.perf_counter()
-                for _ in range(count):
+                for _ in range(count - 1):
                     next(stream)
                 speed = count * options.batch_size / (time.perf_counter() - begin)
                 stream.close()

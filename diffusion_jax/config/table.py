@@ -129,10 +129,12 @@ DATA: dict[str, Setting] = {
         100_000,
         Integer(0),
         "Disk limit for a TFDS data set in a bucket, in megabytes. A larger array_record data set is downloaded file by file "
-        "during training, and shuffled by files.",
+        "during training, and shuffled by files; the files in use, up to 48, are kept beyond the limit.",
     ),
     "cache_decoded": Setting(
-        True, Boolean(), "Whether decoded images that fit into `data.memory_mb` are kept on disk."
+        True,
+        Boolean(),
+        "Whether decoded images that fit into `data.memory_mb` are kept on disk, except for data above `data.disk_mb`.",
     ),
     "workers": Setting(8, Integer(0), "Number of processes that decode the images in a streamed data set."),
 }
@@ -597,7 +599,7 @@ SETTINGS = {
 CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
 
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
-_NOT_IDENTITY = ("data_dir", "download", "memory_mb", "cache_decoded", "workers", "precision")
+_NOT_IDENTITY = ("data_dir", "download", "memory_mb", "disk_mb", "cache_decoded", "workers", "precision")
 _NOT_IDENTITY += ("channel_names", "channel_units")
 
 

@@ -120,8 +120,6 @@ def load(
     else:
         source = CheckedSource.wrap(config, source)
     log(f"{describe(source)}.")
-    if blocks := len(getattr(source, "block_lengths", ())):
-        log(f"The {blocks:,} files are shuffled, and the examples of two files at a time.")
     is_encoded = isinstance(source, EncodedImages)
     first = {} if is_encoded else source.read([0])  # a corrupted image is reported with all other corrupted images
     size = sum(array.nbytes for name, array in first.items() if name != "label") or math.prod(example_shape(config))

@@ -34,7 +34,7 @@ class Batches:
     """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
 
     batch_size: over all processes. rows: a slice or indices, the rows of each batch that this process reads, by default all.
-    has_blocks: whether the source has blocks.
+    num_blocks: the number of blocks in the source. has_blocks: whether there are several.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Batches:
         self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
         self.rows = np.arange(batch_size, dtype=np.int64)[rows]
         self._block_lengths = tuple(filter(None, getattr(source, "block_lengths", ()))) or (len(source),)
-        num_blocks = len(self._block_lengths)
-        self.has_blocks = num_blocks > 1
+        self.num_blocks = len(self._block_lengths)
+        self.has_blocks = self.num_blocks > 1
         num_lanes = math.gcd(batch_size, _MAX_LANES)
-        while num_lanes > 1 and num_lanes * _BLOCKS_IN_WINDOW > num_blocks:
+        while num_lanes > 1 and num_lanes * _BLOCKS_IN_WINDOW > self.num_blocks:
             num_lanes //= 2
         self._lane_ends = np.arange(num_lanes + 1) * len(source) // num_lanes
-        self._window = -(-len(source) // num_blocks) * _BLOCKS_IN_WINDOW
+        self._window = -(-len(source) // self.num_blocks) * _BLOCKS_IN_WINDOW
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "find_files",
     "is_in_memory",
     "is_of_images",
+    "num_readable",
     "read_classes",
     "read_in_order",
     "select_split",
@@ -108,6 +109,11 @@ def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np
         return (), None
     names, labels = np.unique([path.parts[0] for path in files], return_inverse=True)
     return tuple(names.tolist()), labels.astype(np.int32)
+
+
+def num_readable(source: Source) -> int:
+    """Returns the number of examples, from the first on, that can be read without a download: those of the first block."""
+    return next(iter(getattr(source, "block_lengths", ())), len(source))
 
 
 def read_in_order(source: Source, size: int) -> Iterator[dict[str, np.ndarray]]:

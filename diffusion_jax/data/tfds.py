@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib.util
 import io
@@ -268,7 +267,7 @@ class _TfRecords:
 class _BucketShards:
     """The records in TFDS's file instructions for array_record files in a bucket, in order. Picklable.
 
-    A file is downloaded when one of its records is read, and at most disk_mb megabytes of files stay on the disk.
+    A file is downloaded when one of its records is read. disk_mb: as for `storage.downloads.cached_files`, in megabytes.
     lengths: the number of records in each file.
     """
 
@@ -286,9 +285,9 @@ class _BucketShards:
         return store, store.list()
 
     @functools.cached_property
-    def _opened(self) -> collections.OrderedDict[int, Any]:
-        """Readers of recently used files by position in the instructions; a file of which no reader is open may go."""
-        return collections.OrderedDict()
+    def _opened(self) -> dict[int, Any]:
+        """Readers of the files that the last call read, by position in the instructions."""
+        return {}
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
         """Returns the records at these indices. Raises: DataError, OSError."""
@@ -300,11 +299,14 @@ class _BucketShards:
             for shard in np.unique(shards).tolist():
                 wanted, first = np.asarray(indices)[shards == shard], ends[shard] - self.lengths[shard]
                 places = (wanted - first + self._instructions[shard].skip).tolist()
-                records |= zip(wanted.tolist(), self._opened[shard].read(places), strict=True)
+                try:
+                    records |= zip(wanted.tolist(), self._opened[shard].read(places), strict=True)
+                except RuntimeError as error:  # array_record's
+                    raise DataError(f"{self._instructions[shard].filename} cannot be read: {error}") from None
         return [records[index] for index in indices]
 
     def _open(self, shards: Sequence[int]) -> None:
-        """Downloads and opens files, and closes the least recently used other readers."""
+        """Downloads and opens files, and closes the readers of all other files. Raises: DataError for corrupted files."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         store, objects = self._objects
@@ -314,11 +316,23 @@ class _BucketShards:
             raise DataError(f"{store.url}/{missing[0]} does not exist; copy the whole data set to the bucket")
         paths = cached_files(store, {name: objects[name] for name in names.values()}, self._max_bytes)
         for shard, path in zip(names, paths, strict=True):
-            if shard not in self._opened:
-                self._opened[shard] = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-            self._opened.move_to_end(shard)
-        while len(self._opened) > 2 * len(shards):
-            self._opened.popitem(last=False)
+            if shard in self._opened:
+                continue
+            expected = self._instructions[shard].examples_in_shard
+            try:
+                reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+                found = f"{reader.num_records():,} records" if reader.num_records() != expected else ""
+            except RuntimeError as error:
+                reader, found = None, str(error)
+            if found:
+                path.unlink(missing_ok=True)  # the next launch downloads the file again
+                raise DataError(
+                    f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set to the "
+                    "bucket again, and rerun the same command"
+                )
+            self._opened[shard] = reader
+        for shard in self._opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed
+            del self._opened[shard]
 
 
 def _find_records(instruction) -> np.ndarray:

@@ -17,6 +17,7 @@ from diffusion_jax import data, models, pretrained
 from diffusion_jax.config import identity_settings, is_classifier, resolve
 from diffusion_jax.console import log, progress_over
 from diffusion_jax.data import Normalizations, Source
+from diffusion_jax.data.sources import num_readable
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, shorten
@@ -105,6 +106,8 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     """
     names, path = list(data.read_classes(source)[1]), workdir / "data.json"
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
+    if blocks := len(getattr(source, "block_lengths", ())):
+        new["blocks"] = blocks
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
     if not (path.exists() and committed_steps(workdir / "checkpoints")):
@@ -117,6 +120,11 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     difference = "other values or labels"
     if old["classes"] != names:
         difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
+    if old.get("blocks") != new.get("blocks"):
+        orders = [
+            f"shuffled in {each['blocks']} files" if "blocks" in each else "shuffled as a whole" for each in (old, new)
+        ]
+        difference = f"{orders[0]} then, {orders[1]} now, by data.data_dir and data.disk_mb"
     advice = f"remove {path} to continue with the new data"
     if normalizations:  # which data.json stores, and the weights need
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
@@ -128,7 +136,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
 
 def digest_of_some(source: Source) -> str:
     """Returns the SHA-256 of up to 64 examples with labels (0 without labels) and conditions."""
-    indices = np.unique(np.linspace(0, len(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
+    indices = np.unique(np.linspace(0, num_readable(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
     batch = source.read(indices)
     labels = batch.get("label", np.zeros(len(indices)))
     parts = [batch.get("image", batch.get("x")), np.asarray(labels, np.int32), batch.get("condition")]

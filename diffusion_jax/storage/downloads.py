@@ -34,6 +34,7 @@ _FILES_AT_ONCE = 256
 _ATTEMPTS = 5
 _ANNOUNCED_BYTES = 1e6
 _MIN_SECONDS = 60.0  # how long an unused copy is kept, because another process may be about to open it
+_LOCKS = "locks"
 
 Objects = Mapping[str, ObjectInfo]
 
@@ -133,7 +134,7 @@ def _copy_objects(
         if size > free:
             raise UserError(
                 f"{url} has {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory "
-                "of a larger disk, or mount the bucket"
+                "of a larger disk, reduce data.disk_mb for a data set in array_record format, or mount the bucket"
             )
         if size > _ANNOUNCED_BYTES:
             print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
@@ -160,30 +161,61 @@ def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
 def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list[pathlib.Path]:
     """Returns the paths of local copies of objects, which are downloaded if they are missing.
 
-    Afterwards, the least recently used copies, from all calls on this machine, are deleted until at most max_bytes remain.
-    Copies that were used in the last minute are kept. objects: a part of `store.list()`. Raises: OSError.
+    Before a download, the least recently used copies, from all calls on this machine, are deleted until at most max_bytes
+    will be stored. Copies that were used in the last minute are kept. objects: a part of `store.list()`.
+    Raises: OSError; UserError if the disk is too small; StorageError for an object that is no longer the listed version.
     """
+    import filelock  # not installed with the core
+
     root = user_cache() / "objects"
-    names = {name: f"{store.url}/{name} {info.tag}".encode() for name, info in objects.items()}
-    paths = {name: root / hashlib.sha256(key).hexdigest() for name, key in names.items()}
-    missing = {name: path for name, path in paths.items() if not path.exists()}
-    store.download_all(missing)
-    now = time.time()
-    for path in paths.values():
-        os.utime(path, (now, now))
-    if missing:
-        found = []
-        for path in root.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # deleted by another process
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        excess = sum(size for _, size, _ in found) - max_bytes
-        for used, size, path in sorted(found):
-            if excess <= 0 or used > now - _MIN_SECONDS:
-                break
-            path.unlink(missing_ok=True)
-            excess -= size
+    keys = {name: f"{store.url}/{name} {info.tag}".encode() for name, info in objects.items()}
+    paths = {name: root / hashlib.sha256(key).hexdigest() for name, key in keys.items()}
+    (root / _LOCKS).mkdir(parents=True, exist_ok=True)
+    while missing := [
+        name for name in objects if not _touch(paths[name])
+    ]:  # another process may delete a copy meanwhile
+        with contextlib.ExitStack() as locks:  # other processes of this machine wait for the same download
+            for name in sorted(missing, key=paths.__getitem__):
+                locks.enter_context(filelock.FileLock(root / _LOCKS / paths[name].name, fallback_to_soft=False))
+            missing = [name for name in missing if not _touch(paths[name])]
+            _make_room(root, sum(objects[name].size for name in missing), max_bytes)
+            store.download_all({name: paths[name] for name in missing})
+            for name in missing:
+                if getattr(store.find(name), "tag", "") != objects[name].tag:
+                    paths[name].unlink(missing_ok=True)
+                    raise StorageError(f"{store.url}/{name} changed while it was in use; rerun the same command")
     return list(paths.values())
+
+
+def _touch(path: pathlib.Path) -> bool:
+    """Marks a copy as used now; returns whether the copy exists."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
+    """Deletes the least recently used copies for `size` further bytes. Raises: UserError if the disk is too small."""
+    found = []
+    for path in root.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process
+            status = path.stat()
+            if path.is_file():
+                found.append((status.st_mtime, status.st_size, path))
+    free, stored = shutil.disk_usage(root).free, sum(length for _, length, _ in found)
+    excess = max(stored + size - max_bytes, size - free)
+    for used, length, path in sorted(found):
+        if excess <= 0 or used > time.time() - _MIN_SECONDS:
+            break
+        path.unlink(missing_ok=True)
+        excess, free = excess - length, free + length
+    if size > free:
+        raise UserError(
+            f"{root} needs {size / 1e9:.1f} GB for files of a data set, and {free / 1e9:.1f} GB are left; set "
+            "XDG_CACHE_HOME to a directory of a larger disk"
+        )
 
 
 def is_safe(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ from etils import epath
 from PIL import Image
 
 from diffusion_jax import data
+from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.storage.downloads import cached_files
 from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
@@ -78,31 +80,79 @@ def test_a_tfds_directory_above_the_disk_limit_is_read_file_by_file(bucket_url, 
     objects = tmp_path / "cache" / "diffusion_jax" / "objects"
     assert not objects.exists() and not list((tmp_path / "cache").rglob("*array_record*"))
     first = source.read([0])
-    assert len(list(objects.iterdir())) == 1
+    assert len([path for path in objects.iterdir() if path.is_file()]) == 1
     for indices in ([0], [11, 3, 3, 7], range(12)):
         read, expected = (each.read(list(indices)) for each in (pickle.loads(pickle.dumps(source)), local))
         for name in ("image", "label"):
             np.testing.assert_array_equal(read[name], expected[name])
     np.testing.assert_array_equal(first["image"], local.read([0])["image"])
-    assert len(list(objects.iterdir())) == 4
+    files = [path for path in objects.iterdir() if path.is_file()]
+    assert len(files) == 4 and len(source._shards._opened) == 1
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(data.DataError, match=r"gs://.*array_record-0000.-of-00004 is corrupted: .*; copy the data set"):
+        pickle.loads(pickle.dumps(source)).read(range(12))
+    assert len([path for path in objects.iterdir() if path.is_file()]) == 3
 
 
-def test_copies_beyond_the_limit_are_deleted_unless_they_were_just_used(bucket_url, own_cache, monkeypatch):
-    store = open_store(f"{bucket_url}/files")
-    store.write("a", b"1" * 100)
-    store.write("b", b"2" * 100)
-    store.write("c", b"3" * 100)
+def write_three(url):
+    """A store with the objects a, b and c of 100 bytes, and a function that returns the copy of an object."""
+    store = open_store(f"{url}/files")
+    for name in "abc":
+        store.write(name, name.encode() * 100)
     objects = store.list()
-    (a,) = cached_files(store, {"a": objects["a"]}, 250)
-    (b,) = cached_files(store, {"b": objects["b"]}, 250)
-    assert (a.read_bytes(), b.read_bytes()) == (b"1" * 100, b"2" * 100)
-    for age, path in ((300, a), (200, b)):
-        os.utime(path, (time.time() - age, time.time() - age))
-    cached_files(store, {"a": objects["a"]}, 250)  # used again: now b is the oldest
-    (c,) = cached_files(store, {"c": objects["c"]}, 250)
+
+    def copy(name, max_bytes=250):
+        return cached_files(store, {name: objects[name]}, max_bytes)[0]
+
+    return store, copy
+
+
+def make_older(path, seconds):
+    os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+def test_the_least_recently_used_copies_are_deleted_unless_they_were_just_used(bucket_url, own_cache):
+    _, copy = write_three(bucket_url)
+    a, b = copy("a"), copy("b")
+    assert (a.read_bytes(), b.read_bytes()) == (b"a" * 100, b"b" * 100)
+    make_older(a, 300), make_older(b, 200)
+    copy("a")  # used again, so b is the oldest
+    c = copy("c")
     assert a.exists() and c.exists() and not b.exists()
-    cached_files(store, {"b": objects["b"]}, 250)  # a and c were used in the last minute
+    copy("b")  # a and c were used in the last minute
     assert a.exists() and c.exists() and b.exists()
+
+
+def test_a_copy_that_another_process_deletes_during_a_download_is_downloaded_again(bucket_url, own_cache, monkeypatch):
+    store, copy = write_three(bucket_url)
+    a, download = copy("a"), type(store).download_all
+
+    monkeypatch.setattr(
+        type(store), "download_all", lambda self, files: ("b" in files and a.unlink(), download(self, files))
+    )
+    paths = cached_files(store, {name: store.list()[name] for name in "ab"}, 1e9)
+    assert [path.read_bytes()[:1] for path in paths] == [b"a", b"b"]
+
+
+def test_an_object_that_changes_after_it_was_listed_is_refused(bucket_url, own_cache):
+    store, copy = write_three(bucket_url)
     store.write("a", b"4" * 100)
-    (changed,) = cached_files(store, {"a": store.list()["a"]}, 1000)
-    assert changed.read_bytes() == b"4" * 100  # a new version of the object has a new copy
+    with pytest.raises(StorageError, match="files/a changed while it was in use"):
+        copy("a")
+    assert cached_files(store, {"a": store.list()["a"]}, 1e9)[0].read_bytes() == b"4" * 100
+
+
+def test_a_full_disk_is_one_line(bucket_url, own_cache, monkeypatch):
+    _, copy = write_three(bucket_url)
+    a = copy("a")
+    make_older(a, 300)
+    usage = type(shutil.disk_usage("."))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 950, 50 + 100 * (not a.exists())))
+    copy("b", 1e9)
+    assert not a.exists()  # deleted because of the free space, not of the limit
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 950, 50))
+    with pytest.raises(
+        UserError, match="needs 0.0 GB for files of a data set, and 0.0 GB are left; set XDG_CACHE_HOME"
+    ):
+        copy("c", 1e9)
