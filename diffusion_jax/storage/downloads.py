@@ -171,9 +171,8 @@ def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list
     keys = {name: f"{store.url}/{name} {info.tag}".encode() for name, info in objects.items()}
     paths = {name: root / hashlib.sha256(key).hexdigest() for name, key in keys.items()}
     (root / _LOCKS).mkdir(parents=True, exist_ok=True)
-    while missing := [
-        name for name in objects if not _touch(paths[name])
-    ]:  # another process may delete a copy meanwhile
+    # Another process may delete a copy during a download.
+    while missing := [name for name in objects if not _touch(paths[name])]:
         with contextlib.ExitStack() as locks:  # other processes of this machine wait for the same download
             for name in sorted(missing, key=paths.__getitem__):
                 locks.enter_context(filelock.FileLock(root / _LOCKS / paths[name].name, fallback_to_soft=False))

@@ -159,6 +159,10 @@ def test_other_data_are_refused(tmp_path):
     for other in (source(6), source(5, seed=1)):
         with pytest.raises(errors.UserError, match="the data differ from the training data of .* remove .*data.json"):
             workdir.check_data(other, RunDir(run))
+    in_files = source(5)
+    in_files.block_lengths = [3, 2]
+    with pytest.raises(errors.UserError, match="shuffled as a whole then, shuffled in 2 files now, by data.data_dir"):
+        workdir.check_data(in_files, RunDir(run))
 
 
 @pytest.mark.whole
