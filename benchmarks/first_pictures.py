@@ -1,15 +1,26 @@
-"""Runs the commands of docs/start/first_pictures.md, prints their times, and draws docs/images/first_pictures.png.
+"""Runs the commands of docs/start/first_pictures.md, prints their times, and measures the samples.
 
-    python benchmarks/first_pictures.py DIR [--plot=docs/images/first_pictures.png]
+    python benchmarks/first_pictures.py DIR [--seed=0] [--pictures]
 
-In DIR, the script runs the page's Python block and the page's two commands for the run `runs/shapes`, training and sampling,
-and prints the wall and CPU seconds of each command; the compilation cache is also in DIR. Then the script continues the run
-to 1,000 steps. The picture has the samples that the run drew during training, and training images.
+In DIR, the script runs the page's commands for `runs/drawings`, trained with --config.seed=SEED, and prints the wall and CPU
+seconds of each command; the compilation cache is also in DIR. A rerun in DIR uses the finished run. With --pictures, it also
+draws docs/images/first_pictures.png, docs/images/hero.webp and docs/images/hero.png.
+
+A small convolutional network, trained on the drawings, judges the samples of the page's evaluation. The threshold is the
+confidence that 95% of new drawings exceed. The last line is a JSON object:
+
+  accuracy: share of 1,200 new drawings whose class the classifier recognizes. threshold: the confidence.
+  recognized: share of samples whose predicted class is the requested class, with a confidence of at least the threshold.
+  right_class: the same share for any confidence. rarest: the smallest share of a predicted class.
+  memorized: share of samples nearer to a drawing than 99% of the drawings are to each other (`close_share` of
+  --mode=evaluate); memorized_new: the same share of the new drawings.
 """
 
 import argparse
+import json
 import os
 import pathlib
+import random
 import re
 import resource
 import shlex
@@ -18,80 +29,205 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import drawings
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+import optax
+from PIL import Image, ImageDraw, ImageFont
 
-from diffusion_jax import data, pictures
+from diffusion_jax import data
+from diffusion_jax.images import to_uint8
+from diffusion_jax.metrics.of_features import memorization_report
+from diffusion_jax.runs.sample import SampleFile
+from diffusion_jax.runs.sampling_setup import keys_of_samples
+from diffusion_jax.runs.workdir import load_config
 
-PAGE = ROOT / "docs" / "start" / "first_pictures.md"
-STEPS = (250, 500, 1000)  # training steps of the samples in the picture
-NUM_IMAGES = 16  # how many samples the training command draws
+PAGE, IMAGES = ROOT / "docs" / "start" / "first_pictures.md", ROOT / "docs" / "images"
+NAMES = [kind.__name__ for kind in drawings.CLASSES]
+NEW_PER_CLASS, NEW_SEED = 200, 1  # drawings that training does not see
+FIT_STEPS, FIT_BATCH = 600, 128
+COLUMNS, ROWS, TILE, GAP = 12, 3, 64, 6  # of the animation, in samples and pixels
 
 
-def blocks(kind: str) -> list[str]:
-    """Returns the page's code blocks in a language, from top to bottom."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+# ---- The page's commands
+
+
+def page_commands() -> list[list[str]]:
+    """Returns the page's commands for the drawings, from top to bottom."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if "examples/drawings.py" in line or "--workdir=runs/drawings" in line]
 
 
 def run(command: list[str], directory: pathlib.Path) -> None:
     """Runs a command and prints its times."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache")}
-    subprocess.run(command, cwd=directory, env=environment, check=True)
+    environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *command[1:]], cwd=directory, env=environment, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"{shlex.join(command)}\n{time.perf_counter() - start:.0f} s, {cpu:.0f} CPU seconds", flush=True)
 
 
-def run_page(directory: pathlib.Path) -> None:
-    """Runs the page's steps: draws the shapes, trains and samples."""
-    (directory / "draw.py").write_text(blocks("python")[0])
-    run([sys.executable, "draw.py"], directory)
-    commands = []
-    for block in blocks("sh"):
-        words = shlex.split(block.replace("\\\n", " "))
-        if "--workdir=runs/shapes" in words:
-            arguments = [word.replace("--config=", f"--config={ROOT}/") for word in words[2:]]
-            commands.append([sys.executable, str(ROOT / "main.py"), *arguments])
-    train, sample = commands
-    run(train, directory)
-    run(sample, directory)
-    run([*train, f"--config.training.num_steps={STEPS[-1]}"], directory)
+def run_page(directory: pathlib.Path, seed: int) -> None:
+    """Runs the page's commands in a directory with links to this project's files."""
+    for name in ("main.py", "configs", "examples"):
+        if not (directory / name).exists():
+            (directory / name).symlink_to(ROOT / name)
+    for command in page_commands():
+        run([*command, f"--config.seed={seed}"] if "--config=configs/drawings.py" in command else command, directory)
 
 
-def training_images(directory: pathlib.Path) -> np.ndarray:
-    """Reads the first training images with the program's reader, uint8 [NUM_IMAGES, 32, 32, 3]."""
-    source = data.Folder(str(directory / "shapes"), (32, 32), 3)
-    return source.read(np.arange(NUM_IMAGES))["image"]
+# ---- The classifier and the numbers
 
 
-def plot(directory: pathlib.Path):
-    """Plots the samples after each number of steps in STEPS, and training images."""
-    from matplotlib.figure import Figure
+class Classifier(nn.Module):
+    """A small convolutional network: uint8 images [B, 16, 16, 3] to logits [B, classes]."""
 
-    panels = [Image.open(directory / f"runs/shapes/samples/train_step{step:08d}.png") for step in STEPS]
-    training = pictures.draw_samples(training_images(directory), f"{NUM_IMAGES} of the training images")
-    panels.append(pictures.to_array(training))
-    figure = Figure(figsize=(9, 9.4), dpi=100, layout="constrained")
-    for axes, picture in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_axis_off()
-    return figure
+    @nn.compact
+    def __call__(self, images):
+        """images: uint8 [B, H, W, 3]."""
+        x = images.astype(jnp.float32) / 127.5 - 1
+        for channels in (16, 32, 64):
+            x = nn.relu(nn.Conv(channels, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(len(NAMES))(x)
+
+
+def fit_classifier(images: np.ndarray, labels: np.ndarray):
+    """Trains the classifier. Returns a function from images to probabilities [B, classes]."""
+    network, optimizer = Classifier(), optax.adamw(optax.cosine_decay_schedule(2e-3, FIT_STEPS), weight_decay=1e-3)
+    params = network.init(jax.random.key(0), images[:1])
+    state, rng = optimizer.init(params), np.random.default_rng(0)
+
+    @jax.jit
+    def step(params, state, images, labels):
+        def loss_fn(params):
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, len(NAMES)), 0.1)
+            return optax.softmax_cross_entropy(network.apply(params, images), targets).mean()
+
+        updates, state = optimizer.update(jax.grad(loss_fn)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(FIT_STEPS):
+        chosen = rng.integers(len(images), size=FIT_BATCH)
+        params, state = step(params, state, images[chosen], labels[chosen])
+    return lambda images: np.asarray(jax.nn.softmax(network.apply(params, images)))
+
+
+def new_drawings(count: int) -> np.ndarray:
+    """Draws `count` new pictures of each class, uint8 [classes * count, H, W, 3]."""
+    random.seed(NEW_SEED)
+    return np.stack([np.asarray(drawings.draw(kind)) for kind in drawings.CLASSES for _ in range(count)])
+
+
+def quality(images: np.ndarray, labels: np.ndarray, samples: np.ndarray, requested: np.ndarray) -> dict[str, float]:
+    """Returns the numbers of this file's docstring.
+
+    images, labels: the drawings and their classes. samples, requested: the samples and their requested classes.
+    """
+    new, classes = new_drawings(NEW_PER_CLASS), np.repeat(np.arange(len(NAMES)), NEW_PER_CLASS)
+    classify = fit_classifier(images, labels)
+    of_new, of_samples = classify(new), classify(samples)
+    threshold = np.quantile(of_new.max(axis=1), 0.05)
+    predicted = of_samples.argmax(axis=1)
+    right, sure = predicted == requested, of_samples.max(axis=1) >= threshold
+    reference, *others = (drawings.pixels(x).astype(np.float32) for x in (images, samples, new))
+    memorized, memorized_new = (memorization_report(reference, x)[0]["close_share"] for x in others)
+    values = {
+        "accuracy": (of_new.argmax(axis=1) == classes).mean(),
+        "threshold": threshold,
+        "recognized": (right & sure).mean(),
+        "right_class": right.mean(),
+        "rarest": np.bincount(predicted, minlength=len(NAMES)).min() / len(samples),
+        "memorized": memorized,
+        "memorized_new": memorized_new,
+    }
+    recognized = {name: (right & sure)[requested == i].mean() for i, name in enumerate(NAMES)}
+    return {name: round(float(value), 4) for name, value in (values | recognized).items()}
+
+
+# ---- Pictures
+
+
+def enlarge(image: np.ndarray, size: int) -> Image.Image:
+    """Enlarges a uint8 image [H, W, 3] smoothly to a square."""
+    return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def comparison(images: np.ndarray, labels: np.ndarray, samples: np.ndarray, requested: np.ndarray) -> Image.Image:
+    """Draws a row for each class: five drawings on the left, five samples on the right."""
+    tile, gap, count, margin, above = 96, 6, 5, 110, 40
+    middle = margin + count * (tile + gap) + 24
+    size = (middle + count * (tile + gap) + gap, above + len(NAMES) * (tile + gap) + gap)
+    picture = Image.new("RGB", size, "white")
+    draw, large, small = ImageDraw.Draw(picture), *(ImageFont.load_default(points) for points in (18, 16))
+    for left, title in ((margin, "drawings for training"), (middle, "samples of the trained network")):
+        draw.text((left, 10), title, "black", large)
+    for row, name in enumerate(NAMES):
+        top = above + row * (tile + gap)
+        draw.text((margin - 14, top + tile // 2), name, "black", small, anchor="rm")
+        for left, shown in ((margin, images[labels == row]), (middle, samples[requested == row])):
+            for column in range(count):
+                picture.paste(enlarge(shown[column], tile), (left + column * (tile + gap), top))
+    return picture
+
+
+def animation_frames(directory: pathlib.Path) -> list[Image.Image]:
+    """Returns pictures of samples being denoised, from noise to the finished samples."""
+    os.chdir(directory)  # the run's settings have relative paths
+    workdir = directory / "runs" / "drawings"
+    setup = SampleFile(load_config(workdir), workdir).setup
+    indices = np.arange(COLUMNS * ROWS)
+    samples, frames = setup.generate(
+        keys_of_samples(1, indices), indices, trajectory=np.arange(setup.schedule.num_timesteps)
+    )
+    grids = [*np.asarray(to_uint8(frames.x_t)), np.asarray(to_uint8(samples))]
+    return [animation_frame(images) for images in grids]
+
+
+def animation_frame(images: np.ndarray) -> Image.Image:
+    """Draws samples as a grid whose columns are classes."""
+    picture = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, ROWS * (TILE + GAP) + GAP), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, COLUMNS)
+        picture.paste(enlarge(image, TILE), (GAP + column * (TILE + GAP), GAP + row * (TILE + GAP)))
+    return picture
+
+
+def draw_pictures(directory: pathlib.Path, *sets: np.ndarray) -> None:
+    """Writes the page's picture, the animation, and the animation's last frame."""
+    comparison(*sets).save(IMAGES / "first_pictures.png", optimize=True)
+    frames = animation_frames(directory)
+    durations = [600, *[120] * (len(frames) - 2), 4000]  # milliseconds
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+    frames[0].save(IMAGES / "hero.webp", quality=50, method=4, **options)
+    frames[-1].save(IMAGES / "hero.png", optimize=True)
 
 
 def main() -> None:
-    """Runs the page and draws the picture."""
+    """Runs the page, measures the samples and draws the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--plot", default="", help="the picture to write")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the training run")
+    parser.add_argument("--pictures", action="store_true", help="also draw the pictures")
     options = parser.parse_args()
     directory = options.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    run_page(directory)
-    if options.plot:
-        plot(directory).savefig(options.plot)
+    run_page(directory, options.seed)
+    size = drawings.SIZE
+    source = data.Folder(str(directory / "drawings"), (size, size), 3)
+    images, labels = (source.read(np.arange(len(source)))[name] for name in ("image", "label"))
+    found = max((directory / "runs/drawings/samples").glob("*.npz"), key=lambda path: len(np.load(path)["arr_0"]))
+    with np.load(found) as arrays:
+        sets = images, labels, arrays["arr_0"], arrays["arr_1"]
+    print(json.dumps(quality(*sets)))
+    if options.pictures:
+        draw_pictures(directory, *sets)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ DRAWINGS = (
         ("benchmarks/report_picture.py", "configs/digits.py", *_REPORT, _FIGURES, _GRIDS),
     ),
     Drawing(
-        ("first_pictures.png",),
-        "python benchmarks/first_pictures.py runs/first_pictures --plot=docs/images/first_pictures.png",
-        ("benchmarks/first_pictures.py", _FIGURES, _GRIDS),
+        ("first_pictures.png", "hero.png", "hero.webp"),
+        "python benchmarks/first_pictures.py runs/first_pictures --pictures",
+        ("benchmarks/first_pictures.py", "examples/drawings.py", "configs/drawings.py"),
     ),
     Drawing(
         tuple(f"edit_{task}.png" for task in _TASKS),
