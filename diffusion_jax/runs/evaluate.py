@@ -141,7 +141,10 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     pipeline = None
     if needs_features(names, of_images):
         if of_images and options.likelihood and _features_name(config) == "inception" and not options.inception:
-            return log(f"No metrics of samples: {features.NEEDS_INCEPTION}; evaluation.num_samples=0 leaves them out.")
+            return log(
+                f"No metrics of samples: {features.NEEDS_INCEPTION}; evaluation.metrics=energy_distance needs no features, "
+                "and evaluation.num_samples=0 leaves the metrics out."
+            )
         pipeline = load_pipeline(config, workdir)
         with as_user_error("config.evaluation"):
             features.check_shape(pipeline.extractor, data.example_shape(config.data))
