@@ -99,7 +99,7 @@ def assert_nothing_leaked(url):
     store = open_store(url)
     assert_complete_checkpoints(url, [STEPS - 4, STEPS])
     others = [name for name in store.list() if not name.startswith(("checkpoints/", "metrics/", "events", "samples/"))]
-    assert sorted(others) == [".lock", "config.json", "data.json", "goodput.json", "report.html"]
+    assert sorted(others) == [".lock", "config.json", "data.json", "examples.npz", "goodput.json", "report.html"]
     assert store.read(".lock") == b"{}"
 
 

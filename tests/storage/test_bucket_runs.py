@@ -44,7 +44,7 @@ def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert_complete_checkpoints(url, [2, 4])
     others = {name.split("/")[0].split(".")[0] for name in open_store(url).list()} - {"checkpoints", ""}
-    assert others == {"config", "data", "events", "goodput", "metrics"}
+    assert others == {"config", "data", "events", "examples", "goodput", "metrics"}
 
 
 def test_weights_status_and_metrics_are_read_by_url(url, local):
