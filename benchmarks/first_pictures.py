@@ -4,7 +4,7 @@
 
 In DIR, the script runs the page's commands for `runs/drawings`, trained with --config.seed=SEED, and prints the wall and CPU
 seconds of each command; the compilation cache is also in DIR. A rerun in DIR uses the finished run. With --pictures, it also
-draws docs/images/first_pictures.png, docs/images/hero.webp and docs/images/hero.png.
+draws docs/images/first_pictures.png and docs/images/hero.webp.
 
 A small convolutional network, trained on the drawings, judges the samples of the page's evaluation. The threshold is the
 confidence that 95% of new drawings exceed. The last line is a JSON object:
@@ -200,13 +200,12 @@ def animation_frame(images: np.ndarray) -> Image.Image:
 
 
 def draw_pictures(directory: pathlib.Path, *sets: np.ndarray) -> None:
-    """Writes the page's picture, the animation, and the animation's last frame."""
+    """Writes the page's picture and the animation."""
     comparison(*sets).save(IMAGES / "first_pictures.png", optimize=True)
     frames = animation_frames(directory)
     durations = [600, *[120] * (len(frames) - 2), 4000]  # milliseconds
     options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
     frames[0].save(IMAGES / "hero.webp", quality=50, method=4, **options)
-    frames[-1].save(IMAGES / "hero.png", optimize=True)
 
 
 def main() -> None:

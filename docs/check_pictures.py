@@ -62,12 +62,6 @@ def _example(image: str, config: str, name: str) -> Drawing:
 
 DRAWINGS = (
     Drawing(
-        ("noise_to_digits.png",),
-        f"{_TRAIN_DIGITS} && {_SAMPLE_DIGITS}"
-        ' && cp "$(ls -t runs/digits/samples/trajectories/step*_n100.png | head -1)" docs/images/noise_to_digits.png',
-        ("configs/digits.py", _FIGURES, _GRIDS),
-    ),
-    Drawing(
         ("report.png",),
         f"{_TRAIN_DIGITS} && {_SAMPLE_DIGITS}"
         " && python -m diffusion_jax.report runs/digits --output=runs/digits/report.html"
@@ -75,7 +69,7 @@ DRAWINGS = (
         ("benchmarks/report_picture.py", "configs/digits.py", *_REPORT, _FIGURES, _GRIDS),
     ),
     Drawing(
-        ("first_pictures.png", "hero.png", "hero.webp"),
+        ("first_pictures.png", "hero.webp"),
         "python benchmarks/first_pictures.py runs/first_pictures --pictures",
         ("benchmarks/first_pictures.py", "examples/drawings.py", "configs/drawings.py"),
     ),

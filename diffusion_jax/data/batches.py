@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.sources import Source, read_block_lengths
 
 if TYPE_CHECKING:
     import grain
@@ -34,7 +34,7 @@ class Batches:
     """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
 
     batch_size: over all processes. rows: a slice or indices, the rows of each batch that this process reads, by default all.
-    num_blocks: the number of blocks in the source. has_blocks: whether there are several.
+    num_blocks: the number of blocks in the source.
     """
 
     def __init__(
@@ -42,9 +42,8 @@ class Batches:
     ):
         self._source, self._seed, self._batch_size, self._num_steps = source, seed, batch_size, num_steps
         self.rows = np.arange(batch_size, dtype=np.int64)[rows]
-        self._block_lengths = tuple(filter(None, getattr(source, "block_lengths", ()))) or (len(source),)
+        self._block_lengths = read_block_lengths(source) or (len(source),)
         self.num_blocks = len(self._block_lengths)
-        self.has_blocks = self.num_blocks > 1
         num_lanes = math.gcd(batch_size, _MAX_LANES)
         while num_lanes > 1 and num_lanes * _BLOCKS_IN_WINDOW > self.num_blocks:
             num_lanes //= 2
@@ -69,9 +68,8 @@ class Batches:
         lanes, places = np.divmod(rows, self._batch_size // num_lanes)
         starts, lengths = self._lane_ends[lanes], np.diff(self._lane_ends)[lanes]
         epochs, positions = np.divmod(step * (self._batch_size // num_lanes) + places, lengths)
-        shifts = (
-            lanes * self._window // num_lanes
-        )  # lanes begin a window at different steps, so that downloads are even
+        # Lanes begin a window at different steps, so that downloads are spread evenly.
+        shifts = lanes * self._window // num_lanes
         windows = (positions + shifts) // self._window
         lows = np.maximum(windows * self._window - shifts, 0)
         highs = np.minimum((windows + 1) * self._window - shifts, lengths)
@@ -140,7 +138,7 @@ def stream(
     from absl import flags
 
     parts = 1
-    if batches.has_blocks:
+    if batches.num_blocks > 1:
         prefetch, parts = max(prefetch, _MIN_AHEAD), max(1, min(workers, len(batches.rows)))
         workers = min(workers, parts)
     dataset = grain.MapDataset.source(_Parts(batches, parts) if parts > 1 else batches)[start * parts :]

@@ -34,7 +34,7 @@ __all__ = [
     "find_files",
     "is_in_memory",
     "is_of_images",
-    "num_readable",
+    "read_block_lengths",
     "read_classes",
     "read_in_order",
     "select_split",
@@ -92,6 +92,12 @@ def read_classes(source: Source) -> tuple[int, tuple[str, ...]]:
     return getattr(source, "num_classes", 0), tuple(getattr(source, "class_names", ()))
 
 
+def read_block_lengths(source: Source) -> tuple[int, ...]:
+    """Returns the numbers of examples in the blocks of a source, without empty blocks; () if all examples are one block."""
+    lengths = tuple(filter(None, getattr(source, "block_lengths", ())))
+    return lengths if len(lengths) > 1 else ()
+
+
 def batch_examples(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the examples in a batch, without labels and conditions."""
     return batch["image"] if "image" in batch else batch["x"]
@@ -109,11 +115,6 @@ def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np
         return (), None
     names, labels = np.unique([path.parts[0] for path in files], return_inverse=True)
     return tuple(names.tolist()), labels.astype(np.int32)
-
-
-def num_readable(source: Source) -> int:
-    """Returns the number of examples, from the first on, that can be read without a download: those of the first block."""
-    return next(iter(getattr(source, "block_lengths", ())), len(source))
 
 
 def read_in_order(source: Source, size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -211,7 +212,7 @@ class InMemory(Arrays):
         if failures:
             raise UnreadableFilesError(failures.items())
         loaded = cls(arrays, *read_classes(source))
-        loaded.block_lengths = getattr(source, "block_lengths", ())  # the order must not depend on the available memory
+        loaded.block_lengths = read_block_lengths(source)  # the order must not depend on the available memory
         return loaded
 
 
@@ -221,7 +222,7 @@ class DerivedSource:
     def __init__(self, source: Source):
         self.source = source
         self.num_classes, self.class_names = read_classes(source)
-        self.block_lengths: Sequence[int] = getattr(source, "block_lengths", ())
+        self.block_lengths = read_block_lengths(source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -242,7 +243,8 @@ class SelectedExamples(DerivedSource):
 
     def __init__(self, source: Source, indices: np.ndarray):
         super().__init__(source)
-        self._indices, self.block_lengths = indices, ()
+        self._indices = indices
+        self.block_lengths = ()
 
     def __len__(self) -> int:
         return len(self._indices)

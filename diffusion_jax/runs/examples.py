@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, pictures
 from diffusion_jax.console import log
-from diffusion_jax.data.sources import batch_examples, num_readable
+from diffusion_jax.data.sources import batch_examples, read_block_lengths
 from diffusion_jax.files import save_npz
 from diffusion_jax.metrics.of_arrays import even_indices
 from diffusion_jax.models import upsampling
@@ -36,7 +36,8 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
     first = source.read([0])
     most = _MAX_VECTORS if batch_examples(first).ndim == 2 else _MAX_EXAMPLES
     count = max(1, min(most, _MAX_BYTES // sum(array.nbytes for array in first.values())))
-    batch = source.read(even_indices(num_readable(source), count + (_NUM_CANDIDATES if "label" in first else 0)))
+    first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
+    batch = source.read(even_indices(first_block, count + (_NUM_CANDIDATES if "label" in first else 0)))
     labels = np.asarray(batch.get("label", np.arange(len(batch_examples(batch)))))
     order = np.argsort(labels, kind="stable")
     place = np.empty(len(labels), int)  # among the candidates of its class

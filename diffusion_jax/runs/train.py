@@ -349,10 +349,8 @@ class BatchLoader:
         self._options, self._mesh = config.training, program.mesh
         rows = sharding.process_rows(self._options.batch_size, program.mesh)
         batches = data.Batches(source, config.seed, self._options.batch_size, self._options.num_steps, rows)
-        if batches.has_blocks:
-            log(
-                f"The {batches.num_blocks:,} files of the data are shuffled, and the examples of about two files at a time."
-            )
+        if (count := batches.num_blocks) > 1:
+            log(f"The {count:,} blocks of the data are shuffled, and the examples of about two blocks at a time.")
         self._workers = 0 if data.is_in_memory(source) else config.data.workers
         self._stream = data.stream(batches, step, self._workers)
         self._can_scan = program.train_steps is not None

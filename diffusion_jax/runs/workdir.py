@@ -17,7 +17,7 @@ from diffusion_jax import data, models, pretrained
 from diffusion_jax.config import identity_settings, is_classifier, resolve
 from diffusion_jax.console import log, progress_over
 from diffusion_jax.data import Normalizations, Source
-from diffusion_jax.data.sources import num_readable
+from diffusion_jax.data.sources import read_block_lengths
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, shorten
@@ -106,7 +106,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     """
     names, path = list(data.read_classes(source)[1]), workdir / "data.json"
     new: dict[str, Any] = {"images": len(source), "sha256_of_some": digest_of_some(source), "classes": names}
-    if blocks := len(getattr(source, "block_lengths", ())):
+    if blocks := len(read_block_lengths(source)):
         new["blocks"] = blocks
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
@@ -136,7 +136,8 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
 
 def digest_of_some(source: Source) -> str:
     """Returns the SHA-256 of up to 64 examples with labels (0 without labels) and conditions."""
-    indices = np.unique(np.linspace(0, num_readable(source) - 1, _NUM_HASHED_EXAMPLES).astype(int))
+    first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
+    indices = np.unique(np.linspace(0, first_block - 1, _NUM_HASHED_EXAMPLES).astype(int))
     batch = source.read(indices)
     labels = batch.get("label", np.zeros(len(indices)))
     parts = [batch.get("image", batch.get("x")), np.asarray(labels, np.int32), batch.get("condition")]
