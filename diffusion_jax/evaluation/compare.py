@@ -79,8 +79,8 @@ def compare(
     @functools.cache
     def inputs(needs: str) -> tuple[Any, Any]:
         """Returns the metrics' inputs for the reference and for the samples."""
-        if needs == "examples":
-            normalization = options.normalization
+        if needs in ("examples", "data"):
+            normalization = options.normalization if needs == "examples" else None
             return standardize(reference.source, normalization), standardize(samples.source, normalization)
         if needs == "vectors":
             return inputs("pool" if of_images else "examples")
@@ -194,7 +194,7 @@ def _why_not(needs: str, reference: ExampleSet, extractor: FeatureExtractor | No
         return "the reference has no spatial statistics (mu_s, sigma_s)"
     if needs == "logits" and extractor and not extractor.published:
         return "it needs the classes of the published Inception"
-    if needs in ("pool", "vectors", "examples") and reference.examples is None:
+    if needs in ("pool", "vectors", "examples", "data") and reference.examples is None:
         return "the reference has statistics only"
     return ""
 

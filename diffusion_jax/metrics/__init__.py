@@ -120,7 +120,8 @@ class Metric:
 
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
       moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
-      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
+      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C]. data: the same arrays
+      in data units.
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
     records, with features from the published Inception and from other extractors; the result's names are then endings of
@@ -138,11 +139,11 @@ def find_metric(name: str) -> Metric:
     """Returns the entry of `METRICS`, or the metric of a user's function "module:function". Raises: ValueError."""
     if ":" not in name:
         return METRICS[name]
-    return Metric(functools.partial(_own_metric, name, find_function(name, "evaluation.metrics")), "examples", 1)
+    return Metric(functools.partial(_own_metric, name, find_function(name, "evaluation.metrics")), "data", 1)
 
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Calls function(reference, samples), which returns a number or several, {name: number}, of at most 50,000 examples."""
+    """Calls function(reference, samples) in data units, which returns a number or {name: number}; at most 50,000 examples."""
     value = function(*(np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples)))
     found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
     values = {}
@@ -169,7 +170,7 @@ def reported_name(metric: str, published: bool, resize: str | None = None) -> st
 
 def needs_features(names: Iterable[str], of_images: bool) -> bool:
     """Whether any of the metrics compares features, for images or for other arrays."""
-    kinds = {find_metric(name).needs for name in names} - {"examples"}
+    kinds = {find_metric(name).needs for name in names} - {"data", "examples"}
     return bool(kinds if of_images else kinds - {"vectors"})
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import data, training
+from diffusion_jax import data, metrics, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import of_arrays
 from diffusion_jax.runs import evaluate, train
@@ -118,7 +118,9 @@ def test_dequantization_of_data_without_gray_levels_is_refused(tmp_path):
 
 @pytest.mark.whole
 def test_samples_are_compared_with_the_data(tmp_path):
-    config = config_of("series", **{"data.data_dir": "x.npz", "evaluation.num_samples": 48, "evaluation.seed": 3})
+    names = (*metrics.choose_metrics(None, 1, False, False), "helpers.own_networks:mean_shift")
+    options = {"evaluation.num_samples": 48, "evaluation.seed": 3, "evaluation.metrics": names}
+    config = config_of("series", **{"data.data_dir": "x.npz", **options})
     write_arrays("series", "x.npz", 60)
     x = examples("series", 60)
     run = untrained(tmp_path / "run", config, rows_of(x))
@@ -126,6 +128,7 @@ def test_samples_are_compared_with_the_data(tmp_path):
     got, (path,) = record(run), (run / "samples").glob("*.npz")
     drawn, constants = np.load(path)["arr_0"], data.find_normalizations(config.data, rows_of(x))["x"]
     assert drawn.dtype == np.float32 and abs(drawn.mean() - 300) < 30
+    assert got["mean_shift"] == pytest.approx(drawn.mean() - x.mean(), rel=1e-3)  # the user's metric is in data units
     standardized = [constants.apply(part) for part in (x, drawn)]
     energy = of_arrays.energy_distance(*standardized)
     assert got["energy_distance"] == pytest.approx(energy.value, rel=1e-6)
