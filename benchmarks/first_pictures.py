@@ -46,7 +46,7 @@ from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.sampling_setup import keys_of_samples
 from diffusion_jax.runs.workdir import load_config
 
-PAGE, IMAGES = ROOT / "docs" / "start" / "first_pictures.md", ROOT / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 NAMES = [kind.__name__ for kind in drawings.CLASSES]
 NEW_PER_CLASS, NEW_SEED = 200, 1  # drawings that training does not see
 FIT_STEPS, FIT_BATCH = 600, 128
@@ -56,11 +56,14 @@ COLUMNS, ROWS, TILE, GAP = 12, 3, 64, 6  # of the animation, in samples and pixe
 # ---- The page's commands
 
 
-def page_commands() -> list[list[str]]:
-    """Returns the page's commands for the drawings, from top to bottom."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+def page_commands(page: str, name: str) -> list[list[str]]:
+    """Returns the commands of docs/start/PAGE that make the data and use runs/NAME, from top to bottom."""
+    text = (ROOT / "docs" / "start" / page).read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if "examples/drawings.py" in line or "--workdir=runs/drawings" in line]
+    return [
+        shlex.split(line) for line in lines if line.startswith("python examples/") or f"--workdir=runs/{name}" in line
+    ]
 
 
 def run(command: list[str], directory: pathlib.Path) -> None:
@@ -73,13 +76,13 @@ def run(command: list[str], directory: pathlib.Path) -> None:
     print(f"{shlex.join(command)}\n{time.perf_counter() - start:.0f} s, {cpu:.0f} CPU seconds", flush=True)
 
 
-def run_page(directory: pathlib.Path, seed: int) -> None:
-    """Runs the page's commands in a directory with links to this project's files."""
-    for name in ("main.py", "configs", "examples"):
-        if not (directory / name).exists():
-            (directory / name).symlink_to(ROOT / name)
-    for command in page_commands():
-        run([*command, f"--config.seed={seed}"] if "--config=configs/drawings.py" in command else command, directory)
+def run_page(page: str, name: str, directory: pathlib.Path, seed: int) -> None:
+    """Runs the page's commands in a directory with links to this project's files. seed: of the training run."""
+    for link in ("main.py", "configs", "examples"):
+        if not (directory / link).exists():
+            (directory / link).symlink_to(ROOT / link)
+    for command in page_commands(page, name):
+        run([*command, f"--config.seed={seed}"] if f"--config=configs/{name}.py" in command else command, directory)
 
 
 # ---- The classifier and the numbers
@@ -217,7 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     directory = options.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    run_page(directory, options.seed)
+    run_page("first_pictures.md", "drawings", directory, options.seed)
     size = drawings.SIZE
     source = data.Folder(str(directory / "drawings"), (size, size), 3)
     images, labels = (source.read(np.arange(len(source)))[name] for name in ("image", "label"))

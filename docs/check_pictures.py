@@ -74,6 +74,13 @@ DRAWINGS = (
         ("benchmarks/first_pictures.py", "examples/drawings.py", "configs/drawings.py"),
     ),
     Drawing(
+        ("first_arrays.png",),
+        "python examples/reaction_diffusion.py"
+        " && python main.py --config=configs/patterns.py --workdir=runs/patterns"
+        " && python docs/pictures/patterns.py",
+        ("docs/pictures/patterns.py", "examples/reaction_diffusion.py", "configs/patterns.py"),
+    ),
+    Drawing(
         tuple(f"edit_{task}.png" for task in _TASKS),
         "python benchmarks/editing_pictures.py runs/editing_pictures",
         ("benchmarks/editing_pictures.py", "configs/digits.py", _FIGURES, _GRIDS),

@@ -76,6 +76,8 @@ def draw_rate_distortion(
 
 def draw_curves(curves: Curves, title: str, channels: Channels = UNKNOWN) -> Figure:
     """Plots a statistic of two sets with standard errors, with a panel for each of the first channels."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     shown = [channels.name(i) for i in range(min(curves.samples.value.shape[1], _MAX_CURVES))]
     notes = [*note_shown(len(shown), curves.samples.value.shape[1], "channels"), "bars: standard errors"]
     names = [f"{name}\n{note}" for name, note in zip(shown, curves.notes, strict=False)] or shown
@@ -106,6 +108,9 @@ def draw_curves(curves: Curves, title: str, channels: Channels = UNKNOWN) -> Fig
         elif (values > 0).any():
             # An error bar may reach 0, which a logarithmic axis cannot show.
             panel.set(xscale="log", yscale="log", ylim=(values[values > 0].min() / 2, values.max() * 2))
+            panel.xaxis.set(
+                major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
+            )
     return figure
 
 
