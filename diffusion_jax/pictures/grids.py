@@ -28,6 +28,7 @@ __all__ = [
     "fill_cells",
     "save",
     "to_array",
+    "to_pillow",
 ]
 
 Picture: TypeAlias = "np.ndarray | Figure"
@@ -175,6 +176,10 @@ def to_array(picture: Picture) -> np.ndarray:
 
 def save(path: pathlib.Path, picture: Picture) -> None:
     """Writes a picture as PNG, completely or not at all."""
-    array = to_array(picture)
     with atomic_write(path) as temporary:
-        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")
+        to_pillow(to_array(picture)).save(temporary, format="PNG")
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """Converts uint8 [H, W, C], with one or three channels, to a Pillow image."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -159,7 +159,7 @@ class Budget:
         """
         try:
             if isinstance(source, np.ndarray):
-                image = Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source)
+                image = pictures.to_pillow(source)
             else:
                 image = Image.open(source)
             kind, content = "png", _encode(image, "PNG")

@@ -26,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from diffusion_jax import pictures
 from diffusion_jax.config import flatten
 from diffusion_jax.console import log
 from diffusion_jax.distributed.devices import describe_environment
@@ -158,8 +159,7 @@ class RunMetrics:
 
     def write_image(self, step: int, name: str, image: np.ndarray, caption: str) -> None:
         """Writes a uint8 image [H, W, C]. caption: a title for the image."""
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        self._writers.call("write_image", step, name, picture, caption)
+        self._writers.call("write_image", step, name, pictures.to_pillow(image), caption)
 
     def flush(self) -> None:
         """Makes the written lines survive a kill. Call this method before saving a checkpoint."""

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 import diffusion_jax
 from diffusion_jax import data, pictures, pretrained, schedules
@@ -24,7 +23,7 @@ from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.files import atomic_write, save_npz
+from diffusion_jax.files import save_npz
 from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.examples import draw_beside_examples, read_channels
@@ -74,8 +73,7 @@ def _write_images(file: SampleFile) -> None:
         images = arrays["arr_0"]
     paths = [folder / f"{i:05d}.png" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
-        with atomic_write(path) as temporary:
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
+        pictures.save(path, image)
     file.workdir.upload(*paths)
     log(f"Single images: {folder}")
 

@@ -131,11 +131,7 @@ def _copy_objects(
             if tags.get(start + name) != info.tag or not (directory / name).is_file()
         ]
         size, free = sum(needed[name].size for name in missing), shutil.disk_usage(root).free
-        if size > free:
-            raise UserError(
-                f"{url} has {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory "
-                "of a larger disk, reduce data.disk_mb for a data set in array_record format, or mount the bucket"
-            )
+        _check_space(root, f"the files of {url}", size, free)
         if size > _ANNOUNCED_BYTES:
             print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
         for first in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption, finished groups are not repeated
@@ -210,10 +206,15 @@ def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
             break
         path.unlink(missing_ok=True)
         excess, free = excess - length, free + length
+    _check_space(root, "the files of a batch", size, free)
+
+
+def _check_space(root: pathlib.Path, what: str, size: int, free: int) -> None:
+    """Raises: UserError if the disk with `root` has less than `size` bytes left."""
     if size > free:
         raise UserError(
-            f"{root} needs {size / 1e9:.1f} GB for files of a data set, and {free / 1e9:.1f} GB are left; set "
-            "XDG_CACHE_HOME to a directory of a larger disk"
+            f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory of "
+            "a larger disk, reduce data.disk_mb for a data set in array_record format, or mount the bucket"
         )
 
 

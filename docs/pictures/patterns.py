@@ -47,7 +47,7 @@ def main() -> None:
     for (name, x), color, marker in zip(sets.items(), COLORS, "ox", strict=True):
         spots = reaction_diffusion.statistics(x)["spots_minus_holes"]
         axes.plot(kill[:, 0], spots, marker, color=color, markersize=4, fillstyle="none", label=f"{len(x)} {name}s")
-    axes.set(xlabel="kill rate", ylabel="spots minus holes")
+    axes.set(xlabel="kill rate", ylabel="spots minus holes", yticks=range(-6, 10, 3))
     axes.grid(color="0.9")
     axes.legend()
     figure.savefig(IMAGE)

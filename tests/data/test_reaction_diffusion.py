@@ -29,7 +29,7 @@ def test_one_euler_step_in_float64_numpy():
 
 
 def test_spots_minus_holes_and_the_wavelength():
-    """Two spots over the borders of the torus; a ring, which is a spot with a hole; stripes around the torus, which are rings."""
+    """Two spots over the borders of the torus; a ring, a spot with a hole; stripes around the torus, which are rings, too."""
     v = np.zeros((3, 24, 24))
     v[0, [0, -1]], v[0, :, 3:-3], v[0, 10:12, 10:14] = 1, 0, 1
     v[1, 5:12, 5:12], v[1, 7:9, 7:10] = 1, 0
