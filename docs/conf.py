@@ -52,6 +52,7 @@ extensions = [
 exclude_patterns = ["_build", "_extensions", "**/.*"]
 nitpicky = True
 show_warning_types = True
+smartquotes = False  # which would change -- of a flag to a dash
 highlight_language = "none"  # for blocks without a language
 
 # API pages: every name in __all__, with the signature from the source.

@@ -329,7 +329,7 @@ OPTIMIZER: dict[str, Setting] = {
     ),
     "frozen": Setting(
         (),
-        OneOf(Tuple(Text(), "patterns", shown="('down_*', 'middle_*')"), FunctionName()),
+        OneOf(Tuple(Text(), "patterns", shown="('down_*', 'mid_*')"), FunctionName()),
         "Parameters that training does not change: patterns of names, such as network/* for your own network, or a "
         "function from a name to a bool; () for none.",
     ),
@@ -599,7 +599,7 @@ SETTINGS = {
 CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
 
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
-_NOT_IDENTITY = ("data_dir", "download", "memory_mb", "disk_mb", "cache_decoded", "workers", "precision")
+_NOT_IDENTITY = ("data_dir", "download", "memory_mb", "disk_mb", "cache_decoded", "workers", "precision", "remat")
 _NOT_IDENTITY += ("channel_names", "channel_units")
 
 

@@ -27,7 +27,7 @@ def main() -> None:
         fields, kill = arrays["x"], arrays["condition"]
     net = pretrained.load("runs/patterns")
     samples = net.sample(
-        jax.random.key(1), len(kill), condition=kill, sampler=sampling.dpm_solver_pp(), steps=25, spacing="trailing"
+        jax.random.key(1), len(kill), condition=kill, sampler=sampling.dpm_solver_pp(), steps=50, spacing="log_snr"
     )
     sets = {"simulation": fields, "sample": np.asarray(samples)}
     shown = [np.abs(kill[:, 0] - wanted).argmin() for wanted in np.linspace(*reaction_diffusion.KILL, NUM_COLUMNS)]

@@ -70,7 +70,7 @@ def test_identity_is_what_decides_the_numbers_of_a_run():
     assert {"seed", "data.dataset", "model.channels", "training.batch_size", "optimizer.b1", "ema.decay"} <= set(
         identity
     )
-    others = {"data.data_dir", "model.precision", "training.num_steps", "sampling.steps", "mesh.fsdp"}
+    others = {"data.data_dir", "model.precision", "model.remat", "training.num_steps", "sampling.steps", "mesh.fsdp"}
     assert not others & set(identity)
 
 

@@ -75,6 +75,10 @@ NOTES = [
         "optimizer.warmup_steps=5000 is not below training.num_steps=2000, so the learning rate never reaches 0.0002; ",
     ),
     (
+        LONG | {"optimizer.schedule": "cosine", "optimizer.decay_steps": 1500},
+        "optimizer.decay_steps=1500 is below training.num_steps=2000, so the learning rate is 0 from step 1500 on",
+    ),
+    (
         LONG | {"ema.warmup": False},
         # 0.9999**2000 = 0.819
         "at training.num_steps=2000 the EMA (ema.decay=0.9999) still holds 82% of the random initial weights",
