@@ -3,8 +3,8 @@
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --workdir=runs/digits --mode=sample
 
-`make demo` runs both commands, and evaluates. The network has 651,041 parameters. For better digits, train longer with the same command and
---config.training.num_steps=8000.
+`make demo` runs both commands, and evaluates. The network has 651,041 parameters. For better digits, train longer with the
+same command and --config.training.num_steps=8000.
 """
 
 from diffusion_jax.config import ConfigDict, default

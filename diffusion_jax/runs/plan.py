@@ -284,8 +284,8 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
     decay_steps = config.optimizer.decay_steps
     if config.optimizer.schedule != "constant" and decay_steps < num_steps:
         found.append(
-            f"optimizer.decay_steps={decay_steps} is below training.num_steps={num_steps}, so the learning rate is 0 from step "
-            f"{decay_steps} on; use --config.optimizer.decay_steps={num_steps}, or fewer steps"
+            f"optimizer.decay_steps={decay_steps} is below training.num_steps={num_steps}, so the learning rate is 0 from "
+            f"step {decay_steps} on; use --config.optimizer.decay_steps={num_steps}, or fewer steps"
         )
     if num_steps > _MAX_TRIAL_STEPS and share > MAX_INITIAL_SHARE:
         found.append(
