@@ -70,8 +70,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
     """Loads a trained network with its weights, schedule and settings.
 
     path: a diffusers folder (DDPMPipeline: UNet2DModel and a scheduler's config); OpenAI's .pt, under its published name or
-      with flags; a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the .ckpt of the PyTorch port;
-      a work directory; or a file from `save_safetensors`.
+      with flags; a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the PyTorch port's .ckpt; a
+      work directory; or a file from `save_safetensors`.
     flags: for OpenAI's files, a preset's name ("adm_imagenet256"), or flags for OpenAI's scripts, as a dict, as text
       ("--num_heads 4 --noise_schedule cosine ...") or as JSON; for unpublished networks from Ho et al.'s code, image_size,
       variance and other settings of `config.diffusion`.
