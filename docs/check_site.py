@@ -1,7 +1,8 @@
 """Checks the built site: `python docs/check_site.py [docs/_build/html]`, the last step of `make docs`.
 
 The script checks that every name in a public module's `__all__` has an entry, that every link leads to an existing file and
-anchor, and that pages load nothing from another machine. If there are problems, the script prints all problems and exits
+anchor, that pages load nothing from another machine, and that no page with its scripts and styles exceeds 1 MB compressed,
+without MathJax. If there are problems, the script prints all problems and exits
 with 1.
 """
 
@@ -23,6 +24,7 @@ import api  # noqa: E402
 
 import diffusion_jax  # noqa: E402
 
+_MAX_BYTES = 1_000_000
 _LOADED = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "src", "video": "src"}
 
 
@@ -91,9 +93,20 @@ class _Page(html.parser.HTMLParser):
             self.loaded.append(str(values[_LOADED[tag]]))
 
 
-def broken_links(site: pathlib.Path) -> list[str]:
+def large_pages(pages: dict[pathlib.Path, _Page]) -> list[str]:
+    """Returns pages that exceed 1 MB compressed, with scripts and styles, and without MathJax and pictures."""
+    problems = []
+    for path, page in pages.items():
+        names = [urllib.parse.urlsplit(address).path for address in page.loaded]
+        files = [path.parent / name for name in names if name.endswith((".js", ".css")) and "mathjax" not in name]
+        size = sum(len(zlib.compress(each.read_bytes())) for each in [path, *files] if each.is_file())
+        if size > _MAX_BYTES:
+            problems.append(f"{path.name} has {size / 1e6:.2f} MB compressed; at most {_MAX_BYTES / 1e6:g} MB")
+    return problems
+
+
+def broken_links(site: pathlib.Path, pages: dict[pathlib.Path, _Page]) -> list[str]:
     """Returns links to missing files and anchors, and files that are loaded from another machine."""
-    pages = {path: _Page(path) for path in site.rglob("*.html") if "_static" not in path.relative_to(site).parts}
     problems = []
     for path, page in pages.items():
         name = path.relative_to(site)
@@ -120,11 +133,11 @@ def broken_links(site: pathlib.Path) -> list[str]:
 def main() -> None:
     """Prints every problem."""
     site = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "_build" / "html").resolve()
-    problems = missing_names(site) + broken_links(site)
+    pages = {path: _Page(path) for path in site.rglob("*.html") if "_static" not in path.relative_to(site).parts}
+    problems = missing_names(site) + broken_links(site, pages) + large_pages(pages)
     for problem in problems:
         print(problem, file=sys.stderr)
-    pages = len(list(site.rglob("*.html")))
-    print(f"{pages} pages: {len(problems)} problems with public names, links and loaded files")
+    print(f"{len(pages)} pages: {len(problems)} problems with public names, links, loaded files and sizes")
     sys.exit(1 if problems else 0)
 
 

@@ -66,6 +66,13 @@ def test_a_page_is_rendered_and_accessible(context, address, name):
         assert not page.evaluate(BROKEN_EQUATIONS)
 
 
+def test_a_sample_is_at_the_top_of_the_first_page(context, address):
+    page, _ = open_page(context, address)
+    box = page.locator("main img").first.bounding_box()
+    assert box["y"] + box["height"] < 900
+    page.close()
+
+
 def search(context, address, words):
     """The addresses of the results, relative to the site, best first."""
     page, errors = open_page(context, f"{address}search.html?{urllib.parse.urlencode({'q': words})}")

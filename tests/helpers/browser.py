@@ -5,6 +5,8 @@ import shutil
 
 WIDTHS = {"phone": 390, "desktop": 1400}
 _BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
+_CUT_OFF = """[...document.querySelectorAll('main pre, main mjx-container[display=true]')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 80))"""
 _EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -64,7 +66,7 @@ def _violations(page):
 
 @contextlib.contextmanager
 def checked_page(context, url, screenshot):
-    """A page after its checks: no error, nothing loaded from elsewhere, no broken image, not too wide, accessible."""
+    """A page after its checks: no error, nothing from elsewhere, no broken image, nothing cut off, accessible in light and dark."""
     page, errors = open_page(context, url)
     try:
         page.evaluate("document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager')")
@@ -74,7 +76,11 @@ def checked_page(context, url, screenshot):
         assert not context.requests
         assert not page.evaluate(_BROKEN_IMAGES)
         assert page.evaluate(_EXCEEDS_WINDOW) <= 0
-        assert not _violations(page)
+        assert not page.evaluate(_CUT_OFF)
+        page.add_style_tag(content="* { transition: none !important }")  # axe would measure colors on their way
+        for colors in ("light", "dark"):
+            page.emulate_media(color_scheme=colors)
+            assert _violations(page) == [], colors
         yield page
     finally:
         context.requests.clear()
