@@ -66,7 +66,7 @@ def _violations(page):
 
 @contextlib.contextmanager
 def checked_page(context, url, screenshot):
-    """A page after its checks: no error, nothing from elsewhere, no broken image, nothing cut off, accessible in light and dark."""
+    """A page without errors, requests to elsewhere, broken images, cut-off code; accessible with light and dark colors."""
     page, errors = open_page(context, url)
     try:
         page.evaluate("document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager')")
