@@ -85,6 +85,8 @@ def test_an_upsampler_has_its_inputs_before_its_samples(tmp_path):
     means = found.reshape(4, 4, 2, 4, 2, 1).mean(axis=(2, 4))
     np.testing.assert_allclose(given["examples"].x[:, 1::2, 1:8:2], means, atol=0.5)
     np.testing.assert_array_equal(given["examples"].x[:, :, 8:], found)
+    wide = examples._pair(np.ones((1, 2, 3, 1)), np.zeros((1, 4, 6, 1)))
+    assert wide.shape == (1, 4, 12, 1) and wide[:, :, :6].all() and not wide[:, :, 6:].any()
 
 
 @pytest.mark.parametrize("content", [None, b"PK\x03\x04 torn"])
