@@ -2,12 +2,13 @@
 
 The script checks that every name in a public module's `__all__` has an entry, that every link leads to an existing file and
 anchor, that pages load nothing from another machine, and that no page with its scripts and styles exceeds 1 MB compressed,
-without MathJax. If there are problems, the script prints all problems and exits
+without MathJax and fonts. If there are problems, the script prints all problems and exits
 with 1.
 """
 
 from __future__ import annotations
 
+import functools
 import html.parser
 import importlib
 import pathlib
@@ -93,15 +94,19 @@ class _Page(html.parser.HTMLParser):
             self.loaded.append(str(values[_LOADED[tag]]))
 
 
-def large_pages(pages: dict[pathlib.Path, _Page]) -> list[str]:
-    """Returns pages that exceed 1 MB compressed, with scripts and styles, and without MathJax and pictures."""
-    problems = []
+def large_pages(site: pathlib.Path, pages: dict[pathlib.Path, _Page]) -> list[str]:
+    """Returns pages that exceed 1 MB compressed, with scripts and styles, and without MathJax, fonts and pictures."""
+    problems, compressed = [], functools.cache(lambda path: len(zlib.compress(path.read_bytes())))
     for path, page in pages.items():
-        names = [urllib.parse.urlsplit(address).path for address in page.loaded]
-        files = [path.parent / name for name in names if name.endswith((".js", ".css")) and "mathjax" not in name]
-        size = sum(len(zlib.compress(each.read_bytes())) for each in [path, *files] if each.is_file())
+        names = {urllib.parse.urlsplit(address).path for address in page.loaded}
+        files = {
+            (path.parent / name).resolve() for name in names if name.endswith((".js", ".css")) and "mathjax" not in name
+        }
+        size = sum(map(compressed, filter(pathlib.Path.is_file, [path, *files])))
         if size > _MAX_BYTES:
-            problems.append(f"{path.name} has {size / 1e6:.2f} MB compressed; at most {_MAX_BYTES / 1e6:g} MB")
+            problems.append(
+                f"{path.relative_to(site)} has {size / 1e6:.2f} MB compressed; at most {_MAX_BYTES / 1e6:g} MB"
+            )
     return problems
 
 
@@ -134,7 +139,7 @@ def main() -> None:
     """Prints every problem."""
     site = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "_build" / "html").resolve()
     pages = {path: _Page(path) for path in site.rglob("*.html") if "_static" not in path.relative_to(site).parts}
-    problems = missing_names(site) + broken_links(site, pages) + large_pages(pages)
+    problems = missing_names(site) + broken_links(site, pages) + large_pages(site, pages)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{len(pages)} pages: {len(problems)} problems with public names, links, loaded files and sizes")

@@ -3,7 +3,7 @@
     python examples/reaction_diffusion.py
 
 The chemicals have concentrations u and v [Pearson 1993, "Complex Patterns in a Simple System"]. u is fed, v consumes u and
-grows, and v decays at the kill rate, which decides between stripes and spots:
+grows, and v is removed at the feed rate plus the kill rate. The kill rate decides between holes, stripes and spots:
 
     du/dt = D_u laplacian(u) - u v^2 + feed (1 - u)
     dv/dt = D_v laplacian(v) + u v^2 - (feed + kill) v
@@ -48,8 +48,8 @@ def statistics(fields):
     """Returns numbers [N] by name for concentrations [N, H, W, 2].
 
     mean_v: the concentration of v. spots_minus_holes: the Euler characteristic of the positions with v > 0.2, where a stripe
-    counts as one spot. wavelength: in positions, by the mean frequency of v. feed, kill: the rates at which the gains and the
-    losses of each chemical are equal, summed over the positions.
+    counts as one spot, and as none if it closes around the torus. wavelength: in positions, by the mean frequency of v. feed,
+    kill: the rates at which the gains and the losses of each chemical are equal, summed over the positions.
     """
     u, v = np.moveaxis(np.asarray(fields, np.float64), -1, 0)
     spot = v > 0.2
@@ -57,7 +57,7 @@ def statistics(fields):
     edges = (spot & right).sum((1, 2)) + (spot & below).sum((1, 2))
     squares = (spot & right & below & np.roll(right, -1, 1)).sum((1, 2))
     power = np.abs(np.fft.fft2(v - v.mean((1, 2), keepdims=True))) ** 2
-    frequency = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE))
+    frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, v.shape[1:]), indexing="ij"))
     mean_u, mean_v, reaction = (x.mean((1, 2)) for x in (u, v, u * v**2))
     feed = reaction / (1 - mean_u)
     return {
@@ -70,7 +70,10 @@ def statistics(fields):
 
 
 def compare(reference, samples):
-    """Returns, for each statistic, the mean over the samples minus the mean over the reference, in standard errors."""
+    """Returns, for each statistic, the mean over the samples minus the mean over the reference, in standard errors.
+
+    The standard errors are for independent sets. If both sets have the same kill rates, they are too large.
+    """
     one, other = statistics(reference), statistics(samples)
     errors = {name: np.hypot(*(x[name].std() / len(x[name]) ** 0.5 for x in (one, other))) for name in one}
     return {f"{name}_z": (other[name].mean() - one[name].mean()) / errors[name] for name in one}

@@ -79,6 +79,8 @@ def compare(
     @functools.cache
     def inputs(needs: str) -> tuple[Any, Any]:
         """Returns the metrics' inputs for the reference and for the samples."""
+        if needs == "data" and options.normalization is None:
+            return inputs("examples")
         if needs in ("examples", "data"):
             normalization = options.normalization if needs == "examples" else None
             return standardize(reference.source, normalization), standardize(samples.source, normalization)

@@ -120,8 +120,8 @@ class Metric:
 
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
       moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
-      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C]. data: the same arrays
-      in data units.
+      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
+      data: the same arrays in data units.
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
     records, with features from the published Inception and from other extractors; the result's names are then endings of
@@ -143,7 +143,7 @@ def find_metric(name: str) -> Metric:
 
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Calls function(reference, samples) in data units, which returns a number or {name: number}; at most 50,000 examples."""
+    """Calls function(reference, samples) with at most 50,000 examples each; it returns a number or {name: number}."""
     value = function(*(np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples)))
     found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
     values = {}

@@ -181,7 +181,9 @@ def unet_to_config(net: Model) -> dict[str, Any]:
     """Returns the UNet2DModel config. Raises: PretrainedError that names the unsupported fields."""
     model = net.model
     if not isinstance(model, UNet):
-        raise PretrainedError(f"{type(model).__name__}: diffusers has no such network; write a file OUT.safetensors")
+        raise PretrainedError(
+            f"{type(model).__name__}: diffusers has no such network; use save_safetensors, or convert RUN OUT.safetensors"
+        )
     widths = [model.width(level) for level in range(len(model.channel_multipliers))]
     resampling, down_block, up_block = "conv", "DownBlock2D", "UpBlock2D"
     if model.resample_blocks:

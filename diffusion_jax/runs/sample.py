@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import diffusion_jax
 from diffusion_jax import data, pictures, pretrained, schedules
-from diffusion_jax.config import SETTINGS, clips_by_default, resolve
+from diffusion_jax.config import SETTINGS, clips_by_default, is_identity, resolve
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -179,7 +179,7 @@ def make_provenance(setup: SamplingSetup, **settings: Any) -> Provenance:
             "labels_digest": array_digest(setup.labels),
             "normalization": {name: value.to_json() for name, value in net.normalizations.items()},
             "image_shape": list(net.example_shape),
-            "model": options["model"],
+            "model": {name: value for name, value in options["model"].items() if is_identity(f"model.{name}")},
             "diffusion": options["diffusion"],
             "sampling": sampling,
             "num_steps": setup.schedule.num_timesteps,

@@ -131,7 +131,8 @@ def _copy_objects(
             if tags.get(start + name) != info.tag or not (directory / name).is_file()
         ]
         size, free = sum(needed[name].size for name in missing), shutil.disk_usage(root).free
-        _check_space(root, f"the files of {url}", size, free)
+        advice = "reduce data.disk_mb for a data set in array_record format, or mount the bucket"
+        _check_space(root, f"the files of {url}", size, free, advice)
         if size > _ANNOUNCED_BYTES:
             print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
         for first in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption, finished groups are not repeated
@@ -206,15 +207,15 @@ def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
             break
         path.unlink(missing_ok=True)
         excess, free = excess - length, free + length
-    _check_space(root, "the files of a batch", size, free)
+    _check_space(root, "the files of a batch", size, free, "or mount the bucket")
 
 
-def _check_space(root: pathlib.Path, what: str, size: int, free: int) -> None:
+def _check_space(root: pathlib.Path, what: str, size: int, free: int, advice: str) -> None:
     """Raises: UserError if the disk with `root` has less than `size` bytes left."""
     if size > free:
         raise UserError(
-            f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory of "
-            "a larger disk, reduce data.disk_mb for a data set in array_record format, or mount the bucket"
+            f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory on "
+            f"a larger disk, {advice}"
         )
 
 

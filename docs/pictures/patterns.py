@@ -35,12 +35,12 @@ def main() -> None:
     figure.suptitle("Concentration v by kill rate", fontsize=11)
     top, bottom = figure.subfigures(2, 1, height_ratios=(2.4, 2.8))
     panels = top.subplots(2, NUM_COLUMNS)
+    for panel, i in zip(panels[0], shown, strict=True):
+        panel.set_title(f"{kill[i, 0]:.4f}", fontsize=9)
     for row, (name, x) in zip(panels, sets.items(), strict=True):
         for panel, i in zip(row, shown, strict=True):
             picture = panel.imshow(x[i, :, :, 1], vmin=0, vmax=0.4)
             panel.set(xticks=[], yticks=[])
-            if row is panels[0]:
-                panel.set_title(f"{kill[i, 0]:.4f}", fontsize=9)
         row[0].set_ylabel(name, fontsize=9)
     top.colorbar(picture, ax=panels, shrink=0.8, label="v")
     axes = bottom.subplots()

@@ -78,9 +78,13 @@ def checked_page(context, url, screenshot):
         assert page.evaluate(_EXCEEDS_WINDOW) <= 0
         assert not page.evaluate(_CUT_OFF)
         page.add_style_tag(content="* { transition: none !important }")  # axe would measure colors on their way
+        backgrounds = set()
         for colors in ("light", "dark"):
             page.emulate_media(color_scheme=colors)
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
             assert _violations(page) == [], colors
+        assert len(backgrounds) == 2
+        page.emulate_media(color_scheme="null")
         yield page
     finally:
         context.requests.clear()

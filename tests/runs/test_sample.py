@@ -126,7 +126,7 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
     """Files with the same name: other settings, other weights from the same step, and a corrupted file."""
     file = reuse_or_draw(tiny_config(**FEW_DRAWN), run)
     assert len(drawn) == 3
-    for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}):
+    for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}, {"model.remat": True}):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     for damage, words in (
