@@ -40,7 +40,7 @@ def browser():
 
 @pytest.fixture(scope="module", params=WIDTHS)
 def context(request, browser):
-    """A window, on a phone with dark colors."""
+    """A window; the screenshots of the phone have dark colors."""
     scheme = "dark" if request.param == "phone" else "light"
     with window(browser, request.param, ("file:",), color_scheme=scheme) as context:
         yield context
