@@ -351,7 +351,7 @@ LOGGING: dict[str, Setting] = {
         ("tensorboard",),
         Tuple(OneOf(FunctionName(), Text()), "names", shown="('tensorboard', 'wandb')"),
         "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or "
-        "module:function. Trackers are separate packages, configured by their environment variables.",
+        "FILE.py:function. Trackers are separate packages, configured by their environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
@@ -441,7 +441,8 @@ SAMPLING: dict[str, Setting] = {
     "guidance_scale": Setting(
         1.0,
         Number(),
-        "Scale of classifier-free guidance, which needs `model.label_dropout`: 1 for none, 0 for unconditional.",
+        "Scale of classifier-free guidance, which needs `model.label_dropout` or `model.condition_dropout`: 1 for none, 0 "
+        "for unconditional.",
     ),
     "guidance_interval": Setting(
         (),
@@ -549,7 +550,7 @@ EVALUATION: dict[str, Setting] = {
     "features": Setting(
         "",
         Text(),
-        'Feature extractor: inception, digits, or module:function (examples to features); "": digits for the data set '
+        'Feature extractor: inception, digits, or FILE.py:function (examples to features); "": digits for the data set '
         "digits, none for continuous data, otherwise inception.",
     ),
     "inception": Setting(
@@ -560,7 +561,7 @@ EVALUATION: dict[str, Setting] = {
         optional(
             Tuple(
                 OneOf(Choice(*METRICS), FunctionName()),
-                f"names from {', '.join(METRICS)}, or module:function",
+                f"names from {', '.join(METRICS)}, or FILE.py:function",
                 minimum_length=1,
                 shown="('fid',)",
             )
