@@ -19,7 +19,7 @@ from diffusion_jax import (
 )
 from diffusion_jax.types import Clip, DenoiseFn, LevelDraw, TimestepSampler
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Clip",
