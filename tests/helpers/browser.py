@@ -7,6 +7,7 @@ WIDTHS = {"phone": 390, "desktop": 1400}
 _BROKEN_IMAGES = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src)"
 _CUT_OFF = """[...document.querySelectorAll('main pre, main mjx-container[display=true]')]
     .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 80))"""
+_BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 _EXCEEDS_WINDOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -78,12 +79,12 @@ def checked_page(context, url, screenshot):
         assert page.evaluate(_EXCEEDS_WINDOW) <= 0
         assert not page.evaluate(_CUT_OFF)
         page.add_style_tag(content="* { transition: none !important }")  # axe would measure colors on their way
-        backgrounds = set()
+        background = None
         for colors in ("light", "dark"):
             page.emulate_media(color_scheme=colors)
-            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            page.wait_for_function(f"before => {_BACKGROUND} !== before", arg=background)
             assert _violations(page) == [], colors
-        assert len(backgrounds) == 2
+            background = page.evaluate(_BACKGROUND)
         page.emulate_media(color_scheme="null")
         yield page
     finally:
