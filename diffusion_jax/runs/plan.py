@@ -285,7 +285,7 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
     if config.optimizer.schedule != "constant" and decay_steps < num_steps:
         found.append(
             f"optimizer.decay_steps={decay_steps} is below training.num_steps={num_steps}, so the learning rate is 0 from "
-            f"step {decay_steps} on; use fewer steps, or in a new run --config.optimizer.decay_steps={num_steps}"
+            f"step {decay_steps} on; in a new run, use --config.optimizer.decay_steps={num_steps}, or use fewer steps"
         )
     if num_steps > _MAX_TRIAL_STEPS and share > MAX_INITIAL_SHARE:
         found.append(

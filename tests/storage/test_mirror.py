@@ -153,5 +153,5 @@ def test_names_that_leave_the_mirror_and_whole_buckets_are_refused(bucket_url):
 def test_a_disk_that_is_too_small_is_named(bucket_url, own_cache, monkeypatch):
     open_store(bucket_url).write("weights.npz", b"w" * 100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result and type("Usage", (), {"free": 10})())
-    with pytest.raises(UserError, match="set XDG_CACHE_HOME to a directory of a larger disk"):
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME to a directory on a larger disk"):
         local_path(f"{bucket_url}/weights.npz")
