@@ -294,8 +294,9 @@ def test_one_example_of_one_value_with_text_that_is_not_mathematical_notation(sh
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="at most three spatial axes"):
         draw_samples(np.zeros((1, 2, 2, 2, 2, 1)), title="")
-    with pytest.raises(ValueError, match="at most 3 spatial axes"):
-        draw_trajectory(np.zeros((3, 2)), [2, 1], title="")
+    for shape in ((3, 2), (3, 1, 2, 2, 2, 2, 1)):
+        with pytest.raises(ValueError, match="at most 3 spatial axes"):
+            draw_trajectory(np.zeros(shape), [2, 1], title="")
 
 
 # ---- Statistics of two sets
