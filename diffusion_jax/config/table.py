@@ -350,8 +350,8 @@ LOGGING: dict[str, Setting] = {
     "writers": Setting(
         ("tensorboard",),
         Tuple(OneOf(FunctionName(), Text()), "names", shown="('tensorboard', 'wandb')"),
-        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or "
-        "FILE.py:function. Trackers are separate packages, configured by their environment variables.",
+        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, "
+        "module:function or FILE.py:function. Trackers are separate packages, configured by their environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }
@@ -550,7 +550,8 @@ EVALUATION: dict[str, Setting] = {
     "features": Setting(
         "",
         Text(),
-        'Feature extractor: inception, digits, or FILE.py:function (examples to features); "": digits for the data set '
+        "Feature extractor: inception, digits, module:function or FILE.py:function "
+        '(examples to features); "": digits for the data set '
         "digits, none for continuous data, otherwise inception.",
     ),
     "inception": Setting(
@@ -561,7 +562,7 @@ EVALUATION: dict[str, Setting] = {
         optional(
             Tuple(
                 OneOf(Choice(*METRICS), FunctionName()),
-                f"names from {', '.join(METRICS)}, or FILE.py:function",
+                f"names from {', '.join(METRICS)}, module:function or FILE.py:function",
                 minimum_length=1,
                 shown="('fid',)",
             )
