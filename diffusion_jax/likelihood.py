@@ -257,7 +257,8 @@ def bits_per_dim(
     Args:
       key: draws the noise of every step and, with strata, the steps.
       x_0: images in [-1, 1]; other data [B, ..., C] with gray_levels=None and clip=False.
-      prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip.
+      prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip. On the levels of a
+        path, fixed_large is near the bound of the exact variance; fixed_small needs many levels, even in the log SNR.
       gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits measure the density of x_0 and may be
         negative; add `standardization_bits` for the density of the data before standardization.
       strata: None visits all T steps. A number S visits 1 + 2 S steps, drawn for each example: index 0, and two steps in each

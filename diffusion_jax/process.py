@@ -418,8 +418,8 @@ def p_mean_variance(
         learned_range  exp(f log beta + (1 - f) log beta-tilde), f = (output + 1) / 2 (Improved DDPM eq. 15)
       clip: True clips x_0 to [-1, 1], the range of images; False, for data outside this range, does nothing; a function
         x_0 -> x_0 is applied (`dynamic_threshold`).
-    Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the posterior variance at
-      index 1, as in OpenAI's code; samplers add no noise there.
+    Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the decoder's variance
+      (`Schedule`); samplers add no noise there.
     Raises: ValueError as `to_x_0`, for a number of channels that does not match `variance`, and for an invalid `clip`.
     """
     check_chain(schedule, "p_mean_variance")

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from diffusion_jax import coordinates, draws, likelihood, losses, process, sampling, schedules
+from helpers.decoder import scipy_log_prob
 
 KEY = jax.random.key(0)
 EDM = schedules.edm()
@@ -428,6 +429,83 @@ def test_the_discrete_bound_falls_to_the_continuous_one(steps):
     )
     total = terms.vlb[:, 1:].sum(axis=1)
     assert abs(total.mean() - closed_form(steps)) < 4 * total.std() / np.sqrt(total.size)
+
+
+STD = 0.5  # of the data in the bounds below
+ENTROPY = 0.5 * np.log2(2 * np.pi * np.e * STD**2)
+
+
+def chain_on(path, steps, is_even_in_log_snr):
+    """Levels between the ends of the path, without the first time of rectified flow, where there is no noise."""
+    first, last = path.interval
+    times = np.linspace(first, last, steps + 1)[1:] if path.log_snr_on_host(first) == np.inf else None
+    schedule = schedules.from_path(path, np.linspace(first, last, steps) if times is None else times)
+    return schedules.respace(schedule, steps, "log_snr") if is_even_in_log_snr else schedule
+
+
+def closed_form_bound(schedule, variance):
+    """(total, decoder) in bits for N(0, STD^2), its exact network and a continuous decoder, from the levels in float64."""
+    alpha2, sigma2 = schedule.alpha_bar, schedule.sqrt_one_minus_alpha_bar**2
+    error = STD**2 * sigma2 / (alpha2 * STD**2 + sigma2)  # E (x_0 - E[x_0 | x_t])^2
+    beta = 1 - alpha2[1:] / alpha2[:-1]
+    posterior = beta * sigma2[:-1] / sigma2[1:]
+    model = beta if variance == "fixed_large" else posterior
+    mean_error = beta**2 * alpha2[:-1] / sigma2[1:] ** 2 * error[1:]
+    transitions = 0.5 * (np.log(model / posterior) - 1 + (posterior + mean_error) / model)
+    level = sigma2[0] / alpha2[0]
+    decoder = 0.5 * (np.log(2 * np.pi * level) + error[0] / level)
+    prior = 0.5 * (alpha2[-1] * STD**2 - alpha2[-1] - np.log(sigma2[-1]))
+    return (prior + transitions.sum() + decoder) / np.log(2), decoder / np.log(2)
+
+
+@pytest.mark.parametrize("path", [name for name in PATHS if name != "linear steps"])
+def test_the_bound_on_every_path_is_near_the_entropy(path):
+    """In closed form for the exact network; with fixed_small the excess falls with T on levels even in the log SNR."""
+
+    def excess(steps, variance):
+        schedule = chain_on(PATHS[path], steps, variance == "fixed_small")
+        at_0 = schedule.sqrt_one_minus_alpha_bar[0] ** 2 / schedule.alpha_bar[0]
+        for variances in (schedule.fixed_large_variance, np.exp(schedule.posterior_log_variance)):
+            np.testing.assert_allclose(variances[0], at_0, rtol=1e-12)
+        return closed_form_bound(schedule, variance)[0] - ENTROPY
+
+    large, small = ([excess(T, name) for T in (50, 300, 1000)] for name in ("fixed_large", "fixed_small"))
+    assert 0.06 > large[0] > large[1] > large[2] > 0
+    assert small[0] > small[1] > small[2] > 0 and small[2] < 0.15
+
+
+@pytest.mark.parametrize(("variance", "steps"), [("fixed_large", 50), ("fixed_small", 1000)])
+def test_the_bound_on_a_path_has_its_closed_form(variance, steps):
+    schedule, x_0 = chain_on(EDM, steps, variance == "fixed_small"), STD * jax.random.normal(KEY, (2000, 4))
+    network = gaussian(EDM, STD**2)
+    options = {"prediction": "x_0", "variance": variance, "clip": False, "gray_levels": None, "tables": False}
+    bits = jax.jit(lambda key, x: likelihood.bits_per_dim(key, schedule, network, x, **options))(KEY, x_0)
+    for values, expected in zip((bits.total, bits.decoder), closed_form_bound(schedule, variance), strict=True):
+        assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(values.size)
+
+
+def test_the_decoder_of_gray_levels_on_a_path_by_quadrature():
+    """The exact network for a Gaussian, over 256 gray levels; the decoder's variance is sigma_0^2 / alpha_0^2."""
+    schedule = chain_on(EDM, 1000, False)
+    alpha, sigma = schedule.sqrt_alpha_bar[0], schedule.sqrt_one_minus_alpha_bar[0]
+    grid = np.arange(256) / 127.5 - 1
+    probabilities = np.exp(scipy_log_prob(grid, 0.0, STD, 256))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    mean = STD**2 * alpha / (STD**2 * alpha**2 + sigma**2) * (alpha * grid[:, None] + sigma * nodes)
+    log_p = scipy_log_prob(np.broadcast_to(grid[:, None], mean.shape), mean, sigma / alpha, 256)
+    expected = -(probabilities * (log_p @ weights / weights.sum())).sum() / np.log(2)
+    assert expected == pytest.approx(0.29, abs=0.01)
+    x_0 = np.random.default_rng(0).choice(grid, p=probabilities / probabilities.sum(), size=(40_000, 1))
+    eps = np.random.default_rng(1).normal(size=x_0.shape)
+    x_t, t = (alpha * x_0 + sigma * eps).astype(np.float32), np.zeros(len(x_0), np.int32)
+
+    @jax.jit
+    def decoder(x_0, x_t):
+        output = gaussian(EDM, STD**2)(x_t, schedule.at(t, x_t).time)
+        return likelihood.bound_term(schedule, output, x_0, x_t, t, prediction="x_0", variance="fixed_small")[0]
+
+    bits = decoder(x_0.astype(np.float32), x_t)
+    assert abs(bits.mean() - expected) < 4 * bits.std() / np.sqrt(bits.size) < 0.02
 
 
 def rho_levels(count):

@@ -119,14 +119,17 @@ class Schedule:
     sqrt_one_minus_alpha_bar_prev: the value one step earlier (0 at index 0); 1 - alpha_bar_prev would cancel in float32.
     snr: alpha_bar / (1 - alpha_bar).
     posterior_variance: beta-tilde_t in DDPM eq. 7; 0 at index 0.
-    posterior_log_variance: the log of posterior_variance. Index 0, which would be log 0, has the value at index 1, as in Ho's
-      and OpenAI's code (ln = -9.8167 for linear-1000). A schedule with one step has no index 1 and has log beta at index 0.
+    posterior_log_variance: the log of posterior_variance. Index 0, which would be log 0, has the log of the decoder's variance.
     posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde_t = c_0 x_0 + c_t x_t, DDPM eq. 7.
-    fixed_large_variance: beta_t, and at index 0 the posterior variance at index 1 (OpenAI's correction of DDPM's code, whose
-      variance and log variance disagree at index 0).
+    fixed_large_variance: beta_t, and at index 0 the decoder's variance.
     path: the noise level at any network time, unchanged by respacing.
     zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so close to 0
       that its square root is 0 in float32.
+
+    The decoder's variance, of p(x_0 | x_1) at index 0, is the posterior variance at index 1 for a chain of betas and its
+    respacings, as in Ho's and OpenAI's code (ln = -9.8167 for linear-1000; beta for a single step). On a `Path` levels may be
+    so close that this is far below the uncertainty of x_0 given x_1, so its schedules have sigma_0^2 / alpha_0^2 instead, the
+    variance of x_0 given x_1 for any smooth distribution of x_0 that is much wider.
     """
 
     timesteps: Float64[np.ndarray, "T"]
@@ -276,8 +279,10 @@ def from_tables(
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     one_minus_alpha_bar_prev = np.append(0.0, one_minus_alpha_bar[:-1])
     posterior_variance = betas * one_minus_alpha_bar_prev / one_minus_alpha_bar
-    # At index 0, q(x_{t-1} | x_t, x_0) is a point with an infinite log variance; the value at index 1 replaces it.
-    at_0 = posterior_variance[1] if len(betas) > 1 else betas[0]
+    if isinstance(path, Interpolated):
+        decoder_variance = posterior_variance[1] if len(betas) > 1 else betas[0]
+    else:
+        decoder_variance = one_minus_alpha_bar[0] / alpha_bar[0] if alpha_bar[0] > 0 else betas[0]
     return Schedule(
         timesteps=timesteps,
         betas=betas,
@@ -288,10 +293,10 @@ def from_tables(
         sqrt_one_minus_alpha_bar_prev=np.sqrt(one_minus_alpha_bar_prev),
         snr=alpha_bar / one_minus_alpha_bar,
         posterior_variance=posterior_variance,
-        posterior_log_variance=np.log(np.append(at_0, posterior_variance[1:])),
+        posterior_log_variance=np.log(np.append(decoder_variance, posterior_variance[1:])),
         posterior_mean_coef_x_0=betas * np.sqrt(alpha_bar_prev) / one_minus_alpha_bar,
         posterior_mean_coef_x_t=np.sqrt(1 - betas) * one_minus_alpha_bar_prev / one_minus_alpha_bar,
-        fixed_large_variance=np.append(at_0, betas[1:]),
+        fixed_large_variance=np.append(decoder_variance, betas[1:]),
         path=path,
         zero_terminal_snr=bool(np.sqrt(alpha_bar[-1]) < np.finfo(np.float32).tiny),
     )

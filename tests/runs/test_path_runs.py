@@ -102,6 +102,18 @@ def test_one_level_of_a_path_is_the_noisiest():
     np.testing.assert_allclose(training.schedule_from_config(config.diffusion).snr, [80.0**-2], rtol=1e-9)
 
 
+@pytest.mark.parametrize("path", ["vp_linear", "rectified_flow"])
+def test_the_bound_with_the_fixed_small_variance_has_levels_even_in_the_log_snr(path):
+    settings = {"diffusion.path": path, "diffusion.prediction": "v"}
+    for variance, is_even in (("fixed_small", True), ("fixed_large", False)):
+        diffusion = tiny_config(**settings, **{"diffusion.variance": variance}).diffusion
+        schedule = training.schedule_from_config(diffusion)
+        used = evaluate.bound_schedule(diffusion, schedule)
+        np.testing.assert_allclose(used.alpha_bar[[0, -1]], schedule.alpha_bar[[0, -1]], rtol=1e-12)
+        steps = -np.diff(np.log(used.snr[: -1 if used.zero_terminal_snr else None]))
+        assert (abs(steps / steps.mean() - 1).max() < 1e-6) == is_even
+
+
 def test_summaries_name_the_path():
     net = pretrained.from_config(tiny_config(**EDM, **{"diffusion.log_snr_shift": -2.0}))
     summary = pretrained.format_summary(net)
