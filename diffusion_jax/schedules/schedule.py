@@ -119,7 +119,7 @@ class Schedule:
     sqrt_one_minus_alpha_bar_prev: the value one step earlier (0 at index 0); 1 - alpha_bar_prev would cancel in float32.
     snr: alpha_bar / (1 - alpha_bar).
     posterior_variance: beta-tilde_t in DDPM eq. 7; 0 at index 0.
-    posterior_log_variance: the log of posterior_variance. Index 0, which would be log 0, has the log of the decoder's variance.
+    posterior_log_variance: the log of posterior_variance; at index 0, instead of log 0, the log of the decoder's variance.
     posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde_t = c_0 x_0 + c_t x_t, DDPM eq. 7.
     fixed_large_variance: beta_t, and at index 0 the decoder's variance.
     path: the noise level at any network time, unchanged by respacing.
