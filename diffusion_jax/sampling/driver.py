@@ -161,10 +161,21 @@ class Sampler:
         source = (x_0, "x_0") if clipped_eps else (output, self.prediction)
         return Denoised(x_0, process.to_eps(schedule, source[0], x_t, t, source[1]))
 
-    def denoise_between_steps(self, schedule: Schedule, denoise_fn: DenoiseFn, x: Batch, level: NoiseLevel) -> Denoised:
-        """Calls the network at any noise level of the training grid. Raises: ValueError for the prediction x_prev."""
-        time = jnp.full(x.shape[:1], schedule.time_at_log_snr(level.log_snr).astype(x.dtype))
-        output = process.as_float("the output of denoise_fn", denoise_fn(x, time)).astype(x.dtype)
+    def denoise_between_steps(
+        self,
+        schedule: Schedule,
+        denoise_fn: DenoiseFn,
+        x: Batch,
+        level: NoiseLevel,
+        time: Float[Array, ""] | None = None,
+    ) -> Denoised:
+        """Calls the network at any noise level of the training grid; time: the level's network time, if it is known.
+
+        Raises: ValueError for the prediction x_prev.
+        """
+        time = schedule.time_at_log_snr(level.log_snr) if time is None else time
+        output = denoise_fn(x, jnp.full(x.shape[:1], time.astype(x.dtype)))
+        output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         output, _ = process.split_variance(output, x, self.variance)
         x_0 = process.clip_x_0(process.x_0_at(level.alpha, level.sigma, output, x, self.prediction), self.clip)
         return Denoised(x_0, (x - level.alpha * x_0) / level.sigma)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -291,7 +292,9 @@ class unipc(_Multistep):
             return self._update(p, False, current, target, nodes, corrected, values, None)
 
         x_prev = choose(step_order - 1, [*map(predict, range(1, order + 1))])
-        return Step(x_prev, x_0, push(state, x_0, (corrected, step_order)))
+        # A step from pure noise is infinitely long in lambda, so it has no corrector.
+        corrector_order = jnp.where(current.alpha > 0, step_order, 0)
+        return Step(x_prev, x_0, push(state, x_0, (corrected, corrector_order)))
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         # One value more than a predictor needs, because the corrector starts from the previous step.
@@ -352,8 +355,8 @@ class heun(Sampler):
         at = schedule.at(t, x_t)
         current, target = at.level, at.previous
         if self.churn:
-            x_t, current = self._add_churn(key, schedule, x_t, current)
-            denoised = self.denoise_between_steps(schedule, denoise_fn, x_t, current)
+            x_t, current, time = self._add_churn(key, schedule, x_t, current, at.time)
+            denoised = self.denoise_between_steps(schedule, denoise_fn, x_t, current, time)
         else:
             denoised = self.denoise(schedule, denoise_fn, x_t, t)
         euler = ddim_step(denoised, denoised.eps, current, target)
@@ -364,18 +367,21 @@ class heun(Sampler):
 
         return Step(_cond(corrected, heun, lambda: euler), denoised.x_0)
 
-    def _add_churn(self, key, schedule, x_t, current: NoiseLevel):
-        """Returns x_t with fresh noise, and its noise level."""
-        alpha = jnp.maximum(current.alpha, 1e-10)  # x_t is pure noise below
-        sigma = current.sigma / alpha
-        raised = sigma * (1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1))
-        highest = jnp.exp(-schedule.log_snr(jnp.asarray(schedule.path.interval[1], x_t.dtype)) / 2)
+    def _add_churn(self, key, schedule, x_t, current: NoiseLevel, time):
+        """Returns x_t with fresh noise, its noise level and its network time; all unchanged where no noise is added."""
+        factor = 1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1)
+        lowest = schedule.log_snr(jnp.asarray(schedule.path.interval[1], x_t.dtype))
+        raised = NoiseLevel.at_log_snr(jnp.maximum(current.log_snr - 2 * math.log(factor), lowest))
+        sigma = jnp.exp(-current.log_snr / 2)
         inside = (self.churn_range[0] <= sigma) & (sigma <= self.churn_range[1])
-        raised = jnp.where(inside, jnp.maximum(jnp.minimum(raised, highest), sigma), sigma)
-        added = self.churn_noise * jnp.sqrt((raised - sigma) * (raised + sigma))
-        noise = added * normal(key, x_t)
-        target = NoiseLevel.at_log_snr(-2 * jnp.log(raised))
-        return target.alpha * (x_t / alpha + noise), target
+        is_raised = inside & (current.alpha > 0) & (raised.log_snr < current.log_snr)
+        kept = raised.alpha / jnp.where(is_raised, current.alpha, 1.0)
+        # alpha' sqrt((sigma'/alpha')^2 - (sigma/alpha)^2)
+        added = raised.sigma * jnp.sqrt(-jnp.expm1(jnp.minimum(raised.log_snr - current.log_snr, 0.0)))
+        noisier = kept * x_t + self.churn_noise * added * normal(key, x_t)
+        pairs = ((noisier, x_t), *zip(raised, current, strict=True), (schedule.time_at_log_snr(raised.log_snr), time))
+        x_t, *level, time = (jnp.where(is_raised, new, old) for new, old in pairs)
+        return x_t, NoiseLevel(*level), time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
