@@ -99,6 +99,8 @@ def test_a_schedule_keeps_its_path():
     half = schedules.respace(schedule, 9, "log_snr")
     np.testing.assert_allclose(half.timesteps, np.log(np.geomspace(0.002, 80, 9)) / 4, atol=1e-9)
     assert schedules.respace(schedule, [-1.0, 0.0, 1.0]).path is EDM
+    given = schedules.path(lambda time: -8 * time, lambda log_snr: log_snr / -8, interval=EDM.interval)
+    np.testing.assert_array_equal(levels(given, sigmas).timesteps, schedule.timesteps)
 
 
 def test_samplers_see_exact_network_times():
@@ -180,7 +182,11 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: process.to_x_0(schedules.rectified_flow(), x, x, 1000.0, "eps"), "alpha is 0"),
         (lambda: schedules.from_path(EDM, [1.0, 0.5]), "increasing"),
         (lambda: schedules.from_path(schedules.rectified_flow(), [0.0, 500.0]), "inf at time 0"),
+        (lambda: schedules.from_path(EDM, [0.002, 1.0, 80.0]), "time_at_log_snr"),
+        (lambda: schedules.from_path(FLOW, [0.5, 500.0]), "1 ... 999, but one is 0.5"),
         (lambda: schedules.path(lambda time: time, interval=(0, 1)), "decrease strictly"),
+        (lambda: schedules.path(lambda t: -8 * t, lambda v: v / 8, interval=(-1, 1)), "inverse"),
+        (lambda: schedules.path(lambda t: -8 * t, lambda v: v * jnp.nan, interval=(-1, 1)), "inverse"),
         (lambda: schedules.edm(80, 0.002), "0 < sigma_min"),
         *(
             (lambda make=make, ends=ends: make(interval=ends), "in 0 ... 1000")

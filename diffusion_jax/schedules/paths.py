@@ -395,13 +395,24 @@ def path(
 
     inverse: the network time at a log SNR; without it, the time is found by bisection.
     interval: the first and last network time.
-    Raises: ValueError for an interval that is not increasing, or a log SNR that does not decrease on it, unless it is traced.
+    Raises: ValueError for an interval that is not increasing and, unless they are traced, for a log SNR that does not decrease
+      on it and an `inverse` that does not return the time.
     """
     new = _Custom(log_snr, inverse, _check_interval("interval", interval))
     with jax.ensure_compile_time_eval():
         values = new.log_snr(jnp.linspace(*new.interval, 64, dtype=jnp.float32))
     if not isinstance(values, Tracer) and not (np.diff(np.asarray(values)) < 0).all():
         raise ValueError("log_snr must decrease strictly over the interval: the noise increases with the network time")
+    if inverse is not None and not isinstance(values, Tracer):
+        times = np.linspace(*new.interval, 64)[1:-1]
+        found = new.time_on_host(new.log_snr_on_host(times))
+        error = np.abs(found - times)
+        worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
+        if not error[worst] <= 1e-3 * (new.interval[1] - new.interval[0]):
+            raise ValueError(
+                f"inverse(log_snr(time)) must be the network time, but it is {found[worst]:g} for time {times[worst]:g}; "
+                "correct it, or leave it out for an inverse by bisection"
+            )
     return new
 
 

@@ -356,15 +356,25 @@ def from_path(path: Path, times: Sequence[float] | Num[ArrayLike, "T"]) -> Sched
 
     The schedule keeps the path: samplers that call the network between steps, and respacing, find exact network times.
 
-    times: [T], increasing. At the last time the log SNR may be -inf, pure noise.
-    Raises: ValueError for times that are not increasing, or whose log SNR does not decrease or is not finite.
+    times: [T], increasing, in the path's interval, but the last may be any time in pure noise, where the log SNR is -inf.
+    Raises: ValueError for times that are not increasing or outside, or whose log SNR does not decrease or is not finite.
     """
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or not times.size or not np.isfinite(times).all() or not (np.diff(times) > 0).all():
         raise ValueError(
             f"times must be a one-dimensional array of finite, increasing numbers, got shape {times.shape}"
         )
-    return at_log_snr(path, times, path.log_snr_on_host(times))
+    log_snr, (first, last) = path.log_snr_on_host(times), path.interval
+    # An interpolated path has log alpha_bar = log of the smallest float64 instead of -inf.
+    inner = times[: -1 if log_snr[-1] < -700 else None]
+    rounding = 1e-6 * (last - first)
+    outside = inner[(inner < first - rounding) | (inner > last + rounding)]
+    if outside.size:
+        raise ValueError(
+            f"times must lie in the path's interval, {first:g} ... {last:g}, but one is {outside[0]:g}; for noise levels "
+            "sigma / alpha use times = path.time_at_log_snr(-2 * np.log(levels))"
+        )
+    return at_log_snr(path, times, log_snr)
 
 
 def at_log_snr(path: Path, times: np.ndarray, log_snr: np.ndarray) -> Schedule:
