@@ -395,8 +395,8 @@ def path(
 
     inverse: the network time at a log SNR; without it, the time is found by bisection.
     interval: the first and last network time.
-    Raises: ValueError for an interval that is not increasing and, unless they are traced, for a log SNR that does not decrease
-      on it and an `inverse` that does not return the time.
+    Raises: ValueError for an interval that is not increasing and, unless traced, for a log SNR that does not decrease on it
+      and an `inverse` that does not return the time.
     """
     new = _Custom(log_snr, inverse, _check_interval("interval", interval))
     with jax.ensure_compile_time_eval():
