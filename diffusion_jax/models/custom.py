@@ -54,7 +54,7 @@ class CustomNetwork(Conditional):
     kind: the name of the function, "module:function". function: makes the network; its arguments are described above.
     settings: settings of `config.model` that the function takes. options: its other keyword arguments. Both are pairs
     (name, value), sorted. out_channels: channels of the output; None for x_t's number of channels. dtype: "bfloat16" casts
-    the parameters, x_t and the condition before each call, and the output to float32.
+    the parameters, x_t and the condition before each call, and the output to float32; the time and `extra` stay float32.
     """
 
     kind: str = ""
@@ -87,10 +87,11 @@ class CustomNetwork(Conditional):
         params = self.param("network", lambda key: jax.tree.map(jnp.asarray, functions.init(key, inputs)))
         if self.dtype == "bfloat16":
             params = _cast(params, jnp.bfloat16)
-            inputs |= {name: _cast(inputs[name], jnp.bfloat16) for name in ("x_t", "condition", "extra")}
-        stream = "microbatch" if not functions.is_linen and self.has_rng("microbatch") else "dropout"
-        key = self.make_rng(stream) if train else None
-        return jnp.asarray(functions.apply(params, inputs, key)).astype(jnp.float32)
+            inputs |= {name: _cast(inputs[name], jnp.bfloat16) for name in ("x_t", "condition")}
+        key = batch_key = self.make_rng("dropout") if train else None
+        if train and self.has_rng("microbatch"):
+            key = self.make_rng("microbatch")
+        return jnp.asarray(functions.apply(params, inputs, key, batch_key)).astype(jnp.float32)
 
     @property
     def remat_choices(self) -> tuple[bool]:
@@ -157,12 +158,15 @@ class CustomNetwork(Conditional):
 
 
 class _Functions(NamedTuple):
-    """A network as pure functions: init(key, inputs) -> params, and apply(params, inputs, key) -> output."""
+    """A network as pure functions: init(key, inputs) -> params, and apply(params, inputs, key, batch_key) -> output.
+
+    key: for the random numbers of a microbatch. batch_key: equal in all microbatches of a batch, for Linen's dropout layers,
+    whose masks `training.step.Microbatch` splits.
+    """
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
     null_condition: Any = None
-    is_linen: bool = False
 
 
 def _linen_functions(module: nn.Module) -> _Functions:
@@ -176,11 +180,11 @@ def _linen_functions(module: nn.Module) -> _Functions:
             raise ValueError(_describe_mutable(f"collection {min(variables)!r}"))
         return params
 
-    def apply(params, inputs, key):
-        rngs = {} if key is None else {"dropout": key}
+    def apply(params, inputs, key, batch_key):
+        rngs = {} if key is None else {"dropout": key, "batch_dropout": batch_key}
         return module.apply({"params": params}, **known(inputs), rngs=rngs)
 
-    return _Functions(init, apply, getattr(module, "null_condition", None), is_linen=True)
+    return _Functions(init, apply, getattr(module, "null_condition", None))
 
 
 def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
@@ -194,7 +198,7 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
         flat = flatten_dict(nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)), nnx.Param)))
         return unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})  # lists have int keys
 
-    def apply(params, inputs, key):
+    def apply(params, inputs, key, _):
         key = jax.random.key(0) if key is None else key
         nnx.replace_by_pure_dict(params_state, params)
         leaves, structure = jax.tree.flatten(rest)
@@ -215,7 +219,7 @@ def _plain_functions(init: Callable, function: Callable) -> _Functions:
     def init_dicts(key, inputs):
         return unflatten_dict(dict(zip(names, jax.tree.leaves(init(key)), strict=True)))
 
-    def apply(params, inputs, key):
+    def apply(params, inputs, key, _):
         leaves = flatten_dict(params)
         tree = jax.tree.unflatten(structure, [leaves[name] for name in names])
         return function(tree, **_known_arguments(function, {**inputs, "key": key}))

@@ -143,14 +143,18 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x, deterministic: bool) -> jax.Array:
-        """x: [..., C]; returns the same shape and dtype. Raises: ValueError for a rate outside [0, 1)."""
+    def __call__(self, x, deterministic: bool, rng: jax.Array | None = None) -> jax.Array:
+        """x: [..., C]; returns the same shape and dtype. rng: by default `make_rng("dropout")`, as in `nn.Dropout`.
+
+        Raises: ValueError for a rate outside [0, 1).
+        """
         if not 0 <= self.rate < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.rate}")
         if deterministic or not self.rate:
             return x
         channels = x.shape[-1]
-        pairs = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
+        rng = self.make_rng("dropout") if rng is None else rng
+        pairs = jax.random.bits(rng, (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
         bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :channels]
         num_dropped = max(1, min(round(self.rate * 2**16), 2**16 - 1))  # out of 2^16 values
         scaled = x.astype(jnp.float32) * (2**16 / (2**16 - num_dropped))

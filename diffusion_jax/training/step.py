@@ -53,8 +53,9 @@ Objective = Callable[..., tuple[jax.Array, Any]]
 class Microbatch:
     """Every `count`-th row of a batch, starting at `index`, so that each device has equally many rows.
 
-    Timesteps, noise and dropout masks are drawn for all B rows, so that the number of microbatches does not change the
-    results. The network sees only the rows of the microbatch.
+    Timesteps, noise and the masks of dropout layers are drawn for all B rows, so that the number of microbatches does not
+    change the results. The network sees only the rows of the microbatch. Random numbers that a user's network draws in
+    another way, such as in attention, differ between microbatches.
     """
 
     index: Any = 0
@@ -73,10 +74,15 @@ class Microbatch:
 
     def dropout(self, layer: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext):
         """Linen interceptor: applies this microbatch's rows of a dropout mask for the whole batch."""
-        if self.count == 1 or not isinstance(context.module, nn.Dropout | Dropout):
+        module = context.module
+        if self.count == 1 or not isinstance(module, nn.Dropout | Dropout):
             return layer(*args, **kwargs)
-        (x,) = args
-        mask = self.take(layer(jnp.ones((len(x) * self.count, *x.shape[1:])), **kwargs))  # zeros and 1 / (1 - rate)
+        x, *others = args
+        # A user's Linen network has this stream, except inside `nn.scan`, which passes only the streams that it names.
+        if module.has_rng("batch_dropout") and len(others) < 2:
+            kwargs = {"rng": module.make_rng("batch_dropout"), **kwargs}
+        ones = jnp.ones((len(x) * self.count, *x.shape[1:]))
+        mask = self.take(layer(ones, *others, **kwargs))  # zeros and 1 / (1 - rate)
         return (x * mask).astype(x.dtype)
 
 
@@ -172,7 +178,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             conditions = {name: microbatch.take(each) for name, each in conditions.items() if each is not None}
             x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}
-            if microbatch.count > 1:  # for networks whose dropout is not intercepted
+            if microbatch.count > 1:  # for the random numbers that are not intercepted
                 rngs["microbatch"] = jax.random.fold_in(key_dropout, microbatch.index)
             with nn.intercept_methods(microbatch.dropout):
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)

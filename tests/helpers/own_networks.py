@@ -15,6 +15,10 @@ from diffusion_jax import draws, losses, schedules
 from diffusion_jax.models import Shapes, timestep_embedding
 
 
+def add_extra(output, extra):
+    return output if extra is None else output + extra[:, :1, None, None]
+
+
 class Convolutions(nn.Module):
     width: int
     channels: int
@@ -23,19 +27,43 @@ class Convolutions(nn.Module):
     null_condition = 0.5
 
     @nn.compact
-    def __call__(self, x_t, time, y=None, condition=None, train=False):
+    def __call__(self, x_t, time, y=None, condition=None, extra=None, train=False):
         embedding = nn.Dense(self.width)(timestep_embedding(time, 8))
         if y is not None:
             embedding += nn.Embed(self.num_labels, self.width)(y)
         if condition is not None:
             embedding += nn.Dense(self.width, name="condition")(condition)
         h = nn.silu(nn.Conv(self.width, (3, 3))(x_t) + embedding[:, None, None])
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return nn.Conv(self.channels, (3, 3))(h)
+        h = nn.Dropout(self.dropout)(h, not train)
+        return add_extra(nn.Conv(self.channels, (3, 3))(h), extra)
 
 
 def linen(shapes: Shapes, *, width: int = 4, dropout: float = 0.0) -> nn.Module:
     return Convolutions(width, shapes.output[-1], shapes.num_labels, dropout)
+
+
+class Draws(nn.Module):
+    """Multiplies x_t by numbers drawn with `make_rng`, or attends to it with dropout of the weights."""
+
+    dropout: float
+    attends: bool
+
+    @nn.compact
+    def __call__(self, x_t, time, train):
+        h = x_t.reshape(len(x_t), -1, 1) + time[:, None, None] / 1000
+        if self.attends:
+            h = nn.MultiHeadDotProductAttention(1, dropout_rate=self.dropout, deterministic=not train)(h)
+        elif train:
+            h *= jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, h.shape)
+        return nn.Dense(1)(h).reshape(x_t.shape)
+
+
+def draws_itself(shapes: Shapes, *, dropout: float = 0.0) -> nn.Module:
+    return Draws(dropout, attends=False)
+
+
+def attends(shapes: Shapes, *, dropout: float = 0.0) -> nn.Module:
+    return Draws(dropout, attends=True)
 
 
 class LearnsNull(nn.Module):
@@ -60,10 +88,10 @@ class Dense(nnx.Module):
         self.drop = nnx.Dropout(dropout, rngs=rngs)
         self.shape = shapes.output
 
-    def __call__(self, x_t, time):
+    def __call__(self, x_t, time, extra=None):
         h = jnp.concatenate([x_t.reshape(len(x_t), -1), time[:, None] / 1000], axis=1)
         h = self.dense_1(self.drop(jax.nn.silu(self.dense_0(h))))
-        return h.reshape(-1, *self.shape)
+        return add_extra(h.reshape(-1, *self.shape), extra)
 
 
 def of_nnx(shapes: Shapes, *, width: int = 8, dropout: float = 0.0, rngs: nnx.Rngs) -> nnx.Module:
@@ -79,8 +107,7 @@ def pair(shapes: Shapes, *, scale: float = 1.0, mode: Literal["plain", "wide"] =
 
     def apply(params, x_t, time, extra=None):
         x = jnp.concatenate([x_t.reshape(len(x_t), -1), time[:, None] / 1000], axis=1)
-        output = (x @ params["w"]).reshape(-1, *shapes.output)
-        return output if extra is None else output + extra[:, :1, None, None]
+        return add_extra((x @ params["w"]).reshape(-1, *shapes.output), extra)
 
     return init, apply
 
