@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from diffusion_jax import data, models, process, schedules
-from diffusion_jax.config import is_classifier, is_continuous, resolve
+from diffusion_jax.config import imported_functions, is_classifier, is_continuous, resolve
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.functions import find_function
@@ -24,7 +24,7 @@ from diffusion_jax.training.batches import condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state, metric_names
-from diffusion_jax.training.step import TrainStep, make_draw, make_train_step, scan_steps
+from diffusion_jax.training.step import TrainStep, check_microbatches, make_draw, make_train_step, scan_steps
 
 __all__ = [
     "TrainingProgram",
@@ -256,6 +256,16 @@ def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None
         )
 
 
+def _abstract_batch(config: Mapping[str, Any], name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch. name: "image" or "x"."""
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((), np.int32)}
+    shapes[name] = data.example_shape(config["data"]), np.uint8 if name == "image" else np.float32
+    if (condition := condition_shape(config)) is not None:
+        shapes["condition"] = condition, np.float32
+    batch_size = config["training"]["batch_size"]
+    return {key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
+
+
 class TrainingProgram(NamedTuple):
     """Compiled functions and array shapes that a config describes, before any array exists.
 
@@ -280,6 +290,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
 
     config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. Raises: ConfigError for
     values that a setting does not allow; ValueError (data.DataError for `config.data`) for a config that cannot be built.
+    Functions of `config.diffusion` are traced, so their errors are raised here.
     """
     config = resolve(config)
     mesh = sharding.make_mesh(config["mesh"])
@@ -317,6 +328,11 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
             compiler_options=devices.compiler_options(options["deterministic"]),
         )
 
+    single_step = compiled(train_step, 0)
+    if any(setting.startswith("diffusion.") for setting in imported_functions(config)):
+        history = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.loss_history)
+        check_microbatches(config, model, schedule, history)
+        jax.eval_shape(single_step, shapes, _abstract_batch(config, name))
     # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
     # calls.
     scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
@@ -330,7 +346,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         empty_averages=jax.jit(
             lambda: empty_averages(metric_names(config["diffusion"]["loss"])), out_shardings=replicated
         ),
-        train_step=compiled(train_step, 0),
+        train_step=single_step,
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,
         abstract_state=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, state_shardings

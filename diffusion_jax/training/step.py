@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffusion_jax import coordinates, data, draws, losses, timesteps
@@ -36,6 +38,7 @@ __all__ = [
     "Microbatch",
     "Objective",
     "TrainStep",
+    "check_microbatches",
     "make_draw",
     "make_objective",
     "make_train_step",
@@ -146,7 +149,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     """Builds the loss of `config.diffusion`: objective(params, history, key, examples, microbatch) -> (loss [B], aux).
 
     history: `TrainState.loss_history`. examples: the result of `read_batch`. microbatch: the rows that the network sees;
-    results in all other rows have no meaning. aux: the second result of the loss function.
+    results in all other rows have no meaning. aux: the second result of the loss function. objective raises ValueError for
+    a user's loss that returns something else.
     """
     loss, options = _loss_and_options(config)
     is_path = bool(config["diffusion"]["path"])
@@ -186,9 +190,62 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 
         targets = (y,) if classifies else ()
         denoise_fn = coordinates.precondition(network, schedule, d) if is_preconditioned else network
-        return loss(key_loss, schedule_or_path, denoise_fn, x_0, *targets, **chain_options, **options)
+        result = loss(key_loss, schedule_or_path, denoise_fn, x_0, *targets, **chain_options, **options)
+        if ":" in config["diffusion"]["loss"]:
+            _check_result(config["diffusion"]["loss"], result, len(x_0))
+        return result
 
     return objective
+
+
+def _check_result(name: str, result: Any, batch_size: int) -> None:
+    """Raises: ValueError if a user's loss did not return (losses, aux), with losses, aux.importance and aux.t each [B]."""
+    expected = f"diffusion.loss={name} must return (losses [{batch_size}], losses.LossAux), one loss for each example"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"{expected}; it returned a {type(result).__name__}")
+    loss, aux = result
+    values = {"losses": loss, "aux.importance": getattr(aux, "importance", None), "aux.t": getattr(aux, "t", None)}
+    for what, value in values.items():
+        shape = getattr(value, "shape", None)
+        if shape != (batch_size,):
+            found = f"a {type(value).__name__}" if shape is None else f"of shape {list(shape)}"
+            raise ValueError(f"{expected}; {what} is {found}")
+
+
+def check_microbatches(config: Mapping[str, Any], model: Network, schedule: Schedule, history: Any) -> None:
+    """Raises: ValueError if a user's loss relates the examples of a batch, which a microbatch does not have.
+
+    history: `TrainState.loss_history`. The network is replaced by x_t times a weight for each row. The losses of a microbatch
+    must be the same numbers if the output in all other rows is 0, as `Microbatch.put` makes it.
+    """
+    name, microbatch = config["diffusion"]["loss"], Microbatch(0, config["training"]["accumulation_steps"])
+    if ":" not in name or microbatch.count == 1:
+        return
+    shape, batch_size = data.example_shape(config["data"]), config["training"]["batch_size"]
+    channels = getattr(model, "out_channels", None) or shape[-1]
+
+    def apply(variables, x_t, time, *inputs, **options):
+        output = variables["params"].reshape(-1, *[1] * len(shape)) * x_t
+        return jnp.concatenate([output] * (channels // shape[-1]), axis=-1)
+
+    linear: Any = types.SimpleNamespace(apply=apply, num_classes=model.num_classes)
+    key_x, key = jax.random.split(jax.random.key(0))
+    condition = condition_shape(config)
+    examples = Examples(
+        jax.random.normal(key_x, (batch_size, *shape)),
+        jnp.zeros(batch_size, jnp.int32),
+        None if condition is None else jnp.zeros((batch_size, *condition)),
+    )
+    objective, whole = make_objective(config, linear, schedule), jnp.ones(batch_size)
+    losses_of = jax.jit(lambda weights, examples: microbatch.take(objective(weights, history, key, examples)[0]))
+    of_batch, of_microbatch = (
+        losses_of(weights, examples) for weights in (whole, microbatch.put(microbatch.take(whole)))
+    )
+    if not np.allclose(of_batch, of_microbatch, rtol=1e-5, atol=0, equal_nan=True):  # room for rounding alone
+        raise ValueError(
+            f"diffusion.loss={name}: the loss of an example changes with the network's outputs for other examples, which "
+            f"a microbatch does not have; use training.accumulation_steps=1 and not {microbatch.count}"
+        )
 
 
 def make_train_step(

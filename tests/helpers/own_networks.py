@@ -196,6 +196,24 @@ def half_loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep
     return loss / 2, aux
 
 
+def half_loss_and(change):
+    """`half_loss` with another result: change(loss, aux)."""
+
+    def loss(key, schedule, denoise_fn, x_0, *, prediction, weighting, timestep_sampler):
+        options = {"prediction": prediction, "weighting": weighting, "timestep_sampler": timestep_sampler}
+        return change(*half_loss(key, schedule, denoise_fn, x_0, **options))
+
+    return loss
+
+
+one_number = half_loss_and(lambda loss, aux: (loss.mean(), aux))
+a_column = half_loss_and(lambda loss, aux: (loss[:, None], aux))
+a_number_per_entry = half_loss_and(lambda loss, aux: ((aux.output - aux.eps) ** 2, aux))
+without_aux = half_loss_and(lambda loss, aux: loss)
+aux_without_t = half_loss_and(lambda loss, aux: (loss, aux._replace(t=None)))
+relative_to_the_batch = half_loss_and(lambda loss, aux: (loss / jax.lax.stop_gradient(loss.mean()), aux))
+
+
 def with_extra(key, schedule, denoise_fn, x_0, *, prediction, timestep_sampler):
     """Adds the number of its row to the output of `pair`, by the argument `extra`."""
     extra = jnp.arange(len(x_0), dtype=jnp.float32)[:, None]

@@ -64,6 +64,34 @@ def test_a_loss():
     np.testing.assert_allclose(found["loss"], plain_metrics()["loss"] / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("one_number", r"losses is of shape \[\]"),
+        ("a_column", r"losses is of shape \[8, 1\]"),
+        ("a_number_per_entry", r"losses is of shape \[8, 3\]"),
+        ("without_aux", "it returned a "),
+        ("aux_without_t", "aux.t is a NoneType"),
+    ],
+)
+def test_a_loss_without_a_number_for_each_example_is_refused_before_compiling(function, words):
+    config = config_with(diffusion__loss=f"helpers.own_networks:{function}", training__batch_size="8")
+    expected = (
+        rf"^diffusion.loss=helpers.own_networks:{function} must return \(losses \[8\], losses.LossAux\), .*{words}"
+    )
+    with pytest.raises(ValueError, match=expected) as caught:
+        training.build_program(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_microbatches_are_refused_for_a_loss_that_relates_examples():
+    """The test below has microbatches and a loss that does not."""
+    texts = {"diffusion__loss": "helpers.own_networks:relative_to_the_batch", "training__accumulation_steps": "2"}
+    config = config_with(**texts, diffusion__timestep_sampler="loss_second_moment")
+    with pytest.raises(ValueError, match="outputs for other examples, .* use training.accumulation_steps=1 and not 2"):
+        training.build_program(config)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_gives_the_network_further_numbers(accumulation):
     def loss(function):
