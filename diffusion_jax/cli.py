@@ -27,7 +27,15 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
 from diffusion_jax.distributed import devices, processes, signals
-from diffusion_jax.errors import ConfigError, DiffusionJaxError, SaveError, UserError, closest_names
+from diffusion_jax.errors import (
+    ConfigError,
+    DiffusionJaxError,
+    SaveError,
+    UserError,
+    closest_names,
+    describe_exception,
+    find_user_frame,
+)
 from diffusion_jax.files import with_urls
 from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.locks import LockHeldError
@@ -44,6 +52,7 @@ MODES = {
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
 }
+_DEBUG = "--debug"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a failed run; other file errors are bad input
 
 
@@ -63,6 +72,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None, **options):
         formatter = argparse.RawTextHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False, **options)
+        self.add_argument(_DEBUG, action="store_true", help="print the traceback of an error before its line")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
@@ -222,7 +232,7 @@ def _config_with_weights(
     try:
         config = config or config_from_weights(weights, flags, trusted)
     except (DiffusionJaxError, ValueError, OSError) as error:
-        raise UserError(f"--pretrained={weights}: {error}") from error
+        raise UserError(f"--pretrained={weights}: {describe_exception(error)}") from error
     return config, {"init_from": weights, "init_flags": flags}
 
 
@@ -305,8 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exit codes: 0, 2 for bad input, 1 for a failed run, 130 after Ctrl-C, 75 after SIGTERM, 141 after a broken output pipe,
     and `EXIT_PEER_LOST`.
     """
-    with program():
-        command = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with program(arguments):
+        command = parse(arguments)
         try:
             run(command)
         except OSError as error:
@@ -314,11 +325,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Runs the block as a program: an error, a signal or a broken output pipe ends it with one line and an exit code.
 
-    bad_input: exception types that a wrong command raises, besides this package's errors. Any other exception is
-    raised again.
+    arguments: of the command line, by default `sys.argv`; with --debug, the traceback of an error is printed before its
+    line. bad_input: exception types that a wrong command raises, besides this package's errors and the errors of a user's
+    functions. Any other exception is raised again.
     """
     signals.HANDLER.install()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
@@ -329,7 +341,7 @@ def program(bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     except signals.StoppedBySignal as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
-        _fail_with(error, bad_input)
+        _fail_with(error, bad_input, _DEBUG in (sys.argv[1:] if arguments is None else arguments))
 
 
 def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
@@ -343,25 +355,37 @@ def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
     return error
 
 
-def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...]) -> None:
+def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...], debug: bool) -> NoReturn:
     """Ends the program with the error's exit code; an unexpected error is raised again."""
     if not isinstance(error, UserError | SaveError) and processes.is_peer_failure(error):
         message = "another process of the run was lost; rerun the same command to resume from the last checkpoint"
         processes.abort_process(f"{message} ({error})", processes.EXIT_PEER_LOST)
-    if isinstance(error, DiffusionJaxError):
-        _fail(str(error), error.exit_code)
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
-        _fail(f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train,tfds]'", 2)
-    if isinstance(error, OSError):
-        _fail(str(error), 1 if error.errno in _FULL_DISK else 2)
-    if isinstance(error, bad_input):
-        _fail(str(error), 2)
+    if (explained := _explain(error, bad_input)) is not None:
+        message, exit_code = explained
+        if debug:
+            traceback.print_exception(error)
+        elif any(each is not None and find_user_frame(each) for each in (error, error.__cause__)):
+            message += f"; {_DEBUG} prints the traceback"
+        _fail(message, exit_code)
     if processes.is_multiprocess():  # at a normal exit the processes would wait for each other
         import jax
 
         traceback.print_exc()
         processes.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
     raise error
+
+
+def _explain(error: Exception, bad_input: tuple[type[Exception], ...]) -> tuple[str, int] | None:
+    """Returns the line and the exit code for an error; None for an unexpected error."""
+    if isinstance(error, DiffusionJaxError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return describe_exception(error), 1 if error.errno in _FULL_DISK else 2
+    if find_user_frame(error) or isinstance(error, bad_input):
+        return describe_exception(error), 2
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("diffusion_jax"):
+        return f"{error.name} is not installed: pip install -r requirements.txt, or pip install '.[train,tfds]'", 2
+    return None
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
+import traceback
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,10 +23,17 @@ __all__ = [
     "UserError",
     "as_user_error",
     "closest_names",
+    "describe_exception",
+    "find_user_frame",
     "list_differences",
     "list_names",
     "shorten",
+    "user_files",
 ]
+
+# The files of the functions that settings name; `functions.import_function` adds them.
+user_files: set[str] = set()
+_LIBRARIES = ("<", os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
 
 
 class DiffusionJaxError(Exception):
@@ -119,6 +129,33 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:
+    """Returns the code and the line where a user's function raised an exception; None if no code of a user was running.
+
+    This is the innermost call in a file of `user_files`, otherwise in any file that belongs neither to this package nor to
+    Python and its installed packages.
+    """
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file, is_named = frame.f_code.co_filename, found is not None and found[0].co_filename in user_files
+        is_library = file.startswith(_LIBRARIES) or "site-packages" in file or "dist-packages" in file
+        if file in user_files or not (is_named or is_library):
+            found = frame.f_code, line
+    return found
+
+
+def describe_exception(error: BaseException, with_type: bool = False) -> str:
+    """Returns the text of an exception, after the function, line, file and type if a user's function raised it.
+
+    with_type: also names the type of other exceptions.
+    """
+    typed = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if (frame := find_user_frame(error)) is None:
+        return typed if with_type else str(error)
+    code, line = frame
+    return f"{code.co_qualname}, line {line} of {code.co_filename}, raises {typed}"
+
+
 @contextlib.contextmanager
 def as_user_error(where: str) -> Iterator[None]:
     """Turns errors from a wrong value while a config is built into a UserError whose message starts with `where`."""
@@ -127,4 +164,4 @@ def as_user_error(where: str) -> Iterator[None]:
     except DiffusionJaxError:
         raise
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {describe_exception(error)}") from error

@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffusion_jax.errors import describe_exception, user_files
+
 __all__ = ["find_function", "import_function"]
 
 
@@ -21,8 +23,9 @@ def import_function(name: str) -> Callable:
     try:
         module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         function = getattr(module, function_name)
-    except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
-        raise ValueError(f"cannot be imported ({error})") from None
+    except Exception as error:  # the code of a module may raise any error
+        raise ValueError(f"cannot be imported ({describe_exception(error)})") from error
+    user_files.add(str(module.__file__))
     if not callable(function):
         raise ValueError(f"must be a function, not a {type(function).__name__}")
     return function
@@ -38,7 +41,7 @@ def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = 
     try:
         return import_function(name)
     except ValueError as error:
-        raise ValueError(f"{setting}={name} {error}") from None
+        raise ValueError(f"{setting}={name} {error}") from error
 
 
 def _import_file(path: str) -> types.ModuleType:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from diffusion_jax.errors import DataError, UnreadableFilesError, shorten
+from diffusion_jax.errors import DataError, UnreadableFilesError, describe_exception, shorten
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import is_image_shape
 
@@ -364,13 +364,13 @@ class CheckedSource(DerivedSource, NamedSource):
         try:
             function = import_function(name)
         except ValueError as error:
-            raise DataError(f"{where} {error}; give module:function, a function of config.data") from None
+            raise DataError(f"{where} {error}; give module:function, a function of config.data") from error
         try:
             source = function(config)
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"{where} raises {type(error).__name__}: {shorten(str(error), 200)}") from error
+            raise DataError(f"{where}: {shorten(describe_exception(error, with_type=True), 300)}") from error
         if not isinstance(source, Source):
             raise DataError(
                 f"{where} returns a {type(source).__name__}, which has no __len__ and read(indices) (data.Source)"

@@ -17,7 +17,7 @@ from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_featur
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; errors print one line and exit with code 2. A rerun reuses cached features."""
-    with program(bad_input=(ValueError,)):
+    with program(argv, bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)
         compare_sets(arguments)
 

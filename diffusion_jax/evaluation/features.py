@@ -150,7 +150,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
     try:
         function = import_function(name)
     except ValueError as error:
-        raise ValueError(f"features={name!r} {error}") from None
+        raise ValueError(f"features={name!r} {error}") from error
     path = sys.modules[function.__module__].__file__
     assert path is not None  # only namespace packages have no file, and namespace packages have no functions
     with open(path, "rb") as file:  # the file's digest approximates the function's identity

@@ -28,7 +28,16 @@ from diffusion_jax import data, models, schedules, training
 from diffusion_jax.config import resolve, resolve_clip, short_name
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import CheckpointError, DataError, PretrainedError, UserError, list_differences, list_names
+from diffusion_jax.errors import (
+    CheckpointError,
+    DataError,
+    PretrainedError,
+    UserError,
+    describe_exception,
+    list_differences,
+    list_names,
+    shorten,
+)
 from diffusion_jax.pretrained import diffusers, ho, openai, parameters
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
@@ -98,9 +107,9 @@ def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: b
     except (CheckpointError, DataError) as error:
         raise PretrainedError(str(error)) from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = shorten(" ".join(describe_exception(error, with_type=True).split()), 300)
         raise PretrainedError(
-            f"{path} cannot be loaded: its content or the flags are invalid ({type(error).__name__}: {reason}); "
+            f"{path} cannot be loaded: its content or the flags are invalid ({reason}); "
             "`python -m diffusion_jax.pretrained inspect PATH` shows the description of the weights"
         ) from error
     if net.provenance.settings:  # the weights of a run

@@ -31,7 +31,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; errors print one line and exit with code 2."""
-    with program(bad_input=(ValueError,)):
+    with program(argv, bad_input=(ValueError,)):
         parser = make_parser()
         args = parser.parse_args(argv)
         if (args.command == "convert") != (args.to is not None):

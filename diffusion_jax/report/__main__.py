@@ -21,7 +21,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; errors print one line and exit with code 2."""
-    with program(bad_input=(ValueError,)):
+    with program(argv, bad_input=(ValueError,)):
         args = make_parser().parse_args(argv)
         from diffusion_jax.report import NAME, write_comparison
         from diffusion_jax.storage.objects import is_url

@@ -24,7 +24,7 @@ from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log, progress_over
 from diffusion_jax.data.sources import read_in_order
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.compare import check_count, compare, read_records
 from diffusion_jax.evaluation.example_sets import ExampleSet
@@ -173,7 +173,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
         output, channels = workdir / "metrics.json", read_channels(config, workdir)
         written = compare(reference, samples, names, output, pipeline, metric_options, settings, channels)
     except ValueError as error:
-        raise UserError(f"the samples cannot be measured: {error}") from error
+        raise UserError(f"the samples cannot be measured: {describe_exception(error)}") from error
     workdir.upload(*written)
     if jax.process_index() == 0:
         record = read_records(workdir / "metrics.json")[-1]

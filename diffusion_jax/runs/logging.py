@@ -30,7 +30,15 @@ from diffusion_jax import pictures
 from diffusion_jax.config import flatten
 from diffusion_jax.console import log
 from diffusion_jax.distributed.devices import describe_environment
-from diffusion_jax.errors import DiffusionJaxError, LeaseLostError, StorageError, UserError, as_user_error, shorten
+from diffusion_jax.errors import (
+    DiffusionJaxError,
+    LeaseLostError,
+    StorageError,
+    UserError,
+    as_user_error,
+    describe_exception,
+    shorten,
+)
 from diffusion_jax.files import with_urls, write_text
 from diffusion_jax.functions import find_function
 from diffusion_jax.run_dir import BucketRunDir, RunDir
@@ -213,7 +221,7 @@ class _Writers:
             yield
         except Exception as error:
             self._writers.pop(name, None)
-            reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            reason = shorten(" ".join(describe_exception(error, with_type=True).split()), 300)
             log(f"Note: {name} failed ({reason}): the run continues without it.")
 
     def call(self, method: str, *arguments: Any) -> None:

@@ -49,9 +49,11 @@ def test_requirements_are_those_of_the_core_and_of_the_extras_for_training_and_t
 def test_a_missing_requirement_is_an_error_of_one_line(module, tmp_path):
     """Of the core, which the command line itself imports, and of a mode."""
     error = f"raise ModuleNotFoundError(\"No module named '{module}'\", name='{module}')"
-    (tmp_path / f"{module}.py").write_text(error)
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (packages / f"{module}.py").write_text(error)
     command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
-    _, err = run(*command, cwd=ROOT, code=2, PYTHONPATH=str(tmp_path), JAX_PLATFORMS="cpu")
+    _, err = run(*command, cwd=ROOT, code=2, PYTHONPATH=str(packages), JAX_PLATFORMS="cpu")
     assert err.startswith(f"error: {module} is not installed") and "pip install -r requirements.txt" in err
     assert err.count("\n") == 1
 
