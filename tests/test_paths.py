@@ -59,6 +59,13 @@ def test_the_inverse_of_the_log_snr(path):
         np.testing.assert_allclose(path.log_snr(jnp.asarray(times)), exact, rtol=1e-12)
 
 
+def test_the_gradient_of_an_inverse_by_bisection():
+    """1 / (d log_snr / d time) = -1 / (20 + 3 time^2)."""
+    times = jnp.asarray(inner_times(CUSTOM), jnp.float32)
+    gradient = jax.grad(lambda log_snr: CUSTOM.time_at_log_snr(log_snr).sum())(CUSTOM.log_snr(times))
+    np.testing.assert_allclose(gradient, -1 / (20 + 3 * times**2), rtol=1e-5)
+
+
 def test_the_levels_of_the_papers():
     u = np.linspace(0.01, 0.99, 7)
     ratio = {
@@ -250,6 +257,8 @@ def test_rescaled_betas_end_in_pure_noise():
     # the new sqrt(alpha_bar) is an affine function of the old.
     slope = np.diff(new.sqrt_alpha_bar) / np.diff(old.sqrt_alpha_bar)
     np.testing.assert_allclose(slope, slope[0], rtol=1e-7)
+    # The path ends at the last step with a signal, so that its levels have a finite log SNR.
+    assert old.path.interval == (0, 999) and new.path.interval == (0, 998)
 
 
 def fixed(time):
