@@ -39,6 +39,21 @@ def test_data_without_blocks_are_permuted_as_a_whole():
     np.testing.assert_array_equal(got, np.concatenate(expected))
 
 
+def test_the_order_does_not_depend_on_where_the_blocks_are_read():
+    """A copy in memory, a derived source, and files without an example in the split have the order of the blocks."""
+    with_empty = Blocks()
+    with_empty.block_lengths = [0, *LENGTHS[:7], 0, *LENGTHS[7:]]
+    expected = data.Batches(Blocks(), 1, BATCH, 10**6)
+    for source in (data.InMemory.load(Blocks()), sources.DerivedSource(Blocks()), with_empty):
+        batches = data.Batches(source, 1, BATCH, 10**6)
+        assert batches.num_blocks == len(LENGTHS)
+        for step in (0, 20):
+            np.testing.assert_array_equal(numbers(batches[step]), numbers(expected[step]))
+    selected = sources.SelectedExamples(Blocks(), np.arange(1, N, 2))
+    batches = data.Batches(selected, 1, 1, 10**6)
+    assert sorted(numbers(batches[step])[0] for step in range(N // 2)) == list(range(1, N, 2))
+
+
 def test_each_row_reads_its_share_of_every_epoch_once():
     """With 20 lanes of two blocks there is room for 16 lanes, so a lane is one row of the batch of 16."""
     batches = data.Batches(Blocks(), 1, BATCH, 10**6)
