@@ -103,8 +103,8 @@ def test_copies_of_the_reference_are_found():
     fresh[:100] = reference[200:300] + 1e-3
     report, near = of_features.memorization_report(reference, fresh)
     assert 0.25 <= report["close_share"] < 0.3 and (near.indices[:100, 0] == np.arange(200, 300)).all()
-    reference[10:20] = reference[:10]  # duplicates within the reference must not hide copies
-    assert of_features.memorization_report(reference, reference[:300])[0]["close_share"] == 1
+    reference[10:20] = reference[:10]  # duplicates within the reference must not hide copies that are not exact
+    assert of_features.memorization_report(reference, reference[:300] + 1e-3)[0]["close_share"] == 1
 
 
 # ---- Sets in files
