@@ -66,9 +66,9 @@ def test_a_tfds_directory(bucket_url, tmp_path, own_cache, monkeypatch):
     assert not list((tmp_path / "cache").rglob("large.array_record"))
 
 
-@pytest.mark.whole
 def test_a_tfds_directory_above_the_disk_limit_is_read_file_by_file(bucket_url, tmp_path, own_cache, monkeypatch):
-    """The examples equal those of a local copy, and a file is copied when one of its examples is read."""
+    """The examples equal those of a local copy, also of a split that begins inside a file, and a file is copied when one of
+    its examples is read."""
     monkeypatch.setattr(BucketFruit, "folder", str(fruit(tmp_path / "images", count=12)))
     options_of_tfds = tfds.download.DownloadConfig(num_shards=4)
     builder = BucketFruit(data_dir=str(tmp_path / "tfds"), file_format="array_record")
@@ -86,6 +86,10 @@ def test_a_tfds_directory_above_the_disk_limit_is_read_file_by_file(bucket_url, 
         for name in ("image", "label"):
             np.testing.assert_array_equal(read[name], expected[name])
     np.testing.assert_array_equal(first["image"], local.read([0])["image"])
+    split = options(
+        dataset="bucket_fruit", data_dir=f"{bucket_url}/tfds", split="train[1:5]+train[10:]", memory_mb=0, disk_mb=0
+    )
+    np.testing.assert_array_equal(data.load(split).read(range(6))["image"], local.read([1, 2, 3, 4, 10, 11])["image"])
     files = [path for path in objects.iterdir() if path.is_file()]
     assert len(files) == 4 and len(source._shards._opened) == 1
     for path in files:
