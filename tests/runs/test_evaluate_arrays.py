@@ -94,6 +94,26 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
         np.testing.assert_allclose(arrays["distortion"] ** 2, 1 - schedule.alpha_bar, rtol=5 * (2 / 192) ** 0.5)
 
 
+def test_a_table_is_the_mean_over_examples_in_data_units():
+    """Two batches with other steps in each row: only the decoder, at index 0, contains a density of the data."""
+    rng, bits = np.random.default_rng(0), 1.5
+    outs = [
+        {name: rng.normal(size=(size, 4)) for name in ("vlb", "mse", "x_0_mse")}
+        | {name: rng.normal(size=size) for name in ("total", "prior", "decoder")}
+        | {"t": rng.permuted(np.tile(np.arange(4), (size, 1)), axis=1)}
+        for size in (3, 2)
+    ]
+    arrays = evaluate._join([evaluate._sum_over_examples(out, 4) for out in outs], bits)
+    t = np.concatenate([out["t"] for out in outs])
+    for name, added in (("vlb", bits * (np.arange(4) == 0)), ("mse", 0), ("x_0_mse", 0)):
+        values = np.concatenate([out[name] for out in outs])
+        at = np.stack([values[t == step] for step in range(4)], axis=1)
+        np.testing.assert_allclose(arrays[name], at.mean(axis=0) + added, rtol=1e-12)
+        np.testing.assert_allclose(arrays[f"{name}_standard_error"], at.std(axis=0, ddof=1) / 5**0.5, rtol=1e-12)
+    for name, added in (("total", bits), ("prior", 0), ("decoder", bits)):
+        np.testing.assert_allclose(arrays[f"example_{name}"], np.concatenate([out[name] for out in outs]) + added)
+
+
 @pytest.mark.whole
 def test_without_a_normalization_conditions_reach_the_network_as_they_are(tmp_path):
     conditions = np.random.default_rng(3).standard_normal((24, 2))
