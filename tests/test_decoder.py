@@ -65,6 +65,15 @@ def test_a_far_tail_s_gradient_in_float32_is_the_mills_ratio():
     np.testing.assert_allclose(jax.jit(jax.grad(log_p))(jnp.float32(0.9)), (2 / 255 - 0.9) / 1e-8, rtol=1e-4)
 
 
+def test_log_variances_below_minus_60_count_as_minus_60():
+    """In float32, the standard deviation exp(-100) would have no inverse; 1 / 255 is half a bin."""
+    mean = jnp.array([0.0, 0.1, -1.1, 1.1]) + 1 / 255
+    log_p = jax.jit(likelihood.decoder_log_prob)(jnp.full((2, 4), 1 / 255), mean, jnp.array([[-200.0], [-60.0]]))
+    np.testing.assert_array_equal(*log_p)
+    distance = np.array([0, 0.1, 1.1, 1.1]) - [0, *3 * [1 / 255]]
+    np.testing.assert_allclose(log_p[0], -0.5 * (distance * np.exp(30)) ** 2, rtol=1e-5)
+
+
 def test_openai_s_tanh_decoder():
     """OpenAI's formula, written in float64 from the description: edges at +-1/255, tanh CDF, floor of 1e-12."""
     mean, sd, x_0 = np.meshgrid([-0.99, -0.2, 0.7], [0.01, 0.2], np.arange(256) / 127.5 - 1)
