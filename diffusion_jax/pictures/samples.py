@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.images import is_of_images
-from diffusion_jax.metrics.of_arrays import as_examples
+from diffusion_jax.metrics.of_arrays import as_examples, even_indices
 from diffusion_jax.pictures.channels import UNKNOWN, Channels, plain_text, to_plotted
 from diffusion_jax.pictures.figures import make_figure, note_shown
 from diffusion_jax.pictures.grids import Block, Picture, draw_blocks, draw_grid, fill_cells
@@ -38,12 +38,23 @@ _MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 
 
 class Examples(NamedTuple):
-    """Examples x [n, *spatial, C] that a picture shows under a name, with a text and a class for each; both may be None."""
+    """Examples x [n, *spatial, C] that a picture shows under a name, with a text and a class for each; both may be None.
+
+    pairs: int [number of samples], the example that a picture shows for each sample, such as the example with the nearest
+    condition; None for the first examples.
+    """
 
     x: np.ndarray
     captions: Sequence[str] | None = None
     labels: np.ndarray | None = None
     name: str = "training data"
+    pairs: np.ndarray | None = None
+
+    def select(self, indices: np.ndarray) -> Examples:
+        """Returns the examples at some indices, without pairs."""
+        captions = None if self.captions is None else [self.captions[i] for i in indices if i < len(self.captions)]
+        labels = None if self.labels is None else self.labels[indices]
+        return Examples(self.x[indices], captions, labels, self.name)
 
 
 def draw_edit(
@@ -96,21 +107,32 @@ def draw_samples(
     example and channel, the three central slices, and along each axis the values farthest from 0. Vectors: a histogram for
     each channel, and a scatter plot for two channels.
 
+    If the examples have pairs, the picture shows evenly spread samples instead of the first samples, and fields have the
+    example of each sample above the sample.
+
     Args:
       captions: a text for each sample, for instance the class; not for vectors. columns: number of columns in a grid, or in
         rows of series panels. labels: int [n], the classes. channels: without limits, they get limits that suit the values.
     Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
-    sets = [Examples(x, captions, labels, "samples")]
+    sets, pairs = [Examples(x, captions, labels, "samples")], None
     if examples is not None:
         sets.insert(0, examples)
+        pairs = examples.pairs
     if is_of_images(x):
-        return _draw_image_sets(sets, title, columns)
+        return _draw_image_sets(sets if pairs is None else [sets[0].select(pairs), sets[1]], title, columns)
     if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
     channels = channels.fit(*(each.x for each in sets))
     notes = channels.note_beyond(x)
+    if pairs is not None:
+        most = {3: _MAX_SERIES // 2, 4: _MAX_FIELDS, 5: _MAX_VOLUMES // 2}.get(x.ndim, len(x))
+        chosen = even_indices(len(x), most)
+        notes += [f"{len(chosen)} of {len(x)} samples"] * (len(chosen) < len(x))
+        sets = [sets[0].select(pairs[chosen]), sets[1].select(chosen)]
+        if x.ndim == 4:
+            return _draw_pairs_of_fields(sets, title, channels, notes)
     if x.ndim == 2:
         drawn = [_select(each.x, _MAX_VECTORS, _MAX_HISTOGRAMS) for each in reversed(sets)]
         shown = drawn[0][0]
@@ -369,6 +391,17 @@ def _draw_lines(
     return figure
 
 
+def _draw_pairs_of_fields(sets: Sequence[Examples], title: str, channels: Channels, notes: list[str]) -> Figure:
+    """Draws, for each channel, a row with the examples above a row with the samples."""
+    count = len(sets[0].x)
+    drawn = [_select(each.x, count, _MAX_ROWS // 2, _MAX_PIXELS) for each in sets]
+    headers = [header for each in sets for header in _captions(each.captions, count, each.name.removesuffix("s"))]
+    numbers = [c for c in range(drawn[0][0].shape[-1]) for _ in sets]
+    rows = [shown[..., c] for c in numbers[::2] for shown, _ in drawn]
+    names = [f"{channels.name(c)}, {each.name}" for c in numbers[::2] for each in sets]
+    return _draw_images(title, notes + drawn[0][1], rows, numbers, channels, headers, names)
+
+
 def _draw_images(
     title: str,
     notes: Sequence[str],
@@ -378,18 +411,22 @@ def _draw_images(
     headers: Sequence[str],
     names: Sequence[str],
 ) -> Figure:
-    """Draws rows of images [H, W], which may contain NaN. Each row has a channel, a name at the left and a color bar."""
+    """Draws rows of images [H, W], which may contain NaN. Each row has a channel, a name at the left and a color bar.
+
+    headers: for the panels of the first row, or of several rows, from left to right.
+    """
     import matplotlib
 
     notes = [*notes, *_note_invalid(*(image for row in rows for image in row))]
     ratio = rows[0][0].shape[0] / rows[0][0].shape[1]
-    width = min(max(9 / len(headers), 1.0), 2.6)
+    columns = len(rows[0])
+    width = min(max(9 / columns, 1.0), 2.6)
     titles = [textwrap.fill(header, int(13 * width), replace_whitespace=False) for header in headers]
-    titles += [""] * (len(rows) - 1) * len(headers)
+    titles += [""] * (len(rows) * columns - len(headers))
     size = (width, 0.9 * width * min(max(ratio, 0.5), 2) + 0.1)
-    figure, axes = make_figure(title, notes, titles, len(headers), size)
+    figure, axes = make_figure(title, notes, titles, columns, size)
     for i, (row, number, name) in enumerate(zip(rows, numbers, names, strict=True)):
-        panels = axes[i * len(headers) : (i + 1) * len(headers)]
+        panels = axes[i * columns : (i + 1) * columns]
         color_map, low, high = channels.colors(number)
         colors = matplotlib.colormaps[color_map].with_extremes(bad="magenta")
         for panel, image in zip(panels, row, strict=True):

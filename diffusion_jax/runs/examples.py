@@ -21,6 +21,7 @@ __all__ = ["draw_beside_examples", "read_channels", "write_examples"]
 
 _FILE = "examples.npz"
 _MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
+_MAX_CONDITIONED = 64  # enough to find an example near a requested condition
 _MAX_BYTES = 2**23
 _NUM_CANDIDATES = 128  # further examples that are read to find every class
 _QUANTILE = 0.005  # share of the values of the examples beyond each limit of a channel
@@ -34,7 +35,9 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
     if committed_steps(workdir / "checkpoints"):
         return
     first = source.read([0])
-    most = _MAX_VECTORS if batch_examples(first).ndim == 2 else _MAX_EXAMPLES
+    is_conditioned = _is_vector(first.get("condition")) and "label" not in first
+    most = _MAX_CONDITIONED if is_conditioned else _MAX_EXAMPLES
+    most = _MAX_VECTORS if batch_examples(first).ndim == 2 else most
     count = max(1, min(most, _MAX_BYTES // sum(array.nbytes for array in first.values())))
     first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
     batch = source.read(even_indices(first_block, count + (_NUM_CANDIDATES if "label" in first else 0)))
@@ -47,6 +50,11 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
     path = workdir / _FILE
     save_npz(path, {name: array[chosen] for name, array in batch.items()})
     workdir.upload(path)
+
+
+def _is_vector(condition: np.ndarray | None) -> bool:
+    """Whether examples have conditions [n, number of features]."""
+    return condition is not None and condition.ndim == 2
 
 
 def _read(workdir: RunDir) -> dict[str, np.ndarray]:
@@ -73,7 +81,10 @@ def _make_channels(config: ConfigDict, stored: Mapping[str, np.ndarray]) -> pict
 
 
 def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndarray, title: str) -> pictures.Picture:
-    """Draws the first samples of a setup beside the stored examples; for an upsampler, each image after its small image."""
+    """Draws samples of a setup beside the stored examples, if possible with the nearest conditions.
+
+    For an upsampler, each image follows its small image.
+    """
     stored, rows, examples = _read(workdir), setup.arguments(np.arange(len(samples))), None
     captions, labels = setup.captions(len(samples)), rows["y"]
     low, height = rows["low"], setup.net.low_resolution
@@ -82,14 +93,26 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
         if height:
             x = _pair(np.asarray(upsampling.downsample(x.astype(np.float32), height)).round().astype(x.dtype), x)
         y = None if labels is None else stored.get("label")
-        condition = None if rows["condition"] is None else stored.get("condition")
-        examples = pictures.Examples(x, make_captions(y, condition, setup.net.class_names), y)
+        condition, pairs = None if rows["condition"] is None else stored.get("condition"), None
+        if y is None and x.ndim > 2 and _is_vector(condition):
+            pairs = _nearest(condition, rows["condition"])
+            if not setup.net.is_images and (count := len(setup.conditions)) < len(samples):
+                samples, pairs = samples[:count], pairs[:count]
+                title += "; the first sample of each condition"
+        examples = pictures.Examples(x, make_captions(y, condition, setup.net.class_names), y, pairs=pairs)
     if low is not None:
         samples = _pair(low, samples)
     if height:
         title += "; each image after its small image"
     channels = _make_channels(setup.config, stored)
     return pictures.draw_samples(samples, title, captions, labels=labels, examples=examples, channels=channels)
+
+
+def _nearest(conditions: np.ndarray, requested: np.ndarray) -> np.ndarray:
+    """Returns, for each requested condition [N, F], the index of the nearest of conditions [n, F], in standard deviations."""
+    deviation = conditions.std(axis=0)
+    scale = np.where(deviation > 0, deviation, 1)
+    return np.array([np.square((conditions - each) / scale).sum(axis=1).argmin() for each in requested])
 
 
 def _pair(low: np.ndarray, x: np.ndarray) -> np.ndarray:

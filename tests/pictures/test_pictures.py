@@ -162,6 +162,32 @@ def test_training_data_precede_the_samples(shape, titles):
         np.testing.assert_array_equal(shown, [*examples[:count], *samples[:count]][i])
 
 
+def test_each_field_has_its_training_example_above():
+    """With more samples than columns, the picture shows evenly spread samples, and not only the first."""
+    examples, samples, pairs = drawn(37, 3, 6, 9, 2), drawn(38, 16, 6, 9, 2), np.arange(16) % 3
+    captions = [f"s{i}" for i in range(16)]
+    figure = draw_samples(samples, "x", captions, examples=Examples(examples, ["a", "b", "c"], pairs=pairs))
+    panels, pictures = images(figure)
+    chosen = np.arange(0, 16, 2)
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, 8)
+        shown = samples[chosen[column]] if row % 2 else examples[pairs[chosen[column]]]
+        np.testing.assert_array_equal(picture.get_array(), shown[..., row // 2])
+    assert [axes.get_title() for axes in panels[:8]] == ["abc"[pairs[i]] for i in chosen]
+    assert [axes.get_title() for axes in panels[8:16]] == [captions[i] for i in chosen]
+    names = [f"channel {c}, {name}" for c in range(2) for name in ("training data", "samples")]
+    assert [axes.get_ylabel() for axes in panels[::8]] == names and "8 of 16 samples" in figure.get_suptitle()
+
+
+def test_each_image_has_its_training_example_in_the_same_cell():
+    x = np.random.default_rng(3).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
+    pairs = np.array([1, 0, 1, 0])
+    picture = draw_samples(x[:4], "t", examples=Examples(x[4:], pairs=pairs))
+    for i in range(4):
+        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 0), x[4 + pairs[i]])
+        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 200 + 3 * GAP), x[i])
+
+
 def test_each_channel_of_unlike_series_has_training_data_at_the_left():
     factors = np.float32([1, 1000])
     examples, samples = drawn(35, 4, 40, 2) * factors, drawn(36, 4, 40, 2) * factors
