@@ -18,6 +18,7 @@ import numpy as np
 EXAMPLES, SIZE, TIME = {"train": 2000, "test": 200}, 24, 6000
 FEED, KILL = 0.037, (0.058, 0.065)
 DIFFUSION = jnp.array([0.08, 0.04])
+MAX_Z, KILL_ERROR, KILL_SHARE = 3, 0.001, 0.95  # the error bars of `compare`
 
 
 def rates(fields, kill):
@@ -70,13 +71,24 @@ def statistics(fields):
 
 
 def compare(reference, samples):
-    """Returns, for each statistic, the mean over the samples minus the mean over the reference, in standard errors.
+    """Compares the statistics of samples with those of new simulations of the same kill rates, in the same order.
 
-    The standard errors are for independent sets. If both sets have the same kill rates, they are too large.
+    NAME_z: the mean over the samples minus the mean over the simulations, in standard errors for independent sets, which are
+    too large for equal kill rates. kill_within_0.001: the share of samples whose kill rate is within 0.001 of the rate of the
+    simulation, which equals the requested rate up to 0.00003. within_error_bars: 1 if each |z| is at most 3 and the share
+    is at least 0.95, otherwise 0.
     """
+    if len(reference) != len(samples):
+        raise ValueError(
+            f"{len(samples)} samples and {len(reference)} simulations; compare needs pairs with equal kill rates: "
+            f"set evaluation.num_samples={len(reference)}"
+        )
     one, other = statistics(reference), statistics(samples)
     errors = {name: np.hypot(*(x[name].std() / len(x[name]) ** 0.5 for x in (one, other))) for name in one}
-    return {f"{name}_z": (other[name].mean() - one[name].mean()) / errors[name] for name in one}
+    found = {f"{name}_z": (other[name].mean() - one[name].mean()) / errors[name] for name in one}
+    share = np.mean(np.abs(other["kill"] - one["kill"]) < KILL_ERROR)
+    passed = all(abs(z) <= MAX_Z for z in found.values()) and share >= KILL_SHARE
+    return found | {"kill_within_0.001": share, "within_error_bars": float(passed)}
 
 
 if __name__ == "__main__":

@@ -40,12 +40,39 @@ def test_spots_minus_holes_and_the_wavelength():
     np.testing.assert_allclose(statistics(np.stack([waves, waves], -1)[None])["wavelength"], 8)
 
 
+def kill_rates(fields):
+    """The rates at which v's gains u v^2 equal its losses, with the feed rate at which u's gains equal its losses."""
+    u, v = fields[..., 0], fields[..., 1]
+    reaction = (u * v**2).mean((1, 2))
+    return reaction / v.mean((1, 2)) - reaction / (1 - u.mean((1, 2)))
+
+
 def test_the_difference_of_means_is_in_standard_errors():
     rng = np.random.default_rng(1)
-    one, other = rng.uniform(size=(5, 6, 6, 2)), rng.uniform(0.1, 1, size=(9, 6, 6, 2))
+    one, other = rng.uniform(size=(9, 6, 6, 2)), rng.uniform(0.1, 1, size=(9, 6, 6, 2))
     v, w = (x[..., 1].mean(axis=(1, 2)) for x in (one, other))
-    exact = (w.mean() - v.mean()) / np.sqrt(v.var() / 5 + w.var() / 9)
+    exact = (w.mean() - v.mean()) / np.sqrt(v.var() / 9 + w.var() / 9)
     np.testing.assert_allclose(compare(one, other)["mean_v_z"], exact)
+    with pytest.raises(ValueError, match=r"8 samples and 9 simulations; .* set evaluation.num_samples=9"):
+        compare(one, other[:8])
+
+
+def test_the_verdict_needs_the_kill_rates_and_the_means():
+    one = np.random.default_rng(2).uniform(0.1, 0.5, size=(40, 6, 6, 2))
+    for changed, within in ((0, 1), (2, 1), (3, 0)):  # at most 5% of the kill rates may be wrong
+        other = one.copy()
+        other[:changed, ..., 0] += 0.1
+        differences = np.abs(kill_rates(other) - kill_rates(one))
+        assert np.all((differences < 1e-4) | (differences > 0.0011)) and (differences > 0.001).sum() == changed
+        found = compare(one, other)
+        assert found["kill_within_0.001"] == pytest.approx(1 - changed / 40) and found["within_error_bars"] == within
+    # A permutation of rows keeps the sums over positions, and changes the wavelength.
+    shift = np.random.default_rng(3).uniform(size=(40, 1, 1))
+    smooth = 0.25 + 0.1 * np.cos(2 * np.pi * (np.arange(6)[:, None] + shift) / 6)
+    smooth = np.stack(2 * [smooth * np.ones(6)], axis=-1) + 1e-3 * one
+    rough = smooth[:, [0, 3, 1, 4, 2, 5]]
+    found = compare(smooth, rough)
+    assert found["kill_within_0.001"] == 1 and abs(found["wavelength_z"]) > 3 and found["within_error_bars"] == 0
 
 
 @pytest.mark.whole
