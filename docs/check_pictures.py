@@ -34,16 +34,18 @@ class Drawing(NamedTuple):
     """A command for the shell in the repository's root, and the pictures that the command writes.
 
     sources: files, or patterns of files, that decide how the pictures look. The command of a diagram that is written by hand
-    is empty; its sources describe the same content.
+    is empty; its sources describe the same content. shows_version: whether the pictures show the version that drew them.
     """
 
     images: tuple[str, ...]
     command: str
     sources: tuple[str, ...]
+    shows_version: bool = False
 
 
-_GRIDS, _FIGURES = "diffusion_jax/pictures/grids.py", "diffusion_jax/pictures/samples.py"
-_REPORT = ("diffusion_jax/report/figures.py", "diffusion_jax/report/page.py", "diffusion_jax/report/static/*.*")
+_PICTURES = "diffusion_jax/pictures/*.py"
+_SAMPLES = (_PICTURES, "diffusion_jax/runs/examples.py")  # samples beside training examples
+_REPORT = tuple(f"diffusion_jax/report/{name}" for name in ("collect.py", "figures.py", "page.py", "static/*.*"))
 _TRAIN_DIGITS = "python main.py --config=configs/digits.py --workdir=runs/digits"
 _SAMPLE_DIGITS = "python main.py --workdir=runs/digits --mode=sample"
 _TASKS = ("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate")
@@ -57,7 +59,7 @@ def _example(image: str, config: str, name: str) -> Drawing:
         f" && python main.py --workdir={workdir} --mode=sample"
         f' && cp "$(ls -t {workdir}/samples/step*.png | head -1)" docs/images/{image}'
     )
-    return Drawing((image,), command, (f"configs/{config}.py", _FIGURES))
+    return Drawing((image,), command, (f"configs/{config}.py", *_SAMPLES))
 
 
 DRAWINGS = (
@@ -66,7 +68,8 @@ DRAWINGS = (
         f"{_TRAIN_DIGITS} && {_SAMPLE_DIGITS}"
         " && python -m diffusion_jax.report runs/digits --output=runs/digits/report.html"
         " && python benchmarks/report_picture.py runs/digits/report.html --output=docs/images/report.png",
-        ("benchmarks/report_picture.py", "configs/digits.py", *_REPORT, _FIGURES, _GRIDS),
+        ("benchmarks/report_picture.py", "configs/digits.py", *_REPORT, _PICTURES),
+        shows_version=True,
     ),
     Drawing(
         ("first_pictures.png", "hero.webp"),
@@ -75,15 +78,13 @@ DRAWINGS = (
     ),
     Drawing(
         ("first_arrays.png",),
-        "python examples/reaction_diffusion.py"
-        " && python main.py --config=configs/patterns.py --workdir=runs/patterns"
-        " && python docs/pictures/patterns.py",
-        ("docs/pictures/patterns.py", "examples/reaction_diffusion.py", "configs/patterns.py"),
+        "python benchmarks/first_arrays.py runs/first_arrays --picture",
+        ("benchmarks/first_arrays.py", "examples/reaction_diffusion.py", "configs/patterns.py", *_SAMPLES),
     ),
     Drawing(
         tuple(f"edit_{task}.png" for task in _TASKS),
         "python benchmarks/editing_pictures.py runs/editing_pictures",
-        ("benchmarks/editing_pictures.py", "configs/digits.py", _FIGURES, _GRIDS),
+        ("benchmarks/editing_pictures.py", "configs/digits.py", _PICTURES),
     ),
     _example("example_moons.png", "vectors", "moons"),
     _example("example_series.png", "series", "series"),
@@ -142,8 +143,9 @@ def changes(drawing: Drawing, image: str, record: dict[str, Any] | None) -> list
     """Returns the reasons why a picture may be stale, [] for an up-to-date picture."""
     if record is None or record["picture"] != _sha256((IMAGES / image).read_bytes()):
         return ["the picture, without a record"]
-    now = digests(drawing.sources)
-    return sorted(path for path in now | record["sources"] if now.get(path) != record["sources"].get(path))
+    now, version = digests(drawing.sources), diffusion_jax.__version__
+    found = sorted(path for path in now | record["sources"] if now.get(path) != record["sources"].get(path))
+    return found + [f"the version, now {version}"] * (drawing.shows_version and record["version"] != version)
 
 
 def read_records() -> dict[str, dict[str, Any]]:

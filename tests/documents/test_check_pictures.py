@@ -82,6 +82,18 @@ def test_changed_code_makes_a_picture_stale_but_comments_do_not(tmp_path, monkey
     assert stale() == ["the picture, without a record"]
 
 
+def test_a_new_version_makes_a_picture_stale_that_shows_the_version(monkeypatch):
+    """The page of a report has the version, so its picture has it, too."""
+    assert "by diffusion_jax $version" in (ROOT / "diffusion_jax" / "report" / "static" / "page.html").read_text()
+    drawing = check_pictures.drawing_of("report.png")
+    record = check_pictures.read_records()["report.png"] | {"sources": check_pictures.digests(drawing.sources)}
+    record["version"] = "1.0.0"
+    monkeypatch.setattr(check_pictures.diffusion_jax, "__version__", "1.0.0")
+    assert check_pictures.changes(drawing, "report.png", record) == []
+    monkeypatch.setattr(check_pictures.diffusion_jax, "__version__", "1.0.1")
+    assert check_pictures.changes(drawing, "report.png", record) == ["the version, now 1.0.1"]
+
+
 def test_the_diagram_has_the_stages_of_the_architecture_page():
     page = (ROOT / "docs" / "contributing" / "architecture.md").read_text()
     diagram = (ROOT / "docs" / "images" / "architecture.svg").read_text()
