@@ -1,7 +1,8 @@
 """The README's first command in an empty environment: `make fresh`.
 
-Installs requirements.txt into a new environment, prepares a small data set in CIFAR-10's format with TFDS's own builder from
-a server on this machine, and trains the network of configs/cifar10.py for two steps.
+Installs requirements.txt into a new environment, imports the package in another folder, prepares a small data set in
+CIFAR-10's format with TFDS's own builder from a server on this machine, and trains the network of configs/cifar10.py for two
+steps.
 """
 
 import functools
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ["--config.training.num_steps=2", "--config.training.batch_size=8", "--config.training.log_every=1"]
 FLAGS += ["--config.sampling.preview_samples=0"]  # ancestral sampling takes 1,000 network calls
 
@@ -73,11 +74,11 @@ def main() -> None:
     variables = {name: value for name, value in os.environ.items() if not name.lower().endswith(ignored)}
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(what: str, *command: object, **more: str) -> str:
+        def run(what: str, *command: object, cwd: str | pathlib.Path = ROOT, **more: str) -> str:
             start = time.monotonic()
             arguments, environment = list(map(str, command)), variables | more
             out = subprocess.run(
-                arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+                arguments, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True, check=True
             ).stdout
             print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
             return out
@@ -87,6 +88,9 @@ def main() -> None:
         run("a new environment", sys.executable, "-m", "venv", home)
         install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "-r", "requirements.txt"]
         run("pip install -r requirements.txt", *install, **os.environ)
+        command = [python, "-c", "import diffusion_jax; print(diffusion_jax.__file__)"]
+        out = run("a program in another folder", *command, cwd=folder)
+        assert pathlib.Path(out.strip()) == ROOT / "diffusion_jax" / "__init__.py", out
         out = run("preparing a data set", python, __file__, data_dir)
         assert "The data set 'cifar10' is not in" in out, out
         command = [python, "main.py", "--config=configs/cifar10.py", f"--workdir={workdir}"]

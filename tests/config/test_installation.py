@@ -30,8 +30,8 @@ def test_every_folder_with_modules_is_packaged():
 
 
 def requirements(name):
-    """The requirements of a file, without comments."""
-    lines = [line.partition(" #")[0] for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
+    """The requirements of a file, without comments and options."""
+    lines = [line.partition(" #")[0] for line in (ROOT / name).read_text().splitlines() if line and line[0] not in "#-"]
     return [Requirement(line) for line in lines]
 
 
@@ -43,6 +43,8 @@ def test_requirements_are_those_of_the_core_and_of_the_extras_for_training_and_t
     core = [Requirement(line) for line in project()["project"]["dependencies"]]
     parts = [*core, *requirements("requirements/train.txt"), *requirements("requirements/tfds.txt")]
     assert sorted(map(str, requirements("requirements.txt"))) == sorted(map(str, parts))
+    # Without this line, only programs in the clone's folder can import the package.
+    assert "-e ." in (ROOT / "requirements.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize("module", ["jaxtyping", "optax"])
