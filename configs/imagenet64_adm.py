@@ -2,8 +2,8 @@
 
     python main.py --config=configs/imagenet64_adm.py --workdir=DIR
 
-540,000 steps of batch 2,048. Published result: FID 2.07 with classifier guidance (imagenet_classifier.py:64). Expected, not
-measured: months on one current GPU. Needs imagenet_resized/64x64, which TFDS downloads and prepares.
+540,000 steps of batch 2,048. Published result: FID 2.07 without guidance; imagenet_classifier.py:64 trains a classifier for
+guidance. Expected, not measured: months on one current GPU. Needs imagenet_resized/64x64, which TFDS downloads and prepares.
 """
 
 from diffusion_jax.config import ConfigDict, default
