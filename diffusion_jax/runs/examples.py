@@ -21,7 +21,7 @@ __all__ = ["draw_beside_examples", "read_channels", "write_examples"]
 
 _FILE = "examples.npz"
 _MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
-_MAX_CONDITIONED = 64  # enough to find an example near a requested condition
+_MAX_CONDITIONED = 256  # enough to find an example near a requested condition
 _MAX_BYTES = 2**23
 _NUM_CANDIDATES = 128  # further examples that are read to find every class
 _QUANTILE = 0.005  # share of the values of the examples beyond each limit of a channel

@@ -29,8 +29,9 @@ def images(count, seed=0):
 def test_the_examples_are_few_evenly_spread_and_of_every_class(tmp_path):
     x = np.arange(100, dtype=np.float32)[:, None, None] + np.zeros((1, 4, 2), np.float32)
     assert stored(tmp_path, x=x)["x"].shape == (16, 4, 2)
-    found = stored(tmp_path, x=x, condition=np.arange(100.0)[:, None])
-    assert found["x"].shape == (64, 4, 2) and np.ptp(np.diff(found["x"][:, 0, 0])) <= 1
+    x = np.arange(600, dtype=np.float32)[:, None, None] + np.zeros((1, 4, 2), np.float32)
+    found = stored(tmp_path, x=x, condition=np.arange(600.0)[:, None])
+    assert found["x"].shape == (256, 4, 2) and np.ptp(np.diff(found["x"][:, 0, 0])) <= 1
     np.testing.assert_array_equal(found["condition"][:, 0], found["x"][:, 0, 0])
     labels = np.repeat([0, 1, 2], [150, 1, 9])
     found = stored(tmp_path, image=images(160), label=labels)
@@ -79,17 +80,16 @@ def test_pictures_have_the_classes_of_the_examples(tmp_path):
 
 def test_samples_are_beside_the_examples_with_the_nearest_conditions(tmp_path):
     """Sample i has condition i, and a cycle of the conditions repeats them: the picture shows one cycle."""
-    names = ("x", "condition")
     rates = np.random.default_rng(0).permutation(np.linspace(0, 1, 100))[:, None].astype(np.float32)
     x = np.broadcast_to(rates[:, :, None, None], (100, 6, 8, 5))
-    assert len(stored(tmp_path, **dict(zip(names, (x, np.concatenate([rates, 0 * rates], 1)), strict=True)))["x"]) == 64
+    stored(tmp_path, x=x, condition=np.concatenate([rates, 0 * rates], axis=1))
     requested = np.array([[0.0, 0], [0.3, 0], [1.0, 0]], np.float32)
     config = array_config("field", "", **{"model.condition_features": 2})
     shown, given = beside(tmp_path, config, np.arange(7.0)[:, None, None, None] + x[:7], conditions=requested)
     found = given["examples"]
     assert len(shown) == 3 and found.pairs.shape == (3,)
-    np.testing.assert_allclose(found.x[found.pairs][:, 0, 0, 0], requested[:, 0], atol=0.05)
-    assert [float(found.captions[i].split(",")[0]) for i in found.pairs] == pytest.approx([0, 0.3, 1], abs=0.05)
+    np.testing.assert_allclose(found.x[found.pairs][:, 0, 0, 0], requested[:, 0], atol=0.006)
+    assert [float(found.captions[i].split(",")[0]) for i in found.pairs] == pytest.approx([0, 0.3, 1], abs=0.006)
 
 
 def test_an_upsampler_has_its_inputs_before_its_samples(tmp_path):
