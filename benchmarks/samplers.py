@@ -1,6 +1,6 @@
 """Measures every deterministic solver's error against the number of network calls, on a mixture of Gaussians.
 
-    python benchmarks/samplers.py [--spacing=karras] [--plot=docs/images/samplers.png]
+    python benchmarks/samplers.py [--spacing=karras] [--schedule=linear] [--deviation=0.05] [--plot=docs/images/samplers.png]
 
 The mixture has five modes in the plane with standard deviation 0.05. The exact eps is known, so the reference is the
 probability-flow map from x_T to x_0, computed by scipy's adaptive solver in float64; the error is the root mean square
@@ -95,7 +95,7 @@ def plot(errors, all_calls, spacing):
 
     figure = Figure(figsize=(7.5, 9), dpi=120, layout="constrained")
     figure.suptitle(
-        f"Error of each solver with the spacing {spacing!r}\n(data: five modes at radius 0.8 with standard deviation 0.05)"
+        f"Error of each solver with the spacing {spacing!r}\n(data: five modes at radius 0.8 with standard deviation {SD})"
     )
     panels = figure.subplots(3, 2, sharex=True, sharey=True)
     for axes, (title, names) in zip(panels.ravel(), PANELS.items(), strict=True):
@@ -116,10 +116,14 @@ def plot(errors, all_calls, spacing):
 
 def main():
     """Prints the table and draws the plot."""
+    global SCHEDULE, SD
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spacing", default="karras")
+    parser.add_argument("--schedule", default="linear")
+    parser.add_argument("--deviation", type=float, default=SD, help="the standard deviation of each mode")
     parser.add_argument("--plot", default="")
     options = parser.parse_args()
+    SCHEDULE, SD = schedules.from_betas(schedules.betas(options.schedule, 1000)), options.deviation
     jax.config.update("jax_enable_x64", True)
     x_T = jax.random.normal(jax.random.key(1), (POINTS, 2))
     truth = exact_map(x_T)
