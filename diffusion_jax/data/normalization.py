@@ -42,24 +42,27 @@ class Normalization:
     low: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     high: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
+    @property
+    def data_dtype(self) -> np.dtype:
+        """The dtype of data units: float32, or float64 if an offset is more than 1000 times its scale."""
+        large = np.any(np.abs(self.offset) > _MAX_FLOAT32_RATIO * np.abs(self.scale))
+        return np.dtype(np.float64 if large else np.float32)
+
     def apply(self, data: np.ndarray) -> np.ndarray:
-        """Converts data [n, *spatial, C] to float32 x. Float32 data are computed in float32, all other data in float64."""
-        dtype = np.float32 if data.dtype in (np.float16, np.float32) else np.float64
-        x = np.subtract(data, np.asarray(self.offset, dtype), dtype=dtype)
-        x /= np.asarray(self.scale, dtype)
-        return x.astype(np.float32, copy=False)
+        """Converts data [n, *spatial, C] to float32 x, computed in float64: float32 would round an offset of many scales."""
+        x = np.subtract(data, np.asarray(self.offset), dtype=np.float64)
+        x /= np.asarray(self.scale)
+        return x.astype(np.float32)
 
     def invert(self, x: Values) -> Values:
-        """Converts x [n, *spatial, C] to data units: float32, or float64 for a float64 x.
+        """Converts x [n, *spatial, C] to data units: `data_dtype`, or float64 for a float64 x.
 
-        If an offset exceeds 1000 times its scale, float32 would round the data too much: the result is then a float64 NumPy
-        array, even for a jax array. Traced arrays keep their dtype.
+        If `data_dtype` is float64, the result is a NumPy array, even for a jax array. Traced arrays keep their dtype.
         """
-        large = bool(np.any(np.abs(self.offset) > _MAX_FLOAT32_RATIO * np.abs(self.scale)))
-        if isinstance(x, np.ndarray) or (large and not isinstance(x, Tracer)):
+        dtype = np.result_type(self.data_dtype, x.dtype)
+        if isinstance(x, np.ndarray) or (self.data_dtype == np.float64 and not isinstance(x, Tracer)):
             # float64, because float32 products would be rounded once more.
             data = np.asarray(x, np.float64) * np.asarray(self.scale) + np.asarray(self.offset)
-            dtype = np.float64 if large or x.dtype == np.float64 else np.float32
             return cast(Values, data.astype(dtype))
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
 

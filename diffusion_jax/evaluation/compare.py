@@ -15,7 +15,7 @@ import numpy as np
 import diffusion_jax
 from diffusion_jax import pictures
 from diffusion_jax.distributed.processes import log
-from diffusion_jax.evaluation.example_sets import ExampleSet, read_examples, standardize, value_digest
+from diffusion_jax.evaluation.example_sets import ExampleSet, in_data_units, read_examples, standardize, value_digest
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.metrics import (
@@ -82,8 +82,8 @@ def compare(
         if needs == "data" and options.normalization is None:
             return inputs("examples")
         if needs in ("examples", "data"):
-            normalization = options.normalization if needs == "examples" else None
-            return standardize(reference.source, normalization), standardize(samples.source, normalization)
+            convert = standardize if needs == "examples" else in_data_units
+            return convert(reference.source, options.normalization), convert(samples.source, options.normalization)
         if needs == "vectors":
             return inputs("pool" if of_images else "examples")
         if needs == "logits":

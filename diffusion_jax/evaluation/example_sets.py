@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from diffusion_jax.storage.downloads import local_path
 __all__ = [
     "ExampleSet",
     "SetFeatures",
+    "in_data_units",
     "modified_time",
     "open_set",
     "read_examples",
@@ -191,11 +191,19 @@ def standardize(source: data.Source, normalization: data.Normalization | None) -
 
     normalization: None returns the values unchanged.
     """
+    return _convert(source, lambda x: data.to_model_units(x, normalization))
 
-    def convert(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        return data.to_model_units(batch_examples(batch), normalization)
 
-    shape = (len(source), *convert(source.read([0])).shape[1:])
-    if 4 * math.prod(shape) > _MAX_BYTES_IN_MEMORY:
-        return LazyExamples(lambda indices: convert(source.read(indices)), shape)
-    return np.concatenate([convert(batch) for batch in read_in_order(source, _BLOCK)])
+def in_data_units(source: data.Source, normalization: data.Normalization) -> np.ndarray | LazyExamples:
+    """Returns the examples as stored, as `normalization.data_dtype`: in memory up to 1 GiB, otherwise read when needed."""
+    return _convert(source, lambda x: x.astype(normalization.data_dtype))
+
+
+def _convert(source: data.Source, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | LazyExamples:
+    def read(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return convert(batch_examples(batch))
+
+    first = read(source.read([0]))
+    if len(source) * first.nbytes > _MAX_BYTES_IN_MEMORY:
+        return LazyExamples(lambda indices: read(source.read(indices)), (len(source), *first.shape[1:]))
+    return np.concatenate([read(batch) for batch in read_in_order(source, _BLOCK)])

@@ -121,7 +121,7 @@ class Metric:
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
       moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
       logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
-      data: the same arrays in data units.
+      data: the same arrays in data units, float32, or float64 if an offset is more than 1000 scales.
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
     records, with features from the published Inception and from other extractors; the result's names are then endings of

@@ -35,7 +35,9 @@ def test_channels_are_standardized_by_their_mean_and_deviation(dtype):
     np.testing.assert_allclose(found.scale, exact.std(axis=0), rtol=1e-9)
     standardized = found.apply(x)
     assert standardized.dtype == np.float32
-    np.testing.assert_allclose(standardized, (x - exact.mean(axis=0)) / exact.std(axis=0), atol=2e-2, rtol=1e-4)
+    # One rounding to float32, and the difference of two float64 means, which have 16 digits of 5e6 / 40.
+    expected = (x.astype(np.float64) - exact.mean(axis=0)) / exact.std(axis=0)
+    np.testing.assert_allclose(standardized, expected, atol=1e-9, rtol=2.0**-23)
     np.testing.assert_allclose(found.invert(standardized), x, rtol=1e-6)
 
 
@@ -113,6 +115,13 @@ def test_large_offsets_keep_the_digits_of_the_data():
     assert small.invert(np.ones((1, 2), np.float32)).dtype == np.float32
     assert isinstance(small.invert(jnp.ones((1, 2))), jax.Array)
     assert jax.jit(found.invert)(jnp.ones((1, 2))).dtype == jnp.float32
+
+
+def test_the_offset_of_narrow_data_is_not_rounded():
+    """The float32 number nearest to the offset is 0.09 deviations away."""
+    x = 3e6 + np.float32([[[-2.0], [0.0], [1.5]]])
+    standardized = data.Normalization((3e6 + 0.09,), (1.0,)).apply(x)
+    np.testing.assert_allclose(standardized.ravel(), [-2.09, -0.09, 1.41], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "ulp"), [(np.float32, 2.0**-27), (np.float64, 2.0**-56), (np.float16, 2.0**-14)])

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation import __main__ as command
+from diffusion_jax.evaluation import example_sets
 from diffusion_jax.evaluation.example_sets import open_set
 from diffusion_jax.metrics import of_arrays, of_features
 from helpers.digits_features import by_hand
@@ -89,6 +90,20 @@ def test_the_command_compares_arrays_and_images_by_their_values(tmp_path):
     (record,) = json.loads((tmp_path / "images.json").read_text())
     expected = of_arrays.energy_distance(all_digits()[:50], all_digits()[50:100])
     assert record["energy_distance"] == pytest.approx(expected.value, rel=1e-9)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 2**30])
+def test_a_metric_of_the_user_gets_every_digit_of_narrow_data(max_bytes, tmp_path, monkeypatch):
+    """Values of 1e6 plus or minus 0.1 have 14 different numbers in float32; other data are float32 in both sets."""
+    monkeypatch.setattr(example_sets, "_MAX_BYTES_IN_MEMORY", max_bytes)
+    rng = np.random.default_rng(0)
+    for mean, deviation in ((1e6, 0.1), (300.0, 10.0)):
+        drawn = [mean + deviation * rng.standard_normal((50, 1)) for _ in range(2)]
+        paths = [save(tmp_path / f"{i}.npz", x) for i, x in enumerate(drawn)]
+        command.main([*paths, "--metrics=helpers.own_networks:distinct_values", "--output=own.json"])
+        record = json.loads((tmp_path / "own.json").read_text())[-1]
+        expected = [len(np.unique(x if mean == 1e6 else x.astype(np.float32))) for x in drawn]
+        assert [record["in_reference"], record["in_samples"]] == expected and expected[0] > 45
 
 
 def refused(capsys, *arguments):

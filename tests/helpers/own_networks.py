@@ -232,6 +232,10 @@ def mean_shift(reference, samples):
     return samples.mean() - reference.mean()
 
 
+def distinct_values(reference, samples):
+    return {"in_reference": len(np.unique(reference)), "in_samples": len(np.unique(samples))}
+
+
 def several_numbers(reference, samples):
     return {"one": np.float32(0.5), "other": samples.sum(dtype=np.float64)}
 
