@@ -255,6 +255,14 @@ def test_others_coordinates_give_the_same_likelihoods():
     np.testing.assert_allclose(by_edm, np.log(exact_density), atol=1e-3)
 
 
+def test_the_ode_of_a_path_with_infinite_ends_ends_at_the_outer_steps_with_noise_and_signal():
+    """log(sigma / alpha) = log(tau / (1 - tau)) of flow matching is infinite at tau = 0 and 1."""
+    for times in ([1.0, 500.0, 900.0], [1.0, 900.0, 1000.0]):
+        schedule = schedules.from_path(schedules.rectified_flow(), times)
+        ends = ode_likelihood._finite_ends(schedule, jnp.float32)
+        np.testing.assert_allclose(ends, [np.log(0.001 / 0.999), np.log(9)], rtol=1e-5)
+
+
 @pytest.mark.whole
 def test_bad_arguments_and_a_solver_that_gives_up():
     x, key = jnp.zeros((2, 3)), jax.random.key(0)
