@@ -26,6 +26,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from diffusion_jax.config.values import Boolean, Choice, Integer, Number, OneOf, Text, Tuple, optional
 from diffusion_jax.models.conditions import Conditional, initial_inputs
+from diffusion_jax.models.layers import times_of_rows
 
 __all__ = ["CustomNetwork", "Shapes", "read_options"]
 
@@ -68,7 +69,7 @@ class CustomNetwork(Conditional):
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None, extra=None) -> jax.Array:
-        """x_t: [B, *spatial, C]; time: float [B]; y, condition, train: as `UNet`. extra: [B, K] or None, for the network."""
+        """x_t: [B, *spatial, C]; time, y, condition, train: as `UNet`. extra: [B, K] or None, for the network."""
         if not jnp.issubdtype(x_t.dtype, jnp.floating):
             raise ValueError(f"x_t must be float, got {x_t.dtype}")
         y, condition = self._check_labels(y), self._check_condition(condition, x_t)
@@ -83,7 +84,14 @@ class CustomNetwork(Conditional):
                 )
             null = jnp.asarray(functions.null_condition, condition.dtype)
             condition = jnp.where(jnp.isnan(condition), null, condition)
-        inputs = {"x_t": x_t, "time": time, "y": y, "condition": condition, "extra": extra, "train": train}
+        inputs = {
+            "x_t": x_t,
+            "time": times_of_rows(time, x_t),
+            "y": y,
+            "condition": condition,
+            "extra": extra,
+            "train": train,
+        }
         params = self.param("network", lambda key: jax.tree.map(jnp.asarray, functions.init(key, inputs)))
         if self.dtype == "bfloat16":
             params = _cast(params, jnp.bfloat16)

@@ -30,6 +30,7 @@ __all__ = [
     "convolve_upsampled",
     "downsample_2x",
     "split_heads",
+    "times_of_rows",
     "timestep_embedding",
     "upsample_2x",
 ]
@@ -52,6 +53,16 @@ def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: f
     angles = jnp.asarray(time, jnp.float32)[:, None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([cos, sin] if cos_first else [sin, cos], axis=-1)
+
+
+def times_of_rows(time, x_t) -> jax.Array:
+    """Returns the network time of each row of x_t [B, ...]: [B], from [B], or [] for one time. Raises: ValueError."""
+    shape = x_t.shape[:1]
+    if jnp.shape(time) not in ((), shape):
+        raise ValueError(
+            f"time must be one number, or {shape[0]} numbers, one for each row of x_t; got shape {jnp.shape(time)}"
+        )
+    return jnp.broadcast_to(time, shape)
 
 
 class _ScaleAndBias(nn.Module):
@@ -321,9 +332,12 @@ class LayerFactory:
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
 
-    def embed_time(self, time, channels: int, **options) -> jax.Array:
-        """Embeds the network time [B] to [B, 4 channels] by two dense layers. options: of `timestep_embedding`."""
-        embedding = timestep_embedding(time, channels, **options)
+    def embed_time(self, time, x_t, channels: int, **options) -> jax.Array:
+        """Embeds the network time of x_t [B, ...] to [B, 4 channels] by two dense layers.
+
+        time: as for `times_of_rows`. options: of `timestep_embedding`.
+        """
+        embedding = timestep_embedding(times_of_rows(time, x_t), channels, **options)
         embedding = nn.silu(self.dense(4 * channels, "time_0")(embedding.astype(self.dtype)))
         return self.dense(4 * channels, "time_1")(embedding)
 

@@ -68,7 +68,7 @@ class MLP(Conditional):
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
-        """x_t: [B, C]; time: float [B]; y, condition, train: as `UNet`.
+        """x_t: [B, C]; time: float [B], or [] for all rows; y, condition, train: as `UNet`.
 
         Raises: ValueError for an x_t that is not float or has another number of axes, a remat with levels, and for labels and
           conditions as `UNet`.
@@ -81,7 +81,8 @@ class MLP(Conditional):
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         layers = self.layers
-        h, embedding = self.add_conditions(layers, x_t, layers.embed_time(time, self.channels), y, condition, train)
+        embedding = layers.embed_time(time, x_t, self.channels)
+        h, embedding = self.add_conditions(layers, x_t, embedding, y, condition, train)
         h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
         block = _REMAT_BLOCK if self.remat else ResBlock
         for j in range(self.num_res_blocks):

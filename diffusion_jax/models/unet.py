@@ -137,10 +137,10 @@ class Encoder(nn.Module):
         """Whether `remat` recomputes the blocks at a level."""
         return self.remat if isinstance(self.remat, bool) else level in self.remat
 
-    def embed_time(self, time) -> jax.Array:
-        """Embeds the network time [B] to [B, 4 channels]."""
+    def embed_time(self, time, x_t) -> jax.Array:
+        """Embeds the network time of x_t, [B] or [], to [B, 4 channels]."""
         return self.layers.embed_time(
-            time, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
+            time, x_t, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
         )
 
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
@@ -229,7 +229,7 @@ class UNet(Encoder, Conditional):
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
-        """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.
+        """x_t: [B, *spatial, C]; time: float [B], or [] for all rows; train: whether dropout is active.
 
         y: int [B] for a network with classes. condition: float [B, D] for a network with condition_features, or
         [B, *spatial, K] for a network with condition_channels; None, with condition_dropout, for no conditions.
@@ -239,7 +239,7 @@ class UNet(Encoder, Conditional):
           reverse), labels that are not int or out of range, or a condition with another shape.
         """
         self.check_input(x_t)
-        h, embedding = self.add_conditions(self.layers, x_t, self.embed_time(time), y, condition, train)
+        h, embedding = self.add_conditions(self.layers, x_t, self.embed_time(time, x_t), y, condition, train)
         h, skips = self.encode(self._pad(h), embedding, train)
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))
@@ -327,7 +327,7 @@ class Classifier(Encoder):
 
     @nn.compact
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
-        """x_t: [B, *spatial, C]; time: float [B]; train: whether dropout is active.
+        """x_t: [B, *spatial, C]; time: float [B], or [] for all rows; train: whether dropout is active.
 
         Raises: ValueError for sizes not divisible by 2^(levels - 1), or other than at initialization.
         """
@@ -335,7 +335,7 @@ class Classifier(Encoder):
         self.check_divisible(x_t, "its pooling reads every position")
         if self.num_classes < 2:
             raise ValueError(f"num_classes={self.num_classes}: a classifier needs at least 2 classes")
-        h, _ = self.encode(x_t, self.embed_time(time), train)
+        h, _ = self.encode(x_t, self.embed_time(time, x_t), train)
         layers = dataclasses.replace(self.layers, dtype=jnp.dtype("float32"))
         h = nn.silu(layers.norm("norm_out")(h))
         return AttentionPool(self.num_classes, self.num_heads, self.head_channels, layers, name="pool")(h)

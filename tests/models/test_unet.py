@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
+from helpers import own_networks
 from helpers.networks import TINY, apply, init, redraw
 
 
@@ -19,6 +20,29 @@ def test_timestep_embedding_equals_published_values():
     np.testing.assert_allclose(models.timestep_embedding(jnp.array([0.5]), 64)[0, :32].max(), np.sin(0.5), rtol=1e-6)
     with pytest.raises(ValueError, match="even"):
         models.timestep_embedding(jnp.arange(2), 7)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mlp", "custom", *(pytest.param(k, marks=pytest.mark.whole) for k in ("unet", "classifier"))]
+)
+def test_one_time_serves_all_rows_and_another_number_of_times_is_refused(kind):
+    shape, small = (8,) if kind == "mlp" else (8, 8, 1), {"channels": 8, "num_res_blocks": 1}
+    model = {
+        "mlp": lambda: models.MLP(**small),
+        "custom": lambda: models.CustomNetwork(kind="own", function=own_networks.linen),
+        "unet": lambda: models.UNet(**TINY),
+        "classifier": lambda: models.Classifier(**TINY, num_classes=3),
+    }[kind]()
+    x = jax.random.normal(jax.random.key(0), (3, *shape))
+    params = redraw(init(model, x.shape))
+    one = apply(model, params, x, 7.0)
+    np.testing.assert_array_equal(one, apply(model, params, x, jnp.full(3, 7.0)))
+    assert (one != apply(model, params, x, jnp.float32(8.0))).any()
+    for time in (jnp.zeros(2), jnp.zeros(1), jnp.zeros((3, 1))):
+        with pytest.raises(
+            ValueError, match=r"time must be one number, or 3 numbers, one for each row of x_t; got shape \("
+        ):
+            jax.eval_shape(lambda time: model.apply({"params": params}, x, time), time)
 
 
 @pytest.mark.whole
