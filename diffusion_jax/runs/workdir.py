@@ -44,6 +44,8 @@ __all__ = [
     "write_config_if_untrained",
 ]
 
+# Settings besides config.model that change the shapes of the network's parameters.
+_OF_THE_NETWORK = ("diffusion.loss", "diffusion.variance", "diffusion.conditioning_noise")
 _NUM_HASHED_EXAMPLES = _NUM_CHECKED_IMAGES = 64
 
 
@@ -93,7 +95,7 @@ def check_identity(config: ConfigDict, workdir: RunDir) -> None:
         return
     listed = "; ".join(list_differences(old, new))
     advice = "use another --workdir, or the config of that run"
-    if not any(key.startswith(("model.", "diffusion.")) for key in differing):
+    if not any(key.startswith("model.") or key in _OF_THE_NETWORK for key in differing):
         changed = " ".join(f"--config.{key}={new[key]}" for key in differing)
         advice += f"; to start a new run from its weights: --pretrained={workdir} --workdir=NEW {changed}"
     raise UserError(f"{workdir} holds another run ({listed}); {advice}")

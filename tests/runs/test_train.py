@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import types
 
 import jax
@@ -82,6 +83,21 @@ def test_leaves_that_identify_a_run_must_not_change(trained):
     workdir.check_identity(tiny_config(**free), trained)
     with pytest.raises(errors.UserError, match="training.batch_size"):
         workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
+
+
+def test_the_advice_for_another_run_names_pretrained_where_its_weights_fit(tmp_path):
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "1" / "digests.json").write_text("{}")
+    workdir.write_config(tiny_config(), tmp_path)
+    new = f"--pretrained={tmp_path} --workdir=NEW"
+    for changes, advice in (
+        ({"optimizer.learning_rate": 0.5}, f"{new} --config.optimizer.learning_rate=0.5"),
+        ({"diffusion.schedule": "linear"}, f"{new} --config.diffusion.schedule=linear"),
+        ({"diffusion.loss": "hybrid", "diffusion.variance": "learned_range"}, "the config of that run"),
+        ({"model.channels": 16}, "the config of that run"),
+    ):
+        with pytest.raises(errors.UserError, match=f"{re.escape(advice)}$"):
+            workdir.check_identity(tiny_config(**changes), RunDir(tmp_path))
 
 
 @pytest.mark.whole
