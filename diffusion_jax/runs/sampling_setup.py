@@ -155,6 +155,11 @@ def resolve_sampling(
         form = options["classifier_form"] if options["classifier"] else "eps"
         net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, form)
     notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
+    if labels is not None and net.class_names and (unknown := labels[labels >= len(net.class_names)]).size:
+        notes.append(
+            f"class {unknown[0]} is not among the {len(net.class_names)} classes of the training data; its samples may be "
+            "noise"
+        )
     notes += [f"{setting} has no effect here" for setting in unused_settings(options)]
     return SamplingSetup(net, config, sampler, schedule, labels, conditions, small_images, classifier, tuple(notes))
 

@@ -94,7 +94,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             log(f"This run is finished: {workdir} holds step {newest} of {options.num_steps}. Nothing to do.")
             return
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
-    check_source(config, loaded)
+    check_source(config, loaded, must_have_all_classes=not (saved or config.init_from))
     net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
     if isinstance(net.model, models.Conditional):
         with as_user_error("config"):  # raises the errors of --mode=sample now, except file errors

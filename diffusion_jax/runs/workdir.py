@@ -210,17 +210,22 @@ def run_normalizations(config: ConfigDict, source: Source, workdir: RunDir) -> N
     return {name: data.Normalization.from_json(value) for name, value in found.items()}
 
 
-def check_source(config: ConfigDict, source: Source) -> None:
-    """Raises: UserError or DataError if labels or conditions do not fit the network, or gray levels do not fit the loss."""
+def check_source(config: ConfigDict, source: Source, must_have_all_classes: bool = False) -> None:
+    """Raises: UserError or DataError if labels or conditions do not fit the network, or gray levels do not fit the loss.
+
+    must_have_all_classes: because training on the source begins, and would not learn the other classes of the network.
+    """
     levels = config.data.levels if config.diffusion.loss in ("vlb", "hybrid") else None
     batch = source.read(np.arange(min(1 if levels is None else _NUM_CHECKED_IMAGES, len(source))))
     if levels is not None:
         data.check_levels(batch["image"], levels)
     _check_conditions(config, batch)
     num_classes, (source_classes, _) = config.model.num_classes, data.read_classes(source)
-    if num_classes and source_classes > num_classes:
+    lacks_classes = must_have_all_classes and 0 < source_classes < num_classes
+    if num_classes and (source_classes > num_classes or lacks_classes):
         raise UserError(
-            f"model.num_classes={num_classes}, but the data has {source_classes} classes; use that number, or 0"
+            f"model.num_classes={num_classes}, but the data has {source_classes} classes; use "
+            f"--config.model.num_classes={source_classes}, or 0"
         )
     if num_classes and "label" in batch and not source_classes:
         raise UserError(

@@ -1,5 +1,6 @@
 """The data's class names, in samples and pictures."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from diffusion_jax import data, pretrained
 from diffusion_jax.errors import UserError
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs import sample, sampling_setup, workdir
+from diffusion_jax.runs import sample, sampling_setup, train, workdir
+from helpers.array_configs import array_config
 from helpers.configs import conditional
 from helpers.work_directories import untrained
 
@@ -66,6 +68,31 @@ def test_class_names_are_read_from_the_run_that_has_them(trained, tmp_path):
     assert pretrained.read_class_names(conditional(init_from=str(directory)), tmp_path) == names
     plain = conditional(**{"model.num_classes": 0, "model.label_dropout": 0.0, "sampling.classifier": str(directory)})
     assert pretrained.read_class_names(plain, tmp_path) == names
+
+
+def test_classes_that_training_would_never_see_are_refused_at_the_launch(tmp_path):
+    for i in range(3):
+        (tmp_path / "data" / "abc"[i]).mkdir(parents=True)
+        np.save(tmp_path / "data" / "abc"[i] / "0.npy", np.zeros((4, 3), np.float32))
+    config = array_config("vectors", tmp_path / "data", **{"model.num_classes": 5, "data.normalization": "none"})
+    with pytest.raises(
+        UserError, match="num_classes=5, but the data has 3 classes; use --config.model.num_classes=3, or 0$"
+    ):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    source = data.load(config.data)
+    workdir.check_source(
+        config, source
+    )  # a held-out set may lack classes, and a run may have begun with an earlier version
+    net = pretrained.from_config(config)
+    net = dataclasses.replace(net, class_names=source.class_names)
+    config.sampling.label = 4
+    assert (
+        "class 4 is not among the 3 classes of the training data"
+        in sampling_setup.resolve_sampling(config, net).notes[-1]
+    )
+    config.sampling.label = 2
+    assert not any("class" in note for note in sampling_setup.resolve_sampling(config, net).notes)
 
 
 @pytest.mark.whole
