@@ -239,6 +239,8 @@ class Model:
           the sampler is known to fail; TypeError for a classifier.
         """
         self._check_is_diffusion_model()
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images} must be at least 1")
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
         if is_batch_of_keys(key):

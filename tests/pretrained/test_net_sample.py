@@ -121,3 +121,5 @@ def test_what_does_not_fit_a_net_is_one_line():
         with pytest.raises(ValueError, match=words) as caught:
             net.sample(KEY, 2, **options)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="num_images=0 must be at least 1"):
+        plain.sample(KEY, 0)
