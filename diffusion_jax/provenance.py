@@ -62,9 +62,10 @@ def settings_digest(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
-def array_digest(array: np.ndarray | None) -> str | None:
-    """Returns the SHA-256 of an array's values; None for None."""
-    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+def array_digest(*arrays: np.ndarray | None) -> str | None:
+    """Returns the SHA-256 of the values of arrays, one after another; None without an array."""
+    given = [np.ascontiguousarray(array).tobytes() for array in arrays if array is not None]
+    return hashlib.sha256(b"".join(given)).hexdigest() if given else None
 
 
 def params_digest(params: Any) -> str:

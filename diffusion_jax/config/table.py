@@ -468,8 +468,8 @@ SAMPLING: dict[str, Setting] = {
     "conditions": Setting(
         "",
         PATH,
-        'Conditions of the samples, in data units: an .npy, or an .npz with "condition". Sample i uses row i '
-        "modulo the number of rows.",
+        'Conditions of the samples, in data units: an .npy, or an .npz with "condition" and optionally "condition_missing". '
+        "Sample i uses row i modulo the number of rows.",
     ),
     "num_samples": Setting(64, Integer(1), "Number of samples that --mode=sample draws."),
     "batch_size": Setting(64, Integer(1), "Samples per batch."),

@@ -23,7 +23,7 @@ __all__ = ["ArrayFiles"]
 
 _KINDS = (".npy", ".npz", ".zarr", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"
-_NAMES = ("x", "image", "label", "condition")
+_NAMES = ("x", "image", "label", "condition", "condition_missing")
 _SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "eval", "dev"}
 
 
@@ -33,8 +33,9 @@ class ArrayFiles(Arrays, NamedSource):
     path: one of
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
-    - `.npz` with "x" or "image", optionally "label" and "condition"; or with samples, "arr_0". Uncompressed arrays
-      (`np.savez`) are memory-mapped; every process loads a compressed array.
+    - `.npz` with "x" or "image", optionally "label", "condition" and "condition_missing" (bool [N], True for examples
+      without a condition); or with samples, "arr_0". Uncompressed arrays (`np.savez`) are memory-mapped; every process
+      loads a compressed array.
     - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Each chunk that a batch touches is
       decoded, so small chunks are fastest.
     - a folder with `.npy` files, searched recursively in path order, without hidden files. Each file holds one example
@@ -87,7 +88,8 @@ class ArrayFiles(Arrays, NamedSource):
         """Reads the examples at n indices in [0, N), in any order, with repetitions allowed.
 
         Returns "image" uint8 or "x" (real numbers as in the files), [n, *spatial, C]; if the files have them, also "label"
-        int32 [n] and "condition" [n, D] or [n, *spatial, K]. Raises: DataError for files that cannot be read.
+        int32 [n], "condition" [n, D] or [n, *spatial, K] and "condition_missing" bool [n]. Raises: DataError for files
+        that cannot be read.
         """
         batch = super().read(indices)
         if self._lacks_channels:
@@ -97,7 +99,7 @@ class ArrayFiles(Arrays, NamedSource):
     def notes(self) -> list[str]:
         """Returns a line about arrays that are not read."""
         names = list_names(map(repr, self._ignored), 8)
-        return [f"Ignored arrays: {names}; arrays are x or image, label, and condition."] if self._ignored else []
+        return [f"Ignored arrays: {names}; arrays are {', '.join(_NAMES)}."] if self._ignored else []
 
 
 def _key(examples: _Rows | _FolderRows) -> str:
@@ -168,7 +170,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
         if not unnamed:
             raise DataError(
                 f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no other arrays'}; "
-                "save them under these names, outside groups, and optionally 'label' and 'condition'"
+                "save them under these names, outside groups, and optionally {list_names(map(repr, _NAMES[2:]), 8)}"
             )
         others.remove(unnamed[0])
         examples = _Rows(str(path), unnamed[0])

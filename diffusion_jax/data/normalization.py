@@ -111,6 +111,8 @@ Normalizations = Mapping[str, Normalization]
 class Normalized(DerivedSource):
     """A source with float32, standardized "x" and "condition"; other arrays are unchanged.
 
+    A condition is 0 where "condition_missing" is True.
+
     normalizations: by array name; an array without a normalization is only converted to float32.
     bounded: names of arrays that must lie in [-1, 1] after normalization, because limits were given.
     """
@@ -124,6 +126,8 @@ class Normalized(DerivedSource):
         batch = dict(self.source.read(indices))
         for name in [name for name in ("x", "condition") if name in batch]:
             values, x = batch[name], to_model_units(batch[name], self.normalizations.get(name))
+            if name == "condition" and "condition_missing" in batch:
+                x[batch["condition_missing"]] = 0
             _check_finite(name, x, indices)
             if name in self._bounded and (outside := np.argwhere(np.abs(x) > 1 + 1e-6)).size:  # more than rounding
                 raise DataError(
@@ -139,7 +143,10 @@ def _check_finite(name: str, values: np.ndarray, indices: Sequence[int] | np.nda
     bad = np.argwhere(~np.isfinite(values))
     if bad.size:
         what = "" if name == "x" else f" in its {name}"
-        raise DataError(f"example {indices[bad[0, 0]]} has values that are not finite{what}; remove or repair it")
+        advice = "" if name == "x" else ", or give it no condition by the array condition_missing, bool [N]"
+        raise DataError(
+            f"example {indices[bad[0, 0]]} has values that are not finite{what}; remove or repair it{advice}"
+        )
 
 
 def find_normalizations(
@@ -154,7 +161,8 @@ def find_normalizations(
     unless the setting is none.
 
     progress: as for `data.InMemory.load`, called only if there is a pass.
-    Raises: DataError for a setting that does not fit the data, values that are not finite, or a constant channel.
+    Raises: DataError for a setting that does not fit the data, values that are not finite, a constant channel, or
+    conditions that are all missing.
     """
     mode, first = config["normalization"], source.read([0])
     if mode != "auto" and "x" not in first:
@@ -173,8 +181,13 @@ def find_normalizations(
     def add(indices):
         batch = source.read(indices)
         for name in names:
-            values = np.asarray(batch[name], np.float64)
-            _check_finite(name, values, indices)
+            values, rows = np.asarray(batch[name], np.float64), indices
+            if name == "condition" and "condition_missing" in batch:
+                given = ~batch["condition_missing"]
+                values, rows = values[given], rows[given]
+            if not len(values):
+                continue
+            _check_finite(name, values, rows)
             totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
         return len(indices)
 
@@ -182,6 +195,8 @@ def find_normalizations(
     chunks = [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
     for _ in progress(map(add, chunks), n) if names else ():
         pass
+    if names and names[-1] not in totals:
+        raise DataError("condition_missing is True for every example; remove the conditions from the data")
     return found | {name: _standardization(name, total) for name, total in totals.items()}
 
 

@@ -36,13 +36,14 @@ __all__ = [
     "is_of_images",
     "read_block_lengths",
     "read_classes",
+    "read_conditions",
     "read_in_order",
     "select_split",
 ]
 
 _BLOCK_BYTES = 2**24
 _NUM_CHECKED = 4
-_ARRAYS = ("x", "image", "label", "condition")
+_ARRAYS = ("x", "image", "label", "condition", "condition_missing")
 
 
 @runtime_checkable
@@ -82,7 +83,8 @@ class Source(Protocol):
 
         Either "image", uint8 [n, *spatial, C]; or "x", real numbers [n, *spatial, C] in data units, which
         `data.Normalized` standardizes. There are 0 to 3 spatial axes: 0 for vectors, 1 for series, 2 for images, 3 for
-        volumes. Optional: "label", int32 [n], and "condition", real numbers [n, D] or [n, *spatial, K].
+        volumes. Optional: "label", int32 [n]; "condition", real numbers [n, D] or [n, *spatial, K]; and
+        "condition_missing", bool [n], True for examples without a condition, whose values in "condition" are not read.
         """
         ...
 
@@ -101,6 +103,11 @@ def read_block_lengths(source: Source) -> tuple[int, ...]:
 def batch_examples(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the examples in a batch, without labels and conditions."""
     return batch["image"] if "image" in batch else batch["x"]
+
+
+def read_conditions(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays "condition" and "condition_missing" of a batch, or of a file, that exist."""
+    return {name: batch[name] for name in ("condition", "condition_missing") if name in batch}
 
 
 def find_files(root: pathlib.Path) -> list[pathlib.Path]:
@@ -319,8 +326,8 @@ def check_examples(config: Mapping, source: Source) -> None:
     names = list(batch) if isinstance(batch, Mapping) else [type(batch).__name__]
     if len({"image", "x"} & set(names)) != 1 or set(names) - set(_ARRAYS):
         raise DataError(
-            'a source must return a dictionary with either "image" (uint8) or "x" (other numbers), and optionally "label" '
-            f'and "condition"; got {", ".join(map(repr, names))}'
+            'a source must return a dictionary with either "image" (uint8) or "x" (other numbers), and optionally "label", '
+            f'"condition" and "condition_missing"; got {", ".join(map(repr, names))}'
         )
     arrays = {name: np.asarray(array) for name, array in batch.items()}
     name, shape, levels = "image" if "image" in arrays else "x", example_shape(config), config["levels"]
@@ -342,7 +349,7 @@ def check_examples(config: Mapping, source: Source) -> None:
         raise DataError(
             f"the examples have shape {list(found)}, not {list(shape)} as data.image_size and data.channels say{advice}"
         )
-    label, condition = arrays.get("label"), arrays.get("condition")
+    label, condition, missing = map(arrays.get, ("label", "condition", "condition_missing"))
     if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
         raise DataError(f'a source returns "label" as {label.dtype} {list(label.shape)}; it must be integers [n]')
     if condition is not None:
@@ -352,6 +359,12 @@ def check_examples(config: Mapping, source: Source) -> None:
             raise DataError(
                 f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
             )
+    if missing is not None and (condition is None or missing.dtype != bool or missing.ndim != 1):
+        found = f"{missing.dtype} {list(missing.shape)}" + (' without "condition"' if condition is None else "")
+        raise DataError(
+            f'a source returns "condition_missing" as {found}; it must be bool [n] beside "condition", True for examples '
+            "without a condition"
+        )
 
 
 class CheckedSource(DerivedSource, NamedSource):

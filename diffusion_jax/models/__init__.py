@@ -14,7 +14,7 @@ from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESE
 from diffusion_jax.config.table import NETWORK_SETTINGS
 from diffusion_jax.config.values import NamedValues
 from diffusion_jax.functions import find_function
-from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs
+from diffusion_jax.models.conditions import Conditional, condition_shape, initial_inputs, mark_missing
 from diffusion_jax.models.custom import CustomNetwork, Shapes, read_options
 from diffusion_jax.models.layers import timestep_embedding
 from diffusion_jax.models.mlp import MLP
@@ -33,6 +33,7 @@ __all__ = [
     "from_config",
     "import_network",
     "initial_inputs",
+    "mark_missing",
     "network_fields",
     "preset",
     "source_file",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from diffusion_jax import labels
 from diffusion_jax.models.layers import LayerFactory
 
-__all__ = ["Conditional", "condition_shape", "initial_inputs"]
+__all__ = ["Conditional", "condition_shape", "initial_inputs", "mark_missing"]
 
 
 def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -29,6 +29,11 @@ def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tupl
         return (features,)
     channels = fields.get("condition_channels", 0)
     return (*spatial, channels) if channels else None
+
+
+def mark_missing(condition, missing) -> jax.Array:
+    """Returns conditions [B, ...] with the null condition, NaN, in the rows where missing, bool [B], is True."""
+    return jnp.where(jnp.expand_dims(missing, range(1, condition.ndim)), jnp.nan, condition)
 
 
 class Conditional(nn.Module):

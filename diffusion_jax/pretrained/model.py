@@ -203,6 +203,7 @@ class Model:
         low=None,
         noise_std=0.0,
         condition=None,
+        condition_missing=None,
         trajectory: bool | Sequence[int] | np.ndarray = False,
         algorithm: Callable | None = None,
     ) -> Any:
@@ -231,7 +232,8 @@ class Model:
           low, noise_std: for a super-resolution network, the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and
             the standard deviation of their noise, one number or [N].
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
-            with a leading axis N, in data units. With condition_dropout, None or a row of NaN means no condition.
+            with a leading axis N, in data units. With condition_dropout, None means no conditions.
+          condition_missing: bool [N], True for samples without a condition, if only some of the samples have one.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function (key, schedule, denoise_fn, sampler) -> x_0 that replaces drawing x_T and `sampling.sample`,
             for example with `editing.repaint`. Each function is compiled once.
@@ -255,7 +257,7 @@ class Model:
         self.check_small_images(low is not None, noise_std)
         y = self.check_labels(y, num_images, classifier)
         shape = (num_images, *self.example_shape)
-        given = self.check_condition(condition, num_images)
+        given = self.check_condition(condition, num_images, condition_missing)
         if given is not None:
             given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
         if low is not None:
@@ -395,17 +397,33 @@ class Model:
             )
         return changed
 
-    def check_condition(self, condition, num_examples: int) -> np.ndarray | None:
-        """Returns conditions [N, ...] in data units; None for an unconditional network. Raises: ValueError."""
+    def check_condition(self, condition=None, num_examples: int = 1, condition_missing=None) -> np.ndarray | None:
+        """Returns conditions [N, ...] in data units, NaN in rows without; None for an unconditional network.
+
+        Raises: ValueError.
+        """
         shape = self.condition_shape
         if shape is None:
-            if condition is not None:
+            if condition is not None or condition_missing is not None:
                 raise ValueError("this network takes no conditions; omit condition")
             return None
         assert isinstance(self.model, Conditional)  # only Conditional networks have conditions
         has_null = self.model.null_condition is not None
         rows = (num_examples, *shape)
+        missing = np.zeros(num_examples, bool) if condition_missing is None else np.asarray(condition_missing)
+        if missing.dtype != bool or missing.shape != (num_examples,):
+            raise ValueError(
+                f"condition_missing must be bool of shape [{num_examples}], True for samples without a condition; got "
+                f"{missing.dtype} {list(missing.shape)}"
+            )
+        if missing.any() and not has_null:
+            raise ValueError(
+                f"condition_missing: sample {int(missing.argmax())} has no condition, which only networks trained with "
+                "condition_dropout allow; give it a condition"
+            )
         if condition is None:
+            if condition_missing is not None:
+                raise ValueError("condition_missing is for samples with and without a condition; give condition, too")
             if not has_null:
                 raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
             return np.full(rows, np.nan, np.float32)
@@ -417,14 +435,13 @@ class Model:
                 f"{list(values.shape)}"
             )
         values = np.broadcast_to(values, rows)
-        wrong = ~np.isfinite(values).reshape(num_examples, -1)
-        if has_null:
-            wrong &= ~np.isnan(values).reshape(num_examples, -1).all(axis=1, keepdims=True)
+        wrong = ~np.isfinite(values).reshape(num_examples, -1).all(axis=1) & ~missing
         if wrong.any():
-            allowed = "; a row of NaN alone stands for no condition" if has_null else ""
-            raise ValueError(
-                f"condition {int(wrong.any(axis=1).argmax())} has values that are not finite{allowed}; correct it"
-            )
+            row = int(wrong.argmax())
+            advice = f", or set condition_missing[{row}] to True for a sample without a condition" if has_null else ""
+            raise ValueError(f"condition {row} has values that are not finite; correct it{advice}")
+        if missing.any():
+            values = np.where(np.expand_dims(missing, tuple(range(1, values.ndim))), np.nan, values)
         normalization = self.normalizations.get("condition")
         if normalization and (found := normalization.describe_outside(values)):
             warnings.warn(f"{found}.", stacklevel=3)

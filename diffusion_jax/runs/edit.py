@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
         given, captions = [given[0], shown], [kind, "known"]
     inputs: dict[str, Any] = {"image": files.to_model(image, options.num_samples), "mask": mask}
     if "other" in needed:
-        for setting, rows in (("class", setup.labels), ("conditions", setup.conditions)):
+        for setting, rows in (("class", setup.labels), ("conditions", setup.conditions.get("condition"))):
             if rows is not None and len(rows) > 1:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, likelihood, pictures
 from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log, progress_over
-from diffusion_jax.data.sources import read_in_order
+from diffusion_jax.data.sources import read_conditions, read_in_order
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import features
@@ -39,6 +39,7 @@ from diffusion_jax.metrics import (
     needs_features,
     reported_values,
 )
+from diffusion_jax.models import mark_missing
 from diffusion_jax.pretrained import load_weights
 from diffusion_jax.pretrained.model import format_schedule
 from diffusion_jax.provenance import params_digest, settings_digest
@@ -161,8 +162,8 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"conditions of {reference.name}"
         if not config.sampling.conditions:  # one for each sample, from evenly spread examples
-            batches = read_in_order(reference.limit(options.num_samples).source, 1024)
-            conditions = np.concatenate([batch["condition"] for batch in batches])
+            batches = list(map(read_conditions, read_in_order(reference.limit(options.num_samples).source, 1024)))
+            conditions = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     file = SampleFile(sampling_config, workdir, conditions)
     file.write(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
@@ -300,6 +301,9 @@ class LikelihoodRun:
         batch.setdefault("label", np.zeros(len(indices), np.int32))
         if self.net.condition_shape is None:
             batch.pop("condition", None)
+        elif "condition_missing" in batch:
+            batch["condition"] = np.asarray(mark_missing(batch["condition"], batch["condition_missing"]))
+        batch.pop("condition_missing", None)
         return batch
 
     def denoise_fn(self, params, batch) -> Callable:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, pictures
 from diffusion_jax.console import log
-from diffusion_jax.data.sources import batch_examples, read_block_lengths
+from diffusion_jax.data.sources import batch_examples, read_block_lengths, read_conditions
 from diffusion_jax.files import save_npz
 from diffusion_jax.metrics.of_arrays import even_indices
 from diffusion_jax.models import upsampling
@@ -93,13 +93,13 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
         if height:
             x = _pair(np.asarray(upsampling.downsample(x.astype(np.float32), height)).round().astype(x.dtype), x)
         y = None if labels is None else stored.get("label")
-        condition, pairs = None if rows["condition"] is None else stored.get("condition"), None
-        if y is None and x.ndim > 2 and _is_vector(condition):
-            pairs = _nearest(condition, rows["condition"])
-            if not setup.net.is_images and (count := len(setup.conditions)) < len(samples):
+        conditions, pairs = read_conditions(stored) if setup.conditions else {}, None
+        if y is None and x.ndim > 2 and _is_vector(conditions.get("condition")):
+            pairs = _nearest(conditions, rows)
+            if not setup.net.is_images and (count := len(setup.conditions["condition"])) < len(samples):
                 samples, pairs = samples[:count], pairs[:count]
                 title += "; the first sample of each condition"
-        examples = pictures.Examples(x, make_captions(y, condition, setup.net.class_names), y, pairs=pairs)
+        examples = pictures.Examples(x, make_captions(y, conditions, setup.net.class_names), y, pairs=pairs)
     if low is not None:
         samples = _pair(low, samples)
     if height:
@@ -108,11 +108,24 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
     return pictures.draw_samples(samples, title, captions, labels=labels, examples=examples, channels=channels)
 
 
-def _nearest(conditions: np.ndarray, requested: np.ndarray) -> np.ndarray:
-    """Returns, for each requested condition [N, F], the index of the nearest of conditions [n, F], in standard deviations."""
-    deviation = conditions.std(axis=0)
+def _nearest(stored: Mapping[str, np.ndarray], requested: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns, for each requested condition, the index of the nearest stored condition, in standard deviations.
+
+    Both have "condition" [n, F] and "condition_missing" bool [n], as `SamplingSetup.conditions`. Examples without a condition
+    are nearest to each other.
+    """
+
+    def split(conditions):
+        missing = conditions.get("condition_missing", np.zeros(len(conditions["condition"]), bool))
+        return np.where(missing[:, None], 0.0, conditions["condition"]), missing
+
+    (values, missing), (wanted, wants_none) = split(stored), split(requested)
+    deviation = values[~missing].std(axis=0) if not missing.all() else np.ones(values.shape[1])
     scale = np.where(deviation > 0, deviation, 1)
-    return np.array([np.square((conditions - each) / scale).sum(axis=1).argmin() for each in requested])
+    distances = (np.square((values - each) / scale).sum(axis=1) for each in wanted)
+    return np.array(
+        [np.where(missing == is_none, near, np.inf).argmin() for near, is_none in zip(distances, wants_none, strict=True)]
+    )
 
 
 def _pair(low: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import diffusion_jax
 from diffusion_jax import data, pictures, pretrained, schedules
 from diffusion_jax.config import SETTINGS, clips_by_default, is_identity, resolve
 from diffusion_jax.console import log
+from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
@@ -81,16 +82,21 @@ def _write_images(file: SampleFile) -> None:
 class SampleFile:
     """The samples of a config: PATH.npz with the samples, and PATH.png with a picture.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data; arr_1, the labels, and
-    condition, the conditions in data units, if there are any; provenance.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data; arr_1, the labels,
+    condition, the conditions in data units, and condition_missing, if there are any; provenance.
 
     path: the .npz. setup: the model and the settings. provenance: everything that decides the values.
     """
 
-    def __init__(self, config: ConfigDict, workdir: RunDir | str | os.PathLike, conditions: np.ndarray | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: RunDir | str | os.PathLike,
+        conditions: Mapping[str, np.ndarray] | None = None,
+    ):
         """Checks the config, then loads the weights.
 
-        conditions: [N, ...] in data units, replaces `sampling.conditions`.
+        conditions: as in `SamplingSetup`, replaces `sampling.conditions`.
         Raises: UserError, DataError, PretrainedError.
         """
         self.config, self.workdir = config, open_run_dir(workdir)
@@ -135,7 +141,7 @@ class SampleFile:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
             rows = self.setup.arguments(np.arange(len(samples)))
             # The samples come first, for programs that read the first array.
-            arrays = {"arr_0": samples, "arr_1": rows["y"], "condition": rows["condition"]}
+            arrays = {"arr_0": samples, "arr_1": rows["y"], **read_conditions(rows)}
             shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
             picture = draw_beside_examples(self.workdir, self.setup, shown, f"Samples: {self.provenance.name}")
             write_samples(self.workdir, self.path, self.provenance, arrays, picture)
@@ -174,7 +180,7 @@ def make_provenance(setup: SamplingSetup, **settings: Any) -> Provenance:
             **net.provenance.settings,
             "weights_digest": params_digest(net.params),
             "classifier_digest": None if classifier is None else params_digest(classifier.params),
-            "conditions_digest": array_digest(setup.conditions),
+            "conditions_digest": array_digest(*setup.conditions.values()),
             "low_resolution_digest": array_digest(setup.small_images),
             "labels_digest": array_digest(setup.labels),
             "normalization": {name: value.to_json() for name, value in net.normalizations.items()},

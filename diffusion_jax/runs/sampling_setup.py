@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained, process, sampling, schedules
 from diffusion_jax.config import SETTINGS, resolve, resolve_clip
+from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
 from diffusion_jax.images import to_uint8
 from diffusion_jax.storage.downloads import local_path
@@ -42,8 +43,9 @@ class SamplingSetup:
     """A model and `config.sampling` for it, from `resolve_sampling`.
 
     net: its parameters may be added later, with `dataclasses.replace`. config: complete, with a resolved clip. schedule: the
-    steps of the sampler. labels: int32 [N]. conditions: [N, ...] in data units. small_images: uint8 [N, h, w, C] for an
-    upsampler. Sample i uses row i modulo N of these three arrays; each array may be None. notes: lines to log.
+    steps of the sampler. labels: int32 [N], or None. conditions: "condition" [N, ...] in data units and
+    "condition_missing" bool [N], either may be absent. small_images: uint8 [N, h, w, C] for an upsampler, or None. Sample
+    i uses row i modulo N of these arrays. notes: lines to log.
     """
 
     net: pretrained.Model
@@ -51,7 +53,7 @@ class SamplingSetup:
     sampler: sampling.Sampler
     schedule: schedules.Schedule
     labels: np.ndarray | None
-    conditions: np.ndarray | None
+    conditions: Mapping[str, np.ndarray]
     small_images: np.ndarray | None
     classifier: pretrained.Model | None
     notes: tuple[str, ...]
@@ -69,13 +71,16 @@ class SamplingSetup:
             "sampler": self.sampler,
             "steps": self.schedule,
             "y": _rows(self.labels, indices),
-            "condition": _rows(self.conditions, indices),
+            **self._conditions(indices),
             "low": _rows(self.small_images, indices),
             "noise_std": options["low_resolution_noise"],
             "guidance_interval": options["guidance_interval"] or None,
             "classifier": self.classifier,
             **{name: options[name] for name in same_names},
         }
+
+    def _conditions(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: values[indices % len(values)] for name, values in self.conditions.items()}
 
     def generate(self, key, indices: np.ndarray, **arguments: Any) -> Any:
         """Calls `net.sample` for the samples with these indices. arguments: further arguments of `net.sample`."""
@@ -97,8 +102,8 @@ class SamplingSetup:
 
     def captions(self, count: int) -> list[str] | None:
         """Returns captions for the first samples, or None."""
-        labels, conditions = (_rows(values, np.arange(count)) for values in (self.labels, self.conditions))
-        return make_captions(labels, conditions, self.net.class_names)
+        rows = np.arange(count)
+        return make_captions(_rows(self.labels, rows), self._conditions(rows), self.net.class_names)
 
 
 def keys_of_samples(seed: int, indices: np.ndarray) -> jax.Array:
@@ -111,11 +116,14 @@ def _rows(values: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
 
 
 def resolve_sampling(
-    config: ConfigDict, net: pretrained.Model, conditions: np.ndarray | None = None, read_files: bool = True
+    config: ConfigDict,
+    net: pretrained.Model,
+    conditions: Mapping[str, np.ndarray] | None = None,
+    read_files: bool = True,
 ) -> SamplingSetup:
     """Translates `config.sampling` into the arguments of `net.sample`, and checks them before anything is compiled.
 
-    conditions: [N, ...] in data units, replaces `sampling.conditions`. read_files: False skips the files that the config
+    conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
     names; classes are then checked only without a guiding classifier.
     Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
@@ -138,14 +146,15 @@ def resolve_sampling(
             if net.low_resolution:
                 small_images, given_labels = _read_small_images(options["low_resolution"], net)
             if conditions is None and options["conditions"]:
-                conditions = _read_conditions(options["conditions"])
+                conditions = _load_conditions(options["conditions"])
             if conditions is None and net.condition_shape is not None and not net.model.condition_dropout:
                 expected = ", ".join(map(str, ("N", *net.condition_shape)))
                 raise UserError(
                     f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in data units"
                 )
             with as_user_error(f"sampling.conditions={options['conditions']!r}"):
-                net.check_condition(conditions, 1 if conditions is None else len(conditions))
+                given = conditions or {}
+                net.check_condition(num_examples=len(given["condition"]) if given else 1, **given)
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
         if num_classes or read_files or not options["classifier"]:
             labels = parse_classes(options["label"], num_classes, net.class_names)
@@ -161,7 +170,9 @@ def resolve_sampling(
             "noise"
         )
     notes += [f"{setting} has no effect here" for setting in unused_settings(options)]
-    return SamplingSetup(net, config, sampler, schedule, labels, conditions, small_images, classifier, tuple(notes))
+    return SamplingSetup(
+        net, config, sampler, schedule, labels, conditions or {}, small_images, classifier, tuple(notes)
+    )
 
 
 def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
@@ -237,13 +248,20 @@ def check_finite(samples: np.ndarray) -> None:
 # ---- Captions and classes
 
 
-def make_captions(labels: np.ndarray | None, conditions: np.ndarray | None, names: Sequence[str]) -> list[str] | None:
-    """Returns captions: classes, or conditions of a few numbers; None without either."""
+def make_captions(
+    labels: np.ndarray | None, conditions: Mapping[str, np.ndarray], names: Sequence[str]
+) -> list[str] | None:
+    """Returns captions: classes, or conditions (as in `SamplingSetup`) of a few numbers; None without either."""
     if labels is not None:
         return class_captions(labels, names)
-    if conditions is None or conditions.ndim != 2 or conditions.shape[1] > _MAX_SHOWN_NUMBERS:
+    values = conditions.get("condition")
+    if values is None or values.ndim != 2 or values.shape[1] > _MAX_SHOWN_NUMBERS:
         return None
-    return [", ".join(f"{number:.3g}" for number in row) for row in conditions.tolist()]
+    missing = conditions.get("condition_missing", np.zeros(len(values), bool))
+    return [
+        "no condition" if is_missing else ", ".join(f"{number:.3g}" for number in row)
+        for row, is_missing in zip(values.tolist(), missing, strict=True)
+    ]
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:
@@ -286,16 +304,16 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
 # ---- Conditions
 
 
-def _read_conditions(path: str) -> np.ndarray:
-    """Reads `sampling.conditions`, [N, ...] in data units. Raises: UserError for an unreadable or empty file."""
+def _load_conditions(path: str) -> dict[str, np.ndarray]:
+    """Loads `sampling.conditions`, as in `SamplingSetup`. Raises: UserError for an unreadable or empty file."""
     loaded = load_arrays("sampling.conditions", path)
-    conditions = loaded if isinstance(loaded, np.ndarray) else loaded.get("condition")
-    if conditions is None or not conditions.size:
-        found = "an empty array" if conditions is not None else f"only {list_names(map(repr, loaded), 8)}"
+    loaded = {"condition": loaded} if isinstance(loaded, np.ndarray) else loaded
+    if "condition" not in loaded or not loaded["condition"].size:
+        found = "an empty array" if "condition" in loaded else f"only {list_names(map(repr, loaded), 8)}"
         raise UserError(
             f"sampling.conditions={path!r} has {found}, and not numbers in an .npy or as 'condition' in an .npz"
         )
-    return conditions
+    return read_conditions(loaded)
 
 
 def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from diffusion_jax.console import (
     log_parameters,
     progress_over,
 )
+from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import devices, sharding, signals
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
@@ -471,7 +472,7 @@ class SampleBatches:
         self.batch_size, conditions = max(1, num_images // num_devices) * num_devices, None
         if net.condition_shape is not None:
             rows = np.linspace(0, len(source) - 1, self.batch_size).round().astype(int)
-            conditions = source.read(rows)["condition"]
+            conditions = read_conditions(source.read(rows))
         self.setup = resolve_sampling(ConfigDict(options), net, conditions, read_files=False)
 
     def __call__(self, params: Any, batch: int = 0) -> np.ndarray:

@@ -137,12 +137,13 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
 
 
 def digest_of_some(source: Source) -> str:
-    """Returns the SHA-256 of up to 64 examples with labels (0 without labels) and conditions."""
+    """Returns the SHA-256 of up to 64 examples with labels (0 without labels), conditions and missing conditions."""
     first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
     indices = np.unique(np.linspace(0, first_block - 1, _NUM_HASHED_EXAMPLES).astype(int))
     batch = source.read(indices)
     labels = batch.get("label", np.zeros(len(indices)))
-    parts = [batch.get("image", batch.get("x")), np.asarray(labels, np.int32), batch.get("condition")]
+    parts = [batch.get("image", batch.get("x")), np.asarray(labels, np.int32)]
+    parts += [batch.get("condition"), batch.get("condition_missing")]
     return hashlib.sha256(
         b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
     ).hexdigest()
@@ -255,6 +256,11 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
         raise UserError(
             f"the data has {has}, but model.condition_features={config.model.condition_features} and "
             f"condition_channels={config.model.condition_channels} need shape {list(expected)}"
+        )
+    if expected is not None and "condition_missing" in batch and not config.model.condition_dropout:
+        raise UserError(
+            "the data has examples without a condition (condition_missing), which only a network with "
+            "model.condition_dropout above 0 can learn; use --config.model.condition_dropout=0.1, or remove these examples"
         )
 
 

@@ -14,7 +14,7 @@ from diffusion_jax.images import to_model_range
 __all__ = ["Examples", "check_settings", "condition_shape", "random_flip", "read_batch"]
 
 
-_KINDS = {"uint8": jnp.uint8, "int": jnp.integer, "float": jnp.floating}
+_KINDS = {"bool": jnp.bool_, "uint8": jnp.uint8, "int": jnp.integer, "float": jnp.floating}
 _FORMATS = {
     "image": 'data.image_size and data.channels (float data, standardized to about [-1, 1], are given as "x")',
     "x": 'data.image_size and data.channels (gray levels 0 to 255 are given as "image")',
@@ -22,7 +22,10 @@ _FORMATS = {
 
 
 class Examples(NamedTuple):
-    """x_0: float32 [B, *spatial, C]. y: int [B], and condition: float32 [B, D] or [B, *spatial, K]; None if not needed."""
+    """x_0: float32 [B, *spatial, C]. y: int [B], and condition: float32 [B, D] or [B, *spatial, K]; None if not needed.
+
+    Rows of the condition that are NaN are null conditions.
+    """
 
     x_0: jax.Array
     y: jax.Array | None = None
@@ -44,7 +47,9 @@ def read_batch(
     """Checks a batch and converts it to `Examples`. Only shapes and dtypes are checked, so this works under jit.
 
     batch: "image", uint8 [B, *spatial, C], is scaled to [-1, 1]; or "x", float [B, *spatial, C], is not scaled. "label", int
-    [B], is read only if `takes_labels`; "condition", float [B, *condition_shape], only if `condition_shape` is not None.
+    [B], is read only if `takes_labels`; "condition", float [B, *condition_shape], and the optional "condition_missing",
+    bool [B], True for examples without a condition, only if `condition_shape` is not None. For NaN in the condition of any
+    other example, x_0 and thus the loss become NaN, because traced values cannot be refused.
     shape: (*spatial, C). num_microbatches: must divide B.
     Raises: ValueError for any other batch.
     """
@@ -70,6 +75,11 @@ def read_batch(
     if condition_shape is not None:
         reason = "model.condition_features or model.condition_channels"
         condition = _read(batch, "condition", "float", (batch_size, *condition_shape), reason).astype(jnp.float32)
+        is_nan = jnp.isnan(condition).any(axis=range(1, condition.ndim))
+        if "condition_missing" in batch:
+            missing = _read(batch, "condition_missing", "bool", (batch_size,), "examples without a condition")
+            is_nan, condition = is_nan & ~missing, models.mark_missing(condition, missing)
+        x_0 = jnp.where(jnp.expand_dims(is_nan, range(1, x_0.ndim)), jnp.nan, x_0)
     return Examples(x_0, y, condition)
 
 
@@ -82,6 +92,11 @@ def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         raise ValueError(
             f'data.levels={levels}: the loss {loss} on "x" in a batch is a bound for continuous data; use '
             'data.levels=None, or give uint8 images as "image"'
+        )
+    if "condition_missing" in batch and condition_shape(config) and not config["model"]["condition_dropout"]:
+        raise ValueError(
+            '"condition_missing" in a batch needs a network that learns to do without a condition: set '
+            "model.condition_dropout above 0, or leave it out"
         )
 
 

@@ -360,8 +360,8 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     config: any nested mapping, partial or complete, as `config.resolve` takes it. state: TrainState with `.params`,
     `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, *spatial, C], "label": int32 [B]}) -> (state,
     metrics) is compiled for the config's mesh and donates the state. Standardized float data use the key "x" [B, *spatial, C]
-    instead of "image". "label" is needed only for `model.num_classes` or the loss "classify"; "condition", float, only for a
-    conditional network.
+    instead of "image". "label" is needed only for `model.num_classes` or the loss "classify"; "condition", float, and
+    the optional "condition_missing", bool [B], only for a conditional network.
 
     Float data need data.random_flip=False; with the loss vlb or hybrid, also data.levels=None.
 

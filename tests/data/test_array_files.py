@@ -47,15 +47,17 @@ def test_arrays_without_an_axis_of_channels_get_one(tmp_path):
 def test_labels_and_conditions_are_read_with_the_examples(tmp_path, name, kind):
     examples = {kind: X if kind == "x" else np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)}
     in_group = {} if name == "a.npz" else {"meta/time": X}  # which is not read
-    path = save_store(tmp_path / name, **examples, label=LABEL, condition=CONDITION, cond=CONDITION, **in_group)
+    others = {"label": LABEL, "condition": CONDITION, "condition_missing": LABEL == 2}
+    path = save_store(tmp_path / name, **examples, **others, cond=CONDITION, **in_group)
     source = pickle.loads(pickle.dumps(ArrayFiles(path, "train", SHAPE)))
     assert (len(source), source.num_classes, source.class_names) == (7, 5, ())
-    assert source.notes() == ["Ignored arrays: 'cond'; arrays are x or image, label, and condition."]
+    assert source.notes() == ["Ignored arrays: 'cond'; arrays are x, image, label, condition, condition_missing."]
     for indices in (INDICES, [3], np.arange(1, 6), np.arange(7)[::-1], []):
         batch = source.read(indices)
-        assert batch.keys() == {kind, "label", "condition"} and batch["label"].dtype == np.int32
+        assert batch.keys() == {kind, *others} and batch["label"].dtype == np.int32
+        assert batch["condition_missing"].dtype == bool
         rows = np.asarray(indices, int)
-        for key, values in {**examples, "label": LABEL, "condition": CONDITION}.items():
+        for key, values in {**examples, **others}.items():
             np.testing.assert_array_equal(batch[key], values[rows])
 
 

@@ -73,6 +73,36 @@ def test_conditions_are_standardized_too():
     assert data.find_normalizations(settings(normalization="none"), source_of(x=series(100), condition=c)) == {}
 
 
+@pytest.mark.parametrize("normalization", ["auto", "none"])
+def test_examples_without_a_condition_do_not_count_and_nan_is_refused_with_its_row(normalization):
+    rng = np.random.default_rng(1)
+    condition, missing = rng.uniform(10, 20, (600, 2)), np.arange(600) % 3 == 1
+    condition[missing] = rng.choice([np.nan, np.inf, 1e9], (missing.sum(), 1))
+    x, config = series(600), settings(normalization=normalization)
+    source = source_of(x=x, condition=condition, condition_missing=missing)
+    found = data.find_normalizations(config, source)
+    given = condition[~missing]
+    standardized = (given - given.mean(axis=0)) / given.std(axis=0) if normalization == "auto" else given
+    read = data.Normalized(source, found).read(np.arange(600))
+    np.testing.assert_allclose(read["condition"][~missing], standardized, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(read["condition"][missing], 0)
+    np.testing.assert_array_equal(read["condition_missing"], missing)
+    if normalization == "auto":
+        assert found["condition"].high == tuple(given.max(axis=0))
+    condition[300, 1] = np.nan  # not marked
+    for read in (
+        lambda: data.find_normalizations(settings(), source),
+        lambda: data.Normalized(source, found).read([1, 300]),
+    ):
+        with pytest.raises(
+            data.DataError, match="example 300 has values .* not finite in its condition.*condition_missing"
+        ):
+            read()
+    missing[:] = True
+    with pytest.raises(data.DataError, match="condition_missing is True for every example"):
+        data.find_normalizations(settings(), source)
+
+
 def with_nan(x, row):
     x = x.copy()
     x[row, 2, 1] = np.nan

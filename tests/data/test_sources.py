@@ -76,7 +76,17 @@ IMAGES = np.zeros((600, 4), np.uint8)
         ({}, {"x": X, "label": np.zeros((600, 1), int)}, r'"label" as int64 \[4, 1\]; it must be integers \[n\]'),
         ({}, {"x": X, "condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]'),
         ({}, {"x": X, "condition": X + 1j}, r'"condition" as complex128 \[4, 4\]'),
-        ({}, {"x": X, "labels": X}, "optionally \"label\" and \"condition\"; got 'x', 'labels'"),
+        ({}, {"x": X, "labels": X}, '"label", "condition" and "condition_missing"; got \'x\', \'labels\''),
+        (
+            {},
+            {"x": X, "condition": X, "condition_missing": np.zeros(600)},
+            r'"condition_missing" as float64 \[4\]; .* bool',
+        ),
+        (
+            {},
+            {"x": X, "condition_missing": np.zeros(600, bool)},
+            r'as bool \[4\] without "condition"; it must be bool \[n\]',
+        ),
         ({}, {"x": X, "image": IMAGES}, "must return .* got 'x', 'image'"),
         ({}, {"image": IMAGES}, "data.levels=None is for continuous .*use data.levels=256"),
         ({"levels": 256}, {"x": X}, "data.levels=256, but the data are float64.*use data.levels=None"),

@@ -124,7 +124,8 @@ def test_one_condition_serves_all_and_none_is_the_null_condition():
     x = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3)
     np.testing.assert_array_equal(x, net.sample(KEY, 2, condition=np.array([one, one]), sampler=sampler, steps=3))
     without = net.sample(KEY, 2, sampler=sampler, steps=3)
-    np.testing.assert_array_equal(without, net.sample(KEY, 2, condition=[np.nan] * 2, sampler=sampler, steps=3))
+    some = net.sample(KEY, 2, condition=one, condition_missing=[True, False], sampler=sampler, steps=3)
+    np.testing.assert_allclose(some, np.stack([without[0], x[1]]), rtol=1e-6)
     unguided = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3, guidance_scale=0.0)
     np.testing.assert_allclose(unguided, without, rtol=1e-5)
     assert (x != without).any()
@@ -143,7 +144,13 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         (plain, {"condition": [1.0, 2.0]}, "takes no conditions; omit condition"),
         (needed, {}, r"needs condition, an array of shape \[2\] or \[3, 2\]"),
         (needed, {"condition": np.zeros((2, 2))}, r"of shape \[2\] or \[3, 2\]; got float64 \[2, 2\]"),
-        (dropped, {"condition": [[1, 2], [1, np.nan], [1, 2]]}, "condition 1 has .* finite; a row of NaN alone stands"),
+        (needed, {"condition": [1, 2], "condition_missing": [False, True, True]}, "sample 1 has no condition.*_dropout"),
+        (dropped, {"condition": [[1, 2], [1, np.nan], [1, 2]]}, r"condition 1 has .* or set condition_missing\[1\] to True"),
+        (dropped, {"condition": [[1, 2], [1, 2], [np.nan, np.nan]]}, "condition 2 has values that are not finite; correct"),
+        (dropped, {"condition": [np.nan, np.nan]}, "condition 0 has values that are not finite; correct"),
+        (dropped, {"condition": [1, 2], "condition_missing": [True, False]}, r"bool of shape \[3\].*got bool \[2\]"),
+        (dropped, {"condition": [1, 2], "condition_missing": [0, 1, 0]}, r"bool of shape \[3\].*got int64 \[3\]"),
+        (dropped, {"condition_missing": [False, True, True]}, "with and without a condition; give condition, too"),
         (dropped, {"guidance_scale": 2.0}, "guidance_scale=2.0 needs a condition"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words) as caught:

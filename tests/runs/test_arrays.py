@@ -13,6 +13,7 @@ from helpers.array_configs import SHAPES, array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
+MISSING = np.arange(24) % 5 == 0
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
 
 
@@ -26,8 +27,9 @@ def the_samples(directory):
     "kind", ["vectors", pytest.param("series", marks=pytest.mark.whole), pytest.param("volume", marks=pytest.mark.slow)]
 )
 def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
-    file = write_arrays(kind, tmp_path / "data.npz", condition=CONDITIONS)
-    np.savez(tmp_path / "conditions.npz", condition=np.array([[1.0], [4.0]]))
+    given = np.where(MISSING[:, None], np.nan, CONDITIONS)
+    file = write_arrays(kind, tmp_path / "data.npz", condition=given, condition_missing=MISSING)
+    np.savez(tmp_path / "conditions.npz", condition=np.array([[1.0], [4.0]]), condition_missing=np.array([False, True]))
     overrides = {
         **CONDITIONAL,
         "training.sample_every": 4,
@@ -43,12 +45,13 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     assert digests[0] == digests[1]
     given = [dict(np.load(tmp_path / name / "examples.npz")) for name in ("whole", "parts")]
     assert given[0]["x"].shape == (24 if kind == "vectors" else 16, *SHAPES[kind]) and given[0]["condition"].ndim == 2
-    assert all(np.array_equal(given[0][name], given[1][name]) for name in ("x", "condition"))
+    assert all(np.array_equal(given[0][name], given[1][name], name == "condition") for name in given[0])
     assert (tmp_path / "whole" / "samples" / "train_step00000004.png").stat().st_size > 1000
     sample.run(config, tmp_path / "whole")
     arrays = the_samples(tmp_path / "whole")
     assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
     assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
+    assert arrays["condition_missing"].tolist() == [False, True, False]
     assert len(list((tmp_path / "whole" / "samples").rglob("*.png"))) == 4
 
 
@@ -81,12 +84,16 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
             {},
             r"data has conditions of shape \[1\], but the network takes none; use --config.model.condition_features=1",
         ),
+        (
+            {**CONDITIONAL, "model.condition_dropout": 0.0},
+            "without a condition .*; use --config.model.condition_dropout=0.1",
+        ),
         ({**CONDITIONAL, "model.num_classes": 3}, "data has no labels"),
         ({**CONDITIONAL, "data.channels": 4}, r"use --config.data.image_size=\(\) --config.data.channels=3"),
     ],
 )
 def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides, words, tmp_path):
-    file = write_arrays("vectors", tmp_path / "data.npz", condition=CONDITIONS)
+    file = write_arrays("vectors", tmp_path / "data.npz", condition=CONDITIONS, condition_missing=MISSING)
     with pytest.raises(errors.DiffusionJaxError, match=words) as error:
         train.run(array_config("vectors", file, **overrides), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
@@ -98,12 +105,14 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
         ({"model.condition_dropout": 0.0}, r"set sampling.conditions=FILE.npy, numbers \[N, 1\] in data units"),
         ({"sampling.conditions": "wide.npy"}, r"of shape \[1\] or \[3, 1\]; got float64 \[3, 2\]"),
         ({"sampling.conditions": "misnamed.npz"}, "has only 'cond', 'x'"),
+        ({"sampling.conditions": "nan.npy"}, "condition 1 has values .* not finite; correct it, or set condition_missing"),
         ({"model.condition_features": 0, "model.condition_dropout": 0.0, "sampling.conditions": "wide.npy"}, "takes no cond"),
     ],
 )  # fmt: skip
 def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((3, 2)))
+    np.save("nan.npy", [[0.0], [np.nan]])
     np.savez("misnamed.npz", cond=np.zeros((3, 1)), x=np.zeros(3))
     config = array_config("vectors", "", **{**CONDITIONAL, **overrides})
     with pytest.raises(errors.UserError, match=words):

@@ -116,15 +116,18 @@ def test_a_table_is_the_mean_over_examples_in_data_units():
 
 @pytest.mark.whole
 def test_without_a_normalization_conditions_reach_the_network_as_they_are(tmp_path):
-    conditions = np.random.default_rng(3).standard_normal((24, 2))
-    source = rows_of((examples("series") - 300) / 10, condition=conditions)
-    config = config_of("series", **{"data.normalization": "none", "model.condition_features": 2})
+    conditions, missing = np.random.default_rng(3).standard_normal((24, 2)), np.arange(24) == 3
+    source = rows_of((examples("series") - 300) / 10, condition=conditions, condition_missing=missing)
+    model = {"model.condition_features": 2, "model.condition_dropout": 0.1}
+    config = config_of("series", **{"data.normalization": "none", **model})
     run = untrained(tmp_path / "run", config, source)
     evaluate.measure_likelihood(config, run, source)
     got, batch = report(run), LikelihoodRun(config, run, source).read(np.arange(5))
     assert got["standardization_bits"] == 0 and "normalization" not in json.loads((run / "data.json").read_text())
-    for name in ("x", "condition"):
-        np.testing.assert_array_equal(batch[name], source.arrays[name][:5].astype(np.float32))
+    np.testing.assert_array_equal(batch["x"], source.arrays["x"][:5].astype(np.float32))
+    np.testing.assert_array_equal(
+        batch["condition"], np.where(missing[:, None], np.nan, conditions)[:5].astype(np.float32)
+    )
     other = rows_of(source.arrays["x"], condition=conditions[::-1])
     evaluate.measure_likelihood(config, run, other)
     assert report(run)["bits_per_dim"] != got["bits_per_dim"]
@@ -178,15 +181,17 @@ def test_samples_are_compared_with_the_data(tmp_path):
 def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path):
     conditions = np.random.default_rng(3).standard_normal((50, 2)).astype(np.float32)
     np.save("c.npy", conditions[:5])
-    write_arrays("vectors", "x.npz", 50, condition=conditions)
+    arrays = {"condition": conditions, "condition_missing": np.arange(50) % 4 == 0}
+    write_arrays("vectors", "x.npz", 50, **arrays)
     config = config_of("vectors", **{"data.data_dir": "x.npz", "sampling.conditions": given})
-    config.model.condition_features = 2
+    config.model.update(condition_features=2, condition_dropout=0.1)
     config.evaluation.update(num_samples=40, metrics=("energy_distance",))
-    run = untrained(tmp_path / "run", config, rows_of(examples("vectors", 50), condition=conditions))
+    run = untrained(tmp_path / "run", config, rows_of(examples("vectors", 50), **arrays))
     evaluate.measure_samples(config, run)
     (path,) = (run / "samples").glob("*.npz")
-    drawn_with, rows = np.load(path)["condition"], np.arange(40)
-    np.testing.assert_array_equal(drawn_with, conditions[rows % 5 if given else rows * 50 // 40])
+    drawn_with, rows = np.load(path), np.arange(40)
+    for name in ("condition",) if given else arrays:
+        np.testing.assert_array_equal(drawn_with[name], arrays[name][rows % 5 if given else rows * 50 // 40])
     assert record(run)["conditions"].startswith(expected)
 
 

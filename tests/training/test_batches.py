@@ -69,6 +69,19 @@ def test_only_images_are_mirrored(settings):
     training.build_program(config)
 
 
+def test_a_condition_is_none_where_it_is_marked_and_unmarked_nan_makes_the_example_nan():
+    x = np.arange(10.0, dtype=np.float32).reshape(5, 2)
+    condition = np.float32([[1, 2], [3, 4], [np.nan, np.nan], [5, np.nan], [np.nan, 6]])
+    batch = {"x": x, "condition": condition, "condition_missing": np.array([False, True, False, False, True])}
+    x_0, _, found = jax.jit(lambda batch: read_batch(batch, (2,), False, condition_shape=(2,)))(batch)
+    np.testing.assert_array_equal(x_0, np.where(np.array([0, 0, 1, 1, 0])[:, None], np.nan, x))
+    np.testing.assert_array_equal(np.asarray(found)[[0, 1, 4]], np.float32([[1, 2], [np.nan] * 2, [np.nan] * 2]))
+    config = array_config("vectors", "", **{"model.condition_features": 2})
+    batch = {"x": np.zeros((8, 3), np.float32), "condition": np.zeros((8, 2)), "condition_missing": np.zeros(8, bool)}
+    with pytest.raises(ValueError, match="set model.condition_dropout above 0, or leave it out"):
+        traced(config, batch)
+
+
 def test_float_data_are_not_mirrored_by_default():
     """A config without levels has 256 levels, so only the batch shows that the data are no images."""
     for overrides, batch, words in (
@@ -143,6 +156,10 @@ def test_float_data_are_taken_as_they_are(dtype):
         (
             LABELED | {"condition": np.zeros((8, 3))},
             r'"condition"\] must be float of shape \[8, 2\], for model.condition_features.*; got float.* \[8, 3\]',
+        ),
+        (
+            LABELED | {"condition": np.zeros((8, 2)), "condition_missing": np.zeros(8)},
+            r'"condition_missing"\] must be bool of shape \[8\], for examples without a condition; got float.* \[8\]',
         ),
     ],
 )
