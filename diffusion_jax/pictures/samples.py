@@ -52,7 +52,8 @@ class Examples(NamedTuple):
 
     def select(self, indices: np.ndarray) -> Examples:
         """Returns the examples at some indices, without pairs."""
-        captions = None if self.captions is None else [self.captions[i] for i in indices if i < len(self.captions)]
+        names = self.captions
+        captions = None if names is None else [names[i] for i in indices.tolist() if i < len(names)]
         labels = None if self.labels is None else self.labels[indices]
         return Examples(self.x[indices], captions, labels, self.name)
 

@@ -124,7 +124,10 @@ def _nearest(stored: Mapping[str, np.ndarray], requested: Mapping[str, np.ndarra
     scale = np.where(deviation > 0, deviation, 1)
     distances = (np.square((values - each) / scale).sum(axis=1) for each in wanted)
     return np.array(
-        [np.where(missing == is_none, near, np.inf).argmin() for near, is_none in zip(distances, wants_none, strict=True)]
+        [
+            np.where(missing == is_none, near, np.inf).argmin()
+            for near, is_none in zip(distances, wants_none, strict=True)
+        ]
     )
 
 

@@ -82,14 +82,17 @@ def test_samples_are_beside_the_examples_with_the_nearest_conditions(tmp_path):
     """Sample i has condition i, and a cycle of the conditions repeats them: the picture shows one cycle."""
     rates = np.random.default_rng(0).permutation(np.linspace(0, 1, 100))[:, None].astype(np.float32)
     x = np.broadcast_to(rates[:, :, None, None], (100, 6, 8, 5))
-    stored(tmp_path, x=x, condition=np.concatenate([rates, 0 * rates], axis=1))
-    requested = np.array([[0.0, 0], [0.3, 0], [1.0, 0]], np.float32)
+    missing = np.arange(100) == 40
+    stored(tmp_path, x=x, condition=np.concatenate([rates, 0 * rates], axis=1), condition_missing=missing)
+    requested = np.array([[0.0, 0], [0.3, 0], [1.0, 0], [rates[0, 0], 0]], np.float32)
+    conditions = {"condition": requested, "condition_missing": np.array([False, False, False, True])}
     config = array_config("field", "", **{"model.condition_features": 2})
-    shown, given = beside(tmp_path, config, np.arange(7.0)[:, None, None, None] + x[:7], conditions=requested)
+    shown, given = beside(tmp_path, config, np.arange(7.0)[:, None, None, None] + x[:7], conditions=conditions)
     found = given["examples"]
-    assert len(shown) == 3 and found.pairs.shape == (3,)
-    np.testing.assert_allclose(found.x[found.pairs][:, 0, 0, 0], requested[:, 0], atol=0.006)
-    assert [float(found.captions[i].split(",")[0]) for i in found.pairs] == pytest.approx([0, 0.3, 1], abs=0.006)
+    assert len(shown) == 4 and found.pairs.shape == (4,)
+    np.testing.assert_allclose(found.x[found.pairs][:3, 0, 0, 0], requested[:3, 0], atol=0.006)
+    assert [float(found.captions[i].split(",")[0]) for i in found.pairs[:3]] == pytest.approx([0, 0.3, 1], abs=0.006)
+    assert found.captions[found.pairs[3]] == "no condition"
 
 
 def test_an_upsampler_has_its_inputs_before_its_samples(tmp_path):
