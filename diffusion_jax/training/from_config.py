@@ -110,6 +110,11 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
     name, count = config["schedule"], config["num_timesteps"]
     if ":" in name:
         betas = find_function(name, "diffusion.schedule")(count)
+        if np.shape(betas) != (count,):
+            raise ValueError(
+                f"{name} (diffusion.schedule) returned betas of shape {np.shape(betas)} for "
+                f"diffusion.num_timesteps={count}; return one beta for each timestep: ({count},)"
+            )
     else:
         betas = schedules.betas(name, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
     network_times = None

@@ -168,6 +168,10 @@ def betas(count):
     return jnp.linspace(1e-3, 0.03, count)
 
 
+def hundred_betas(count):
+    return betas(100)
+
+
 def path():
     return schedules.edm(0.01, 50.0)
 

@@ -41,6 +41,14 @@ def test_betas_and_a_path():
     assert training.schedule_from_config(config.diffusion).path.interval == schedules.edm(0.01, 50.0).interval
 
 
+def test_betas_for_another_number_of_timesteps():
+    config = config_with(diffusion__schedule=own_networks.hundred_betas)
+    words = r"hundred_betas \(diffusion.schedule\) returned betas of shape \(100,\) for diffusion.num_timesteps=1000"
+    with pytest.raises(ValueError, match=words):
+        training.schedule_from_config(config.diffusion)
+    assert training.schedule_from_config({**config.diffusion, "num_timesteps": 100}).num_timesteps == 100
+
+
 def test_a_draw():
     config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
     assert make_draw(config.diffusion) is own_networks.draw
