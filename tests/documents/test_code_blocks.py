@@ -14,11 +14,12 @@ import re
 import shlex
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 import configs.digits
-from diffusion_jax import cli
+from diffusion_jax import cli, schedules
 from diffusion_jax.runs import plan, workdir
 from helpers import published_files
 from helpers.paths import ROOT
@@ -79,7 +80,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 def test_the_samples_of_readme_have_the_moments_of_the_data():
-    """10,000 samples: standard errors are at most 0.2% of the mean, 0.7% of the deviation and 0.004 of the correlation."""
+    """10,000 samples: the standard errors are 0.2% of the mean, 0.7% of the deviation and 0.004 of the correlation."""
     namespace, printed = run_python(ROOT / "README.md")
     data, samples = (np.asarray(namespace[name], np.float64) for name in ("data", "samples"))
     assert samples.shape == (10_000, 2)
@@ -87,6 +88,20 @@ def test_the_samples_of_readme_have_the_moments_of_the_data():
     np.testing.assert_allclose(samples.std(0), data.std(0), rtol=0.03)
     assert abs(np.corrcoef(samples.T)[0, 1] - np.corrcoef(data.T)[0, 1]) < 0.03
     assert [line.split()[0] for line in printed.splitlines()] == ["data", "samples"]
+
+
+@pytest.mark.parametrize("interval", [(400.0, 600.0), (300.0, 550.0)])
+def test_the_draw_of_the_guide_has_the_density_that_it_returns(interval):
+    """Draws divided by their density integrate 1 and exp(log SNR) over the path's log SNRs."""
+    (text,) = [each.text for each in blocks(ROOT / "docs/guides/extending.md") if "def laplace(" in each.text]
+    exec(text, namespace := {})
+    path = schedules.path(lambda time: 8 - 0.016 * time, lambda log_snr: (8 - log_snr) / 0.016, interval=interval)
+    time, log_density = namespace["laplace"](jax.random.key(0), 20_000, path)
+    log_snr, weight = np.asarray(8 - 0.016 * time, np.float64), np.exp(-np.asarray(log_density, np.float64))
+    high, low = (8 - 0.016 * end for end in interval)
+    assert low - 1e-5 <= log_snr.min() and log_snr.max() <= high + 1e-5  # float32 times
+    for values, exact in ((weight, high - low), (weight * np.exp(log_snr), np.exp(high) - np.exp(low))):
+        assert abs(values.mean() - exact) < 4 * values.std() / np.sqrt(values.size)
 
 
 def test_the_story_fits_a_phone():
