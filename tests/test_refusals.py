@@ -98,6 +98,8 @@ def doubled(x, time):
 
 LABELS, MASK = jnp.array([0, 1]), X[..., :1] > 0
 DDPM = sampling.ddpm(clip=False)
+NOISE, V = jax.random.normal(KEY, (1000, 2)), sampling.ddim(prediction="v", clip=False)
+EDM = schedules.from_path(schedules.edm(), np.linspace(np.log(0.002), np.log(80), 20) / 4)
 BOUND = partial(likelihood.bits_per_dim, KEY, FULL, network)
 GUIDED = partial(guidance.classifier_free, network, LABELS)
 SAMPLE, SIMPLE = partial(sampling.sample, KEY, FULL, network), partial(losses.simple, KEY, FULL, network)
@@ -246,6 +248,15 @@ REFUSED = [
     ),
     case("x_prev", sampling.heun, churn=1, prediction="x_prev"),
     case("x_T must have a batch axis", SAMPLE, 1.0, DDPM),
+    *(  # x_0 + sigma eps with EDM's sigma of 80, and the last step of 20 steps, which has alpha_bar 0
+        case(
+            r"x_T has standard deviation (79|8\d)\.\d, but .* about 1 at index 19; draw x_T from N\(0, I\)",
+            call,
+            80 * NOISE,
+            V,
+        )
+        for call in (partial(sampling.sample, KEY, JSD, network), partial(sampling.sample, KEY, EDM, network))
+    ),
     case(r"such as sampling.ddim\(\), got 'ddim'", SAMPLE, X, "ddim"),
     *(case(f"start={start} must be an index", SAMPLE, X, DDPM, start=start) for start in (-1, 20, True)),
     case(r"indices \(int\), got \[1.7\]", SAMPLE, X, DDPM, trajectory=[1.7]),
@@ -295,6 +306,15 @@ def test_wrong_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_x_T_in_any_other_scale_is_accepted():
+    """Wide data with little noise, a constant, a traced x_T, and the scale that the error asks for."""
+    low_noise = schedules.from_betas([0.01, 0.02])  # alpha_bar 0.97
+    for schedule, x_T in ((low_noise, 80 * NOISE), (EDM, 0 * NOISE + 80), (EDM, 80 * NOISE / np.hypot(1, 80))):
+        assert np.isfinite(sampling.sample(KEY, schedule, network, x_T, V)).all()
+    jax.eval_shape(lambda x_T: sampling.sample(KEY, EDM, network, x_T, V), 80 * NOISE)
+    sampling.sample(KEY, EDM, network, 80 * NOISE, V, start=0)
 
 
 @pytest.mark.parametrize("loss", [losses.vlb, losses.hybrid])

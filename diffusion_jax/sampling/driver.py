@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
@@ -53,6 +54,7 @@ class Step(NamedTuple):
     state: PyTree = ()
 
 
+_MAX_STD = 10.0  # of x_T with a signal below 0.1: only data with a standard deviation above 100 give more
 StepFn: TypeAlias = Callable[..., Step]  # with the arguments of `Sampler.step`
 
 
@@ -235,6 +237,18 @@ def check_sampler(sampler: object) -> None:
         raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
 
 
+def _check_scale(schedule: Schedule, x_T: Batch, first: int) -> None:
+    """Raises ValueError for noise in EDM's scale, x_0 + sigma eps, where x_T has almost no signal; traced arrays pass."""
+    if isinstance(x_T, Tracer) or isinstance(schedule.alpha_bar, Tracer) or schedule.alpha_bar[first] > 0.01:
+        return
+    std = float(jnp.std(x_T))
+    if std > _MAX_STD:
+        raise ValueError(
+            f"x_T has standard deviation {std:.3g}, but x_t = alpha x_0 + sigma eps has about 1 at index {first}; draw x_T "
+            "from N(0, I), or divide x_0 + sigma eps by jnp.sqrt(1 + sigma**2), where EDM's sigma is 80"
+        )
+
+
 def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
     """Returns the noisiest visited index: `start`, or T - 1 for None. Raises: ValueError for an invalid index."""
     check_chain(schedule, "a sampler")
@@ -305,7 +319,7 @@ def sample(
       key: the noise of step t is drawn with `fold_in(key, t)`. One key draws for all rows; keys [B] draw row by row, so that
         the noise of a row depends on its own key only. A sampler of your own draws with `sampling.normal(key, x_t)`.
       schedule: T steps; `schedules.respace` returns a shorter schedule.
-      x_T: usually N(0, I).
+      x_T: usually N(0, I), also for networks in EDM's coordinates (`coordinates`).
       sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. By default the predicted x_0 is clipped to [-1, 1], the range of
         images; data outside this range need `clip=False`.
       start: the index of x_T's noise level; the default is T - 1.
@@ -314,8 +328,9 @@ def sample(
         memory.
       progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
-    Raises: ValueError for an x_T that is not float or has no batch axis, a sampler that is not a `Sampler`, prediction eps or
-      score if the first step has alpha = 0 in float32, or a start or a kept index outside the steps.
+    Raises: ValueError for an x_T that is not float, has no batch axis, or (not traced) has a standard deviation above 10
+      where alpha_bar is at most 0.01; a sampler that is not a `Sampler`, prediction eps or score if the first step has
+      alpha = 0 in float32, or a start or a kept index outside the steps.
     """
     check_sampler(sampler)
     x_T = process.as_float("x_T", x_T)
@@ -328,6 +343,7 @@ def sample(
     first, last = first_index(schedule, start), 0 if final_step else 1
     total = schedule.num_timesteps
     process.check_terminal_snr(schedule, sampler.prediction, first)
+    _check_scale(schedule, x_T, first)
     if isinstance(trajectory, bool | np.bool_):
         indices = np.arange(last, first + 1) if trajectory else None
     else:
