@@ -79,7 +79,9 @@ class uniform_log_snr(_Draw):
 class log_normal(_Draw):
     """log(sigma / alpha) is normal: EDM's draw (Karras et al. 2022, table 1), with its constants for images.
 
-    mean, std: of log(sigma / alpha). Raises: ValueError for a standard deviation that is not positive.
+    mean, std: of log(sigma / alpha). EDM's -1.2 is for data with standard deviation 0.5; the same draw for another standard
+    deviation d has the mean -1.2 + log(d / 0.5), which is -0.51 for standardized data.
+    Raises: ValueError for a standard deviation that is not positive.
     """
 
     mean: float = -1.2

@@ -16,11 +16,12 @@ import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, models, training
+from diffusion_jax import data, draws, models, training
 from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import DataError, as_user_error
+from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
 from diffusion_jax.training.state import abstract_params
 
@@ -297,6 +298,15 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
             found.append(
                 f"diffusion.prediction={diffusion.prediction} on continuous data (data.levels=None) without a clip amplifies "
                 "the network's errors in a sampler's first steps; use --config.diffusion.prediction=v"
+            )
+        std = training.sigma_data(diffusion, is_continuous(config))
+        is_known = diffusion.sigma_data is not None or config.data.normalization == "auto"
+        if diffusion.draw == "log_normal" and diffusion.draw_mean is None and std != DATA_STD and is_known:
+            mean = draws.log_normal.mean
+            found.append(
+                f"diffusion.draw_mean=None is EDM's {mean:g} for data with standard deviation {DATA_STD:g}, but these data "
+                f"have {std:g}, so the drawn noise is relatively faint; in a new run, "
+                f"use --config.diffusion.draw_mean={mean + math.log(std / DATA_STD):.2g}"
             )
         alpha_bar = training.schedule_from_config(diffusion).alpha_bar[-1]
         if alpha_bar > _MAX_TERMINAL_ALPHA_BAR:

@@ -67,6 +67,7 @@ def test_a_plan_proposes_settings(memory, words, choices, capsys, monkeypatch):
 
 LONG = {"training.num_steps": 2000, "optimizer.warmup_steps": 100, "ema.warmup": True}
 CONTINUOUS = {"data.levels": None, "data.random_flip": False}
+EDM = {"diffusion.path": "edm", "diffusion.draw": "log_normal", "diffusion.prediction": "x_0"}
 
 # Settings that differ from the defaults, and the start of the note.
 NOTES = [
@@ -92,6 +93,11 @@ NOTES = [
         # the product of 1 - beta is 0.904
         "diffusion.num_timesteps=10 with the schedule linear ends at alpha_bar=0.9 instead of nearly 0",
     ),
+    (
+        LONG | CONTINUOUS | EDM,
+        # log(sigma / std) has the mean -1.2 - log(0.5) = -0.507 for images
+        "diffusion.draw_mean=None is EDM's -1.2 for data with standard deviation 0.5, but these data have 1",
+    ),
 ]
 
 
@@ -104,7 +110,7 @@ def test_each_problem_has_a_note_with_a_remedy_that_removes_it(settings, start):
     config = changed(default(), **settings)
     (note,) = plan.notes(config)
     assert note.startswith(start) and "use --config." in note
-    for name, value in re.findall(r"--config\.(\S+)=(\w+)", note):
+    for name, value in re.findall(r"--config\.(\S+)=(-?[\w.]*\w)", note):
         assert plan.notes(changed(config, **{name: value})) == [], name
 
 
@@ -118,6 +124,9 @@ def test_each_problem_has_a_note_with_a_remedy_that_removes_it(settings, start):
         changed(default(), **LONG | CONTINUOUS | {"sampling.clip": True}),
         changed(default(), **LONG | CONTINUOUS | {"diffusion.prediction": "x_0"}),
         changed(default(), **LONG | {"diffusion.num_timesteps": 500}),  # alpha_bar 0.006
+        changed(default(), **LONG | EDM),  # images
+        changed(default(), **LONG | CONTINUOUS | EDM | {"diffusion.sigma_data": 0.5, "diffusion.weighting": "edm"}),
+        changed(default(), **LONG | CONTINUOUS | EDM | {"data.normalization": "none"}),  # any standard deviation
         changed(default_classifier(), **LONG | {"diffusion.num_timesteps": 10}),
     ],
 )
