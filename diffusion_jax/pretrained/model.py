@@ -330,7 +330,7 @@ class Model:
         if growth := sampling.find_error_growth(sampler, schedule):
             advice += ", a clip for data in [-1, 1], or a network that predicts v"
             warnings.warn(f"{growth}; use {advice}", stacklevel=3)
-        elif blur := sampling.find_blur(schedule):
+        elif blur := sampling.find_blur(schedule, self.sigma_data or 1.0):
             warnings.warn(f"{blur}; use {advice}", stacklevel=3)
         return sampler, schedule
 

@@ -1,8 +1,9 @@
 """The default spacing for a sampler, and checks for steps on which a sampler fails.
 
 A step that removes too much noise at once returns noise or blurred images, without an error. Noise levels alone predict this
-on Gaussian data with standard deviation 0.5 (about the value for images in [-1, 1]): their probability flow has a closed
-form, and so has the error of each step. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's
+on Gaussian data, whose probability flow has a closed form, and so has the error of each step. The standard deviation of the
+data must be known: 0.5, about the value for images in [-1, 1], where it decides whether a solver fails, and an argument for
+the last step, which blurs narrow data. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's
 exact distribution.
 """
 
@@ -16,6 +17,7 @@ from diffusion_jax.schedules.respacing import DATA_STD
 
 __all__ = ["default_spacing", "find_blur", "find_error_growth", "find_problem"]
 
+_MIN_WIDTH = 0.9  # ratio of the standard deviations of samples and data below which the last step is noted
 _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained network
 # By `Stability.order`: about the norm of the Adams-Bashforth weights, (3/2, -1/2) and so on; it multiplies independent
 # errors.
@@ -92,12 +94,27 @@ def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
     )
 
 
-def find_blur(schedule: Schedule) -> str | None:
-    """Returns why the last step blurs samples, whatever the sampler, or None. schedule: not traced."""
+def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
+    """Returns why the last step blurs samples, whatever the sampler, or None.
+
+    The last step returns the network's x_0, the mean of all data that agree with x_t. For an exact network on Gaussian data,
+    samples have 1 / sqrt(1 + (sigma / (alpha data_std))^2) of the data's standard deviation, with the noise level of the
+    last step; below 0.9 is noted.
+
+    schedule: respaced, not traced. data_std: the standard deviation of x_0, or of its narrowest detail; the default is for
+    standardized data. The schedule and the network do not contain it.
+    Raises: ValueError for a data_std that is not positive.
+    """
+    if not data_std > 0:
+        raise ValueError(f"data_std must be above 0, got {data_std}")
     sigma = _noise_levels(schedule)[-1:]
-    if not sigma.size or sigma[0] <= 2 * DATA_STD:
+    width = 1 / np.hypot(1, sigma / data_std)
+    if not sigma.size or width[0] >= _MIN_WIDTH:
         return None
-    return f"the last step removes noise of {sigma[0]:.3g} times the data at once, which blurs the samples"
+    return (
+        f"the last step removes noise of {sigma[0] / data_std:.3g} times the data's standard deviation at once, which blurs "
+        f"the samples: it makes them {width[0]:.2g} times as wide as the data"
+    )
 
 
 def _innermost(sampler: Sampler) -> Sampler:

@@ -1,13 +1,14 @@
 """Runs on continuous noise levels, with `diffusion.path`: training, samples, likelihoods and weight files."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import coordinates, pretrained, training
+from diffusion_jax import coordinates, pretrained, sampling, training
 from diffusion_jax.models import apply_network
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
@@ -95,6 +96,17 @@ def test_a_shift_moves_the_levels_of_training(settings):
         time, _ = make_draw(config.diffusion)(jax.random.key(0), 2000, path)
         means.append(np.median(path.log_snr(time)))
     assert abs(means[1] - means[0] + 2) < 0.15
+
+
+@pytest.mark.parametrize(("std", "is_noted"), [(0.1, True), (0.5, False)])
+def test_the_last_step_must_suit_the_standard_deviation_of_the_data(std, is_noted):
+    """3 steps on the way from 80 to 0.002 end with sigma = 0.002 * 40,000^(1/3) = 0.068: a width of 0.83 for 0.1."""
+    net = pretrained.from_config(tiny_config(**EDM, **{"diffusion.sigma_data": std}))
+    with warnings.catch_warnings(record=True) as caught:
+        net.configure(sampling.ddim(clip=False), 3, "trailing")
+    assert [str(each.message).partition(":")[2][:30] for each in caught] == [
+        " it makes them 0.83 times as w"
+    ] * is_noted
 
 
 def test_one_level_of_a_path_is_the_noisiest():

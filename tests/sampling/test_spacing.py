@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import editing, sampling, schedules
-from helpers.gaussian_mixtures import MEANS, WEIGHTS, mixture
+from helpers.gaussian_mixtures import MEANS, WEIGHTS, gaussian, mixture
 from helpers.samplers import MAKERS
 
 SDS = np.array([0.11, 0.16])  # narrower than in other tests
@@ -102,6 +102,29 @@ def test_a_last_step_that_blurs_is_noted():
     assert "removes noise of" in sampling.find_blur(schedules.respace(CONSTANT, 2, "trailing"))
     pure = schedules.from_betas([1.0])
     assert sampling.find_blur(pure) is None and sampling.find_error_growth(sampling.heun(clip=False), pure) is None
+
+
+@pytest.mark.parametrize(
+    ("full", "steps", "spacing", "data_std"),
+    [
+        (COSINE, 20, "trailing", 0.1),  # 0.74
+        (COSINE, 20, "log_snr", 0.1),
+        (COSINE, 20, "trailing", 1.0),
+        (LINEAR, 6, "trailing", 1.0),  # 0.85
+        (COSINE, 100, "trailing", 0.02),  # 0.67
+        (COSINE, 250, "trailing", 0.03),
+    ],
+)
+def test_a_last_step_that_makes_the_samples_narrow_is_noted(full, steps, spacing, data_std):
+    """With the exact network, sampling is a factor; all steps of DPM-Solver++ before the last cost less than 10%."""
+    schedule, sampler = schedules.respace(full, steps, spacing), sampling.dpm_solver_pp(prediction="v", clip=False)
+    network = gaussian("v", schedule, 0.0, data_std**2)
+    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, network, x, sampler))(jnp.ones((1, 1)))
+    width, reason = abs(float(x_0[0, 0])) / data_std, sampling.find_blur(schedule, data_std)
+    assert (reason is not None) == (width < 0.9)
+    if reason:
+        noted = re.search(r"it makes them ([\d.]+) times as wide as the data", reason)[1]
+        assert abs(width / float(noted) - 1) < 0.1
 
 
 @pytest.mark.parametrize(
