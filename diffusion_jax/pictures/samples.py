@@ -53,7 +53,7 @@ class Examples(NamedTuple):
     def select(self, indices: np.ndarray) -> Examples:
         """Returns the examples at some indices, without pairs."""
         names = self.captions
-        captions = None if names is None else [names[i] for i in indices.tolist() if i < len(names)]
+        captions = None if names is None else [names[int(i)] for i in indices if i < len(names)]
         labels = None if self.labels is None else self.labels[indices]
         return Examples(self.x[indices], captions, labels, self.name)
 

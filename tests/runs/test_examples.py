@@ -90,8 +90,8 @@ def test_samples_are_beside_the_examples_with_the_nearest_conditions(tmp_path):
     shown, given = beside(tmp_path, config, np.arange(7.0)[:, None, None, None] + x[:7], conditions=conditions)
     found = given["examples"]
     assert len(shown) == 4 and found.pairs.shape == (4,)
-    np.testing.assert_allclose(found.x[found.pairs][:3, 0, 0, 0], requested[:3, 0], atol=0.006)
-    assert [float(found.captions[i].split(",")[0]) for i in found.pairs[:3]] == pytest.approx([0, 0.3, 1], abs=0.006)
+    np.testing.assert_allclose(found.x[found.pairs][:3, 0, 0, 0], requested[:3, 0], atol=0.011)
+    assert [float(found.captions[i].split(",")[0]) for i in found.pairs[:3]] == pytest.approx([0, 0.3, 1], abs=0.011)
     assert found.captions[found.pairs[3]] == "no condition"
 
 
