@@ -314,6 +314,9 @@ def test_x_T_in_any_other_scale_is_accepted():
     for schedule, x_T in ((low_noise, 80 * NOISE), (EDM, 0 * NOISE + 80), (EDM, 80 * NOISE / np.hypot(1, 80))):
         assert np.isfinite(sampling.sample(KEY, schedule, network, x_T, V)).all()
     jax.eval_shape(lambda x_T: sampling.sample(KEY, EDM, network, x_T, V), 80 * NOISE)
+    on_device = jax.tree.map(jnp.asarray, EDM)
+    for schedule in (EDM, on_device):  # constants of a traced function
+        jax.eval_shape(lambda key, s=schedule: sampling.sample(key, s, network, NOISE, V), KEY)
     sampling.sample(KEY, EDM, network, 80 * NOISE, V, start=0)
 
 
