@@ -170,7 +170,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
         if not unnamed:
             raise DataError(
                 f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no other arrays'}; "
-                "save them under these names, outside groups, and optionally {list_names(map(repr, _NAMES[2:]), 8)}"
+                f"save them under these names, outside groups, and optionally {', '.join(map(repr, _NAMES[2:]))}"
             )
         others.remove(unnamed[0])
         examples = _Rows(str(path), unnamed[0])

@@ -161,7 +161,8 @@ def test_a_file_of_6_gb_is_not_loaded(tmp_path):
         (
             "a.h5",
             {"train/x": X},
-            "no array 'x' or 'image', and no other arrays; save them under these names, outside groups",
+            "no array 'x' or 'image', and no other arrays; save them under these names, outside groups, "
+            "and optionally 'label', 'condition', 'condition_missing'",
         ),
     ],
 )
