@@ -438,7 +438,7 @@ class Model:
         wrong = ~np.isfinite(values).reshape(num_examples, -1).all(axis=1) & ~missing
         if wrong.any():
             row = int(wrong.argmax())
-            advice = f", or set condition_missing[{row}] to True for a sample without a condition" if has_null else ""
+            advice = f", or set condition_missing[{row}] (in an .npz) to True for no condition" if has_null else ""
             raise ValueError(f"condition {row} has values that are not finite; correct it{advice}")
         if missing.any():
             values = np.where(np.expand_dims(missing, tuple(range(1, values.ndim))), np.nan, values)
