@@ -44,7 +44,7 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     digests = [params_digest(pretrained.load(tmp_path / name).params) for name in ("whole", "parts")]
     assert digests[0] == digests[1]
     given = [dict(np.load(tmp_path / name / "examples.npz")) for name in ("whole", "parts")]
-    assert given[0]["x"].shape == (24 if kind == "vectors" else 16, *SHAPES[kind]) and given[0]["condition"].ndim == 2
+    assert given[0]["x"].shape == (24, *SHAPES[kind]) and given[0]["condition"].ndim == 2
     assert all(np.array_equal(given[0][name], given[1][name], name == "condition") for name in given[0])
     assert (tmp_path / "whole" / "samples" / "train_step00000004.png").stat().st_size > 1000
     sample.run(config, tmp_path / "whole")
