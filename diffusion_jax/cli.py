@@ -20,7 +20,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -107,6 +107,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         action="store_true",
         help="import the functions that a run names, such as its network (model.kind)",
     )
+    add("--follow_links", action="store_true", help="write through links that lead out of the work directory")
     address, count, index = (
         os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
     )
@@ -150,10 +151,9 @@ def parse(arguments: Sequence[str]) -> Command:
         config = configs.experiment(flags.config) if flags.config else None
     except ConfigError as error:
         raise ConfigError(f"--config={error}") from None
-    workdir = _open_workdir(flags.workdir, flags.mode) if flags.workdir else None
+    workdir = _open_workdir(flags.workdir, flags.mode, flags.follow_links) if flags.workdir else None
     if flags.pretrained:
-        named = frozenset(text for text in overrides.values() if ":" in text)
-        trusted: bool | frozenset[str] = flags.trust_network or named
+        trusted: bool | Mapping[str, str] = flags.trust_network or overrides
         config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, trusted)
         overrides = init | overrides
     elif config is None and workdir is not None:
@@ -197,9 +197,10 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
     return overrides
 
 
-def _open_workdir(workdir: str, mode: str) -> RunDir:
+def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
     """Opens the work directory. Raises: UserError if the path cannot be a work directory."""
-    opened = open_run_dir(workdir, read_only=mode == "status")
+    # Reports leave out files that links lead to.
+    opened = open_run_dir(workdir, read_only=mode == "status", follow_links=follow_links or mode == "report")
     if isinstance(opened, BucketRunDir):
         return opened
     path = opened.path
@@ -214,11 +215,11 @@ def _open_workdir(workdir: str, mode: str) -> RunDir:
 
 
 def _config_with_weights(
-    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str, trusted: bool | frozenset[str]
+    config: ConfigDict | None, workdir: RunDir | None, weights: str, flags: str, trusted: bool | Mapping[str, str]
 ) -> tuple[ConfigDict, dict[str, str]]:
     """Returns `config`, by default the config of the weights, and the overrides that start training from the weights.
 
-    trusted: the functions that may be imported, or True for all that the weights name.
+    trusted: functions to import instead of those of the weights, by setting, or True for all that the weights name.
     """
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 

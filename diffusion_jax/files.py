@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import glob
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import BinaryIO
 
 import numpy as np
+
+from diffusion_jax.untrusted import check_regular, open_npz, read_header
 
 __all__ = [
     "atomic_directory",
@@ -51,19 +56,33 @@ def with_urls(text: str) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path in the directory of `path`, with its suffix, for the block to write.
+def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Yields a new binary file in the directory of `path` for the block to write.
 
-    The temporary file replaces `path` when the block ends, and is deleted if the block raises.
+    The file replaces `path`, which may be a link, when the block ends, and is deleted if the block raises. A file that a
+    killed program left is deleted an hour later.
     """
-    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+    for left in path.parent.glob(f"{glob.escape(path.stem)}.partial.*{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError):
+            if left.lstat().st_mtime < time.time() - 3600:
+                left.unlink()
+    # A link in the directory leads nowhere: the name is random and new. The descriptor keeps the directory if it is renamed.
+    name = f"{path.stem}.partial.{secrets.token_hex(8)}{path.suffix}"
+    has_descriptors = os.open in os.supports_dir_fd
+    directory = os.open(path.parent, os.O_RDONLY) if has_descriptors else None
+    temporary = name if has_descriptors else str(path.with_name(name))
     try:
-        yield temporary
-        os.replace(temporary, path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=directory), "w+b") as file:
+            yield file
+        os.replace(temporary, path.name if has_descriptors else path, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary, dir_fd=directory)
         raise
+    finally:
+        if directory is not None:
+            os.close(directory)
 
 
 @contextlib.contextmanager
@@ -88,14 +107,14 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces the contents of a text file."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays, in order, to an .npz file, replacing an existing file."""
-    with atomic_write(path) as temporary:
-        np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
 
 
 def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
@@ -103,20 +122,15 @@ def map_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
 
     Raises: OSError, ValueError; KeyError for an unknown name; zipfile.BadZipFile.
     """
+    check_regular(path)
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
-            with np.load(pathlib.Path(path), allow_pickle=False) as arrays:
+            with open_npz(path) as arrays:
                 return arrays[name]
         with archive.open(member) as file:
-            version = np.lib.format.read_magic(cast(Any, file))
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, is_fortran, dtype = read_header(cast(Any, file))
+            shape, is_fortran, dtype = read_header(file, member.file_size)
             header_size = file.tell()
-    if dtype.hasobject:
-        raise ValueError("arrays of Python objects are not read")
     with open(path, "rb") as file:  # the member's local header has the lengths of the name and the extra field
         file.seek(member.header_offset + 26)
         start = member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())

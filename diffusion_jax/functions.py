@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -44,11 +45,18 @@ def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = 
         raise ValueError(f"{setting}={name} {error}") from error
 
 
+class _TextLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the text of a file, which a user reads before trusting it; a compiled copy in __pycache__ may differ."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
+
+
 def _import_file(path: str) -> types.ModuleType:
     """Imports a Python file, once in each process."""
     path = os.path.realpath(path)
     if path not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path, path)
+        spec = importlib.util.spec_from_file_location(path, path, loader=_TextLoader(path, path))
         assert spec is not None and spec.loader is not None
         sys.modules[path] = importlib.util.module_from_spec(spec)  # before it runs, because dataclasses look it up
         try:

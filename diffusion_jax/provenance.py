@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from diffusion_jax.config import flatten
 from diffusion_jax.errors import list_differences, shorten
+from diffusion_jax.untrusted import open_npz, parse_json
 
 __all__ = ["Provenance", "array_digest", "params_digest", "settings_digest"]
 
@@ -51,9 +51,9 @@ class Provenance:
     def read(cls, path: pathlib.Path) -> Provenance | None:
         """Reads the record from an .npz; None for a file without a record, or a file that cannot be read."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(**json.loads(str(arrays[_ARRAY])))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            with open_npz(path) as arrays:
+                return cls(**parse_json(str(arrays[_ARRAY])))
+        except (OSError, ValueError, TypeError):
             return None
 
 

@@ -21,11 +21,12 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.console import ProgressBar, log
 from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
-from diffusion_jax.errors import StorageError
+from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
+from diffusion_jax.untrusted import find_links, open_npz
 
 __all__ = ["BucketRunDir", "ChunkStore", "RunDir", "committed_steps", "open_run_dir"]
 
@@ -109,7 +110,7 @@ class RunDir(os.PathLike):
             lock.release()
 
     def check_locks(self) -> None:
-        """Raises LeaseLostError if another launch has taken over a lock. Process 0 calls this before it commits a step."""
+        """Raises LeaseLostError if a lock was lost: another launch has taken it over, or the directory was moved."""
         for lock in self._locks:
             lock.check()
 
@@ -214,16 +215,26 @@ class BucketRunDir(RunDir):
         return directory
 
 
-def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False) -> RunDir:
+def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, follow_links: bool = False) -> RunDir:
     """Opens a work directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
-    read_only: for a bucket, as for BucketRunDir. Raises: StorageError if the bucket cannot be used, OSError.
+    read_only: for a bucket, as for BucketRunDir. follow_links: whether a local directory that is not read_only may contain
+    links that lead out of it.
+    Raises: UserError for such a link, StorageError if the bucket cannot be used, OSError.
     """
     if isinstance(location, RunDir):
         return location
     text = os.fspath(location)
     url = with_urls(text)
-    return BucketRunDir(url, read_only or url != text) if is_url(url) else RunDir(text)
+    if is_url(url):
+        return BucketRunDir(url, read_only or url != text)
+    run = RunDir(text)
+    if not (read_only or follow_links) and (links := find_links(run)):
+        raise UserError(
+            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, and this command would write and delete "
+            "files there; remove the link, or add --follow_links if you made it"
+        )
+    return run
 
 
 class ChunkStore:
@@ -275,7 +286,7 @@ class ChunkStore:
 
     def load(self, i: int) -> dict[str, np.ndarray]:
         """Returns the arrays of chunk i."""
-        with np.load(self.directory.fetch(self.directory / f"{i}.npz")) as arrays:
+        with open_npz(self.directory.fetch(self.directory / f"{i}.npz")) as arrays:
             return dict(arrays)
 
     def delete(self) -> None:

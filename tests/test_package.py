@@ -40,6 +40,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower layer
     {"process"},
     {"losses", "timesteps", "draws", "coordinates", "likelihood", "metrics", "sampling", "guidance", "editing"},
     {"config"},
+    {"untrusted"},
     {"files"},
     {"distributed", "provenance", "storage"},
     {"console"},

@@ -37,7 +37,7 @@ from diffusion_jax.config.table import (
     resolve_clip,
     short_name,
 )
-from diffusion_jax.config.values import FunctionName, OneOf, Tuple, parse, read_value
+from diffusion_jax.config.values import OneOf, parse, read_value
 from diffusion_jax.errors import ConfigError, closest_names, shorten
 
 __all__ = [
@@ -120,21 +120,13 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
 
 
 def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings that name a function to import, {"model.kind": "module:function"}.
-
-    Of `data.dataset` and `evaluation.features`, only files are included, which could be part of a downloaded run.
-    """
+    """Returns the settings whose functions would be imported, {"model.kind": "module:function"}. config: may be partial."""
     found = {}
     for name, value in flatten(config).items():
         texts = [text for text in (value if isinstance(value, tuple | list) else [value]) if isinstance(text, str)]
-        if any(":" in text and (_names_function(SETTINGS[name].kind) or ".py:" in text) for text in texts):
+        if name in SETTINGS and SETTINGS[name].imports and any(":" in text for text in texts):
             found[name] = ",".join(texts)
     return found
-
-
-def _names_function(kind: Any) -> bool:
-    parts = kind.kinds if isinstance(kind, OneOf) else [kind.item] if isinstance(kind, Tuple) else ()
-    return isinstance(kind, FunctionName) or any(map(_names_function, parts))
 
 
 def experiment(name: str) -> ConfigDict:
@@ -180,7 +172,7 @@ def _find_beside(config: Any, folder: pathlib.Path) -> None:
         is_beside = isinstance(text, str) and ".py:" in text and (folder / text.rpartition(":")[0]).is_file()
         return str(folder.resolve() / text) if is_beside else text
 
-    for group in ("model", "diffusion", "optimizer", "evaluation", "logging"):
+    for group in ("data", "model", "diffusion", "optimizer", "evaluation", "logging"):
         settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
         for name, value in settings.items():
             found = type(value)(map(absolute, value)) if isinstance(value, tuple | list) else absolute(value)

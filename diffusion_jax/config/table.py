@@ -57,6 +57,16 @@ class Setting:
     kind: ValueKind
     description: str
 
+    @property
+    def imports(self) -> bool:
+        """Whether a text with a colon is the name of a function, which is imported."""
+        return _names_function(self.kind)
+
+
+def _names_function(kind: Any) -> bool:
+    parts = kind.kinds if isinstance(kind, OneOf) else [kind.item] if isinstance(kind, Tuple) else ()
+    return isinstance(kind, FunctionName) or any(map(_names_function, parts))
+
 
 SEED = Integer(0, 2**32 - 1)
 SHARE = Number(minimum=0, below=1)
@@ -73,9 +83,9 @@ ROOT: dict[str, Setting] = {
 DATA: dict[str, Setting] = {
     "dataset": Setting(
         "cifar10",
-        Text(),
+        OneOf(FunctionName(), Text()),
         'Name of a TFDS data set, "folder" (images below `data.data_dir`), "arrays" (.npy, .npz, .zarr or .h5 at '
-        '`data.data_dir`), "digits" (scikit-learn\'s), or module:function (`config.data` to a `data.Source`).',
+        '`data.data_dir`), "digits" (scikit-learn\'s), or a function from `config.data` to a `data.Source`.',
     ),
     "data_dir": Setting("", PATH, 'TFDS directory ("" for ~/tensorflow_datasets), image folder, or array file.'),
     "download": Setting(True, Boolean(), "Whether a missing TFDS data set is downloaded and prepared."),
@@ -552,9 +562,8 @@ EVALUATION: dict[str, Setting] = {
     "num_samples": Setting(50_000, Integer(0), "Samples that --mode=evaluate compares with the data; 0 for none."),
     "features": Setting(
         "",
-        Text(),
-        "Feature extractor: inception, digits, module:function or FILE.py:function "
-        '(examples to features); "": digits for the data set '
+        OneOf(FunctionName(), Text()),
+        'Feature extractor: inception, digits, or a function from examples to features; "": digits for the data set '
         "digits, none for continuous data, otherwise inception.",
     ),
     "inception": Setting(

@@ -21,6 +21,7 @@ from diffusion_jax.storage.downloads import local_path
 
 __all__ = ["ArrayFiles"]
 
+_CHECKED_BYTES = 4 * 2**30
 _KINDS = (".npy", ".npz", ".zarr", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"
 _NAMES = ("x", "image", "label", "condition", "condition_missing")
@@ -73,11 +74,12 @@ class ArrayFiles(Arrays, NamedSource):
         return split in names or bool(names & _SPLIT_NAMES)
 
     def __init__(self, path: str, split: str = "train", shape: tuple[int, ...] = ()):
-        location, self._ignored = _find_split(path, split), []
+        location, classes = _find_split(path, split), ()
         if location.is_dir() and not _kind(location.name):
-            arrays, classes = _open_folder(location, tuple(shape))
+            arrays, classes, self._notes = _open_folder(location, tuple(shape))
         else:
-            (arrays, self._ignored), classes = _open_file(location), ()
+            arrays, self._notes = _open_file(location)
+            self._notes += _check_checksums(location) if location.suffix.lower() == ".npz" else []
         self._name, examples = next(iter(arrays.items()))
         self._lacks_channels = (*examples.shape[1:], 1) == tuple(shape)
         super().__init__(arrays, len(classes), classes)
@@ -97,9 +99,8 @@ class ArrayFiles(Arrays, NamedSource):
         return batch
 
     def notes(self) -> list[str]:
-        """Returns a line about arrays that are not read."""
-        names = list_names(map(repr, self._ignored), 8)
-        return [f"Ignored arrays: {names}; arrays are {', '.join(_NAMES)}."] if self._ignored else []
+        """Returns lines about arrays and files that are not read."""
+        return self._notes
 
 
 def _key(examples: _Rows | _FolderRows) -> str:
@@ -151,7 +152,7 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
 
 
 def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
-    """Returns (the arrays in a file or store, examples first; the names of arrays that are not read). Raises: DataError."""
+    """Returns (the arrays in a file or store, examples first; notes about other arrays). Raises: DataError."""
     names, found = [""], {}
     if path.suffix.lower() != ".npy":
         with _readable(path):
@@ -160,7 +161,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
                     names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             else:
                 store = _open_store(str(path))
-                names = [] if hasattr(store, "shape") else sorted(k for k in store if hasattr(store[k], "shape"))
+                names = [] if hasattr(store, "shape") else sorted(k for k in store if _is_array(store, k))
         found = {name: _Rows(str(path), name) for name in _NAMES if name in names}
     if {"x", "image"} <= found.keys():
         raise DataError(f"{path} has 'x' and 'image'; keep one: 'image' for uint8, 'x' for other numbers")
@@ -182,7 +183,20 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
                 f"{path}: {name} has the shape {list(array.shape)}, and the examples {list(examples.shape)}; every example "
                 "needs a row of each array"
             )
-    return found, others
+    ignored = f"Ignored arrays: {list_names(map(repr, others), 8)}; arrays are {', '.join(_NAMES)}."
+    return found, [ignored] * bool(others)
+
+
+def _check_checksums(path: pathlib.Path) -> list[str]:
+    """Checks the checksums of an .npz, whose arrays are mapped without them, or returns a note. Raises: DataError."""
+    if path.stat().st_size > _CHECKED_BYTES:
+        return [
+            f"The checksums of {path} are not checked, because it is large; python -m zipfile -t {path} checks them."
+        ]
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        if name := archive.testzip():
+            raise DataError(f"{path} is corrupted: the checksum of {name} differs; get the file again")
+    return []
 
 
 def _open_store(path: str) -> Any:
@@ -193,6 +207,21 @@ def _open_store(path: str) -> Any:
     except ImportError as error:
         raise DataError(f"{path} needs {name} ({error}); pip install '.[arrays]'") from error
     return package.open(path, mode="r") if name == "zarr" else package.File(path, "r", locking="best-effort")
+
+
+def _is_array(store: Any, name: str) -> bool:
+    """Whether a name in a store is an array. Raises: DataError for an array of HDF5 whose values are in another file."""
+    is_hdf5 = type(store).__module__.startswith("h5py")
+    if is_hdf5 and "External" in type(store.get(name, getlink=True)).__name__:
+        is_elsewhere = True
+    else:
+        found = store[name]
+        if not hasattr(found, "shape"):
+            return False
+        is_elsewhere = is_hdf5 and (found.file != store.file or found.external is not None or found.is_virtual)
+    if is_elsewhere:
+        raise DataError(f"the array {name!r} is in another file, which is not opened; copy the array into this file")
+    return True
 
 
 @contextlib.contextmanager
@@ -220,6 +249,8 @@ class _Rows:
         with _readable(path):
             self.shape: tuple[int, ...] = tuple(self._opened.shape)
             self.dtype = np.dtype(self._opened.dtype).newbyteorder("=")
+        if self.dtype.kind not in "biufc":
+            raise DataError(f"{path}: {name or 'the array'} is {self.dtype}, not numbers")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_opened"}
@@ -285,11 +316,12 @@ def _read_labels(where: str, array: _Rows, length: int) -> tuple[np.ndarray, int
     return labels.astype(np.int32), high + 1
 
 
-def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns (the examples in the .npy files below a folder, and their labels; the class names). Raises: DataError."""
-    files = [path for path in find_files(root) if path.suffix.lower() == ".npy"]
+def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
+    """Returns (the examples in the .npy files below a folder, with labels; the class names; notes). Raises: DataError."""
+    files, notes = find_files(root)
+    files = [path for path in files if path.suffix.lower() == ".npy"]
     if not files:
-        raise DataError(f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}")
+        raise DataError(" ".join([f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}", *notes]))
     locations = [str(root / file) for file in files]
     row_shapes = (shape, shape[:-1]) if shape[-1] == 1 else (shape,)
     lengths, dtypes = [], []
@@ -307,4 +339,5 @@ def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[dict[str, 
                 f"{location} is {array.dtype}, but {locations[0]} is {dtypes[0]}; save all files as one type"
             )
     examples, (classes, labels) = _FolderRows(locations, lengths, shape, dtypes[0]), classes_of_files(files)
-    return {_key(examples): examples} | ({} if labels is None else {"label": np.repeat(labels, lengths)}), classes
+    arrays = {_key(examples): examples} | ({} if labels is None else {"label": np.repeat(labels, lengths)})
+    return arrays, classes, notes

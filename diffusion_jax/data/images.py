@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from diffusion_jax.data.sources import (
     InMemory,
@@ -35,6 +35,7 @@ from diffusion_jax.data.sources import (
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.files import map_array, user_cache
 from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.untrusted import read_image
 
 __all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "fit"]
 
@@ -113,20 +114,20 @@ class Folder(EncodedImages):
     def __init__(self, directory: str, image_size: tuple[int, int] | None, channels: int):
         root = self._find(directory)
         self._root, self._resizes, self._channels = root, image_size is not None, channels
-        paths = find_files(root)
+        paths, self._link_notes = find_files(root)
         files = [p for p in paths if p.suffix.lower() in _SUFFIXES]
         self._skipped = collections.Counter(suffix for p in paths if (suffix := p.suffix.lower()) not in _SUFFIXES)
         if not files:
             skipped = f"; it has only {self._skipped_files()}" if self._skipped else ""
-            raise DataError(f"no images below {directory!r}; known: {', '.join(sorted(_SUFFIXES))}{skipped}")
+            known = ", ".join(sorted(_SUFFIXES))
+            raise DataError(" ".join([f"no images below {directory!r}; known: {known}{skipped}", *self._link_notes]))
         self.class_names, self._labels = classes_of_files(files)
         self.num_classes = len(self.class_names)
         outside = [str(p) for p in files if len(p.parts) == 1]
         self._outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
         if image_size is None:
-            with Image.open(root / files[0]) as image:
-                width, height = ImageOps.exif_transpose(image).size
+            width, height = ImageOps.exif_transpose(read_image(root / files[0])).size
             image_size = height, width
         self._size = image_size
         self._transparent: set[str] = set()
@@ -149,7 +150,7 @@ class Folder(EncodedImages):
 
     def notes(self) -> list[str]:
         """Returns lines about skipped files, and about transparency and frames dropped by `read` (not for cached images)."""
-        notes = [f"Skipped other files: {self._skipped_files()}."] if self._skipped else []
+        notes = [f"Skipped other files: {self._skipped_files()}."] * bool(self._skipped) + self._link_notes
         if self._outside:
             are = "is" if len(self._outside) == 1 else "are"
             advice = "move every image into the subfolder of its class"
@@ -166,9 +167,8 @@ class Folder(EncodedImages):
         for file in (self._files[i] for i in indices):
             try:
                 images.append(self._read_image(file))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: some PNGs
-                reason = "not an image, or corrupted" if isinstance(error, UnidentifiedImageError) else str(error)
-                failures.append((str(self._root / file), reason))
+            except (OSError, ValueError) as error:
+                failures.append((str(self._root / file), str(error)))
         if failures:
             raise UnreadableFilesError(failures)
         batch = {"image": np.stack(images)}
@@ -177,18 +177,18 @@ class Folder(EncodedImages):
         return batch
 
     def _read_image(self, file: str) -> np.ndarray:
-        with Image.open(self._root / file) as image:
-            if image.has_transparency_data:
-                self._transparent.add(file)
-            if getattr(image, "is_animated", False):
-                self._animated.add(file)
-            image = ImageOps.exif_transpose(image)
-            if not self._resizes and image.size != self._size[::-1]:
-                raise DataError(
-                    f"{self._root / file} is {image.size[0]}x{image.size[1]}, but the first image is "
-                    f"{self._size[1]}x{self._size[0]}; resize all images to one size, or use image_size"
-                )
-            return fit(image, self._size, self._channels)
+        image = read_image(self._root / file)
+        if image.has_transparency_data:
+            self._transparent.add(file)
+        if getattr(image, "is_animated", False):
+            self._animated.add(file)
+        image = ImageOps.exif_transpose(image)
+        if not self._resizes and image.size != self._size[::-1]:
+            raise DataError(
+                f"{self._root / file} is {image.size[0]}x{image.size[1]}, but the first image is "
+                f"{self._size[1]}x{self._size[0]}; resize all images to one size, or use image_size"
+            )
+        return fit(image, self._size, self._channels)
 
 
 def decode_once(

@@ -14,6 +14,7 @@ import numpy as np
 from diffusion_jax.errors import DataError, UnreadableFilesError, describe_exception, shorten
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import is_image_shape
+from diffusion_jax.untrusted import leads_out
 
 __all__ = [
     "Arrays",
@@ -110,10 +111,16 @@ def read_conditions(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: batch[name] for name in ("condition", "condition_missing") if name in batch}
 
 
-def find_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """Lists the files below a folder, relative to the folder, in path order and without hidden files."""
+def find_files(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """Returns (the files below a folder, relative to the folder, in path order and without hidden files; notes).
+
+    Links out of the folder are not files of the data set.
+    """
     found = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+    found = sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+    files = [path for path in found if not leads_out(root / path, root)]
+    num_links = len(found) - len(files)
+    return files, [f"Skipped {num_links:,} links out of the folder; copy the files to use them."] * bool(num_links)
 
 
 def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np.ndarray | None]:

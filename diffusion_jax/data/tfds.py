@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
 
 from diffusion_jax.data.images import EncodedImages, fit
 from diffusion_jax.data.sources import check_image_settings
@@ -24,6 +23,7 @@ from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.files import with_urls
 from diffusion_jax.storage.downloads import cached_files, local_path
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
+from diffusion_jax.untrusted import read_image, read_json
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
@@ -46,6 +46,7 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
         )
     import tensorflow_datasets as tfds  # takes half a second, and only this source needs it
 
+    _check_features(pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser() / name.split("/")[0].split(":")[0])
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
@@ -59,6 +60,31 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
             f"{_preparation_command(name, data_dir)}"
         )
     return builder
+
+
+def _check_features(directory: pathlib.Path) -> None:
+    """Raises: DataError for a data set with types of features that are not TFDS's own, because TFDS would import them."""
+    for path in directory.rglob("features.json"):
+        try:
+            level: list[Any] = [read_json(path)]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        while level:
+            objects = [each for each in level if isinstance(each, dict)]
+            for value in (
+                each.get(key) for each in objects for key in ("pythonClassName", "python_class_name", "type")
+            ):
+                if isinstance(value, str) and "." in value and not value.startswith("tensorflow_datasets."):
+                    raise DataError(
+                        f"{path} names the type {value}, whose module TFDS would import; to allow it, read the data set in a "
+                        "function of your own, data.dataset=FILE.py:function"
+                    )
+            level = [
+                child
+                for each in level
+                for child in (each.values() if isinstance(each, dict) else each)
+                if isinstance(child, dict | list)
+            ]
 
 
 def local_data_dir(name: str, data_dir: str | None, suffixes: tuple[str, ...] = ("",)) -> str | None:
@@ -229,8 +255,8 @@ class Tfds(EncodedImages):
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         try:
             records = self._read_records([int(i) for i in indices])
-            images = [fit(Image.open(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
-        except (OSError, SyntaxError, ValueError) as error:
+            images = [fit(read_image(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
+        except (OSError, ValueError) as error:
             examples = f"examples {indices[0]} ... {indices[-1]}"
             raise DataError(f"cannot read {examples} of {self._name!r} {self._split!r}: {error}") from None
         batch = {"image": np.stack(images)}

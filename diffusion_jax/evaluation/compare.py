@@ -30,6 +30,7 @@ from diffusion_jax.metrics import (
     reported_values,
 )
 from diffusion_jax.provenance import Provenance
+from diffusion_jax.untrusted import open_npz, read_json
 
 __all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
 
@@ -257,7 +258,7 @@ def _write_files(
         files["statistics"] = f"statistics_{suffix}.npz"
         path = folder / files["statistics"]
         if path.exists():  # earlier statistics of the same two sets
-            with np.load(path) as stored:
+            with open_npz(path) as stored:
                 arrays = dict(stored) | arrays
         save_npz(path, arrays)
     return files
@@ -318,8 +319,8 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     problem = "not a list of records"
     try:
-        records = json.loads(path.read_text())
-        if isinstance(records, list) and all(isinstance(record, dict) for record in records):
+        records = read_json(path, list)
+        if all(isinstance(record, dict) for record in records):
             return records
     except (ValueError, OSError) as error:
         problem = str(error)

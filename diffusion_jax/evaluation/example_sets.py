@@ -20,6 +20,7 @@ from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
 from diffusion_jax.metrics.of_features import Moments
 from diffusion_jax.run_dir import ChunkStore
 from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.untrusted import leads_out, open_npz
 
 __all__ = [
     "ExampleSet",
@@ -87,9 +88,9 @@ class ExampleSet:
 
 
 def sample_files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Returns a run's .npz sample files, newest first, without unfinished files."""
+    """Returns a run's .npz sample files, newest first, without unfinished files and without links out of the run."""
     paths = [path for path in (workdir / "samples").glob("*.npz") if ".partial." not in path.name]
-    return sorted(paths, key=modified_time, reverse=True)
+    return sorted((path for path in paths if not leads_out(path, workdir)), key=modified_time, reverse=True)
 
 
 def modified_time(path: pathlib.Path) -> float:
@@ -150,13 +151,13 @@ def _read_statistics(path: pathlib.Path) -> tuple[SetFeatures | None, bool]:
     if not zipfile.is_zipfile(path):
         return None, True
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_npz(path) as arrays:
             pairs = [
                 (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
                 for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
             ]
             has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from None
     moments, spatial = (pair and Moments(*pair, 0) for pair in pairs)
     if not moments:

@@ -176,8 +176,8 @@ def to_array(picture: Picture) -> np.ndarray:
 
 def save(path: pathlib.Path, picture: Picture) -> None:
     """Writes a picture as PNG, completely or not at all."""
-    with atomic_write(path) as temporary:
-        to_pillow(to_array(picture)).save(temporary, format="PNG")
+    with atomic_write(path) as file:
+        to_pillow(to_array(picture)).save(file, format="PNG")
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:

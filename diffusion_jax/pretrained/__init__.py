@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import resolve, resolve_clip, short_name
+from diffusion_jax.config import imported_functions, resolve, resolve_clip, short_name
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import (
@@ -41,12 +41,13 @@ from diffusion_jax.errors import (
 from diffusion_jax.pretrained import diffusers, ho, openai, parameters
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
-from diffusion_jax.provenance import Provenance
+from diffusion_jax.provenance import Provenance, params_digest, settings_digest
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.optimizer import initial_share, weights_kind
 from diffusion_jax.training.state import Network, abstract_params
+from diffusion_jax.untrusted import parse_json, read_json
 
 __all__ = [
     "Model",
@@ -66,13 +67,19 @@ __all__ = [
     "set_params",
 ]
 
-_METADATA_KEY = "diffusion_jax"  # metadata key in files of `save_safetensors`
+_METADATA_KEY, _DIGEST_KEY = "diffusion_jax", "digest"  # metadata keys in files of `save_safetensors`
 _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits", "class_names")
 # Network fields that do not change the weights.
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "function"}
+_FUNCTIONS = (
+    "model.kind",
+    "diffusion.path",
+    "diffusion.schedule",
+)  # the settings whose functions are needed to load weights
 
 Flags = str | Mapping[str, Any] | None
-Trust = Callable | bool | frozenset[str] | None  # of functions that weights name; a set has names
+# Of functions that weights name: all of them, or the functions to use instead, by setting, {"model.kind": "net.py:make"}.
+Trust = Callable | bool | Mapping[str, str] | None
 
 
 def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
@@ -86,8 +93,9 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
       variance and other settings of `config.diffusion`.
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
-    network: for weights of your own network (`config.model.kind`), the function that makes the network, or True to import the
-    functions that the weights name. No code is imported otherwise.
+    network: for weights of your own network (`config.model.kind`), the function that makes the network; or {setting: name}
+      with functions of these names to use instead of those of the weights; or True to import the functions that the weights
+      name. No code is imported otherwise.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files.
     """
@@ -131,7 +139,9 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
         raise PretrainedError(f"flags={flags!r}: {path} contains its own description; omit the flags")
     if tensors is None and is_workdir(path):
         config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
-        net = describe_run(config, workdir, network=_trusted_function(path, config, network))
+        checkpoints.check_run_files(workdir)
+        config, function = _trusted_functions(path, config, network)
+        net = describe_run(config, workdir, network=function)
         return load_weights(net, config, workdir, ema) if with_params else net
     if tensors is None and diffusers.find_configs(path):
         return diffusers.load_diffusers(path, with_params)
@@ -188,30 +198,33 @@ def from_config(
     return net.with_params(params)
 
 
-def _trusted_function(path: pathlib.Path, settings: Mapping[str, Any], network: Trust) -> Callable | None:
-    """Returns the function that makes the network of weights; None for networks of this package.
+def _trusted_functions(
+    path: pathlib.Path, settings: Mapping[str, Any], network: Trust
+) -> tuple[dict[str, Any], Callable | None]:
+    """Returns the settings with the functions to import, and the function that makes the network (None: this package's).
 
-    settings: the groups "model" and "diffusion" of a config. network: as for `load`, or names that may be imported.
+    settings: a config, or its groups "model" and "diffusion". network: as for `load`.
     Raises: PretrainedError if a function may not be imported.
     """
-    kind, diffusion = settings["model"].get("kind", ""), settings["diffusion"]
-    imported = [name for name in (kind, diffusion.get("path"), diffusion.get("schedule")) if name and ":" in name]
-    trusted = network if isinstance(network, frozenset) else frozenset()
-    for name in imported:
-        is_given = callable(network) and name == kind
-        if network is not True and not is_given and short_name(name) not in map(short_name, trusted):
+    config, kind = {**settings}, settings["model"].get("kind", "")
+    named = imported_functions({group: config[group] for group in ("model", "diffusion")})
+    imported = {name: named[name] for name in _FUNCTIONS if name in named}
+    for name, function in imported.items():
+        group, _, setting = name.partition(".")
+        replacement = network.get(name, "") if isinstance(network, Mapping) else ""
+        if short_name(replacement) == short_name(function):  # never the file that the weights name
+            config[group] = {**config[group], setting: replacement}
+        elif network is not True and not (callable(network) and name == "model.kind"):
             raise PretrainedError(
-                f"{path} needs the function {name}, and loading imports no code by itself; give network=True"
-                + (" or network=FUNCTION" if imported == [kind] else "")
-                + " (--trust_network on the command line)"
+                f"{path} needs the function {function} ({name}), and loading imports no code by itself; give network=True"
+                + (" or network=FUNCTION" if [*imported] == ["model.kind"] else "")
+                + f" (on the command line --trust_network, or --config.{name}=... with your copy of it)"
             )
-    if ":" not in kind:
-        if callable(network):
-            raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
-        return None
     if callable(network):
-        return network
-    return models.import_network(next((name for name in trusted if short_name(name) == short_name(kind)), kind))
+        if ":" not in kind:
+            raise PretrainedError(f"network: {path} holds a network of this package; leave the argument out")
+        return config, network
+    return config, models.import_network(config["model"]["kind"]) if ":" in kind else None
 
 
 def describe_run(
@@ -242,7 +255,7 @@ def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -
 
     def read(directory: str | os.PathLike) -> tuple[str, ...]:
         try:
-            stored = json.loads((local_path(directory, "data.json") / "data.json").read_text())
+            stored = read_json(local_path(directory, "data.json") / "data.json")
             return tuple(map(str, stored["classes"]))
         except (OSError, ValueError, KeyError, TypeError):  # published weights have none
             return ()
@@ -320,16 +333,20 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
     tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
     path.parent.mkdir(parents=True, exist_ok=True)
-    parameters.save_tensors(tensors, path, {_METADATA_KEY: json.dumps(stored)})
+    text = json.dumps(stored)
+    parameters.save_tensors(
+        tensors, path, {_METADATA_KEY: text, _DIGEST_KEY: settings_digest(text, params_digest(tensors))}
+    )
 
 
 def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, with_params: bool) -> Model:
     """Loads a file of `save_safetensors`; with the parameters if `with_params`. Raises: PretrainedError."""
-    stored: dict[str, Any] = json.loads(tensors.metadata[_METADATA_KEY])
+    stored: dict[str, Any] = parse_json(tensors.metadata[_METADATA_KEY])
     kind = models.Classifier if stored["kind"] == "Classifier" else None
     if stored["kind"] == "MLP":
         stored["model"].setdefault("kind", "mlp")
-    model = models.from_config(stored["model"], kind, _trusted_function(path, stored, network))
+    stored, function = _trusted_functions(path, stored, network)
+    model = models.from_config(stored["model"], kind, function)
     if kind is None:
         is_learned = stored["diffusion"]["variance"].startswith("learned")
         model = model.clone(out_channels=stored["channels"] * (2 if is_learned else 1))
@@ -344,12 +361,17 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, 
         normalizations={n: data.Normalization.from_json(value) for n, value in stored["normalizations"].items()},
         **fields,
     )
+    text, digest = tensors.metadata[_METADATA_KEY], tensors.metadata.get(_DIGEST_KEY)  # version 0.3 stored no digest
     if "betas" in diffusion:
         table = schedules.from_betas(diffusion["betas"], diffusion["timesteps"])
         net = dataclasses.replace(net, schedule=table, diffusion=None)
     if not with_params:
         return net
-    return net.read_params(path, tensors, lambda path, model: ".".join(path), parameters.keep_layout)
+    net = net.read_params(path, tensors, lambda path, model: ".".join(path), parameters.keep_layout)
+    flat = flax.traverse_util.flatten_dict(net.params, sep=".")
+    if digest is not None and digest != settings_digest(text, params_digest(flat)):
+        raise PretrainedError(f"{path} was changed after it was written: its digest differs; get the file again")
+    return net
 
 
 # ---- Configs, and runs that start from other weights
@@ -416,11 +438,8 @@ def _comparable_fields(model: Network) -> dict[str, Any]:
 def _initial_weights(read: Callable[..., Model], config: Mapping[str, Any], use_ema: bool = True) -> Model:
     """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
-    named = config["model"].get("kind", ""), config["diffusion"]["path"], config["diffusion"]["schedule"]
     try:
-        return read(
-            path, config["init_flags"] or None, use_ema, frozenset(name for name in named if name and ":" in name)
-        )
+        return read(path, config["init_flags"] or None, use_ema, imported_functions(config))
     except PretrainedError as error:
         raise PretrainedError(f"init_from={path}: {error}") from error
 

@@ -8,7 +8,6 @@ detected from the first bytes, not from the file name. Parameters have paths suc
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import untrusted
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.files import atomic_write
 from diffusion_jax.training.state import Network, abstract_params
@@ -124,11 +124,11 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
 def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file completely or not at all. Raises: PretrainedError, OSError."""
     from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     try:
-        with atomic_write(path) as temporary:
-            save_file(dict(tensors), temporary, dict(metadata))
+        with atomic_write(path) as file:
+            file.write(save(dict(tensors), dict(metadata)))
     except SafetensorError as error:
         raise PretrainedError(f"{path} cannot be written: {error}") from None
 
@@ -191,12 +191,9 @@ def _first_line(error: Exception) -> str:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON object. Raises: PretrainedError."""
     try:
-        content = json.loads(path.read_text())
+        return untrusted.read_json(path)
     except (OSError, ValueError) as error:
         raise PretrainedError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise PretrainedError(f"{path} is not a JSON object")
-    return content
 
 
 def require_module(module: str, name: str):

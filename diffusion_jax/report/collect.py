@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import status
 from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
+from diffusion_jax.untrusted import leads_out, read_json
 
 __all__ = [
     "RunFiles",
@@ -59,6 +60,12 @@ class RunFiles:
     likelihood: dict[str, Any]
     notes: list[str]
 
+    def own_files(self, paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+        """Returns the paths without links out of the run, which become notes: a page does not show files of its reader."""
+        found = {path: leads_out(path, self.directory) for path in paths}
+        self.notes.extend(f"{path.name} is a link out of the run, and is left out" for path in found if found[path])
+        return [path for path in found if not found[path]]
+
     def measurements(self) -> list[_Record]:
         """Returns the records of metrics.json, then the bits per dimension from likelihood.json as another record."""
         keys = ("step", "weights", "dataset")
@@ -73,13 +80,15 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
 
     def read(what: str, function: Callable[[], Any], otherwise: Any) -> Any:
         try:
+            if leads_out(workdir / what, workdir):
+                raise ValueError("it is a link out of the run")
             return function()
         except (DiffusionJaxError, OSError, ValueError, LookupError, TypeError) as error:
             notes.append(f"{what} could not be read: {shorten(with_urls(' '.join(str(error).split())), 300)}")
             return otherwise
 
     config = read("config.json", lambda: load_config(workdir), None) or config
-    lines = read("The log", lambda: read_metrics(workdir), [])
+    lines = read("metrics.jsonl", lambda: read_metrics(workdir), [])
     state = {} if config is None else read("The status", lambda: status.describe(config, workdir, lines), {})
     return RunFiles(
         directory=workdir.path,
@@ -97,10 +106,7 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
     """Reads the JSON object in a file; {} if the file does not exist. Raises: OSError, ValueError."""
-    value = json.loads(path.read_text()) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
+    return read_json(path) if path.exists() else {}
 
 
 # ---- Tables

@@ -19,6 +19,7 @@ from PIL import Image
 from diffusion_jax import pictures
 from diffusion_jax.evaluation.example_sets import modified_time
 from diffusion_jax.report.collect import RunFiles
+from diffusion_jax.untrusted import open_npz, read_image
 
 __all__ = [
     "MAX_POINTS",
@@ -126,6 +127,8 @@ _MAX_TRAINING_FRAMES = 12
 # For compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and the WebP quality.
 _MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
 _SMALL = 20_000  # bytes; smaller pictures are not compressed
+_MAX_PIXELS = 100_000_000  # of all pictures in a section, before they are made smaller
+_MAX_TRAJECTORY = 2**30  # bytes
 _READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)  # Pillow raises SyntaxError
 
 
@@ -147,10 +150,10 @@ class Frames(NamedTuple):
 
 
 class Budget:
-    """Limits the total bytes of a section's pictures. notes: gets a line for each file that cannot be read."""
+    """Limits the bytes and pixels of a section's pictures. notes: gets a line for each file that cannot be read."""
 
     def __init__(self, num_bytes: int, notes: list[str]):
-        self.left, self._notes = num_bytes, notes
+        self.left, self.pixels_left, self._notes = num_bytes, _MAX_PIXELS, notes
 
     def embed(self, source: pathlib.Path | np.ndarray, caption: str, side: int = _MAX_SIDE) -> Picture | None:
         """Embeds a file, or uint8 [H, W, C], as a picture; None if the budget is used up or the file cannot be read.
@@ -161,7 +164,8 @@ class Budget:
             if isinstance(source, np.ndarray):
                 image = pictures.to_pillow(source)
             else:
-                image = Image.open(source)
+                image = read_image(source, self.pixels_left)
+                self.pixels_left -= image.width * image.height
             kind, content = "png", _encode(image, "PNG")
         except _READ_ERRORS as error:
             self._notes.append(f"{getattr(source, 'name', caption)} could not be read: {error}")
@@ -184,7 +188,7 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 
 def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
     """Returns the pictures samples/train_step*.png in order, at most `most`."""
-    paths = sorted((run.directory / "samples").glob(f"{_PREFIX}*.png"), reverse=True)
+    paths = sorted(run.own_files((run.directory / "samples").glob(f"{_PREFIX}*.png")), reverse=True)
     paths = [path for path in paths if path.stem.removeprefix(_PREFIX).isdecimal()]
     frames = []
     for path in [paths[i] for i in even_subset(len(paths), most)]:  # newest first
@@ -200,12 +204,12 @@ def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FR
 def denoising(run: RunFiles, budget: Budget) -> Frames | None:
     """Returns the frames of the newest samples/trajectories/*.npz, or None if it has no images."""
     folder = run.directory / "samples" / "trajectories"
-    paths = [path for path in folder.glob("*.npz") if ".partial." not in path.name]
+    paths = [path for path in run.own_files(folder.glob("*.npz")) if ".partial." not in path.name]
     if not paths:
         return None
     path = max(paths, key=modified_time)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_npz(path, _MAX_TRAJECTORY) as arrays:
             samples = arrays["samples"]
             x_t, x_0 = (np.concatenate([arrays[name], samples[None]]) for name in ("x_t", "x_0"))
             captions = [f"network time t = {time:.4g}" for time in arrays["times"]]
@@ -224,7 +228,7 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
 
 def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
     """Returns (other pictures in the directory and below samples/, newest first; names of pictures beyond the budget)."""
-    paths = [*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")]
+    paths = run.own_files([*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")])
     paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
     paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
     embedded = [(path.name, budget.embed(path, path.name)) for path in paths]

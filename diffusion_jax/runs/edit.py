@@ -26,6 +26,7 @@ from diffusion_jax.runs.sample import make_provenance, write_samples
 from diffusion_jax.runs.sampling_setup import check_finite, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.untrusted import read_image
 
 __all__ = ["run"]
 
@@ -114,10 +115,8 @@ class _Files:
                 raise UserError(f"editing.{setting}={path!r} holds several arrays; save the one to use with np.save")
             return array
         try:
-            with Image.open(local_path(path)) as image:
-                image.load()
-                return image
-        except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+            return read_image(local_path(path))
+        except (OSError, ValueError) as error:
             raise UserError(f"editing.{setting}={path!r} cannot be read as an image file: {error}") from None
 
     def read(self, setting: str, factor: int | None = None, known: np.ndarray | None = None) -> np.ndarray:

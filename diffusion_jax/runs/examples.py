@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffusion_jax.metrics.of_arrays import even_indices
 from diffusion_jax.models import upsampling
 from diffusion_jax.run_dir import RunDir, committed_steps
 from diffusion_jax.runs.sampling_setup import SamplingSetup, make_captions
+from diffusion_jax.untrusted import open_npz
 
 __all__ = ["draw_beside_examples", "read_channels", "write_examples"]
 
@@ -61,11 +61,11 @@ def _read(workdir: RunDir) -> dict[str, np.ndarray]:
     """Reads the file; {} if the run has none, or if the file cannot be read."""
     path = workdir / _FILE
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_npz(path) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         log(f"Note: {path} cannot be read, so pictures omit the training examples: {error}.")
         return {}
 

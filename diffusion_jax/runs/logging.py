@@ -44,6 +44,7 @@ from diffusion_jax.functions import find_function
 from diffusion_jax.run_dir import BucketRunDir, RunDir
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import EVENTS, local_path
+from diffusion_jax.untrusted import parse_json, read_json
 
 __all__ = [
     "PARTS",
@@ -99,8 +100,8 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
+            line = parse_json(text)
+            if isinstance(line.get("step"), int):
                 lines.append(line)
     return lines
 
@@ -308,7 +309,7 @@ class _Tracker:
     def run_id(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
         """Returns the tracker's run id: the id in trackers.json, or a new id, which is then stored there."""
         path = workdir / "trackers.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = read_json(path) if path.exists() else {}
         if tracker not in stored:
             stored[tracker] = create()
             write_text(path, json.dumps(stored) + "\n")
@@ -508,8 +509,17 @@ def read_goodput(workdir: RunDir | pathlib.Path) -> Goodput | None:
 def read_launches(workdir: RunDir | pathlib.Path) -> list[dict[str, Any]]:
     """Returns the entries of goodput.json: launches that finished a step or failed; [] if there are none."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((workdir / _GOODPUT).read_text())
+        return [launch for launch in read_json(workdir / _GOODPUT, list) if _is_launch(launch)]
     return []
+
+
+def _is_launch(value: Any) -> bool:
+    """Whether an entry of goodput.json has the numbers that `LaunchTimes` writes."""
+    seconds = value.get("seconds") if isinstance(value, dict) else None
+    if not isinstance(seconds, dict):
+        return False
+    numbers = [*map(value.get, ("start", "end", "first_step", "last_step")), *map(seconds.get, PARTS)]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
 
 
 def _goodput(launches: list[dict[str, Any]]) -> Goodput:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -30,6 +31,7 @@ from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.examples import draw_beside_examples, read_channels
 from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untrained
+from diffusion_jax.untrusted import open_npz
 
 __all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_samples"]
 
@@ -70,7 +72,7 @@ def _write_images(file: SampleFile) -> None:
     """Writes each image as a PNG in images/<name of the .npz>/, which reports do not read."""
     folder = file.workdir / "images" / file.path.stem
     folder.mkdir(parents=True, exist_ok=True)
-    with np.load(file.path) as arrays:
+    with open_npz(file.path) as arrays:
         images = arrays["arr_0"]
     paths = [folder / f"{i:05d}.png" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
@@ -117,6 +119,7 @@ class SampleFile:
 
         reuse: if the file already holds samples with these settings, do nothing.
         """
+        broadcast_from_process_0(self._check_space)
         reason = broadcast_from_process_0(self._find_difference)
         if reuse and reason is None:
             return
@@ -150,6 +153,20 @@ class SampleFile:
                 if text := pictures.as_text(samples, shutil.get_terminal_size().columns):
                     log(text)
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
+
+    def _check_space(self) -> None:
+        """Raises: UserError if the samples do not fit on disk or in memory, where up to three copies are needed."""
+        count, shape = self.config.sampling.num_samples, self.setup.net.example_shape
+        needed = 3 * count * math.prod(shape) * (1 if self.setup.net.is_images else 4)
+        free = shutil.disk_usage(self.workdir).free
+        # Windows has no sysconf.
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else free
+        if needed > min(free, memory):
+            raise UserError(
+                f"sampling.num_samples={count} needs {needed / 1e9:,.0f} GB on disk and in memory; {self.workdir} has "
+                f"{free / 1e9:,.0f} GB free, and this machine {memory / 1e9:,.0f} GB of memory; draw fewer at once, each "
+                "time with another sampling.seed"
+            )
 
     def _find_difference(self) -> str | None:
         """Explains why the file must be drawn again; returns "" if there is no file, None if it has these settings."""

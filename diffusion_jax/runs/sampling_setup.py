@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
 from diffusion_jax.images import to_uint8
 from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.untrusted import check_regular, open_npz, read_header
 
 __all__ = [
     "SamplingSetup",
@@ -319,9 +321,15 @@ def _load_conditions(path: str) -> dict[str, np.ndarray]:
 def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
     """Reads the array in an .npy, or all arrays in an .npz by name. setting: for error messages. Raises: UserError."""
     try:
-        loaded = np.load(local_path(path), allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        file = local_path(path)
+        check_regular(file)
+        if zipfile.is_zipfile(file):
+            with open_npz(file) as arrays:
+                return dict(arrays)
+        with open(file, "rb") as opened:
+            read_header(opened, os.stat(file).st_size)
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{setting}={path!r} cannot be read as an .npy or .npz file: {error}") from None
 
 

@@ -123,7 +123,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             count, seed = config.sampling.batch_size, config.evaluation.seed
             batches = SampleBatches(config, net, loaded, count, seed, "the Frechet distance")
             frechet_distance = _make_frechet_distance(config, workdir, batches, source)
-        broadcast_from_process_0(lambda: check_network_source(net.model, workdir))
+        broadcast_from_process_0(lambda: check_network_source(net.model, workdir, records=True))
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
         del initial_weights  # as large as the network
@@ -233,6 +233,7 @@ def _train(
 
             if is_due(options.log_every):
                 in_flight.drain()
+                workdir.check_locks()
                 means = training.mean_metrics(_check_finite(state, checkpoints))
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
@@ -243,6 +244,7 @@ def _train(
             watchdog.record_step()
             state = _empty_averages_if_due(config, program, state, step)
             with launch.measure("output"):
+                workdir.check_locks()
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
                 launch.record(in_flight.finished)

@@ -25,7 +25,9 @@ from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
+from diffusion_jax.training.checkpoints import check_run_files
 from diffusion_jax.training.state import Network
+from diffusion_jax.untrusted import read_json
 
 __all__ = [
     "check_data",
@@ -58,18 +60,19 @@ def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
     """Reads the complete config of a work directory; None if there is none. Raises: UserError for a corrupted config."""
     path = local_path(directory, "config.json") / "config.json"
     if not path.exists():
+        check_run_files(RunDir(path.parent))  # raises if checkpoints have a copy
         return None
     try:
-        return resolve(json.loads(path.read_text()))
+        return resolve(read_json(path))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not a valid config ({error}); correct it, or use another --workdir") from None
 
 
-def config_from_weights(path: str, flags: str = "", network: bool | frozenset[str] = False) -> ConfigDict:
+def config_from_weights(path: str, flags: str = "", network: bool | Mapping[str, str] = False) -> ConfigDict:
     """Returns a config that starts training from the weights at `path`; settings of a run's config are inherited.
 
-    path: as in `pretrained.load`. flags: settings that the weights do not contain. network: the functions that may be
-    imported, or True for all that the weights name. Raises: UserError, PretrainedError.
+    path, network: as in `pretrained.load`. flags: settings that the weights do not contain.
+    Raises: UserError, PretrainedError.
     """
     description = pretrained.describe(path, flags or None, network=network)
     config = load_config(path) if pretrained.is_workdir(path) else None
@@ -82,13 +85,16 @@ def config_from_weights(path: str, flags: str = "", network: bool | frozenset[st
 
 
 def check_identity(config: ConfigDict, workdir: RunDir) -> None:
-    """Raises: UserError that lists every differing setting if the directory holds another run.
+    """Raises: UserError that lists every differing setting if the directory holds another run; as `check_run_files`.
 
     Without a checkpoint, any config is allowed: an earlier launch failed or stopped before its first checkpoint.
     """
-    stored = load_config(workdir)
-    if stored is None or not committed_steps(workdir / "checkpoints"):
+    if not committed_steps(workdir / "checkpoints"):
         return
+    check_run_files(workdir)
+    stored = load_config(workdir)
+    if stored is None:
+        raise UserError(f"{workdir} has checkpoints without their config.json; restore it, or use another --workdir")
     old, new = identity_settings(to_dict(stored)), identity_settings(to_dict(config))
     differing = [key for key in new if old.get(key) != new[key]]
     if not differing:
@@ -116,7 +122,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
         write_text(path, json.dumps(new) + "\n")
         workdir.upload(path)
         return
-    old = json.loads(path.read_text())
+    old = read_json(path)
     if old == new:
         return
     difference = "other values or labels"
@@ -127,7 +133,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
             f"shuffled in {each['blocks']} files" if "blocks" in each else "shuffled as a whole" for each in (old, new)
         ]
         difference = f"{orders[0]} then, {orders[1]} now, by data.data_dir and data.disk_mb"
-    advice = f"remove {path} to continue with the new data"
+    advice = f"remove {path} and its copy in the newest checkpoint to continue with the new data"
     if normalizations:  # which data.json stores, and the weights need
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
     raise UserError(
@@ -149,19 +155,21 @@ def digest_of_some(source: Source) -> str:
     ).hexdigest()
 
 
-def check_network_source(network: Network, workdir: RunDir) -> None:
-    """Records the SHA-256 of the file that defines a user's network, and logs a note if the run began with another file."""
+def check_network_source(network: Network, workdir: RunDir, records: bool = False) -> None:
+    """Logs a note if a user's network is defined by another file than the file with which the run began.
+
+    records: whether the SHA-256 of the file is recorded before the first checkpoint.
+    """
     file = models.source_file(network)
     if file is None:
         return
     path, digest = workdir / "network.json", hashlib.sha256(file.read_bytes()).hexdigest()
     if path.exists() and committed_steps(workdir / "checkpoints"):
-        recorded = json.loads(path.read_text())["sha256"]
-        if recorded != digest:
+        if (recorded := str(read_json(path).get("sha256"))) != digest:
             log(f"Note: {file} changed since this run began (SHA-256 {recorded[:12]} then, {digest[:12]} now).")
-        return
-    write_text(path, json.dumps({"file": str(file), "sha256": digest}) + "\n")
-    workdir.upload(path)
+    elif records:
+        write_text(path, json.dumps({"file": str(file), "sha256": digest}) + "\n")
+        workdir.upload(path)
 
 
 def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
@@ -290,4 +298,6 @@ def open_model(config: ConfigDict, workdir: RunDir | os.PathLike, mesh: Mesh | N
     if is_classifier(config):
         raise UserError("diffusion.loss=classify trains a classifier; use a diffusion model's config")
     with as_user_error("config"):
-        return pretrained.describe_run(config, workdir, mesh or sharding.make_mesh(config.mesh))
+        net = pretrained.describe_run(config, workdir, mesh or sharding.make_mesh(config.mesh))
+    check_network_source(net.model, workdir)
+    return net

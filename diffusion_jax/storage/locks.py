@@ -57,6 +57,7 @@ class FileLock:
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._lock = filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
+        self._directory: os.stat_result | None = None  # of the file, when the lock was acquired
 
     def find_holder(self) -> str | None:
         """Returns the holder, such as "process 1 of HOST", or None. Changes nothing."""
@@ -76,6 +77,7 @@ class FileLock:
         Returns: None, or the holder if another process keeps the lock. If the file system has no locks, logs a note and
         returns None.
         """
+        self._directory = self._path.parent.stat()
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
                 return self._read_holder()
@@ -87,7 +89,15 @@ class FileLock:
         return None
 
     def check(self) -> None:
-        """Does nothing, because a file stays locked until the process ends."""
+        """Raises LeaseLostError if the directory was moved: files that are written by its path would start another run."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._directory is None or os.path.samestat(self._directory, self._path.parent.stat()):
+                return
+        raise LeaseLostError(
+            f"{self._path.parent} was moved or deleted while this program wrote to it, so it stops; rerun the command with "
+            "--workdir=NEW, the new place of the directory, to resume from the newest checkpoint",
+            exit_code=1,
+        )
 
     def release(self) -> None:
         """Releases the lock; does nothing in a process that does not hold it."""

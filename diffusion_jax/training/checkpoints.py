@@ -2,7 +2,8 @@
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
 (optimizer, step, averages of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
-Orbax restores a flipped bit as another number, without an error.
+Orbax restores a flipped bit as another number, without an error. `config.json` and `data.json` are copies of the run's files,
+which `check_run_files` compares.
 
 Each process writes its arrays into its own directory, `<step>.partial/<process>`, which other processes need not see: Orbax
 is set up as if each process were the only process. Process 0 moves all files into its directory, writes the digests, and
@@ -30,16 +31,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from diffusion_jax.config import flatten, identity_settings, resolve
 from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, log
-from diffusion_jax.errors import CheckpointError, SaveError
+from diffusion_jax.errors import CheckpointError, SaveError, list_differences, shorten
 from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import MANIFEST
 from diffusion_jax.training.state import TrainState
+from diffusion_jax.untrusted import read_json
 
-__all__ = ["Checkpoints", "find_corruption", "resume_hint", "write_manifest", "write_part"]
+__all__ = ["Checkpoints", "check_run_files", "find_corruption", "resume_hint", "write_manifest", "write_part"]
 
 Table = dict[str, tuple[int, str]]  # {file: (bytes, SHA-256)}
 
+_RUN_FILES = ("config.json", "data.json")  # each checkpoint has copies
 _WEIGHTS = ("params", "ema_params")
 _ITEMS_OF_WEIGHTS = {"raw": "params", "ema": "ema_params"}
 
@@ -336,7 +340,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    part.parent.mkdir(exist_ok=True)  # without parents, which are missing if the run was moved
     if size > shutil.disk_usage(part.parent).free:  # on a full disk, tensorstore prints a traceback for every array
         raise OSError(errno.ENOSPC, "No space left on device")
     # With several processes, Orbax rejects JAX arrays on the devices of only one process.
@@ -393,12 +397,17 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
     Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
     part, table = parts[0], {name: value for files in tables for name, value in files.items()}
+    copied = [name for name in _RUN_FILES if (run_dir.path.parent / name).is_file()]
+    for name in copied:
+        shutil.copyfile(run_dir.path.parent / name, part / name)
     if isinstance(run_dir, BucketRunDir):
         write_manifest(part, table)
         run_dir.check_locks()
         store, name = run_dir.store, run_dir.object_name(run_dir / step)
-        written = {f"{name}/{file}" for file in table}
+        written = {f"{name}/{file}" for file in (*table, *copied)}
         store.delete(store.list(f"{name}/").keys() - written)  # left by a failed save of the same step
+        for file in copied:
+            store.upload(part / file, f"{name}/{file}")
         store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
         for path in filter(pathlib.Path.is_dir, part.iterdir()):  # the mirror keeps the small files
             shutil.rmtree(path)
@@ -409,6 +418,42 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
                 (other / name).rename(part / name)
         write_manifest(part, table)
     part.rename(run_dir / step)
+
+
+def check_run_files(workdir: RunDir) -> None:
+    """Compares config.json and data.json with their copies in the newest checkpoint; a changed byte would change numbers.
+
+    Logs a note about other changes: of settings that a launch may change, or if an earlier version wrote the checkpoint.
+    Raises: CheckpointError if a file is missing, or differs in what decides the numbers of the run.
+    """
+    steps = committed_steps(workdir / "checkpoints")
+    if not steps:
+        return
+    newest = workdir / "checkpoints" / str(steps[-1])
+    paths = {workdir / name: newest / name for name in _RUN_FILES}
+    if not any(copy.exists() for copy in paths.values()):
+        log(f"Note: {newest} has no copies of {' and '.join(_RUN_FILES)} to find changes; the next checkpoint has.")
+    for path, copy in paths.items():
+        if not copy.exists() or (path.exists() and path.read_bytes() == copy.read_bytes()):
+            continue
+        advice = f"to restore it: cp {copy} {path}" + f"; to go on without it: rm {copy}" * (path.name != "config.json")
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing; {advice}")
+        try:
+            old, new = read_json(copy), read_json(path)
+            all_changes = list_differences(flatten(old), flatten(new))
+            if path.name == "config.json":
+                old, new = (identity_settings(resolve(config)) for config in (old, new))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} or {copy} cannot be read ({error}); {advice}") from error
+        if old != new:
+            changes = list_differences(flatten(old), flatten(new))
+            raise CheckpointError(
+                f"{path} was changed after the checkpoint of step {steps[-1]} ({shorten('; '.join(changes), 300)}); to undo "
+                f"this: cp {copy} {path}; to keep it: rm {copy}"
+            )
+        if all_changes:
+            log(f"Note: {path} was changed after step {steps[-1]}: {shorten('; '.join(all_changes), 300)}.")
 
 
 def write_manifest(directory: pathlib.Path, table: Table) -> None:
@@ -422,7 +467,7 @@ def write_manifest(directory: pathlib.Path, table: Table) -> None:
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
     """Returns a phrase about the first damaged file of `items`; None if all files are intact."""
     try:
-        table = json.loads((directory / MANIFEST).read_bytes())
+        table = read_json(directory / MANIFEST)
         listed = {name: (size, value) for name, (size, value) in table.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}"

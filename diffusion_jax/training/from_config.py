@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from diffusion_jax.training.optimizer import from_config as optimizer_from_confi
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state, metric_names
 from diffusion_jax.training.step import TrainStep, check_microbatches, make_draw, make_train_step, scan_steps
+from diffusion_jax.untrusted import read_json
 
 __all__ = [
     "TrainingProgram",
@@ -47,7 +47,7 @@ def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.P
     if not path.exists() and not has_scale:
         return {}
     try:
-        stored = json.loads(path.read_text()).get("normalization", {})
+        stored = read_json(path).get("normalization", {})
         return {name: data.Normalization.from_json(value) for name, value in stored.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         missing = ", which stores the scale of the data, is missing"

@@ -23,13 +23,12 @@ def untrained(directory, config, source=None):
         return [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
 
     params, ema_params = (jax.tree.unflatten(tree, moved(seed)) for seed in (2, 1))
-    directory.mkdir()
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(1, state.replace(params=params, ema_params=ema_params))
-        checkpoints.finish()
     workdir.write_config(config, directory)
     if source is not None:
         workdir.check_data(source, RunDir(directory), data.find_normalizations(config.data, source))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(1, state.replace(params=params, ema_params=ema_params))
+        checkpoints.finish()
     return directory
 
 

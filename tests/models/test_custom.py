@@ -301,7 +301,7 @@ def test_a_changed_file_of_a_network_is_a_note(tmp_path, capsys):
     model = training.model_from_config(config)
     (run / "checkpoints" / "5" / "rest").mkdir(parents=True)
     (run / "checkpoints" / "5" / "digests.json").write_text("{}")
-    workdir.check_network_source(model, run)
+    workdir.check_network_source(model, run, records=True)
     workdir.check_network_source(model, run)
     assert "changed" not in capsys.readouterr().out
     path.write_text(path.read_text() + "# another\n")

@@ -30,8 +30,8 @@ def test_finished_files_are_uploaded_and_partial_ones_are_not(url, store):
     (workdir / "samples").mkdir()
     files.save_npz(workdir / "samples" / "a.npz", {"arr_0": np.arange(3)})
     assert not store.list()
-    with pytest.raises(RuntimeError), files.atomic_write(workdir / "broken.txt") as temporary:
-        temporary.write_text("half")
+    with pytest.raises(RuntimeError), files.atomic_write(workdir / "broken.txt") as file:
+        file.write(b"half")
         raise RuntimeError
     (workdir / "plugins" / "trace").mkdir(parents=True)
     (workdir / "plugins" / "trace" / "events").write_bytes(b"w")

@@ -1,0 +1,134 @@
+"""Reads files that another person may have made: JSON, arrays and images, each with its limits.
+
+A reader takes regular files only, because a named pipe would block. Every error about the content is a ValueError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import pathlib
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "check_regular",
+    "find_links",
+    "leads_out",
+    "open_npz",
+    "parse_json",
+    "read_header",
+    "read_image",
+    "read_json",
+]
+
+JSON_BYTES = 64 * 2**20
+JSON_DEPTH = 50
+NPZ_BYTES = 16 * 2**30  # of all arrays in one file, decompressed
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's other decoders start programs or are rarely tested
+IMAGE_PIXELS = 2 * 89_478_485  # where Pillow stops, too
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raises: ValueError for a pipe, a device or a folder; OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file")
+
+
+def find_links(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """Lists the links in a directory, and in its folders, that lead out of the directory."""
+    paths = (pathlib.Path(place, name) for place, folders, files in os.walk(directory) for name in folders + files)
+    return sorted(path for path in paths if leads_out(path, directory))
+
+
+def leads_out(path: pathlib.Path, directory: str | os.PathLike) -> bool:
+    """Whether a path is a link that leads out of a directory."""
+    return path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+
+
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """Reads a JSON file whose value has the type `kind`. Raises: ValueError, OSError."""
+    check_regular(path)
+    if (size := os.stat(path).st_size) > JSON_BYTES:
+        raise ValueError(f"it has {size:,} bytes; the limit is {JSON_BYTES:,}")
+    return parse_json(pathlib.Path(path).read_text(encoding="utf-8"), kind)
+
+
+def parse_json(text: str, kind: type = dict) -> Any:
+    """Parses JSON whose value has the type `kind`. Raises: ValueError."""
+    with contextlib.suppress(RecursionError):
+        value = json.loads(text)
+        if not isinstance(value, kind):
+            raise ValueError(f"it is not a JSON {'object' if kind is dict else 'list'}")
+        level = [value]
+        for _ in range(JSON_DEPTH):
+            if not level:
+                return value
+            lists = (
+                each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
+            )
+            level = [child for children in lists for child in children]
+    raise ValueError(f"its brackets are nested more than {JSON_DEPTH} deep")
+
+
+def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads the header of an .npy: (shape, is in Fortran's order, dtype). num_bytes: of header and values.
+
+    Raises: ValueError, also for an array of Python objects and for a shape of more values than the file has.
+    """
+    version = np.lib.format.read_magic(cast(Any, file))
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(cast(Any, file))
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > num_bytes:
+        raise ValueError(f"an array {list(shape)} of {dtype} does not fit into {num_bytes:,} bytes")
+    return shape, is_fortran, dtype
+
+
+@contextlib.contextmanager
+def open_npz(path: str | os.PathLike, limit: int = NPZ_BYTES) -> Iterator[Any]:
+    """Opens the arrays of an .npz by name. limit: bytes of all arrays. Raises: ValueError, also while reading; OSError."""
+    check_regular(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    read_header(file, member.file_size)
+            if (size := sum(member.file_size for member in archive.infolist())) > limit:
+                raise ValueError(f"its arrays have {size:,} bytes; the limit is {limit:,}")
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, MemoryError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def read_image(source: pathlib.Path | io.BytesIO, max_pixels: int = IMAGE_PIXELS) -> Image.Image:
+    """Decodes a PNG, JPEG, WebP or BMP; of an animation, the first frame. Raises: ValueError, OSError."""
+    from PIL import Image, UnidentifiedImageError  # not installed with the core
+
+    if isinstance(source, pathlib.Path):
+        check_regular(source)
+    try:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"it has {image.width * image.height:,} pixels; the limit is {max_pixels:,}")
+            image.load()
+            return image
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image, or corrupted") from error
+    except (SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, zlib.error) as error:
+        raise ValueError(str(error) or type(error).__name__) from error

@@ -1,0 +1,329 @@
+"""A run of a stranger executes nothing, writes nowhere else, and changes no number without a word."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffusion_jax import cli, data, pretrained
+from diffusion_jax.config import SETTINGS
+from diffusion_jax.errors import CheckpointError, LeaseLostError, UserError
+from diffusion_jax.run_dir import open_run_dir
+from diffusion_jax.runs import sample, train, workdir
+from diffusion_jax.training.checkpoints import Checkpoints
+from helpers.array_configs import array_config, write_arrays
+from helpers.work_directories import last_state, untrained
+
+IMPORTING = sorted(name for name, setting in SETTINGS.items() if setting.imports)
+EVIL = (
+    "import pathlib\npathlib.Path(__file__).with_name('executed').touch()\n\n\ndef make(*arguments):\n    return None\n"
+)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vectors")
+    config = array_config("vectors", write_arrays("vectors", directory / "data.npz"))
+    return untrained(directory / "run", config, data.load(config.data))
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    return pathlib.Path(shutil.copytree(original, tmp_path / "run"))
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A module in the working directory that leaves a file when it is imported."""
+    (tmp_path / "evil.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("evil", None)
+
+
+def edit(path, changes):
+    """Changes values of a JSON file by their dotted names."""
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        *groups, last = name.split(".")
+        place = content
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    path.write_text(json.dumps(content))
+
+
+def call(*arguments):
+    """Calls the program in this process. Returns: the exit code."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+# ---- Code
+
+
+def test_the_settings_that_import():
+    assert IMPORTING == sorted(
+        [
+            "data.dataset",
+            "diffusion.draw",
+            "diffusion.loss",
+            "diffusion.path",
+            "diffusion.schedule",
+            "diffusion.timestep_sampler",
+            "diffusion.weighting",
+            "evaluation.features",
+            "evaluation.metrics",
+            "logging.writers",
+            "model.kind",
+            "optimizer.frozen",
+            "optimizer.name",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [name if name == "data.dataset" else pytest.param(name, marks=pytest.mark.whole) for name in IMPORTING],
+)
+def test_no_setting_of_a_run_imports(setting, run, evil, capsys):
+    for function in ("evil:make", f"{evil / 'evil.py'}:make"):
+        value = (
+            [function] if isinstance(SETTINGS[setting].default, tuple) or setting == "evaluation.metrics" else function
+        )
+        edit(run / "config.json", {setting: value})
+        shutil.copy(run / "config.json", run / "checkpoints" / "1" / "config.json")
+        for mode in ("train", "sample", "edit", "evaluate", "plan"):
+            assert call(f"--workdir={run}", f"--mode={mode}") == 2
+            assert f"({setting}); to allow it, add " in capsys.readouterr().err
+        for mode in ("status", "report"):
+            assert call(f"--workdir={run}", f"--mode={mode}") == 0
+        new = f"--workdir={evil / 'new'}"
+        assert call(f"--pretrained={run}", new) == 2
+        call(f"--pretrained={run}", new, "--config.model.kind=evil2.py:make", "--config.diffusion.path=evil2.py:make")
+        outer = evil / "outer"
+        for group, mode in (("init_from", "sample"), ("sampling.classifier", "sample")):
+            shutil.rmtree(outer, ignore_errors=True)
+            shutil.copytree(run, outer)
+            edit(outer / "config.json", {setting: SETTINGS[setting].default, group: str(run)})
+            shutil.rmtree(outer / "checkpoints") if group == "init_from" else None
+            call(f"--workdir={outer}", f"--mode={mode}")
+        try:
+            pretrained.load(run)
+        except pretrained.PretrainedError as error:
+            assert "imports no code" in str(error) and setting in ("model.kind", "diffusion.path", "diffusion.schedule")
+        assert not (evil / "executed").exists()
+        capsys.readouterr()
+
+
+def test_a_named_function_is_imported_from_the_named_file_only(run, evil, capsys):
+    """A stranger's evil.py is not trusted because one's own file has the same name."""
+    theirs = evil / "theirs"
+    theirs.mkdir()
+    shutil.move(evil / "evil.py", theirs / "evil.py")
+    (evil / "evil.py").write_text("from diffusion_jax import schedules\n\n\ndef make():\n    return schedules.edm()\n")
+    edit(run / "config.json", {"diffusion.path": f"{theirs / 'evil.py'}:make"})
+    shutil.copy(run / "config.json", run / "checkpoints" / "1" / "config.json")
+    with pytest.raises(pretrained.PretrainedError, match=r"--config.diffusion.path=\.\.\. with your copy"):
+        pretrained.load(run, network={"model.kind": "evil.py:make"})
+    net = pretrained.load(run, network={"diffusion.path": "evil.py:make"})
+    assert net.diffusion["path"] == f"{evil / 'evil.py'}:make" and not (theirs / "executed").exists()
+    with pytest.raises(pretrained.PretrainedError, match="NoneType"):
+        pretrained.load(run, network=True)
+    assert (theirs / "executed").exists()
+
+
+def test_a_trusted_file_runs_as_it_is_written(run, evil):
+    """A compiled copy in __pycache__, which users do not read, may differ from the text."""
+    import importlib.util
+    import os
+    import py_compile
+
+    from diffusion_jax.functions import import_function
+
+    path = evil / "net.py"
+    path.write_text("def make(): return 'other'")
+    py_compile.compile(str(path), importlib.util.cache_from_source(str(path)))
+    status = path.stat()
+    path.write_text("def make(): return 'given'")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert import_function(f"{path}:make")() == "given"
+
+
+# ---- Places
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "metrics.jsonl", "samples/images"])
+def test_links_out_of_a_run_are_refused(name, run, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    (run / name).parent.mkdir(exist_ok=True)
+    if name == "checkpoints":
+        shutil.move(run / name, outside)
+    elif name == "metrics.jsonl":
+        outside.write_text("kept")
+    else:
+        outside.mkdir()
+    (run / name).symlink_to(outside)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    for mode in ("train", "sample", "evaluate"):
+        assert call(f"--workdir={run}", f"--mode={mode}") == 2
+        error = capsys.readouterr().err
+        assert f"error: {run / name} is a link out of the run, to {outside}" in error and "--follow_links" in error
+    with pytest.raises(UserError, match="is a link out of the run"):
+        train.run(workdir.load_config(run), run)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    assert call(f"--workdir={run}", "--mode=report") == 0
+    if name == "checkpoints":
+        assert call(f"--workdir={run}", "--mode=sample", "--follow_links") == 0
+
+
+def test_a_report_shows_no_file_of_its_reader(run, tmp_path):
+    from PIL import Image
+
+    from diffusion_jax.report import write_report
+
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "private.png")
+    (tmp_path / "private.jsonl").write_text('{"step": 77, "loss": 1.0}\n')
+    (run / "samples").mkdir()
+    Image.new("RGB", (8, 8), "blue").save(run / "samples" / "own.png")
+    (run / "samples" / "private.png").symlink_to(tmp_path / "private.png")
+    (run / "metrics.jsonl").symlink_to(tmp_path / "private.jsonl")
+    page = write_report(open_run_dir(run, follow_links=True)).read_text()
+    assert page.count("data:image/") == 1 and "private.png is a link out of the run" in page
+    assert "metrics.jsonl could not be read: it is a link out of the run" in page
+
+
+def test_pictures_of_many_pixels_are_left_out(run, monkeypatch):
+    from PIL import Image
+
+    from diffusion_jax.report import write_report
+
+    monkeypatch.setattr("diffusion_jax.report.figures._MAX_PIXELS", 200)
+    (run / "samples").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), "red").save(run / "samples" / f"{i}.png")
+    page = write_report(open_run_dir(run)).read_text()
+    assert page.count("data:image/") == 3 and "it has 64 pixels; the limit is 8" in page
+
+
+def test_a_run_that_is_moved_while_it_trains_stops(tmp_path, monkeypatch):
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 8})
+    save = Checkpoints.save
+
+    def save_and_move(self, step, state):
+        save(self, step, state)
+        self.finish()
+        if step == 4:
+            (tmp_path / "old").rename(tmp_path / "new")
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_move)
+    with pytest.raises(LeaseLostError, match=r"old was moved or deleted .*--workdir=NEW"):
+        train.run(config, tmp_path / "old")
+    assert not (tmp_path / "old").exists()
+    monkeypatch.undo()
+    train.run(config, tmp_path / "new")
+    train.run(config, tmp_path / "straight")
+    for one, two in zip(
+        *(jax_leaves(last_state(config, tmp_path / name)) for name in ("new", "straight")), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+
+
+def jax_leaves(state):
+    import jax
+
+    return jax.tree.leaves(state)
+
+
+# ---- Numbers
+
+
+def test_a_changed_config_is_refused_where_it_decides_numbers(run, capsys):
+    edit(run / "config.json", {"diffusion.beta_end": 0.03})
+    copy = run / "checkpoints" / "1" / "config.json"
+
+    with pytest.raises(CheckpointError, match=rf"config.json was changed after the checkpoint of step 1 .*rm {copy}"):
+        sample.run(workdir.load_config(run), run)
+    with pytest.raises(pretrained.PretrainedError, match="config.json was changed after"):
+        pretrained.load(run)
+    assert call(f"--workdir={run}") == 2
+    assert "diffusion.beta_end" in capsys.readouterr().err
+    shutil.copy(copy, run / "config.json")  # the first command of the message
+    pretrained.load(run)
+    edit(run / "config.json", {"diffusion.beta_end": 0.03})
+    copy.unlink()  # the second
+    assert pretrained.load(run).diffusion["beta_end"] == 0.03
+
+
+def test_another_change_of_a_config_is_a_note(run, capsys):
+    edit(run / "config.json", {"sampling.steps": 3})
+    pretrained.load(run)
+    assert (
+        "Note: " in (out := capsys.readouterr().out) and "config.json was changed after step 1: sampling.steps" in out
+    )
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text())))  # other spaces
+    edit(run / "config.json", {"sampling.steps": 2})
+    pretrained.load(run)
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_a_config_that_was_deleted_is_not_replaced(run, capsys):
+    config = workdir.load_config(run)
+    (run / "config.json").unlink()
+    other = ConfigDict(config.to_dict())
+    other.diffusion.prediction, other.seed = "v", 5
+    with pytest.raises(CheckpointError, match="config.json is missing; to restore it: cp "):
+        train.run(other, run)
+    assert call(f"--workdir={run}", "--mode=sample") == 2
+    assert "config.json is missing; to restore it: cp " in capsys.readouterr().err
+    (run / "checkpoints" / "1" / "config.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints without their config.json"):
+        train.run(other, run)
+
+
+def test_a_changed_scale_of_the_data_is_refused(run):
+    stored = json.loads((run / "data.json").read_text())
+    stored["normalization"]["x"]["offset"][0] += 1
+    (run / "data.json").write_text(json.dumps(stored))
+    with pytest.raises(pretrained.PretrainedError, match=r"data.json was changed after .*normalization.x.offset.*cp "):
+        pretrained.load(run)
+    (run / "data.json").unlink()
+    with pytest.raises(pretrained.PretrainedError, match=r"data.json is missing; to restore it: cp "):
+        pretrained.load(run)
+
+
+def test_checkpoints_of_earlier_versions_have_no_copies(run, capsys):
+    for name in ("config.json", "data.json"):
+        (run / "checkpoints" / "1" / name).unlink()
+    config = workdir.load_config(run)
+    train.run(config, run)
+    assert capsys.readouterr().out.count("has no copies of config.json and data.json") == 1
+    for name in ("config.json", "data.json"):
+        assert (run / "checkpoints" / "4" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_changed_file_of_weights_is_refused(run, tmp_path):
+    path = tmp_path / "net.safetensors"
+    pretrained.save_safetensors(pretrained.load(run), path)
+    pretrained.load(path)
+    content = path.read_bytes()
+    for old, new in ((b'"num_timesteps\\": 1000', b'"num_timesteps\\": 1001'), (content[-8:-4], b"\0\0\0\0")):
+        assert content.count(old) >= 1
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(pretrained.PretrainedError, match="was changed after it was written"):
+            pretrained.load(path)
+
+
+def test_more_samples_than_fit_are_refused(run):
+    config = workdir.load_config(run)
+    config.sampling.num_samples = 10**9
+    with pytest.raises(UserError, match=r"num_samples=1000000000 needs 36 GB on disk and in memory; .* free"):
+        sample.run(config, run)
