@@ -87,6 +87,7 @@ ELSEWHERE = {
     "pretrained/model.py": ("pretrained", "runs/test_path_runs.py", "runs/test_sample.py"),
     "training/from_config.py": ("training", "runs/test_path_runs.py"),
     "types.py": ("test_types.py",),
+    "untrusted.py": ("test_untrusted.py", "runs/test_strangers.py"),
 }
 
 

@@ -199,8 +199,8 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
 
 def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
     """Opens the work directory. Raises: UserError if the path cannot be a work directory."""
-    # Reports leave out files that links lead to.
-    opened = open_run_dir(workdir, read_only=mode == "status", follow_links=follow_links or mode == "report")
+    # A report leaves out what links lead to.
+    opened = open_run_dir(workdir, mode == "status", follow_links=follow_links or mode in ("plan", "report"))
     if isinstance(opened, BucketRunDir):
         return opened
     path = opened.path

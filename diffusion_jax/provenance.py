@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +52,7 @@ class Provenance:
     def read(cls, path: pathlib.Path) -> Provenance | None:
         """Reads the record from an .npz; None for a file without a record, or a file that cannot be read."""
         try:
-            with open_npz(path) as arrays:
+            with open_npz(path, limit=math.inf) as arrays:
                 return cls(**parse_json(str(arrays[_ARRAY])))
         except (OSError, ValueError, TypeError):
             return None

@@ -26,9 +26,11 @@ from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_url
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
-from diffusion_jax.untrusted import find_links, open_npz
+from diffusion_jax.untrusted import leads_out, open_npz
 
-__all__ = ["BucketRunDir", "ChunkStore", "RunDir", "committed_steps", "open_run_dir"]
+__all__ = ["BucketRunDir", "ChunkStore", "RunDir", "committed_steps", "find_links", "open_run_dir"]
+
+_FOLDERS = ("checkpoints", "images", "metrics", "plugins", "samples", ".likelihood")  # of this package; W&B has its own
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
@@ -110,9 +112,15 @@ class RunDir(os.PathLike):
             lock.release()
 
     def check_locks(self) -> None:
-        """Raises LeaseLostError if a lock was lost: another launch has taken it over, or the directory was moved."""
+        """Raises LeaseLostError if another launch has taken over a lock. Process 0 calls this before it commits a step."""
         for lock in self._locks:
             lock.check()
+
+    def check_place(self) -> None:
+        """Raises LeaseLostError if a local directory was moved: writing to its path would start another run."""
+        for lock in self._locks:
+            if isinstance(lock, FileLock):
+                lock.check()
 
     def find_holder(self) -> str | None:
         """Returns the process that holds the directory's lock, such as "process 1 of HOST"; None if the lock is free."""
@@ -231,10 +239,19 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
     run = RunDir(text)
     if not (read_only or follow_links) and (links := find_links(run)):
         raise UserError(
-            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, and this command would write and delete "
-            "files there; remove the link, or add --follow_links if you made it"
+            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, where files would be written or "
+            "deleted; remove the link, or to use your own link, add --follow_links (in Python open_run_dir(DIR, "
+            "follow_links=True))"
         )
     return run
+
+
+def find_links(directory: RunDir) -> list[pathlib.Path]:
+    """Lists links out of a local run: files, and the folders of this package with all that is below them."""
+    own = [path for path in directory.path.glob("*") if path.name.startswith(_FOLDERS) or not path.is_dir()]
+    walks = [walk for path in own if path.is_dir() for walk in os.walk(path)]
+    below = [pathlib.Path(place, name) for place, folders, files in walks for name in folders + files]
+    return sorted(path for path in own + below if path.is_symlink() and leads_out(path, directory))
 
 
 class ChunkStore:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import lzma
 import math
 import os
 import pathlib
+import re
 import stat
 import zipfile
 import zlib
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_regular",
-    "find_links",
     "leads_out",
     "open_npz",
     "parse_json",
@@ -33,7 +34,7 @@ __all__ = [
     "read_json",
 ]
 
-JSON_BYTES = 64 * 2**20
+JSON_BYTES = 16 * 2**20
 JSON_DEPTH = 50
 NPZ_BYTES = 16 * 2**30  # of all arrays in one file, decompressed
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's other decoders start programs or are rarely tested
@@ -46,40 +47,31 @@ def check_regular(path: str | os.PathLike) -> None:
         raise ValueError(f"{path} is not a regular file")
 
 
-def find_links(directory: str | os.PathLike) -> list[pathlib.Path]:
-    """Lists the links in a directory, and in its folders, that lead out of the directory."""
-    paths = (pathlib.Path(place, name) for place, folders, files in os.walk(directory) for name in folders + files)
-    return sorted(path for path in paths if leads_out(path, directory))
-
-
 def leads_out(path: pathlib.Path, directory: str | os.PathLike) -> bool:
-    """Whether a path is a link that leads out of a directory."""
-    return path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+    """Whether a path in a directory is a link, or is in a linked folder, that leads out of the directory."""
+    return not pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
-def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """Reads a JSON file whose value has the type `kind`. Raises: ValueError, OSError."""
+def read_json(path: str | os.PathLike, kind: type = dict, limit: int = JSON_BYTES) -> Any:
+    """Reads a JSON file whose value has the type `kind`. limit: bytes. Raises: ValueError, OSError."""
     check_regular(path)
-    if (size := os.stat(path).st_size) > JSON_BYTES:
-        raise ValueError(f"it has {size:,} bytes; the limit is {JSON_BYTES:,}")
+    if (size := os.stat(path).st_size) > limit:
+        raise ValueError(f"it has {size:,} bytes; the limit is {limit:,}")
     return parse_json(pathlib.Path(path).read_text(encoding="utf-8"), kind)
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
     """Parses JSON whose value has the type `kind`. Raises: ValueError."""
-    with contextlib.suppress(RecursionError):
-        value = json.loads(text)
-        if not isinstance(value, kind):
-            raise ValueError(f"it is not a JSON {'object' if kind is dict else 'list'}")
-        level = [value]
-        for _ in range(JSON_DEPTH):
-            if not level:
-                return value
-            lists = (
-                each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
-            )
-            level = [child for children in lists for child in children]
-    raise ValueError(f"its brackets are nested more than {JSON_DEPTH} deep")
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(depth, deepest)
+    if deepest > JSON_DEPTH:
+        raise ValueError(f"its brackets are nested more than {JSON_DEPTH} deep")
+    value = json.loads(text)
+    if not isinstance(value, kind):
+        raise ValueError(f"it is not a JSON {'object' if kind is dict else 'list'}")
+    return value
 
 
 def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -87,10 +79,13 @@ def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dt
 
     Raises: ValueError, also for an array of Python objects and for a shape of more values than the file has.
     """
-    version = np.lib.format.read_magic(cast(Any, file))
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(cast(Any, file))
-    if dtype.hasobject:
+    try:
+        version = np.lib.format.read_magic(cast(Any, file))
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(cast(Any, file))
+    except Exception as error:  # NumPy parses the header as Python, with any error of the tokenizer
+        raise ValueError(f"not an array of NumPy ({error})") from error
+    if dtype.hasobject or not dtype.itemsize:
         raise ValueError("arrays of Python objects are not read")
     if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > num_bytes:
         raise ValueError(f"an array {list(shape)} of {dtype} does not fit into {num_bytes:,} bytes")
@@ -98,7 +93,7 @@ def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dt
 
 
 @contextlib.contextmanager
-def open_npz(path: str | os.PathLike, limit: int = NPZ_BYTES) -> Iterator[Any]:
+def open_npz(path: str | os.PathLike, limit: float = NPZ_BYTES) -> Iterator[Any]:
     """Opens the arrays of an .npz by name. limit: bytes of all arrays. Raises: ValueError, also while reading; OSError."""
     check_regular(path)
     try:
@@ -112,13 +107,16 @@ def open_npz(path: str | os.PathLike, limit: int = NPZ_BYTES) -> Iterator[Any]:
             yield arrays
     except KeyError as error:
         raise ValueError(str(error.args[0])) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, MemoryError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, MemoryError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def read_image(source: pathlib.Path | io.BytesIO, max_pixels: int = IMAGE_PIXELS) -> Image.Image:
-    """Decodes a PNG, JPEG, WebP or BMP; of an animation, the first frame. Raises: ValueError, OSError."""
-    from PIL import Image, UnidentifiedImageError  # not installed with the core
+def read_image(source: pathlib.Path | io.BytesIO, max_pixels: int = IMAGE_PIXELS, upright: bool = False) -> Image.Image:
+    """Decodes a PNG, JPEG, WebP or BMP; of an animation, the first frame. upright: turned as EXIF says.
+
+    Raises: ValueError, OSError.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError  # not installed with the core
 
     if isinstance(source, pathlib.Path):
         check_regular(source)
@@ -127,8 +125,10 @@ def read_image(source: pathlib.Path | io.BytesIO, max_pixels: int = IMAGE_PIXELS
             if image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width * image.height:,} pixels; the limit is {max_pixels:,}")
             image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             return image
     except UnidentifiedImageError as error:
-        raise ValueError("not an image, or corrupted") from error
+        raise ValueError("not a PNG, JPEG, WebP or BMP image, or corrupted") from error
     except (SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, zlib.error) as error:
         raise ValueError(str(error) or type(error).__name__) from error

@@ -127,7 +127,7 @@ class Folder(EncodedImages):
         self._outside = outside if len(outside) < len(files) else []
         self._files = [str(p) for p in files]
         if image_size is None:
-            width, height = ImageOps.exif_transpose(read_image(root / files[0])).size
+            width, height = read_image(root / files[0], upright=True).size
             image_size = height, width
         self._size = image_size
         self._transparent: set[str] = set()
@@ -177,12 +177,11 @@ class Folder(EncodedImages):
         return batch
 
     def _read_image(self, file: str) -> np.ndarray:
-        image = read_image(self._root / file)
+        image = read_image(self._root / file, upright=True)
         if image.has_transparency_data:
             self._transparent.add(file)
         if getattr(image, "is_animated", False):
             self._animated.add(file)
-        image = ImageOps.exif_transpose(image)
         if not self._resizes and image.size != self._size[::-1]:
             raise DataError(
                 f"{self._root / file} is {image.size[0]}x{image.size[1]}, but the first image is "

@@ -116,11 +116,11 @@ def find_files(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
 
     Links out of the folder are not files of the data set.
     """
-    found = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-    found = sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
-    files = [path for path in found if not leads_out(root / path, root)]
-    num_links = len(found) - len(files)
-    return files, [f"Skipped {num_links:,} links out of the folder; copy the files to use them."] * bool(num_links)
+    found = list(root.rglob("*"))
+    links = {path for path in found if path.is_symlink() and leads_out(path, root)}
+    files = [path.relative_to(root) for path in found if path not in links and path.is_file()]
+    files = sorted(path for path in files if not any(part.startswith(".") for part in path.parts))
+    return files, [f"Skipped {len(links):,} links out of the folder; copy the files to use them."] * bool(links)
 
 
 def classes_of_files(files: Sequence[pathlib.Path]) -> tuple[tuple[str, ...], np.ndarray | None]:

@@ -23,7 +23,7 @@ from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.files import with_urls
 from diffusion_jax.storage.downloads import cached_files, local_path
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
-from diffusion_jax.untrusted import read_image, read_json
+from diffusion_jax.untrusted import read_image
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
@@ -46,7 +46,7 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
         )
     import tensorflow_datasets as tfds  # takes half a second, and only this source needs it
 
-    _check_features(pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser() / name.split("/")[0].split(":")[0])
+    _refuse_imports(tfds.features.FeatureConnector)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
@@ -62,29 +62,20 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
     return builder
 
 
-def _check_features(directory: pathlib.Path) -> None:
-    """Raises: DataError for a data set with types of features that are not TFDS's own, because TFDS would import them."""
-    for path in directory.rglob("features.json"):
-        try:
-            level: list[Any] = [read_json(path)]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        while level:
-            objects = [each for each in level if isinstance(each, dict)]
-            for value in (
-                each.get(key) for each in objects for key in ("pythonClassName", "python_class_name", "type")
-            ):
-                if isinstance(value, str) and "." in value and not value.startswith("tensorflow_datasets."):
-                    raise DataError(
-                        f"{path} names the type {value}, whose module TFDS would import; to allow it, read the data set in a "
-                        "function of your own, data.dataset=FILE.py:function"
-                    )
-            level = [
-                child
-                for each in level
-                for child in (each.values() if isinstance(each, dict) else each)
-                if isinstance(child, dict | list)
-            ]
+@functools.cache
+def _refuse_imports(base: Any) -> None:
+    """Makes TFDS refuse the types of features that features.json names, unless they are TFDS's own or already imported."""
+    find = base.cls_from_name.__func__
+
+    def find_type(cls, name: str) -> Any:
+        if not name.startswith("tensorflow_datasets.") and name not in cls._registered_features:
+            raise DataError(
+                f"features.json names the type {name}, whose module would be imported; to allow this, import the module in a "
+                "function of your own, data.dataset=FILE.py:function"
+            )
+        return find(cls, name)
+
+    base.cls_from_name = classmethod(find_type)
 
 
 def local_data_dir(name: str, data_dir: str | None, suffixes: tuple[str, ...] = ("",)) -> str | None:

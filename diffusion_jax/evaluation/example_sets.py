@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -148,10 +149,10 @@ def _open_file(path: pathlib.Path) -> data.Source:
 
 def _read_statistics(path: pathlib.Path) -> tuple[SetFeatures | None, bool]:
     """Reads (statistics of an .npz or None, whether the .npz contains examples)."""
-    if not zipfile.is_zipfile(path):
+    if not (path.is_file() and zipfile.is_zipfile(path)):
         return None, True
     try:
-        with open_npz(path) as arrays:
+        with open_npz(path, limit=math.inf) as arrays:
             pairs = [
                 (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
                 for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))

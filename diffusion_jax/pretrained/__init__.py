@@ -140,6 +140,10 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
     if tensors is None and is_workdir(path):
         config, workdir = resolve(parameters.read_json(path / "config.json")), open_run_dir(path, read_only=True)
         checkpoints.check_run_files(workdir)
+        if callable(network) and _starts_from_other_weights(config, workdir):
+            raise PretrainedError(
+                f"{path} has no weights of its own; load those that it starts from: {config['init_from']}"
+            )
         config, function = _trusted_functions(path, config, network)
         net = describe_run(config, workdir, network=function)
         return load_weights(net, config, workdir, ema) if with_params else net
@@ -334,8 +338,13 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
     tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(stored)
-    parameters.save_tensors(
-        tensors, path, {_METADATA_KEY: text, _DIGEST_KEY: settings_digest(text, params_digest(tensors))}
+    parameters.save_tensors(tensors, path, {_METADATA_KEY: text, _DIGEST_KEY: _digest(text, tensors)})
+
+
+def _digest(text: str, tensors: Mapping[str, Any]) -> str:
+    """Returns the hash of a file's description and tensors, which `load` converts to float32."""
+    return settings_digest(
+        text, params_digest({name: np.asarray(value, np.float32) for name, value in tensors.items()})
     )
 
 
@@ -369,7 +378,7 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, 
         return net
     net = net.read_params(path, tensors, lambda path, model: ".".join(path), parameters.keep_layout)
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
-    if digest is not None and digest != settings_digest(text, params_digest(flat)):
+    if digest is not None and digest != _digest(text, flat):
         raise PretrainedError(f"{path} was changed after it was written: its digest differs; get the file again")
     return net
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,6 @@ import numpy as np
 
 from diffusion_jax import untrusted
 from diffusion_jax.errors import PretrainedError, list_names
-from diffusion_jax.files import atomic_write
 from diffusion_jax.training.state import Network, abstract_params
 
 __all__ = [
@@ -124,11 +125,12 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
 def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file completely or not at all. Raises: PretrainedError, OSError."""
     from safetensors import SafetensorError
-    from safetensors.numpy import save
+    from safetensors.numpy import save_file
 
     try:
-        with atomic_write(path) as file:
-            file.write(save(dict(tensors), dict(metadata)))
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # safetensors would follow a link
+            save_file(dict(tensors), f"{folder}/{path.name}", dict(metadata))
+            os.replace(f"{folder}/{path.name}", path)
     except SafetensorError as error:
         raise PretrainedError(f"{path} cannot be written: {error}") from None
 

@@ -29,7 +29,7 @@ def write_report(workdir: RunDir | str | os.PathLike, config: ConfigDict | None 
 
     config: used if the directory stores no config. Raises: OSError if the file cannot be written.
     """
-    workdir = open_run_dir(workdir)
+    workdir = open_run_dir(workdir, follow_links=True)
     page, path = run_page(collect(workdir, config)), workdir / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

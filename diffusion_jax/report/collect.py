@@ -17,12 +17,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configs
-from diffusion_jax.errors import DiffusionJaxError, shorten
+from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
 from diffusion_jax.metrics import format_value, reported_values
 from diffusion_jax.provenance import Provenance
-from diffusion_jax.run_dir import RunDir
+from diffusion_jax.run_dir import RunDir, find_links
 from diffusion_jax.runs import status
 from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
@@ -61,10 +61,8 @@ class RunFiles:
     notes: list[str]
 
     def own_files(self, paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-        """Returns the paths without links out of the run, which become notes: a page does not show files of its reader."""
-        found = {path: leads_out(path, self.directory) for path in paths}
-        self.notes.extend(f"{path.name} is a link out of the run, and is left out" for path in found if found[path])
-        return [path for path in found if not found[path]]
+        """Returns the paths without links out of the run: a page does not show files of its reader."""
+        return [path for path in paths if not leads_out(path, self.directory)]
 
     def measurements(self) -> list[_Record]:
         """Returns the records of metrics.json, then the bits per dimension from likelihood.json as another record."""
@@ -75,28 +73,31 @@ class RunFiles:
 
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
     """Reads a work directory without its large files. config: used if the directory stores no config."""
-    notes: list[str] = []
+    links = {path.relative_to(workdir.path).as_posix() for path in find_links(workdir)}
+    notes = [f"Left out, because they are links out of the run: {list_names(sorted(links), 5)}"] * bool(links)
     workdir.fetch(workdir / "samples")
 
-    def read(what: str, function: Callable[[], Any], otherwise: Any) -> Any:
+    def read(what: str, function: Callable[[], Any], otherwise: Any, files: Sequence[str] = ()) -> Any:
+        if links.intersection(files or [what]):
+            return otherwise
         try:
-            if leads_out(workdir / what, workdir):
-                raise ValueError("it is a link out of the run")
             return function()
-        except (DiffusionJaxError, OSError, ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # a stranger's file may hold any values
             notes.append(f"{what} could not be read: {shorten(with_urls(' '.join(str(error).split())), 300)}")
             return otherwise
 
     config = read("config.json", lambda: load_config(workdir), None) or config
-    lines = read("metrics.jsonl", lambda: read_metrics(workdir), [])
-    state = {} if config is None else read("The status", lambda: status.describe(config, workdir, lines), {})
+    lines = read("The log", lambda: read_metrics(workdir), [], ("metrics.jsonl", "metrics"))
+    launches = read("goodput.json", lambda: read_launches(workdir), [])
+    files = ("config.json", "goodput.json", "metrics.jsonl", "metrics", "checkpoints")
+    state = {} if config is None else read("The status", lambda: status.describe(config, workdir, lines), {}, files)
     return RunFiles(
         directory=workdir.path,
         name=workdir.path.absolute().name,
         config=config,
         status=state,
         lines=lines,
-        launches=read_launches(workdir),
+        launches=launches,
         data=read("data.json", lambda: _read_object(workdir / "data.json"), {}),
         records=read("metrics.json", lambda: read_records(workdir / "metrics.json"), []),
         likelihood=read("likelihood.json", lambda: _read_object(workdir / "likelihood.json"), {}),

@@ -9,7 +9,6 @@ import base64
 import io
 import math
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +128,7 @@ _MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
 _SMALL = 20_000  # bytes; smaller pictures are not compressed
 _MAX_PIXELS = 100_000_000  # of all pictures in a section, before they are made smaller
 _MAX_TRAJECTORY = 2**30  # bytes
-_READ_ERRORS = (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)  # Pillow raises SyntaxError
+_READ_ERRORS = (OSError, ValueError)
 
 
 class Picture(NamedTuple):

@@ -38,7 +38,7 @@ def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pa
 
 def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
     """Returns the card as Markdown that begins with metadata."""
-    run = None if workdir is None else collect(open_run_dir(workdir))
+    run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
     is_file = to.suffix == ".safetensors"
     metadata: dict[str, Any] = {
         "library_name": "diffusion_jax" if is_file else "diffusers",

@@ -10,12 +10,13 @@ import html
 import importlib.resources
 import json
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import flatten
 from diffusion_jax.console import format_duration
+from diffusion_jax.errors import shorten
 from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.metrics import MEANINGS, find_meaning, format_value, heading
 from diffusion_jax.provenance import Provenance
@@ -112,18 +113,24 @@ _LIKELIHOOD_TERMS = (
 def run_page(run: RunFiles) -> str:
     """Returns the page of one run."""
     training, denoising, others = (Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.45))
-    sections = [
-        _curves(run),
-        _frames("training-samples", "Samples during training", figures.training_samples(run, training), -1),
-        _frames("denoising", "Denoising, step by step", figures.denoising(run, denoising), 0),
-        _likelihood(run),
-        _metrics({run.name: run}),
-        _pictures(run, others),
-        _launches(run),
-        _config(run),
-        _environment(run),
-        _command(run),
+    makers: list[Callable[[], Section | None]] = [
+        lambda: _curves(run),
+        lambda: _frames("training-samples", "Samples during training", figures.training_samples(run, training), -1),
+        lambda: _frames("denoising", "Denoising, step by step", figures.denoising(run, denoising), 0),
+        lambda: _likelihood(run),
+        lambda: _metrics({run.name: run}),
+        lambda: _pictures(run, others),
+        lambda: _launches(run),
+        lambda: _config(run),
+        lambda: _environment(run),
+        lambda: _command(run),
     ]
+    sections = []
+    for make in makers:
+        try:
+            sections.append(make())
+        except Exception as error:  # a stranger's file may hold any values
+            run.notes.append(f"A section is left out, because a file holds invalid values ({shorten(str(error), 200)})")
     status = [(name, value) for name, value in run.status.items() if name != "directory"]
     head = definitions(status)
     if not status:

@@ -44,7 +44,7 @@ from diffusion_jax.functions import find_function
 from diffusion_jax.run_dir import BucketRunDir, RunDir
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import EVENTS, local_path
-from diffusion_jax.untrusted import parse_json, read_json
+from diffusion_jax.untrusted import check_regular, parse_json, read_json
 
 __all__ = [
     "PARTS",
@@ -97,11 +97,12 @@ def _files(workdir: RunDir | pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    check_regular(path)
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             line = parse_json(text)
-            if isinstance(line.get("step"), int):
+            if isinstance(line.get("step"), int) and abs(line["step"]) < 2**53:
                 lines.append(line)
     return lines
 
@@ -127,7 +128,7 @@ class RunMetrics:
         with self._write_errors():
             for path in _files(workdir):
                 text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
-                if text != path.read_text():
+                if text.encode() != path.read_bytes():
                     write_text(path, text)
                     workdir.upload(path)
         self._writers = _Writers(config, dict.fromkeys(config.logging.writers, workdir), step)
@@ -519,7 +520,7 @@ def _is_launch(value: Any) -> bool:
     if not isinstance(seconds, dict):
         return False
     numbers = [*map(value.get, ("start", "end", "first_step", "last_step")), *map(seconds.get, PARTS)]
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return all(isinstance(number, int | float) and abs(number) < 2**53 for number in numbers)
 
 
 def _goodput(launches: list[dict[str, Any]]) -> Goodput:

@@ -72,7 +72,7 @@ def _write_images(file: SampleFile) -> None:
     """Writes each image as a PNG in images/<name of the .npz>/, which reports do not read."""
     folder = file.workdir / "images" / file.path.stem
     folder.mkdir(parents=True, exist_ok=True)
-    with open_npz(file.path) as arrays:
+    with open_npz(file.path, limit=math.inf) as arrays:
         images = arrays["arr_0"]
     paths = [folder / f"{i:05d}.png" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
@@ -119,10 +119,10 @@ class SampleFile:
 
         reuse: if the file already holds samples with these settings, do nothing.
         """
-        broadcast_from_process_0(self._check_space)
         reason = broadcast_from_process_0(self._find_difference)
         if reuse and reason is None:
             return
+        broadcast_from_process_0(self._check_space)
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
         options, noun = self.config.sampling, data.noun(self.config.data)
@@ -155,16 +155,16 @@ class SampleFile:
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
     def _check_space(self) -> None:
-        """Raises: UserError if the samples do not fit on disk or in memory, where up to three copies are needed."""
+        """Raises: UserError if the samples do not fit on disk or in memory, each twice while a file is written."""
         count, shape = self.config.sampling.num_samples, self.setup.net.example_shape
-        needed = 3 * count * math.prod(shape) * (1 if self.setup.net.is_images else 4)
+        needed = 2 * count * math.prod(shape) * (1 if self.setup.net.is_images else 4)
         free = shutil.disk_usage(self.workdir).free
         # Windows has no sysconf.
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else free
-        if needed > min(free, memory):
+        if needed > min(free, 0.8 * memory):
             raise UserError(
-                f"sampling.num_samples={count} needs {needed / 1e9:,.0f} GB on disk and in memory; {self.workdir} has "
-                f"{free / 1e9:,.0f} GB free, and this machine {memory / 1e9:,.0f} GB of memory; draw fewer at once, each "
+                f"sampling.num_samples={count} needs {needed / 1e9:,.1f} GB on disk and in memory; {self.workdir} has "
+                f"{free / 1e9:,.1f} GB free, and this machine {memory / 1e9:,.1f} GB of memory; draw fewer at once, each "
                 "time with another sampling.seed"
             )
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.console import format_duration
+from diffusion_jax.errors import UserError
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
@@ -30,7 +31,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
 def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
     """Returns a work directory's state as lines of text."""
     workdir = open_run_dir(workdir, read_only=True)
-    rows = describe(config, workdir, read_metrics(workdir))
+    try:
+        rows = describe(config, workdir, read_metrics(workdir))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"a log in {workdir} holds invalid values ({error}); --mode=report shows the other files"
+        ) from error
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 

@@ -228,12 +228,12 @@ def _train(
             with launch.measure("input"):
                 batch, count = loader.next(step)
             in_flight.wait()
+            workdir.check_place()
             if num_calls == 1:  # before the first call, there is nothing to save, and a signal ends the program at once
                 stack.enter_context(signals.HANDLER.saving())
 
             if is_due(options.log_every):
                 in_flight.drain()
-                workdir.check_locks()
                 means = training.mean_metrics(_check_finite(state, checkpoints))
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
@@ -244,7 +244,6 @@ def _train(
             watchdog.record_step()
             state = _empty_averages_if_due(config, program, state, step)
             with launch.measure("output"):
-                workdir.check_locks()
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
                 launch.record(in_flight.finished)

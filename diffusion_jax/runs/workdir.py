@@ -20,7 +20,7 @@ from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.data.sources import read_block_lengths
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, shorten
+from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, list_names, shorten
 from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
@@ -126,8 +126,10 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     if old == new:
         return
     difference = "other values or labels"
-    if old["classes"] != names:
-        difference = f"classes {', '.join(old['classes'])} then, {', '.join(names)} now"
+    if old.get("classes") != names:
+        difference = (
+            f"classes {list_names(old.get('classes') or ['none'], 8)} then, {list_names(names or ['none'], 8)} now"
+        )
     if old.get("blocks") != new.get("blocks"):
         orders = [
             f"shuffled in {each['blocks']} files" if "blocks" in each else "shuffled as a whole" for each in (old, new)
@@ -137,7 +139,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     if normalizations:  # which data.json stores, and the weights need
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
     raise UserError(
-        f"the data differ from the training data of {workdir} ({old['images']:,} examples then, {len(source):,} now, "
+        f"the data differ from the training data of {workdir} ({old.get('images')} examples then, {len(source)} now, "
         f"{shorten(difference, 300)}): restore the training data, use another --workdir, or {advice}"
     )
 

@@ -57,7 +57,7 @@ class FileLock:
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._lock = filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
-        self._directory: os.stat_result | None = None  # of the file, when the lock was acquired
+        self._text = ""  # in the file, after this process has acquired the lock
 
     def find_holder(self) -> str | None:
         """Returns the holder, such as "process 1 of HOST", or None. Changes nothing."""
@@ -77,7 +77,6 @@ class FileLock:
         Returns: None, or the holder if another process keeps the lock. If the file system has no locks, logs a note and
         returns None.
         """
-        self._directory = self._path.parent.stat()
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
                 return self._read_holder()
@@ -85,19 +84,24 @@ class FileLock:
             directory = self._path.parent
             print(f"Note: {directory} does not support locks ({error}): a second launch is not refused.", flush=True)
             return None
-        self._path.write_text(_this_process())
+        self._text = _this_process()
+        self._path.write_text(self._text)
         return None
 
     def check(self) -> None:
         """Raises LeaseLostError if the directory was moved: files that are written by its path would start another run."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._directory is None or os.path.samestat(self._directory, self._path.parent.stat()):
-                return
-        raise LeaseLostError(
-            f"{self._path.parent} was moved or deleted while this program wrote to it, so it stops; rerun the command with "
-            "--workdir=NEW, the new place of the directory, to resume from the newest checkpoint",
-            exit_code=1,
-        )
+        try:
+            is_lost = bool(self._text) and self._path.read_text() != self._text
+        except FileNotFoundError:
+            is_lost = True
+        except OSError:  # a network file system that does not answer now
+            is_lost = False
+        if is_lost:
+            raise LeaseLostError(
+                f"{self._path.parent} was moved or deleted while this program wrote to it, so it stops; rerun the command "
+                "with --workdir=NEW, the new place of the directory, to resume from the newest checkpoint",
+                exit_code=1,
+            )
 
     def release(self) -> None:
         """Releases the lock; does nothing in a process that does not hold it."""

@@ -340,7 +340,9 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
-    part.parent.mkdir(exist_ok=True)  # without parents, which are missing if the run was moved
+    # Without parents, which are missing if the run was moved. Other processes may have no directory of checkpoints.
+    is_first = jax.process_index() == 0
+    part.parent.mkdir(parents=isinstance(run_dir, BucketRunDir) or not is_first, exist_ok=True)
     if size > shutil.disk_usage(part.parent).free:  # on a full disk, tensorstore prints a traceback for every array
         raise OSError(errno.ENOSPC, "No space left on device")
     # With several processes, Orbax rejects JAX arrays on the devices of only one process.
@@ -348,7 +350,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     if not jax.tree.leaves(items):
         return {}
     is_split = any(isinstance(array, jax.Array) for array in jax.tree.leaves(items))
-    is_first, options = jax.process_index() == 0, own_options()
+    options = own_options()
     types = ocp.type_handlers
     registry = types.create_type_handler_registry(
         (np.ndarray, types.NumpyHandler()),
@@ -386,7 +388,9 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
 
 
 def digest(path: pathlib.Path) -> tuple[int, str]:
-    """Returns (bytes, SHA-256) of a file."""
+    """Returns (bytes, SHA-256) of a file. Raises: OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -434,26 +438,29 @@ def check_run_files(workdir: RunDir) -> None:
     if not any(copy.exists() for copy in paths.values()):
         log(f"Note: {newest} has no copies of {' and '.join(_RUN_FILES)} to find changes; the next checkpoint has.")
     for path, copy in paths.items():
-        if not copy.exists() or (path.exists() and path.read_bytes() == copy.read_bytes()):
+        if not copy.exists():
             continue
-        advice = f"to restore it: cp {copy} {path}" + f"; to go on without it: rm {copy}" * (path.name != "config.json")
         if not path.exists():
-            raise CheckpointError(f"{path} is missing; {advice}")
-        try:
-            old, new = read_json(copy), read_json(path)
-            all_changes = list_differences(flatten(old), flatten(new))
-            if path.name == "config.json":
-                old, new = (identity_settings(resolve(config)) for config in (old, new))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} or {copy} cannot be read ({error}); {advice}") from error
+            otherwise = f"; to go on without it: rm {copy}" * (path.name != "config.json")
+            raise CheckpointError(f"{path} is missing; to restore it: cp {copy} {path}{otherwise}")
+        stored = []
+        for file, advice in ((copy, f"remove it: rm {copy}"), (path, f"restore it: cp {copy} {path}")):
+            try:
+                stored.append(read_json(file))
+                resolve(stored[-1]) if path.name == "config.json" else None
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); {advice}") from error
+        old, new = stored
+        changes = shorten("; ".join(list_differences(flatten(old), flatten(new))), 300)
+        if path.name == "config.json":
+            old, new = (identity_settings(resolve(config)) for config in stored)
         if old != new:
-            changes = list_differences(flatten(old), flatten(new))
             raise CheckpointError(
-                f"{path} was changed after the checkpoint of step {steps[-1]} ({shorten('; '.join(changes), 300)}); to undo "
-                f"this: cp {copy} {path}; to keep it: rm {copy}"
+                f"{path} was changed after the checkpoint of step {steps[-1]} ({changes}); to undo this: cp {copy} {path}; "
+                f"to keep it: rm {copy}"
             )
-        if all_changes:
-            log(f"Note: {path} was changed after step {steps[-1]}: {shorten('; '.join(all_changes), 300)}.")
+        if changes:
+            log(f"Note: {path} was changed after step {steps[-1]}: {changes}.")
 
 
 def write_manifest(directory: pathlib.Path, table: Table) -> None:
@@ -467,7 +474,7 @@ def write_manifest(directory: pathlib.Path, table: Table) -> None:
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
     """Returns a phrase about the first damaged file of `items`; None if all files are intact."""
     try:
-        table = read_json(directory / MANIFEST)
+        table = read_json(directory / MANIFEST, limit=2**28)
         listed = {name: (size, value) for name, (size, value) in table.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}"

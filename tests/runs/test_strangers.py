@@ -14,6 +14,7 @@ from diffusion_jax.config import SETTINGS
 from diffusion_jax.errors import CheckpointError, LeaseLostError, UserError
 from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.runs import sample, train, workdir
+from diffusion_jax.runs.logging import PARTS
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.array_configs import array_config, write_arrays
 from helpers.work_directories import last_state, untrained
@@ -192,13 +193,22 @@ def test_a_report_shows_no_file_of_its_reader(run, tmp_path):
 
     Image.new("RGB", (8, 8), "red").save(tmp_path / "private.png")
     (tmp_path / "private.jsonl").write_text('{"step": 77, "loss": 1.0}\n')
+    launch = {"start": 1, "end": 2, "first_step": 0, "last_step": 1, "stopped_by": "private words"}
+    (tmp_path / "private.json").write_text(json.dumps([launch | {"seconds": dict.fromkeys(PARTS, 1.0)}]))
+    (run / "goodput.json").symlink_to(tmp_path / "private.json")
     (run / "samples").mkdir()
     Image.new("RGB", (8, 8), "blue").save(run / "samples" / "own.png")
     (run / "samples" / "private.png").symlink_to(tmp_path / "private.png")
     (run / "metrics.jsonl").symlink_to(tmp_path / "private.jsonl")
     page = write_report(open_run_dir(run, follow_links=True)).read_text()
-    assert page.count("data:image/") == 1 and "private.png is a link out of the run" in page
-    assert "metrics.jsonl could not be read: it is a link out of the run" in page
+    assert page.count("data:image/") == 1
+    assert "Left out, because they are links out of the run: goodput.json, metrics.jsonl, samples/private.png" in page
+    assert "private words" not in page and "77" not in page
+    shutil.rmtree(run / "samples")
+    (tmp_path / "pictures").mkdir()
+    shutil.move(tmp_path / "private.png", tmp_path / "pictures" / "private.png")
+    (run / "samples").symlink_to(tmp_path / "pictures")
+    assert "data:image/" not in write_report(run).read_text()
 
 
 def test_pictures_of_many_pixels_are_left_out(run, monkeypatch):
@@ -325,5 +335,43 @@ def test_a_changed_file_of_weights_is_refused(run, tmp_path):
 def test_more_samples_than_fit_are_refused(run):
     config = workdir.load_config(run)
     config.sampling.num_samples = 10**9
-    with pytest.raises(UserError, match=r"num_samples=1000000000 needs 36 GB on disk and in memory; .* free"):
+    with pytest.raises(UserError, match=r"num_samples=1000000000 needs 24.0 GB on disk and in memory; .* free"):
         sample.run(config, run)
+
+
+def test_files_with_values_of_another_kind_are_notes(run, capsys):
+    """In a report; --mode=status has one line."""
+    edit(run / "data.json", {"images": "x"})
+    for lines in (
+        [{"step": 10**400, "loss": 1.0}],
+        [{"step": 1, "loss": [1]}],
+        [{"step": 1, "step_seconds": 0}],
+        ["x"],
+    ):
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert call(f"--workdir={run}", "--mode=report") == 0
+        assert call(f"--workdir={run}", "--mode=status") in (0, 2)
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe{")
+    times = dict.fromkeys(PARTS, 1.0)
+    for launch in ({}, {"end": 10**400}, {"seconds": times}, {"seconds": times, "start": 0, "end": 1e300}, 3):
+        (run / "goodput.json").write_text(json.dumps([launch]))
+        assert call(f"--workdir={run}", "--mode=report") == call(f"--workdir={run}", "--mode=status") == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_damaged_copy_is_not_restored(run):
+    copy = run / "checkpoints" / "1" / "config.json"
+    copy.write_text("{")
+    with pytest.raises(pretrained.PretrainedError, match=rf"{copy} cannot be read .*; remove it: rm {copy}$"):
+        pretrained.load(run)
+
+
+def test_a_run_without_weights_of_its_own_imports_no_other_network(run, evil):
+    inner = evil / "inner"
+    shutil.copytree(run, inner)
+    edit(run / "config.json", {"init_from": str(inner), "model.kind": f"{evil / 'evil.py'}:make"})
+    edit(inner / "config.json", {"model.kind": f"{evil / 'evil.py'}:make"})
+    shutil.rmtree(run / "checkpoints" / "1")
+    with pytest.raises(pretrained.PretrainedError, match="has no weights of its own"):
+        pretrained.load(run, network=lambda: None)
+    assert not (evil / "executed").exists()
