@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-all test-slow faults fresh accelerator parity parity-slow mutants docs browser lint format reference pictures clean
+.PHONY: setup demo test test-all test-slow faults fresh accelerator parity parity-slow mutants fuzz docs browser lint format reference pictures clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,12 @@ parity-slow: setup $(VENV)/installed-parity
 MUTANTS ?=
 mutants: setup $(VENV)/installed-mutants
 	$(BIN)/python benchmarks/mutants.py $(MUTANTS)
+
+# Changes one byte or key in 2,000 copies of a run, and checks what each mode does, into docs/results/reliability.md: 40 minutes.
+# make fuzz FUZZ="--count=100" runs fewer.
+FUZZ ?=
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py $(FUZZ)
 
 lint: setup
 	$(BIN)/ruff check .
