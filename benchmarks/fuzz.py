@@ -37,6 +37,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SECONDS = 20.0
 MODES = ("sample", "evaluate", "report", "status", "train", "load")
 BEGIN, END = "<!-- make fuzz: begin -->", "<!-- make fuzz: end -->"
+# The command line names the amount of work, which a changed config.json could make any number of hours.
+_AMOUNT = [
+    "--config.sampling.num_samples=3",
+    "--config.evaluation.num_samples=64",
+    "--config.evaluation.num_examples=16",
+    "--config.training.num_steps=6",
+]
 _ODD_VALUES = (None, True, -1, 0, 1e308, 10**30, "", "x", "../../outside", [], [[]], {}, "os:system", float("nan"))
 
 
@@ -115,7 +122,7 @@ def call(folder: pathlib.Path, mode: str) -> int:
     if mode == "load":
         return _load(folder)
     try:
-        cli.main([f"--workdir={folder / 'run'}", f"--mode={mode}"])
+        cli.main([f"--workdir={folder / 'run'}", f"--mode={mode}", *_AMOUNT])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -199,7 +206,9 @@ def run_case(original: pathlib.Path, seed: int | None, mode: str) -> dict[str, A
         result["seconds"] = time.monotonic() - start
         printed = output.getvalue().replace(str(folder), "")
         result["outside"] = sorted(outer.iterdir()) != outside
-        result["lines"] = sorted({re.sub(r"\d[\d.,:e+-]*", "#", line) for line in re.split(r"[\r\n]", printed) if line.strip()})
+        result["lines"] = sorted(
+            {re.sub(r"\d[\d.,:e+-]*", "#", line) for line in re.split(r"[\r\n]", printed) if line.strip()}
+        )
         return result
 
 
@@ -276,7 +285,9 @@ def write_report(page: pathlib.Path, row: str, failures: list[str]) -> None:
     before, _, rest = page.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
     kept = [line for line in old.splitlines() if line.startswith("| 2")]
-    head = ["| date, commit, seed | cases | the numbers of the unchanged run | an error of one line | a note | failed | slowest |"]
+    head = [
+        "| date, commit, seed | cases | the numbers of the unchanged run | an error of one line | a note | failed | slowest |"
+    ]
     lines = [*head, "|---|---|---|---|---|---|---|", *kept, row, "", *failures]
     page.write_text("\n".join([before + BEGIN, *lines, END]) + after)
 
@@ -299,7 +310,9 @@ def main() -> None:
         baseline_tasks: list[tuple[int | None, str]] = [(None, mode) for mode in MODES for _ in range(2)]
         baselines: dict[str, dict[str, Any]] = {}
         for case in run_all(original, baseline_tasks, options.workers):
-            if case["code"] or ("numbers" in baselines.get(case["mode"], {}) and baselines[case["mode"]]["numbers"] != case["numbers"]):
+            if case["code"] or (
+                "numbers" in baselines.get(case["mode"], {}) and baselines[case["mode"]]["numbers"] != case["numbers"]
+            ):
                 raise SystemExit(f"error: the unchanged run fails, or is not repeatable: {case}")
             lines = sorted({*case["lines"], *baselines.get(case["mode"], {"lines": []})["lines"]})
             baselines[case["mode"]] = case | {"lines": lines}
@@ -309,9 +322,7 @@ def main() -> None:
         for case in cases:
             baseline = baselines[case["mode"]]
             if problem := judge(case, baseline):
-                failures.append(
-                    f"- {problem}: seed {case['seed']}, {case['mode']}, {case['file']}, {case['change']}"
-                )
+                failures.append(f"- {problem}: seed {case['seed']}, {case['mode']}, {case['file']}, {case['change']}")
                 print(failures[-1], case.get("traceback", ""), flush=True)
             elif case["code"]:
                 counts["error"] += 1
