@@ -177,16 +177,11 @@ def classifier(
         x_t = process.as_float("x_t", x_t)
         output, g = denoise_fn(x_t, time), gradient(x_t, time)
         output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
-        alpha, sigma, _ = schedule.path.at(time, x_t)
-        has_signal = alpha > 1e-15  # smaller only where a schedule ends at alpha_bar = 0, under x64
-        # d eps = -s sigma g, converted to the other predictions. Where alpha is 0, x_t is independent of y, so g is 0.
-        shift = {
-            "eps": lambda: -sigma * g,
-            "score": lambda: g,
-            "x_0": lambda: jnp.where(has_signal, sigma**2 / jnp.where(has_signal, alpha, 1.0) * g, 0.0),
-            "v": lambda: jnp.where(has_signal, -sigma / jnp.where(has_signal, alpha, 1.0) * g, 0.0),
-            "flow": lambda: jnp.where(has_signal, -sigma * (1 + sigma / jnp.where(has_signal, alpha, 1.0)) * g, 0.0),
-        }[prediction]()
+        level = schedule.path.at(time, x_t)
+        slope = process.QUANTITIES[prediction].slope(level)
+        # d eps = -s sigma g, converted to the prediction. Where x_t is pure noise it is independent of y, so g is 0.
+        has_signal = jnp.abs(slope) > 1e-15
+        shift = jnp.where(has_signal, -level.sigma / jnp.where(has_signal, slope, 1.0) * g, 0.0)
         channels = x_t.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
 

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 from diffusion_jax import draws, labels, likelihood, process, timesteps
-from diffusion_jax.schedules import Path, Schedule, check_chain
+from diffusion_jax.schedules import NoiseLevel, Path, Schedule, check_chain
 from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn, LevelDraw, LogitsFn, TimestepSampler
 
 __all__ = [
@@ -361,7 +361,11 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
 def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw=None) -> LossAux:
     """Draws t and eps, calls the network and computes the prediction's error."""
     x_0, t, time, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
-    target = _target(schedule, x_0, x_t, t, eps, prediction)
+    if prediction not in process.PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
+    if prediction == "x_prev":
+        check_chain(schedule, "prediction 'x_prev'")
+    target = process.QUANTITIES[prediction].value(x_0, eps, x_t, schedule.at(t, x_0))
     output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
@@ -389,24 +393,6 @@ def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
     return schedule.num_timesteps * term
 
 
-def _target(schedule, x_0, x_t, t, eps, prediction):
-    """Returns the training target."""
-    at = schedule.at(t, x_0)
-    if prediction == "eps":
-        return eps
-    if prediction == "x_0":
-        return x_0
-    if prediction == "v":
-        return at.alpha * eps - at.sigma * x_0
-    if prediction == "x_prev":
-        return process.q_posterior(schedule, x_0, x_t, t).mean
-    if prediction == "score":
-        return -eps / at.sigma
-    if prediction == "flow":
-        return eps - x_0
-    raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
-
-
 def _weight_of_target(schedule, aux, prediction, weighting):
     """Converts a weight on the eps error to a weight on the error of the predicted quantity, [B]."""
     if weighting is None or weighting == "none":
@@ -415,16 +401,10 @@ def _weight_of_target(schedule, aux, prediction, weighting):
         raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
 
-    at = schedule.at(aux.t, aux.mse)
-    # A lower bound keeps 1 / SNR finite where alpha_bar is 0, so that its product with the factor of v has its limit.
+    at: Any = schedule.at(aux.t, aux.mse)
+    # A lower bound keeps 1 / SNR finite where alpha_bar is 0, so that its product with the slope of v has its limit.
     snr = jnp.maximum(at.snr, 1e-20)
-    eps_error_per_error = {
-        "eps": lambda: 1.0,
-        "x_0": lambda: snr,
-        "v": lambda: snr / (1 + snr),
-        "x_prev": lambda: snr / at.posterior_mean_coef_x_0**2,
-        "score": lambda: at.sigma**2,
-        "flow": lambda: snr / (1 + jnp.sqrt(snr)) ** 2,
-    }
-    weight = _per_example("the result of weighting", weight_fn(snr), len(snr))
-    return weight.astype(snr.dtype) * eps_error_per_error[prediction]()
+    weight = _per_example("the result of weighting", weight_fn(snr), len(snr)).astype(snr.dtype)
+    if prediction != "x_prev":  # which needs the step
+        at = NoiseLevel(jnp.sqrt(snr / (1 + snr)), 1 / jnp.sqrt(1 + snr), jnp.log(snr))
+    return weight * process.QUANTITIES[prediction].slope(at) ** 2

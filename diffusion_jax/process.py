@@ -24,6 +24,7 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4):
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,13 +32,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from diffusion_jax.schedules import Path, Schedule, check_chain
+from diffusion_jax.schedules import NoiseLevel, Path, Schedule, check_chain
 from diffusion_jax.types import Batch, BatchLike, Clip, Index, Time
 
 __all__ = [
     "PREDICTIONS",
+    "QUANTITIES",
     "VARIANCES",
     "Gaussian",
+    "Quantity",
     "Reverse",
     "as_batch",
     "as_float",
@@ -61,7 +64,60 @@ __all__ = [
     "x_0_at",
 ]
 
-PREDICTIONS = ("eps", "x_0", "v", "x_prev", "score", "flow")
+
+class Quantity(NamedTuple):
+    """A quantity that networks predict, at a level with alpha and sigma (for x_prev, a step of a schedule).
+
+    x_0, eps: (output, x_t, level) -> x_0 or eps. value: (x_0, eps, x_t, level) -> the quantity, which is the training target.
+    slope: level -> d eps / d output for a fixed x_t, which converts errors and shifts of one quantity to another.
+    """
+
+    x_0: Callable[[Any, Any, Any], Any]
+    eps: Callable[[Any, Any, Any], Any]
+    value: Callable[[Any, Any, Any, Any], Any]
+    slope: Callable[[Any], Any]
+
+
+# eps and score do not determine x_0 where alpha is 0, nor x_0 and x_prev eps where sigma is 0: these divide by 0 there.
+QUANTITIES = {
+    "eps": Quantity(
+        x_0=lambda output, x_t, at: (x_t - at.sigma * output) / at.alpha,
+        eps=lambda output, x_t, at: output,
+        value=lambda x_0, eps, x_t, at: eps,
+        slope=lambda at: jnp.ones_like(at.alpha),
+    ),
+    "x_0": Quantity(
+        x_0=lambda output, x_t, at: output,
+        eps=lambda output, x_t, at: (x_t - at.alpha * output) / at.sigma,
+        value=lambda x_0, eps, x_t, at: x_0,
+        slope=lambda at: -at.alpha / at.sigma,
+    ),
+    "v": Quantity(
+        x_0=lambda output, x_t, at: at.alpha * x_t - at.sigma * output,
+        eps=lambda output, x_t, at: at.alpha * output + at.sigma * x_t,
+        value=lambda x_0, eps, x_t, at: at.alpha * eps - at.sigma * x_0,
+        slope=lambda at: at.alpha,
+    ),
+    "x_prev": Quantity(
+        x_0=lambda output, x_t, at: (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0,
+        eps=lambda output, x_t, at: (x_t - at.alpha * QUANTITIES["x_prev"].x_0(output, x_t, at)) / at.sigma,
+        value=lambda x_0, eps, x_t, at: at.posterior_mean_coef_x_0 * x_0 + at.posterior_mean_coef_x_t * x_t,
+        slope=lambda at: -at.alpha / at.sigma / at.posterior_mean_coef_x_0,
+    ),
+    "score": Quantity(
+        x_0=lambda output, x_t, at: (x_t - at.sigma * (-at.sigma * output)) / at.alpha,
+        eps=lambda output, x_t, at: -at.sigma * output,
+        value=lambda x_0, eps, x_t, at: -eps / at.sigma,
+        slope=lambda at: -at.sigma,
+    ),
+    "flow": Quantity(
+        x_0=lambda output, x_t, at: (x_t - at.sigma * output) / (at.alpha + at.sigma),
+        eps=lambda output, x_t, at: (x_t + at.alpha * output) / (at.alpha + at.sigma),
+        value=lambda x_0, eps, x_t, at: eps - x_0,
+        slope=lambda at: at.alpha / (at.alpha + at.sigma),
+    ),
+}
+PREDICTIONS = tuple(QUANTITIES)
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
@@ -185,27 +241,17 @@ def to_x_0(
     _check_output(schedule, output, x_t, t, prediction)
     output, x_t = promote(output=output, x_t=x_t)
     at: Any = schedule.at(t, x_t)
-    if prediction == "x_prev":
-        return (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0
-    alpha = at.alpha
     if (isinstance(schedule, Path) or schedule.zero_terminal_snr) and prediction in ("eps", "score"):
-        alpha = jnp.where(alpha > 0, alpha, jnp.nan)
-    return x_0_at(alpha, at.sigma, output, x_t, prediction)
+        at = NoiseLevel(jnp.where(at.alpha > 0, at.alpha, jnp.nan), at.sigma, at.alpha)
+    return QUANTITIES[prediction].x_0(output, x_t, at)
 
 
 def x_0_at(
     alpha: Float[ArrayLike, "..."], sigma: Float[ArrayLike, "..."], output: BatchLike, x_t: BatchLike, prediction: str
 ) -> Batch:
     """Converts a network's output to x_0 at any noise level; arguments and errors as `eps_at`."""
-    output, x_t = promote(output=output, x_t=x_t)
-    alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
-    if prediction == "x_0":
-        return output
-    if prediction == "v":  # without a division by alpha, which may be 0
-        return alpha * x_t - sigma * output
-    if prediction == "flow":
-        return (x_t - sigma * output) / (alpha + sigma)
-    return (x_t - sigma * eps_at(alpha, sigma, output, x_t, prediction)) / alpha
+    output, x_t, level = _at_level(alpha, sigma, output, x_t, prediction)
+    return QUANTITIES[prediction].x_0(output, x_t, level)
 
 
 def eps_at(
@@ -217,20 +263,17 @@ def eps_at(
     alpha, sigma: broadcast with x_t.
     Raises: ValueError for x_prev, which is defined for a step only, or an unknown prediction.
     """
+    output, x_t, level = _at_level(alpha, sigma, output, x_t, prediction)
+    return QUANTITIES[prediction].eps(output, x_t, level)
+
+
+def _at_level(alpha, sigma, output, x_t, prediction) -> tuple[Batch, Batch, NoiseLevel]:
+    if prediction not in PREDICTIONS or prediction == "x_prev":
+        known = ", ".join(name for name in PREDICTIONS if name != "x_prev")
+        raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: {known}")
     output, x_t = promote(output=output, x_t=x_t)
     alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
-    if prediction == "eps":
-        return output
-    if prediction == "x_0":
-        return (x_t - alpha * output) / sigma
-    if prediction == "v":
-        return alpha * output + sigma * x_t
-    if prediction == "score":
-        return -sigma * output
-    if prediction == "flow":
-        return (x_t + alpha * output) / (alpha + sigma)
-    known = ", ".join(name for name in PREDICTIONS if name != "x_prev")
-    raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: {known}")
+    return output, x_t, NoiseLevel(alpha, sigma, alpha)
 
 
 def to_eps(
@@ -240,24 +283,14 @@ def to_eps(
     # Where alpha_bar is 0 only x_0 is undefined, so only `to_x_0` checks t.
     _check_output(schedule, output, x_t, None, prediction)
     output, x_t = promote(output=output, x_t=x_t)
-    if prediction == "x_prev":
-        output, prediction = to_x_0(schedule, output, x_t, t, prediction), "x_0"
-    at = schedule.at(t, x_t)
-    return eps_at(at.alpha, at.sigma, output, x_t, prediction)
+    return QUANTITIES[prediction].eps(output, x_t, schedule.at(t, x_t))
 
 
 def to_v(
     schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
 ) -> Batch:
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); arguments and errors as `to_x_0`."""
-    _check_output(schedule, output, x_t, None, prediction)
-    output, x_t = promote(output=output, x_t=x_t)
-    if prediction == "v":
-        return output
-    x_0 = to_x_0(schedule, output, x_t, t, prediction)
-    eps = to_eps(schedule, output, x_t, t, prediction)
-    at = schedule.at(t, x_t)
-    return at.alpha * eps - at.sigma * x_0
+    return _convert("v", schedule, output, x_t, t, prediction)
 
 
 def to_score(
@@ -272,11 +305,17 @@ def to_flow(
     schedule: Schedule | Path, output: BatchLike, x_t: BatchLike, t: Index | Time, prediction: str = "eps"
 ) -> Batch:
     """eps - x_0, the velocity of flow matching (Lipman et al. 2023); arguments and errors as `to_x_0`."""
-    if prediction == "flow":
-        _check_output(schedule, output, x_t, None, prediction)
-        return promote(output=output, x_t=x_t)[0]
-    x_0 = to_x_0(schedule, output, x_t, t, prediction)
-    return to_eps(schedule, output, x_t, t, prediction) - x_0
+    return _convert("flow", schedule, output, x_t, t, prediction)
+
+
+def _convert(name: str, schedule, output, x_t, t, prediction) -> Batch:
+    """Converts a network's output to the quantity `name` by x_0 and eps."""
+    _check_output(schedule, output, x_t, None, prediction)
+    output, x_t = promote(output=output, x_t=x_t)
+    if prediction == name:
+        return output
+    x_0, eps = (convert(schedule, output, x_t, t, prediction) for convert in (to_x_0, to_eps))
+    return QUANTITIES[name].value(x_0, eps, x_t, schedule.at(t, x_t))
 
 
 def check_terminal_snr(schedule: Schedule | Path, prediction: str, first: int | None = None) -> None:

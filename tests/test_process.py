@@ -188,3 +188,17 @@ def test_the_dynamic_threshold_uses_all_axes_of_each_example():
     np.testing.assert_allclose(
         process.dynamic_threshold(0.9)(jnp.float32(x_0)), np.clip(x_0, -s, s) / s, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_the_slope_of_a_quantity_is_the_derivative_of_eps(prediction):
+    schedule = schedules.from_betas(schedules.betas("linear", 20))
+    rng = np.random.default_rng(0)
+    x_0, eps = (jnp.asarray(rng.standard_normal((20, 3)), jnp.float32) for _ in range(2))
+    at = schedule.at(jnp.arange(20), x_0)
+    x_t, quantity = at.alpha * x_0 + at.sigma * eps, process.QUANTITIES[prediction]
+    output = quantity.value(x_0, eps, x_t, at)
+    found, slope = jax.jvp(lambda output: quantity.eps(output, x_t, at), (output,), (jnp.ones_like(output),))
+    np.testing.assert_allclose(found[2:], eps[2:], atol=2e-4)
+    np.testing.assert_allclose(quantity.x_0(output, x_t, at), x_0, atol=2e-4)
+    np.testing.assert_allclose(np.broadcast_to(quantity.slope(at), slope.shape), slope, rtol=1e-5)
