@@ -108,14 +108,14 @@ def make_bucket(scheme, address):
 
 
 def assert_complete_checkpoints(url, steps):
-    """Checks that the bucket's checkpoints are these steps, each with the files in its manifest, and nothing else."""
+    """Checks that the bucket's checkpoints are these steps, with the files in the manifests and of the run."""
     store, found = open_store(url), collections.defaultdict(set)
     for name in store.list("checkpoints/"):
         found[name.split("/")[1]].add(name.split("/", 2)[2])
     assert sorted(map(int, found)) == sorted(steps)
     for step, names in found.items():
         manifest = json.loads(store.read(f"checkpoints/{step}/{MANIFEST}"))
-        assert names == manifest.keys() | {MANIFEST}
+        assert names == manifest.keys() | {MANIFEST, "config.json", "data.json"}
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,9 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
         train.run(array_config("vectors", file, **{"data.normalization": "none"}), run)
     (run / "data.json").unlink()
     for mode in (sample, train):
-        with pytest.raises(errors.CheckpointError, match="data.json is missing; to restore it: cp .*; to go on without"):
+        with pytest.raises(
+            errors.CheckpointError, match="data.json is missing; to restore it: cp .*; to go on without"
+        ):
             mode.run(array_config("vectors", file), run)
     (run / "data.json").write_text("{")
     with pytest.raises(errors.CheckpointError, match=r"data.json cannot be read \(Expecting .*\); restore it: cp "):
