@@ -37,7 +37,8 @@ def test_two_processes_do_everything_and_one_goes_on(bucket_url, tmp_path):
     assert_close_losses(tmp_path / "one", BucketRunDir(url))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_killed_process_loses_nothing(bucket_url, count):
     """One process is killed; the other processes end; after the next launch, the run is bit-identical to an undisturbed
     run."""
