@@ -290,6 +290,8 @@ def test_full_disk_of_one_process_ends_both(tmp_path, process):
     texts = [directory.with_suffix(f".{i}.log").read_text() for i in range(2)]
     assert codes == [1, 1] and all("is the disk full?" in text for text in texts), texts
     errors = [[line for line in text.splitlines() if line.startswith("error:")] for text in texts]
+    # In process 0, the error comes from a function of this test, which the program takes for one of its user.
+    errors = [[line.removesuffix("; --debug prints the traceback") for line in lines] for lines in errors]
     assert errors[0] == errors[1] and len(errors[0]) == 1, texts
     kept = checkpoints.committed_steps(directory / "checkpoints")
     assert kept and kept[-1] < 30
