@@ -27,6 +27,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -242,8 +243,13 @@ def to_x_0(
     output, x_t = promote(output=output, x_t=x_t)
     at: Any = schedule.at(t, x_t)
     if (isinstance(schedule, Path) or schedule.zero_terminal_snr) and prediction in ("eps", "score"):
-        at = NoiseLevel(jnp.where(at.alpha > 0, at.alpha, jnp.nan), at.sigma, at.alpha)
+        at = _without_log_snr(jnp.where(at.alpha > 0, at.alpha, jnp.nan), at.sigma)
     return QUANTITIES[prediction].x_0(output, x_t, at)
+
+
+def _without_log_snr(alpha: jax.Array, sigma: jax.Array) -> NoiseLevel:
+    """Returns a noise level for the functions of `Quantity`, which do not read the log SNR."""
+    return NoiseLevel(alpha, sigma, jnp.full_like(alpha, jnp.nan))
 
 
 def x_0_at(
@@ -273,7 +279,7 @@ def _at_level(alpha, sigma, output, x_t, prediction) -> tuple[Batch, Batch, Nois
         raise ValueError(f"prediction {prediction!r} has no eps outside of a schedule's step; known: {known}")
     output, x_t = promote(output=output, x_t=x_t)
     alpha, sigma = jnp.asarray(alpha, x_t.dtype), jnp.asarray(sigma, x_t.dtype)
-    return output, x_t, NoiseLevel(alpha, sigma, alpha)
+    return output, x_t, _without_log_snr(alpha, sigma)
 
 
 def to_eps(

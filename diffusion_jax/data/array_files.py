@@ -215,9 +215,8 @@ def _open_store(path: str) -> Any:
         raise DataError(f"{path} needs {name} ({error}); pip install '.[arrays]'") from error
     if name == "h5py":
         return package.File(path, "r", locking="best-effort")
-    importlib.import_module("numcodecs.registry").codec_registry.pop(
-        "pickle", None
-    )  # which would run code from the file
+    # The codec pickle would run code from the file.
+    importlib.import_module("numcodecs.registry").codec_registry.pop("pickle", None)
     return package.open(path, mode="r")
 
 

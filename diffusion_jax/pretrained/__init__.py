@@ -71,11 +71,8 @@ _METADATA_KEY, _DIGEST_KEY = "diffusion_jax", "digest"  # metadata keys in files
 _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits", "class_names")
 # Network fields that do not change the weights.
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "function"}
-_FUNCTIONS = (
-    "model.kind",
-    "diffusion.path",
-    "diffusion.schedule",
-)  # the settings whose functions are needed to load weights
+# The settings whose functions are needed to load weights.
+_FUNCTIONS = ("model.kind", "diffusion.path", "diffusion.schedule")
 
 Flags = str | Mapping[str, Any] | None
 # Of functions that weights name: all of them, or the functions to use instead, by setting, {"model.kind": "net.py:make"}.

@@ -443,17 +443,16 @@ def check_run_files(workdir: RunDir) -> None:
         if not path.exists():
             otherwise = f"; to go on without it: rm {copy}" * (path.name != "config.json")
             raise CheckpointError(f"{path} is missing; to restore it: cp {copy} {path}{otherwise}")
-        stored = []
+        stored, identities = [], []
         for file, advice in ((copy, f"remove it: rm {copy}"), (path, f"restore it: cp {copy} {path}")):
             try:
                 stored.append(read_json(file))
-                resolve(stored[-1]) if path.name == "config.json" else None
+                if path.name == "config.json":
+                    identities.append(identity_settings(resolve(stored[-1])))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); {advice}") from error
-        old, new = stored
-        changes = shorten("; ".join(list_differences(flatten(old), flatten(new))), 300)
-        if path.name == "config.json":
-            old, new = (identity_settings(resolve(config)) for config in stored)
+        changes = shorten("; ".join(list_differences(*map(flatten, stored))), 300)
+        old, new = identities or stored
         if old != new:
             raise CheckpointError(
                 f"{path} was changed after the checkpoint of step {steps[-1]} ({changes}); to undo this: cp {copy} {path}; "
