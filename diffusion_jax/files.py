@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import secrets
-import shutil
 import tempfile
 import time
 import zipfile
@@ -87,22 +86,18 @@ def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary directory beside `path` for the block to fill.
+    """Yields a new directory near `path` for the block to fill.
 
-    The temporary directory replaces `path`, which may be an empty directory, when the block ends, and is deleted if the block
-    raises.
+    The directory replaces `path`, which may be an empty directory, when the block ends, and is deleted if the block raises.
     """
-    temporary = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # from an interrupted write
-    temporary.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        temporary = pathlib.Path(folder, path.name)
+        temporary.mkdir()
         yield temporary
         if path.exists():
             path.rmdir()  # Windows cannot replace a directory
         os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

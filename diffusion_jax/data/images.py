@@ -12,9 +12,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +31,7 @@ from diffusion_jax.data.sources import (
     read_classes,
 )
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
-from diffusion_jax.files import map_array, user_cache
+from diffusion_jax.files import map_array, save_npz, user_cache
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
@@ -218,9 +216,7 @@ def decode_once(
     loaded = InMemory.load(source, progress)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as temporary:  # several processes may write the same file
-            np.savez(f"{temporary}/{path.name}", **loaded.arrays)  # pyright: ignore[reportArgumentType]  # as in `save_npz`
-            os.replace(f"{temporary}/{path.name}", path)
+        save_npz(path, loaded.arrays)  # several processes may write the same file
     except OSError as error:
         reason = error.strerror or str(error)
         log(f"Note: the decoded images are not kept in {directory} ({reason}); the next launch decodes them again.")
