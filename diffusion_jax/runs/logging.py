@@ -227,7 +227,7 @@ class _Writers:
             log(f"Note: {name} failed ({reason}): the run continues without it.")
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each writer. A user's tracker may have `write_scalars` alone."""
+        """Calls a method of each writer. Trackers send in the background, and a user's may have `write_scalars` alone."""
         for name, writer in list(self._writers.items()):
             with self._drop_if_it_fails(name):
                 if method == "write_evaluation" and not hasattr(writer, method):
@@ -300,32 +300,25 @@ _OPEN_SECONDS = 25.0  # for W&B to connect
 _MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default, an unreachable server delays the start for minutes
 
 
-class _Tracker:
-    """Base class for experiment trackers, which are optional packages. A rerun continues the run in trackers.json."""
-
-    def flush(self) -> None:
-        """Does nothing, because trackers send in the background."""
-
-    @staticmethod
-    def run_id(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
-        """Returns the tracker's run id: the id in trackers.json, or a new id, which is then stored there."""
-        path = workdir / "trackers.json"
-        stored = read_json(path) if path.exists() else {}
-        if tracker not in stored:
-            stored[tracker] = create()
-            write_text(path, json.dumps(stored) + "\n")
-            workdir.upload(path)
-        return stored[tracker]
+def _tracked_run(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
+    """Returns the run id in trackers.json, so that a rerun continues the tracker's run; a new id is stored there."""
+    path = workdir / "trackers.json"
+    stored = read_json(path) if path.exists() else {}
+    if tracker not in stored:
+        stored[tracker] = create()
+        write_text(path, json.dumps(stored) + "\n")
+        workdir.upload(path)
+    return stored[tracker]
 
 
-class _WandB(_Tracker):
+class _WandB:
     """Weights & Biases. WANDB_API_KEY logs in. WANDB_MODE=offline writes to the work directory (buckets: to WANDB_DIR)."""
 
     _package = "wandb"
 
     def __init__(self, workdir: RunDir, config: Mapping[str, Any], step: int):
         self._module: Any = importlib.import_module(self._package)
-        run_id = self.run_id(workdir, self._package, lambda: uuid.uuid4().hex[:8])
+        run_id = _tracked_run(workdir, self._package, lambda: uuid.uuid4().hex[:8])
         options = self._options(workdir, workdir.path.absolute().name, run_id)
         project = config["logging"]["project"]
         self._run = self._module.init(project=project, config=flatten(config), resume="allow", **options)
@@ -363,7 +356,7 @@ class _Trackio(_WandB):
         self.write_scalars(step, scalars)
 
 
-class _MLflow(_Tracker):
+class _MLflow:
     """MLflow. MLFLOW_TRACKING_URI names the server."""
 
     def __init__(self, workdir: RunDir, config: Mapping[str, Any], step: int):
@@ -384,7 +377,7 @@ class _MLflow(_Tracker):
                 self._client.log_batch(run_id, params=parameters[start : start + 100], synchronous=False)
             return run_id
 
-        self._id = self.run_id(workdir, "mlflow", create_run)
+        self._id = _tracked_run(workdir, "mlflow", create_run)
         self._client.update_run(self._id, status="RUNNING")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
