@@ -27,7 +27,6 @@ __all__ = [
     "ExampleSet",
     "SetFeatures",
     "in_data_units",
-    "modified_time",
     "open_set",
     "read_examples",
     "sample_files",
@@ -88,13 +87,13 @@ class ExampleSet:
         return dataclasses.replace(self, examples=data.SelectedExamples(self.source, chosen))
 
 
-def sample_files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Returns a run's .npz sample files, newest first, without unfinished files and without links out of the run."""
-    paths = [path for path in (workdir / "samples").glob("*.npz") if ".partial." not in path.name]
-    return sorted((path for path in paths if not leads_out(path, workdir)), key=modified_time, reverse=True)
+def sample_files(workdir: pathlib.Path, pattern: str = "samples/*.npz") -> list[pathlib.Path]:
+    """Returns a run's files of samples, newest first, without unfinished files and without links out of the run."""
+    paths = [path for path in workdir.glob(pattern) if ".partial." not in path.name and not leads_out(path, workdir)]
+    return sorted(paths, key=lambda path: (-_modified_time(path), path.name))
 
 
-def modified_time(path: pathlib.Path) -> float:
+def _modified_time(path: pathlib.Path) -> float:
     """Returns when a file was last written; 0 if the file was removed meanwhile."""
     try:
         return path.stat().st_mtime

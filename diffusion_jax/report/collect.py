@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from diffusion_jax.run_dir import RunDir, find_links
 from diffusion_jax.runs import status
 from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
-from diffusion_jax.untrusted import leads_out, read_json
+from diffusion_jax.untrusted import read_json
 
 __all__ = [
     "RunFiles",
@@ -60,10 +60,6 @@ class RunFiles:
     likelihood: dict[str, Any]
     notes: list[str]
 
-    def own_files(self, paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-        """Returns the paths without links out of the run: a page does not show files of its reader."""
-        return [path for path in paths if not leads_out(path, self.directory)]
-
     def measurements(self) -> list[_Record]:
         """Returns the records of metrics.json, then the bits per dimension from likelihood.json as another record."""
         keys = ("step", "weights", "dataset")
@@ -82,6 +78,8 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
             return otherwise
         try:
             return function()
+        except FileNotFoundError:
+            return otherwise
         except Exception as error:  # a stranger's file may hold any values
             notes.append(f"{what} could not be read: {shorten(with_urls(' '.join(str(error).split())), 300)}")
             return otherwise
@@ -98,16 +96,11 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
         status=state,
         lines=lines,
         launches=launches,
-        data=read("data.json", lambda: _read_object(workdir / "data.json"), {}),
+        data=read("data.json", lambda: read_json(workdir / "data.json"), {}),
         records=read("metrics.json", lambda: read_records(workdir / "metrics.json"), []),
-        likelihood=read("likelihood.json", lambda: _read_object(workdir / "likelihood.json"), {}),
+        likelihood=read("likelihood.json", lambda: read_json(workdir / "likelihood.json"), {}),
         notes=notes,
     )
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the JSON object in a file; {} if the file does not exist. Raises: OSError, ValueError."""
-    return read_json(path) if path.exists() else {}
 
 
 # ---- Tables

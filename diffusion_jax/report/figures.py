@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import pictures
-from diffusion_jax.evaluation.example_sets import modified_time
+from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.untrusted import open_npz, read_image
 
@@ -187,7 +187,7 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 
 def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
     """Returns the pictures samples/train_step*.png in order, at most `most`."""
-    paths = sorted(run.own_files((run.directory / "samples").glob(f"{_PREFIX}*.png")), reverse=True)
+    paths = sorted(sample_files(run.directory, f"samples/{_PREFIX}*.png"), reverse=True)
     paths = [path for path in paths if path.stem.removeprefix(_PREFIX).isdecimal()]
     frames = []
     for path in [paths[i] for i in even_subset(len(paths), most)]:  # newest first
@@ -202,11 +202,9 @@ def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FR
 
 def denoising(run: RunFiles, budget: Budget) -> Frames | None:
     """Returns the frames of the newest samples/trajectories/*.npz, or None if it has no images."""
-    folder = run.directory / "samples" / "trajectories"
-    paths = [path for path in run.own_files(folder.glob("*.npz")) if ".partial." not in path.name]
-    if not paths:
+    path, *_ = sample_files(run.directory, "samples/trajectories/*.npz") or [None]
+    if path is None:
         return None
-    path = max(paths, key=modified_time)
     try:
         with open_npz(path, _MAX_TRAJECTORY) as arrays:
             samples = arrays["samples"]
@@ -227,8 +225,7 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
 
 def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
     """Returns (other pictures in the directory and below samples/, newest first; names of pictures beyond the budget)."""
-    paths = run.own_files([*run.directory.glob("*.png"), *(run.directory / "samples").rglob("*.png")])
-    paths = [path for path in paths if ".partial." not in path.name and not path.name.startswith(_PREFIX)]
-    paths = sorted(paths, key=lambda path: (-modified_time(path), path.name))
+    paths = [path for pattern in ("*.png", "samples/**/*.png") for path in sample_files(run.directory, pattern)]
+    paths = [path for path in paths if not path.name.startswith(_PREFIX)]
     embedded = [(path.name, budget.embed(path, path.name)) for path in paths]
     return [picture for _, picture in embedded if picture], [name for name, picture in embedded if not picture]
