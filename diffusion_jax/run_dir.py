@@ -184,11 +184,8 @@ class BucketRunDir(RunDir):
 
     def rename(self, directory: pathlib.Path, name: str) -> None:
         """Renames a directory and its objects, the manifest first, so that the step does not exist during the rename."""
-        store, old, new = (
-            self._writable_store(),
-            self.object_name(directory),
-            self.object_name(directory.with_name(name)),
-        )
+        store = self._writable_store()
+        old, new = self.object_name(directory), self.object_name(directory.with_name(name))
         super().rename(directory, name)
         for found in sorted(store.list(f"{old}/"), key=lambda found: not found.endswith(f"/{MANIFEST}")):
             store.move(found, new + found.removeprefix(old))

@@ -272,13 +272,13 @@ class _TfRecords:
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
         """Returns the records at these indices."""
-        return [self._read(index) for index in indices]
-
-    def _read(self, index: int) -> bytes:
-        offset, length = self._spans[index].tolist()
-        with open(self._files[self._file_index[index]], "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        records = []
+        for index in indices:
+            offset, length = self._spans[index].tolist()
+            with open(self._files[self._file_index[index]], "rb") as file:
+                file.seek(offset)
+                records.append(file.read(length))
+        return records
 
 
 class _BucketShards:
