@@ -178,17 +178,15 @@ def _check_path(config: Mapping[str, Any]) -> None:
     path, loss = config["path"], config["loss"]
     if path:
         of_a_chain = {
-            "loss": loss if loss in ("vlb", "hybrid") else None,
-            "variance": config["variance"] if config["variance"].startswith("learned") else None,
-            "prediction": "x_prev" if config["prediction"] == "x_prev" else None,
-            "timestep_sampler": None
-            if config["timestep_sampler"] in ("uniform", "stratified")
-            else config["timestep_sampler"],
-            "rescale_timesteps": True if config["rescale_timesteps"] else None,
+            "loss": loss in ("vlb", "hybrid"),
+            "variance": config["variance"].startswith("learned"),
+            "prediction": config["prediction"] == "x_prev",
+            "timestep_sampler": config["timestep_sampler"] not in ("uniform", "stratified"),
+            "rescale_timesteps": config["rescale_timesteps"],
         }
-        found = {name: value for name, value in of_a_chain.items() if value is not None}
+        found = [name for name, is_set in of_a_chain.items() if is_set]
         if found:
-            listed = ", ".join(f"diffusion.{name}={value!r}" for name, value in found.items())
+            listed = ", ".join(f"diffusion.{name}={config[name]!r}" for name in found)
             allowed = {"loss": "simple", "variance": "fixed_large", "prediction": "v", "timestep_sampler": "uniform"}
             flags = " ".join(f"--config.diffusion.{name}={allowed.get(name, False)}" for name in found)
             raise ValueError(
