@@ -25,6 +25,7 @@ __all__ = [
     "closest_names",
     "describe_exception",
     "find_user_frame",
+    "first_line",
     "list_differences",
     "list_names",
     "shorten",
@@ -109,6 +110,11 @@ def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     swapped = [known for known in names if sorted(known) == sorted(name)]
     near = difflib.get_close_matches(name, names, count)
     return [*swapped, *(known for known in near if known not in swapped)][:count]
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's text, at most 200 characters; the type's name without a text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def list_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

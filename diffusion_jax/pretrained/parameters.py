@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import untrusted
-from diffusion_jax.errors import PretrainedError, list_names
+from diffusion_jax.errors import PretrainedError, first_line, list_names
 from diffusion_jax.training.state import Network, abstract_params
 
 __all__ = [
@@ -142,7 +142,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
             warnings.simplefilter("ignore")  # PyTorch warns about files that it then rejects
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
-        reason = _first_line(error)
+        reason = first_line(error)
         if "Weights only load failed" in str(error) and "Unsupported" in str(error):
             reason = "it contains more than tensors, and a pickle can run any code; save a plain state dict"
         raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason}") from None
@@ -169,7 +169,7 @@ def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
         reader = tf.train.load_checkpoint(str(path))
         shapes = reader.get_variable_to_shape_map()
     except Exception as error:  # tf.errors and its base classes
-        raise PretrainedError(f"{path} cannot be read as a TensorFlow checkpoint: {_first_line(error)}") from None
+        raise PretrainedError(f"{path} cannot be read as a TensorFlow checkpoint: {first_line(error)}") from None
     variables = {name.removesuffix(_EMA_SUFFIX): name for name in shapes if name.endswith(_EMA_SUFFIX)}
     if ema and not variables:
         raise PretrainedError(f"{path} contains no moving average; load the raw weights with ema=False")
@@ -181,13 +181,9 @@ def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
         try:
             return reader.get_tensor(variables[name])
         except Exception as error:
-            raise PretrainedError(f"{path}: {name} cannot be read ({_first_line(error)}); is a file missing?") from None
+            raise PretrainedError(f"{path}: {name} cannot be read ({first_line(error)}); is a file missing?") from None
 
     return Tensors("TensorFlow", {name: tuple(shapes[variable]) for name, variable in variables.items()}, read)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

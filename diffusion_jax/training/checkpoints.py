@@ -33,7 +33,7 @@ from etils import epath
 
 from diffusion_jax.config import flatten, identity_settings, resolve
 from diffusion_jax.distributed.processes import broadcast_from_process_0, gather, log
-from diffusion_jax.errors import CheckpointError, SaveError, list_differences, shorten
+from diffusion_jax.errors import CheckpointError, SaveError, first_line, list_differences, shorten
 from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import MANIFEST
 from diffusion_jax.training.state import TrainState
@@ -54,10 +54,6 @@ def resume_hint(workdir: RunDir) -> str:
     if not steps:
         return "nothing was saved yet"
     return f"step {steps[-1]} is saved; rerun the same command to resume from it"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -127,7 +123,7 @@ class Checkpoints:
             files = write_part(part, copies, self._run_dir, str(step))
             report: dict[str, Any] = {"files": files}
         except Exception as error:  # on a full disk, Orbax and tensorstore raise many types
-            report = {"error": _first_line(error)}
+            report = {"error": first_line(error)}
         if jax.process_count() == 1:
             self._commit(step, [report])
         return report
@@ -179,7 +175,7 @@ class Checkpoints:
             advice = "check the network and your permissions." if is_bucket else "is the disk full?"
             kept = f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no earlier checkpoint"
             raise SaveError(
-                f"a checkpoint could not be written in {self._directory} ({_first_line(error)}); {advice} {kept}"
+                f"a checkpoint could not be written in {self._directory} ({first_line(error)}); {advice} {kept}"
             ) from error
 
     def restore(self, abstract: TrainState) -> TrainState | None:
