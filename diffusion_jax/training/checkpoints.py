@@ -369,6 +369,9 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     with ocp.Checkpointer(composite, multiprocessing_options=options) as checkpointer:
         saves = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         checkpointer.save(part, args=ocp.args.Composite(**saves), force=True)
+    for path in (run_dir.path.parent / name for name in _RUN_FILES):
+        if is_first and path.is_file():
+            shutil.copyfile(path, part / path.name)
     files = [path for path in part.rglob("*") if path.is_file()]
     table = {path.relative_to(part).as_posix(): digest(path) for path in files}
     if not is_first:  # metadata of a step and its items describe all arrays; process 0 writes complete metadata
@@ -397,26 +400,20 @@ def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunD
     Raises: OSError; LeaseLostError if another launch has taken over the bucket.
     """
     part, table = parts[0], {name: value for files in tables for name, value in files.items()}
-    copied = [name for name in _RUN_FILES if (run_dir.path.parent / name).is_file()]
-    for name in copied:
-        shutil.copyfile(run_dir.path.parent / name, part / name)
-    if isinstance(run_dir, BucketRunDir):
-        write_manifest(part, table)
+    is_bucket = isinstance(run_dir, BucketRunDir)  # which has the files of all processes
+    for other, files in () if is_bucket else zip(parts[1:], tables[1:], strict=True):
+        for name in files:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (other / name).rename(part / name)
+    write_manifest(part, table)
+    if is_bucket:
         run_dir.check_locks()
         store, name = run_dir.store, run_dir.object_name(run_dir / step)
-        written = {f"{name}/{file}" for file in (*table, *copied)}
+        written = {f"{name}/{file}" for file in table}
         store.delete(store.list(f"{name}/").keys() - written)  # left by a failed save of the same step
-        for file in copied:
-            store.upload(part / file, f"{name}/{file}")
         store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
         for path in filter(pathlib.Path.is_dir, part.iterdir()):  # the mirror keeps the small files
             shutil.rmtree(path)
-    else:
-        for other, files in zip(parts[1:], tables[1:], strict=True):
-            for name in files:
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                (other / name).rename(part / name)
-        write_manifest(part, table)
     part.rename(run_dir / step)
 
 
@@ -439,16 +436,14 @@ def check_run_files(workdir: RunDir) -> None:
         if not path.exists():
             otherwise = f"; to go on without it: rm {copy}" * (path.name != "config.json")
             raise CheckpointError(f"{path} is missing; to restore it: cp {copy} {path}{otherwise}")
-        stored, identities = [], []
+        stored: list[Any] = []
         for file, advice in ((copy, f"remove it: rm {copy}"), (path, f"restore it: cp {copy} {path}")):
             try:
-                stored.append(read_json(file))
-                if path.name == "config.json":
-                    identities.append(identity_settings(resolve(stored[-1])))
+                stored.append(resolve(read_json(file)) if path.name == "config.json" else read_json(file))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); {advice}") from error
         changes = shorten("; ".join(list_differences(*map(flatten, stored))), 300)
-        old, new = identities or stored
+        old, new = map(identity_settings, stored) if path.name == "config.json" else stored
         if old != new:
             raise CheckpointError(
                 f"{path} was changed after the checkpoint of step {steps[-1]} ({changes}); to undo this: cp {copy} {path}; "
@@ -478,7 +473,7 @@ def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None
     if missing:
         return f"{MANIFEST} lists no files of {missing[0]}"
     for name, (expected_size, expected_value) in listed.items():
-        if "/" in name and name.split("/")[0] not in items:
+        if name in _RUN_FILES or ("/" in name and name.split("/")[0] not in items):
             continue
         try:
             size, value = digest(directory / name)
