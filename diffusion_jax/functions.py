@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import importlib.util
 import os
+import pathlib
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -45,22 +44,17 @@ def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = 
         raise ValueError(f"{setting}={name} {error}") from error
 
 
-class _TextLoader(importlib.machinery.SourceFileLoader):
-    """Compiles the text of a file, which a user reads before trusting it; a compiled copy in __pycache__ may differ."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
-
-
 def _import_file(path: str) -> types.ModuleType:
-    """Imports a Python file, once in each process."""
+    """Imports a Python file, once in each process.
+
+    The text runs, which a user reads before trusting the file, and not a compiled copy in __pycache__, which may differ.
+    """
     path = os.path.realpath(path)
     if path not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path, path, loader=_TextLoader(path, path))
-        assert spec is not None and spec.loader is not None
-        sys.modules[path] = importlib.util.module_from_spec(spec)  # before it runs, because dataclasses look it up
+        module = sys.modules[path] = types.ModuleType(path)  # before it runs, because dataclasses look it up
+        module.__file__ = path
         try:
-            spec.loader.exec_module(sys.modules[path])
+            exec(compile(pathlib.Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
         except BaseException:
             del sys.modules[path]
             raise
