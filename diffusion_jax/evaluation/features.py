@@ -27,7 +27,7 @@ from diffusion_jax.distributed.sharding import BatchFunction
 from diffusion_jax.evaluation.example_sets import ExampleSet, SetFeatures, read_examples, value_digest
 from diffusion_jax.evaluation.inception import DOWNLOAD_SOURCES, RESIZES, Inception, load_inception, to_inception
 from diffusion_jax.files import user_cache
-from diffusion_jax.functions import import_function
+from diffusion_jax.functions import find_function
 from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES
 from diffusion_jax.metrics.of_features import moments_of_chunks
@@ -147,10 +147,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
         return digits()
     if ":" not in name:
         raise ValueError(f"features={name!r} is unknown; known: inception, digits, module:function")
-    try:
-        function = import_function(name)
-    except ValueError as error:
-        raise ValueError(f"features={name!r} {error}") from error
+    function = find_function(name, "features")
     path = sys.modules[function.__module__].__file__
     assert path is not None  # only namespace packages have no file, and namespace packages have no functions
     with open(path, "rb") as file:  # the file's digest approximates the function's identity
