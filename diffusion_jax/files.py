@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import glob
 import os
@@ -69,17 +70,14 @@ def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
     name = f"{path.stem}.partial.{secrets.token_hex(8)}{path.suffix}"
     has_descriptors = os.open in os.supports_dir_fd
     directory = os.open(path.parent, os.O_RDONLY) if has_descriptors else None
-    temporary = name if has_descriptors else str(path.with_name(name))
+    temporary, final = (name, path.name) if has_descriptors else (str(path.with_name(name)), str(path))
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=directory), "w+b") as file:
+        with open(temporary, "x+b", opener=functools.partial(os.open, mode=0o666, dir_fd=directory)) as file:
             yield file
-        os.replace(temporary, path.name if has_descriptors else path, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=directory)
-        raise
+        os.replace(temporary, final, src_dir_fd=directory, dst_dir_fd=directory)
     finally:
+        with contextlib.suppress(OSError):  # nothing is left unless the block raised
+            os.unlink(temporary, dir_fd=directory)
         if directory is not None:
             os.close(directory)
 
