@@ -246,8 +246,7 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
 def find_links(directory: RunDir) -> list[pathlib.Path]:
     """Lists links out of a local run: files, and the folders of this package with all that is below them."""
     own = [path for path in directory.path.glob("*") if path.name.startswith(_FOLDERS) or not path.is_dir()]
-    walks = [walk for path in own if path.is_dir() for walk in os.walk(path)]
-    below = [pathlib.Path(place, name) for place, folders, files in walks for name in folders + files]
+    below = [each for path in own for each in path.rglob("*")]
     return sorted(path for path in own + below if path.is_symlink() and leads_out(path, directory))
 
 
