@@ -45,16 +45,6 @@ class OdeDensity(NamedTuple):
     num_steps: jax.Array
 
 
-def _with_full_float32(denoise_fn: Callable) -> Callable:
-    """Wraps denoise_fn: products without an explicit precision use the highest."""
-
-    def denoise(x_t, time):
-        with jax.default_matmul_precision("highest"):
-            return denoise_fn(x_t, time)
-
-    return denoise
-
-
 def log_density(
     key,
     schedule: Schedule,
@@ -85,7 +75,6 @@ def log_density(
       prediction eps or score if alpha_bar ends at 0.
     """
     process.check_terminal_snr(schedule, prediction)
-    denoise_fn = _with_full_float32(denoise_fn)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact")
     if not tolerance > 0:
@@ -126,17 +115,18 @@ def log_density(
 
     start, end = _finite_ends(schedule, x.dtype)
     start = start if time is None else -0.5 * schedule.log_snr(jnp.asarray(time, x.dtype))
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(derivative),
-        diffrax.Tsit5(),
-        t0=start,
-        t1=end,
-        dt0=None,
-        y0=(x, jnp.zeros(x.shape[0], x.dtype)),
-        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-        max_steps=max_steps,
-        throw=False,
-    )
+    with jax.default_matmul_precision("highest"):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(derivative),
+            diffrax.Tsit5(),
+            t0=start,
+            t1=end,
+            dt0=None,
+            y0=(x, jnp.zeros(x.shape[0], x.dtype)),
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+            max_steps=max_steps,
+            throw=False,
+        )
     assert solution.ys is not None
     x_T, divergence = (leaf[0] for leaf in solution.ys)
     log_prior = -0.5 * jnp.sum(jnp.square(x_T), axis=range(1, x.ndim)) - 0.5 * dimensions * math.log(2 * math.pi)
@@ -200,7 +190,6 @@ def bits_per_dim(
             )
         x_0 = likelihood.in_model_range(x_0, gray_levels)
         x_0 = jnp.round((x_0 + 1) * ((gray_levels - 1) / 2)) * (2 / (gray_levels - 1)) - 1
-    denoise_fn = _with_full_float32(denoise_fn)
     axes, dimensions, time = range(1, x_0.ndim), math.prod(x_0.shape[1:]), None
     key_x, key_trace = jax.random.split(key)
     first = jnp.zeros(x_0.shape[0], jnp.int32)
@@ -213,7 +202,8 @@ def bits_per_dim(
     elif dequantization == "variational":
         eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
         x, time = process.q_sample(schedule, x_0, first, eps), schedule.timesteps[0]
-        output = denoise_fn(x, schedule.at(first, x).time)
+        with jax.default_matmul_precision("highest"):
+            output = denoise_fn(x, schedule.at(first, x).time)
         output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
         decoder, _ = likelihood.bound_term(
             schedule, output, x_0, x, first, prediction=prediction, variance=variance, gray_levels=gray_levels
