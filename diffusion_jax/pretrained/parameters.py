@@ -110,16 +110,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise PretrainedError(f"{path} is a corrupted safetensors file ({error}); download it again") from None
-
-    def read(name: str) -> np.ndarray:
-        try:
-            return file.get_tensor(name)
-        except Exception as error:  # bfloat16 and narrower types, which NumPy may not have
-            raise PretrainedError(
-                f"{path}: {name} cannot be read ({str(error)[:100]}); convert it to float32"
-            ) from None
-
-    return Tensors("safetensors", shapes, read, file.metadata() or {})
+    return Tensors("safetensors", shapes, file.get_tensor, file.metadata() or {})
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
@@ -176,14 +167,8 @@ def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
     if not ema:  # a checkpoint also contains Adam's moments and the step
         names = variables or [name for name in shapes if "/" in name and not name.split("/")[-1].startswith("Adam")]
         variables = {name: name for name in names}
-
-    def read(name: str) -> np.ndarray:
-        try:
-            return reader.get_tensor(variables[name])
-        except Exception as error:
-            raise PretrainedError(f"{path}: {name} cannot be read ({first_line(error)}); is a file missing?") from None
-
-    return Tensors("TensorFlow", {name: tuple(shapes[variable]) for name, variable in variables.items()}, read)
+    own_shapes = {name: tuple(shapes[variable]) for name, variable in variables.items()}
+    return Tensors("TensorFlow", own_shapes, lambda name: reader.get_tensor(variables[name]))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -304,7 +289,11 @@ def build_params(
     params, wrong = {}, []
     for path, shape in shapes.items():
         name = expected[path]
-        value = convert(tensors.read(name), path, shape)
+        try:
+            value = convert(tensors.read(name), path, shape)
+        except Exception as error:  # for types that NumPy lacks, such as bfloat16, and missing files of TensorFlow
+            advice = "convert it to float32, or restore a missing file"
+            raise PretrainedError(f"{source}: {name} cannot be read ({first_line(error)}); {advice}") from None
         if value.shape != shape:
             wrong.append(f"{name} is {torch_shape(value.shape, path)}, not {torch_shape(shape, path)}")
             continue
