@@ -148,10 +148,8 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
     if ":" not in name:
         raise ValueError(f"features={name!r} is unknown; known: inception, digits, module:function")
     function = find_function(name, "features")
-    path = sys.modules[function.__module__].__file__
-    assert path is not None  # only namespace packages have no file, and namespace packages have no functions
-    with open(path, "rb") as file:  # the file's digest approximates the function's identity
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    source = pathlib.Path(str(sys.modules[function.__module__].__file__))
+    content = hashlib.sha256(source.read_bytes()).hexdigest()  # approximates the function's identity
     return FeatureExtractor(name, f"{content}_{name}", lambda _, images: BatchFeatures(function(images)))
 
 

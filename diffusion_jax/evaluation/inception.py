@@ -231,15 +231,11 @@ def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
     path = local_path(path)
     if not path.is_file():
         raise PretrainedError(f"{path}: no such file; download the weights of FID's Inception, {DOWNLOAD_SOURCES}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
-        file.seek(0)
-        is_graph = file.read(1) == b"\n"  # the first field of a GraphDef holds the nodes
-    tensors, tensor_name = (
-        (_read_graph(path), _graph_name) if is_graph else (parameters.open_tensors(path), _torch_name)
-    )
+    content = path.read_bytes()
+    digest, md5 = hashlib.sha256(content).hexdigest(), hashlib.md5(content).hexdigest()
+    is_graph = content.startswith(b"\n")  # the first field of a GraphDef holds the nodes
+    tensors = _read_graph(path, content) if is_graph else parameters.open_tensors(path)
+    tensor_name = _graph_name if is_graph else _torch_name
     shapes = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("num_batches_tracked")}
     tensors = dataclasses.replace(tensors, shapes=shapes)
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
@@ -285,12 +281,12 @@ def _tower(branch: str, towers: list[str]) -> str:
     return f"{_numbered('tower', towers.index(name))}/{conv}"
 
 
-def _read_graph(path: pathlib.Path) -> parameters.Tensors:
+def _read_graph(path: pathlib.Path, content: bytes) -> parameters.Tensors:
     """Reads the variables of a frozen TensorFlow graph, which are constants there. Raises: PretrainedError."""
     tf = parameters.require_module("tensorflow", "TensorFlow")
     graph = tf.compat.v1.GraphDef()
     try:
-        graph.ParseFromString(path.read_bytes())
+        graph.ParseFromString(content)
     except Exception as error:  # protobuf's errors have no common public class
         raise PretrainedError(f"{path} cannot be read as a TensorFlow graph ({error}); download it again") from None
     ends = (*_GRAPH_LEAVES.values(), "softmax/weights", "softmax/biases")
