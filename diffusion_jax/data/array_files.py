@@ -68,11 +68,8 @@ class ArrayFiles(Arrays, NamedSource):
     @classmethod
     def has_splits(cls, config: Mapping) -> bool:
         """False for a single file, store or folder of files."""
-        root, split = local_path(config["data_dir"] or ""), config["split"]
-        if not config["data_dir"] or not root.is_dir() or _kind(root.name):
-            return False
-        names = _split_entries(root).keys()
-        return split in names or bool(names & _SPLIT_NAMES)
+        names = _split_entries(local_path(config["data_dir"])).keys() if config["data_dir"] else set()
+        return config["split"] in names or bool(names & _SPLIT_NAMES)
 
     def __init__(self, path: str, split: str = "train", shape: tuple[int, ...] = ()):
         location, classes = _find_split(path, split), ()
@@ -119,19 +116,18 @@ def _find_split(path: str, split: str) -> pathlib.Path:
     if not path or not root.exists():
         what = "no such file or folder" if path else "empty"
         raise DataError(f"data.data_dir={str(path or '')!r} is {what}; set it to {_ALLOWED}")
-    if root.is_dir() and not _kind(root.name):
-        entries = _split_entries(root)
-        found = entries.get(split, [])
-        if len(found) > 1:
-            raise DataError(f"data.split={split!r}: {root} has {list_names(found)}; keep one of them")
-        if found:
-            return root / found[0]
-        if entries.keys() & _SPLIT_NAMES:  # a folder with only test.npy is not training data
-            other = "" if split == "train" else ", or set evaluation.data_dir to other examples"
-            names = list_names(sorted(entries), 8)
-            raise DataError(f"data.split={split!r}: {root} has the splits {names}; use one of them{other}")
-    elif root.is_file() and not _kind(root.name):
+    if root.is_file() and not _kind(root.name):
         raise DataError(f"data.data_dir={path!r} is a file of another kind; set it to {_ALLOWED}")
+    entries = _split_entries(root)
+    found = entries.get(split, [])
+    if len(found) > 1:
+        raise DataError(f"data.split={split!r}: {root} has {list_names(found)}; keep one of them")
+    if found:
+        return root / found[0]
+    if entries.keys() & _SPLIT_NAMES:  # a folder with only test.npy is not training data
+        other = "" if split == "train" else ", or set evaluation.data_dir to other examples"
+        names = list_names(sorted(entries), 8)
+        raise DataError(f"data.split={split!r}: {root} has the splits {names}; use one of them{other}")
     if split != "train":
         raise DataError(
             f"data.split={split!r}: {root} has only 'train'; use data.split='train', or a folder that contains train.npy and "
@@ -142,8 +138,10 @@ def _find_split(path: str, split: str) -> pathlib.Path:
 
 
 def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
-    """Maps split names to the files and folders, without hidden names, that can be a split."""
+    """Maps split names to the files and folders, without hidden names, that can be a split; {} for a file or store."""
     entries = collections.defaultdict(list)
+    if not root.is_dir() or _kind(root.name):
+        return {}
     with os.scandir(root) as listing:
         for entry in listing:
             kind = _kind(entry.name)
