@@ -206,11 +206,7 @@ def density_coverage(reference, samples, k: int = 5) -> DensityCoverage:
     reference, samples, _ = _for_distances(reference, samples, k)
     radii = _radii(reference, k)
     balls = _compare(lambda d, slack, radii: (d <= radii + slack).sum(), samples, reference, radii)
-
-    def covered(d, slack, _, radius):
-        return (d <= radius + slack).any()
-
-    is_covered = _compare(covered, reference, samples, np.zeros(1), radii)
+    is_covered = _compare(lambda d, slack, _, r: (d <= r + slack).any(), reference, samples, np.zeros(1), radii)
     return DensityCoverage(float(np.mean(balls) / k), float(np.mean(is_covered)))
 
 
@@ -258,11 +254,8 @@ def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) 
 
 def _radii(features: np.ndarray, k: int) -> np.ndarray:
     """Returns the squared distance [N] to the k-th nearest other feature."""
-
-    def radius(d, slack, _, number):
-        return _smallest(d, k, number)[0][-1]
-
-    return _compare(radius, features, features, np.zeros(1), np.arange(len(features)))
+    numbers = np.arange(len(features))
+    return _compare(lambda d, _, __, i: _smallest(d, k, i)[0][-1], features, features, np.zeros(1), numbers)
 
 
 def _smallest(d, k: int, excluded):

@@ -178,8 +178,7 @@ class _Functions(NamedTuple):
 
 
 def _linen_functions(module: nn.Module) -> _Functions:
-    def known(inputs):
-        return _known_arguments(type(module).__call__, inputs)
+    known = functools.partial(_known_arguments, type(module).__call__)
 
     def init(key, inputs):
         variables = dict(module.init(key, **known({**inputs, "train": False})))

@@ -528,10 +528,8 @@ _run_on_one_device = jax.jit(_run_program, static_argnums=0)
 @functools.cache
 def _compile_for_mesh(mesh: Mesh) -> Callable:
     """Compiles `_run_program` with the batch split over the devices of a mesh. The key argument is the key's data."""
-    rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-
-    def constrain(x):
-        return jax.lax.with_sharding_constraint(x, rows)
+    replicated = sharding.replicated(mesh)
+    constrain = partial(jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh))
 
     def run_program(program, all_params, key, arrays):
         # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory is
