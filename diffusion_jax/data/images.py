@@ -97,10 +97,6 @@ class Folder(EncodedImages):
     def check_location(cls, config: Mapping) -> None:
         cls._find(config["data_dir"])
 
-    @classmethod
-    def has_splits(cls, config: Mapping) -> bool:
-        return False
-
     @staticmethod
     def _find(directory: str) -> pathlib.Path:
         """Returns the local path of the folder. Raises: DataError if there is none."""

@@ -161,7 +161,7 @@ class NamedSource(Source):
     @classmethod
     def has_splits(cls, config: Mapping) -> bool:
         """Whether `data.split` selects some of the examples, without `data.holdout`."""
-        return True
+        return not cls.of_files
 
     def notes(self) -> list[str]:
         """Returns lines about data that are not read."""
