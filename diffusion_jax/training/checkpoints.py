@@ -37,7 +37,7 @@ from diffusion_jax.errors import CheckpointError, SaveError, first_line, list_di
 from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import MANIFEST
 from diffusion_jax.training.state import TrainState
-from diffusion_jax.untrusted import read_json
+from diffusion_jax.untrusted import check_regular, read_json
 
 __all__ = ["Checkpoints", "check_run_files", "find_corruption", "resume_hint", "write_manifest", "write_part"]
 
@@ -387,9 +387,8 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
 
 
 def digest(path: pathlib.Path) -> tuple[int, str]:
-    """Returns (bytes, SHA-256) of a file. Raises: OSError."""
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
+    """Returns (bytes, SHA-256) of a file. Raises: OSError; ValueError for a pipe, a device or a folder."""
+    check_regular(path)
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -477,7 +476,7 @@ def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None
             continue
         try:
             size, value = digest(directory / name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"{name} {'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
         if size != expected_size:
             return f"{name} has {size} bytes, not {expected_size}"
