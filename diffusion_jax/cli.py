@@ -108,17 +108,12 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="import the functions that a run names, such as its network (model.kind)",
     )
     add("--follow_links", action="store_true", help="write through links that lead out of the work directory")
-    address, count, index = (
-        os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-    )
-    add(
-        "--coordinator_address",
-        default=address,
-        metavar="HOST:PORT",
-        help="address of process 0, the same for all processes",
-    )
-    add("--num_processes", default=count, type=int, metavar="N", help="number of processes in the run")
-    add("--process_id", default=index, type=int, metavar="I", help="number of this process, from 0")
+    for name, kind, metavar, text in (
+        ("coordinator_address", str, "HOST:PORT", "address of process 0, the same for all processes"),
+        ("num_processes", int, "N", "number of processes in the run"),
+        ("process_id", int, "I", "number of this process, from 0"),
+    ):
+        add(f"--{name}", default=os.environ.get(f"JAX_{name.upper()}"), type=kind, metavar=metavar, help=text)
     add("--join_timeout", type=int, metavar="SECONDS", default=300, help="how long to wait for the other processes")
     return parser
 
