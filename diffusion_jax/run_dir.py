@@ -9,11 +9,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from jax.experimental import multihost_utils
 from diffusion_jax.console import ProgressBar, log
 from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
 from diffusion_jax.errors import StorageError, UserError
-from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls
+from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls, write_text
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
@@ -66,6 +68,11 @@ class RunDir(os.PathLike):
 
     def upload(self, *paths: pathlib.Path) -> None:
         """Uploads finished files, or all files in directories. Raises: OSError."""
+
+    def write_json(self, name: str, value: Any, indent: int | None = None) -> None:
+        """Writes a JSON file into the directory, and uploads it. Raises: OSError."""
+        write_text(self / name, json.dumps(value, indent=indent) + "\n")
+        self.upload(self / name)
 
     def fetch(self, path: pathlib.Path) -> pathlib.Path:
         """Downloads a file or directory that another process uploaded. Returns: `path`. Raises: OSError."""

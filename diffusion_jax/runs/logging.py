@@ -306,8 +306,7 @@ def _tracked_run(workdir: RunDir, tracker: str, create: Callable[[], str]) -> st
     stored = read_json(path) if path.exists() else {}
     if tracker not in stored:
         stored[tracker] = create()
-        write_text(path, json.dumps(stored) + "\n")
-        workdir.upload(path)
+        workdir.write_json("trackers.json", stored)
     return stored[tracker]
 
 
@@ -474,8 +473,7 @@ class LaunchTimes:
         now = self._clock()
         if is_last or now - self._written > _SECONDS_BETWEEN_WRITES:
             self._launches[-1] |= {"end": now, "seconds": {part: round(s, 3) for part, s in self.seconds().items()}}
-            write_text(self._workdir / _GOODPUT, json.dumps(self._launches) + "\n")
-            self._workdir.upload(self._workdir / _GOODPUT)
+            self._workdir.write_json(_GOODPUT, self._launches)
             self._written = now
 
     def goodput(self) -> float:

@@ -21,7 +21,6 @@ from diffusion_jax.data.sources import read_block_lengths
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, list_names, shorten
-from diffusion_jax.files import write_text
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
@@ -119,9 +118,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
     if normalizations:
         new["normalization"] = {name: value.to_json() for name, value in normalizations.items()}
     if not (path.exists() and committed_steps(workdir / "checkpoints")):
-        write_text(path, json.dumps(new) + "\n")
-        workdir.upload(path)
-        return
+        return workdir.write_json("data.json", new)
     old = read_json(path)
     if old == new:
         return
@@ -170,16 +167,14 @@ def check_network_source(network: Network, workdir: RunDir, records: bool = Fals
         if (recorded := str(read_json(path).get("sha256"))) != digest:
             log(f"Note: {file} changed since this run began (SHA-256 {recorded[:12]} then, {digest[:12]} now).")
     elif records:
-        write_text(path, json.dumps({"file": str(file), "sha256": digest}) + "\n")
-        workdir.upload(path)
+        workdir.write_json("network.json", {"file": str(file), "sha256": digest})
 
 
 def write_config(config: ConfigDict, workdir: RunDir | os.PathLike) -> None:
     """Writes config.json, and creates a missing directory."""
     workdir = open_run_dir(workdir)
     workdir.path.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-    workdir.upload(workdir / "config.json")
+    workdir.write_json("config.json", to_dict(config), indent=2)
 
 
 def write_config_if_untrained(config: ConfigDict, workdir: RunDir) -> None:
