@@ -157,76 +157,57 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
 
 def check_loss(config: Mapping[str, Any]) -> None:
     """Raises: ValueError if the loss of `config.diffusion` contradicts its variance, weighting, path or prediction."""
-    loss, variance, weighting = config["loss"], config["variance"], config["weighting"]
-    is_learned = variance.startswith("learned")
-    _check_path(config)
-    if loss == "simple" and is_learned:
-        raise ValueError(
-            f"diffusion.variance={variance!r}: L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a "
-            "fixed variance"
-        )
-    if loss == "hybrid" and not is_learned:
-        raise ValueError(
-            f"diffusion.loss='hybrid' trains a learned variance, but diffusion.variance={variance!r}; use learned_range"
-        )
-    if loss in ("vlb", "continuous_vlb") and weighting not in (None, "none"):
-        raise ValueError(f"diffusion.weighting={weighting!r} is for L_simple; the {loss} has its own weights; use none")
-
-
-def _check_path(config: Mapping[str, Any]) -> None:
-    """Raises: ValueError for chain settings with a path, path settings without a path, and settings without effect."""
-    path, loss = config["path"], config["loss"]
+    path, loss, draw, variance = (config[name] for name in ("path", "loss", "draw", "variance"))
+    is_learned, is_edm = variance.startswith("learned"), config["preconditioning"] == "edm"
     if path:
-        of_a_chain = {
-            "loss": loss in ("vlb", "hybrid"),
-            "variance": config["variance"].startswith("learned"),
-            "prediction": config["prediction"] == "x_prev",
-            "timestep_sampler": config["timestep_sampler"] not in ("uniform", "stratified"),
-            "rescale_timesteps": config["rescale_timesteps"],
-        }
-        found = [name for name, is_set in of_a_chain.items() if is_set]
-        if found:
-            listed = ", ".join(f"diffusion.{name}={config[name]!r}" for name in found)
-            allowed = {"loss": "simple", "variance": "fixed_large", "prediction": "v", "timestep_sampler": "uniform"}
-            flags = " ".join(f"--config.diffusion.{name}={allowed.get(name, False)}" for name in found)
-            raise ValueError(
-                f"{listed} needs the steps of a schedule, but diffusion.path={path!r} is continuous; use "
-                f"diffusion.path=None, or {flags}"
-            )
-    else:
-        of_a_path = {
-            "loss": loss == "continuous_vlb",
-            "draw": config["draw"] != "uniform",
-            "log_snr_shift": config["log_snr_shift"] != 0,
-        }
-        for setting in (name for name, is_set in of_a_path.items() if is_set):
-            raise ValueError(
-                f"diffusion.{setting}={config[setting]!r} is for a path; set diffusion.path to one of "
-                f"{', '.join(schedules.PATHS)}"
-            )
-    if ":" in config["draw"] and config["timestep_sampler"] != "uniform":
+        _check_continuous(config)
+    needs_path = f" is for a path; set diffusion.path to one of {', '.join(schedules.PATHS)}"
+    has_own_draw = f" has no effect on {draw}, which draws the levels itself; use uniform"
+    needs_normal_draw = " is for the draws log_normal and logit_normal; use None"
+    is_other_draw = draw not in ("log_normal", "logit_normal")
+    needs_x_0 = f" makes the network predict x_0, but diffusion.prediction={config['prediction']!r}; use x_0"
+    needs_simple = f" is for the loss simple, not {loss}; use none"
+    needs_edm = " is for diffusion.preconditioning=edm or weighting=edm; use None"
+    needs_fixed = ": L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a fixed variance"
+    needs_learned = f" trains a learned variance, but diffusion.variance={variance!r}; use learned_range"
+    needs_no_weighting = f" is for L_simple; the {loss} has its own weights; use none"
+    has_own_weights = loss in ("vlb", "continuous_vlb") and config["weighting"] not in (None, "none")
+    for setting, is_wrong, problem in (
+        ("loss", loss == "continuous_vlb" and not path, needs_path),
+        ("draw", draw != "uniform" and not path, needs_path),
+        ("log_snr_shift", config["log_snr_shift"] != 0 and not path, needs_path),
+        ("timestep_sampler", ":" in draw and config["timestep_sampler"] != "uniform", has_own_draw),
+        ("draw_mean", config["draw_mean"] is not None and is_other_draw, needs_normal_draw),
+        ("draw_std", config["draw_std"] is not None and is_other_draw, needs_normal_draw),
+        ("preconditioning", is_edm and loss == "classify", " is for diffusion models, not for classifiers; use none"),
+        ("preconditioning", is_edm and config["prediction"] != "x_0", needs_x_0),
+        ("sigma_data", config["sigma_data"] is not None and not (is_edm or config["weighting"] == "edm"), needs_edm),
+        ("weighting", config["weighting"] == "edm" and loss != "simple", needs_simple),
+        ("variance", loss == "simple" and is_learned, needs_fixed),
+        ("loss", loss == "hybrid" and not is_learned, needs_learned),
+        ("weighting", has_own_weights, needs_no_weighting),
+    ):
+        if is_wrong:
+            raise ValueError(f"diffusion.{setting}={config[setting]!r}{problem}")
+
+
+def _check_continuous(config: Mapping[str, Any]) -> None:
+    """Raises: ValueError for settings that need the steps of a schedule, with a path."""
+    of_a_chain = {  # {setting: (whether its value needs steps, a value for a path)}
+        "loss": (config["loss"] in ("vlb", "hybrid"), "simple"),
+        "variance": (config["variance"].startswith("learned"), "fixed_large"),
+        "prediction": (config["prediction"] == "x_prev", "v"),
+        "timestep_sampler": (config["timestep_sampler"] not in ("uniform", "stratified"), "uniform"),
+        "rescale_timesteps": (config["rescale_timesteps"], False),
+    }
+    allowed = {name: value for name, (needs_steps, value) in of_a_chain.items() if needs_steps}
+    if allowed:
+        listed = ", ".join(f"diffusion.{name}={config[name]!r}" for name in allowed)
+        flags = " ".join(f"--config.diffusion.{name}={value}" for name, value in allowed.items())
         raise ValueError(
-            f"diffusion.timestep_sampler={config['timestep_sampler']!r} has no effect on {config['draw']}, which draws the "
-            "levels itself; use uniform"
+            f"{listed} needs the steps of a schedule, but diffusion.path={config['path']!r} is continuous; use "
+            f"diffusion.path=None, or {flags}"
         )
-    for setting in ("draw_mean", "draw_std"):
-        if config[setting] is not None and config["draw"] not in ("log_normal", "logit_normal"):
-            raise ValueError(
-                f"diffusion.{setting}={config[setting]} is for the draws log_normal and logit_normal; use None"
-            )
-    if config["preconditioning"] == "edm" and loss == "classify":
-        raise ValueError("diffusion.preconditioning='edm' is for diffusion models, not for classifiers; use none")
-    if config["preconditioning"] == "edm" and config["prediction"] != "x_0":
-        raise ValueError(
-            f"diffusion.preconditioning='edm' makes the network predict x_0, but diffusion.prediction="
-            f"{config['prediction']!r}; use x_0"
-        )
-    if config["sigma_data"] is not None and "edm" not in (config["preconditioning"], config["weighting"]):
-        raise ValueError(
-            f"diffusion.sigma_data={config['sigma_data']} is for diffusion.preconditioning=edm or weighting=edm; use None"
-        )
-    if loss != "simple" and config["weighting"] == "edm":
-        raise ValueError(f"diffusion.weighting='edm' is for the loss simple, not {loss}; use none")
 
 
 def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None:
