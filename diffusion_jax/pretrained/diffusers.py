@@ -127,15 +127,11 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     if unknown:
         raise PretrainedError(f"the config has fields that UNet2DModel does not have: {list_names(unknown)}")
     fields = _UNET_DEFAULTS | config
-    for name, values in _SUPPORTED_VALUES.items():
-        if fields[name] not in values:
-            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
     widths = fields["block_out_channels"]
     channels = widths[0]
-    if fields["time_embedding_dim"] not in (None, 4 * channels):
-        raise PretrainedError(
-            f"time_embedding_dim={fields['time_embedding_dim']} is not supported, only {4 * channels}"
-        )
+    for name, values in (_SUPPORTED_VALUES | {"time_embedding_dim": (4 * channels, None)}).items():
+        if fields[name] not in values:
+            raise PretrainedError(f"{name}={fields[name]!r} is not supported, only {' or '.join(map(repr, values))}")
     down, up = list(fields["down_block_types"]), list(fields["up_block_types"])
     unknown = [block for block in down if block not in _UP_BLOCKS]
     if unknown:
@@ -214,13 +210,12 @@ def unet_to_config(net: Model) -> dict[str, Any]:
         for name, value in network_fields(model).items()
         if name not in _FIELDS_STORED_OTHERWISE and value != getattr(read, name)
     ]
-    if net.low_resolution:
-        lost.append(f"low_resolution={net.low_resolution}")
-    if "x" in net.normalizations:
-        lost.append("normalizations (data units)")
-    if any(side % model.divisor for side in size):
-        lost.append(f"image_size={size}, no multiple of {model.divisor}")
-    if lost:
+    unsupported = {
+        f"low_resolution={net.low_resolution}": net.low_resolution,
+        "normalizations (data units)": "x" in net.normalizations,
+        f"image_size={size}, no multiple of {model.divisor}": any(side % model.divisor for side in size),
+    }
+    if lost := lost + [name for name, is_lost in unsupported.items() if is_lost]:
         raise PretrainedError(f"diffusers' UNet2DModel does not support {'; '.join(lost)}; use save_safetensors")
     return config
 
@@ -263,18 +258,15 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
     """
     kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     variance = (config.get("variance_type") or "fixed_small").removesuffix("_log")
+    class_name = config.get("_class_name", "DDPMScheduler")
     for name, value, known in (
         ("beta_schedule", kind, _SCHEDULES),
         ("prediction_type", prediction, _PREDICTIONS),
         ("variance_type", variance, _VARIANCES),
+        ("_class_name", class_name, _SCHEDULERS),
     ):
         if value not in known:
             raise PretrainedError(f"the scheduler's {name}={value!r} is not supported; known: {', '.join(known)}")
-    class_name = config.get("_class_name", "DDPMScheduler")
-    if class_name not in _SCHEDULERS:
-        raise PretrainedError(
-            f"the scheduler's _class_name={class_name!r} is not supported; known: {', '.join(_SCHEDULERS)}"
-        )
     table = config.get("trained_betas")
     for name in ("rescale_betas_zero_snr", "thresholding"):
         if config.get(name):
@@ -297,20 +289,17 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
 def scheduler_to_config(net: Model) -> dict[str, Any]:
     """Returns the DDPMScheduler config. Raises: PretrainedError that names the unsupported fields."""
     schedule, predictions = net.schedule, {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    lost = []
-    if net.diffusion is not None and net.diffusion["path"]:
-        lost.append(f"path={net.diffusion['path']!r}")
-    elif not np.array_equal(schedule.timesteps, np.arange(schedule.num_timesteps)):
-        lost.append("rescale_timesteps")
-    if net.sigma_data is not None:
-        lost.append("preconditioning='edm'")
-    if net.prediction not in predictions:
-        lost.append(f"prediction={net.prediction!r}")
-    if net.variance not in _VARIANCES:
-        lost.append(f"variance={net.variance!r}")
-    if not isinstance(net.clip, bool):
-        lost.append("a clip other than True and False")
-    if lost:
+    settings = net.diffusion or {}
+    path, indices = settings.get("path"), np.arange(schedule.num_timesteps)
+    unsupported = {
+        f"path={path!r}": path,
+        "rescale_timesteps": not path and not np.array_equal(schedule.timesteps, indices),
+        "preconditioning='edm'": net.sigma_data is not None,
+        f"prediction={net.prediction!r}": net.prediction not in predictions,
+        f"variance={net.variance!r}": net.variance not in _VARIANCES,
+        "a clip other than True and False": not isinstance(net.clip, bool),
+    }
+    if lost := [name for name, is_lost in unsupported.items() if is_lost]:
         raise PretrainedError(f"diffusers' DDPMScheduler does not support {'; '.join(lost)}; use save_safetensors")
     config = {
         "_class_name": "DDPMScheduler",
@@ -320,7 +309,6 @@ def scheduler_to_config(net: Model) -> dict[str, Any]:
         "variance_type": net.variance,
         "clip_sample": net.clip,
     }
-    settings = net.diffusion or {}
     schedule_names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     if settings.get("schedule") in schedule_names:
         betas = {name: settings.get(name, DIFFUSION_DEFAULTS[name]) for name in ("beta_start", "beta_end")}
