@@ -9,7 +9,6 @@ with the run's data, settings and metrics. FLAGS: the name of a preset, OpenAI's
 not the moving average.
 """
 
-import argparse
 import pathlib
 
 from diffusion_jax import pretrained
@@ -38,22 +37,19 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("convert needs PATH and TO, and inspect PATH alone")
         net = pretrained.load(args.path, args.flags, not args.raw, args.trust_network)
         print(pretrained.format_summary(net))
-        if args.to is not None:
-            _convert(net, args)
+        if args.to is None:
+            return
+        from diffusion_jax.report.model_card import card_path, write_card
 
-
-def _convert(net: pretrained.Model, args: argparse.Namespace) -> None:
-    from diffusion_jax.report.model_card import card_path, write_card
-
-    save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
-    save(net, args.to)
-    print(f"Written: {args.to}")
-    to = pathlib.Path(args.to).expanduser()
-    workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
-    if written := write_card(net, to, workdir):
-        print(f"Model card, whose license is to be filled in: {written}")
-    else:
-        print(f"{card_path(to)} exists and stays as it is.")
+        save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
+        save(net, args.to)
+        print(f"Written: {args.to}")
+        to = pathlib.Path(args.to).expanduser()
+        workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
+        if written := write_card(net, to, workdir):
+            print(f"Model card, whose license is to be filled in: {written}")
+        else:
+            print(f"{card_path(to)} exists and stays as it is.")
 
 
 if __name__ == "__main__":
