@@ -21,7 +21,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -133,14 +133,33 @@ class Checkpoints:
         return self._directory / f"{step}.partial" / str(process)
 
     def _commit(self, step: int, reports: list[dict[str, Any]]) -> None:
-        """Commits the step and removes old steps. Raises: OSError, also if a process could not write its arrays."""
+        """Commits the step from the directories of all processes, and removes old steps.
+
+        Raises: OSError, also if a process could not write its arrays; LeaseLostError if another launch has taken over the
+        bucket.
+        """
+        run_dir, parts = self._run_dir, [self._part(step, process) for process in range(len(reports))]
         try:
             for process, report in enumerate(reports):
                 if "error" in report:
-                    self._run_dir.check_locks()  # raises if another launch has taken over the bucket
+                    run_dir.check_locks()
                     raise OSError(f"process {process}: {report['error']}" if len(reports) > 1 else report["error"])
-            parts = [self._part(step, process) for process in range(len(reports))]
-            commit(parts, [report["files"] for report in reports], self._run_dir, str(step))
+            if not isinstance(run_dir, BucketRunDir):  # a bucket has the files of all processes
+                for part, report in zip(parts[1:], reports[1:], strict=True):
+                    for name in report["files"]:
+                        (parts[0] / name).parent.mkdir(parents=True, exist_ok=True)
+                        (part / name).rename(parts[0] / name)
+            table: Table = {name: value for report in reports for name, value in report["files"].items()}
+            write_manifest(parts[0], table)
+            if isinstance(run_dir, BucketRunDir):
+                run_dir.check_locks()
+                store, name = run_dir.store, run_dir.object_name(run_dir / str(step))
+                written = {f"{name}/{file}" for file in table}
+                store.delete(store.list(f"{name}/").keys() - written)  # left by a failed save of the same step
+                store.upload(parts[0] / MANIFEST, f"{name}/{MANIFEST}")
+                for path in filter(pathlib.Path.is_dir, parts[0].iterdir()):  # the mirror keeps the small files
+                    shutil.rmtree(path)
+            parts[0].rename(run_dir / str(step))
         finally:
             shutil.rmtree(self._directory / f"{step}.partial", ignore_errors=True)
         for old in self.steps()[: -self._kept]:
@@ -391,29 +410,6 @@ def digest(path: pathlib.Path) -> tuple[int, str]:
     check_regular(path)
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def commit(parts: Sequence[pathlib.Path], tables: Sequence[Table], run_dir: RunDir, step: str) -> None:
-    """Commits a step from the directories of all processes; process 0 calls this.
-
-    Raises: OSError; LeaseLostError if another launch has taken over the bucket.
-    """
-    part, table = parts[0], {name: value for files in tables for name, value in files.items()}
-    is_bucket = isinstance(run_dir, BucketRunDir)  # which has the files of all processes
-    for other, files in () if is_bucket else zip(parts[1:], tables[1:], strict=True):
-        for name in files:
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (other / name).rename(part / name)
-    write_manifest(part, table)
-    if is_bucket:
-        run_dir.check_locks()
-        store, name = run_dir.store, run_dir.object_name(run_dir / step)
-        written = {f"{name}/{file}" for file in table}
-        store.delete(store.list(f"{name}/").keys() - written)  # left by a failed save of the same step
-        store.upload(part / MANIFEST, f"{name}/{MANIFEST}")
-        for path in filter(pathlib.Path.is_dir, part.iterdir()):  # the mirror keeps the small files
-            shutil.rmtree(path)
-    part.rename(run_dir / step)
 
 
 def check_run_files(workdir: RunDir) -> None:
