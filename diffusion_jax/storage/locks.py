@@ -90,18 +90,13 @@ class FileLock:
 
     def check(self) -> None:
         """Raises LeaseLostError if the directory was moved: files that are written by its path would start another run."""
-        try:
-            is_lost = bool(self._text) and self._path.read_text() != self._text
-        except FileNotFoundError:
-            is_lost = True
-        except OSError:  # a network file system that does not answer now
-            is_lost = False
-        if is_lost:
-            raise LeaseLostError(
-                f"{self._path.parent} was moved or deleted while this program wrote to it, so it stops; rerun the command "
-                "with --workdir=NEW, the new place of the directory, to resume from the newest checkpoint",
-                exit_code=1,
-            )
+        with contextlib.suppress(OSError):  # of a network file system that does not answer now
+            if self._text and not (self._path.exists() and self._path.read_text() == self._text):
+                raise LeaseLostError(
+                    f"{self._path.parent} was moved or deleted while this program wrote to it, so it stops; rerun the "
+                    "command with --workdir=NEW, the new place of the directory, to resume from the newest checkpoint",
+                    exit_code=1,
+                )
 
     def release(self) -> None:
         """Releases the lock; does nothing in a process that does not hold it."""
