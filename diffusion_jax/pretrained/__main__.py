@@ -13,6 +13,7 @@ import pathlib
 
 from diffusion_jax import pretrained
 from diffusion_jax.cli import Parser, program
+from diffusion_jax.files import write_text
 from diffusion_jax.storage.downloads import local_path
 
 
@@ -39,17 +40,18 @@ def main(argv: list[str] | None = None) -> None:
         print(pretrained.format_summary(net))
         if args.to is None:
             return
-        from diffusion_jax.report.model_card import card_path, write_card
+        from diffusion_jax.report.model_card import model_card
 
         save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
         save(net, args.to)
         print(f"Written: {args.to}")
         to = pathlib.Path(args.to).expanduser()
+        card = to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
+        if card.exists():
+            return print(f"{card} exists and stays as it is.")
         workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
-        if written := write_card(net, to, workdir):
-            print(f"Model card, whose license is to be filled in: {written}")
-        else:
-            print(f"{card_path(to)} exists and stays as it is.")
+        write_text(card, model_card(net, to, workdir))
+        print(f"Model card, whose license is to be filled in: {card}")
 
 
 if __name__ == "__main__":

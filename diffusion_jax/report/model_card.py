@@ -10,34 +10,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.files import write_text
 from diffusion_jax.metrics import heading
 from diffusion_jax.pretrained import Model, format_summary
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
 
-__all__ = ["card_path", "model_card", "write_card"]
-
-
-def card_path(to: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the card: README.md in a folder, NAME.md beside NAME.safetensors."""
-    return to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
-
-
-def write_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> pathlib.Path | None:
-    """Writes the card of converted weights, and returns the path; None if a card exists, which is kept. Raises: OSError.
-
-    workdir: the work directory of the run that trained the weights.
-    """
-    path = card_path(to)
-    if path.exists():
-        return None
-    write_text(path, model_card(net, to, workdir))
-    return path
+__all__ = ["model_card"]
 
 
 def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
-    """Returns the card as Markdown that begins with metadata."""
+    """Returns the card of converted weights as Markdown that begins with metadata.
+
+    to: the file or folder of the weights. workdir: the work directory of the run that trained the weights.
+    """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
     is_file = to.suffix == ".safetensors"
     metadata: dict[str, Any] = {
