@@ -30,7 +30,6 @@ from diffusion_jax.untrusted import read_json
 
 __all__ = [
     "RunFiles",
-    "changed_settings",
     "collect",
     "sample_command",
     "table_cells",
@@ -38,6 +37,9 @@ __all__ = [
 ]
 
 _FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
+# What the metrics of a record depend on, besides the options of the sampler.
+_SETTINGS = ("run", "dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
+_SETTINGS += ("reference", "samples", "num_reference", "num_samples")
 _Record = dict[str, Any]
 
 
@@ -111,7 +113,9 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]
 
     records: measurements, with a key "run" if they are of several runs.
     """
-    settings = [_flat_settings(record) for record in records]
+    settings = [
+        record.get("sampling", {}) | {key: record[key] for key in _SETTINGS if key in record} for record in records
+    ]
     keys = dict.fromkeys(key for each in settings for key in each if not key.endswith("_digest"))
     differing = [key for key in keys if len({json.dumps(each[key]) for each in settings if key in each}) > 1]
     names, rows = dict.fromkeys([*_FIRST_SETTINGS, *differing]), []
@@ -128,24 +132,7 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]
     return columns, [[row.get(key, "") for key in columns] for row in rows]
 
 
-def _flat_settings(record: _Record) -> dict[str, Any]:
-    """Returns the settings that a record's metrics depend on, including sampler options."""
-    keys = ("run", "dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
-    keys += ("reference", "samples", "num_reference", "num_samples")
-    return record.get("sampling", {}) | {key: record[key] for key in keys if key in record}
-
-
 # ---- Settings and commands
-
-
-def changed_settings(config: ConfigDict) -> dict[str, tuple[Any, Any, str]]:
-    """Returns {name: (value, default, description)} for settings that differ from the defaults."""
-    values = configs.flatten(config)
-    return {
-        name: (values[name], default, configs.SETTINGS[name].description)
-        for name, default in configs.defaults(values).items()
-        if values[name] != default
-    }
 
 
 def train_command(config: ConfigDict) -> str:

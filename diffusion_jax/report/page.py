@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.config import flatten
+from diffusion_jax.config import SETTINGS, defaults, flatten
 from diffusion_jax.console import format_duration
 from diffusion_jax.errors import shorten
 from diffusion_jax.evaluation.example_sets import sample_files
@@ -23,7 +23,6 @@ from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import figures
 from diffusion_jax.report.collect import (
     RunFiles,
-    changed_settings,
     sample_command,
     table_cells,
     train_command,
@@ -340,11 +339,13 @@ def _launches(run: RunFiles) -> Section | None:
 def _config(run: RunFiles) -> Section | None:
     if run.config is None:
         return None
-    changed = changed_settings(run.config)
-    rows = [[name, str(value), str(default), text] for name, (value, default, text) in changed.items()]
-    every = table(
-        "All settings", ["setting", "value"], [[name, str(value)] for name, value in flatten(run.config).items()]
-    )
+    values = flatten(run.config)
+    rows = [
+        [name, str(values[name]), str(default), SETTINGS[name].description]
+        for name, default in defaults(values).items()
+        if values[name] != default
+    ]
+    every = table("All settings", ["setting", "value"], [[name, str(value)] for name, value in values.items()])
     return _section(
         "config",
         "Config",
