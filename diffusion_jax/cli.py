@@ -257,12 +257,12 @@ def run(command: Command) -> None:
     if workdir is None or mode == "plan":
         from diffusion_jax.runs import plan
 
-        devices.start_virtual(plan.num_virtual_devices(config))
+        devices.start_virtual(max(1, config.mesh.data) * max(1, config.mesh.fsdp))  # -1 of present devices counts as 1
         return plan.run(config)
     if mode == "status":
         from diffusion_jax.runs import status
 
-        return status.run(config, workdir)
+        return print(status.report(config, workdir), flush=True)
     if mode == "report":
         from diffusion_jax.report import write_report
 

@@ -36,7 +36,6 @@ __all__ = [
     "estimate",
     "log_notes",
     "notes",
-    "num_virtual_devices",
     "remat_choices",
     "run",
     "trace",
@@ -104,11 +103,6 @@ class Traced(NamedTuple):
     shapes: list[tuple[int, ...]]
     activations: dict[Remat, int]
     flops: dict[Remat, float]
-
-
-def num_virtual_devices(config: Mapping) -> int:
-    """Returns the mesh size of a config; `mesh.data=-1` counts as 1, because no devices are present to count."""
-    return max(1, config["mesh"]["data"]) * max(1, config["mesh"]["fsdp"])
 
 
 def run(config: ConfigDict) -> None:

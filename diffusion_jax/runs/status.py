@@ -17,15 +17,10 @@ from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
 
-__all__ = ["describe", "report", "run", "sparkline"]
+__all__ = ["describe", "report", "sparkline"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN_LOSSES = 40
-
-
-def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Prints the state of a work directory."""
-    print(report(config, workdir), flush=True)
 
 
 def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
