@@ -84,8 +84,7 @@ class RunDir(os.PathLike):
     def delete(self, directory: pathlib.Path) -> None:
         """Deletes a directory; a checkpoint step stops existing when the deletion begins."""
         removed = directory.with_name(f"{directory.name}.removed")
-        shutil.rmtree(removed, ignore_errors=True)  # from an earlier launch
-        directory.rename(removed)
+        RunDir.rename(self, directory, removed.name)
         shutil.rmtree(removed, ignore_errors=True)
 
     def rename(self, directory: pathlib.Path, name: str) -> None:
