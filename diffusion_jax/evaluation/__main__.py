@@ -6,7 +6,6 @@ Each set is a file of arrays (.npz with samples in arr_0, or with statistics mu 
 directory (its newest samples), or a data set and split such as cifar10:train.
 """
 
-import argparse
 import pathlib
 
 from diffusion_jax.cli import Parser, program
@@ -16,51 +15,46 @@ from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_featur
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; errors print one line and exit with code 2. A rerun reuses cached features."""
+    """Compares the samples with the reference, and adds a record to the output file. A rerun reuses cached features.
+
+    Errors print one line and exit with code 2.
+    """
     with program(argv, bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)
-        compare_sets(arguments)
+        from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
+        from diffusion_jax.evaluation import features
+        from diffusion_jax.evaluation.compare import check_comparable, compare
+        from diffusion_jax.evaluation.example_sets import open_set
 
-
-def compare_sets(arguments: argparse.Namespace) -> None:
-    """Compares the samples with the reference, and adds a record to the output file.
-
-    Raises: DiffusionJaxError, ValueError, OSError, each with a one-line message.
-    """
-    from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
-    from diffusion_jax.evaluation import features
-    from diffusion_jax.evaluation.compare import check_comparable, compare
-    from diffusion_jax.evaluation.example_sets import open_set
-
-    requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
-    unknown = sorted(name for name in requested if name not in METRICS and ":" not in name)
-    if unknown:
-        raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}, or module:function")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
-    output = pathlib.Path(arguments.output).expanduser()
-    output = output if output.suffix == ".json" else output / "metrics.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    reference, samples = (
-        open_set(location, arguments.data_dir, arguments.image_size)
-        for location in (arguments.reference, arguments.samples)
-    )
-    check_comparable(reference, samples)
-    of_images, normalization = samples.is_of_images, None
-    name = arguments.features or features.default_name(reference.name.partition(":")[0], of_images)
-    if not of_images and reference.examples is not None:
-        normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
-    spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
-    names = choose_metrics(requested, spatial_axes, of_images, bool(name))
-    extractor = pipeline = None
-    if needs_features(names, of_images):
-        extractor = features.from_name(name, arguments.inception, arguments.resize, of_images)
-    devices.start()
-    if extractor:
-        mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
-        pipeline = features.FeaturePipeline(extractor, mesh, arguments.batch_size)
-    options = Options(normalization=normalization)
-    compare(reference, samples, names, output, pipeline, options, {})
+        requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
+        unknown = sorted(name for name in requested if name not in METRICS and ":" not in name)
+        if unknown:
+            raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}, or module:function")
+        if arguments.batch_size < 1:
+            raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
+        output = pathlib.Path(arguments.output).expanduser()
+        output = output if output.suffix == ".json" else output / "metrics.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        reference, samples = (
+            open_set(location, arguments.data_dir, arguments.image_size)
+            for location in (arguments.reference, arguments.samples)
+        )
+        check_comparable(reference, samples)
+        of_images, normalization = samples.is_of_images, None
+        name = arguments.features or features.default_name(reference.name.partition(":")[0], of_images)
+        if not of_images and reference.examples is not None:
+            normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
+        spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
+        names = choose_metrics(requested, spatial_axes, of_images, bool(name))
+        extractor = pipeline = None
+        if needs_features(names, of_images):
+            extractor = features.from_name(name, arguments.inception, arguments.resize, of_images)
+        devices.start()
+        if extractor:
+            mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
+            pipeline = features.FeaturePipeline(extractor, mesh, arguments.batch_size)
+        options = Options(normalization=normalization)
+        compare(reference, samples, names, output, pipeline, options, {})
 
 
 def make_parser() -> Parser:

@@ -15,7 +15,7 @@ import numpy as np
 import diffusion_jax
 from diffusion_jax import pictures
 from diffusion_jax.distributed.processes import log
-from diffusion_jax.evaluation.example_sets import ExampleSet, in_data_units, read_examples, standardize, value_digest
+from diffusion_jax.evaluation.example_sets import ExampleSet, read_all, read_examples, value_digest
 from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.metrics import (
@@ -83,8 +83,8 @@ def compare(
         if needs == "data" and options.normalization is None:
             return inputs("examples")
         if needs in ("examples", "data"):
-            convert = standardize if needs == "examples" else in_data_units
-            return convert(reference.source, options.normalization), convert(samples.source, options.normalization)
+            read = functools.partial(read_all, normalization=options.normalization, in_data_units=needs == "data")
+            return read(reference.source), read(samples.source)
         if needs == "vectors":
             return inputs("pool" if of_images else "examples")
         if needs == "logits":

@@ -26,11 +26,10 @@ from diffusion_jax.untrusted import leads_out, open_npz
 __all__ = [
     "ExampleSet",
     "SetFeatures",
-    "in_data_units",
     "open_set",
+    "read_all",
     "read_examples",
     "sample_files",
-    "standardize",
     "value_digest",
 ]
 
@@ -187,22 +186,19 @@ def value_digest(source: data.Source, progress: Callable[[int], None] = lambda d
     return digest.hexdigest()
 
 
-def standardize(source: data.Source, normalization: data.Normalization | None) -> np.ndarray | LazyExamples:
-    """Returns standardized examples, float32 [n, *spatial, C]: in memory up to 1 GiB, otherwise read when needed.
+def read_all(
+    source: data.Source, normalization: data.Normalization | None, in_data_units: bool = False
+) -> np.ndarray | LazyExamples:
+    """Returns all examples, standardized, float32 [n, *spatial, C]: in memory up to 1 GiB, otherwise read when needed.
 
-    normalization: None returns the values unchanged.
+    normalization: None leaves the values unchanged. in_data_units: not standardized, as `normalization.data_dtype`.
     """
-    return _convert(source, lambda x: data.to_model_units(x, normalization))
 
-
-def in_data_units(source: data.Source, normalization: data.Normalization) -> np.ndarray | LazyExamples:
-    """Returns the examples as stored, as `normalization.data_dtype`: in memory up to 1 GiB, otherwise read when needed."""
-    return _convert(source, lambda x: x.astype(normalization.data_dtype))
-
-
-def _convert(source: data.Source, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | LazyExamples:
     def read(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        return convert(batch_examples(batch))
+        x = batch_examples(batch)
+        if in_data_units and normalization is not None:
+            return x.astype(normalization.data_dtype)
+        return data.to_model_units(x, normalization)
 
     first = read(source.read([0]))
     if len(source) * first.nbytes > _MAX_BYTES_IN_MEMORY:
