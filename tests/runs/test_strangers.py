@@ -192,7 +192,7 @@ def test_a_report_shows_no_file_of_its_reader(run, tmp_path):
     from diffusion_jax.report import write_report
 
     Image.new("RGB", (8, 8), "red").save(tmp_path / "private.png")
-    (tmp_path / "private.jsonl").write_text('{"step": 77, "loss": 1.0}\n')
+    (tmp_path / "private.jsonl").write_text('{"step": 7654321, "loss": 1.0}\n')
     launch = {"start": 1, "end": 2, "first_step": 0, "last_step": 1, "stopped_by": "private words"}
     (tmp_path / "private.json").write_text(json.dumps([launch | {"seconds": dict.fromkeys(PARTS, 1.0)}]))
     (run / "goodput.json").symlink_to(tmp_path / "private.json")
@@ -203,7 +203,7 @@ def test_a_report_shows_no_file_of_its_reader(run, tmp_path):
     page = write_report(open_run_dir(run, follow_links=True)).read_text()
     assert page.count("data:image/") == 1
     assert "Left out, because they are links out of the run: goodput.json, metrics.jsonl, samples/private.png" in page
-    assert "private words" not in page and "77" not in page
+    assert "private words" not in page and "7654321" not in page
     shutil.rmtree(run / "samples")
     (tmp_path / "pictures").mkdir()
     shutil.move(tmp_path / "private.png", tmp_path / "pictures" / "private.png")
