@@ -140,10 +140,10 @@ def measure_ours(case: Case) -> dict:
 
         @functools.partial(jax.jit, compiler_options=devices.compiler_options())
         def generate(params, x_T, y):
-            def denoise_fn(x_t, time):
+            def network(x_t, time):
                 return built.model.apply({"params": params}, x_t, time, y if built.model.num_classes else None)
 
-            return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampling.ddim())
+            return sampling.sample(jax.random.key(0), short, network, x_T, sampling.ddim())
 
         def call():
             results[0] = generate(parameters, x_T, y)

@@ -38,7 +38,7 @@ schedules.PATHS["edm_times_1000"] = edm_times_1000  # before the settings read t
 
 from benchmarks import digits_quality
 from configs import digits, vectors
-from diffusion_jax import data, likelihood, pretrained, sampling
+from diffusion_jax import Denoiser, data, likelihood, pretrained, sampling
 from diffusion_jax.config import ConfigDict, resolve
 from diffusion_jax.data import synthetic
 from diffusion_jax.data.sources import batch_examples
@@ -96,21 +96,24 @@ def likelihoods(net: pretrained.Model, source: data.Source) -> dict[str, float]:
     x_0 = batch_examples(batch)
     x_0 = jnp.asarray(x_0 if net.levels is None else x_0 / 127.5 - 1, jnp.float32)
 
-    def denoise_fn(x_t, time):
-        return net.denoise_fn(x_t, net.schedule.time_at_log_snr(-time))
-
+    denoiser = net.denoiser()
     if net.levels is None:
-        options = {"prediction": net.prediction, "trace": "exact", "time": float(net.schedule.time_at_log_snr(9.0))}
-        density = jax.jit(lambda key, x_0: log_density(key, net.schedule, net.denoise_fn, x_0, **options).log_density)(
+        options = {"trace": "exact", "time": float(net.schedule.time_at_log_snr(9.0))}
+        density = jax.jit(lambda key, x_0: log_density(key, net.schedule, denoiser, x_0, **options).log_density)(
             jax.random.key(0), x_0
         )
         nats = -float(np.asarray(density, np.float64).mean()) / x_0.shape[-1]
         return {"nats per dimension": nats + float(np.log(net.normalizations["x"].scale).mean())}
 
+    def network(x_t, time):
+        return denoiser.output(x_t, net.schedule.path.at_log_snr(-time, x_t))
+
+    on_chain = Denoiser(network, net.prediction, "fixed_small", clip=True)
+
     @jax.jit
     def compute(key, x_0):
-        options = {"prediction": net.prediction, "variance": "fixed_small", "clip": True, "gray_levels": net.levels}
-        return likelihood.bits_per_dim(key, CHAIN, denoise_fn, x_0, strata=50, tables=False, **options).total
+        options = {"gray_levels": net.levels, "strata": 50, "tables": False}
+        return likelihood.bits_per_dim(key, CHAIN, on_chain, x_0, **options).total
 
     return {"bits per dimension": float(compute(jax.random.key(0), x_0).mean())}
 
@@ -148,7 +151,7 @@ def quality(net: pretrained.Model, samples: np.ndarray) -> dict[str, float]:
 def draw(net: pretrained.Model, name: str, solver: str, spacing: str, calls: int) -> np.ndarray:
     """Draws the samples of a run; calls: how often the network is called for each sample."""
     steps = calls // 2 if solver == "heun" else calls
-    sampler = sampling.SAMPLERS[solver](clip=net.levels is not None)
+    sampler = sampling.SAMPLERS[solver]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # poor combinations are measured, too
         return np.asarray(

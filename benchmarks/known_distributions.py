@@ -169,11 +169,10 @@ def exact_slack(schedule, variances: np.ndarray) -> float:
     variances: variances [K] of the standardized data along the principal axes. Nearly all slack comes from the smallest
     noise, where the slack is the same for every distribution with a density.
     """
-    alpha_bar, reverse = schedule.alpha_bar[:, None], schedule.fixed_large_variance[:, None]
-    posterior = np.exp(schedule.posterior_log_variance)[:, None]
+    transitions, alpha_bar = schedule.transitions, schedule.alpha_bar[:, None]
+    reverse, posterior = transitions.fixed_large_variance[:, None], np.exp(transitions.posterior_log_variance)[:, None]
     error = variances * (1 - alpha_bar) / (alpha_bar * variances + 1 - alpha_bar)  # E (x_0 - E[x_0 | x_t])^2
-    previous = np.append(1.0, schedule.alpha_bar[:-1])[:, None]
-    coefficient = np.sqrt(previous) * schedule.betas[:, None] / (1 - alpha_bar)
+    coefficient = transitions.posterior_mean_coef_x_0[:, None]
     kl = 0.5 * (np.log(reverse / posterior) + (posterior + coefficient**2 * error) / reverse - 1)
     decoder = 0.5 * (np.log(2 * np.pi * reverse[0]) + error[0] / reverse[0])
     prior = 0.5 * (alpha_bar[-1] * variances - alpha_bar[-1] - np.log1p(-alpha_bar[-1]))
@@ -198,27 +197,14 @@ def compare_likelihood(name: str, config, net: pretrained.Model, distribution) -
     scale = np.asarray(normalizations["x"].scale, np.float64)
     source = data.Normalized(data.load({**config.data, "split": "test"}), normalizations)
     batch = source.read(np.arange(NUM_TEST))
-    condition = batch.get("condition")
+    denoiser = dataclasses.replace(net.denoiser(condition=batch.get("condition"), clip=False), variance="fixed_large")
 
-    def denoise_fn(x_t, time):
-        return net.denoise_fn(x_t, time, condition=condition)
+    @jax.jit
+    def compute(key, x):
+        options = {"gray_levels": None, "strata": 100, "tables": False}
+        return likelihood.bits_per_dim(key, net.schedule, denoiser, x, **options).total
 
-    bits = jax.jit(
-        lambda key, x: (
-            likelihood.bits_per_dim(
-                key,
-                net.schedule,
-                denoise_fn,
-                x,
-                prediction=config.diffusion.prediction,
-                variance="fixed_large",
-                clip=False,
-                gray_levels=None,
-                strata=100,
-                tables=False,
-            ).total
-        )
-    )(jax.random.key(0), batch["x"])
+    bits = compute(jax.random.key(0), batch["x"])
     nats = np.asarray(bits, np.float64) * np.log(2) + np.log(scale).mean()
     spatial = tuple(config.data.image_size)
     entropy = distribution_at(distribution, spatial)[2] if spatial else distribution.entropy()

@@ -1,10 +1,11 @@
-"""Checks that two versions of this project compute the same numbers in seven small runs: 20 train steps and 8 samples.
+"""Checks that two versions of this project compute the same numbers in nine small runs: 20 train steps and 8 samples.
 
     python benchmarks/same_numbers.py OLD NEW [--python=PATH]
 
 OLD and NEW are checkouts (`git worktree add --detach OLD COMMIT`). Each checkout trains and samples with its own main.py, on
-the CPU and with the same interpreter. In the last checkpoint, the step, the parameters, the EMA and the optimizer's state
-must be bit-identical, in whichever item they are stored; the logs (without times) and the samples, too.
+the CPU and with the same interpreter; one run also colorizes an image. In the last checkpoint, the step, the parameters, the
+EMA and the optimizer's state must be bit-identical, in whichever item they are stored; the logs (without times), the samples
+and the edited images, too.
 """
 
 import argparse
@@ -41,8 +42,10 @@ NARROW = {
 }
 RUNS = {
     "digits": {"sampling.steps": 25, "sampling.spacing": "trailing"},
-    "digits_conditional": {"sampling.steps": 25, "sampling.spacing": "trailing"},
-    "cifar10": {"model.channels": 32, **NARROW},
+    "digits_conditional": {"sampling.steps": 25, "sampling.spacing": "trailing", "sampling.guidance_scale": 2.0},
+    "cifar10": {"model.channels": 32, "editing.task": "colorize", **NARROW},
+    "cifar10_edm": {"model.channels": 32, "model.num_res_blocks": 1, **NARROW, "sampling.spacing": "karras"},
+    "cifar10_flow": {"model.channels": 32, "model.num_res_blocks": 1, **NARROW},
     "imagenet64_adm": {
         "model.channels": 32,
         "model.num_res_blocks": 1,
@@ -73,9 +76,13 @@ def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, d
     settings = ALL | RUNS[name]
     if settings.get("data.dataset") == "folder":
         settings["data.data_dir"] = str(data_dir)
+    modes = ["train", "sample"]
+    if "editing.task" in settings:
+        settings["editing.image"] = str(data_dir / "class0" / "00.png")
+        modes += ["edit"]
     flags = [f"--config.{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
-    for mode in ("train", "sample"):
+    for mode in modes:
         command = [python, "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}", f"--mode={mode}", *flags]
         subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
     arrays = {}
@@ -83,9 +90,11 @@ def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, d
         record = json.loads(line)
         arrays |= {f"log {record['step']} {key}": value for key, value in record.items() if key not in TIMES}
     arrays |= checkpoint_arrays(workdir / "checkpoints" / str(STEPS))
-    (samples,) = (workdir / "samples").glob("*.npz")
-    with np.load(samples) as stored:
-        arrays |= {f"samples {key}": stored[key] for key in ("arr_0", "arr_1") if key in stored}
+    files = sorted((workdir / "samples").rglob("*.npz"))
+    assert len(files) == len(modes) - 1
+    for samples in files:
+        with np.load(samples) as stored:
+            arrays |= {f"{samples.parent.name} {key}": stored[key] for key in ("arr_0", "arr_1") if key in stored}
     return arrays
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from diffusion_jax import sampling, schedules
+from diffusion_jax import Denoiser, sampling, schedules
 
 ANGLES = 2 * np.pi * np.arange(5) / 5
 MODES, SD = 0.8 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1), 0.05
@@ -23,18 +23,18 @@ POINTS = 256
 
 # name: (sampler, number of network calls -> number of steps).
 SOLVERS = {
-    "DDIM (Euler)": (sampling.ddim(clip=False), lambda calls: calls),
-    "Heun": (sampling.heun(clip=False), lambda calls: (calls + 1) // 2),
-    "DPM-Solver++ 2M": (sampling.dpm_solver_pp(2, clip=False), lambda calls: calls),
-    "DPM-Solver++ 3M": (sampling.dpm_solver_pp(3, clip=False), lambda calls: calls),
-    "DPM-Solver++ 2S": (sampling.dpm_solver_pp(2, singlestep=True, clip=False), lambda calls: calls),
-    "DPM-Solver++ 3S": (sampling.dpm_solver_pp(3, singlestep=True, clip=False), lambda calls: calls),
-    "UniPC 2": (sampling.unipc(2, clip=False), lambda calls: calls),
-    "UniPC 3": (sampling.unipc(3, clip=False), lambda calls: calls),
-    "DEIS 2": (sampling.deis(2, clip=False), lambda calls: calls),
-    "DEIS 3": (sampling.deis(3, clip=False), lambda calls: calls),
-    "PNDM": (sampling.pndm(clip=False), lambda calls: calls - 9),
-    "PLMS": (sampling.pndm(runge_kutta=False, clip=False), lambda calls: calls - 1),
+    "DDIM (Euler)": (sampling.ddim(), lambda calls: calls),
+    "Heun": (sampling.heun(), lambda calls: (calls + 1) // 2),
+    "DPM-Solver++ 2M": (sampling.dpm_solver_pp(2), lambda calls: calls),
+    "DPM-Solver++ 3M": (sampling.dpm_solver_pp(3), lambda calls: calls),
+    "DPM-Solver++ 2S": (sampling.dpm_solver_pp(2, singlestep=True), lambda calls: calls),
+    "DPM-Solver++ 3S": (sampling.dpm_solver_pp(3, singlestep=True), lambda calls: calls),
+    "UniPC 2": (sampling.unipc(2), lambda calls: calls),
+    "UniPC 3": (sampling.unipc(3), lambda calls: calls),
+    "DEIS 2": (sampling.deis(2), lambda calls: calls),
+    "DEIS 3": (sampling.deis(3), lambda calls: calls),
+    "PNDM": (sampling.pndm(), lambda calls: calls - 9),
+    "PLMS": (sampling.pndm(runge_kutta=False), lambda calls: calls - 1),
 }
 
 
@@ -48,15 +48,16 @@ def eps(x, alpha, sigma, np=np):
     return sigma / spread * (weights[..., None] * offset).sum(1)
 
 
-def denoise_fn(x_t, time):
+def network(x_t, time):
     """Computes the exact eps at network times of the schedule."""
-    log_snr = SCHEDULE.log_snr(time)[:, None]
-    return eps(x_t, jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), jnp)
+    level = SCHEDULE.path.at(time, x_t)
+    return eps(x_t, level.alpha, level.sigma, jnp)
 
 
 def exact_map(x_T):
     """Solves the probability flow d(x/alpha)/d(sigma/alpha) = eps from x_T to sigma = 0: x_0, float64 [N, 2]."""
-    alpha, sigma = SCHEDULE.sqrt_alpha_bar[-1], SCHEDULE.sqrt_one_minus_alpha_bar[-1]
+    level = SCHEDULE.transitions.level
+    alpha, sigma = level.alpha[-1], level.sigma[-1]
 
     def slope(log_s, flat):
         s = np.exp(log_s)
@@ -73,7 +74,8 @@ def error(name, calls, x_T, truth, spacing="karras"):
     if steps(calls) < 2:
         return np.nan
     schedule = schedules.respace(SCHEDULE, steps(calls), spacing)
-    x_0 = jax.jit(lambda x: sampling.sample(jax.random.key(0), schedule, denoise_fn, x, sampler))(x_T)
+    denoiser = Denoiser(network, clip=False)
+    x_0 = jax.jit(lambda x: sampling.sample(jax.random.key(0), schedule, denoiser, x, sampler))(x_T)
     return float(np.sqrt(np.mean(np.sum((np.asarray(x_0) - truth) ** 2, axis=1))))
 
 

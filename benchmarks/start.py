@@ -223,16 +223,17 @@ def _sampler(config, built) -> tuple:
     """Returns (DDIM sampler with 50 steps, argument shapes)."""
     import jax
 
-    from diffusion_jax import sampling, schedules
+    from diffusion_jax import Denoiser, sampling, schedules
     from diffusion_jax.distributed import devices
 
-    short, sampler = schedules.respace(built.schedule, 50), sampling.ddim(variance=config.diffusion.variance)
+    short = schedules.respace(built.schedule, 50)
 
     def generate(params, x_T, y):
-        def denoise_fn(x_t, time):
+        def network(x_t, time):
             return built.model.apply({"params": params}, x_t, time, y if built.model.num_classes else None)
 
-        return sampling.sample(jax.random.key(0), short, denoise_fn, x_T, sampler)
+        denoiser = Denoiser(network, variance=config.diffusion.variance)
+        return sampling.sample(jax.random.key(0), short, denoiser, x_T, sampling.ddim())
 
     program = jax.jit(generate, compiler_options=devices.compiler_options())
     return program, (built.abstract_state.params, *_shapes(config, "float32"))

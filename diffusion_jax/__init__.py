@@ -6,6 +6,7 @@ program explicitly: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 
 from diffusion_jax import (
     coordinates,
+    denoiser,
     draws,
     editing,
     guidance,
@@ -17,6 +18,7 @@ from diffusion_jax import (
     timesteps,
     types,
 )
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.types import Clip, DenoiseFn, LevelDraw, TimestepSampler
 
 __version__ = "0.3.0"
@@ -24,9 +26,11 @@ __version__ = "0.3.0"
 __all__ = [
     "Clip",
     "DenoiseFn",
+    "Denoiser",
     "LevelDraw",
     "TimestepSampler",
     "coordinates",
+    "denoiser",
     "draws",
     "editing",
     "guidance",

@@ -5,18 +5,19 @@ The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Others re
     EDM (Karras et al. 2022)                y = x_t / alpha = x_0 + s eps                        s = sigma / alpha
     flow matching (Lipman et al. 2023)      z = x_t / (alpha + sigma) = (1 - tau) x_0 + tau eps  tau = sigma / (alpha + sigma)
 
-The functions return a denoise_fn(x_t, time) for any loss and sampler. `path` gives the noise level at the network time, and
-is a `Path` or the `Schedule` that samples. A second half of channels in the output, a learned variance, is unchanged.
+The functions return a denoise_fn(x_t, time) for any loss and, in a `Denoiser`, for any sampler. `path` gives the noise level
+at the network time, and is a `Path` or the `Schedule` that samples. A second half of channels in the output, a learned
+variance, is unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from diffusion_jax import process
+from diffusion_jax.arrays import as_float
+from diffusion_jax.denoiser import precondition_at
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
 from diffusion_jax.types import Batch, DenoiseFn
 
@@ -42,15 +43,12 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
     sigma_data = float(sigma_data)  # a float64 scalar would make the output float64 under x64
 
     def denoise_fn(x_t, time, **inputs):
-        x_t = process.as_float("x_t", x_t)
-        level = _level_at(path, time, x_t)
-        r = jnp.sqrt(level.sigma**2 + (sigma_data * level.alpha) ** 2)
-        output = process.as_float("the output of the network", network(x_t / r, time, **inputs)).astype(x_t.dtype)
-        channels = x_t.shape[-1]
-        skip = sigma_data**2 * level.alpha / r**2 * x_t
-        return jnp.concatenate(
-            [skip + sigma_data * level.sigma / r * output[..., :channels], output[..., channels:]], axis=-1
-        )
+        x_t = as_float("x_t", x_t)
+
+        def call(x):
+            return as_float("the output of the network", network(x, time, **inputs)).astype(x_t.dtype)
+
+        return precondition_at(call, x_t, _level_at(path, time, x_t), sigma_data)
 
     return denoise_fn
 
@@ -62,7 +60,7 @@ def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Pa
     """
 
     def denoise_fn(x_t, time):
-        x_t = process.as_float("x_t", x_t)
+        x_t = as_float("x_t", x_t)
         level = _level_at(path, time, x_t)
         return denoiser(x_t / level.alpha, (level.sigma / level.alpha).reshape(-1))
 
@@ -77,7 +75,7 @@ def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: P
     """
 
     def denoise_fn(x_t, time):
-        x_t = process.as_float("x_t", x_t)
+        x_t = as_float("x_t", x_t)
         level = _level_at(path, time, x_t)
         total = level.alpha + level.sigma
         return velocity(x_t / total, (level.sigma / total).reshape(-1))

@@ -2,7 +2,7 @@
 
     inpainting           `repaint`, `replacement` (wraps a sampler), `project` with `masked`
     image to image       `sdedit`
-    linear measurements  `project`: colorization, super-resolution, any y = A x_0, as the `clip` of any sampler
+    linear measurements  `project`: colorization, super-resolution, any y = A x_0, for any sampler
     between two images   `interpolate`
 
 `EDITS` maps the names of `--mode=edit` to edits.
@@ -16,7 +16,6 @@ ValueError.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,10 +26,12 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
-from diffusion_jax.sampling import Sampler, Step, StepFn
+from diffusion_jax.arrays import as_float, promote
+from diffusion_jax.denoiser import Denoiser, as_denoiser
+from diffusion_jax.sampling import Sampler, Stability, Step
 from diffusion_jax.sampling.driver import check_sampler, fold_in
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
+from diffusion_jax.schedules import Schedule, Transition
+from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 __all__ = [
     "EDITS",
@@ -65,7 +66,7 @@ def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
 def sdedit(
     key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: BatchLike,
     sampler: Sampler,
     *,
@@ -83,11 +84,11 @@ def sdedit(
     start = max(round(strength * schedule.num_timesteps), 1) - 1
     key_noise, key_sample = jax.random.split(key)
     x_t = _add_noise(key_noise, schedule, x_0, start)
-    return sampling.sample(key_sample, schedule, denoise_fn, x_t, sampler, start=start, **options)
+    return sampling.sample(key_sample, schedule, denoiser, x_t, sampler, start=start, **options)
 
 
 def _add_noise(key, schedule, x_0, t):
-    x_0 = process.as_float("x_0", x_0)
+    x_0 = as_float("x_0", x_0)
     index = jnp.full(x_0.shape[:1], t, jnp.int32)
     return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))
 
@@ -104,11 +105,11 @@ def _as_mask_for(mask, x_0, several=False):
     return mask
 
 
-def _replace_known(key, schedule, x_prev, x_0, mask, t):
-    """Returns x_{t-1} with the known pixels drawn from q(x_{t-1} | x_0); at t = 0 they equal the pixels of x_0."""
-    at, x_0 = schedule.at(t, x_prev), x_0.astype(x_prev.dtype)
-    noised = at.alpha_prev * x_0 + at.sigma_prev * sampling.normal(key, x_prev)
-    return jnp.where(mask, jnp.where(t > 0, noised, x_0), x_prev)
+def _replace_known(key, transition, x_prev, x_0, mask):
+    """Returns x_{t-1} with the known pixels drawn from q(x_{t-1} | x_0); after the last step they equal the pixels of x_0."""
+    target, x_0 = transition.target, x_0.astype(x_prev.dtype)
+    noised = target.alpha * x_0 + target.sigma * sampling.normal(key, x_prev)
+    return jnp.where(mask, jnp.where(target.sigma > 0, noised, x_0), x_prev)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,16 +123,10 @@ class replacement(Sampler):
     sampler: Sampler
     x_0: BatchLike
     mask: Shaped[ArrayLike, "..."]
-    prediction: str = dataclasses.field(init=False, repr=False)
-    variance: str = dataclasses.field(init=False, repr=False)
-    clip: Clip = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         check_sampler(self.sampler)
-        for name in ("prediction", "variance", "clip"):
-            object.__setattr__(self, name, getattr(self.sampler, name))
-        super().__post_init__()
-        object.__setattr__(self, "x_0", process.as_float("x_0", self.x_0))
+        object.__setattr__(self, "x_0", as_float("x_0", self.x_0))
         object.__setattr__(self, "mask", _as_mask_for(self.mask, self.x_0, several=True))
 
     @property
@@ -139,24 +134,15 @@ class replacement(Sampler):
         return True
 
     @property
-    def calls_between_steps(self) -> bool:
-        return self.sampler.calls_between_steps
+    def stability(self) -> Stability | None:
+        return self.sampler.stability
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        return self._step(self.sampler.step, key, schedule, denoise_fn, x_t, t, state)
-
-    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        loops = self.sampler.loops(num_steps, final_step)
-        return [(functools.partial(self._step, step_fn), length) for step_fn, length in loops]
-
-    def _step(self, step_fn: StepFn, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        """Takes a step of the wrapped sampler, then replaces the known pixels."""
-        new = step_fn(key, schedule, denoise_fn, x_t, t, state)
-        x_prev = _replace_known(fold_in(key, 1), schedule, new.x_prev, self.x_0, self.mask, t)
-        return Step(x_prev, new.x_0, new.state)
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        new = self.sampler.step(key, denoiser, x_t, transition, state)
+        return new._replace(x_prev=_replace_known(fold_in(key, 1), transition, new.x_prev, self.x_0, self.mask))
 
 
 def _repaint_steps(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +168,7 @@ def _repaint_steps(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.
 def repaint(
     key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: BatchLike,
     mask: Shaped[ArrayLike, "..."],
     sampler: Sampler | None = None,
@@ -193,7 +179,7 @@ def repaint(
     """RePaint (Lugmayr et al. 2022): inpainting by replacement that repeats every `jump` steps, for smoother borders.
 
     Args:
-      key, schedule, denoise_fn: as `sampling.sample`.
+      key, schedule, denoiser: as `sampling.sample`.
       x_0: pixels where `mask` is 0 are ignored.
       sampler: a sampler without a state; the default is `sampling.ddpm()`.
       resamplings: how often each interval of `jump` steps is denoised; 1 is `replacement`. The paper uses 10, with jump 10,
@@ -209,10 +195,11 @@ def repaint(
         raise ValueError(f"jump={jump} must be below the {schedule.num_timesteps} steps of the schedule")
     sampler = sampling.ddpm() if sampler is None else sampler
     check_sampler(sampler)
-    process.check_terminal_snr(schedule, sampler.prediction)
-    x_0 = process.as_float("x_0", x_0)
+    denoiser, x_0 = as_denoiser(denoiser), as_float("x_0", x_0)
+    process.check_terminal_snr(schedule, denoiser.prediction)
     mask = _as_mask_for(mask, x_0)
-    if jax.tree.leaves(sampler.init_state(schedule, x_0, schedule.num_timesteps)):
+    state = sampler.init_state(schedule, x_0, schedule.num_timesteps)
+    if isinstance(state, tuple) and state:
         raise ValueError(f"repaint cannot use {type(sampler).__name__}, which has a state; use ddpm, ddim or heun")
     denoise_from, noise_to = _repaint_steps(schedule.num_timesteps, resamplings, jump)
     key_first, key_steps = jax.random.split(key)
@@ -220,13 +207,13 @@ def repaint(
     def step(x_t, row):
         i, t, noise_to = row
         key_step, key_known, key_noise = jax.random.split(jax.random.fold_in(key_steps, i), 3)
-        new = sampler.step(key_step, schedule, denoise_fn, x_t, t, ())
-        x_prev = _replace_known(key_known, schedule, new.x_prev, x_0, mask, t)
+        transition = schedule.transition(t, x_t)
+        new = sampler.step(key_step, denoiser, x_t, transition, state)
+        x_prev = _replace_known(key_known, transition, new.x_prev, x_0, mask)
         # Draws q(x_s | x_{t-1}) for s = noise_to at once: several steps of DDPM eq. 2 compose to one Gaussian.
-        s = jnp.maximum(noise_to, 0)
-        alpha = schedule.at(s, x_t).alpha_bar / schedule.at(t, x_t).alpha_bar_prev
+        beta = Transition.between(schedule.at(jnp.maximum(noise_to, 0), x_t), transition.target).beta
         noise = jax.random.normal(key_noise, x_t.shape, x_t.dtype)
-        x_s = jnp.sqrt(alpha) * x_prev + jnp.sqrt(jnp.maximum(1 - alpha, 0.0)) * noise
+        x_s = jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(jnp.maximum(beta, 0.0)) * noise
         return jnp.where(noise_to >= 0, x_s, x_prev).astype(x_t.dtype), None
 
     x_T = jax.random.normal(key_first, x_0.shape, x_0.dtype)
@@ -247,8 +234,8 @@ class LinearOperator(NamedTuple):
 def gray(channels: int = 3) -> LinearOperator:
     """Colorization: measures the mean over the channels. y: [B, H, W, 1]."""
     return LinearOperator(
-        lambda x: jnp.mean(process.as_float("x", x), axis=-1, keepdims=True),
-        lambda y: jnp.broadcast_to(process.as_float("y", y), (*jnp.shape(y)[:-1], channels)),
+        lambda x: jnp.mean(as_float("x", x), axis=-1, keepdims=True),
+        lambda y: jnp.broadcast_to(as_float("y", y), (*jnp.shape(y)[:-1], channels)),
     )
 
 
@@ -256,14 +243,14 @@ def average_pool(factor: int) -> LinearOperator:
     """Super-resolution: measures the mean over squares of `factor` pixels. y: [B, H / factor, W / factor, C]."""
 
     def measure(x):
-        x = process.as_float("x", x)
+        x = as_float("x", x)
         b, h, w, c = x.shape
         if h % factor or w % factor:
             raise ValueError(f"images of {h}x{w} cannot be divided into squares of {factor} pixels")
         return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
 
     def invert(y):
-        return jnp.repeat(jnp.repeat(process.as_float("y", y), factor, axis=1), factor, axis=2)
+        return jnp.repeat(jnp.repeat(as_float("y", y), factor, axis=1), factor, axis=2)
 
     return LinearOperator(measure, invert)
 
@@ -272,31 +259,35 @@ def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
     """Inpainting: measures the known pixels. y: shaped like the image, 0 where pixels are unknown."""
     mask = as_mask(mask)
     return LinearOperator(
-        lambda x: jnp.where(mask, process.as_float("x", x), 0.0),
-        lambda y: jnp.where(mask, process.as_float("y", y), 0.0),
+        lambda x: jnp.where(mask, as_float("x", x), 0.0),
+        lambda y: jnp.where(mask, as_float("y", y), 0.0),
     )
 
 
-def project(operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"], clip: Clip = True) -> LinearMap:
-    """Returns a `clip` for samplers: x_0 + A+ (y - A x_0), the projection on A x_0 = y (DDNM, Wang et al. 2023 eq. 12).
+def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"]) -> Denoiser:
+    """Projects x_0 on A x_0 = y: x_0 + A+ (y - A x_0) (DDNM, Wang et al. 2023 eq. 12), after the denoiser's clip.
 
-    `sampling.ddpm(clip=project(average_pool(4), y))` samples images whose 4x4 means are y; for eta, use `sampling.ddim`.
-    clip: applied to x_0 before the projection, as `process.p_mean_variance`. The last step returns a projected x_0, so
-    samples satisfy A x_0 = y up to rounding, except with `sampling.ddpm(prediction="x_prev")`, whose mean is the network's
-    output.
+    `project(denoiser, average_pool(4), y)` samples images whose 4x4 means are y, with `sampling.ddpm()`; for eta, use
+    `sampling.ddim`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding. `sampling.ddpm`
+    refuses prediction x_prev, whose mean is the network's output.
     """
-    y = process.as_float("y", y)
+    denoiser = as_denoiser(denoiser)
+    return dataclasses.replace(denoiser, limits=(*denoiser.limits, _Projection(as_float("y", y), operator)))
 
-    def projected(x_0):
-        x_0 = process.clip_x_0(x_0, clip)
-        return x_0 + operator.invert(y.astype(x_0.dtype) - operator.measure(x_0))
 
-    return projected
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Projection:
+    y: Any
+    operator: LinearOperator = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x_0):
+        return x_0 + self.operator.invert(self.y.astype(x_0.dtype) - self.operator.measure(x_0))
 
 
 def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
     """Spherical interpolation from x (weight 0) to y (weight 1), each example as one vector; keeps the norm of noise."""
-    x, y = process.promote(x=x, y=y)
+    x, y = promote(x=x, y=y)
     weight = jnp.asarray(weight, x.dtype)
     axes = tuple(range(1, x.ndim))
 
@@ -316,7 +307,7 @@ def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
 def interpolate(
     key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x: BatchLike,
     y: BatchLike,
     weights: Sequence[float] | Real[ArrayLike, "W"],
@@ -331,8 +322,8 @@ def interpolate(
     t an index: both images are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every
     weight. A small t keeps the details of both images, a large t gives new images.
 
-    encoding: order, start and clip, as `sampling.encode`; only with t None. The images are mixed at the noise level of index
-    `start`, T - 1 by default.
+    encoding: order and start, as `sampling.encode`; only with t None. Encoding does not clip. The images are mixed at the
+    noise level of index `start`, T - 1 by default.
     Raises: ValueError for encoding options with an index t, if x and y differ in shape, and as `sampling.sample`.
     """
     if t is not None and encoding:
@@ -343,11 +334,11 @@ def interpolate(
     check_sampler(sampler)
     if jnp.shape(x) != jnp.shape(y):
         raise ValueError(f"x has shape {jnp.shape(x)} but y has {jnp.shape(y)}; they must be equal")
-    x, y = process.promote(x=x, y=y)
+    denoiser, (x, y) = as_denoiser(denoiser), promote(x=x, y=y)
     key_x, key_y, key_sample = jax.random.split(key, 3)
     if t is None:
-        own = {"prediction": sampler.prediction, "variance": sampler.variance}
-        start, end = (sampling.encode(schedule, denoise_fn, image, **own, **encoding) for image in (x, y))
+        unclipped = dataclasses.replace(denoiser, clip=False)
+        start, end = (sampling.encode(schedule, unclipped, image, **encoding) for image in (x, y))
     else:
         start, end = _add_noise(key_x, schedule, x, t), _add_noise(key_y, schedule, y, t)
 
@@ -355,7 +346,7 @@ def interpolate(
 
     def sample_between(weight):
         mixed = slerp(start, end, weight) if t is None else (1 - weight) * start + weight * end
-        return sampling.sample(key_sample, schedule, denoise_fn, mixed, sampler, start=first)
+        return sampling.sample(key_sample, schedule, denoiser, mixed, sampler, start=first)
 
     return jax.lax.map(sample_between, jnp.asarray(weights, start.dtype))
 
@@ -364,78 +355,79 @@ def interpolate(
 
 
 class Edit(NamedTuple):
-    """The result of an edit: the arguments for `pretrained.Model.sample`.
+    """An edit with its settings.
 
-    arguments: `sampler`, or `algorithm`, a function (key, schedule, denoise_fn, sampler) -> x_0. shown: a caption and the
-    measurement as examples [N, ...], for an edit that measures the image.
+    draw: the arguments and the result of `sampling.sample`, in its place. shown: a caption and the measurement as examples
+    [N, ...], for an edit that measures the image.
     """
 
-    arguments: dict[str, Any]
+    draw: Callable[[Key[Array, ""], Schedule, Denoiser, Batch, Sampler], Batch]
     shown: tuple[str, Array] | None = None
 
 
-def _inpaint(sampler: Sampler, image, mask, *, resamplings: int, jump: int) -> Edit:
-    def algorithm(key, schedule, denoise_fn, sampler):
-        return repaint(key, schedule, denoise_fn, image, mask, sampler, resamplings=resamplings, jump=jump)
+def _inpaint(image, mask, *, resamplings: int, jump: int) -> Edit:
+    def draw(key, schedule, denoiser, x_T, sampler):
+        return repaint(key, schedule, denoiser, image, mask, sampler, resamplings=resamplings, jump=jump)
 
-    return Edit({"algorithm": algorithm})
-
-
-def _replace(sampler: Sampler, image, mask) -> Edit:
-    return Edit({"sampler": replacement(sampler, image, jnp.asarray(mask))})
+    return Edit(draw)
 
 
-def _sdedit(sampler: Sampler, image, *, strength: float) -> Edit:
-    def algorithm(key, schedule, denoise_fn, sampler):
-        return sdedit(key, schedule, denoise_fn, image, sampler, strength=strength)
+def _replace(image, mask) -> Edit:
+    def draw(key, schedule, denoiser, x_T, sampler):
+        return sampling.sample(key, schedule, denoiser, x_T, replacement(sampler, image, jnp.asarray(mask)))
 
-    return Edit({"algorithm": algorithm})
+    return Edit(draw)
 
 
-def _restore(sampler: Sampler, operator: LinearOperator, y, caption: str) -> Edit:
+def _sdedit(image, *, strength: float) -> Edit:
+    def draw(key, schedule, denoiser, x_T, sampler):
+        return sdedit(key, schedule, denoiser, image, sampler, strength=strength)
+
+    return Edit(draw)
+
+
+def _restore(operator: LinearOperator, y, caption: str) -> Edit:
     """Samples with the measurement y [N, ...]: projects every predicted x_0 onto A x_0 = y."""
-    if sampler.prediction == "x_prev" and sampler.is_stochastic:
-        raise ValueError(
-            "a projection cannot act on an ancestral mean that the network predicts itself (prediction='x_prev'): use the "
-            "sampler ddim"
-        )
-    clip = project(operator, y, sampler.clip)
-    return Edit({"sampler": dataclasses.replace(sampler, clip=clip)}, (caption, operator.invert(y)))
+
+    def draw(key, schedule, denoiser, x_T, sampler):
+        return sampling.sample(key, schedule, project(denoiser, operator, y), x_T, sampler)
+
+    return Edit(draw, (caption, operator.invert(y)))
 
 
-def _colorize(sampler: Sampler, image) -> Edit:
+def _colorize(image) -> Edit:
     if image.shape[-1] == 1:
         raise ValueError("colorize needs a model of color images, and this model has 1 channel")
     operator = gray(image.shape[-1])
-    return _restore(sampler, operator, operator.measure(image), "gray")
+    return _restore(operator, operator.measure(image), "gray")
 
 
-def _super_resolution(sampler: Sampler, image, *, factor: int) -> Edit:
-    return _restore(sampler, average_pool(factor), image, "small")
+def _super_resolution(image, *, factor: int) -> Edit:
+    return _restore(average_pool(factor), image, "small")
 
 
-def _interpolate(sampler: Sampler, image, other, *, num_samples: int, level: int | None) -> Edit:
+def _interpolate(image, other, *, num_samples: int, level: int | None) -> Edit:
     if num_samples < 2:
         raise ValueError(f"num_samples={num_samples} is too few for interpolate: it must be at least 2")
-    if level is None and sampler.is_stochastic:
-        raise ValueError(
-            "interpolate mixes the encodings of both images, which only a deterministic sampler decodes: use the sampler "
-            "ddim (eta 0) or heun, or give level"
-        )
     weights = np.linspace(0, 1, num_samples)
 
-    def algorithm(key, schedule, denoise_fn, sampler):
+    def draw(key, schedule, denoiser, x_T, sampler):
+        if level is None and sampler.is_stochastic:
+            raise ValueError(
+                "interpolate mixes the encodings of both images, which only a deterministic sampler decodes: use the sampler "
+                "ddim (eta 0) or heun, or give level"
+            )
         if level is not None and level >= schedule.num_timesteps:
             raise ValueError(
                 f"level={level} must be an index of the steps, 0 ... {schedule.num_timesteps - 1}, or None"
             )
-        return interpolate(key, schedule, denoise_fn, image[:1], other[:1], weights, sampler, t=level)[:, 0]
+        return interpolate(key, schedule, denoiser, image[:1], other[:1], weights, sampler, t=level)[:, 0]
 
-    return Edit({"algorithm": algorithm})
+    return Edit(draw)
 
 
-# The edits by config name. Each function takes the sampler and, as keyword arguments, examples [N, ...] in the network's
-# range (`image`, and `other` to mix with it), a `mask`, and settings of `config.editing`.
+# The edits by config name. Each function takes, as keyword arguments, examples [N, ...] in the network's range (`image`, and
+# `other` to mix with it), a `mask`, and settings of `config.editing`.
 EDITS: dict[str, Callable[..., Edit]] = {
     "inpaint": _inpaint,
     "replace": _replace,

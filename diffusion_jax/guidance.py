@@ -1,4 +1,4 @@
-"""Guidance: functions from a denoise_fn to a denoise_fn, for any sampler.
+"""Guidance: functions from a denoiser to a denoiser, for any sampler.
 
 Classifier-free guidance mixes a conditional and an unconditional output of one network (Ho & Salimans 2022); classifier
 guidance adds the gradient of a noise-aware classifier (Dhariwal & Nichol 2021, ADM). Both change only the mean: the second
@@ -9,29 +9,21 @@ Outputs are mixed and shifted in float32, or in float64 if x_t is float64 under 
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real, Shaped
+from jaxtyping import ArrayLike, Integer, PyTree, Real, Shaped
 
-from diffusion_jax import labels, process
-from diffusion_jax.schedules import Schedule
-from diffusion_jax.types import Batch, DenoiseFn, LogitsFn, LogProbFn
+from diffusion_jax import labels
+from diffusion_jax.arrays import as_float
+from diffusion_jax.denoiser import QUANTITIES, Denoiser, as_denoiser, as_node
+from diffusion_jax.types import DenoiseFn, LogitsFn, LogProbFn
 
-__all__ = ["ConditionalDenoiseFn", "class_log_prob", "classifier", "classifier_free", "log_prob_gradient"]
-
-
-@runtime_checkable
-class ConditionalDenoiseFn(Protocol):
-    """A conditional network: (x_t [B, ...], network time [B], y) -> output, such as `UNet.apply`.
-
-    y: [B, ...], or a tree of such arrays, for instance {"y": labels, "condition": vectors}.
-    """
-
-    def __call__(self, x_t: Batch, time: Float[Array, "B"], y: PyTree[Shaped[Array, "B ..."]], /) -> ArrayLike: ...
+__all__ = ["class_log_prob", "classifier", "classifier_free"]
 
 
 def _expand_rows(values, like):
@@ -55,29 +47,29 @@ def _append_null(y, null):
 
 
 def classifier_free(
-    denoise_fn: ConditionalDenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     y: PyTree[Shaped[ArrayLike, "B ..."]],
     null_y: PyTree[Shaped[ArrayLike, "..."]],
     scale: Real[ArrayLike, ""] | Real[ArrayLike, "B ..."],
     *,
     interval: tuple[Real[ArrayLike, ""], Real[ArrayLike, ""]] | None = None,
     rescale: float = 0.0,
-) -> DenoiseFn:
+) -> Denoiser:
     """(1 - s) unconditional + s conditional (Ho & Salimans 2022 eq. 6 with s = 1 + w), in one call of twice the batch.
 
     s = 1 is bit-identical to the conditional half of that call and s = 0 to the unconditional half. The same mixture applies
     to eps, x_0, v, x_prev, the score and flow, which are linear functions of each other.
 
     Args:
-      denoise_fn: called with x_t [2 B, ...], network time [2 B] and y [2 B, ...].
-      y: the conditions, an array or a tree of arrays. null_y: the condition that means "none" (`UNet.null_label`,
-        `UNet.null_condition`), in a shape that broadcasts to y's shape, or a tree of null conditions. An array of y that
-        null_y repeats is not guided.
+      denoiser: its network is called as network(x_t [2 B, ...], network time [2 B], y=y [2 B, ...]).
+      y: the conditions, or a dict of the network's inputs, such as {"y": labels, "condition": vectors}. null_y: the condition
+        that means "none" (`UNet.null_label`, `UNet.null_condition`), in a shape that broadcasts to y's shape, or a dict of
+        null conditions. An array of y that null_y repeats is not guided.
       scale: s, one number or one per row: [B] or [B, 1, ..., 1].
       interval: (low, high), the network times at which s applies; at other times s is 1 (Kynkaanniemi et al. 2024).
       rescale: phi from Lin et al. 2024 section 3.4, in 0 ... 1, against the overexposure that a large s causes: 1 rescales
         each example to the standard deviation of the conditional output; 0 does nothing.
-    Returns: a denoise_fn(x_t [B, ...], time [B]), with the learned variance of the conditional output.
+    Returns: the denoiser, with the learned variance of the conditional output.
     Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside
       0 ... 1; when called, if y or scale and x_t differ in the number of rows.
     """
@@ -87,102 +79,116 @@ def classifier_free(
             raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in 0 ... 1, got {rescale}")
+    y, null_y = (value if isinstance(value, dict) else {"y": value} for value in (y, null_y))
     both = jax.tree.map(lambda y, null: _append_null(jnp.asarray(y), null), y, null_y)
+    denoiser = as_denoiser(denoiser)
+    stage = _ClassifierFree(both, scale, interval, rescale)
+    # Innermost, because a classifier's labels are for B rows.
+    return dataclasses.replace(denoiser, stages=(stage, *denoiser.stages))
 
-    def guided(x_t, time):
-        for part in jax.tree.leaves(both):
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ClassifierFree:
+    """The stage of `classifier_free`; both: conditions and null conditions [2 B, ...] by name."""
+
+    both: Any
+    scale: Any
+    interval: Any
+    rescale: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, evaluate, x_t, level, inputs):
+        for part in jax.tree.leaves(self.both):
             if 2 * x_t.shape[0] != part.shape[0]:
                 raise ValueError(
                     f"y has {part.shape[0] // 2} rows but x_t has {x_t.shape[0]}; give each row of x_t a condition"
                 )
-        x_t = process.as_float("x_t", x_t)
-        output = denoise_fn(jnp.concatenate([x_t, x_t]), jnp.concatenate([time, time]), both)
-        output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
+        x_twice, level_twice, inputs = jax.tree.map(
+            lambda value: jnp.concatenate([value, value]) if jnp.ndim(value) else value, (x_t, level, dict(inputs))
+        )
+        output = evaluate(x_twice, level_twice, {**inputs, **self.both})
         conditional, unconditional = jnp.split(output, 2)
         channels = x_t.shape[-1]
         c, u = conditional[..., :channels], unconditional[..., :channels]
-        s = _expand_rows(scale, x_t)
-        if interval is not None:
-            applies = (interval[0] <= time) & (time <= interval[1])
-            s = jnp.where(applies.reshape(-1, *(1,) * (x_t.ndim - 1)), s, 1.0)
+        s = _expand_rows(self.scale, x_t)
+        if self.interval is not None:
+            applies = (self.interval[0] <= level.time) & (level.time <= self.interval[1])
+            s = jnp.where(applies.reshape(jnp.shape(level.alpha)), s, 1.0)
         mixed = (1 - s) * u + s * c
-        if rescale:
+        if self.rescale:
             axes = tuple(range(1, x_t.ndim))
             std_mixed, std_c = jnp.std(mixed, axes, keepdims=True), jnp.std(c, axes, keepdims=True)
             ratio = jnp.where(std_mixed > 0, std_c / jnp.where(std_mixed > 0, std_mixed, 1.0), 1.0)
-            phi = jnp.asarray(rescale, x_t.dtype)
+            phi = jnp.asarray(self.rescale, x_t.dtype)
             mixed = mixed * (1 - phi + phi * ratio)
         return jnp.concatenate([mixed, conditional[..., channels:]], axis=-1)
 
-    return guided
 
-
-def class_log_prob(logits_fn: LogitsFn, y: Integer[ArrayLike, "B"]) -> LogProbFn:
-    """log p(y | x_t) from a classifier's logits [B, K].
+def class_log_prob(logits_fn: LogitsFn, y: Integer[ArrayLike, "B"] | None) -> LogProbFn:
+    """log p(y | x_t) from a classifier's logits [B, K], as a pytree of y and of `logits_fn`, if that is one.
 
     y: labels in 0 ... K - 1; a traced label out of range gives NaN. Raises: ValueError, when called, for labels that are not
     int or out of range, or if there are not as many labels as rows.
     """
-
-    def log_prob(x_t, time):
-        x_t = process.as_float("x_t", x_t)
-        logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
-        return labels.log_prob(logits, y)
-
-    return log_prob
+    return jax.tree_util.Partial(_class_log_prob, as_node(logits_fn), y)
 
 
-def log_prob_gradient(log_prob: LogProbFn, scale: Real[ArrayLike, ""] | Real[ArrayLike, "B"] = 1.0) -> DenoiseFn:
-    """s grad_x log p(y | x_t), (x_t [B, ...], network time [B]) -> [B, ...], as `sampling.ddpm(mean_shift=)` expects.
-
-    scale: s.
-    """
-    gradient = jax.grad(lambda x_t, time: jnp.sum(log_prob(x_t, time)))
-
-    def scaled(x_t, time):
-        x_t = process.as_float("x_t", x_t)
-        return _expand_rows(scale, x_t) * gradient(x_t, time)
-
-    return scaled
+def _class_log_prob(logits_fn, y, x_t, time):
+    x_t = as_float("x_t", x_t)
+    return labels.log_prob(as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype), y)
 
 
 def classifier(
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     log_prob: LogProbFn,
-    schedule: Schedule,
     scale: Real[ArrayLike, ""] | Real[ArrayLike, "B"] = 1.0,
     *,
-    prediction: str = "eps",
-) -> DenoiseFn:
-    """eps - s sqrt(1 - alpha_bar) grad_x log p(y | x_t) (ADM eq. 14), for any prediction of the network.
+    form: str = "eps",
+) -> Denoiser:
+    """eps - s sigma grad_x log p(y | x_t) (ADM eq. 14), for any prediction of the network.
 
-    At s = 1 and with the exact gradient, the result is the eps of the conditional data. This form shifts eps before a
-    sampler's clip; ADM's other form, `sampling.ddpm(mean_shift=log_prob_gradient(...))`, shifts the mean after the clip.
+    At s = 1 and with the exact gradient, the result is the eps of the conditional data.
 
     Args:
-      log_prob: for a classifier, the result of `class_log_prob`.
-      schedule: gives the noise level at a network time.
-      scale: s. prediction: the quantity that the network predicts: eps, x_0, v, score or flow.
-    Returns: a denoise_fn that predicts the same quantity.
-    Raises: ValueError for x_prev, whose shift is `sampling.ddpm(mean_shift=)`, or an unknown prediction.
+      log_prob: (x_t, network time) -> log p(y | x_t) [B], differentiable in x_t; for a classifier, `class_log_prob`.
+      scale: s, one number or one per row.
+      form: "eps" shifts the output, before a clip. "mean" shifts the mean of p(x_{t-1} | x_t) by the variance times s grad,
+        after the clip (ADM Algorithm 1), in `sampling.ddpm` only.
+    Raises: ValueError for form "eps" with prediction x_prev, or an unknown form.
     """
-    if prediction not in process.PREDICTIONS or prediction == "x_prev":
-        raise ValueError(
-            f"classifier guidance cannot shift prediction {prediction!r}; known: eps, x_0, v, score, flow (x_prev: "
-            "sampling.ddpm(mean_shift=...))"
-        )
-    gradient = log_prob_gradient(log_prob, scale)
+    denoiser = as_denoiser(denoiser)
+    if form == "mean":
+        gradient = jax.tree_util.Partial(_gradient, as_node(log_prob), scale)
+        return dataclasses.replace(denoiser, mean_shift=gradient)
+    if form != "eps":
+        raise ValueError(f"unknown form {form!r}; known: eps, mean")
+    if denoiser.prediction == "x_prev":
+        raise ValueError("classifier guidance cannot shift prediction 'x_prev'; use form='mean' and the sampler ddpm")
+    stage = _Classifier(as_node(log_prob), scale, denoiser.prediction)
+    return dataclasses.replace(denoiser, stages=(*denoiser.stages, stage))
 
-    def guided(x_t, time):
-        x_t = process.as_float("x_t", x_t)
-        output, g = denoise_fn(x_t, time), gradient(x_t, time)
-        output = process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
-        level = schedule.path.at(time, x_t)
-        slope = process.QUANTITIES[prediction].slope(level)
-        # d eps = -s sigma g, converted to the prediction. Where x_t is pure noise it is independent of y, so g is 0.
-        has_signal = jnp.abs(slope) > 1e-15
-        shift = jnp.where(has_signal, -level.sigma / jnp.where(has_signal, slope, 1.0) * g, 0.0)
+
+def _gradient(log_prob, scale, x_t, time):
+    """s grad_x log p(y | x_t)."""
+    gradient = jax.grad(lambda x_t: jnp.sum(log_prob(x_t, time)))(x_t)
+    return _expand_rows(scale, x_t) * gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Classifier:
+    """The stage of `classifier` with form "eps"."""
+
+    log_prob: Any
+    scale: Any
+    prediction: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, evaluate, x_t, level, inputs):
+        output = evaluate(x_t, level, inputs)
+        time = jnp.broadcast_to(level.time, x_t.shape[:1]).astype(x_t.dtype)
+        slope = QUANTITIES[self.prediction].slope(level)
+        # d eps = -s sigma g, converted to the prediction. Pure noise is independent of y, so that g is 0 there.
+        factor = jnp.where(level.has_signal, -level.sigma / jnp.where(level.has_signal, slope, 1.0), 0.0)
+        shift = factor * _gradient(self.log_prob, self.scale, x_t, time)
         channels = x_t.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
-
-    return guided

@@ -3,7 +3,7 @@
     E_q[ KL(q(x_T | x_0) || p(x_T))  +  sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))  -  log p(x_0 | x_1) ]
          L_T, the prior                 L_{t-1}, the transitions                              L_0, the decoder
 
-(DDPM eq. 5), for any callable `denoise_fn(x_t, time) -> output`. Results are in bits per dimension, nats / (D ln 2) for
+(DDPM eq. 5), for a `Denoiser` or any callable (x_t, time) -> eps. Results are in bits per dimension, nats / (D ln 2) for
 examples with D numbers; `gaussian_kl` and `decoder_log_prob` return nats. Index t of a table holds L_t for the 0-based t:
 L_0 is the decoder, and index t >= 1 is the papers' transition from x_{t+1} to x_t.
 
@@ -26,7 +26,9 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from diffusion_jax import process
-from diffusion_jax.schedules import Schedule, check_chain
+from diffusion_jax.arrays import as_batch, as_float, promote
+from diffusion_jax.denoiser import Denoiser, as_denoiser, convert
+from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn, Index
 
 __all__ = [
@@ -147,7 +149,7 @@ def decoder_log_prob(
     Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
       gray levels (NaN if x_0 is traced).
     """
-    x_0, mean, log_variance = process.promote(x_0=x_0, mean=mean, log_variance=log_variance)
+    x_0, mean, log_variance = promote(x_0=x_0, mean=mean, log_variance=log_variance)
     return _decoder_log_prob(in_model_range(x_0, gray_levels), mean, log_variance, gray_levels, cdf)
 
 
@@ -195,39 +197,31 @@ def _bits(nats):
 
 def prior_term(schedule: Schedule, x_0: Float[ArrayLike, "B *shape"]) -> Float[Array, "B"]:
     """Returns L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension; the network does not affect it."""
-    x_0 = process.as_float("x_0", x_0)
+    x_0 = as_float("x_0", x_0)
     alpha_bar = jnp.asarray(schedule.alpha_bar[-1], x_0.dtype)
     return _bits(0.5 * (alpha_bar * jnp.square(x_0) - alpha_bar - jnp.log1p(-alpha_bar)))
 
 
 def bound_term(
     schedule: Schedule,
-    output: Float[ArrayLike, "B *output_shape"],
+    denoiser: Denoiser | DenoiseFn,
     x_0: Float[ArrayLike, "B *shape"],
     x_t: Float[ArrayLike, "B *shape"],
     t: Index,
     *,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: Clip = True,
     gray_levels: int | None = 256,
     cdf: str = "exact",
 ) -> tuple[Float[Array, "B"], process.Reverse]:
-    """Computes one term of the bound from a network's output at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
+    """Computes one term of the bound at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
-    output: with twice the channels of x_t for a learned variance. prediction, variance, clip: as `process.p_mean_variance`.
-    gray_levels, cdf: as `decoder_log_prob`.
+    denoiser: as `process.p_mean_variance`. gray_levels, cdf: as `decoder_log_prob`.
     Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) behind them).
-    Raises: ValueError as both functions, and for an x_0 outside [-1, 1] with gray levels or clip=True (NaN if x_0 is traced).
+    Raises: ValueError as both functions, and for an x_0 outside [-1, 1] with gray levels or a clip to this range (NaN if x_0
+      is traced).
     """
-    output, x_0, x_t = process.promote(output=output, x_0=x_0, x_t=x_t)
-    x_0 = in_model_range(x_0, gray_levels, clip)
-    return _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
-
-
-def _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf):
-    """`bound_term`, for arrays with one float type and a checked range."""
-    reverse = process.p_mean_variance(schedule, output, x_t, t, prediction, variance, clip)
+    denoiser, (x_0, x_t) = as_denoiser(denoiser), promote(x_0=x_0, x_t=x_t)
+    x_0 = in_model_range(x_0, gray_levels, denoiser.clip)
+    reverse = process.p_mean_variance(schedule, denoiser, x_t, t)
     posterior = process.q_posterior(schedule, x_0, x_t, t)
     # The exponential of a small learned log variance can underflow to 0 in float32, even in the branch that is not taken.
     log_variance = jnp.maximum(reverse.log_variance, _MIN_LOG_VARIANCE)
@@ -239,12 +233,9 @@ def _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_
 def bits_per_dim(
     key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: Float[ArrayLike, "B *shape"],
     *,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: Clip = True,
     gray_levels: int | None = 256,
     cdf: str = "exact",
     strata: int | None = None,
@@ -256,9 +247,10 @@ def bits_per_dim(
 
     Args:
       key: draws the noise of every step and, with strata, the steps.
+      denoiser: as `process.p_mean_variance`; a plain function predicts eps, with the variance fixed_large and a clip. Ho's
+        and OpenAI's numbers are with clip. On the levels of a path, fixed_large is near the bound of the exact variance;
+        fixed_small needs many levels, even in the log SNR.
       x_0: images in [-1, 1]; other data [B, ..., C] with gray_levels=None and clip=False.
-      prediction, variance, clip: as `process.p_mean_variance`. Ho's and OpenAI's numbers are with clip. On the levels of a
-        path, fixed_large is near the bound of the exact variance; fixed_small needs many levels, even in the log SNR.
       gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits measure the density of x_0 and may be
         negative; add `standardization_bits` for the density of the data before standardization.
       strata: None visits all T steps. A number S visits 1 + 2 S steps, drawn for each example: index 0, and two steps in each
@@ -269,10 +261,10 @@ def bits_per_dim(
       0; for strata outside 1 ... T - 1; for an x_0 that is not float [B, ..., C]; for an x_0 outside [-1, 1] with gray levels
       or clip=True. Traced values outside make every field of their example NaN.
     """
-    check_chain(schedule, "the bound of a chain")
-    process.check_terminal_snr(schedule, prediction)
-    x_0 = in_model_range(process.as_batch("x_0", x_0), gray_levels, clip)
-    batch, total_steps = x_0.shape[0], schedule.num_timesteps
+    denoiser, total_steps = as_denoiser(denoiser), schedule.num_timesteps
+    process.check_terminal_snr(schedule, denoiser.prediction)
+    x_0 = in_model_range(as_batch("x_0", x_0), gray_levels, denoiser.clip)
+    batch = x_0.shape[0]
     key_t, key_eps = jax.random.split(key)
     if strata is None:
         steps = jnp.broadcast_to(jnp.arange(total_steps, dtype=jnp.int32)[:, None], (total_steps, batch))
@@ -285,11 +277,8 @@ def bits_per_dim(
         i, t, size = row
         eps = jax.random.normal(jax.random.fold_in(key_eps, i), x_0.shape, x_0.dtype)
         x_t = process.q_sample(schedule, x_0, t, eps)
-        output = process.as_float("the output of denoise_fn", denoise_fn(x_t, schedule.at(t, x_t).time)).astype(
-            x_t.dtype
-        )
-        term, reverse = _bound_term(schedule, output, x_0, x_t, t, prediction, variance, clip, gray_levels, cdf)
-        eps_hat = process.to_eps(schedule, reverse.x_0, x_t, t, "x_0")
+        term, reverse = bound_term(schedule, denoiser, x_0, x_t, t, gray_levels=gray_levels, cdf=cdf)
+        eps_hat = convert(reverse.x_0, x_t, schedule.at(t, x_t), "x_0", "eps")
         # Rows 1 and 2, 3 and 4, ... are the pairs in each stratum, whose sum is estimated as size (first + second) / 2.
         second = (i > 0) & (i % 2 == 0)
         squared_error += jnp.where(second, jnp.square(size * (term - previous)), 0.0)
@@ -317,7 +306,7 @@ def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]
 
     scale: not 0; one per channel [C], one number, or an array with the data's spatial shape.
     """
-    return jnp.mean(jnp.log2(jnp.abs(process.as_float("scale", scale))))
+    return jnp.mean(jnp.log2(jnp.abs(as_float("scale", scale))))
 
 
 def rate_distortion(
@@ -331,7 +320,7 @@ def rate_distortion(
     The tables must hold every step, for each example or averaged over examples.
     Returns: (rate, distortion).
     """
-    prior, vlb, x_0_mse = process.promote(prior=prior, vlb=vlb, x_0_mse=x_0_mse)
+    prior, vlb, x_0_mse = promote(prior=prior, vlb=vlb, x_0_mse=x_0_mse)
     after = jnp.flip(jnp.cumsum(jnp.flip(vlb, -1), -1), -1) - vlb
     return prior[..., None] + after, 127.5 * jnp.sqrt(x_0_mse)
 

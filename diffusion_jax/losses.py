@@ -1,4 +1,4 @@
-"""Training losses, as pure functions of a key, a schedule or path, and any callable `denoise_fn(x_t, time) -> output`.
+"""Training losses, as pure functions of a key, a schedule or path, and a `Denoiser` or any callable (x_t, time) -> output.
 
 Each loss draws one timestep per example and returns one loss per example, so that the caller chooses the mean, and a
 `LossAux` with intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 from diffusion_jax import draws, labels, likelihood, process, timesteps
-from diffusion_jax.schedules import NoiseLevel, Path, Schedule, check_chain
-from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn, LevelDraw, LogitsFn, TimestepSampler
+from diffusion_jax.arrays import as_batch, as_float
+from diffusion_jax.denoiser import Denoiser, as_denoiser, quantity, split_variance
+from diffusion_jax.schedules import NoiseLevel, Path, Schedule
+from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LevelDraw, LogitsFn, TimestepSampler
 
 __all__ = [
     "LOSSES",
@@ -84,22 +86,22 @@ WeightFn: TypeAlias = Callable[[Float[Array, "*shape"]], Float[ArrayLike, "*shap
 
 def snr_weight(snr: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Weight 1 on the eps error, equal to weight SNR on the x_0 error (Salimans & Ho 2022, "SNR")."""
-    return jnp.ones_like(process.as_float("snr", snr))
+    return jnp.ones_like(as_float("snr", snr))
 
 
 def min_snr_weight(snr: Float[ArrayLike, "*shape"], gamma: float = 5.0) -> Float[Array, "*shape"]:
     """Weight min(1, gamma / SNR) on the eps error, equal to min(SNR, gamma) on the x_0 error (Hang et al. 2023)."""
-    return jnp.minimum(1.0, gamma / process.as_float("snr", snr))
+    return jnp.minimum(1.0, gamma / as_float("snr", snr))
 
 
 def truncated_snr_weight(snr: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Weight max(1, 1 / SNR) on the eps error, equal to max(SNR, 1) on the x_0 error (Salimans & Ho 2022)."""
-    return jnp.maximum(1.0, 1.0 / process.as_float("snr", snr))
+    return jnp.maximum(1.0, 1.0 / as_float("snr", snr))
 
 
 def p2_weight(snr: Float[ArrayLike, "*shape"], k: float = 1.0, gamma: float = 1.0) -> Float[Array, "*shape"]:
     """Weight 1 / (k + SNR)^gamma on the eps error (Choi et al. 2022, P2)."""
-    return (k + process.as_float("snr", snr)) ** -gamma
+    return (k + as_float("snr", snr)) ** -gamma
 
 
 def edm_weight(snr: Float[ArrayLike, "*shape"], sigma_data: float = 0.5) -> Float[Array, "*shape"]:
@@ -107,13 +109,13 @@ def edm_weight(snr: Float[ArrayLike, "*shape"], sigma_data: float = 0.5) -> Floa
 
     s^2 = 1 / SNR. Karras et al. 2022, table 1.
     """
-    snr = process.as_float("snr", snr)
+    snr = as_float("snr", snr)
     return 1.0 + 1.0 / (snr * jnp.asarray(sigma_data, snr.dtype) ** 2)
 
 
 def sigmoid_weight(snr: Float[ArrayLike, "*shape"], bias: float = -1.0) -> Float[Array, "*shape"]:
     """Weight sigmoid(bias - log SNR) on the eps error, for levels drawn uniformly in log SNR (Kingma & Gao 2023; SiD2)."""
-    snr = process.as_float("snr", snr)
+    snr = as_float("snr", snr)
     return 1.0 / (1.0 + snr * jnp.exp(jnp.asarray(-bias, snr.dtype)))
 
 
@@ -130,10 +132,10 @@ WEIGHTINGS: dict[str, WeightFn] = {
 def simple(
     key: Key[Array, ""],
     schedule: Schedule | Path,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: BatchLike,
     *,
-    prediction: str = "eps",
+    prediction: str | None = None,
     weighting: str | WeightFn | None = None,
     timestep_sampler: str | TimestepSampler | None = None,
     draw: str | LevelDraw | None = None,
@@ -145,10 +147,11 @@ def simple(
     Args:
       key: draws t and eps.
       schedule: a schedule, or a path, for a continuous time.
-      denoise_fn: its output has the shape of x_t. The second half of the channels (a learned variance) does not enter this
-        loss.
+      denoiser: a `Denoiser`, of which this loss takes the output with guidance, or a plain function (x_t, network time) ->
+        output. The second half of the channels (a learned variance) does not enter this loss.
       x_0: images in [-1, 1], or other data [B, ..., C]. One example [..., C] is x_0[None].
-      prediction: the quantity that the network predicts: eps, x_0, v, x_prev (not on a path), score or flow.
+      prediction: the quantity that a plain function predicts: eps (the default), x_0, v, x_prev (not on a path), score or
+        flow; a `Denoiser` has its own.
       weighting: None or "none" for the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
         L_simple. Otherwise a weight on the **eps error** for any prediction: a name in `WEIGHTINGS` (the functions above,
         with their published constants) or a function SNR [B] -> weight [B]. The eps error is SNR times the x_0 error,
@@ -160,21 +163,20 @@ def simple(
       draw with a schedule; an output of the wrong shape; weights that are not [B]; an x_0 that is not float [B, ..., C]; or
       a "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
     """
+    denoiser = _denoiser(denoiser, prediction)
     if weighting in ("truncated_snr", "edm"):
-        process.check_terminal_snr(schedule, prediction)
-    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw)
-    return aux.importance * _weight_of_target(schedule, aux, prediction, weighting) * aux.mse, aux
+        process.check_terminal_snr(schedule, denoiser.prediction)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, draw)
+    return aux.importance * _weight_of_target(schedule, aux, denoiser.prediction, weighting) * aux.mse, aux
 
 
 def vlb(
     key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: BatchLike,
     *,
-    prediction: str = "eps",
-    variance: str = "learned_range",
-    clip: Clip = False,
+    prediction: str | None = None,
     gray_levels: int | None = 256,
     timestep_sampler: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
@@ -184,30 +186,27 @@ def vlb(
     reduces the variance of this estimate (Improved DDPM section 3.3).
 
     Args:
-      key, denoise_fn, x_0, prediction, timestep_sampler: as `simple`.
-      variance, clip: as `process.p_mean_variance`; by default training does not clip, as in OpenAI's code (Ho's code clips).
-      gray_levels: as `likelihood.decoder_log_prob`: 256 for images in [-1, 1], None for continuous data, with clip=False.
-    Returns: (loss [B], LossAux). With gray levels or clip=True, an example with traced values outside [-1, 1] has a loss of
+      key, x_0, prediction, timestep_sampler: as `simple`.
+      denoiser: a plain function has the variance learned_range and no clip; as in OpenAI's code, training does not clip (Ho's
+        code clips).
+      gray_levels: as `likelihood.decoder_log_prob`: 256 for images in [-1, 1], None for continuous data, without a clip.
+    Returns: (loss [B], LossAux). With gray levels or a clip to [-1, 1], an example with traced values outside has a loss of
       NaN.
-    Raises: ValueError as `simple`, for an output whose channels do not match `variance`, for eps or score if alpha_bar ends
-      at 0, and for an x_0 outside [-1, 1] with gray levels or clip=True.
+    Raises: ValueError as `simple`, for an output whose channels do not match the variance, for eps or score if alpha_bar ends
+      at 0, and for an x_0 outside [-1, 1] with gray levels or a clip to this range.
     """
-    check_chain(schedule, "the variational bound of a chain")
-    process.check_terminal_snr(schedule, prediction)
-    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    bound = _bound(schedule, aux, aux.output, x_0, prediction, variance, clip, gray_levels)
+    denoiser = _denoiser(denoiser, prediction, variance="learned_range", clip=False)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, needs_steps=True)
+    bound = _bound(schedule, denoiser.with_output(aux.output), aux, x_0, gray_levels)
     return aux.importance * bound, aux._replace(vlb=bound)
 
 
 def hybrid(
     key: Key[Array, ""],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: BatchLike,
     *,
-    prediction: str = "eps",
-    variance: str = "learned_range",
-    clip: Clip = False,
     gray_levels: int | None = 256,
     weighting: str | WeightFn | None = None,
     vlb_weight: float = 0.001,
@@ -220,32 +219,31 @@ def hybrid(
     Published: 0.001 (OpenAI's code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False it multiplies
     by 1, a weight of 1 / T).
 
-    Args: as `simple` and `vlb`.
+    Args: as `simple` and `vlb`; a plain function predicts eps.
     Returns: (loss [B], LossAux).
     Raises: ValueError as `vlb`, and for a fixed variance, which the bound cannot train.
     """
-    if not variance.startswith("learned"):
+    denoiser = _denoiser(denoiser, None, variance="learned_range", clip=False)
+    if not denoiser.variance.startswith("learned"):
         raise ValueError(
-            f"variance={variance!r}: the hybrid loss trains a learned variance; use losses.simple, or learned_range"
+            f"variance={denoiser.variance!r}: the hybrid loss trains a learned variance; use losses.simple, or learned_range"
         )
-    check_chain(schedule, "the hybrid loss")
-    process.check_terminal_snr(schedule, prediction)
-    aux = _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler)
-    mean, values = process.split_variance(aux.output, aux.x_t, variance)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, needs_steps=True)
+    mean, values = split_variance(aux.output, aux.x_t, denoiser.variance)
     assert values is not None  # the variance is learned
     detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
-    bound = _bound(schedule, aux, detached, x_0, prediction, variance, clip, gray_levels)
-    weight = _weight_of_target(schedule, aux, prediction, weighting)
+    bound = _bound(schedule, denoiser.with_output(detached), aux, x_0, gray_levels)
+    weight = _weight_of_target(schedule, aux, denoiser.prediction, weighting)
     return aux.importance * (weight * aux.mse + jnp.asarray(vlb_weight, bound.dtype) * bound), aux._replace(vlb=bound)
 
 
 def continuous_vlb(
     key: Key[Array, ""],
     path: Path,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_0: BatchLike,
     *,
-    prediction: str = "eps",
+    prediction: str | None = None,
     draw: str | LevelDraw = "uniform_log_snr",
 ) -> tuple[Float[Array, "B"], LossAux]:
     """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
@@ -255,7 +253,7 @@ def continuous_vlb(
     converges to this loss. The loss depends on the path only through the ends of the path's interval.
 
     Args:
-      key, denoise_fn, x_0: as `simple`. prediction: eps, x_0, v, score or flow.
+      key, denoiser, x_0, prediction: as `simple`.
       draw: a name in `draws.DRAWS` or a `LevelDraw`; it changes the variance of the estimate, not the mean.
     Returns: (loss [B], LossAux).
     Raises: ValueError as `simple`, for a schedule, and for a path whose log SNR is infinite at an end of the interval.
@@ -263,8 +261,9 @@ def continuous_vlb(
     if not isinstance(path, Path):
         raise ValueError("continuous_vlb needs a path; for the steps of a schedule use losses.vlb, or schedule.path")
     path.check_finite_ends("the variational bound")
-    aux = _apply_denoise_fn(key, path, denoise_fn, x_0, prediction, None, draw)
-    eps_error = _weight_of_target(path, aux, prediction, snr_weight) * aux.mse
+    denoiser = _denoiser(denoiser, prediction)
+    aux = _predict(key, path, denoiser, x_0, None, draw)
+    eps_error = _weight_of_target(path, aux, denoiser.prediction, snr_weight) * aux.mse
     assert aux.log_density is not None  # drawn on a path
     bound = 0.5 * eps_error * jnp.exp(-aux.log_density) / math.log(2)
     return bound, aux._replace(vlb=bound)
@@ -291,9 +290,9 @@ def classify(
     Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
       that are not int or out of range.
     """
-    x_0, t, time, importance, _, _, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
-    logits = process.as_float("the output of logits_fn", logits_fn(x_t, time)).astype(x_t.dtype)
-    if logits.ndim != 2 or logits.shape[0] != x_0.shape[0]:
+    _, t, level, importance, _, _, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    logits = as_float("the output of logits_fn", logits_fn(x_t, level.time)).astype(x_t.dtype)
+    if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
         raise ValueError(
             f"logits_fn returned {logits.shape} for x_t {x_t.shape}; it must return [B, K], a logit for each class"
         )
@@ -320,11 +319,11 @@ def _per_example(name, x, batch_size):
 
 
 class _Drawn(NamedTuple):
-    """The drawn noise levels (t and network time) and noise; importance and log_density as in `LossAux`."""
+    """Drawn noise and noise levels; t, importance and log_density as in `LossAux`."""
 
     x_0: Batch
     t: Int[Array, "B"] | Float[Array, "B"]
-    time: Float[Array, "B"]
+    level: NoiseLevel
     importance: Float[Array, "B"]
     log_density: Float[Array, "B"] | None
     eps: Batch
@@ -333,7 +332,7 @@ class _Drawn(NamedTuple):
 
 def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
     """Draws eps, and steps on a schedule or times on a path."""
-    x_0 = process.as_batch("x_0", x_0)
+    x_0 = as_batch("x_0", x_0)
     batch_size = x_0.shape[0]
     key_t, key_eps = jax.random.split(key)
     if isinstance(schedule, Path):
@@ -342,7 +341,7 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
         draw = "uniform" if draw is None else draw
         draw = draws.draw_by_name(draw) if isinstance(draw, str) else draw
         t, log_density = draw(key_t, batch_size, schedule)
-        t = time = _per_example("the times of draw", t, batch_size).astype(x_0.dtype)
+        t = _per_example("the times of draw", t, batch_size).astype(x_0.dtype)
         log_density = _per_example("the log densities of draw", log_density, batch_size).astype(x_0.dtype)
         importance = jnp.ones_like(log_density)
     else:
@@ -351,45 +350,50 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
         sampler = timesteps.uniform if timestep_sampler is None else timestep_sampler
         sampler = timesteps.sampler_by_name(sampler) if isinstance(sampler, str) else sampler
         t, importance = sampler(key_t, batch_size, schedule.num_timesteps)
-        t = _per_example("the timesteps of timestep_sampler", t, batch_size)
+        t, log_density = _per_example("the timesteps of timestep_sampler", t, batch_size), None
         importance = jnp.asarray(_per_example("the weights of timestep_sampler", importance, batch_size), x_0.dtype)
-        time, log_density = schedule.at(t, x_0).time, None
+    level = schedule.at(t, x_0)
     eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
-    return _Drawn(x_0, t, time, importance, log_density, eps, process.q_sample(schedule, x_0, t, eps))
+    return _Drawn(x_0, t, level, importance, log_density, eps, level.alpha * x_0 + level.sigma * eps)
 
 
-def _apply_denoise_fn(key, schedule, denoise_fn, x_0, prediction, timestep_sampler, draw=None) -> LossAux:
+def _denoiser(network: Denoiser | DenoiseFn, prediction: str | None, **defaults: Any) -> Denoiser:
+    """Returns the denoiser of a loss; defaults: fields of a plain function's. Raises: ValueError for two predictions."""
+    if not isinstance(network, Denoiser):
+        return as_denoiser(network, prediction="eps" if prediction is None else prediction, **defaults)
+    if prediction not in (None, network.prediction):
+        raise ValueError(
+            f"prediction={prediction!r} is for a plain function; this denoiser predicts {network.prediction!r}"
+        )
+    return network
+
+
+def _at(schedule, prediction, t, like):
+    """Returns the noise level at t, or for x_prev the step from it."""
+    return schedule.transition(t, like) if prediction == "x_prev" else schedule.at(t, like)
+
+
+def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_steps=False) -> LossAux:
     """Draws t and eps, calls the network and computes the prediction's error."""
-    x_0, t, time, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
-    if prediction not in process.PREDICTIONS:
-        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(process.PREDICTIONS)}")
-    if prediction == "x_prev":
-        check_chain(schedule, "prediction 'x_prev'")
-    target = process.QUANTITIES[prediction].value(x_0, eps, x_t, schedule.at(t, x_0))
-    output = process.as_float("the output of denoise_fn", denoise_fn(x_t, time)).astype(x_t.dtype)
+    if needs_steps and schedule.num_timesteps:  # raises for a path
+        process.check_terminal_snr(schedule, denoiser.prediction)
+    x_0, t, level, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    at = _at(schedule, denoiser.prediction, t, x_0)
+    target = quantity(denoiser.prediction, at).value(x_0, eps, x_t, at)
+    output = denoiser.output(x_t, level)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
         raise ValueError(
-            f"denoise_fn returned {output.shape} for x_t {x_t.shape}; it must return the shape of x_t, or twice its "
+            f"the network returned {output.shape} for x_t {x_t.shape}; it must return the shape of x_t, or twice its "
             "channels for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
     return LossAux(t, importance, mse, None, eps, x_t, output, log_density)
 
 
-def _bound(schedule, aux, output, x_0, prediction, variance, clip, gray_levels):
+def _bound(schedule, denoiser, aux, x_0, gray_levels):
     """Returns T times the bound's term at the drawn steps, [B]."""
-    term, _ = likelihood.bound_term(
-        schedule,
-        output,
-        x_0,
-        aux.x_t,
-        aux.t,
-        prediction=prediction,
-        variance=variance,
-        clip=clip,
-        gray_levels=gray_levels,
-    )
+    term, _ = likelihood.bound_term(schedule, denoiser, x_0, aux.x_t, aux.t, gray_levels=gray_levels)
     return schedule.num_timesteps * term
 
 
@@ -401,10 +405,11 @@ def _weight_of_target(schedule, aux, prediction, weighting):
         raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
 
-    at: Any = schedule.at(aux.t, aux.mse)
-    # A lower bound keeps 1 / SNR finite where alpha_bar is 0, so that its product with the slope of v has its limit.
-    snr = jnp.maximum(at.snr, 1e-20)
-    weight = _per_example("the result of weighting", weight_fn(snr), len(snr)).astype(snr.dtype)
-    if prediction != "x_prev":  # which needs the step
-        at = NoiseLevel(jnp.sqrt(snr / (1 + snr)), 1 / jnp.sqrt(1 + snr), jnp.log(snr))
-    return weight * process.QUANTITIES[prediction].slope(at) ** 2
+    at: Any = _at(schedule, prediction, aux.t, aux.mse)
+    level = at.level if prediction == "x_prev" else at
+    # Without signal, a small one: 1 / SNR is finite, and its product with the slope of v has its limit.
+    level = NoiseLevel.at_log_snr(jnp.full_like(level.alpha, 2 * math.log(1e-10)), level.time).where(
+        ~level.has_signal, level
+    )
+    weight = _per_example("the result of weighting", weight_fn(level.snr), len(level.snr)).astype(level.snr.dtype)
+    return weight * quantity(prediction).slope(at if prediction == "x_prev" else level) ** 2

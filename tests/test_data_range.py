@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import likelihood, losses, schedules
+from diffusion_jax import Denoiser, likelihood, losses, schedules
 from diffusion_jax.images import to_model_range
 
 KEY = jax.random.key(0)
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_start=5e-3, beta_end=0.6))
-LEARNED = "learned_range"
 
 
 def network(x_t, time):
@@ -25,16 +24,14 @@ def data(outside=1.5):
 
 # Each function returns the result [B] that must be NaN for examples out of range.
 BOUNDS = {
-    "vlb": lambda x, **options: losses.vlb(KEY, SCHEDULE, network, x, **options)[0],
-    "bits_per_dim": lambda x, **options: (
-        likelihood.bits_per_dim(KEY, SCHEDULE, network, x, variance=LEARNED, **options).total
+    "vlb": lambda x, denoiser, gray_levels: losses.vlb(KEY, SCHEDULE, denoiser, x, gray_levels=gray_levels)[0],
+    "bits_per_dim": lambda x, denoiser, gray_levels: (
+        likelihood.bits_per_dim(KEY, SCHEDULE, denoiser, x, gray_levels=gray_levels).total
     ),
-    "bound_term": lambda x, **options: likelihood.bound_term(
-        SCHEDULE, network(x, None), x, x, jnp.array([0, 0, 5]), variance=LEARNED, **options
+    "bound_term": lambda x, denoiser, gray_levels: likelihood.bound_term(
+        SCHEDULE, denoiser, x, x, jnp.array([0, 0, 5]), gray_levels=gray_levels
     )[0],
-    "decoder": lambda x, gray_levels=256, clip=False: likelihood.decoder_log_prob(x, 0 * x, 0 * x, gray_levels).sum(
-        (1, 2)
-    ),
+    "decoder": lambda x, denoiser, gray_levels: likelihood.decoder_log_prob(x, 0 * x, 0 * x, gray_levels).sum((1, 2)),
 }
 ASSUME_THE_RANGE = [{"gray_levels": 256, "clip": False}, {"gray_levels": None, "clip": True}]
 
@@ -45,10 +42,12 @@ ASSUME_THE_RANGE = [{"gray_levels": 256, "clip": False}, {"gray_levels": None, "
 )
 def test_data_outside_the_range(name, options):
     """Only one of three examples is out of range; the other examples' results do not change."""
-    bound, compiled = BOUNDS[name], jax.jit(lambda x: BOUNDS[name](x, **options))
+    denoiser = Denoiser(network, variance="learned_range", clip=options["clip"])
+    bound = lambda x: BOUNDS[name](x, denoiser, options["gray_levels"])  # noqa: E731
+    compiled = jax.jit(bound)
     for outside in (1.1, -1.5, np.inf):
         with pytest.raises(ValueError, match=r"outside of \[-1, 1\].*(gray_levels=None|clip=False) for other data"):
-            bound(data(outside), **options)
+            bound(data(outside))
         found, inside = compiled(data(outside)), compiled(data(0.9))
         np.testing.assert_array_equal(found[jnp.array([0, 2])], inside[jnp.array([0, 2])])
         assert np.isnan(found[1]) and np.isfinite(inside).all()

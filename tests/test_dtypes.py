@@ -10,22 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, guidance, likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import (
+    Denoiser,
+    arrays,
+    editing,
+    guidance,
+    likelihood,
+    losses,
+    process,
+    sampling,
+    schedules,
+    timesteps,
+)
+from diffusion_jax.denoiser import PREDICTIONS, VARIANCES, clip_x_0, convert, dynamic_threshold, split_variance
 from helpers.samplers import MAKERS, METHODS
 
 KEY = jax.random.key(0)
 FULL = schedules.from_betas(schedules.betas("linear", 20))
 T, Y, NULL = jnp.array([0, 7], jnp.int32), jnp.array([0, 2]), 3
-MASK = np.array([True, False, True])
+MASK, HALF = np.array([True, False, True]), editing.average_pool(2)
 
 
-def network(x, time, *y):
+def network(x, time, y=None):
     """A bfloat16 network, which checks that the time has the dtype of the rule."""
     assert time.dtype == x.dtype, f"x_t is {x.dtype}, the network time {time.dtype}"
     return (0.3 * x + 0.01 * time[:, None, None, None]).astype(jnp.bfloat16)
 
 
-def exact(x, time, *y):
+def exact(x, time, y=None):
     """A network with float64 constants, whose dtype must not spread under x64."""
     return jnp.asarray(np.float64(0.3) * x, jnp.promote_types(x.dtype, jnp.result_type(float)))
 
@@ -38,6 +50,11 @@ def doubled(x, time):
 def logits(x, time):
     """A bfloat16 classifier for three classes."""
     return (x.mean(axis=(1, 2)) + time[:, None]).astype(jnp.bfloat16)
+
+
+def shifted():
+    """The network with a classifier that shifts the mean."""
+    return guidance.classifier(network, guidance.class_log_prob(logits, Y), np.float64(2), form="mean")
 
 
 def times(x):
@@ -56,32 +73,40 @@ def alone(x):
 
 
 CASES = {
-    "process.as_batch": lambda x: process.as_batch("x", x),
-    "process.as_float": lambda x: process.as_float("x", x),
-    "process.promote": lambda x: process.promote(x=x, y=x),
-    "schedules.Schedule.at": lambda x: [getattr(FULL.at(T, x), name) for name in ("beta", "time", "level", "previous")],
+    "arrays.as_batch": lambda x: arrays.as_batch("x", x),
+    "arrays.as_float": lambda x: arrays.as_float("x", x),
+    "arrays.promote": lambda x: arrays.promote(x=x, y=x),
+    "schedules.Schedule.at": lambda x: FULL.at(T, x),
+    "schedules.Schedule.transition": lambda x: FULL.transition(T, x)[:-1],
+    "schedules.Path.at": lambda x: FULL.path.at(times(x), x),
+    "schedules.Path.at_log_snr": lambda x: FULL.path.at_log_snr(np.float64(0.3), x),
+    "schedules.Transition.between": lambda x: schedules.Transition.between(FULL.at(T, x), FULL.at(T - 1, x)),
     "process.q_mean_variance": lambda x: process.q_mean_variance(FULL, x, T),
     "process.q_sample": lambda x: process.q_sample(FULL, x, T, x),
     "process.q_step_mean_variance": lambda x: process.q_step_mean_variance(FULL, x, T),
     "process.q_step": lambda x: process.q_step(FULL, x, T, x),
     "process.q_posterior": lambda x: process.q_posterior(FULL, x, x, T),
-    **{
-        f"process.{f.__name__}": lambda x, f=f: [f(FULL, low(x), x, T, p) for p in process.PREDICTIONS]
-        for f in (process.to_x_0, process.to_eps, process.to_v, process.to_score)
-    },
-    "process.eps_at, x_0_at": lambda x: [
-        convert(np.float64(0.6), np.float64(0.8), low(x), x, p)
-        for convert in (process.eps_at, process.x_0_at)
-        for p in ("eps", "x_0", "v", "score")
-    ],
-    "process.split_variance": lambda x: process.split_variance(jnp.concatenate([x, x], -1), x, "learned"),
-    "process.clip_x_0": lambda x: [process.clip_x_0(x, clip) for clip in (True, False, lambda x: low(x))],
-    "process.dynamic_threshold": lambda x: process.dynamic_threshold()(x),
     "process.p_mean_variance": lambda x: [
-        process.p_mean_variance(FULL, jnp.concatenate([low(x), low(x)], -1) if "learned" in v else low(x), x, T, p, v)
-        for p in process.PREDICTIONS
-        for v in process.VARIANCES
+        process.p_mean_variance(FULL, Denoiser(doubled if "learned" in v else f, p, v), x, T)
+        for f in (network, exact)
+        for p in PREDICTIONS
+        for v in VARIANCES
     ],
+    "denoiser.convert": lambda x: [
+        convert(low(x), x, FULL.transition(T, x), p, wanted) for p in PREDICTIONS for wanted in PREDICTIONS
+    ],
+    "denoiser.Denoiser": lambda x: [
+        Denoiser(f, **fields)(x, FULL.at(T, x))
+        for f in (network, exact)
+        for fields in (
+            {"clip": dynamic_threshold(np.float64(0.9)), "inputs": {"y": Y}},
+            {"prediction": "x_0", "sigma_data": np.float64(0.5), "clip": False},
+            {"prediction": "v", "clip": lambda x: low(x)},
+        )
+    ],
+    "denoiser.split_variance": lambda x: split_variance(jnp.concatenate([x, x], -1), x, "learned"),
+    "denoiser.clip_x_0": lambda x: [clip_x_0(x, clip) for clip in (True, False, lambda x: low(x))],
+    "denoiser.dynamic_threshold": lambda x: dynamic_threshold()(x),
     "schedules.Schedule.log_snr": lambda x: FULL.log_snr(alone(x)),
     "schedules.Schedule.time_at_log_snr": lambda x: FULL.time_at_log_snr(alone(x)),
     **{f"losses, weighting {name}": lambda x, f=f: f(alone(x)) for name, f in losses.WEIGHTINGS.items()},
@@ -89,20 +114,21 @@ CASES = {
         losses.simple(KEY, FULL, f, x, prediction=prediction, weighting=weighting, timestep_sampler=timestep_sampler)
         for f, timestep_sampler in [(network, "uniform"), (exact, lambda key, b, n: (jnp.zeros(b, int), np.ones(b)))]
         for prediction, weighting in [
-            *((prediction, None) for prediction in process.PREDICTIONS),
+            *((prediction, None) for prediction in PREDICTIONS),
             *(("x_prev", weighting) for weighting in losses.WEIGHTINGS),
             ("score", lambda snr: snr * np.float64(2)),
         ]
     ],
     "losses.vlb": lambda x: losses.vlb(KEY, FULL, doubled, x),
     "losses.hybrid": lambda x: losses.hybrid(KEY, FULL, doubled, x, weighting="p2", vlb_weight=np.float64(0.1)),
+    "losses.continuous_vlb": lambda x: losses.continuous_vlb(KEY, schedules.edm(), network, x),
     "losses.classify": lambda x: losses.classify(KEY, FULL, logits, x, Y),
     "likelihood.gaussian_kl": lambda x: likelihood.gaussian_kl(x, 0.0, low(x), 1),
     "likelihood.decoder_log_prob": lambda x: [
         likelihood.decoder_log_prob(x, low(x), low(x), levels, cdf) for levels in (None, 256) for cdf in likelihood.CDFS
     ],
     "likelihood.prior_term": lambda x: likelihood.prior_term(FULL, x),
-    "likelihood.bound_term": lambda x: likelihood.bound_term(FULL, low(x), x, x, T),
+    "likelihood.bound_term": lambda x: [likelihood.bound_term(FULL, f, x, x, T) for f in (network, exact)],
     "likelihood.bits_per_dim": lambda x: [
         likelihood.bits_per_dim(KEY, FULL, f, x, strata=strata, tables=tables)
         for f, strata, tables in [(network, None, True), (exact, 2, True), (network, None, False)]
@@ -110,22 +136,22 @@ CASES = {
     "likelihood.standardization_bits": lambda x: likelihood.standardization_bits(alone(x)),
     "likelihood.rate_distortion": lambda x: likelihood.rate_distortion(alone(x)[0], alone(x), alone(x)),
     "guidance.classifier_free": lambda x: [
-        guidance.classifier_free(f, Y, NULL, np.float64(1.5), rescale=np.float64(0.5), interval=(2, 5))(x, times(x))
-        for f in (lambda x, *more: low(x), exact)
+        guidance.classifier_free(f, Y, NULL, np.float64(1.5), rescale=np.float64(0.5), interval=(2, 5))(
+            x, FULL.at(T, x)
+        )
+        for f in (network, exact)
     ],
     "guidance.class_log_prob": lambda x: guidance.class_log_prob(logits, Y)(x, times(x)),
-    "guidance.log_prob_gradient": lambda x: guidance.log_prob_gradient(
-        guidance.class_log_prob(logits, Y), np.float64(2)
-    )(x, times(x)),
     "guidance.classifier": lambda x: [
-        guidance.classifier(f, guidance.class_log_prob(logits, Y), FULL, np.float64(2), prediction=p)(x, times(x))
+        guidance.classifier(Denoiser(f, p), guidance.class_log_prob(logits, Y), np.float64(2))(x, FULL.at(T, x))
         for f in (network, exact)
-        for p in ("eps", "x_0", "v", "score")
+        for p in ("eps", "x_0", "v", "score", "flow")
     ],
-    "editing.project": lambda x: editing.project(editing.average_pool(2), editing.average_pool(2).measure(x))(low(x)),
+    "guidance.classifier, mean": lambda x: process.p_mean_variance(FULL, shifted(), x, T),
+    "editing.project": lambda x: editing.project(network, HALF, HALF.measure(x))(x, FULL.at(T, x)),
     "editing.slerp": lambda x: editing.slerp(x, x + 1, np.float64(0.3)),
     "editing.gray": lambda x: [editing.gray().measure(x), editing.gray().invert(x[..., :1])],
-    "editing.average_pool": lambda x: [editing.average_pool(2).measure(x), editing.average_pool(2).invert(x)],
+    "editing.average_pool": lambda x: [HALF.measure(x), HALF.invert(x)],
     "editing.masked": lambda x: [editing.masked(MASK).measure(x), editing.masked(MASK).invert(x)],
 }
 
@@ -133,9 +159,10 @@ SAMPLING = {
     f"sampling.{name}": lambda x, make=MAKERS[name]: [
         sampling.sample(KEY, FULL, f, x, make(), trajectory=True) for f in (network, exact)
     ]
-    for name in [*METHODS, "ddpm shifted"]
+    for name in METHODS
 }
 SAMPLING |= {
+    "guidance.classifier with ddpm": lambda x: sampling.sample(KEY, FULL, shifted(), x, sampling.ddpm()),
     "sampling.encode": lambda x: [
         sampling.encode(FULL, f, x, order=order) for f in (network, exact) for order in (1, 2)
     ],
@@ -173,8 +200,7 @@ def test_low_precision_is_promoted_before_arithmetic(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-INTEGERS_ARE_NUMBERS = ("schedules.Schedule.at", "schedules.Schedule.log_snr", "schedules.Schedule.time_at_log_snr")
-INTEGERS_ARE_NUMBERS += ("likelihood.gaussian_kl",)
+INTEGERS_ARE_NUMBERS = ("likelihood.gaussian_kl", *(name for name in CASES if name.startswith("schedules.")))
 
 
 @pytest.mark.usefixtures("unchecked_annotations")

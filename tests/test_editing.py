@@ -7,22 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, sampling, schedules
+from diffusion_jax import Denoiser, editing, sampling, schedules
 from helpers.gaussian_mixtures import FULL, gaussian
 
 KEY = jax.random.key(0)
 S2, RHO = 0.3, 0.8
 COVARIANCE = S2 * np.array([[1.0, RHO], [RHO, 1.0]])
-pixels = gaussian(mean=0.0, variance=S2)  # the exact eps of independent N(0, S2)
+pixels = Denoiser(gaussian(mean=0.0, variance=S2), clip=False)  # the exact eps of independent N(0, S2)
 
 
-def correlated(x, time):
+def correlated_eps(x, time):
     """The exact eps of N(0, COVARIANCE); x [..., 2]."""
     log_snr = FULL.log_snr(time)[0]
     a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
     return jnp.sqrt(s2) * jnp.linalg.solve(a * COVARIANCE + s2 * jnp.eye(2), x[..., None])[..., 0]
 
 
+correlated = Denoiser(correlated_eps, clip=False)
 KNOWN, N = 0.7, 20_000
 MASK = jnp.array([True, False])
 
@@ -34,7 +35,7 @@ def repainted(resamplings):
 
     @jax.jit
     def run(x_0):
-        sampler = sampling.ddpm(variance="fixed_small", clip=False)
+        sampler = sampling.ddpm("fixed_small")
         return editing.repaint(KEY, schedule, correlated, x_0, MASK, sampler, resamplings=resamplings, jump=5)
 
     x = np.asarray(run(x_0))
@@ -75,7 +76,7 @@ def test_replacement_returns_the_known_pixels_with_any_sampler():
     schedule = schedules.respace(FULL, 12, "log_snr")
     x_0 = jnp.tile(jnp.array([KNOWN, 5.0]), (4000, 1))
     x_T = jax.random.normal(KEY, x_0.shape)
-    for sampler in (sampling.ddpm(clip=False), sampling.dpm_solver_pp(2, clip=False), sampling.unipc(clip=False)):
+    for sampler in (sampling.ddpm(), sampling.dpm_solver_pp(2), sampling.unipc()):
         wrapped = editing.replacement(sampler, x_0, MASK)
         x = jax.jit(lambda x, w=wrapped: sampling.sample(KEY, schedule, correlated, x, w))(x_T)
         np.testing.assert_array_equal(x[:, 0], x_0[:, 0])
@@ -88,9 +89,7 @@ def test_sdedit_has_the_mean_and_variance_of_its_closed_form():
     x_0 = jnp.full((n, 1), value)
     schedule = schedules.respace(FULL, 200, "log_snr")
     for strength in (0.1, 1.0):
-        run = jax.jit(
-            lambda x, s=strength: editing.sdedit(KEY, schedule, pixels, x, sampling.heun(clip=False), strength=s)
-        )
+        run = jax.jit(lambda x, s=strength: editing.sdedit(KEY, schedule, pixels, x, sampling.heun(), strength=s))
         x = run(x_0)
         t = round(200 * strength) - 1
         a, v = schedule.alpha_bar[t], schedule.alpha_bar[t] * S2 + 1 - schedule.alpha_bar[t]
@@ -113,16 +112,22 @@ def test_projection_changes_only_the_measured_part(name, x64):
     image, other = jax.random.uniform(KEY, (2, 3, 8, 8, 3), minval=-1)
     y = linear.measure(image)
     np.testing.assert_allclose(linear.measure(linear.invert(y)), y, atol=1e-12)  # A A+ = I
-    moved = editing.project(linear, y, clip=False)(other)
+    level = FULL.at(jnp.int32(0), other)
+
+    def project(x_0, clip=False):
+        known = Denoiser(lambda x_t, time: x_0, prediction="x_0", clip=clip)
+        return editing.project(known, linear, y)(other, level).x_0
+
+    moved = project(other)
     np.testing.assert_allclose(linear.measure(moved), y, atol=1e-12)
     # Changes are along A+ only: the null space of A is unchanged, and no nearer x_0 fits (A+ is a multiple of the
     # transpose).
     np.testing.assert_allclose(moved - other, linear.invert(linear.measure(moved - other)), atol=1e-12)
-    np.testing.assert_allclose(editing.project(linear, y, clip=False)(moved), moved, atol=1e-12)
+    np.testing.assert_allclose(project(moved), moved, atol=1e-12)
     # The clip precedes the projection; otherwise measured values near the ends of the range would be clipped.
     clipped = jnp.clip(3 * other, -1, 1)
     expected = clipped + linear.invert(y - linear.measure(clipped))
-    np.testing.assert_allclose(editing.project(linear, y, clip=True)(3 * other), expected, atol=1e-12)
+    np.testing.assert_allclose(project(3 * other, clip=True), expected, atol=1e-12)
 
 
 @pytest.mark.whole
@@ -134,13 +139,13 @@ def test_restored_images_agree_with_the_measurement(name):
     y = linear.measure(image)
     schedule = schedules.respace(FULL, 60, "log_snr")
     x_T = jax.random.normal(jax.random.key(1), image.shape)
-    for make in (sampling.ddpm, sampling.dpm_solver_pp, sampling.ddim):
-        sampler = make(clip=editing.project(linear, y, clip=False))
-        x = jax.jit(lambda x, s=sampler: sampling.sample(KEY, schedule, pixels, x, s))(x_T)
+    restored = editing.project(pixels, linear, y)
+    for sampler in (sampling.ddpm(), sampling.dpm_solver_pp(), sampling.ddim()):
+        x = jax.jit(lambda x, s=sampler: sampling.sample(KEY, schedule, restored, x, s))(x_T)
         np.testing.assert_allclose(linear.measure(x), y, atol=1e-5)
         free = x - linear.invert(linear.measure(x))
         expected = image - linear.invert(linear.measure(image))
-        assert abs(free.std() / expected.std() - 1) < 0.15, make
+        assert abs(free.std() / expected.std() - 1) < 0.15, sampler
 
 
 @pytest.mark.whole
@@ -162,7 +167,7 @@ def test_slerp():
 @pytest.mark.whole
 def test_interpolation_half_way_up_the_chain():
     """Ho et al.'s interpolation is linear in x_t, so with a linear sampler and the same noise also in x_0."""
-    schedule, sampler = schedules.respace(FULL, 50, "log_snr"), sampling.ddim(clip=False)
+    schedule, sampler = schedules.respace(FULL, 50, "log_snr"), sampling.ddim()
     weights, x, y = jnp.linspace(0, 1, 5), jnp.full((3, 1), -0.7), jnp.full((3, 1), 0.9)
     held = editing.interpolate(KEY, schedule, pixels, x, y, weights, sampler, t=25)
     np.testing.assert_allclose(held, held[0] + weights[:, None, None] * (held[-1] - held[0]), atol=1e-5)
@@ -177,7 +182,7 @@ def test_known_pixels_are_drawn_one_step_earlier():
     schedule = schedules.respace(FULL, 10)
     x_0, x_prev = jnp.tile(jnp.array([KNOWN, 5.0]), (N, 1)), jnp.tile(jnp.array([9.0, -3.0]), (N, 1))
     for t in (9, 4, 1, 0):
-        x = editing._replace_known(KEY, schedule, x_prev, x_0, MASK, jnp.int32(t))
+        x = editing._replace_known(KEY, schedule.transition(jnp.int32(t), x_prev), x_prev, x_0, MASK)
         np.testing.assert_array_equal(x[:, 1], -3.0)
         a = schedule.alpha_bar[t - 1] if t else 1.0
         assert abs(x[:, 0].mean() - np.sqrt(a) * KNOWN) < 4 * np.sqrt((1 - a) / N) + 1e-6
@@ -188,7 +193,7 @@ def test_repaint_of_one_resampling_is_replacement():
     """Without known pixels, and with a deterministic sampler, RePaint equals the sampler; known pixels are returned without
     noise."""
     schedule, x_0 = schedules.respace(FULL, 6, "trailing"), jnp.array([[KNOWN, -9.0], [0.2, 1.0]])
-    sampler = sampling.ddim(clip=False)
+    sampler = sampling.ddim()
     run = jax.jit(lambda mask: editing.repaint(KEY, schedule, correlated, x_0, mask, sampler, resamplings=1))
     x_T = jax.random.normal(jax.random.split(KEY)[0], x_0.shape)
     expected = sampling.sample(KEY, schedule, correlated, x_T, sampler)
@@ -197,11 +202,12 @@ def test_repaint_of_one_resampling_is_replacement():
 
 
 @pytest.mark.parametrize(("prediction", "start"), [("v", 60), ("x_0", None)])
-def test_interpolation_encodes_with_the_prediction_of_the_sampler_up_to_the_start(prediction, start, x64):
+def test_interpolation_encodes_with_any_prediction_up_to_the_start(prediction, start, x64):
     """For Gaussian data with an exact network, the ends are recovered for any prediction and any start."""
-    schedule, sampler = schedules.respace(FULL, 200, "log_snr"), sampling.heun(prediction=prediction, clip=False)
+    schedule, sampler = schedules.respace(FULL, 200, "log_snr"), sampling.heun()
     x, y = np.array([[-0.7], [0.2]]), np.array([[0.9], [-0.4]])
-    interpolate = partial(editing.interpolate, KEY, schedule, gaussian(prediction), order=2, start=start)
+    denoiser = Denoiser(gaussian(prediction), prediction=prediction, clip=False)
+    interpolate = partial(editing.interpolate, KEY, schedule, denoiser, order=2, start=start)
     between = jax.jit(lambda x, y: interpolate(x, y, [0.0, 0.4, 1.0], sampler))(x, y)
     np.testing.assert_allclose(between, [x, 0.6 * x + 0.4 * y, y], atol=2e-3)  # in one dimension the path is a line
 
@@ -214,11 +220,9 @@ def test_repaint_without_known_pixels_returns_the_prior(resamplings):
     E[x_0 | x_1], whose variance is alpha_bar at index 0.
     """
     schedule, mask = schedules.respace(FULL, 12, "trailing"), jnp.array([False, False])
-    sampler = sampling.ddpm(variance="fixed_large", clip=False)
+    denoiser = Denoiser(gaussian(mean=10.0, variance=1.0), clip=False)
     options = {"resamplings": resamplings, "jump": 3}
-    run = jax.jit(
-        lambda x: editing.repaint(KEY, schedule, gaussian(mean=10.0, variance=1.0), x, mask, sampler, **options)
-    )
+    run = jax.jit(lambda x: editing.repaint(KEY, schedule, denoiser, x, mask, **options))
     x = np.asarray(run(jnp.full((N, 2), 100.0)), np.float64)
     # With x_T ~ N(0, 1) instead of N(sqrt(alpha_bar_T) 10, 1), a share alpha_bar_T of the difference remains.
     expected, variance = 10.0 * (1 - FULL.alpha_bar[-1]), schedule.alpha_bar[0]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import guidance, process, schedules
+from diffusion_jax import Denoiser, guidance, process, schedules
 from helpers.gaussian_mixtures import FULL, as_prediction, levels
 
 KEY = jax.random.key(0)
@@ -42,6 +42,12 @@ X_T = np.random.default_rng(3).standard_normal((5, 2))
 TIME = np.array([1.0, 200.0, 431.5, 700.0, 999.0])
 
 
+def output(denoiser, x, time):
+    """The output at network times, one for each row or one for all."""
+    x = jnp.asarray(x)
+    return denoiser.output(x, FULL.path.at(jnp.asarray(time, x.dtype), x))
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(prediction):
     calls, exact = [], jax.jit(network(prediction, learned=True))
@@ -53,7 +59,7 @@ def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(predict
     both = exact(np.tile(X_T, (2, 1)), np.tile(TIME, 2), np.append(Y, np.full(5, NULL)))
     conditional, unconditional = both[:5], both[5:]
     for scale, half in ((1.0, conditional), (0.0, unconditional), (3.0, None)):
-        guided = guidance.classifier_free(kept, Y, NULL, scale)(X_T, TIME)
+        guided = output(guidance.classifier_free(kept, Y, NULL, scale), X_T, TIME)
         np.testing.assert_array_equal(calls.pop(), both)
         if half is not None:  # to the bit
             np.testing.assert_array_equal(guided[:, :2], half[:, :2])
@@ -66,7 +72,7 @@ def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(predict
 @pytest.mark.whole
 def test_guided_eps_is_the_score_of_the_sharpened_classes(x64):
     """eps_s = -sigma grad [log q(x_t) + s log p(y | x_t)] (Ho & Salimans 2022, section 3)."""
-    guided = guidance.classifier_free(network(), Y, NULL, 2.5)(X_T, TIME)
+    guided = output(guidance.classifier_free(network(), Y, NULL, 2.5), X_T, TIME)
 
     def log_density(x, time, y):
         logits = class_logits(x[None], time[None])
@@ -85,7 +91,10 @@ def test_a_scale_for_each_row_and_an_interval():
     """Outside the interval the scale is 1; a scale of shape [B] or [B, 1, 1, 1]."""
     x = jnp.broadcast_to(X_T[:, None, None], (5, 3, 2, 2))
     scales = jnp.array([0.0, 4.0, 3.0, -1.0, 2.0])
-    draw = lambda scale, interval: guidance.classifier_free(images_of, Y, NULL, scale, interval=interval)(x, TIME)  # noqa: E731
+
+    def draw(scale, interval):
+        return output(guidance.classifier_free(images_of, Y, NULL, scale, interval=interval), x, TIME)
+
     inside = np.array([False, True, True, True, False])
     for interval, s in ((None, scales), ((200, 700), np.where(inside, scales, 1.0))):
         expected = x * ((1 - s) * (1 + NULL) + s * (1 + np.asarray(Y)))[:, None, None, None] + np.sin(3 * x)
@@ -98,7 +107,8 @@ def test_rescaling_has_the_spread_of_the_conditional_output():
     x, y, time = jax.random.normal(KEY, (3, 4, 4, 2)), jnp.array([0, 1, 2]), jnp.zeros(3)
     spread = lambda x: np.std(np.asarray(x), axis=(1, 2, 3))  # noqa: E731
     plain, part, full = (
-        guidance.classifier_free(images_of, y, NULL, 5.0, rescale=rescale)(x, time) for rescale in (0.0, 0.7, 1.0)
+        output(guidance.classifier_free(images_of, y, NULL, 5.0, rescale=rescale), x, time)
+        for rescale in (0.0, 0.7, 1.0)
     )
     np.testing.assert_allclose(spread(full), spread(images_of(x, time, y)), rtol=1e-5)
     np.testing.assert_allclose(part, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-5)
@@ -107,15 +117,16 @@ def test_rescaling_has_the_spread_of_the_conditional_output():
 def test_a_null_label_that_labels_of_8_bits_cannot_hold():
     seen = []
 
-    def kept(x, time, y):
-        seen.append(y)
+    def kept(x, time, **inputs):
+        seen.append(inputs)
         return x
 
-    guidance.classifier_free(kept, np.array([0, 255], np.uint8), 256, 2.0)(jnp.ones((2, 1)), jnp.zeros(2))
-    np.testing.assert_array_equal(seen[0], [0, 255, 256, 256])
+    x = jnp.ones((2, 1))
+    output(guidance.classifier_free(kept, np.array([0, 255], np.uint8), 256, 2.0), x, 0)
+    np.testing.assert_array_equal(seen[0]["y"], [0, 255, 256, 256])
     conditions = {"y": jnp.array([1, 2]), "condition": jnp.ones((2, 3))}
     nulls = {"y": 10, "condition": jnp.nan}
-    guidance.classifier_free(kept, conditions, nulls, 2.0)(jnp.ones((2, 1)), jnp.zeros(2))
+    output(guidance.classifier_free(kept, conditions, nulls, 2.0), x, 0)
     np.testing.assert_array_equal(seen[1]["y"], [1, 2, 10, 10])
     np.testing.assert_array_equal(np.isnan(seen[1]["condition"]).all(axis=1), [False, False, True, True])
     assert seen[1]["y"].dtype == jnp.int32 and seen[1]["condition"].dtype == jnp.float32
@@ -128,7 +139,7 @@ def test_rescaling_does_not_change_constant_outputs():
         return jnp.broadcast_to(1.0 + y[:, None, None, None], x.shape)
 
     with jax.debug_nans(True):  # no division by a standard deviation of 0
-        guided = guidance.classifier_free(constant, y, 3, 5.0, rescale=1.0)(x, jnp.zeros(2))
+        guided = output(guidance.classifier_free(constant, y, 3, 5.0, rescale=1.0), x, 0)
     np.testing.assert_allclose(guided[:, 0, 0, 0], [-4 * 4 + 5 * 1, -4 * 4 + 5 * 3])
 
 
@@ -138,42 +149,37 @@ def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x
     """The learned variance comes from the unconditional network."""
     exact, null = network(prediction, learned=True), jnp.full(5, NULL)
     log_prob = guidance.class_log_prob(class_logits, Y)
-    guided = guidance.classifier(lambda x, time: exact(x, time, null), log_prob, FULL, 1.0, prediction=prediction)
+    unconditional = Denoiser(exact, prediction=prediction, inputs={"y": null}, variance="learned_range")
+    guided = output(guidance.classifier(unconditional, log_prob), X_T, TIME)
     expected = np.append(exact(X_T, TIME, Y)[:, :2], exact(X_T, TIME, null)[:, 2:], axis=1)
-    np.testing.assert_allclose(guided(X_T, TIME), expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(guided, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_mean_shift_is_the_eps_shift_to_first_order(x64):
     """ADM's two forms agree as steps shrink: variance g against sigma g in eps."""
     log_prob = guidance.class_log_prob(class_logits, Y[2:3])
-    unconditional = lambda x, time: network()(x, time, jnp.full(x.shape[0], NULL))  # noqa: E731
-    guided, gradient = (
-        jax.jit(f) for f in (guidance.classifier(unconditional, log_prob, FULL), guidance.log_prob_gradient(log_prob))
-    )
+    unconditional = Denoiser(network(), inputs={"y": jnp.array([NULL])}, clip=False)
+    denoisers = unconditional, *(guidance.classifier(unconditional, log_prob, form=form) for form in ("eps", "mean"))
     x_t, gaps = X_T[:1], []
     for steps in (100, 1000):
         schedule, t = schedules.respace(FULL, steps, "leading"), jnp.array([steps // 2])
-        time = jnp.asarray(schedule.timesteps[t])
-        by_eps = process.p_mean_variance(schedule, guided(x_t, time), x_t, t, clip=False).mean
-        reverse = process.p_mean_variance(schedule, unconditional(x_t, time), x_t, t, clip=False)
-        by_mean = reverse.mean + reverse.variance * gradient(x_t, time)
-        gaps.append(abs(by_eps - by_mean).max() / abs(reverse.mean - by_mean).max())
+        plain, by_eps, by_mean = (process.p_mean_variance(schedule, d, x_t, t).mean for d in denoisers)
+        gaps.append(abs(by_eps - by_mean).max() / abs(plain - by_mean).max())
     assert gaps[1] < 0.02 and gaps[1] < 0.2 * gaps[0]
 
 
 @pytest.mark.parametrize("x64_on", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_guidance_at_zero_terminal_snr(prediction, x64_on):
-    """At alpha_bar = 0, x_t has no information about y, so no gradient, however large, shifts x_0 or v."""
+    """At alpha_bar = 0, x_t has no information about y, so no gradient, however large, shifts the output."""
     with jax.enable_x64(x64_on):
         jsd, x = schedules.from_betas(schedules.betas("jsd", 10)), jnp.asarray(X_T, float)
-        half, log_prob = lambda x, time: 0.5 * x, lambda x, time: 100 * x.sum(1)
-        guided = jax.jit(guidance.classifier(half, log_prob, jsd, 2.0, prediction=prediction))
-        shift = {"eps": -200.0, "score": 200.0, "x_0": 0.0, "v": 0.0, "flow": 0.0}[prediction]
-        np.testing.assert_allclose(guided(x, jnp.full(5, 9.0)), 0.5 * x + shift, rtol=1e-6)
-        curved = guidance.classifier(half, lambda x, time: -(x**2).sum(1), jsd, 2.0, prediction=prediction)
-        gradient = jax.grad(lambda x: curved(x, jnp.full(5, 9.0)).sum())(x)
-        slope = {"eps": 4.0, "score": -4.0}.get(prediction, 0.0)
-        np.testing.assert_allclose(gradient, 0.5 + slope, rtol=1e-6)
-        before = guided(x, jnp.full(5, 8.0)) - 0.5 * x
+        half = Denoiser(lambda x, time: 0.5 * x, prediction=prediction)
+        classifier = guidance.classifier(half, lambda x, time: 100 * x.sum(1), 2.0)
+        guided = jax.jit(lambda x, t: classifier.output(x, jsd.at(t, x)))
+        np.testing.assert_allclose(guided(x, 9), 0.5 * x, rtol=1e-6)
+        curved = guidance.classifier(half, lambda x, time: -(x**2).sum(1), 2.0)
+        gradient = jax.grad(lambda x: curved.output(x, jsd.at(9, x)).sum())(x)
+        np.testing.assert_allclose(gradient, 0.5, rtol=1e-6)
+        before = guided(x, 8) - 0.5 * x
         assert np.isfinite(before).all() and (abs(before) > 10).all()

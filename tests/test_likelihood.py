@@ -10,7 +10,8 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from diffusion_jax import likelihood, process, schedules
+from diffusion_jax import Denoiser, likelihood, schedules
+from diffusion_jax.denoiser import PREDICTIONS, convert
 from helpers.decoder import scipy_log_prob
 from helpers.gaussian_mixtures import gaussian
 
@@ -19,12 +20,12 @@ SCHEDULE = schedules.from_betas(schedules.betas("linear", T, beta_start=2e-3, be
 V = SCHEDULE.alpha_bar * S2 + 1 - SCHEDULE.alpha_bar  # variance of x_t
 V_PREV = np.append(S2, V[:-1])
 EXACT_VARIANCE = SCHEDULE.betas * V_PREV / V
-FRACTION = (np.log(EXACT_VARIANCE) - SCHEDULE.posterior_log_variance) / (
-    np.log(SCHEDULE.betas) - SCHEDULE.posterior_log_variance
+FRACTION = (np.log(EXACT_VARIANCE) - SCHEDULE.transitions.posterior_log_variance) / (
+    np.log(SCHEDULE.betas) - SCHEDULE.transitions.posterior_log_variance
 )
 VARIANCES = {
-    "fixed_small": np.exp(SCHEDULE.posterior_log_variance),
-    "fixed_large": SCHEDULE.fixed_large_variance,
+    "fixed_small": np.exp(SCHEDULE.transitions.posterior_log_variance),
+    "fixed_large": SCHEDULE.transitions.fixed_large_variance,
     "learned_range": EXACT_VARIANCE,
 }
 
@@ -32,14 +33,14 @@ VARIANCES = {
 def optimal(variance):
     """The exact posterior mean as eps, and for learned_range the exact variance as its fraction."""
 
-    def denoise_fn(x_t, time):
+    def network(x_t, time):
         eps = gaussian("eps", SCHEDULE, M, S2)(x_t, time)
         if variance != "learned_range":
             return eps
-        fraction = SCHEDULE.at(time.astype(jnp.int32), x_t).read(2 * FRACTION - 1)
+        fraction = jnp.asarray(2 * FRACTION - 1, x_t.dtype)[time.astype(jnp.int32), None]
         return jnp.concatenate([eps, jnp.broadcast_to(fraction, eps.shape)], -1)
 
-    return denoise_fn
+    return Denoiser(network, variance=variance, clip=False)
 
 
 def gaussian_data(n, key=0, d=4):
@@ -50,16 +51,16 @@ def closed_form(variance):
     """E L_t in bits per dimension for the optimal mean and a continuous decoder; index 0 is the decoder."""
     sigma2 = VARIANCES[variance]
     error = S2 * (1 - SCHEDULE.alpha_bar) / V  # E (x_0 - E[x_0 | x_t])^2
-    small = SCHEDULE.posterior_variance[1:]
-    mean = SCHEDULE.posterior_mean_coef_x_0[1:] ** 2 * error[1:]
+    small = SCHEDULE.transitions.posterior_variance[1:]
+    mean = SCHEDULE.transitions.posterior_mean_coef_x_0[1:] ** 2 * error[1:]
     kl = 0.5 * (np.log(sigma2[1:] / small) - 1 + (small + mean) / sigma2[1:])
     decoder = 0.5 * (np.log(2 * np.pi * sigma2[0]) + error[0] / sigma2[0])
     return np.append(decoder, kl) / np.log(2)
 
 
-def evaluate(denoise_fn, variance, x_0, key=1, **options):
-    run = functools.partial(likelihood.bits_per_dim, denoise_fn=denoise_fn, variance=variance, clip=False, **options)
-    return jax.jit(lambda key, x: run(key, SCHEDULE, x_0=x))(jax.random.key(key), x_0)
+def evaluate(variance, x_0, key=1, **options):
+    run = functools.partial(likelihood.bits_per_dim, **options)
+    return jax.jit(run)(jax.random.key(key), SCHEDULE, optimal(variance), x_0)
 
 
 def mean_and_error(values):
@@ -95,7 +96,7 @@ def test_every_term_has_its_closed_form(variance):
 
     With the exact variance the bound is attained: 1/2 ln(2 pi e s^2) + KL(N(sqrt(abar_T) m, v_T) || N(0, 1)).
     """
-    bits = evaluate(optimal(variance), variance, gaussian_data(20_000), gray_levels=None)
+    bits = evaluate(variance, gaussian_data(20_000), gray_levels=None)
     assert bits.vlb.shape == bits.mse.shape == bits.x_0_mse.shape == bits.t.shape == (20_000, T)
     a = SCHEDULE.alpha_bar
     prior = 0.5 * (a[-1] * (S2 + M**2) - a[-1] - np.log1p(-a[-1])) / np.log(2)
@@ -123,7 +124,7 @@ def test_the_discretized_decoder_term_by_quadrature():
     log_p = scipy_log_prob(np.broadcast_to(grid[:, None], mean.shape), mean, np.sqrt(EXACT_VARIANCE[0]), levels)
     expected = -(probabilities * (log_p @ weights / weights.sum())).sum() / np.log(2)
     x_0 = np.random.default_rng(0).choice(grid, p=probabilities / probabilities.sum(), size=(40_000, 4))
-    bits = evaluate(optimal("learned_range"), "learned_range", x_0.astype(np.float32), gray_levels=levels, tables=False)
+    bits = evaluate("learned_range", x_0.astype(np.float32), gray_levels=levels, tables=False)
     measured, error = mean_and_error(bits.decoder)
     assert abs(measured - expected) < 4 * error and error < 0.01 * expected
 
@@ -131,29 +132,22 @@ def test_the_discretized_decoder_term_by_quadrature():
 def test_with_the_fixed_small_variance_terms_are_snr_differences(x64):
     """L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x0hat||^2 (Kingma et al. 2021), for any network output."""
     x_0 = jax.random.uniform(jax.random.key(0), (5, 3), minval=-1)
-    bits = likelihood.bits_per_dim(
-        jax.random.key(1), SCHEDULE, lambda x, time: 0.3 * x + 0.1, x_0, variance="fixed_small", clip=True
-    )
+    denoiser = Denoiser(lambda x, time: 0.3 * x + 0.1, variance="fixed_small")
+    bits = likelihood.bits_per_dim(jax.random.key(1), SCHEDULE, denoiser, x_0)
     drops = 0.5 * (SCHEDULE.snr[:-1] - SCHEDULE.snr[1:]) / np.log(2)
     np.testing.assert_allclose(bits.vlb[:, 1:], drops * bits.x_0_mse[:, 1:], rtol=1e-8)
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_bound_does_not_depend_on_the_prediction(prediction, x64):
-    def denoise_fn(x_t, time):
-        t = time.astype(jnp.int32)
-        x_0 = 0.8 * x_t
-        if prediction == "x_0":
-            return x_0
-        if prediction == "x_prev":
-            return process.q_posterior(SCHEDULE, x_0, x_t, t).mean
-        return getattr(process, f"to_{prediction}")(SCHEDULE, x_0, x_t, t, "x_0")
+    def network(x_t, time):
+        return convert(0.8 * x_t, x_t, SCHEDULE.transition(time.astype(jnp.int32), x_t), "x_0", prediction)
 
     x_0 = jnp.clip(gaussian_data(6), -1, 1)
     bits, by_x_0 = (
-        likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, network, x_0, prediction=name, clip=False)
-        for network, name in [(denoise_fn, prediction), (lambda x, time: 0.8 * x, "x_0")]
+        likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, Denoiser(function, prediction=name, clip=False), x_0)
+        for function, name in [(network, prediction), (lambda x, time: 0.8 * x, "x_0")]
     )
     np.testing.assert_allclose(bits.vlb, by_x_0.vlb, rtol=1e-6)
 
@@ -188,13 +182,13 @@ def test_the_bound_of_standardized_data_in_their_units(shape):
     n, offset, scale = 4000, np.array([3.0, -20.0]), np.array([0.05, -40.0])
     schedule = schedules.from_betas(schedules.betas("linear", 100, beta_start=1e-3, beta_end=0.12))
     data = offset + np.abs(scale) * np.random.default_rng(0).normal(size=(n, *shape))
-    options = {"variance": "fixed_large", "clip": False, "gray_levels": None, "tables": False}
-    denoise_fn = gaussian("eps", schedule, 0.0, 1.0)
-    run = jax.jit(lambda x: likelihood.bits_per_dim(jax.random.key(1), schedule, denoise_fn, x, **options).total)
+    options = {"gray_levels": None, "tables": False}
+    denoiser = Denoiser(gaussian("eps", schedule, 0.0, 1.0), clip=False)
+    run = jax.jit(lambda x: likelihood.bits_per_dim(jax.random.key(1), schedule, denoiser, x, **options).total)
     bits = np.asarray(run(np.float32((data - offset) / scale)), np.float64)
     in_units = bits + float(likelihood.standardization_bits(scale))
     exact = -scipy.stats.norm(offset, np.abs(scale)).logpdf(data).reshape(n, -1).mean(1) / np.log(2)
-    ratio = schedule.betas[0] / schedule.fixed_large_variance[0]
+    ratio = schedule.betas[0] / schedule.transitions.fixed_large_variance[0]
     gap = 0.5 * (ratio - 1 - np.log(ratio)) / np.log(2)
     mean, error = mean_and_error(in_units - exact)
     assert abs(mean - gap) < 4 * error + 1e-5 and error < gap / 2
@@ -217,7 +211,7 @@ def test_strata_are_an_unbiased_estimate(strata):
     """The first half has other examples in each row, the second half one example in all rows."""
     n = 20_000
     x_0 = jnp.concatenate([other := gaussian_data(n, 5), jnp.repeat(other[:1], n, axis=0)])
-    bits = evaluate(optimal("learned_range"), "learned_range", x_0, key=2, gray_levels=None, strata=strata)
+    bits = evaluate("learned_range", x_0, key=2, gray_levels=None, strata=strata)
     assert bits.vlb.shape == (2 * n, 1 + 2 * strata) and (bits.t[:, 0] == 0).all()
     assert bits.t[:, 1:].min() == 1 and bits.t[:, 1:].max() == T - 1
     transitions = np.asarray(bits.total - bits.prior - bits.decoder)
@@ -246,7 +240,7 @@ def test_without_tables_the_memory_does_not_grow_with_t():
 def test_tables_do_not_change_the_bound():
     x_0 = jnp.clip(gaussian_data(8), -1, 1)
     for strata in (None, 3):
-        run = functools.partial(evaluate, optimal("fixed_small"), "fixed_small", x_0, strata=strata)
+        run = functools.partial(evaluate, "fixed_small", x_0, strata=strata)
         with_tables, without = run(), run(tables=False)
         # Two programs: sums of up to 52 terms, each addition rounded to 2^-24.
         np.testing.assert_allclose(with_tables.total, without.total, rtol=1e-5)
@@ -262,8 +256,8 @@ def test_gradients_are_finite_at_any_learned_log_variance(levels):
     t = jnp.repeat(jnp.array([0, T // 2]), 5)
 
     def term(output):
-        options = {"prediction": "x_0", "variance": "learned", "gray_levels": levels}
-        values, _ = likelihood.bound_term(SCHEDULE, output, x_0, x_t, t, **options)
+        denoiser = Denoiser(lambda x_t, time: output, prediction="x_0", variance="learned")
+        values, _ = likelihood.bound_term(SCHEDULE, denoiser, x_0, x_t, t, gray_levels=levels)
         return values.sum(), values
 
     output = jnp.concatenate([0.9 * x_0, jnp.tile(jnp.repeat(log_variances[:, None], 3, 1), (2, 1))], axis=-1)
@@ -276,7 +270,6 @@ def test_gradients_are_finite_at_any_learned_log_variance(levels):
 def test_the_prior_term_is_0_at_zero_terminal_snr():
     jsd = schedules.from_betas(schedules.betas("jsd", 10))
     x_0 = jnp.ones((2, 3))
-    bits = likelihood.bits_per_dim(
-        jax.random.key(0), jsd, lambda x, time: 0 * x, x_0, prediction="v", variance="fixed_small"
-    )
+    denoiser = Denoiser(lambda x, time: 0 * x, prediction="v", variance="fixed_small")
+    bits = likelihood.bits_per_dim(jax.random.key(0), jsd, denoiser, x_0)
     assert (bits.prior == 0).all() and np.isfinite(bits.total).all()

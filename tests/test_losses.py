@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import likelihood, losses, process, schedules, timesteps
+from diffusion_jax import Denoiser, likelihood, losses, process, schedules, timesteps
+from diffusion_jax.denoiser import PREDICTIONS, convert
 from helpers.gaussian_mixtures import FULL as SCHEDULE
 from helpers.gaussian_mixtures import S2, M, gaussian
 
@@ -59,7 +60,7 @@ EPS_WEIGHTS = {
 
 
 @pytest.mark.parametrize(
-    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.whole) for p in process.PREDICTIONS if p != "v")]
+    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.whole) for p in PREDICTIONS if p != "v")]
 )
 def test_a_weighting_applies_to_the_eps_error_for_every_prediction(prediction):
     """For any output, the weighted loss is w(SNR) times the error of the eps that follows from the output."""
@@ -69,7 +70,7 @@ def test_a_weighting_applies_to_the_eps_error_for_every_prediction(prediction):
     found = jax.jit(lambda x_0: {name: draw(x_0, weighting=name) for name in ("none", *losses.WEIGHTINGS)})(x_0)
     for name, (loss, parts) in found.items():
         t = np.asarray(parts.t)
-        eps_hat = process.to_eps(SCHEDULE, parts.output, parts.x_t, t, prediction)
+        eps_hat = convert(parts.output, parts.x_t, SCHEDULE.transition(t, parts.x_t), prediction, "eps")
         error = np.square(np.asarray(eps_hat - parts.eps, np.float64)).mean(-1)
         expected = parts.mse if name == "none" else EPS_WEIGHTS[name](SCHEDULE.snr[t]) * error
         np.testing.assert_allclose(loss, expected, rtol=2e-3, atol=1e-5, err_msg=name)
@@ -129,9 +130,9 @@ def doubled(x_t, time):
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_the_vlb_loss_estimates_the_bound(variance):
     x_0 = gaussian_data(100_000)
-    options = {"variance": variance, "gray_levels": None, "clip": False}
-    loss, parts = jax.jit(lambda key: losses.vlb(key, SHORT, doubled, x_0, **options))(jax.random.key(0))
-    bits = likelihood.bits_per_dim(jax.random.key(1), SHORT, doubled, x_0, tables=False, **options)
+    denoiser = Denoiser(doubled, variance=variance, clip=False)
+    loss, parts = jax.jit(lambda key: losses.vlb(key, SHORT, denoiser, x_0, gray_levels=None))(jax.random.key(0))
+    bits = likelihood.bits_per_dim(jax.random.key(1), SHORT, denoiser, x_0, tables=False, gray_levels=None)
     mean, error = mean_and_error(loss)
     whole, whole_error = mean_and_error(bits.total - bits.prior)
     assert abs(mean - whole) < 4 * np.hypot(error, whole_error) and error < 0.02 * whole
@@ -139,17 +140,18 @@ def test_the_vlb_loss_estimates_the_bound(variance):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     """The gradient with respect to the predicted mean equals L_simple's; with respect to the variance, the weighted
     vlb's."""
     x_0 = bounded_data(16)
 
-    def gradient(loss, **options):
+    def learned(network):
+        return Denoiser(network, prediction=prediction, variance="learned_range", clip=False)
+
+    def gradient(loss):
         def total(offset):
-            return loss(
-                jax.random.key(0), SHORT, lambda x, t: doubled(x, t) + offset, x_0, prediction=prediction, **options
-            )[0].sum()
+            return loss(jax.random.key(0), SHORT, learned(lambda x, t: doubled(x, t) + offset), x_0)[0].sum()
 
         by_mean, by_variance = jnp.split(jax.jit(jax.grad(total))(jnp.zeros((16, 8))), 2, axis=-1)
         return np.asarray(by_mean), np.asarray(by_variance)
@@ -161,7 +163,7 @@ def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     assert 0.001 * abs(bound[0]).max() > 10 * rounding  # the bound's gradient would be visible
     assert (simple[1] == 0).all()
     np.testing.assert_allclose(hybrid[1], 0.001 * bound[1], rtol=1e-5, atol=1e-9)
-    loss, parts = losses.hybrid(jax.random.key(0), SHORT, doubled, x_0, prediction=prediction, vlb_weight=0.5)
+    loss, parts = losses.hybrid(jax.random.key(0), SHORT, learned(doubled), x_0, vlb_weight=0.5)
     np.testing.assert_allclose(loss, parts.mse + 0.5 * parts.vlb, rtol=1e-6)
 
 
@@ -179,8 +181,8 @@ def test_the_terms_of_the_hybrid_and_their_weights():
         )
     )
     (loss, parts), (weighted, aux) = run(jax.random.key(0), x_0)
-    term = jax.jit(partial(likelihood.bound_term, variance="learned_range", clip=False))
-    term, _ = term(SHORT, parts.output, x_0, parts.x_t, parts.t)
+    denoiser = Denoiser(doubled, variance="learned_range", clip=False)
+    term, _ = jax.jit(likelihood.bound_term)(SHORT, denoiser, x_0, parts.x_t, parts.t)
     np.testing.assert_allclose(loss, parts.mse + term * 20 / 1000, rtol=1e-6)
     np.testing.assert_allclose(parts.mse, np.square(parts.eps - parts.output[:, :4]).mean(1), rtol=1e-5)
     np.testing.assert_allclose(weighted, (3 + np.arange(16)) * (7 * aux.mse + 0.5 * aux.vlb), rtol=1e-6)

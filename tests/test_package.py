@@ -36,7 +36,8 @@ def test_import_loads_only_jax_numpy_and_jaxtyping():
 
 LAYERS = [  # lowest first; a module imports from its own layer or a lower layer
     {"errors", "functions", "images", "labels", "types"},
-    {"schedules"},
+    {"arrays", "schedules"},
+    {"denoiser"},
     {"process"},
     {"losses", "timesteps", "draws", "coordinates", "likelihood", "metrics", "sampling", "guidance", "editing"},
     {"config"},

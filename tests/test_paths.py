@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_jax import coordinates, draws, likelihood, losses, process, sampling, schedules
+from diffusion_jax import Denoiser, coordinates, draws, likelihood, losses, process, sampling, schedules
+from diffusion_jax.denoiser import convert
 from helpers.decoder import scipy_log_prob
 
 KEY = jax.random.key(0)
@@ -40,6 +42,11 @@ def gaussian(path, variance=1.0, prediction="x_0"):
         return x_0 if prediction == "x_0" else (x_t - at.alpha * x_0) / at.sigma
 
     return denoise_fn
+
+
+def exact_denoiser(path, data_variance, **fields):
+    """`gaussian` as an unclipped denoiser."""
+    return Denoiser(gaussian(path, data_variance), "x_0", clip=False, **fields)
 
 
 def levels(path, sigmas):
@@ -85,14 +92,15 @@ def test_the_levels_of_the_papers():
 
 def test_a_path_gives_the_tables_of_the_discrete_schedule():
     cosine = schedules.from_betas(schedules.betas("cosine", 100))
-    for path, times, first in (
-        (cosine.path, cosine.timesteps, 0),
-        (schedules.vp_cosine(interval=(0, 1000)), 10.0 * np.arange(1, 101), 0),
+    for path, times in (
+        (cosine.path, cosine.timesteps),
+        (schedules.vp_cosine(interval=(0, 1000)), 10.0 * np.arange(1, 101)),
     ):
         schedule = schedules.from_path(path, times)
-        for name in ("alpha_bar", "betas", "posterior_variance", "posterior_mean_coef_x_t", "sqrt_one_minus_alpha_bar"):
-            table = getattr(cosine, name)[first:-1]  # the last beta of the discrete schedule has a bound
-            np.testing.assert_allclose(getattr(schedule, name)[first:-1], table, rtol=1e-9, atol=1e-15)
+        for name in ("level.alpha", "beta", "posterior_variance", "posterior_mean_coef_x_t", "level.sigma"):
+            found, table = (operator.attrgetter(name)(steps.transitions) for steps in (schedule, cosine))
+            # The last beta of the discrete schedule has a bound.
+            np.testing.assert_allclose(found[:-1], table[:-1], rtol=1e-9, atol=1e-15)
     assert schedules.from_path(schedules.vp_cosine(interval=(0, 1000)), [500.0, 1000.0]).zero_terminal_snr
 
 
@@ -119,8 +127,8 @@ def test_samplers_see_exact_network_times():
         return jnp.zeros_like(x_t)
 
     schedule = levels(EDM, np.geomspace(0.002, 80, 18))
-    x_T = schedule.sqrt_one_minus_alpha_bar[-1] * jnp.ones((1, 1))
-    sampling.sample(KEY, schedule, denoise_fn, x_T, sampling.pndm(prediction="x_0"))
+    x_T = schedule.transitions.level.sigma[-1] * jnp.ones((1, 1))
+    sampling.sample(KEY, schedule, Denoiser(denoise_fn, "x_0"), x_T, sampling.pndm())
     jax.effects_barrier()
     sigma, times = np.array(seen).T
     informative = sigma < 0.9  # a sigma near 1 does not determine the level in float32
@@ -140,16 +148,16 @@ def test_spacings_of_a_schedule_that_ends_in_pure_noise(spacing):
     np.testing.assert_allclose(spaced.timesteps[:-1], expected.timesteps, rtol=1e-12)
     assert schedules.respace(whole, 1, spacing).timesteps == [1000]
     x_T = jax.random.normal(KEY, (1000, 1))
-    denoise_fn = gaussian(schedules.rectified_flow(), 0.25)
-    x_0 = sampling.sample(KEY, spaced, denoise_fn, x_T, sampling.dpm_solver_pp(prediction="x_0", clip=False))
+    x_0 = sampling.sample(KEY, spaced, exact_denoiser(schedules.rectified_flow(), 0.25), x_T, sampling.dpm_solver_pp())
     assert abs(x_0.std() / x_T.std() - 0.5) < 0.02
 
 
 def test_respacing_keeps_the_digits_of_almost_clean_levels():
     schedule = schedules.from_path(schedules.rectified_flow(), np.array([1e-6, 1e-3, 1.0, 500.0]))
     short = schedules.respace(schedule, [0, 1, 3])
-    for table in ("alpha_bar", "sqrt_one_minus_alpha_bar", "snr"):
-        np.testing.assert_allclose(getattr(short, table), getattr(schedule, table)[[0, 1, 3]], rtol=1e-14)
+    for name in ("alpha_bar", "transitions.level.sigma", "snr"):
+        found, table = (operator.attrgetter(name)(steps) for steps in (short, schedule))
+        np.testing.assert_allclose(found, table[[0, 1, 3]], rtol=1e-14)
     exact = 1 - (1 + 1e-18 / (1 - 1e-9) ** 2) / (1 + 1e-12 / (1 - 1e-6) ** 2)  # 1 / alpha_bar is 1 + (sigma / alpha)^2
     np.testing.assert_allclose(short.betas[1], exact, rtol=1e-3)
 
@@ -167,15 +175,17 @@ def test_a_numpy_scalar_does_not_change_the_dtype():
 def test_bad_arguments_are_refused(unchecked_annotations):
     x, t, time = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.zeros(2)
     chain = schedules.from_betas(schedules.betas("linear", 10))
+    learned = lambda x, time: jnp.concatenate([x, x], axis=-1)  # noqa: E731
     for call, message in (
         (lambda: process.q_sample(EDM, x, t, x), "the time on a path must be float"),
         (lambda: process.q_sample(chain, x, time, x), "t must be int"),
         (lambda: process.q_sample(EDM, x, jnp.zeros(3), x), "one for each row"),
         (lambda: process.q_posterior(EDM, x, x, time), "from_path"),
-        (lambda: process.p_mean_variance(EDM, x, x, time), "from_path"),
-        (lambda: process.to_x_0(EDM, x, x, time, "x_prev"), "from_path"),
-        (lambda: losses.vlb(KEY, EDM, gaussian(EDM), x), "from_path"),
-        (lambda: losses.hybrid(KEY, EDM, gaussian(EDM), x), "from_path"),
+        (lambda: process.p_mean_variance(EDM, gaussian(EDM), x, time), "from_path"),
+        (lambda: convert(x, x, EDM.at(time, x), "x_prev"), "not at a single level"),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, prediction="x_prev"), "from_path"),
+        (lambda: losses.vlb(KEY, EDM, learned, x), "from_path"),
+        (lambda: losses.hybrid(KEY, EDM, learned, x), "from_path"),
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="uniform"), "use draw="),
         (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="uniform"), "use timestep_sampler="),
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown draw 'gaussian'"),
@@ -185,7 +195,7 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: likelihood.bits_per_dim(KEY, EDM, gaussian(EDM), x), "from_path"),
         (lambda: sampling.sample(KEY, EDM, gaussian(EDM), x, sampling.ddim()), "from_path"),
         (lambda: sampling.encode(EDM, gaussian(EDM), x), "from_path"),
-        (lambda: process.to_x_0(schedules.rectified_flow(), x, x, 1000.0, "eps"), "alpha is 0"),
+        (lambda: convert(x, x, schedules.rectified_flow().at(1000.0, x)), "alpha is 0"),
         (lambda: schedules.from_path(EDM, [1.0, 0.5]), "increasing"),
         (lambda: schedules.from_path(schedules.rectified_flow(), [0.0, 500.0]), "inf at time 0"),
         (lambda: schedules.from_path(EDM, [0.002, 1.0, 80.0]), "time_at_log_snr"),
@@ -228,24 +238,23 @@ def test_every_prediction_gives_every_other(path):
         x_0, eps = jnp.asarray(rng.normal(size=(2, 5, 3)))
         time = jnp.asarray(inner_times(path, 5))
         x_t = process.q_sample(path, x_0, time, eps)
-        values = outputs(path.at(time, x_t), x_0, eps)
-        convert = {"x_0": process.to_x_0, "eps": process.to_eps, "v": process.to_v, "score": process.to_score}
-        convert["flow"] = process.to_flow
-        for source in VALUES:
-            for target, function in convert.items():
-                result = function(path, values[source], x_t, time, source)
-                np.testing.assert_allclose(result, values[target], rtol=1e-8, atol=1e-8 * np.abs(values[target]).max())
+        level = path.at(time, x_t)
+        values = outputs(level, x_0, eps)
+        for source, target in itertools.product(VALUES, VALUES):
+            result, expected = convert(values[source], x_t, level, source, target), values[target]
+            np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("prediction", ["v", "x_0", "flow"])
 def test_pure_noise_is_finite(prediction):
-    path, x_t, time = schedules.rectified_flow(), jnp.ones((2, 3)), jnp.full(2, 1000.0)
-    for convert in (process.to_x_0, process.to_eps, process.to_v, process.to_flow):
-        total = lambda output: convert(path, output, x_t, time, prediction).sum()  # noqa: B023, E731
+    path, x_t = schedules.rectified_flow(), jnp.ones((2, 3))
+    noise = path.at(jnp.full(2, 1000.0), x_t)
+    for wanted in ("x_0", "eps", "v", "flow"):
+        total = lambda output: convert(output, x_t, noise, prediction, wanted).sum()  # noqa: B023, E731
         value, gradient = jax.value_and_grad(total)(0.5 * x_t)
         assert np.isfinite(value) and np.isfinite(gradient).all()
-    np.testing.assert_allclose(process.to_x_0(path, 0.25 * x_t, x_t, time, "flow"), 0.75)
-    assert np.isnan(jax.jit(lambda time: process.to_x_0(path, x_t, x_t, time))(time)).all()
+    np.testing.assert_allclose(convert(0.25 * x_t, x_t, noise, "flow"), 0.75)
+    assert np.isnan(jax.jit(lambda level: convert(x_t, x_t, level))(noise)).all()
 
 
 def test_rescaled_betas_end_in_pure_noise():
@@ -254,7 +263,7 @@ def test_rescaled_betas_end_in_pure_noise():
     assert new.alpha_bar[-1] == 0 and new.zero_terminal_snr
     np.testing.assert_allclose(new.alpha_bar[0], old.alpha_bar[0], rtol=1e-12)
     # the new sqrt(alpha_bar) is an affine function of the old.
-    slope = np.diff(new.sqrt_alpha_bar) / np.diff(old.sqrt_alpha_bar)
+    slope = np.diff(new.transitions.level.alpha) / np.diff(old.transitions.level.alpha)
     np.testing.assert_allclose(slope, slope[0], rtol=1e-7)
     # The path ends at the last step with a signal, so that its levels have a finite log SNR.
     assert old.path.interval == (0, 999) and new.path.interval == (0, 998)
@@ -293,7 +302,7 @@ def test_preconditioning_makes_the_edm_loss_the_error_of_the_network():
             np.mean((target - off(aux.x_t / np.sqrt(at.sigma**2 + (d * at.alpha) ** 2), aux.t)) ** 2, 1),
             rtol=2e-3,
         )
-    v = process.to_v(EDM, denoise_fn(aux.x_t, aux.t), aux.x_t, aux.t, "x_0")
+    v = convert(denoise_fn(aux.x_t, aux.t), aux.x_t, at, "x_0", "v")
     np.testing.assert_allclose(v, -off(aux.x_t, aux.t), rtol=1e-4, atol=1e-3)
 
 
@@ -331,7 +340,7 @@ def test_weights_on_every_error(weighting, prediction):
 def test_the_flow_loss_is_a_weighted_eps_loss():
     x_0 = jax.random.normal(KEY, (64, 4))
     eps_fn = lambda x, time: jnp.tanh(x)  # noqa: E731
-    flow_fn = lambda x, time: process.to_flow(FLOW, eps_fn(x, time), x, time)  # noqa: E731
+    flow_fn = lambda x, time: convert(eps_fn(x, time), x, FLOW.at(time, x), "eps", "flow")  # noqa: E731
     weight = lambda snr: (1 + 1 / jnp.sqrt(snr)) ** 2  # noqa: E731
     with jax.enable_x64(True):
         x_0 = jnp.asarray(x_0, jnp.float64)
@@ -344,10 +353,10 @@ def test_eps_determines_x_0_except_at_pure_noise():
     flow, x = schedules.rectified_flow(), jnp.ones((2, 3))
     level = flow.at(jnp.array([250.0, 750.0]), x)
     for prediction, eps in (("eps", x), ("score", -x / level.sigma)):
-        x_0 = process.to_x_0(flow, eps, level.alpha * 0.5 + level.sigma * x, jnp.array([250.0, 750.0]), prediction)
+        x_0 = convert(eps, level.alpha * 0.5 + level.sigma * x, level, prediction)
         np.testing.assert_allclose(x_0, 0.5 * jnp.ones((2, 3)), rtol=1e-5)
-        with pytest.raises(ValueError, match=f"alpha is 0 at a time .* {prediction} does not determine x_0"):
-            process.to_x_0(flow, x, x, jnp.array([500.0, 1000.0]), prediction)
+        with pytest.raises(ValueError, match=f"alpha is 0: there {prediction} does not determine x_0"):
+            convert(x, x, flow.at(jnp.array([500.0, 1000.0]), x), prediction)
 
 
 @pytest.mark.parametrize(
@@ -445,9 +454,8 @@ def test_the_discrete_bound_falls_to_the_continuous_one(steps):
 
     schedule = schedules.from_path(path, np.linspace(*path.interval, steps + 1))
     x_0 = np.sqrt(c2) * jax.random.normal(KEY, (4000, 2))
-    terms = likelihood.bits_per_dim(
-        KEY, schedule, gaussian(path, c2), x_0, prediction="x_0", variance="fixed_small", clip=False, gray_levels=None
-    )
+    denoiser = exact_denoiser(path, c2, variance="fixed_small")
+    terms = likelihood.bits_per_dim(KEY, schedule, denoiser, x_0, gray_levels=None)
     total = terms.vlb[:, 1:].sum(axis=1)
     assert abs(total.mean() - closed_form(steps)) < 4 * total.std() / np.sqrt(total.size)
 
@@ -466,7 +474,7 @@ def chain_on(path, steps, is_even_in_log_snr):
 
 def closed_form_bound(schedule, variance):
     """(total, decoder) in bits for N(0, STD^2), its exact network and a continuous decoder, from the levels in float64."""
-    alpha2, sigma2 = schedule.alpha_bar, schedule.sqrt_one_minus_alpha_bar**2
+    alpha2, sigma2 = schedule.alpha_bar, schedule.transitions.level.sigma**2
     error = STD**2 * sigma2 / (alpha2 * STD**2 + sigma2)  # E (x_0 - E[x_0 | x_t])^2
     beta = 1 - alpha2[1:] / alpha2[:-1]
     posterior = beta * sigma2[:-1] / sigma2[1:]
@@ -485,8 +493,9 @@ def test_the_bound_on_every_path_is_near_the_entropy(path):
 
     def excess(steps, variance):
         schedule = chain_on(PATHS[path], steps, variance == "fixed_small")
-        at_0 = schedule.sqrt_one_minus_alpha_bar[0] ** 2 / schedule.alpha_bar[0]
-        for variances in (schedule.fixed_large_variance, np.exp(schedule.posterior_log_variance)):
+        steps = schedule.transitions
+        at_0 = steps.level.sigma[0] ** 2 / schedule.alpha_bar[0]
+        for variances in (steps.fixed_large_variance, np.exp(steps.posterior_log_variance)):
             np.testing.assert_allclose(variances[0], at_0, rtol=1e-12)
         return closed_form_bound(schedule, variance)[0] - ENTROPY
 
@@ -498,9 +507,11 @@ def test_the_bound_on_every_path_is_near_the_entropy(path):
 @pytest.mark.parametrize(("variance", "steps"), [("fixed_large", 50), ("fixed_small", 1000)])
 def test_the_bound_on_a_path_has_its_closed_form(variance, steps):
     schedule, x_0 = chain_on(EDM, steps, variance == "fixed_small"), STD * jax.random.normal(KEY, (2000, 4))
-    network = gaussian(EDM, STD**2)
-    options = {"prediction": "x_0", "variance": variance, "clip": False, "gray_levels": None, "tables": False}
-    bits = jax.jit(lambda key, x: likelihood.bits_per_dim(key, schedule, network, x, **options))(KEY, x_0)
+    bits = jax.jit(
+        lambda key, x: likelihood.bits_per_dim(
+            key, schedule, exact_denoiser(EDM, STD**2, variance=variance), x, gray_levels=None, tables=False
+        )
+    )(KEY, x_0)
     for values, expected in zip((bits.total, bits.decoder), closed_form_bound(schedule, variance), strict=True):
         assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(values.size)
 
@@ -508,7 +519,7 @@ def test_the_bound_on_a_path_has_its_closed_form(variance, steps):
 def test_the_decoder_of_gray_levels_on_a_path_by_quadrature():
     """The exact network for a Gaussian, over 256 gray levels; the decoder's variance is sigma_0^2 / alpha_0^2."""
     schedule = chain_on(EDM, 1000, False)
-    alpha, sigma = schedule.sqrt_alpha_bar[0], schedule.sqrt_one_minus_alpha_bar[0]
+    alpha, sigma = (table[0] for table in schedule.transitions.level[:2])
     grid = np.arange(256) / 127.5 - 1
     probabilities = np.exp(scipy_log_prob(grid, 0.0, STD, 256))
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
@@ -522,8 +533,8 @@ def test_the_decoder_of_gray_levels_on_a_path_by_quadrature():
 
     @jax.jit
     def decoder(x_0, x_t):
-        output = gaussian(EDM, STD**2)(x_t, schedule.at(t, x_t).time)
-        return likelihood.bound_term(schedule, output, x_0, x_t, t, prediction="x_0", variance="fixed_small")[0]
+        denoiser = Denoiser(gaussian(EDM, STD**2), "x_0", "fixed_small")
+        return likelihood.bound_term(schedule, denoiser, x_0, x_t, t)[0]
 
     bits = decoder(x_0.astype(np.float32), x_t)
     assert abs(bits.mean() - expected) < 4 * bits.std() / np.sqrt(bits.size) < 0.02
@@ -548,11 +559,11 @@ def test_heun_has_order_2_on_a_mixture():
         x_T = jnp.linspace(-2.0, 2.0, 40)[:, None]
 
         def draw(count):
-            make = sampling.heun(prediction="x_0", clip=False)
-            return sampling.sample(KEY, levels(EDM, rho_levels(count)), two_points, x_T, make)
+            denoiser = Denoiser(two_points, "x_0", clip=False)
+            return sampling.sample(KEY, levels(EDM, rho_levels(count)), denoiser, x_T, sampling.heun())
 
-        exact = draw(2000)
-        errors = [float(jnp.abs(draw(count) - exact).mean()) for count in (40, 80, 160)]
+        limit = draw(2000)
+        errors = [float(jnp.abs(draw(count) - limit).mean()) for count in (40, 80, 160)]
     ratios = np.array(errors[:-1]) / np.array(errors[1:])
     assert (ratios > 3.4).all() and (ratios < 5.5).all()
 
@@ -565,8 +576,8 @@ def test_orders_on_the_levels_of_edm(sampler, order):
         schedule = levels(EDM, rho_levels(count))
         x_T = jnp.full((1, 1), np.sqrt(schedule.alpha_bar[-1] * (d**2 + 80**2)))
         with jax.enable_x64(True):
-            make = sampling.SAMPLERS[sampler](prediction="x_0", clip=False)
-            x_0 = sampling.sample(KEY, schedule, gaussian(EDM, d**2), jnp.asarray(x_T, jnp.float64), make)
+            make = sampling.SAMPLERS[sampler]()
+            x_0 = sampling.sample(KEY, schedule, exact_denoiser(EDM, d**2), jnp.asarray(x_T, jnp.float64), make)
         errors.append(abs(float(x_0[0, 0]) / d - 1))
     ratios = np.array(errors[:-1]) / np.array(errors[1:])
     assert (ratios > 0.95 * 2**order).all() and (ratios < 1.25 * 2**order).all()
@@ -591,8 +602,8 @@ def test_others_coordinates_give_the_same_samples():
     edm_fn = coordinates.from_edm(lambda y, s: d2 / (d2 + s[:, None] ** 2) * y, EDM)
     schedule = levels(EDM, sigma[::-1])
     with jax.enable_x64(True):
-        x_T = jnp.asarray(y_0 * schedule.sqrt_alpha_bar[-1])
-        ours = sampling.sample(KEY, schedule, edm_fn, x_T, sampling.heun(prediction="x_0", clip=False))
+        x_T = jnp.asarray(y_0 * schedule.transitions.level.alpha[-1])
+        ours = sampling.sample(KEY, schedule, Denoiser(edm_fn, "x_0", clip=False), x_T, sampling.heun())
     np.testing.assert_allclose(ours, y, rtol=1e-7)
 
     # Flow matching from tau = 1 - 1e-3 to 0: Euler's method on dz/dtau = u(z, tau).
@@ -606,5 +617,5 @@ def test_others_coordinates_give_the_same_samples():
     flow_fn = coordinates.from_flow(lambda z, tau: velocity(z, tau[:, None]), path)
     with jax.enable_x64(True):
         x_T = jnp.asarray(z_0 / np.hypot(0.999, 0.001))
-        ours = sampling.sample(KEY, schedule, flow_fn, x_T, sampling.euler(prediction="flow", clip=False))
+        ours = sampling.sample(KEY, schedule, Denoiser(flow_fn, "flow", clip=False), x_T, sampling.euler())
     np.testing.assert_allclose(ours, z, rtol=1e-7)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import process, schedules
+from diffusion_jax import Denoiser, process, schedules
+from diffusion_jax.denoiser import PREDICTIONS, QUANTITIES, convert, dynamic_threshold
 
 NAMES = list(schedules.SCHEDULES)
 SCHEDULES = {name: schedules.from_betas(schedules.betas(name, 1000)) for name in NAMES}
@@ -69,7 +70,7 @@ def test_posterior_at_the_ends(name):
     first = process.q_posterior(schedule, x_0, x_t, jnp.array([0]))
     np.testing.assert_allclose(first.mean, x_0, rtol=1e-6)
     assert first.variance[0, 0] == 0
-    np.testing.assert_allclose(first.log_variance[0, 0], np.log(schedule.posterior_variance[1]), rtol=1e-6)
+    np.testing.assert_allclose(first.log_variance[0, 0], np.log(schedule.transitions.posterior_variance[1]), rtol=1e-6)
     if name == "jsd":  # x_T is pure noise: the posterior is q(x_{T-1} | x_0)
         end = process.q_posterior(schedule, x_0, x_t, jnp.array([999]))
         mean, variance = process.q_mean_variance(schedule, x_0, jnp.array([998]))
@@ -77,13 +78,9 @@ def test_posterior_at_the_ends(name):
         np.testing.assert_allclose(end.variance, variance, rtol=1e-5)
 
 
-CONVERSIONS = {
-    "x_0": process.to_x_0,
-    "eps": process.to_eps,
-    "v": process.to_v,
-    "score": process.to_score,
-    "flow": process.to_flow,
-}
+def known(output, *args, **fields):
+    """A denoiser whose network returns this output."""
+    return Denoiser(lambda x_t, time: output, *args, **fields)
 
 
 def everything(name, t, shape):
@@ -101,31 +98,33 @@ def everything(name, t, shape):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("source", process.PREDICTIONS)
+@pytest.mark.parametrize("source", PREDICTIONS)
 def test_every_conversion_at_every_step(name, source, x64):
     t = np.arange(999 if name == "jsd" and source in ("eps", "score") else 1000)
     x_t, values = everything(name, t, (t.size, 2, 1))
 
     @jax.jit
-    def convert(output, x_t, t):
-        return {target: f(SCHEDULES[name], output, x_t, t, source) for target, f in CONVERSIONS.items()}
+    def convert_all(output, x_t, t):
+        transition = SCHEDULES[name].transition(t, x_t)
+        return {target: convert(output, x_t, transition, source, target) for target in PREDICTIONS}
 
     # x_prev holds x_0 times a coefficient as small as beta, so some digits are lost on the way back.
     tolerance = 1e-6 if source == "x_prev" else 1e-8
-    for target, found in convert(values[source], x_t, t).items():
+    for target, found in convert_all(values[source], x_t, t).items():
         np.testing.assert_allclose(found, values[target], rtol=tolerance, atol=tolerance)
 
 
 def test_eps_is_refused_at_a_step_without_signal():
     schedule, x = SCHEDULES["jsd"], jnp.ones((2, 1))
+    noise, signal = (schedule.at(jnp.array([3, last]), x) for last in (999, 998))
     for prediction in ("eps", "score"):
-        for convert in (process.to_x_0, process.to_v, process.p_mean_variance):
+        for wanted in ("x_0", "v", "flow"):
             with pytest.raises(ValueError, match="does not determine x_0"):
-                convert(schedule, x, x, jnp.array([3, 999]), prediction)
-            assert np.isfinite(np.asarray(convert(schedule, x, x, jnp.array([3, 998]), prediction)[0])).all()
-        traced = jax.jit(lambda t, p=prediction: process.to_x_0(schedule, x, x, t, p))(jnp.array([3, 999]))
+                convert(x, x, noise, prediction, wanted)
+            assert np.isfinite(convert(x, x, signal, prediction, wanted)).all()
+        traced = jax.jit(lambda at, p=prediction: convert(x, x, at, p))(noise)
         assert np.isfinite(traced[0, 0]) and np.isnan(traced[1, 0])
-    np.testing.assert_allclose(process.to_x_0(schedule, x, x, jnp.array([3, 999]), "v")[1], -1.0)
+    np.testing.assert_allclose(convert(x, x, noise, "v")[1], -1.0)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "jsd"])
@@ -133,7 +132,8 @@ def test_eps_is_refused_at_a_step_without_signal():
 def test_p_mean_is_the_posterior_of_its_x_0(name, prediction, x64):
     t = np.array([0, 1, 2, 500, 999])
     x_t, values = everything(name, t, (5, 3))
-    reverse = process.p_mean_variance(SCHEDULES[name], values[prediction], x_t, jnp.asarray(t), prediction, clip=False)
+    denoiser = known(values[prediction], prediction, clip=False)
+    reverse = process.p_mean_variance(SCHEDULES[name], denoiser, x_t, jnp.asarray(t))
     np.testing.assert_allclose(reverse.mean, values["x_prev"], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(reverse.x_0, values["x_0"], rtol=1e-5, atol=1e-5)
     if prediction == "eps":  # DDPM eq. 11
@@ -148,16 +148,16 @@ def test_clipping_acts_on_x_0_and_is_switchable():
     schedule, t = SCHEDULES["linear"], jnp.array([500])
     x_t = jnp.array([[0.5, -0.5]])
     big = jnp.array([[3.0, -0.2]])
-    clipped = process.p_mean_variance(schedule, big, x_t, t, "x_0")
+    clipped = process.p_mean_variance(schedule, known(big, "x_0"), x_t, t)
     np.testing.assert_allclose(clipped.x_0, [[1.0, -0.2]])
     exact = process.q_posterior(schedule, jnp.array([[1.0, -0.2]]), x_t, t).mean
     np.testing.assert_allclose(clipped.mean, exact, rtol=1e-6)
-    free = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=False)
+    free = process.p_mean_variance(schedule, known(big, "x_0", clip=False), x_t, t)
     np.testing.assert_allclose(free.x_0, big)
-    half = process.p_mean_variance(schedule, big, x_t, t, "x_0", clip=lambda x_0: x_0 / 2)
+    half = process.p_mean_variance(schedule, known(big, "x_0", clip=lambda x_0: x_0 / 2), x_t, t)
     np.testing.assert_allclose(half.x_0, big / 2)
     # A directly predicted mean is not clipped, only the reported x_0.
-    direct = process.p_mean_variance(schedule, big, x_t, t, "x_prev")
+    direct = process.p_mean_variance(schedule, known(big, "x_prev"), x_t, t)
     np.testing.assert_allclose(direct.mean, big)
     assert abs(direct.x_0).max() <= 1
 
@@ -165,19 +165,25 @@ def test_clipping_acts_on_x_0_and_is_switchable():
 def test_variances():
     schedule, t = SCHEDULES["linear"], jnp.array([0, 1, 700])
     x = jnp.zeros((3, 2))
-    beta, small = schedule.betas, schedule.posterior_variance
-    fixed = {v: process.p_mean_variance(schedule, x, x, t, variance=v) for v in ("fixed_small", "fixed_large")}
+    beta, small = schedule.betas, schedule.transitions.posterior_variance
+    fixed = {v: process.p_mean_variance(schedule, known(x, variance=v), x, t) for v in ("fixed_small", "fixed_large")}
+    for name, reverse in fixed.items():  # in place of the denoiser's own
+        other = process.p_mean_variance(schedule, lambda x_t, time: x_t, x, t, name)
+        np.testing.assert_array_equal(other.variance, reverse.variance)
     np.testing.assert_allclose(fixed["fixed_small"].variance[:, 0], [small[1], small[1], small[700]], rtol=1e-5)
     np.testing.assert_allclose(fixed["fixed_large"].variance[:, 0], [small[1], beta[1], beta[700]], rtol=1e-5)
     for reverse in fixed.values():
         np.testing.assert_allclose(jnp.exp(reverse.log_variance), reverse.variance, rtol=1e-6)
     np.testing.assert_allclose(fixed["fixed_large"].log_variance[0, 0], -9.816725, atol=1e-5)
     values = jnp.stack([jnp.full((3,), -1.0), jnp.full((3,), 1.0)], axis=-1)
-    ranged = process.p_mean_variance(schedule, jnp.concatenate([x, values], -1), x, t, variance="learned_range")
+    output = jnp.concatenate([x, values], -1)
+    ranged = process.p_mean_variance(schedule, known(output, variance="learned_range"), x, t)
     np.testing.assert_allclose(ranged.variance[:, 0], [small[1], small[1], small[700]], rtol=1e-5)
     np.testing.assert_allclose(ranged.variance[:, 1], beta[[0, 1, 700]], rtol=1e-5)
-    learned = process.p_mean_variance(schedule, jnp.concatenate([x, values], -1), x, t, variance="learned")
-    np.testing.assert_allclose(learned.log_variance, values)
+    learned = known(output, variance="learned")
+    np.testing.assert_allclose(process.p_mean_variance(schedule, learned, x, t).log_variance, values)
+    with pytest.raises(ValueError, match="'fixed_small' is for a network with a fixed variance"):
+        process.p_mean_variance(schedule, learned, x, t, "fixed_small")
 
 
 def test_the_dynamic_threshold_uses_all_axes_of_each_example():
@@ -185,18 +191,16 @@ def test_the_dynamic_threshold_uses_all_axes_of_each_example():
     x_0 = draw((3, 5, 4, 2), 8) * np.array([0.1, 1.0, 4.0])[:, None, None, None]
     s = np.maximum([np.quantile(abs(one).ravel(), 0.9) for one in x_0], 1.0)[:, None, None, None]
     assert (s[0] == 1) and (s[1:] > 1).all()
-    np.testing.assert_allclose(
-        process.dynamic_threshold(0.9)(jnp.float32(x_0)), np.clip(x_0, -s, s) / s, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(dynamic_threshold(0.9)(jnp.float32(x_0)), np.clip(x_0, -s, s) / s, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_slope_of_a_quantity_is_the_derivative_of_eps(prediction):
     schedule = schedules.from_betas(schedules.betas("linear", 20))
     rng = np.random.default_rng(0)
     x_0, eps = (jnp.asarray(rng.standard_normal((20, 3)), jnp.float32) for _ in range(2))
-    at = schedule.at(jnp.arange(20), x_0)
-    x_t, quantity = at.alpha * x_0 + at.sigma * eps, process.QUANTITIES[prediction]
+    at = schedule.transition(jnp.arange(20), x_0)
+    x_t, quantity = at.alpha * x_0 + at.sigma * eps, QUANTITIES[prediction]
     output = quantity.value(x_0, eps, x_t, at)
     found, slope = jax.jvp(lambda output: quantity.eps(output, x_t, at), (output,), (jnp.ones_like(output),))
     np.testing.assert_allclose(found[2:], eps[2:], atol=2e-4)

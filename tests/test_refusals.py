@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import (
+    Denoiser,
     editing,
     guidance,
     images,
@@ -20,6 +21,7 @@ from diffusion_jax import (
     schedules,
     timesteps,
 )
+from diffusion_jax.denoiser import clip_x_0, convert, dynamic_threshold
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
@@ -42,9 +44,9 @@ def network(x, time):
         lambda x, t: FULL.at(t, x).time,
         lambda x, t: process.q_mean_variance(FULL, x, t),
         lambda x, t: process.q_posterior(FULL, x, x, t),
-        lambda x, t: process.to_x_0(FULL, x, x, t, "x_0"),
-        lambda x, t: process.p_mean_variance(FULL, x, x, t),
-        lambda x, t: likelihood.bound_term(FULL, x, x, x, t),
+        lambda x, t: FULL.transition(t, x).beta,
+        lambda x, t: process.p_mean_variance(FULL, network, x, t),
+        lambda x, t: likelihood.bound_term(FULL, network, x, x, t),
     ],
 )
 def test_indices_of_another_shape(function):
@@ -97,11 +99,13 @@ def doubled(x, time):
 
 
 LABELS, MASK = jnp.array([0, 1]), X[..., :1] > 0
-DDPM = sampling.ddpm(clip=False)
-NOISE, V = jax.random.normal(KEY, (1000, 2)), sampling.ddim(prediction="v", clip=False)
+AT, DDPM = FULL.at(T, X), sampling.ddpm()
+NOISE, V = jax.random.normal(KEY, (1000, 2)), Denoiser(network, "v", clip=False)
+UNCLIPPED = Denoiser(network, clip=False)
 EDM = schedules.from_path(schedules.edm(), np.linspace(np.log(0.002), np.log(80), 20) / 4)
-BOUND = partial(likelihood.bits_per_dim, KEY, FULL, network)
+BOUND = partial(likelihood.bits_per_dim, KEY, FULL)
 GUIDED = partial(guidance.classifier_free, network, LABELS)
+LOG_PROB = guidance.class_log_prob(logits, LABELS)
 SAMPLE, SIMPLE = partial(sampling.sample, KEY, FULL, network), partial(losses.simple, KEY, FULL, network)
 ENCODE, REPAINT = partial(sampling.encode, FULL, network), partial(editing.repaint, KEY, FULL, network)
 INTERPOLATE = partial(editing.interpolate, KEY, FULL, network, X)
@@ -114,7 +118,8 @@ WITH_A_NETWORK = [
     lambda f: losses.simple(KEY, FULL, f, X),
     lambda f: losses.vlb(KEY, FULL, f, X),
     lambda f: likelihood.bits_per_dim(KEY, FULL, f, X),
-    lambda f: guidance.classifier_free(f, LABELS, 3, 2.0)(X, jnp.zeros(2)),
+    lambda f: guidance.classifier_free(f, LABELS, 3, 2.0)(X, AT),
+    lambda f: process.p_mean_variance(FULL, f, X, T),
 ]
 WITH_A_MASK = [partial(REPAINT, X, jump=5), partial(editing.replacement, sampling.ddim(), X)]
 
@@ -168,12 +173,31 @@ REFUSED = [
     case("respace the schedule outside of jax.jit", lambda: schedules.respace(jax.jit(lambda s: s)(FULL), 10)),
     # process
     case("must be equal", process.q_sample, FULL, X, T, X[..., :1]),
-    case("twice the channels", process.p_mean_variance, FULL, X, X, T, variance="learned_range"),
-    case("twice the channels", process.p_mean_variance, FULL, doubled(X, T), X, T, variance="fixed_small"),
-    case("known: fixed_small", process.p_mean_variance, FULL, X, X, T, variance="fixed"),
-    case("known: eps", process.to_x_0, FULL, X, X, T, "noise"),
-    *(case("True, False or a function of x_0, got", process.clip_x_0, X, clip) for clip in ("no", 1, None)),
-    *(case("quantile", process.dynamic_threshold, quantile) for quantile in (0.0, 1.1)),
+    # denoisers
+    case("twice the channels", Denoiser(network, variance="learned_range"), X, AT),
+    case("twice the channels", Denoiser(doubled, variance="fixed_small"), X, AT),
+    case("known: fixed_small", Denoiser, network, variance="fixed"),
+    case("unknown prediction 'noise'; known: eps", Denoiser, network, "noise"),
+    case("True, False or a function of x_0, got 1", Denoiser, network, clip=1),
+    case("sigma_data must be above 0, got 0", Denoiser, network, "x_0", sigma_data=0),
+    case("with sigma_data the network predicts x_0, not 'v'", Denoiser, network, "v", sigma_data=0.5),
+    case(
+        r"defined for a step .* \(schedule.transition\(t, x_t\)\), not at a single", Denoiser(network, "x_prev"), X, AT
+    ),
+    case("use form='eps'", guidance.classifier(network, LOG_PROB, form="mean"), X, AT),
+    *(case("known: eps", convert, X, X, AT, *names) for names in (("noise", "eps"), ("eps", "noise"))),
+    *(case("not at a single level", convert, X, X, AT, *names) for names in (("x_prev", "x_0"), ("eps", "x_prev"))),
+    case("must be equal", convert, X, X[:1], AT),
+    *(case("True, False or a function of x_0, got", clip_x_0, X, clip) for clip in ("no", 1, None)),
+    *(case("quantile", dynamic_threshold, quantile) for quantile in (0.0, 1.1)),
+    case(
+        "a projection cannot act on the mean",
+        process.p_mean_variance,
+        FULL,
+        editing.project(Denoiser(network, "x_prev"), editing.gray(), X[..., :1]),
+        X,
+        T,
+    ),
     case("must be float in \\[-1, 1\\], not uint8; uint8 images need no conv", images.to_uint8, PIXELS),
     # losses
     case("known: none, snr", SIMPLE, X, weighting="p3"),
@@ -181,7 +205,8 @@ REFUSED = [
     case("'even'; known: uniform, antithetic, stratified", SIMPLE, X, timestep_sampler="even"),
     case("must return the shape of x_t", losses.simple, KEY, FULL, lambda x, time: x[..., :1], X),
     case("must return the shape of x_t", losses.simple, KEY, FULL, lambda x, time: doubled(x, time)[..., :4], X),
-    case("trains a learned variance", losses.hybrid, KEY, FULL, doubled, X, variance="fixed_small"),
+    case("is for a plain function; this denoiser predicts 'v'", losses.simple, KEY, FULL, V, X, prediction="eps"),
+    case("trains a learned variance", losses.hybrid, KEY, FULL, UNCLIPPED, X),
     case("twice the channels", losses.vlb, KEY, FULL, network, X),
     case(
         "has 19 steps, the schedule 20",
@@ -201,28 +226,28 @@ REFUSED = [
         case(NO_BATCH, call, x)
         for call in (
             SIMPLE,
-            partial(losses.vlb, KEY, FULL, network, variance="fixed_small"),
+            partial(losses.vlb, KEY, FULL, UNCLIPPED),
             lambda x: losses.classify(KEY, FULL, lambda x_t, time: jnp.zeros((len(x_t), 5)), x, jnp.zeros(3, int)),
-            BOUND,
+            partial(BOUND, network),
         )
         for x in (jnp.zeros(3), jnp.zeros(()), 1.0)
     ),
     # likelihood
-    *(case(f"={strata} must lie in 1 ... 19", BOUND, X, strata=strata) for strata in (0, 20)),
-    case("twice the channels", BOUND, X, variance="learned"),
-    case(OF_THE_RANGE.format("clip=True", "clip=False"), BOUND, X + 1.5, gray_levels=None),
-    case(OF_THE_RANGE.format("gray_levels=256", "gray_levels=None"), BOUND, X + 1.5, clip=False),
-    case(OF_THE_RANGE.format("gray_levels=256 and clip=True", "gray_levels=None and clip=False"), BOUND, X + 1.5),
+    *(case(f"={strata} must lie in 1 ... 19", BOUND, network, X, strata=strata) for strata in (0, 20)),
+    case("twice the channels", BOUND, Denoiser(network, variance="learned"), X),
+    case(OF_THE_RANGE.format("clip=True", "clip=False"), BOUND, network, X + 1.5, gray_levels=None),
+    case(OF_THE_RANGE.format("gray_levels=256", "gray_levels=None"), BOUND, UNCLIPPED, X + 1.5),
+    case(
+        OF_THE_RANGE.format("gray_levels=256 and clip=True", "gray_levels=None and clip=False"), BOUND, network, X + 1.5
+    ),
     case("alpha_bar is 0", likelihood.bits_per_dim, KEY, JSD, network, X),
     case("gray_levels=1", likelihood.decoder_log_prob, X, X, X, gray_levels=1),
     case("known: exact, tanh", likelihood.decoder_log_prob, X, X, X, cdf="erf"),
     case("scale must be float", likelihood.standardization_bits, np.array([1, 2])),
     # guidance
-    case("y has 2 rows but x_t has 1", GUIDED(3, 1.0), X[:1], jnp.zeros(1)),
-    *(
-        case("known: eps, x_0, v, score", guidance.classifier, network, network, FULL, prediction=name)
-        for name in ("x_prev", "noise")
-    ),
+    case("y has 2 rows but x_t has 1", GUIDED(3, 1.0), X[:1], FULL.at(0, X)),
+    case("use form='mean'", guidance.classifier, Denoiser(network, "x_prev"), LOG_PROB),
+    case("unknown form 'sum'; known: eps, mean", guidance.classifier, network, LOG_PROB, form="sum"),
     case(r"low <= high, got \(7, 5\)", GUIDED, 3, 2.0, interval=(7, 5)),
     case(r"0 \.\.\. 1, got 5", GUIDED, 3, 2.0, rescale=5),
     case("null_y must be int, as y is; got float", GUIDED, 10.7, 2.0),
@@ -230,7 +255,7 @@ REFUSED = [
         r"scale has shape \(2, 2\); it must be one number, or one for each of 2 rows",
         guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2))),
         X,
-        jnp.zeros(2),
+        AT,
     ),
     # samplers
     *(
@@ -238,24 +263,46 @@ REFUSED = [
         for make in (sampling.dpm_solver_pp, sampling.deis, sampling.unipc)
         for order in (0, 4, 2.0, True)
     ),
-    *(case("unknown variance 'x_0'; known: fixed_small", f, variance="x_0") for f in sampling.SAMPLERS.values()),
-    *(case("unknown prediction 'noise'; known: eps", f, prediction="noise") for f in sampling.SAMPLERS.values()),
+    case("a learned variance belongs to the network: Denoiser", sampling.ddpm, "learned"),
+    case(
+        "variance='fixed_small' is for a network with a fixed variance",
+        sampling.sample,
+        KEY,
+        FULL,
+        Denoiser(doubled, variance="learned_range"),
+        X,
+        sampling.ddpm("fixed_small"),
+    ),
     *(case("eta", sampling.ddim, eta) for eta in (-0.1, 1.5)),
     case("bh1", sampling.unipc, variant="bh3"),
     *(
         case(f"{name} must be .*, got {re.escape(str(bad))}", sampling.heun, **{name: bad})
         for name, bad in (("churn", -1), ("churn", np.inf), ("churn_noise", -1), ("churn_range", (5, 1)))
     ),
-    case("x_prev", sampling.heun, churn=1, prediction="x_prev"),
+    *(
+        case(
+            "'x_prev' .* use the samplers ddpm or ddim",
+            sampling.sample,
+            KEY,
+            FULL,
+            Denoiser(network, "x_prev"),
+            X,
+            make(),
+        )
+        for make in (sampling.heun, sampling.pndm)
+    ),
     case("x_T must have a batch axis", SAMPLE, 1.0, DDPM),
     *(  # x_0 + sigma eps with EDM's sigma of 80, and the last step of 20 steps, which has alpha_bar 0
         case(
             r"x_T has standard deviation (79|8\d)\.\d, but .* about 1 at index 19; draw x_T from N\(0, I\)",
-            call,
-            80 * NOISE,
+            sampling.sample,
+            KEY,
+            schedule,
             V,
+            80 * NOISE,
+            sampling.ddim(),
         )
-        for call in (partial(sampling.sample, KEY, JSD, network), partial(sampling.sample, KEY, EDM, network))
+        for schedule in (JSD, EDM)
     ),
     case(r"such as sampling.ddim\(\), got 'ddim'", SAMPLE, X, "ddim"),
     *(case(f"start={start} must be an index", SAMPLE, X, DDPM, start=start) for start in (-1, 20, True)),
@@ -263,12 +310,19 @@ REFUSED = [
     case("sequence of indices", SAMPLE, X, DDPM, trajectory=3),
     case("keeps indices in 0 ... 19", SAMPLE, X, DDPM, trajectory=[20]),
     case("keeps indices in 1 ... 19", SAMPLE, X, DDPM, trajectory=[0], final_step=False),
-    case("must be a sampler such as", sampling.default_spacing, sampling.heun, FULL),
+    case("must be a sampler such as", sampling.default_spacing, sampling.heun, FULL, network),
     # encode
     *(case(f"start={start} must be an index", ENCODE, X, start=start) for start in (3.5, 20)),
     *(case(f"order must be 1 or 2, got {order}", ENCODE, X, order=order) for order in (2.0, 3)),
-    case("x_prev", ENCODE, X, prediction="x_prev"),
-    case("clip is for order 1", ENCODE, X, order=2, clip=True),
+    case("x_prev", sampling.encode, FULL, Denoiser(network, "x_prev"), X),
+    case("clip is for order 1", sampling.encode, FULL, Denoiser(network), X, order=2),
+    case(
+        "a projection of x_0 has no inverse",
+        sampling.encode,
+        FULL,
+        editing.project(network, editing.gray(), X[..., :1]),
+        X,
+    ),
     case("x_0 must have a batch axis", ENCODE, 1.0),
     # editing
     case("must be a sampler such as", editing.replacement, "ddim", X, MASK),
@@ -294,9 +348,9 @@ REFUSED = [
     ),
     # networks
     *(
-        case(f"denoise_fn must be one float array; got {type(output).__name__}", call, lambda *_, output=output: output)
+        case(f"network must be one float array; got {name}", call, lambda *_, output=output, **__: output)
         for call in WITH_A_NETWORK
-        for output in ((X, {}), None, {"eps": X})
+        for name, output in {"tuple": (X, {}), "NoneType": None, "dict": {"eps": X}}.items()
     ),
 ]
 
@@ -308,26 +362,36 @@ def test_wrong_arguments_are_refused(call, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", sampling.SAMPLERS)
+def test_the_options_of_a_network_are_no_options_of_a_sampler(name):
+    for option, value in (("prediction", "v"), ("clip", False), ("variance", "learned")):
+        if (name, option) != ("ddpm", "variance"):  # ddpm may replace a fixed variance
+            words = rf"takes no {option}, .*: give the sampler diffusion_jax.Denoiser\(network, {option}={value!r}\)"
+            with pytest.raises(TypeError, match=words):
+                sampling.SAMPLERS[name](**{option: value})
+
+
 def test_x_T_in_any_other_scale_is_accepted():
     """Wide data with little noise, a constant, a traced x_T, and the scale that the error asks for."""
     low_noise = schedules.from_betas([0.01, 0.02])  # alpha_bar 0.97
     for schedule, x_T in ((low_noise, 80 * NOISE), (EDM, 0 * NOISE + 80), (EDM, 80 * NOISE / np.hypot(1, 80))):
-        assert np.isfinite(sampling.sample(KEY, schedule, network, x_T, V)).all()
-    jax.eval_shape(lambda x_T: sampling.sample(KEY, EDM, network, x_T, V), 80 * NOISE)
+        assert np.isfinite(sampling.sample(KEY, schedule, V, x_T, sampling.ddim())).all()
+    jax.eval_shape(lambda x_T: sampling.sample(KEY, EDM, V, x_T, sampling.ddim()), 80 * NOISE)
     on_device = jax.tree.map(jnp.asarray, EDM)
     for schedule in (EDM, on_device):  # constants of a traced function
-        jax.eval_shape(lambda key, s=schedule: sampling.sample(key, s, network, NOISE, V), KEY)
-    sampling.sample(KEY, EDM, network, 80 * NOISE, V, start=0)
+        jax.eval_shape(lambda key, s=schedule: sampling.sample(key, s, V, NOISE, sampling.ddim()), KEY)
+    sampling.sample(KEY, EDM, V, 80 * NOISE, sampling.ddim(), start=0)
 
 
 @pytest.mark.parametrize("loss", [losses.vlb, losses.hybrid])
 def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(loss):
     """At the last step eps does not determine x_0; under jit, where t is traced, the result would be NaN."""
+    learned = partial(Denoiser, doubled, variance="learned_range", clip=False)
     for prediction in ("eps", "score"):
         with pytest.raises(ValueError, match="does not determine x_0 there"):
-            jax.jit(lambda key, p=prediction: loss(key, JSD, doubled, X, prediction=p))(KEY)
+            jax.jit(lambda key, p=prediction: loss(key, JSD, learned(p), X))(KEY)
     ends = lambda key, b, n: (jnp.array([0, n - 1]), jnp.ones(b))  # noqa: E731
-    run = jax.jit(lambda key: loss(key, JSD, doubled, X, prediction="v", timestep_sampler=ends)[0])
+    run = jax.jit(lambda key: loss(key, JSD, learned("v"), X, timestep_sampler=ends)[0])
     assert np.isfinite(run(KEY)).all()
 
 

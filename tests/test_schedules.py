@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, process, sampling, schedules
+from diffusion_jax import Denoiser, editing, sampling, schedules
+from diffusion_jax.denoiser import convert
+from diffusion_jax.schedules import NoiseLevel, Transition
 
 NAMES = list(schedules.SCHEDULES)
 
@@ -47,9 +49,10 @@ def test_any_length_gives_a_schedule(name, num_timesteps):
 def test_published_entries_of_the_tables():
     schedule = schedules.from_betas(schedules.betas("linear", 1000))
     assert schedule.alpha_bar[-1] == pytest.approx(4.035830e-05, rel=1e-6)  # DDPM's L_T depends on this value
-    assert schedule.posterior_log_variance[0] == pytest.approx(-9.816725, abs=1e-6)
+    steps = schedule.transitions
+    assert steps.posterior_log_variance[0] == pytest.approx(-9.816725, abs=1e-6)
     np.testing.assert_array_equal(schedule.timesteps, np.arange(1000))
-    assert (schedule.posterior_variance[0], schedule.posterior_mean_coef_x_0[0]) == (0.0, pytest.approx(1.0))
+    assert (steps.posterior_variance[0], steps.posterior_mean_coef_x_0[0]) == (0.0, pytest.approx(1.0))
 
 
 THOUSAND, JSD = (schedules.from_betas(schedules.betas(name, count)) for name, count in [("linear", 1000), ("jsd", 100)])
@@ -91,22 +94,25 @@ def test_schedules_whose_signal_underflows():
     """alpha is 0 in float32 from about 17,500 linear steps on; alpha_bar is 0 in float64 from about 70,000."""
     long = schedules.from_betas(schedules.betas("linear", 20_000))
     assert long.zero_terminal_snr and not schedules.from_betas(schedules.betas("linear", 17_000)).zero_terminal_snr
-    lowest = int(np.argmax(long.sqrt_alpha_bar < np.finfo(np.float32).tiny))
+    lowest = int(np.argmax(long.transitions.level.alpha < np.finfo(np.float32).tiny))
     assert 1e-80 < long.alpha_bar[lowest] < 1e-74
     x_T = jnp.full((4, 2), 0.3)
-    draw = lambda schedule, start, p: sampling.sample(  # noqa: E731
-        jax.random.key(0), schedule, lambda x, time: -0.3 * x, x_T, sampling.ddim(prediction=p), start=start
-    )
+
+    def draw(schedule, start, prediction):
+        denoiser = Denoiser(lambda x, time: -0.3 * x, prediction)
+        return sampling.sample(jax.random.key(0), schedule, denoiser, x_T, sampling.ddim(), start=start)
+
     for call in (
         lambda: draw(long, 19_998, "eps"),
         lambda: draw(schedules.respace(long, 20), None, "score"),
-        lambda: process.to_x_0(long, x_T, x_T, jnp.array([3, 19_000, 0, 7])),
         lambda: editing.sdedit(jax.random.key(0), long, lambda x, time: x, x_T, sampling.ddim(), strength=0.95),
     ):
         with pytest.raises(
             ValueError, match=r"does not determine x_0 there; .*schedules.respace\(schedule, range\(\d+\)"
         ):
             call()
+    with pytest.raises(ValueError, match="alpha is 0: there eps does not determine x_0"):
+        convert(x_T, x_T, long.at(jnp.array([3, 19_000, 0, 7]), x_T))
     for steps in (
         draw(long, 19_998, "v"),
         draw(long, lowest - 1, "eps"),
@@ -180,10 +186,81 @@ def test_log_snr_extends_the_table_and_is_invertible(x64):
 
 def test_the_levels_of_a_step(x64):
     t, x = jnp.array([0, 1, 500]), jnp.zeros((3, 1))
-    at = THOUSAND.at(t, x)
-    np.testing.assert_allclose(at.level.log_snr[:, 0], np.log(THOUSAND.snr[t]), rtol=1e-10)
-    np.testing.assert_allclose(at.previous.lam[1:, 0], np.log(THOUSAND.snr[t[1:] - 1]) / 2, rtol=1e-10)
-    assert at.previous.lam[0, 0] > 45 and at.previous.sigma[0, 0] == 0  # no noise, as a finite number
+    level, target, *_ = THOUSAND.transition(t, x)
+    np.testing.assert_allclose(level.log_snr[:, 0], np.log(THOUSAND.snr[t]), rtol=1e-10)
+    np.testing.assert_allclose(target.lam[1:, 0], np.log(THOUSAND.snr[t[1:] - 1]) / 2, rtol=1e-10)
+    assert target.lam[0, 0] > 45 and target.sigma[0, 0] == 0  # no noise, as a finite number
+    for found, expected in zip(THOUSAND.at(t, x), level, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def assert_step(found, alpha2, sigma2, target_alpha2, target_sigma2, lost, decoder_variance=np.nan):
+    """Compares a float32 step with float64 NumPy: the squares of its levels, and 1 - r for the ratio r of the SNRs."""
+    is_last = target_sigma2 == 0
+    beta, variance = sigma2 * lost, target_sigma2 * lost
+    expected = {
+        "beta": beta,
+        "posterior_variance": variance,
+        "posterior_mean_coef_x_0": np.sqrt(target_alpha2) * lost,
+        "posterior_mean_coef_x_t": np.sqrt(alpha2 / target_alpha2) * target_sigma2 / sigma2,
+        "fixed_large_variance": np.where(is_last, decoder_variance, beta),
+    }
+    for name, value in expected.items():
+        assert getattr(found, name).dtype == jnp.float32
+        np.testing.assert_allclose(getattr(found, name), value, rtol=0, atol=3e-7, err_msg=name)
+        if name != "posterior_mean_coef_x_t":  # which is not small where levels are close
+            np.testing.assert_allclose(getattr(found, name), value, rtol=6e-7, err_msg=name)
+    log_variance = np.log(np.where(is_last, decoder_variance, variance))
+    np.testing.assert_allclose(found.posterior_log_variance, log_variance, rtol=3e-7, atol=6e-7)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_every_step_of_a_schedule_in_float32(name):
+    """q(x_{t-1} | x_t, x_0) of DDPM eq. 7."""
+    beta = BETAS[name]
+    alpha_bar = np.cumprod(1 - beta)
+    before = np.append(1.0, alpha_bar[:-1])
+    decoder_variance = beta[1] * (1 - before[1]) / (1 - alpha_bar[1])
+    found = schedules.from_betas(schedules.betas(name, 1000)).transition(jnp.arange(1000), jnp.zeros(1000))
+    lost = beta / (1 - alpha_bar)
+    assert_step(found, alpha_bar, 1 - alpha_bar, before, 1 - before, lost, decoder_variance)
+    for level, squared in ((found.level, alpha_bar), (found.target, before)):
+        np.testing.assert_allclose(level.alpha, np.sqrt(squared), rtol=1e-7)
+        np.testing.assert_allclose(level.sigma, np.sqrt(1 - squared), rtol=1e-7)
+
+
+def log_snr_pairs(kind):
+    """float32 log SNRs of a noisy and a cleaner level."""
+    rng = np.random.default_rng(0)
+    if kind in ("close", "far"):
+        low, high = {"close": (1e-5, 1e-2), "far": (1.0, 30.0)}[kind]
+        noisy = np.float32(rng.uniform(-20, 20, 20_000))
+        clean = np.float32(noisy + np.exp(rng.uniform(np.log(low), np.log(high), 20_000)))
+        return noisy[noisy < clean], clean[noisy < clean]
+    log_snr = np.float32(np.log(schedules.from_betas(schedules.betas(kind, 1000)).snr))
+    pairs = [(log_snr[stride:], log_snr[:-stride]) for stride in (1, 2, 7, 100, 999)]
+    return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["close", "far", "linear", "cosine"])
+def test_the_step_between_any_two_levels(kind):
+    noisy, clean = log_snr_pairs(kind)
+    level, target = (NoiseLevel.at_log_snr(jnp.asarray(g), jnp.zeros(len(g))) for g in (noisy, clean))
+    found = jax.jit(Transition.between)(level, target)
+    g, h = np.float64(noisy), np.float64(clean)
+    squares = [1 / (1 + np.exp(z)) for z in (-g, g, -h, h)]
+    assert_step(found, *squares, -np.expm1(g - h))
+
+
+def test_the_step_between_a_level_and_x_0():
+    """The first step of a path's schedule; from pure noise, the posterior is q(x_{t-1} | x_0)."""
+    schedule = schedules.from_path(schedules.rectified_flow(), [1.0, 500.0, 1000.0])
+    for t in range(3):
+        expected = schedule.transition(t, 0.0)
+        found = Transition.between(expected.level, expected.target, schedule.path)
+        assert found.path is schedule.path
+        for name, a, b in zip(Transition._fields[2:-1], found[2:-1], expected[2:-1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-20, err_msg=name)
 
 
 def test_a_network_time_at_the_end_has_the_end_s_alpha_bar():

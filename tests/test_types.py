@@ -13,7 +13,8 @@ import jaxtyping
 import pytest
 
 import diffusion_jax
-from diffusion_jax import process, sampling, schedules, timesteps, types
+from diffusion_jax import Denoiser, process, sampling, schedules, timesteps, types
+from diffusion_jax.denoiser import dynamic_threshold
 from helpers.paths import ROOT
 from helpers.type_checks import CORE
 
@@ -29,6 +30,9 @@ def functions():
         for module in [package, *(importlib.import_module(f"{package.__name__}.{info.name}") for info in infos)]:
             for value in vars(module).values():
                 members = vars(value).values() if inspect.isclass(value) else [value]
+                members = [
+                    getattr(f, "fget", getattr(f, "__func__", f)) for f in members
+                ]  # properties and class methods
                 yield from (f for f in members if inspect.isfunction(f) and f.__module__ == module.__name__)
 
 
@@ -66,5 +70,6 @@ def test_the_types_accept_what_users_write():
     assert isinstance(lambda x_t, t: x_t, types.DenoiseFn) and isinstance(Network(), types.DenoiseFn)
     assert isinstance(timesteps.uniform, types.TimestepSampler) and not isinstance(0.5, types.DenoiseFn)
     assert diffusion_jax.DenoiseFn is types.DenoiseFn
-    x = sampling.sample(jax.random.key(0), FULL, Network(), X, sampling.ddim(1, clip=process.dynamic_threshold()))
+    clipped = Denoiser(Network(), clip=dynamic_threshold())
+    x = sampling.sample(jax.random.key(0), FULL, clipped, X, sampling.ddim(1))
     assert x.shape == X.shape

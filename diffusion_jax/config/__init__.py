@@ -172,7 +172,7 @@ def _find_beside(config: Any, folder: pathlib.Path) -> None:
         is_beside = isinstance(text, str) and ".py:" in text and (folder / text.rpartition(":")[0]).is_file()
         return str(folder.resolve() / text) if is_beside else text
 
-    for group in ("data", "model", "diffusion", "optimizer", "evaluation", "logging"):
+    for group in ("data", "model", "diffusion", "optimizer", "sampling", "evaluation", "logging"):
         settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
         for name, value in settings.items():
             found = type(value)(map(absolute, value)) if isinstance(value, tuple | list) else absolute(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_jax import draws, editing, likelihood, losses, process, sampling, schedules, timesteps
+from diffusion_jax import draws, editing, likelihood, losses, sampling, schedules, timesteps
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
@@ -24,6 +24,7 @@ from diffusion_jax.config.values import (
     ValueKind,
     optional,
 )
+from diffusion_jax.denoiser import PREDICTIONS, VARIANCES
 from diffusion_jax.metrics import METRICS
 
 __all__ = [
@@ -282,11 +283,11 @@ DIFFUSION: dict[str, Setting] = {
     ),
     "beta_start": Setting(1e-4, Number(above=0, maximum=1), "First beta, for schedules with end points."),
     "beta_end": Setting(0.02, Number(above=0, maximum=1), "Last beta, for schedules with end points."),
-    "prediction": Setting("eps", Choice(*process.PREDICTIONS), "Quantity that the network predicts."),
+    "prediction": Setting("eps", Choice(*PREDICTIONS), "Quantity that the network predicts."),
     "rescale_timesteps": Setting(False, Boolean(), "Whether the network time is t * 1000 / T, instead of t."),
     "variance": Setting(
         "fixed_large",
-        Choice(*process.VARIANCES),
+        Choice(*VARIANCES),
         "Variance of p(x_{t-1} | x_t). A learned variance needs the loss vlb or hybrid.",
     ),
     "loss": Setting(
@@ -397,8 +398,8 @@ _SAMPLERS_ALONG_EPS = [
 SAMPLING: dict[str, Setting] = {
     "sampler": Setting(
         "ddpm",
-        Choice(*sampling.SAMPLERS),
-        "Algorithm that draws the samples.",
+        OneOf(Choice(*sampling.SAMPLERS), FunctionName()),
+        "Algorithm that draws the samples, or a class derived from `sampling.Sampler`.",
     ),
     "steps": Setting(
         None,

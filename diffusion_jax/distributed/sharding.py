@@ -78,6 +78,22 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, DATA_AXES))
 
 
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Replicates over a mesh the arrays that are not on several devices; they are equal on every process."""
+    everywhere = replicated(mesh)
+
+    def place_leaf(leaf):
+        if isinstance(leaf, jax.Array) and (
+            not leaf.is_fully_addressable or leaf.sharding.device_set == set(mesh.devices.flat)
+        ):
+            return leaf
+        value = np.asarray(leaf)
+        value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+        return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
+
+    return jax.tree.map(place_leaf, tree)
+
+
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
     """Returns the axis to split: the longest axis that `parts` divides, the last if several are equal; None for no split."""
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]

@@ -20,6 +20,7 @@ default, GPUs and TPUs round the inputs of products, and the solver would integr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,7 +31,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffusion_jax import likelihood, process
-from diffusion_jax.schedules import NoiseLevel, Schedule, cast_table
+from diffusion_jax.arrays import as_float
+from diffusion_jax.denoiser import Denoiser, as_denoiser
+from diffusion_jax.schedules import Schedule
 
 __all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
 
@@ -48,10 +51,9 @@ class OdeDensity(NamedTuple):
 def log_density(
     key,
     schedule: Schedule,
-    denoise_fn: Callable,
+    denoiser: Denoiser | Callable,
     x,
     *,
-    prediction: str = "eps",
     trace: str = "hutchinson",
     probes: int = 1,
     tolerance: float = 1e-5,
@@ -62,25 +64,25 @@ def log_density(
 
     Args:
       key: for the probes of the trace.
-      denoise_fn: (x_t [B, ...], network time float [B], fractional) -> output [B, ..., C], or [B, ..., 2 C], whose second
-        half (a learned variance) is ignored.
+      denoiser: a `Denoiser`, whose clip, limits and variance are ignored, or a function (x_t [B, ...], network time float
+        [B], fractional) -> eps. Not for the prediction x_prev.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
-      prediction: eps, x_0, v, score or flow.
       trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
         derivative for each of the D dimensions.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
       time: the network time of x, a number; None for the first time of the training path.
     Returns: OdeDensity.
-    Raises: ValueError for an unknown trace or prediction, a tolerance that is not above 0, an output with another shape, or
-      prediction eps or score if alpha_bar ends at 0.
+    Raises: ValueError for an unknown trace, prediction x_prev, a tolerance that is not above 0, an output with another shape,
+      or prediction eps or score if alpha_bar ends at 0.
     """
-    process.check_terminal_snr(schedule, prediction)
+    denoiser = dataclasses.replace(as_denoiser(denoiser), clip=False, limits=())
+    process.check_terminal_snr(schedule, denoiser.prediction)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0")
-    x = process.as_float("x", x)
-    dimensions, channels = math.prod(x.shape[1:]), x.shape[-1]
+    x = as_float("x", x)
+    dimensions = math.prod(x.shape[1:])
     if trace == "exact":
         vectors = jnp.arange(dimensions)  # indices of unit vectors; all D vectors at once would need D^2 numbers
     else:
@@ -90,19 +92,9 @@ def log_density(
     def derivative(half_log_ratio, state, _):
         x, _ = state
         log_snr = -2 * half_log_ratio
-        alpha, sigma, _ = NoiseLevel.at_log_snr(log_snr)
-        network_time = jnp.full(x.shape[:1], schedule.time_at_log_snr(log_snr), x.dtype)
+        level = schedule.path.at_log_snr(log_snr, x)
 
-        def eps_fn(x):
-            output = process.as_float("the output of denoise_fn", denoise_fn(x, network_time)).astype(x.dtype)
-            if output.shape not in (x.shape, (*x.shape[:-1], 2 * channels)):
-                raise ValueError(
-                    f"denoise_fn returned {output.shape} for x of shape {x.shape}; it must return that shape, or twice the "
-                    "channels if the variance is learned"
-                )
-            return process.eps_at(alpha, sigma, output[..., :channels], x, prediction)
-
-        eps, jacobian = jax.linearize(eps_fn, x)
+        eps, jacobian = jax.linearize(lambda x: denoiser(x, level).eps, x)
 
         def directional(vector):
             if trace == "exact":
@@ -111,6 +103,7 @@ def log_density(
             return jnp.sum(vector * jacobian(vector), axis=range(1, x.ndim))
 
         eps_trace = scale * jnp.sum(jax.lax.map(directional, vectors), axis=0)
+        sigma = level.sigma
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
     start, end = _finite_ends(schedule, x.dtype)
@@ -147,11 +140,9 @@ def _finite_ends(schedule: Schedule, dtype) -> list[jax.Array]:
 def bits_per_dim(
     key,
     schedule: Schedule,
-    denoise_fn: Callable,
+    denoiser: Denoiser | Callable,
     x_0,
     *,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
     dequantization: str = "uniform",
     gray_levels: int | None = 256,
     trace: str = "hutchinson",
@@ -174,15 +165,15 @@ def bits_per_dim(
     none: for continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1. For standardized data add
       `likelihood.standardization_bits`.
 
-    Args: as `log_density`; variance: variance of the decoder, as in `process.p_mean_variance` (x_0 is clipped there, the CDF
-      exact); gray_levels: may be None for continuous data with dequantization "none".
+    Args: as `log_density`; the variational decoder has the denoiser's variance and a clip to [-1, 1], and the exact CDF;
+      gray_levels: may be None for continuous data with dequantization "none".
     Returns: (bits per dimension [B], num_steps of the solver).
     Raises: ValueError as `log_density`, for an unknown dequantization, for data without gray levels, or with gray levels for
       an x_0 outside [-1, 1]; if x_0 is traced, the result is NaN instead.
     """
     if dequantization not in DEQUANTIZATIONS:
         raise ValueError(f"unknown dequantization {dequantization!r}; known: {', '.join(DEQUANTIZATIONS)}")
-    x_0 = process.as_float("x_0", x_0)
+    x_0 = as_float("x_0", x_0)
     if dequantization != "none":
         if gray_levels is None or gray_levels < 2:
             raise ValueError(
@@ -202,24 +193,11 @@ def bits_per_dim(
     elif dequantization == "variational":
         eps = jax.random.normal(key_x, x_0.shape, x_0.dtype)
         x, time = process.q_sample(schedule, x_0, first, eps), schedule.timesteps[0]
+        clipped = dataclasses.replace(as_denoiser(denoiser), clip=True)
         with jax.default_matmul_precision("highest"):
-            output = denoise_fn(x, schedule.at(first, x).time)
-        output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
-        decoder, _ = likelihood.bound_term(
-            schedule, output, x_0, x, first, prediction=prediction, variance=variance, gray_levels=gray_levels
-        )
-        log_sigma = jnp.log(cast_table(schedule.sqrt_one_minus_alpha_bar, x.dtype)[0])
+            decoder, _ = likelihood.bound_term(schedule, clipped, x_0, x, first, gray_levels=gray_levels)
+        log_sigma = jnp.log(schedule.at(jnp.int32(0), x).sigma)
         log_q = -0.5 * jnp.sum(jnp.square(eps), axis=axes) - dimensions * (log_sigma + 0.5 * math.log(2 * math.pi))
         nats = log_q + dimensions * math.log(2) * decoder
-    density = log_density(
-        key_trace,
-        schedule,
-        denoise_fn,
-        x,
-        prediction=prediction,
-        trace=trace,
-        probes=probes,
-        tolerance=tolerance,
-        time=time,
-    )
+    density = log_density(key_trace, schedule, denoiser, x, trace=trace, probes=probes, tolerance=tolerance, time=time)
     return (nats - density.log_density) / (dimensions * math.log(2)), density.num_steps

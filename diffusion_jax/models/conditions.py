@@ -71,7 +71,7 @@ class Conditional(nn.Module):
     def null_condition(self) -> float | None:
         """The value of all entries in a null condition, NaN; None for a network without null conditions.
 
-        Use it as `null_y` in `guidance.classifier_free`, with a denoise_fn that passes its third argument as condition.
+        In `guidance.classifier_free`, y={"condition": conditions} and null_y={"condition": this value}.
         """
         return float("nan") if self.condition_dropout else None
 

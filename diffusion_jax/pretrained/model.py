@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from diffusion_jax import coordinates, guidance, labels, sampling, schedules, training
+from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
 from diffusion_jax.images import is_image_shape, to_model_range
@@ -28,6 +29,7 @@ from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.sampling.driver import is_batch_of_keys, split
 from diffusion_jax.training.state import Network
+from diffusion_jax.types import Clip
 
 __all__ = ["DIFFUSION_DEFAULTS", "Model", "format_summary", "make_clip", "make_model"]
 
@@ -53,7 +55,7 @@ class Model:
 
     family: a text that names the source. model: the network. channels: channels in an example. image_size: sizes of the 0 to
     3 spatial axes, (height, width) for images. schedule: the training schedule; its timesteps are the network times.
-    prediction, variance, clip: as samplers take them. params: the float32 tree for `model.apply({"params": params}, x_t,
+    prediction, variance, clip: as `Denoiser` takes them. params: the float32 tree for `model.apply({"params": params}, x_t,
     time)`; None from `pretrained.describe`. low_resolution: height of the small images for a super-resolution network, else
     0. conditioning_noise: the largest standard deviation of the noise on small images. diffusion: settings of
     `config.diffusion`; None if the schedule is a table of betas that no setting describes. levels: gray levels; None for
@@ -165,47 +167,81 @@ class Model:
             differences.append("another noise schedule")
         return differences
 
-    def denoise_fn(self, x_t, time, y=None, low=None, noise_std=None, condition=None, extra=None) -> jax.Array:
-        """Computes the network output [B, *spatial, channels or 2 channels], as samplers and losses need it.
-
-        y: labels int [B] for a network with classes. low: small images [B, h, w, C] in [-1, 1] for a super-resolution
-        network; noise_std: [B], the standard deviation of the noise on small images. condition: float [B, D] or
-        [B, *spatial, K] for a conditional network, in network units as x_t; `normalizations["condition"].apply` converts from
-        data units. extra: [B, K], further numbers for a network of your own that takes them.
-
-        Under jit the parameters are constants of the program; to pass them as an argument, use
-        `net.with_params(params).denoise_fn`. Raises: TypeError for a classifier.
-        """
-        self._check_is_diffusion_model()
-        if self.low_resolution:
-            if low is None or condition is not None:
-                raise TypeError("this is a super-resolution network: give low=, the small images, and no condition")
-            condition = upsampling.condition(low, x_t.shape, noise_std)
-        options = {name: each for name, each in (("condition", condition), ("extra", extra)) if each is not None}
-        network = partial(apply_network, self.model, self.params, y=y, **options)
-        return _precondition(network, self.schedule, self.sigma_data)(x_t, time)
-
-    def sample(
+    def denoiser(
         self,
-        key,
-        num_images: int = 1,
         *,
         y=None,
-        sampler: sampling.Sampler | None = None,
-        steps=None,
-        spacing: str | None = None,
+        condition=None,
+        low=None,
+        noise_std=None,
+        extra=None,
+        clip: Clip | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         classifier: Model | None = None,
         classifier_scale: float = 1.0,
         classifier_form: str = "eps",
-        low=None,
-        noise_std=0.0,
+    ) -> Denoiser:
+        """Returns the network as the `Denoiser` that samplers, losses and likelihoods take; arrays may be traced.
+
+        y: labels int [B] for a network with classes, or for the classifier. low: small images [B, h, w, C] in [-1, 1] for a
+        super-resolution network; noise_std: [B], the standard deviation of the noise on small images. condition: float [B, D]
+        or [B, *spatial, K] for a conditional network, in network units as x_t; `normalizations["condition"].apply` converts
+        from data units. extra: [B, K], further numbers for a network of your own that takes them.
+
+        clip: of x_0, by default the network's; for continuous data True is the network's, too.
+        guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which
+        drops the labels and conditions for which the network has a null (label_dropout, condition_dropout). A scale of 1
+        turns guidance off. classifier: a classifier's model for the same x_t, which guides with classifier_scale in the form
+        "eps" or, for `sampling.ddpm`, "mean" (`guidance.classifier`).
+
+        Raises: ValueError for guidance that the network does not allow, or a classifier for another x_t; TypeError for a
+        classifier's weights.
+        """
+        if low is not None:
+            condition = upsampling.condition(low, (len(low), *self.example_shape), noise_std)
+        self.check_guidance(guidance_scale, condition is not None, classifier)
+        given = {"y": y if self.num_classes else None, "condition": condition, "extra": extra}
+        given = {name: value for name, value in given.items() if value is not None}
+        if clip is None or (clip is True and self.levels is None):
+            clip = self.clip
+        denoiser = Denoiser(
+            _Apply(self.model, self.params),
+            prediction=self.prediction,
+            variance=self.variance,
+            clip=clip,
+            sigma_data=self.sigma_data,
+            inputs=given,
+        )
+        if guidance_scale != 1:
+            assert isinstance(self.model, Conditional)
+            conditions = {name: value for name, value in given.items() if name != "extra"}
+            interval = guidance_interval and tuple(map(np.float32, guidance_interval))
+            options: dict[str, Any] = {"interval": interval, "rescale": guidance_rescale}
+            nulls = self.model.nulls(conditions)
+            denoiser = guidance.classifier_free(denoiser, conditions, nulls, np.float32(guidance_scale), **options)
+        if classifier is not None:
+            log_prob = guidance.class_log_prob(_Apply(classifier.model, classifier.params), y)
+            denoiser = guidance.classifier(denoiser, log_prob, np.float32(classifier_scale), form=classifier_form)
+        return denoiser
+
+    def sample(
+        self,
+        key,
+        num_images: int = 1,
+        *,
+        sampler: sampling.Sampler | None = None,
+        steps=None,
+        spacing: str | None = None,
+        trajectory: bool | Sequence[int] | np.ndarray = False,
+        algorithm: Callable = sampling.sample,
+        y=None,
         condition=None,
         condition_missing=None,
-        trajectory: bool | Sequence[int] | np.ndarray = False,
-        algorithm: Callable | None = None,
+        low=None,
+        noise_std=0.0,
+        **options: Any,
     ) -> Any:
         """Draws samples, float32 [N, *spatial, C]: images in [-1, 1], continuous data in data units.
 
@@ -219,77 +255,86 @@ class Model:
         Args:
           key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only.
           num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the device count.
-          y: one label for all samples or int [N], for a network with classes, or for the classifier.
-          sampler: by default the ancestral `sampling.ddpm`. The sampler gets the network's prediction and, if learned, its
-            variance. For continuous data, clip=True becomes the network's clip.
+          sampler: by default the ancestral `sampling.ddpm`.
           steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule.
             If steps is a number, the default spacing suits the sampler.
-          guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which
-            drops the labels and conditions for which the network has a null (label_dropout, condition_dropout). A scale of 1
-            turns guidance off.
-          classifier: a classifier's model for the same x_t, which guides with classifier_scale. classifier_form: "eps", or
-            "mean" to shift the mean of `sampling.ddpm`.
-          low, noise_std: for a super-resolution network, the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and
-            the standard deviation of their noise, one number or [N].
+          trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
+          algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
+            (`editing.EDITS`). Each function is compiled once.
+          y: one label for all samples or int [N], for a network with classes, or for the classifier.
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
             with a leading axis N, in data units. With condition_dropout, None means no conditions.
           condition_missing: bool [N], True for samples without a condition, if only some of the samples have one.
-          trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
-          algorithm: a function (key, schedule, denoise_fn, sampler) -> x_0 that replaces drawing x_T and `sampling.sample`,
-            for example with `editing.repaint`. Each function is compiled once.
+          low, noise_std: for a super-resolution network, the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and
+            the standard deviation of their noise, one number or [N].
+          options: clip, guidance and extra, as `denoiser`.
         Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
           the sampler is known to fail; TypeError for a classifier.
         """
-        self._check_is_diffusion_model()
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
-        if self.mesh is not None:
-            sharding.check_divides(num_images, self.mesh, "num_images")
+        given = {"y": y, "condition": condition, "condition_missing": condition_missing, "low": low}
+        classifier = options.get("classifier")
+        self.check_guidance(options.get("guidance_scale", 1.0), condition is not None or low is not None, classifier)
+        inputs = self.inputs(num_images, **given, noise_std=noise_std, classifier=classifier)
+        denoiser = self.denoiser(**inputs, **options)
+        sampler, schedule = self.configure(denoiser, sampler, steps, spacing)
+        return self.draw(key, num_images, schedule, denoiser, sampler, trajectory, algorithm)
+
+    def inputs(
+        self,
+        num_images: int,
+        *,
+        y=None,
+        condition=None,
+        condition_missing=None,
+        low=None,
+        noise_std=0.0,
+        classifier: Model | None = None,
+    ) -> dict[str, Any]:
+        """Checks the arguments of `sample`, and converts them to those of `denoiser`: rows, in the network's units.
+
+        Raises: ValueError.
+        """
+        self.check_small_images(low is not None, noise_std)
+        given = self.check_condition(condition, num_images, condition_missing)
+        if given is not None:
+            given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
+        inputs: dict[str, Any] = {"y": self.check_labels(y, num_images, classifier), "condition": given}
+        if low is not None:
+            inputs["low"] = to_model_range(low) if low.dtype == np.uint8 else low
+            inputs["noise_std"] = noise_std if self.conditioning_noise else None
+        return inputs
+
+    def draw(
+        self,
+        key,
+        num_images: int,
+        schedule: schedules.Schedule,
+        denoiser: Denoiser,
+        sampler: sampling.Sampler,
+        trajectory: bool | Sequence[int] | np.ndarray = False,
+        algorithm: Callable = sampling.sample,
+    ) -> Any:
+        """Draws samples with a compiled program, as `sample`, from a denoiser and steps that were checked."""
         if is_batch_of_keys(key):
-            if algorithm is not None:
+            if algorithm is not sampling.sample:
                 raise ValueError("an algorithm draws its samples with one key; give one key")
             if len(key) != num_images:
                 raise ValueError(
                     f"key has {len(key)} keys for {num_images} samples; give one key, or one for each sample"
                 )
-        sampler, schedule = self.configure(sampler, steps, spacing)
-        self.check_guidance(sampler, guidance_scale, condition is not None, classifier, classifier_form)
-        self.check_small_images(low is not None, noise_std)
-        y = self.check_labels(y, num_images, classifier)
-        shape = (num_images, *self.example_shape)
-        given = self.check_condition(condition, num_images, condition_missing)
-        if given is not None:
-            given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
-        if low is not None:
-            low = to_model_range(low) if low.dtype == np.uint8 else low
-            given = upsampling.condition(low, shape, noise_std if self.conditioning_noise else None)
-        program = _Program(
-            model=self.model,
-            classifier=None if classifier is None else classifier.model,
-            sampler=sampler,
-            shape=shape,
-            is_guided=guidance_scale != 1,
-            interval=guidance_interval,
-            rescale=guidance_rescale,
-            classifier_form=classifier_form,
-            algorithm=algorithm,
-            sigma_data=self.sigma_data,
-            trajectory=trajectory if isinstance(trajectory, bool) else tuple(np.asarray(trajectory).tolist()),
-        )
-        arrays = {
-            "schedules": (schedule, self.schedule),
-            "y": y,
-            "condition": given,
-            "scales": (np.float32(guidance_scale), np.float32(classifier_scale)),
-        }
-        all_params = self.params, None if classifier is None else classifier.params
+        options = {}
+        if trajectory is not False:
+            options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())
+        static = algorithm, sampler, (num_images, *self.example_shape), tuple(options.items())
         if self.mesh is None:
-            result = _run_on_one_device(program, all_params, key, arrays)
+            result = _draw_on_one_device(static, key, schedule, denoiser)
         else:
-            key = np.asarray(jax.random.key_data(key))  # NumPy inputs count as equal on every process
-            result = _compile_for_mesh(self.mesh)(program, all_params, key, jax.tree.map(np.asarray, arrays))
-            result = jax.tree.map(_gather, result)
-        if trajectory is False or algorithm is not None:
+            sharding.check_divides(num_images, self.mesh, "num_images")
+            key, schedule, denoiser = sharding.place((jax.random.key_data(key), schedule, denoiser), self.mesh)
+            result = jax.tree.map(_gather, _compile_for_mesh(self.mesh)(static, key, schedule, denoiser))
+        if not options:
             return self._to_data(result)
         x_0, frames = result
         return self._to_data(x_0), frames._replace(x_t=self._to_data(frames.x_t), x_0=self._to_data(frames.x_0))
@@ -297,29 +342,28 @@ class Model:
     def _to_data(self, x):
         return to_data_units(x, self.normalizations.get("x"))
 
-    def _check_is_diffusion_model(self) -> None:
-        """Raises: TypeError for a classifier."""
-        if isinstance(self.model, Classifier):
-            raise TypeError("these weights are a classifier; use logits(x_t, time)")
-
     def configure(
-        self, sampler: sampling.Sampler | None = None, steps=None, spacing: str | None = None
+        self, denoiser: Denoiser, sampler: sampling.Sampler | None = None, steps=None, spacing: str | None = None
     ) -> tuple[sampling.Sampler, schedules.Schedule]:
         """Returns the sampler and the steps that `sample` uses for these arguments.
 
         Warns of steps with which samples will look wrong. Raises: ValueError for steps with which the sampler is known to
-        fail.
+        fail, and for a sampler that does not suit the denoiser.
         """
-        if sampler is not None and not isinstance(sampler, sampling.Sampler):
+        sampler, schedule = sampling.ddpm() if sampler is None else sampler, self.schedule
+        if not isinstance(sampler, sampling.Sampler):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
-        sampler, schedule = self._configure_sampler(sampler), self.schedule
+        if denoiser.mean_shift is not None and not isinstance(sampler, sampling.ddpm):
+            raise ValueError(
+                f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
+            )
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):
             schedule = steps
         elif steps is not None:
             if spacing is None and isinstance(steps, int | np.integer):
-                spacing = sampling.default_spacing(sampler, schedule)
+                spacing = sampling.default_spacing(sampler, schedule, denoiser)
             try:
                 schedule = schedules.respace(schedule, steps, spacing)
             except ValueError as error:
@@ -327,22 +371,17 @@ class Model:
         advice = "more steps" if self.schedule.zero_terminal_snr else "spacing='log_snr' or more steps"
         if problem := sampling.find_problem(sampler, schedule):
             raise ValueError(f"{type(sampler).__name__}: {problem}; use {advice}, or the sampler ddim")
-        if growth := sampling.find_error_growth(sampler, schedule):
+        if growth := sampling.find_error_growth(sampler, schedule, denoiser):
             advice += ", a clip for data in [-1, 1], or a network that predicts v"
             warnings.warn(f"{growth}; use {advice}", stacklevel=3)
         elif blur := sampling.find_blur(schedule, self.sigma_data or 1.0):
             warnings.warn(f"{blur}; use {advice}", stacklevel=3)
         return sampler, schedule
 
-    def check_guidance(
-        self,
-        sampler: sampling.Sampler,
-        guidance_scale: float,
-        has_condition: bool,
-        classifier: Model | None = None,
-        classifier_form: str = "eps",
-    ) -> None:
-        """Raises: ValueError for guidance that the network does not allow, or a classifier for another x_t."""
+    def check_guidance(self, guidance_scale: float, has_condition: bool, classifier: Model | None) -> None:
+        """Raises: ValueError for guidance that does not suit the network; TypeError for a classifier's weights."""
+        if isinstance(self.model, Classifier):
+            raise TypeError("these weights are a classifier; use logits(x_t, time)")
         assert isinstance(self.model, Conditional)
         if guidance_scale != 1 and self.model.null_label is None:
             if self.model.null_condition is None:
@@ -352,8 +391,6 @@ class Model:
                 )
             if not has_condition:
                 raise ValueError(f"guidance_scale={guidance_scale} needs a condition; give condition, or use 1")
-        if classifier_form == "mean":
-            _shift_mean(sampler, guidance.log_prob_gradient)  # raises for samplers other than ddpm
         if classifier is None:
             return
         if not isinstance(classifier.model, Classifier):
@@ -375,27 +412,6 @@ class Model:
                 f"noise_std={noise_std} must lie in 0 ... {self.conditioning_noise}, the noise that the network was "
                 "trained with (conditioning_noise)"
             )
-
-    def _configure_sampler(self, sampler: sampling.Sampler | None) -> sampling.Sampler:
-        """Sets the sampler's prediction, its variance (if learned) and its clip (for continuous data) to the network's."""
-        if sampler is None:
-            return sampling.ddpm(self.variance, prediction=self.prediction, clip=self.clip)
-        fields = {field.name for field in dataclasses.fields(sampler) if field.init}
-        changes: dict[str, Any] = {"prediction": self.prediction}
-        if self.variance.startswith("learned"):
-            changes["variance"] = self.variance
-        if self.levels is None and sampler.clip is True:  # the default, for data in [-1, 1]
-            changes["clip"] = self.clip
-        inner = getattr(sampler, "sampler", None)
-        if isinstance(inner, sampling.Sampler):  # a sampler that wraps another
-            changes["sampler"] = self._configure_sampler(inner)
-        replace: Any = dataclasses.replace
-        changed: sampling.Sampler = replace(sampler, **{name: changes[name] for name in changes.keys() & fields})
-        if changed.prediction != self.prediction:
-            raise ValueError(
-                f"{changed} needs the prediction {changed.prediction!r}, and this network predicts {self.prediction!r}"
-            )
-        return changed
 
     def check_condition(self, condition=None, num_examples: int = 1, condition_missing=None) -> np.ndarray | None:
         """Returns conditions [N, ...] in data units, NaN in rows without; None for an unconditional network.
@@ -465,104 +481,53 @@ class Model:
     def logits(self, x_t, time) -> jax.Array:
         """Computes the logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
         if not isinstance(self.model, Classifier):
-            raise TypeError("these weights are a diffusion model; use denoise_fn(x_t, time)")
+            raise TypeError("these weights are a diffusion model; use denoiser()")
         return apply_network(self.model, self.params, x_t, time)
 
 
-def _precondition(network: Callable, schedule: schedules.Schedule, sigma_data: float | None) -> Callable:
-    return network if sigma_data is None else coordinates.precondition(network, schedule, sigma_data)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Apply:
+    """A network with its parameters, as a function and as a pytree of the parameters."""
+
+    model: Network = field(metadata={"static": True})
+    params: Any
+
+    def __call__(self, x_t, time, **inputs):
+        return apply_network(self.model, self.params, x_t, time, **inputs)
 
 
-class _Program(NamedTuple):
-    """The static values of a sampling program: each combination is compiled once. Arrays are arguments of the program."""
-
-    model: Network
-    classifier: Network | None
-    sampler: sampling.Sampler
-    shape: tuple[int, ...]
-    is_guided: bool
-    interval: tuple[float, float] | None
-    rescale: float
-    classifier_form: str
-    algorithm: Callable | None
-    sigma_data: float | None
-    trajectory: bool | tuple[int, ...]
-
-
-def _run_program(program: _Program, all_params, key, arrays: Mapping[str, Any], constrain: Callable = lambda x: x):
-    """The pure function that `Model.sample` compiles. constrain: places x_T on a mesh."""
-    (params, classifier_params), (schedule, full_schedule) = all_params, arrays["schedules"]
-    scale, classifier_scale = arrays["scales"]
-    y, sampler = arrays["y"], program.sampler
-    given = {"y": y if program.model.num_classes else None, "condition": arrays["condition"]}
-    given = {name: value for name, value in given.items() if value is not None}
-
-    def network(x_t, time, given):
-        network = partial(apply_network, program.model, params, **given)
-        return _precondition(network, full_schedule, program.sigma_data)(x_t, time)
-
-    denoise_fn: Callable = partial(network, given=given)
-    if program.is_guided:
-        assert isinstance(program.model, Conditional)
-        limits = {"interval": program.interval, "rescale": program.rescale}
-        denoise_fn = guidance.classifier_free(network, given, program.model.nulls(given), scale, **limits)
-    if program.classifier is not None:
-        classifier = program.classifier
-        log_prob = guidance.class_log_prob(lambda x, time: apply_network(classifier, classifier_params, x, time), y)
-        if program.classifier_form == "mean":
-            sampler = _shift_mean(sampler, guidance.log_prob_gradient(log_prob, classifier_scale))
-        else:
-            denoise_fn = guidance.classifier(
-                denoise_fn, log_prob, full_schedule, classifier_scale, prediction=sampler.prediction
-            )
-    if program.algorithm is not None:
-        return program.algorithm(key, schedule, denoise_fn, sampler)
+def _draw(static, key, schedule, denoiser, constrain: Callable = lambda x: x):
+    """Draws x_T, then x_0; static: (algorithm, sampler, shape of x_T, further arguments). constrain: places x_T on a mesh."""
+    algorithm, sampler, shape, options = static
     key_noise, key_steps = split(key)
-    x_T = constrain(sampling.normal(key_noise, jnp.zeros(program.shape, jnp.float32)))
-    return sampling.sample(key_steps, schedule, denoise_fn, x_T, sampler, trajectory=program.trajectory)
+    x_T = constrain(sampling.normal(key_noise, jnp.zeros(shape, jnp.float32)))
+    return algorithm(key_steps, schedule, denoiser, x_T, sampler, **dict(options))
 
 
-_run_on_one_device = jax.jit(_run_program, static_argnums=0)
+_draw_on_one_device = jax.jit(_draw, static_argnums=0)
 
 
 @functools.cache
 def _compile_for_mesh(mesh: Mesh) -> Callable:
-    """Compiles `_run_program` with the batch split over the devices of a mesh. The key argument is the key's data."""
-    replicated = sharding.replicated(mesh)
-    constrain = partial(jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh))
+    """Compiles `_draw` with the batch split over the devices of a mesh. The key argument is the key's data."""
+    rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-    def run_program(program, all_params, key, arrays):
+    def draw(static, key, schedule, denoiser):
         # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory is
         # not needed for gradients or activations.
-        all_params = jax.lax.with_sharding_constraint(all_params, replicated)
-        placed = jax.tree.map(constrain, {name: arrays[name] for name in ("y", "condition")})
-        return _run_program(program, all_params, jax.random.wrap_key_data(key), {**arrays, **placed}, constrain)
+        denoiser = jax.lax.with_sharding_constraint(denoiser, replicated)
+        inputs = jax.lax.with_sharding_constraint(dict(denoiser.inputs), rows)
+        denoiser = dataclasses.replace(denoiser, inputs=inputs)
+        constrain = partial(jax.lax.with_sharding_constraint, shardings=rows)
+        return _draw(static, jax.random.wrap_key_data(key), schedule, denoiser, constrain)
 
-    # None keeps the sharding of the parameters.
-    return jax.jit(
-        run_program,
-        static_argnums=0,
-        in_shardings=(None, replicated, replicated),
-        compiler_options=devices.compiler_options(),
-    )
+    return jax.jit(draw, static_argnums=0, compiler_options=devices.compiler_options())
 
 
 def _gather(x: jax.Array) -> np.ndarray:
     """Returns the whole array, on every process."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
-
-
-def _shift_mean(sampler: sampling.Sampler, shift: Callable) -> sampling.Sampler:
-    """Shifts the mean in a ddpm sampler, which may be wrapped in another sampler. Raises: ValueError for other samplers."""
-    replace: Any = dataclasses.replace
-    inner = getattr(sampler, "sampler", None)
-    if isinstance(inner, sampling.Sampler):
-        return replace(sampler, sampler=_shift_mean(inner, shift))
-    if not isinstance(sampler, sampling.ddpm):
-        raise ValueError(
-            f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
-        )
-    return replace(sampler, mean_shift=shift)
 
 
 def make_clip(clip: bool | float) -> bool | Callable:

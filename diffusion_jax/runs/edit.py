@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
         inputs["other"] = files.to_model(given[1])
     arguments = {**options.to_dict(), **inputs}
     with as_user_error("config.editing"):
-        edit = editing.EDITS[task](setup.sampler, **{name: arguments[name] for name in list(needed)[1:]})
+        edit = editing.EDITS[task](**{name: arguments[name] for name in needed})
     if edit.shown is not None:
         caption, measured = edit.shown
         measured = data.to_data_units(np.asarray(measured), net.normalizations.get("x"))
@@ -79,7 +79,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     log(f"Compiling {task} ...")
     rows = np.arange(1 if "other" in needed else options.num_samples)
     with as_user_error("config.editing"):
-        results = setup.to_examples(setup.generate(jax.random.key(config.sampling.seed), rows, **edit.arguments))
+        results = setup.to_examples(setup.generate(jax.random.key(config.sampling.seed), rows, algorithm=edit.draw))
     if net.levels is None and mask is not None:  # known values stay exactly as in the file, without rounding
         results = np.where(mask, given[0], results).astype(results.dtype)
     check_finite(results)

@@ -7,11 +7,12 @@ nats per dimension, too. The metrics are added to metrics.json.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -306,43 +307,27 @@ class LikelihoodRun:
         batch.pop("condition_missing", None)
         return batch
 
-    def denoise_fn(self, params, batch) -> Callable:
-        """Returns the network as a function of x_t and time, with the labels and conditions of a batch."""
-        net, y = self.net.with_params(params), batch["label"] if self.net.num_classes else None
-        return lambda x_t, time: net.denoise_fn(x_t, time, y, condition=batch.get("condition"))
-
     def bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
         """Returns {"total", ..., "t", the tables, "ode"} for batch number `index`; a pure function."""
-        options, diffusion, schedule = self.config.evaluation, self.config.diffusion, self.schedule
-        parameterization = {
-            "prediction": diffusion.prediction,
-            "variance": diffusion.variance,
-            "gray_levels": self.config.data.levels,
-        }
+        options, gray_levels = self.config.evaluation, self.config.data.levels
         key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
         x_0 = batch["x"] if "x" in batch else to_model_range(batch["image"])
-        denoise_fn = self.denoise_fn(params, batch)
+        denoiser = self.net.with_params(params).denoiser(y=batch["label"], condition=batch.get("condition"))
+        denoiser = dataclasses.replace(denoiser, clip=bool(resolve_clip(self.config, "evaluation")))
         bits = likelihood.bits_per_dim(
-            key_bound,
-            schedule,
-            denoise_fn,
-            x_0,
-            clip=bool(resolve_clip(self.config, "evaluation")),
-            cdf=options.cdf,
-            strata=options.strata,
-            **parameterization,
+            key_bound, self.schedule, denoiser, x_0, gray_levels=gray_levels, cdf=options.cdf, strata=options.strata
         )
         out = {name: getattr(bits, name) for name in ("total", "prior", "decoder", "t", *_TABLES)}
         if self._ode_likelihood is not None:
             out["ode"], _ = self._ode_likelihood.bits_per_dim(
                 key_ode,
-                schedule,
-                denoise_fn,
+                self.schedule,
+                denoiser,
                 x_0,
                 dequantization=self.dequantization or "none",
+                gray_levels=gray_levels,
                 trace=options.ode_trace,
                 tolerance=options.ode_tolerance,
-                **parameterization,
             )
         return out
 

@@ -85,7 +85,7 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
 
     For an upsampler, each image follows its small image.
     """
-    stored, rows, examples = _read(workdir), setup.arguments(np.arange(len(samples))), None
+    stored, rows, examples = _read(workdir), setup.rows(np.arange(len(samples))), None
     captions, labels = setup.captions(len(samples)), rows["y"]
     low, height = rows["low"], setup.net.low_resolution
     if stored and batch_examples(stored).shape[1:] == setup.net.example_shape:

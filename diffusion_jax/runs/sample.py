@@ -142,7 +142,7 @@ class SampleFile:
         num_batches = chunks.fill("Sampling", options.num_samples, self.batch_size, compute, stall_timeout)
         if jax.process_index() == 0:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
-            rows = self.setup.arguments(np.arange(len(samples)))
+            rows = self.setup.rows(np.arange(len(samples)))
             # The samples come first, for programs that read the first array.
             arrays = {"arr_0": samples, "arr_1": rows["y"], **read_conditions(rows)}
             shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
@@ -230,7 +230,9 @@ def _name_options(setup: SamplingSetup) -> str:
         hashed["clip"] = options["clip"]
     if isinstance(options["steps"], tuple | list):
         hashed["steps"] = options["steps"]
-    words = [f"{options['sampler']}{setup.schedule.num_timesteps}"]
+    if ":" in options["sampler"]:
+        hashed["sampler"] = options["sampler"]
+    words = [f"{options['sampler'].rpartition(':')[2]}{setup.schedule.num_timesteps}"]
     words += [options["spacing"]] * (options["spacing"] is not None)
     if options["label"] is not None and setup.labels is not None:
         labels = setup.labels.tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import warnings
 import zipfile
@@ -11,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, pretrained, process, sampling, schedules
+from diffusion_jax import data, pretrained, sampling, schedules
 from diffusion_jax.config import SETTINGS, resolve, resolve_clip
 from diffusion_jax.data.sources import read_conditions
+from diffusion_jax.denoiser import dynamic_threshold
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
+from diffusion_jax.functions import find_function
 from diffusion_jax.images import to_uint8
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import check_regular, open_npz, read_header
@@ -37,6 +39,7 @@ __all__ = [
     "unused_settings",
 ]
 
+_GUIDANCE = ("guidance_scale", "guidance_rescale", "classifier_scale", "classifier_form")  # same names in `denoiser`
 _MAX_SHOWN_NUMBERS = 4  # longer conditions are not shown in captions
 
 
@@ -45,50 +48,45 @@ class SamplingSetup:
     """A model and `config.sampling` for it, from `resolve_sampling`.
 
     net: its parameters may be added later, with `dataclasses.replace`. config: complete, with a resolved clip. schedule: the
-    steps of the sampler. labels: int32 [N], or None. conditions: "condition" [N, ...] in data units and
-    "condition_missing" bool [N], either may be absent. small_images: uint8 [N, h, w, C] for an upsampler, or None. Sample
-    i uses row i modulo N of these arrays. notes: lines to log.
+    steps of the sampler. options: clip and guidance, as arguments of `pretrained.Model.denoiser`. labels: int32 [N], or None.
+    conditions: "condition" [N, ...] in data units and "condition_missing" bool [N], either may be absent. small_images: uint8
+    [N, h, w, C] for an upsampler, or None. Sample i uses row i modulo N of these arrays. notes: lines to log.
     """
 
     net: pretrained.Model
     config: ConfigDict
     sampler: sampling.Sampler
     schedule: schedules.Schedule
+    options: Mapping[str, Any]
     labels: np.ndarray | None
     conditions: Mapping[str, np.ndarray]
     small_images: np.ndarray | None
-    classifier: pretrained.Model | None
     notes: tuple[str, ...]
+
+    @property
+    def classifier(self) -> pretrained.Model | None:
+        """The model that guides, or None."""
+        return self.options["classifier"]
 
     def on_mesh(self, mesh: Mesh) -> SamplingSetup:
         """Returns the same setup with the parameters replicated over a mesh."""
         classifier = None if self.classifier is None else self.classifier.on_mesh(mesh)
-        return dataclasses.replace(self, net=self.net.on_mesh(mesh), classifier=classifier)
+        return dataclasses.replace(self, net=self.net.on_mesh(mesh), options={**self.options, "classifier": classifier})
 
-    def arguments(self, indices: np.ndarray) -> dict[str, Any]:
-        """Returns the arguments of `pretrained.Model.sample` for the samples with these indices."""
-        options = self.config.sampling
-        same_names = ("guidance_scale", "guidance_rescale", "classifier_scale", "classifier_form")
-        return {
-            "sampler": self.sampler,
-            "steps": self.schedule,
-            "y": _rows(self.labels, indices),
-            **self._conditions(indices),
-            "low": _rows(self.small_images, indices),
-            "noise_std": options["low_resolution_noise"],
-            "guidance_interval": options["guidance_interval"] or None,
-            "classifier": self.classifier,
-            **{name: options[name] for name in same_names},
-        }
-
-    def _conditions(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: values[indices % len(values)] for name, values in self.conditions.items()}
+    def rows(self, indices: np.ndarray) -> dict[str, Any]:
+        """Returns the labels "y", the conditions and the small images "low" of the samples with these indices."""
+        rows = {"y": _rows(self.labels, indices), "low": _rows(self.small_images, indices)}
+        return rows | {name: values[indices % len(values)] for name, values in self.conditions.items()}
 
     def generate(self, key, indices: np.ndarray, **arguments: Any) -> Any:
-        """Calls `net.sample` for the samples with these indices. arguments: further arguments of `net.sample`."""
+        """Draws the samples with these indices. arguments: trajectory and algorithm, as `pretrained.Model.draw`."""
+        net, count = self.net, len(indices)
+        noise_std = self.config.sampling.low_resolution_noise
         with warnings.catch_warnings():  # `notes` has the same warnings, with the names of settings
             warnings.simplefilter("ignore")
-            return self.net.sample(key, len(indices), **self.arguments(indices) | arguments)
+            inputs = net.inputs(count, **self.rows(indices), noise_std=noise_std, classifier=self.classifier)
+        denoiser = net.denoiser(**inputs, **self.options)
+        return net.draw(key, count, self.schedule, denoiser, self.sampler, **arguments)
 
     def generate_batch(self, seed: int, index: int, batch_size: int) -> np.ndarray:
         """Generates samples index B ... (index + 1) B - 1 in the format of files (`to_examples`).
@@ -105,7 +103,7 @@ class SamplingSetup:
     def captions(self, count: int) -> list[str] | None:
         """Returns captions for the first samples, or None."""
         rows = np.arange(count)
-        return make_captions(_rows(self.labels, rows), self._conditions(rows), self.net.class_names)
+        return make_captions(_rows(self.labels, rows), read_conditions(self.rows(rows)), self.net.class_names)
 
 
 def keys_of_samples(seed: int, indices: np.ndarray) -> jax.Array:
@@ -123,7 +121,7 @@ def resolve_sampling(
     conditions: Mapping[str, np.ndarray] | None = None,
     read_files: bool = True,
 ) -> SamplingSetup:
-    """Translates `config.sampling` into the arguments of `net.sample`, and checks them before anything is compiled.
+    """Translates `config.sampling` for a model, and checks everything before anything is compiled.
 
     conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
     names; classes are then checked only without a guiding classifier.
@@ -135,7 +133,11 @@ def resolve_sampling(
     classifier = labels = small_images = given_labels = None
     with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        sampler, schedule = net.configure(sampler_from_config(options, net.variance), *steps_from_config(options))
+        clip = dynamic_threshold(options["clip_quantile"]) if options["clip"] == "dynamic" else options["clip"]
+        denoiser, form = net.denoiser(clip=clip), options["classifier_form"] if options["classifier"] else "eps"
+        if form == "mean":  # before the classifier is loaded
+            denoiser = dataclasses.replace(denoiser, mean_shift=jnp.zeros_like)
+        sampler, schedule = net.configure(denoiser, sampler_from_config(options), *steps_from_config(options))
         if options["low_resolution"] and not net.low_resolution:
             raise UserError(
                 f"sampling.low_resolution={options['low_resolution']!r} is for models that enlarge images "
@@ -163,8 +165,7 @@ def resolve_sampling(
         if given_labels is not None and labels is not None and options["label"] is None:
             labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
         has_condition = conditions is not None or (not read_files and net.condition_shape is not None)
-        form = options["classifier_form"] if options["classifier"] else "eps"
-        net.check_guidance(sampler, options["guidance_scale"], has_condition, classifier, form)
+        net.check_guidance(options["guidance_scale"], has_condition, classifier)
     notes = [str(found.message).removesuffix(".") for found in caught if found.category is UserWarning]
     if labels is not None and net.class_names and (unknown := labels[labels >= len(net.class_names)]).size:
         notes.append(
@@ -172,9 +173,13 @@ def resolve_sampling(
             "noise"
         )
     notes += [f"{setting} has no effect here" for setting in unused_settings(options)]
-    return SamplingSetup(
-        net, config, sampler, schedule, labels, conditions or {}, small_images, classifier, tuple(notes)
-    )
+    guidance = {
+        "clip": clip,
+        "guidance_interval": options["guidance_interval"] or None,
+        "classifier": classifier,
+        **{name: options[name] for name in _GUIDANCE},
+    }
+    return SamplingSetup(net, config, sampler, schedule, guidance, labels, conditions or {}, small_images, tuple(notes))
 
 
 def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
@@ -190,28 +195,31 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
 # ---- Sampler and steps
 
 
-def sampler_from_config(options: Mapping[str, Any], variance: str) -> sampling.Sampler:
+def sampler_from_config(options: Mapping[str, Any]) -> sampling.Sampler:
     """Builds the sampler that `config.sampling` names; each constructor argument is the setting with the same name.
 
-    options: `config.sampling` with a resolved `clip`. variance: `config.diffusion.variance`. `pretrained.Model.configure`
-    sets the prediction. Raises: ValueError for values that the sampler does not allow.
+    Raises: ValueError for values that the sampler does not allow, and for a function of the user that makes no sampler.
     """
-    make_sampler = sampling.SAMPLERS[options["sampler"]]
-    settings = {**options, "variance": variance}
-    if options["clip"] == "dynamic":
-        settings["clip"] = process.dynamic_threshold(options["clip_quantile"])
-    if not options["churn_range"]:
-        del settings["churn_range"]
-    names = inspect.signature(make_sampler).parameters.keys() & settings.keys()
-    return make_sampler(**{name: settings[name] for name in names})
+    make_sampler = find_function(options["sampler"], "sampling.sampler", sampling.SAMPLERS)
+    settings = {name: value for name, value in options.items() if name != "churn_range" or value}
+    arguments = {name: settings[name] for name in sampling.arguments_of(make_sampler) & settings.keys()}
+    expected = f"sampling.sampler={options['sampler']} must be a class derived from sampling.Sampler"
+    try:
+        sampler = make_sampler(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{expected}, whose arguments are settings or have defaults ({error})") from error
+    if not isinstance(sampler, sampling.Sampler):
+        raise ValueError(expected)
+    return sampler
 
 
 def unused_settings(options: Mapping) -> list[str]:
     """Returns the settings of `config.sampling` without effect, each with the setting that would make it count."""
     unused = []
     for setting, value in options.items():
-        readers = sampling.samplers_with(setting)
-        if readers and options["sampler"] not in readers and value != SETTINGS[f"sampling.{setting}"].default:
+        readers, is_own = sampling.samplers_with(setting), ":" in options["sampler"]
+        is_default = value == SETTINGS[f"sampling.{setting}"].default
+        if readers and not is_own and options["sampler"] not in readers and not is_default:
             unused.append(f"sampling.{setting}={value!r} (only with sampling.sampler={', '.join(readers)})")
     if options["classifier_scale"] != 1 and not options["classifier"]:
         unused.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")

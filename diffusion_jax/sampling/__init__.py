@@ -8,17 +8,15 @@ import inspect
 from collections.abc import Callable
 
 from diffusion_jax.sampling.ancestral import ddim, ddpm, encode, euler, euler_ancestral
-from diffusion_jax.sampling.driver import Denoised, Sampler, Stability, Step, StepFn, Trajectory, normal, sample
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, Trajectory, normal, sample
 from diffusion_jax.sampling.solvers import deis, dpm_solver_pp, heun, plms, pndm, unipc
 from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_error_growth, find_problem
 
 __all__ = [
     "SAMPLERS",
-    "Denoised",
     "Sampler",
     "Stability",
     "Step",
-    "StepFn",
     "Trajectory",
     "ddim",
     "ddpm",
@@ -56,4 +54,9 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 
 def samplers_with(argument: str) -> list[str]:
     """Returns the names in `SAMPLERS` whose samplers have this argument."""
-    return [name for name, make in SAMPLERS.items() if argument in inspect.signature(make).parameters]
+    return [name for name, make in SAMPLERS.items() if argument in arguments_of(make)]
+
+
+def arguments_of(make_sampler: Callable[..., Sampler]) -> set[str]:
+    """Returns the arguments that make a sampler with a name in `SAMPLERS`, or one of a class of your own."""
+    return set(inspect.signature(make_sampler).parameters)

@@ -7,9 +7,8 @@ program, and memory that does not grow with the number of steps unless the traje
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +17,16 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import process
-from diffusion_jax.schedules import NoiseLevel, Schedule, check_chain
-from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
+from diffusion_jax.arrays import as_float
+from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
+from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
+from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 __all__ = [
-    "Denoised",
     "Sampler",
     "Stability",
     "Step",
-    "StepFn",
     "Trajectory",
-    "call_network",
     "check_sampler",
     "ddim_step",
     "first_index",
@@ -37,13 +35,6 @@ __all__ = [
     "sample",
     "split",
 ]
-
-
-class Denoised(NamedTuple):
-    """The network's prediction: x_0 after the clip, and eps, by default computed from the clipped x_0."""
-
-    x_0: Batch
-    eps: Batch
 
 
 class Step(NamedTuple):
@@ -55,7 +46,6 @@ class Step(NamedTuple):
 
 
 _MAX_STD = 10.0  # of x_T with a signal below 0.1: only data with a standard deviation above 100 give more
-StepFn: TypeAlias = Callable[..., Step]  # with the arguments of `Sampler.step`
 
 
 class Stability(NamedTuple):
@@ -79,51 +69,41 @@ class Stability(NamedTuple):
 class Sampler:
     """The step from x_t to x_{t-1}, as a value: samplers with equal options are equal and have equal hashes.
 
-    A sampler is a frozen dataclass, so that it can be a static argument of `jax.jit`. To write your own, derive a class and
-    define `step`, and `init_state` if it has a state:
+    A sampler is a frozen dataclass, so that it can be a static argument of `jax.jit`. It knows nothing of the network: what
+    the output means, its clip and its guidance belong to the `Denoiser`. To write your own, derive a class and define `step`,
+    and `init_state` if it has a state:
 
         @dataclasses.dataclass(frozen=True)
         class shrunk_ddim(sampling.Sampler):
             factor: float = 0.9
 
-            def step(self, key, schedule, denoise_fn, x_t, t, state):
-                x_0, eps = self.denoise(schedule, denoise_fn, x_t, t)
-                at = schedule.at(t, x_t)
-                return sampling.Step(self.factor * (at.alpha_prev * x_0 + at.sigma_prev * eps), x_0)
+            def step(self, key, denoiser, x_t, transition, state):
+                x_0, eps, *_ = denoiser(x_t, transition)
+                target = transition.target
+                return sampling.Step(self.factor * (target.alpha * x_0 + target.sigma * eps), x_0)
 
-    prediction, variance, clip: as `process.p_mean_variance`; clip=False for data outside [-1, 1]. With a learned variance,
-      the output has a second half of the channels, which all samplers but `ddpm` ignore.
-    Raises: ValueError for an unknown prediction or variance, or for prediction "x_prev", which is defined only at the steps
-      of a schedule, with `calls_between_steps`. `sample` raises ValueError if the prediction does not suit the schedule.
+    Raises: TypeError for prediction, variance or clip, which belong to the network.
     """
 
-    prediction: str = "eps"
-    variance: str = "fixed_large"
-    clip: Clip = True
+    def __new__(cls, *args, **options):
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for name in options.keys() & {"prediction", "variance", "clip"} - fields:
+            value = options[name]
+            raise TypeError(
+                f"{cls.__name__} takes no {name}, which belongs to the network: give the sampler "
+                f"diffusion_jax.Denoiser(network, {name}={value!r}) in place of the network"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # a NumPy float64 would promote float32 arrays under x64
             if isinstance(value := getattr(self, field.name), np.floating):
                 object.__setattr__(self, field.name, float(value))
-        if self.prediction not in process.PREDICTIONS:
-            raise ValueError(f"unknown prediction {self.prediction!r}; known: {', '.join(process.PREDICTIONS)}")
-        if self.variance not in process.VARIANCES:
-            raise ValueError(f"unknown variance {self.variance!r}; known: {', '.join(process.VARIANCES)}")
-        if self.prediction == "x_prev" and self.calls_between_steps:
-            raise ValueError(
-                f"{type(self).__name__} calls the network between the schedule's steps, where 'x_prev' is not defined; "
-                "use ddim, or another prediction"
-            )
 
     @property
     def is_stochastic(self) -> bool:
         """Whether two samples from the same x_T differ; by default, whether `stability` has ancestral noise."""
         return self.stability is not None and self.stability.eta > 0
-
-    @property
-    def calls_between_steps(self) -> bool:
-        """Whether the network is also called at noise levels between the steps of the schedule."""
-        return False
 
     @property
     def stability(self) -> Stability | None:
@@ -137,58 +117,16 @@ class Sampler:
     def step(
         self,
         key: Key[Array, ""] | Key[Array, "B"],
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
+        denoiser: Denoiser,
         x_t: Batch,
-        t: Int[Array, ""],
+        transition: Transition,
         state: PyTree,
     ) -> Step:
-        """Takes one step from x_t at index t, with any number of network calls."""
-        raise NotImplementedError(f"{type(self).__name__} defines no step(key, schedule, denoise_fn, x_t, t, state)")
+        """Takes one step from x_t at `transition.level` to `transition.target`, with any number of network calls.
 
-    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        """Returns the consecutive loops of `sample`: (function with `step`'s arguments, number of steps) each.
-
-        By default one loop over `step`. A sampler whose first or last steps make other network calls has a loop for each kind
-        of step, because a branch inside a loop makes a GPU wait for the host. final_step: whether the last step ends at x_0.
+        The levels hold for all rows, or one for each row. The step to `target.sigma == 0` ends at x_0.
         """
-        return [(self.step, num_steps)]
-
-    def denoise(
-        self, schedule: Schedule, denoise_fn: DenoiseFn, x_t: Batch, t: Int[Array, ""], clipped_eps: bool = True
-    ) -> Denoised:
-        """Calls the network at index t. clipped_eps: False keeps the network's own eps when x_0 is clipped."""
-        output, _ = process.split_variance(call_network(schedule, denoise_fn, x_t, t), x_t, self.variance)
-        x_0 = process.clip_x_0(process.to_x_0(schedule, output, x_t, t, self.prediction), self.clip)
-        source = (x_0, "x_0") if clipped_eps else (output, self.prediction)
-        return Denoised(x_0, process.to_eps(schedule, source[0], x_t, t, source[1]))
-
-    def denoise_between_steps(
-        self,
-        schedule: Schedule,
-        denoise_fn: DenoiseFn,
-        x: Batch,
-        level: NoiseLevel,
-        time: Float[Array, ""] | None = None,
-    ) -> Denoised:
-        """Calls the network at any noise level of the training grid; time: the level's network time, if it is known.
-
-        Raises: ValueError for the prediction x_prev.
-        """
-        time = schedule.time_at_log_snr(level.log_snr) if time is None else time
-        output = denoise_fn(x, jnp.full(x.shape[:1], time.astype(x.dtype)))
-        output = process.as_float("the output of denoise_fn", output).astype(x.dtype)
-        output, _ = process.split_variance(output, x, self.variance)
-        x_0 = process.clip_x_0(process.x_0_at(level.alpha, level.sigma, output, x, self.prediction), self.clip)
-        return Denoised(x_0, (x - level.alpha * x_0) / level.sigma)
-
-
-def call_network(
-    schedule: Schedule, denoise_fn: DenoiseFn, x_t: Batch, t: Int[Array, ""]
-) -> Float[Array, "B *output_shape"]:
-    """Returns the network's output at index t, in the dtype of x_t."""
-    output = denoise_fn(x_t, jnp.full(x_t.shape[:1], schedule.at(t, x_t).time))
-    return process.as_float("the output of denoise_fn", output).astype(x_t.dtype)
+        raise NotImplementedError(f"{type(self).__name__} defines no step(key, denoiser, x_t, transition, state)")
 
 
 def is_batch_of_keys(key: Key[Array, "..."]) -> bool:
@@ -225,9 +163,8 @@ def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: Noise
     (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps, written in terms of the network's own x_0 and eps, so that the step
     is defined for pure noise (alpha = 0), where it is DDIM's step for any eps.
     """
-    slope = jnp.where(
-        current.alpha > 1e-10, target.sigma - target.alpha * current.sigma / jnp.maximum(current.alpha, 1e-10), 0.0
-    )
+    ratio = current.sigma / jnp.where(current.has_signal, current.alpha, 1.0)
+    slope = jnp.where(current.has_signal, target.sigma - target.alpha * ratio, 0.0)
     return target.alpha * denoised.x_0 + target.sigma * denoised.eps + slope * (eps - denoised.eps)
 
 
@@ -253,7 +190,6 @@ def _check_scale(schedule: Schedule, x_T: Batch, first: int) -> None:
 
 def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
     """Returns the noisiest visited index: `start`, or T - 1 for None. Raises: ValueError for an invalid index."""
-    check_chain(schedule, "a sampler")
     last = schedule.num_timesteps - 1
     if start is None:
         return last
@@ -274,7 +210,7 @@ class Trajectory(NamedTuple):
 def sample(
     key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_T: BatchLike,
     sampler: Sampler,
     *,
@@ -287,7 +223,7 @@ def sample(
 def sample(
     key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_T: BatchLike,
     sampler: Sampler,
     *,
@@ -299,7 +235,7 @@ def sample(
 def sample(
     key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
-    denoise_fn: DenoiseFn,
+    denoiser: Denoiser | DenoiseFn,
     x_T: BatchLike,
     sampler: Sampler,
     *,
@@ -314,16 +250,19 @@ def sample(
 
         @jax.jit
         def draw(key, params, x_T):
-            denoise_fn = lambda x_t, time: model.apply({"params": params}, x_t, time)
-            return sampling.sample(key, schedule, denoise_fn, x_T, sampler)
+            denoiser = Denoiser(lambda x_t, time: model.apply({"params": params}, x_t, time), clip=False)
+            return sampling.sample(key, schedule, denoiser, x_T, sampler)
+
+    A `Denoiser` is a pytree and may itself be an argument.
 
     Args:
       key: the noise of step t is drawn with `fold_in(key, t)`. One key draws for all rows; keys [B] draw row by row, so that
         the noise of a row depends on its own key only. A sampler of your own draws with `sampling.normal(key, x_t)`.
       schedule: T steps; `schedules.respace` returns a shorter schedule.
+      denoiser: a `Denoiser`, or a plain function (x_t, network time) -> eps. By default the predicted x_0 is clipped to
+        [-1, 1], the range of images; data outside this range need `Denoiser(network, clip=False)`.
       x_T: usually N(0, I), also for networks in EDM's coordinates (`coordinates`).
-      sampler: `ddpm(...)`, `dpm_solver_pp(...)` and so on. By default the predicted x_0 is clipped to [-1, 1], the range of
-        images; data outside this range need `clip=False`.
+      sampler: `ddpm()`, `dpm_solver_pp()` and so on.
       start: the index of x_T's noise level; the default is T - 1.
       final_step: False stops at index 0's noise level instead of denoising to x_0.
       trajectory: also returns x_t and the predicted x_0 at every step (True) or at the given indices t; kept values need
@@ -335,7 +274,7 @@ def sample(
       alpha = 0 in float32, or a start or a kept index outside the steps.
     """
     check_sampler(sampler)
-    x_T = process.as_float("x_T", x_T)
+    denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
     if not x_T.ndim:
         raise ValueError("x_T must have a batch axis: [B, ...]; got a single number")
     if is_batch_of_keys(key) and key.shape[0] != x_T.shape[0]:
@@ -344,7 +283,7 @@ def sample(
         )
     first, last = first_index(schedule, start), 0 if final_step else 1
     total = schedule.num_timesteps
-    process.check_terminal_snr(schedule, sampler.prediction, first)
+    process.check_terminal_snr(schedule, denoiser.prediction, first)
     _check_scale(schedule, x_T, first)
     if isinstance(trajectory, bool | np.bool_):
         indices = np.arange(last, first + 1) if trajectory else None
@@ -360,9 +299,9 @@ def sample(
     row[kept] = np.arange(kept.size)
     empty = jnp.zeros((kept.size, *x_T.shape), x_T.dtype)
 
-    def step(step_fn, carry, t):
+    def step(carry, t):
         x_t, state, (all_x_t, all_x_0) = carry
-        new = step_fn(fold_in(key, t), schedule, denoise_fn, x_t, t, state)
+        new = sampler.step(fold_in(key, t), denoiser, x_t, schedule.transition(t, x_t), state)
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")
@@ -373,13 +312,8 @@ def sample(
         return (x_prev, state, (all_x_t, all_x_0)), None
 
     num_steps = first + 1 - last
-    carry, t = (x_T, sampler.init_state(schedule, x_T, num_steps), (empty, empty)), first
-    for step_fn, length in sampler.loops(num_steps, final_step):
-        if length:
-            steps = jnp.arange(t, t - length, -1, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(functools.partial(step, step_fn), carry, steps)
-        t -= length
-    x_0, _, (all_x_t, all_x_0) = carry
+    carry = x_T, sampler.init_state(schedule, x_T, num_steps), (empty, empty)
+    (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(step, carry, jnp.arange(first, last - 1, -1, dtype=jnp.int32))
     return x_0 if indices is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))
 
 

@@ -9,8 +9,7 @@ lambda' = lambda + h, with the x_0 prediction D,
 
 These methods differ in the choice of polynomial, whose order is at most the number of values so far. The step to x_0 has
 order 1: it returns the predicted x_0. Their common options: `order`, 1 to 3; `lower_order_final`, True for at most order n in
-the n-th step from the end, which is necessary with few steps; `prediction`, `variance` and `clip` as `Sampler`. All raise
-ValueError for an order outside 1 to 3.
+the n-th step from the end, which is necessary with few steps. All raise ValueError for an order outside 1 to 3.
 
 Heun's method and PNDM make several network calls in some steps.
 """
@@ -18,42 +17,43 @@ Heun's method and PNDM make several network calls in some steps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, PyTree
+from jaxtyping import Array, Float, Int, Int32, PyTree
 
-from diffusion_jax.sampling.driver import Sampler, Stability, Step, StepFn, ddim_step, normal
-from diffusion_jax.schedules import NoiseLevel, Schedule, cast_table
-from diffusion_jax.types import Batch, Clip
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, ddim_step, normal
+from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
+from diffusion_jax.types import Batch
 
 __all__ = ["deis", "dpm_solver_pp", "heun", "plms", "pndm", "unipc"]
 
 
 class History(NamedTuple):
-    """The state of a multistep method: the network's last predictions, newest first, and method-specific values."""
+    """The state of a multistep method, newest first: predictions, their noise levels, and method-specific values."""
 
     steps_taken: Int32[Array, ""]
     steps_left: Int32[Array, ""]
     values: tuple[Batch, ...]
+    levels: tuple[NoiseLevel, ...]
     extra: PyTree = ()
+
+    def push(self, value: Batch, level: NoiseLevel, extra: PyTree = ()) -> History:
+        """Returns the history after a step with this prediction."""
+        count = len(self.values)
+        values, levels = (value, *self.values)[:count], (level, *self.levels)[:count]
+        return History(self.steps_taken + 1, self.steps_left - 1, values, levels, extra)
 
 
 def empty_history(x_T: Batch, num_steps: int, num_values: int, extra: PyTree = ()) -> History:
-    """Returns the history before the first of `num_steps` steps."""
-    return History(jnp.int32(0), jnp.int32(num_steps), (jnp.zeros_like(x_T),) * num_values, extra)
-
-
-def push(history: History, value: Batch, extra: PyTree = ()) -> History:
-    """Returns the history after a step with this prediction."""
-    values = (value, *history.values)[: len(history.values)]
-    return History(history.steps_taken + 1, history.steps_left - 1, values, extra)
+    """Returns the history before the first of `num_steps` steps; its values and levels are unused."""
+    zero, one = jnp.zeros((), x_T.dtype), jnp.ones((), x_T.dtype)
+    none = NoiseLevel(one, one, zero, zero)  # finite, so that no gradient becomes NaN
+    values = (jnp.zeros_like(x_T),) * num_values
+    return History(jnp.int32(0), jnp.int32(num_steps), values, (none,) * num_values, extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +76,17 @@ class _Multistep(Sampler):
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         return empty_history(x_T, num_steps, self.order - 1)
 
-    def _step_order(self, history: History, t: Int[Array, ""]) -> Int[Array, ""]:
+    def _step_order(self, history: History, transition: Transition) -> Int[Array, ""]:
         """Returns the order of this step: the least of `order`, the values so far, and the steps left."""
         order = jnp.minimum(self.order, history.steps_taken + 1)
-        return jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(t > 0, order, 1)
+        return (
+            jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(_ends(transition), 1, order)
+        )
 
 
-def _levels(schedule: Schedule, t, x: jax.Array, count: int) -> list[NoiseLevel]:
-    """Returns the noise levels at the indices t, t + 1, ..., noisiest last.
-
-    Indices above T - 1 get the level at T - 1: they belong to steps before the first, whose values are unused.
-    """
-    return [schedule.at(jnp.minimum(t + i, schedule.num_timesteps - 1), x).level for i in range(count)]
+def _ends(transition: Transition) -> Array:
+    """Whether the step is the last one, to x_0."""
+    return jnp.all(transition.target.sigma == 0)
 
 
 def _slopes(values, gaps):
@@ -168,36 +167,35 @@ class dpm_solver_pp(_Multistep):
                 total += (h**2 / 2 - first / rate) * curve
         return target.alpha * total
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        order, at = self.order, schedule.at(t, x_t)
-        current, target = at.level, at.previous
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        order, (current, target) = self.order, transition[:2]
         h = target.lam - current.lam
-        x_0 = self.denoise(schedule, denoise_fn, x_t, t).x_0
-        values = (x_0, *state.values)
+        x_0 = denoiser(x_t, transition).x_0
+        values, nodes = (x_0, *state.values), (current, *state.levels)
         x_scale, noise = target.sigma / current.sigma, 0.0
         if self.sde:
             x_scale = x_scale * jnp.exp(-h)
             noise = target.sigma * jnp.sqrt(-jnp.expm1(-2 * h)) * normal(key, x_t)
 
         if not self.singlestep:
-            nodes = _levels(schedule, t, x_t, order)
             drifts = [self._integral(current, target, values[:n], nodes[:n]) for n in range(1, order + 1)]
-            drift = choose(self._step_order(state, t) - 1, drifts)
-            return Step(x_scale * x_t + drift + noise, x_0, push(state, x_0))
+            drift = choose(self._step_order(state, transition) - 1, drifts)
+            return Step(x_scale * x_t + drift + noise, x_0, state.push(x_0, current))
 
         x_first, path = state.extra
-        is_last = (state.steps_left == 1) if self.lower_order_final else (t == 0)  # the last step is its own group
+        # The last step is its own group.
+        is_last = (state.steps_left == 1) if self.lower_order_final else _ends(transition)
         position = jnp.where(is_last, 0, state.steps_taken % order)
         x_first, path = jnp.where(position == 0, x_t, x_first), x_scale * jnp.where(position == 0, 0.0, path) + noise
 
         def from_first(n):
-            nodes = _levels(schedule, t, x_t, n)[::-1]
-            h = target.lam - nodes[0].lam
-            x_scale = target.sigma / nodes[0].sigma * jnp.exp(-(self._rate - 1) * h)
-            return x_scale * x_first + self._integral(nodes[0], target, values[:n][::-1], nodes)
+            *_, first = in_order = nodes[:n]
+            h = target.lam - first.lam
+            x_scale = target.sigma / first.sigma * jnp.exp(-(self._rate - 1) * h)
+            return x_scale * x_first + self._integral(first, target, values[:n][::-1], in_order[::-1])
 
         x_prev = choose(position, [from_first(n) for n in range(1, order + 1)]) + path
-        return Step(x_prev, x_0, push(state, x_0, (x_first, path)))
+        return Step(x_prev, x_0, state.push(x_0, current, (x_first, path)))
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         extra = (x_T, jnp.zeros_like(x_T)) if self.singlestep else ()
@@ -211,22 +209,20 @@ class deis(_Multistep):
     One network call per step. Order 1 is DDIM.
     """
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        at = schedule.at(t, x_t)
-        current, target = at.level, at.previous
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        current, target = transition[:2]
         h = target.lam - current.lam
-        denoised = self.denoise(schedule, denoise_fn, x_t, t)
-        values = (denoised.eps, *state.values)
+        x_0, eps, *_ = denoiser(x_t, transition)
+        values, nodes = (eps, *state.values), (current, *state.levels)
         first = jnp.expm1(h) - h  # int_0^h e^{h - u} u du; with u^2 / 2 for u: first - h^2 / 2
 
         def higher_order_terms(n):
-            slope, curve = _slopes(values[:n], _gaps(_levels(schedule, t, x_t, n)))
+            slope, curve = _slopes(values[:n], _gaps(nodes[:n]))
             return target.sigma * (first * slope + (first - h**2 / 2) * curve)
 
         changes = [jnp.zeros_like(x_t), *(higher_order_terms(n) for n in range(2, self.order + 1))]
-        change = choose(self._step_order(state, t) - 1, changes)
-        x_prev = target.alpha * denoised.x_0 + target.sigma * denoised.eps - change
-        return Step(x_prev, denoised.x_0, push(state, denoised.eps))
+        change = choose(self._step_order(state, transition) - 1, changes)
+        return Step(target.alpha * x_0 + target.sigma * eps - change, x_0, state.push(eps, current))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,18 +247,22 @@ class unipc(_Multistep):
     def stability(self) -> Stability:
         return Stability(self.order, limit=0.3 if self.order > 1 else None)
 
-    def _update(self, p, corrector, current, target, nodes, x, values, new):
-        """x at `target` from p values, and the value at `target` for the corrector (UniPC eq. 3, with h -> -h for x_0)."""
+    def _move(self, x, nodes, target, values, value_at_target=None):
+        """Moves x from nodes[0] to `target` with the values at `nodes` (UniPC eq. 3, with h -> -h for x_0).
+
+        value_at_target: makes the move a corrector's.
+        """
+        current = nodes[0]
         h = current.lam - target.lam
         h = jnp.where(h == 0, -1.0, h)  # before the first step, whose corrected x is unused
         zeroth = jnp.expm1(h)
         scale = h if self.variant == "bh1" else zeroth
-        positions = [gap / h for gap in itertools.accumulate(_gaps(nodes[:p]))]
-        differences = [(value - values[0]) / position for value, position in zip(values[1:p], positions, strict=True)]
-        if corrector:
-            differences, positions = [*differences, new - values[0]], [*positions, 1.0]
+        positions = [gap / h for gap in itertools.accumulate(_gaps(nodes))]
+        differences = [(value - values[0]) / position for value, position in zip(values[1:], positions, strict=True)]
+        if value_at_target is not None:
+            differences, positions = [*differences, value_at_target - values[0]], [*positions, 1.0]
         unknowns = len(positions)
-        change = 0.0
+        change: Any = 0.0
         if unknowns == 1:
             change = 0.5 * differences[0]  # the limit of the system below, as in the authors' code
         elif unknowns:
@@ -275,26 +275,18 @@ class unipc(_Multistep):
             change = sum(weight * difference for weight, difference in zip(weights, differences, strict=True))
         return target.sigma / current.sigma * x - target.alpha * (zeroth * values[0] + scale * change)
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        order, (last_x, last_order) = self.order, state.extra
-        nodes, target = _levels(schedule, t, x_t, order + 1), schedule.at(t, x_t).previous
-        current = nodes[0]
-        x_0 = self.denoise(schedule, denoise_fn, x_t, t).x_0
-
-        def correct(p):
-            return self._update(p, True, nodes[1], current, nodes[1:], last_x, state.values, x_0)
-
-        corrected = choose(last_order, [x_t, *map(correct, range(1, order + 1))])
-        step_order = self._step_order(state, t)
-        values = (x_0, *state.values)
-
-        def predict(p):
-            return self._update(p, False, current, target, nodes, corrected, values, None)
-
-        x_prev = choose(step_order - 1, [*map(predict, range(1, order + 1))])
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        current, target = transition[:2]
+        orders, (last_x, last_order) = range(1, self.order + 1), state.extra
+        x_0 = denoiser(x_t, transition).x_0
+        corrections = [self._move(last_x, state.levels[:p], current, state.values[:p], x_0) for p in orders]
+        corrected = choose(last_order, [x_t, *corrections])
+        values, nodes = (x_0, *state.values), (current, *state.levels)
+        step_order = self._step_order(state, transition)
+        x_prev = choose(step_order - 1, [self._move(corrected, nodes[:p], target, values[:p]) for p in orders])
         # A step from pure noise is infinitely long in lambda, so it has no corrector.
-        corrector_order = jnp.where(current.alpha > 0, step_order, 0)
-        return Step(x_prev, x_0, push(state, x_0, (corrected, corrector_order)))
+        corrector_order = jnp.where(jnp.all(current.alpha > 0), step_order, 0)
+        return Step(x_prev, x_0, state.push(x_0, current, (corrected, corrector_order)))
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         # One value more than a predictor needs, because the corrector starts from the previous step.
@@ -307,12 +299,11 @@ class heun(Sampler):
 
     Two network calls per step, and one in the last step; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method
     fails if sigma falls by many octaves in one step, as in the first steps of a cosine schedule: respace with "karras" or
-    "log_snr".
+    "log_snr". Not for the prediction x_prev.
 
     churn: S_churn; above 0, each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
       1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the path, with fresh noise scaled by
       S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
-    prediction, variance, clip: as `Sampler`; with churn not "x_prev".
     Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
     """
 
@@ -328,7 +319,7 @@ class heun(Sampler):
             raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
         low, high = map(float, self.churn_range)
         if not low <= high:
-            raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range!r}")
+            raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range}")
         object.__setattr__(self, "churn_range", (low, high))
 
     @property
@@ -336,42 +327,32 @@ class heun(Sampler):
         return bool(self.churn > 0)
 
     @property
-    def calls_between_steps(self) -> bool:
-        return bool(self.churn > 0)
-
-    @property
     def stability(self) -> Stability:
         return Stability(order=2, along_eps=True, limit=0.5)
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        return self._step(t > 0, key, schedule, denoise_fn, x_t, t, state)
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> Float[Array, ""]:
+        """Returns the factor by which churn multiplies sigma."""
+        return jnp.asarray(1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1), x_T.dtype)
 
-    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        last = int(final_step)
-        return [(functools.partial(self._step, True), num_steps - last), (functools.partial(self._step, False), last)]
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        x_t, level = self._add_churn(key, x_t, transition, state) if self.churn else (x_t, transition.level)
+        target, denoised = transition.target, denoiser(x_t, level)
+        euler = ddim_step(denoised, denoised.eps, level, target)
 
-    def _step(self, corrected: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        """Takes a step with a second network call, or Euler's step."""
-        at = schedule.at(t, x_t)
-        current, target = at.level, at.previous
-        if self.churn:
-            x_t, current, time = self._add_churn(key, schedule, x_t, current, at.time)
-            denoised = self.denoise_between_steps(schedule, denoise_fn, x_t, current, time)
-        else:
-            denoised = self.denoise(schedule, denoise_fn, x_t, t)
-        euler = ddim_step(denoised, denoised.eps, current, target)
+        def corrected():
+            eps = (denoised.eps + denoiser(euler, target).eps) / 2
+            return jnp.where(target.sigma > 0, ddim_step(denoised, eps, level, target), euler)
 
-        def heun():
-            endpoint = self.denoise(schedule, denoise_fn, euler, t - 1)
-            return ddim_step(denoised, (denoised.eps + endpoint.eps) / 2, current, target)
+        # The branch saves the last step's second call. A loop of its own for that step would compile the network once more.
+        x_prev = jax.lax.cond(jnp.any(target.sigma > 0), corrected, lambda: euler)
+        return Step(x_prev, denoised.x_0, state)
 
-        return Step(_cond(corrected, heun, lambda: euler), denoised.x_0)
-
-    def _add_churn(self, key, schedule, x_t, current: NoiseLevel, time):
-        """Returns x_t with fresh noise, its noise level and its network time; all unchanged where no noise is added."""
-        factor = 1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1)
-        lowest = schedule.log_snr(jnp.asarray(schedule.path.interval[1], x_t.dtype))
-        raised = NoiseLevel.at_log_snr(jnp.maximum(current.log_snr - 2 * math.log(factor), lowest))
+    def _add_churn(self, key, x_t, transition, factor) -> tuple[Batch, NoiseLevel]:
+        """Returns x_t with fresh noise, and its noise level; both unchanged where no noise is added."""
+        current, path = transition.level, transition.path
+        lowest = path.log_snr(jnp.asarray(path.interval[1], x_t.dtype))
+        log_snr = jnp.maximum(current.log_snr - 2 * jnp.log(factor), lowest)
+        raised = path.at_log_snr(log_snr.reshape(current.time.shape), x_t)
         sigma = jnp.exp(-current.log_snr / 2)
         inside = (self.churn_range[0] <= sigma) & (sigma <= self.churn_range[1])
         is_raised = inside & (current.alpha > 0) & (raised.log_snr < current.log_snr)
@@ -379,9 +360,7 @@ class heun(Sampler):
         # alpha' sqrt((sigma'/alpha')^2 - (sigma/alpha)^2)
         added = raised.sigma * jnp.sqrt(-jnp.expm1(jnp.minimum(raised.log_snr - current.log_snr, 0.0)))
         noisier = kept * x_t + self.churn_noise * added * normal(key, x_t)
-        pairs = ((noisier, x_t), *zip(raised, current, strict=True), (schedule.time_at_log_snr(raised.log_snr), time))
-        x_t, *level, time = (jnp.where(is_raised, new, old) for new, old in pairs)
-        return x_t, NoiseLevel(*level), time
+        return jnp.where(is_raised, noisier, x_t), raised.where(is_raised, current)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -389,91 +368,52 @@ class pndm(Sampler):
     """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, weighted 55/24, -59/24, 37/24, -9/24 (F-PNDM).
 
     Second order for steps that are uniform in network time ("leading", "linspace"); like `heun`, PNDM fails on steps over
-    many octaves of sigma.
+    many octaves of sigma. Not for the prediction x_prev.
 
     runge_kutta: the first three steps have four network calls each, two calls at the midpoint; False starts with the lower
       orders instead, with one call per step and two calls in the first step (PLMS).
-    prediction, variance, clip: as `Sampler`; not "x_prev" with `runge_kutta`.
     """
 
     runge_kutta: bool = True
 
     @property
-    def calls_between_steps(self) -> bool:
-        return self.runge_kutta
-
-    @property
     def stability(self) -> Stability:
         return Stability(order=4, along_eps=True, limit=0.5)
-
-    def step(self, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        starting = (t > 0) & (state.steps_taken < self._num_starting)
-        return self._step(starting, key, schedule, denoise_fn, x_t, t, state)
-
-    def loops(self, num_steps: int, final_step: bool) -> Sequence[tuple[StepFn, int]]:
-        starting = min(self._num_starting, num_steps - final_step)
-        return [
-            (functools.partial(self._step, True), starting),
-            (functools.partial(self._step, False), num_steps - starting),
-        ]
-
-    @property
-    def _num_starting(self) -> int:
-        """The number of first steps with extra network calls."""
-        return 3 if self.runge_kutta else 1
-
-    def _step(self, starting: bool | jax.Array, key, schedule, denoise_fn, x_t, t, state) -> Step:
-        """Takes a step with extra network calls, or along a mean of the last eps."""
-        at = schedule.at(t, x_t)
-        current, target = at.level, at.previous
-        denoised = self.denoise(schedule, denoise_fn, x_t, t)
-        e_1, values = denoised.eps, state.values
-
-        def eps_at_end(eps):
-            """eps at the end of the step along `eps`."""
-            x = ddim_step(denoised, eps, current, target)
-            return self.denoise(schedule, denoise_fn, x, t - 1).eps
-
-        def two_calls():
-            return (e_1 + eps_at_end(e_1)) / 2
-
-        def four_calls():
-            times = jnp.asarray(cast_table(schedule.timesteps, x_t.dtype))
-            midpoint = NoiseLevel.at_log_snr(schedule.log_snr((times[t] + times[t - 1]) / 2))
-
-            def eps_at_midpoint(eps):
-                x = ddim_step(denoised, eps, current, midpoint)
-                return self.denoise_between_steps(schedule, denoise_fn, x, midpoint).eps
-
-            e_2 = eps_at_midpoint(e_1)
-            e_3 = eps_at_midpoint(e_2)
-            return (e_1 + 2 * e_2 + 2 * e_3 + eps_at_end(e_3)) / 6
-
-        def mean():
-            means = [
-                e_1,  # also in the last step, to x_0, which is DDIM's
-                (3 * e_1 - values[0]) / 2,
-                (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
-                (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
-            ]
-            return choose(jnp.where(t > 0, jnp.minimum(state.steps_taken, 3), 0), means)
-
-        eps = _cond(starting, four_calls if self.runge_kutta else two_calls, mean)
-        return Step(ddim_step(denoised, eps, current, target), denoised.x_0, push(state, e_1))
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         return empty_history(x_T, num_steps, 3)
 
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        current, target = transition[:2]
+        denoised = denoiser(x_t, current)
+        e_1, values = denoised.eps, state.values
 
-def plms(*, prediction: str = "eps", variance: str = "fixed_large", clip: Clip = True) -> Sampler:
+        def eps_at(level, eps):
+            """eps at another noise level, after DDIM's step along `eps`."""
+            return denoiser(ddim_step(denoised, eps, current, level), level).eps
+
+        def start():
+            if not self.runge_kutta:
+                return (e_1 + eps_at(target, e_1)) / 2
+            midpoint = transition.path.at((current.time + target.time) / 2, x_t)
+            e_2 = eps_at(midpoint, e_1)
+            e_3 = eps_at(midpoint, e_2)
+            return (e_1 + 2 * e_2 + 2 * e_3 + eps_at(target, e_3)) / 6
+
+        means = [
+            e_1,  # also in the last step, to x_0, which is DDIM's
+            (3 * e_1 - values[0]) / 2,
+            (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
+            (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
+        ]
+        is_last = _ends(transition)
+        mean = choose(jnp.where(is_last, 0, jnp.minimum(state.steps_taken, 3)), means)
+        is_starting = ~is_last & (state.steps_taken < (3 if self.runge_kutta else 1))
+        # The branch, as in `heun`, saves the calls of the start in all other steps.
+        eps = jax.lax.cond(is_starting, start, lambda: mean)
+        return Step(ddim_step(denoised, eps, current, target), denoised.x_0, state.push(e_1, current))
+
+
+def plms(**options: Any) -> Sampler:
     """PLMS (Liu et al. 2022; Stable Diffusion's code): `pndm` without the Runge-Kutta steps."""
-    return pndm(runge_kutta=False, prediction=prediction, variance=variance, clip=clip)
-
-
-def _cond(
-    predicate: bool | jax.Array, if_true: Callable[[], jax.Array], if_false: Callable[[], jax.Array]
-) -> jax.Array:
-    """`lax.cond`; a Python bool chooses the branch while the program is traced."""
-    if isinstance(predicate, bool):
-        return if_true() if predicate else if_false()
-    return jax.lax.cond(predicate, if_true, if_false)
+    return pndm(runge_kutta=False, **options)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffusion_jax.denoiser import Denoiser, as_denoiser
 from diffusion_jax.sampling.driver import Sampler, Stability, check_sampler
 from diffusion_jax.schedules import Schedule, respace
 from diffusion_jax.schedules.respacing import DATA_STD
+from diffusion_jax.types import DenoiseFn
 
 __all__ = ["default_spacing", "find_blur", "find_error_growth", "find_problem"]
 
@@ -24,7 +26,7 @@ _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained
 _EXTRAPOLATION = {1: 1.0, 2: 1.7, 3: 2.4, 4: 3.7}
 
 
-def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
+def default_spacing(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn) -> str:
     """Returns the spacing for `schedules.respace` that suits a sampler: "log_snr" if it steps along eps, else "trailing".
 
     Also "log_snr" if network errors would grow on 50 steps of "trailing" (`find_error_growth`). Always "trailing" if
@@ -34,11 +36,11 @@ def default_spacing(sampler: Sampler, schedule: Schedule) -> str:
     check_sampler(sampler)
     if schedule.zero_terminal_snr:
         return "trailing"
-    stability = _innermost(sampler).stability
+    stability = sampler.stability
     if stability is not None and stability.along_eps:
         return "log_snr"
     fifty = respace(schedule, min(50, schedule.num_timesteps), "trailing")
-    return "log_snr" if find_error_growth(sampler, fifty) else "trailing"
+    return "log_snr" if find_error_growth(sampler, fifty, denoiser) else "trailing"
 
 
 def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
@@ -48,7 +50,7 @@ def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
-    stability, sigma = _innermost(sampler).stability, _noise_levels(schedule)
+    stability, sigma = sampler.stability, _noise_levels(schedule)
     if stability is None or stability.limit is None or len(sigma) < 2:
         return None
     errors = _step_errors(stability, sigma)
@@ -62,34 +64,35 @@ def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
     )
 
 
-def find_error_growth(sampler: Sampler, schedule: Schedule) -> str | None:
+def find_error_growth(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn) -> str | None:
     """Returns why errors of a trained network spoil the samples, or None.
 
-    An error d in the predicted eps or score gives x_0 the error d sigma / alpha. Without a clip, a step that divides a large
-    sigma / alpha by a large factor moves most of this error into x, and the last step moves all the error.
+    An error d in the predicted eps gives x_0 the error d sigma / alpha, and in the score d sigma^2 / alpha. Without a clip, a
+    step that divides a large sigma / alpha by a large factor moves most of this error into x, and the last step moves all the
+    error.
 
     The result is exact for ddpm, ddim and order 1, for data with standard deviation 1 and a network that is exact except for
-    independent errors of 0.05 in eps where sigma > alpha. Samplers with order n >= 2 extrapolate; their errors are estimated
-    as the order-1 errors times a factor: 1.7 for order 2 and heun, 2.4 for order 3, 3.7 for pndm. The estimate is rough with
-    fewer than about 10 steps, and with sde.
+    independent errors of 0.05 in its output where sigma > alpha. Samplers with order n >= 2 extrapolate; their errors are
+    estimated as the order-1 errors times a factor: 1.7 for order 2 and heun, 2.4 for order 3, 3.7 for pndm. The estimate is
+    rough with fewer than about 10 steps, and with sde.
 
-    schedule: respaced, not traced. Samplers without `Sampler.stability` give None.
+    schedule: respaced, not traced. denoiser: as `sample`. Samplers without `Sampler.stability` give None.
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
-    sampler = _innermost(sampler)
+    denoiser = as_denoiser(denoiser)
     stability, sigma = sampler.stability, _noise_levels(schedule)
     if stability is None or not sigma.size:
         return None
-    if callable(sampler.clip) or sampler.clip or sampler.prediction not in ("eps", "score"):
+    if denoiser.clip or denoiser.prediction not in ("eps", "score"):
         return None
     factor = _EXTRAPOLATION[stability.order]
-    error = _error_of_samples(stability.eta, sigma)
+    error = _error_of_samples(stability.eta, sigma, denoiser.prediction)
     if factor * error <= 0.5:
         return None
     extrapolated = "; its extrapolation may enlarge them" if factor > 1 else ""
     return (
-        f"nothing clips x_0: if a network's {sampler.prediction} has errors of {_NETWORK_ERROR:g}, these steps give "
+        f"nothing clips x_0: if a network's {denoiser.prediction} has errors of {_NETWORK_ERROR:g}, these steps give "
         f"sample errors of {error:.2g} times the data's standard deviation{extrapolated}"
     )
 
@@ -117,14 +120,7 @@ def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
     )
 
 
-def _innermost(sampler: Sampler) -> Sampler:
-    """Returns the sampler that takes the steps, inside any samplers with a field `sampler`."""
-    while isinstance(inner := getattr(sampler, "sampler", None), Sampler):
-        sampler = inner
-    return sampler
-
-
-def _error_of_samples(eta: float, sigma: np.ndarray) -> float:
+def _error_of_samples(eta: float, sigma: np.ndarray, prediction: str) -> float:
     """The standard deviation that the network's error causes in samples of N(0, 1), drawn by DDIM steps with this eta.
 
     In y = x / alpha, the exact x_0 is y / (1 + sigma^2) and the exact eps is sigma y / (1 + sigma^2).
@@ -134,6 +130,8 @@ def _error_of_samples(eta: float, sigma: np.ndarray) -> float:
     kept = (1 + high * eps_scale) / (1 + high**2)
     kept_later = np.append(np.cumprod(kept[:0:-1])[::-1], 1.0)
     errors = np.where(high > 1, _NETWORK_ERROR * (high - eps_scale), 0.0)
+    if prediction == "score":  # eps = -sigma score
+        errors = errors * high / np.hypot(1, high)
     return float(np.linalg.norm(errors * kept_later))
 
 

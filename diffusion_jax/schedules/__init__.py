@@ -7,16 +7,16 @@ the same `alpha_bar` at these steps.
 A `Path` is the noise level at every network time, without steps; `from_path` makes a `Schedule` from levels on a path.
 
 The index and the network time are distinct. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables.
-The network time (float, in the unit of training) is `schedule.timesteps[t]`, the only time that a `denoise_fn` receives.
-`at = schedule.at(t, x)` has the values at index t in a shape that multiplies x: at.alpha * x_0 + at.sigma * eps is x_t.
+The network time (float, in the unit of training) is `schedule.timesteps[t]`, the only time that a network receives.
+`level = schedule.at(t, x)` is the noise level at index t in a shape that multiplies x: level.alpha * x_0 + level.sigma * eps
+is x_t. `schedule.transition(t, x)` is the step from there to x_{t-1}.
 """
 
+from diffusion_jax.schedules.levels import NoiseLevel, Transition
 from diffusion_jax.schedules.paths import (
     PATHS,
-    NoiseLevel,
     Path,
     cast_table,
-    check_chain,
     edm,
     path,
     rectified_flow,
@@ -28,7 +28,6 @@ from diffusion_jax.schedules.respacing import SPACINGS, respace
 from diffusion_jax.schedules.schedule import (
     SCHEDULES,
     Schedule,
-    ScheduleStep,
     betas,
     from_betas,
     from_path,
@@ -42,10 +41,9 @@ __all__ = [
     "NoiseLevel",
     "Path",
     "Schedule",
-    "ScheduleStep",
+    "Transition",
     "betas",
     "cast_table",
-    "check_chain",
     "edm",
     "from_betas",
     "from_path",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +24,12 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Float64, Num, Shaped
 
+from diffusion_jax.schedules.levels import NoiseLevel, Transition
+
 __all__ = [
     "PATHS",
-    "NoiseLevel",
     "Path",
     "cast_table",
-    "check_chain",
     "edm",
     "path",
     "rectified_flow",
@@ -38,29 +37,6 @@ __all__ = [
     "vp_cosine",
     "vp_linear",
 ]
-
-
-class NoiseLevel(NamedTuple):
-    """The noise level of x_t = alpha x_0 + sigma eps: alpha, sigma, and the log SNR, log(alpha^2 / sigma^2)."""
-
-    alpha: Float[Array, "..."]
-    sigma: Float[Array, "..."]
-    log_snr: Float[Array, "..."]
-
-    @property
-    def lam(self) -> Float[Array, "..."]:
-        """lambda = log(alpha / sigma), half the log SNR."""
-        return self.log_snr / 2
-
-    @property
-    def snr(self) -> Float[Array, "..."]:
-        """alpha^2 / sigma^2."""
-        return jnp.exp(self.log_snr)
-
-    @classmethod
-    def at_log_snr(cls, log_snr: Float[Array, "..."]) -> NoiseLevel:
-        """Returns the level at any log SNR."""
-        return cls(jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), log_snr)
 
 
 class Path:
@@ -111,7 +87,24 @@ class Path:
             raise ValueError(
                 f"the time on a path must be float, a network time; got {time.dtype}, which is an index of a schedule"
             )
-        return NoiseLevel.at_log_snr(self._log_snr(time.astype(dtype), jnp).reshape(shape))
+        time = time.astype(dtype)
+        return NoiseLevel.at_log_snr(self._log_snr(time, jnp).reshape(shape), time)
+
+    def at_log_snr(self, log_snr: Num[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> NoiseLevel:
+        """Returns the noise level at log SNRs, as `at`, with the network time."""
+        shape, dtype = row_shape("log_snr", log_snr, like)
+        log_snr = jnp.asarray(log_snr, dtype)
+        return NoiseLevel.at_log_snr(log_snr.reshape(shape), self._time(log_snr, jnp))
+
+    def transition(self, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> Transition:
+        """Raises ValueError, because a path has no steps."""
+        raise ValueError("a path has no steps; make the steps of a chain with schedules.from_path(path, times)")
+
+    @property
+    def num_timesteps(self) -> int:
+        """Raises ValueError, as `transition`."""
+        self.transition(0, 0.0)
+        raise AssertionError
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -423,11 +416,3 @@ PATHS: dict[str, Callable[..., Path]] = {
     "edm": edm,
     "rectified_flow": rectified_flow,
 }
-
-
-def check_chain(schedule: object, name: str) -> None:
-    """Raises ValueError if `schedule` is a path, because `name` is defined only at a schedule's steps."""
-    if isinstance(schedule, Path):
-        raise ValueError(
-            f"{name} needs the steps of a schedule, and a path has no steps; use schedules.from_path(path, times)"
-        )

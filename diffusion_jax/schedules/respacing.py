@@ -215,7 +215,9 @@ def respace(
     if isinstance(schedule.path, Interpolated):
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
         return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)
-    noise = schedule.sqrt_one_minus_alpha_bar[indices] ** 2  # 1 - alpha_bar has no digits where a path is almost clean
+    noise = (
+        np.asarray(schedule.transitions.level.sigma)[indices] ** 2
+    )  # 1 - alpha_bar has no digits where a path is almost clean
     with np.errstate(divide="ignore"):  # the logarithm of 0 in pure noise
         betas = -np.expm1(np.diff(np.log1p(-noise), prepend=0.0))
     return from_tables(alpha_bar, noise, betas, timesteps, schedule.path)

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Float64, Integer, Num, Shaped
+from jaxtyping import Array, ArrayLike, Float, Float64, Num, Shaped
 
-from diffusion_jax.schedules.paths import Interpolated, NoiseLevel, Path, cast_table, row_shape
+from diffusion_jax.schedules.levels import NoiseLevel, Transition
+from diffusion_jax.schedules.paths import Interpolated, Path, cast_table, row_shape
 
 __all__ = [
     "SCHEDULES",
     "Schedule",
-    "ScheduleStep",
     "betas",
     "from_betas",
     "from_path",
@@ -105,23 +105,15 @@ def betas(
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """All tables of a noise schedule; build it with `from_betas` or `respace`.
+    """The steps of a chain; build it with `from_betas`, `from_path` or `respace`.
 
-    A pytree whose leaves are float64 NumPy arrays [T]; functions of traced arrays cast them to the arrays' dtype. Index t
-    runs from 0 (the papers' t = 1) to T - 1. With alpha_t = 1 - beta_t:
+    A pytree whose leaves are float64 NumPy arrays [T]; `at` and `transition` read them, in the dtype of the arrays that they
+    meet. Index t runs from 0 (the papers' t = 1) to T - 1.
 
-    timesteps: the network time at each index.
-    betas: beta_t, the variance of q(x_t | x_{t-1}).
-    alpha_bar, alpha_bar_prev: prod_{s<=t} alpha_s, and the value one step earlier (1 at index 0).
-    sqrt_alpha_bar, sqrt_one_minus_alpha_bar: mean factor and standard deviation of q(x_t | x_0), DDPM eq. 4.
-    sqrt_one_minus_alpha_bar_prev: the value one step earlier (0 at index 0); 1 - alpha_bar_prev would cancel in float32.
-    snr: alpha_bar / (1 - alpha_bar).
-    posterior_variance: beta-tilde_t in DDPM eq. 7; 0 at index 0.
-    posterior_log_variance: the log of posterior_variance; at index 0, instead of log 0, the log of the decoder's variance.
-    posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde_t = c_0 x_0 + c_t x_t, DDPM eq. 7.
-    fixed_large_variance: beta_t, and at index 0 the decoder's variance.
+    transitions: the steps from x_t to x_{t-1}, as tables.
+    alpha_bar: the product of 1 - beta up to t.
     path: the noise level at any network time, unchanged by respacing.
     zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so close to 0
       that its square root is 0 in float32.
@@ -132,26 +124,30 @@ class Schedule:
     variance of x_0 given x_1 for any smooth distribution of x_0 that is much wider.
     """
 
-    timesteps: Float64[np.ndarray, "T"]
-    betas: Float64[np.ndarray, "T"]
+    transitions: Transition
     alpha_bar: Float64[np.ndarray, "T"]
-    alpha_bar_prev: Float64[np.ndarray, "T"]
-    sqrt_alpha_bar: Float64[np.ndarray, "T"]
-    sqrt_one_minus_alpha_bar: Float64[np.ndarray, "T"]
-    sqrt_one_minus_alpha_bar_prev: Float64[np.ndarray, "T"]
-    snr: Float64[np.ndarray, "T"]
-    posterior_variance: Float64[np.ndarray, "T"]
-    posterior_log_variance: Float64[np.ndarray, "T"]
-    posterior_mean_coef_x_0: Float64[np.ndarray, "T"]
-    posterior_mean_coef_x_t: Float64[np.ndarray, "T"]
-    fixed_large_variance: Float64[np.ndarray, "T"]
     path: Path
     zero_terminal_snr: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def num_timesteps(self) -> int:
         """T, the number of steps in this schedule, also after respacing."""
-        return self.betas.shape[0]
+        return self.alpha_bar.shape[0]
+
+    @property
+    def timesteps(self) -> Any:
+        """The network time at each index."""
+        return self.transitions.level.time
+
+    @property
+    def betas(self) -> Any:
+        """beta_t, the variance of q(x_t | x_{t-1}), DDPM eq. 2."""
+        return self.transitions.beta
+
+    @property
+    def snr(self) -> Any:
+        """alpha_bar / (1 - alpha_bar)."""
+        return self.alpha_bar / self.transitions.level.sigma**2
 
     def __repr__(self) -> str:
         """One line: the number of steps and the ends of two tables, or the shape of traced or stacked tables."""
@@ -164,18 +160,35 @@ class Schedule:
             f"alpha_bar {high:.6g} ... {low:.6g})"
         )
 
-    def at(self, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> ScheduleStep:
-        """Returns the table values at index t, one per row or one for all rows, in a shape that multiplies `like`.
+    def at(self, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> NoiseLevel:
+        """Returns the noise level at index t, one for each row or one for all rows, in a shape that multiplies `like`.
 
-        Their shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. Their dtype is the dtype of a float
+            level = schedule.at(t, x_0)
+            x_t = level.alpha * x_0 + level.sigma * eps          # DDPM eq. 4
+
+        The shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. The dtype is the dtype of a float
         `like`, at least float32; for an int `like`, it is float32, or float64 under x64. NaN where t lies outside
         0 ... T - 1. Raises: ValueError for a t that is not int, or whose shape is not the start of `like`'s shape.
         """
+        return self._read(self.transitions.level, t, like)
+
+    def transition(self, t: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> Transition:
+        """Returns the step from x_t to x_{t-1}; arguments, shapes and errors as `at`."""
+        return self._read(self.transitions, t, like)._replace(path=self.path)
+
+    def _read(self, tables, t, like):
         t = jnp.asarray(t)
         if not jnp.issubdtype(t.dtype, jnp.integer):
             raise ValueError(f"t must be int, an index of the schedule; got {t.dtype}")
         shape, dtype = row_shape("t", t, like)
-        return ScheduleStep(self, t, dtype, shape)
+
+        def read(path, table):
+            table = jnp.asarray(cast_table(table, dtype))
+            values = table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+            is_time = path[-1].name == "time"  # which has t's shape
+            return values if is_time or shape == values.shape else values.reshape(shape)
+
+        return jax.tree_util.tree_map_with_path(read, tables)
 
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """Returns log(alpha_bar / (1 - alpha_bar)) at any network time, as `Path.log_snr`; equals log(snr) at `timesteps`.
@@ -189,80 +202,11 @@ class Schedule:
         return self.path.time_at_log_snr(log_snr)
 
 
-class _Table:
-    """An attribute of `ScheduleStep`: one schedule table, read where the attribute is used."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __get__(self, step: ScheduleStep, owner: type) -> jax.Array:
-        return step.read(getattr(step.schedule, self._name))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScheduleStep:
-    """The step from x_t to x_{t-1} at index t, as `schedule.at(t, x)` returns it.
-
-    Each attribute reads its table on use, so that no other table enters a program. With at = schedule.at(t, x):
-
-        x_t = at.alpha * x_0 + at.sigma * eps          # DDPM eq. 4
-
-    time: the network time, in t's shape. beta, alpha_bar, snr: as the tables of `Schedule`.
-    alpha, sigma: sqrt(alpha_bar) and sqrt(1 - alpha_bar).
-    alpha_bar_prev, alpha_prev, sigma_prev: the values one step earlier; 1, 1 and 0 at index 0.
-    posterior_variance, posterior_log_variance, posterior_mean_coef_x_0, posterior_mean_coef_x_t, fixed_large_variance: as the
-      tables of `Schedule`.
-    """
-
-    schedule: Schedule
-    t: Integer[Array, "..."]
-    dtype: Any
-    shape: tuple[int, ...]  # the values' shape: t's shape, then axes of size 1
-
-    beta = _Table("betas")
-    alpha_bar = _Table("alpha_bar")
-    alpha = _Table("sqrt_alpha_bar")
-    sigma = _Table("sqrt_one_minus_alpha_bar")
-    snr = _Table("snr")
-    alpha_bar_prev = _Table("alpha_bar_prev")
-    sigma_prev = _Table("sqrt_one_minus_alpha_bar_prev")
-    posterior_variance = _Table("posterior_variance")
-    posterior_log_variance = _Table("posterior_log_variance")
-    posterior_mean_coef_x_0 = _Table("posterior_mean_coef_x_0")
-    posterior_mean_coef_x_t = _Table("posterior_mean_coef_x_t")
-    fixed_large_variance = _Table("fixed_large_variance")
-
-    def read(self, table: Float[ArrayLike, "T"]) -> Float[Array, "..."]:
-        """Reads any table with a value per index, such as custom weights, at index t."""
-        values = self._gather(table)
-        return values.reshape(self.shape) if self.shape != values.shape else values
-
-    @property
-    def time(self) -> Float[Array, "..."]:
-        return self._gather(self.schedule.timesteps)
-
-    @property
-    def alpha_prev(self) -> Float[Array, "..."]:
-        return jnp.sqrt(self.alpha_bar_prev)
-
-    @property
-    def level(self) -> NoiseLevel:
-        """The noise level that the step starts from."""
-        return _noise_level(self.alpha, self.sigma)
-
-    @property
-    def previous(self) -> NoiseLevel:
-        """The noise level that the step ends at: no noise for index 0."""
-        return _noise_level(self.alpha_prev, self.sigma_prev)
-
-    def _gather(self, table) -> jax.Array:
-        table = jnp.asarray(cast_table(table, self.dtype))
-        return table.at[self.t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-def _noise_level(alpha: jax.Array, sigma: jax.Array) -> NoiseLevel:
+def _noise_levels(alpha_bar: np.ndarray, one_minus_alpha_bar: np.ndarray, time: np.ndarray) -> NoiseLevel:
+    alpha, sigma = np.sqrt(alpha_bar), np.sqrt(one_minus_alpha_bar)
     # log(1e-22) is about -50, and 1 + exp(-50) == 1 even in float64: a finite value for "no noise" and for "pure noise".
-    return NoiseLevel(alpha, sigma, 2 * (jnp.log(jnp.maximum(alpha, 1e-22)) - jnp.log(jnp.maximum(sigma, 1e-22))))
+    log_snr = 2 * (np.log(np.maximum(alpha, 1e-22)) - np.log(np.maximum(sigma, 1e-22)))
+    return NoiseLevel(alpha, sigma, log_snr, time)  # pyright: ignore[reportArgumentType]
 
 
 def from_tables(
@@ -276,30 +220,24 @@ def from_tables(
 
     one_minus_alpha_bar is an argument because 1 - alpha_bar loses digits where alpha_bar is near 1.
     """
-    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-    one_minus_alpha_bar_prev = np.append(0.0, one_minus_alpha_bar[:-1])
-    posterior_variance = betas * one_minus_alpha_bar_prev / one_minus_alpha_bar
+    before = np.append(1.0, alpha_bar[:-1]), np.append(0.0, one_minus_alpha_bar[:-1])
+    posterior_variance = betas * before[1] / one_minus_alpha_bar
     if isinstance(path, Interpolated):
         decoder_variance = posterior_variance[1] if len(betas) > 1 else betas[0]
     else:
         decoder_variance = one_minus_alpha_bar[0] / alpha_bar[0] if alpha_bar[0] > 0 else betas[0]
-    return Schedule(
-        timesteps=timesteps,
-        betas=betas,
-        alpha_bar=alpha_bar,
-        alpha_bar_prev=alpha_bar_prev,
-        sqrt_alpha_bar=np.sqrt(alpha_bar),
-        sqrt_one_minus_alpha_bar=np.sqrt(one_minus_alpha_bar),
-        sqrt_one_minus_alpha_bar_prev=np.sqrt(one_minus_alpha_bar_prev),
-        snr=alpha_bar / one_minus_alpha_bar,
-        posterior_variance=posterior_variance,
-        posterior_log_variance=np.log(np.append(decoder_variance, posterior_variance[1:])),
-        posterior_mean_coef_x_0=betas * np.sqrt(alpha_bar_prev) / one_minus_alpha_bar,
-        posterior_mean_coef_x_t=np.sqrt(1 - betas) * one_minus_alpha_bar_prev / one_minus_alpha_bar,
-        fixed_large_variance=np.append(decoder_variance, betas[1:]),
-        path=path,
-        zero_terminal_snr=bool(np.sqrt(alpha_bar[-1]) < np.finfo(np.float32).tiny),
-    )
+    tables: dict[str, Any] = {
+        "level": _noise_levels(alpha_bar, one_minus_alpha_bar, timesteps),
+        "target": _noise_levels(*before, np.append(timesteps[:1], timesteps[:-1])),
+        "beta": betas,
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance": np.log(np.append(decoder_variance, posterior_variance[1:])),
+        "posterior_mean_coef_x_0": betas * np.sqrt(before[0]) / one_minus_alpha_bar,
+        "posterior_mean_coef_x_t": np.sqrt(1 - betas) * before[1] / one_minus_alpha_bar,
+        "fixed_large_variance": np.append(decoder_variance, betas[1:]),
+    }
+    is_noise = bool(np.sqrt(alpha_bar[-1]) < np.finfo(np.float32).tiny)
+    return Schedule(Transition(**tables), alpha_bar, path, is_noise)
 
 
 def from_betas(
@@ -344,7 +282,7 @@ def rescale_zero_terminal_snr(betas: Sequence[float] | Num[ArrayLike, "T"]) -> F
     sqrt(alpha_bar) is shifted so that the last value is 0, and scaled so that the first value stays. The network must predict
     v, x_0 or flow. betas: [T], T at least 2. Raises: ValueError as `from_betas`, and for one step.
     """
-    signal = from_betas(betas).sqrt_alpha_bar
+    signal = np.sqrt(from_betas(betas).alpha_bar)
     if len(signal) < 2:
         raise ValueError("a schedule of one step cannot keep its first noise level and end in pure noise")
     alpha_bar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2

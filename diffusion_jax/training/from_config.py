@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from diffusion_jax import data, models, process, schedules
+from diffusion_jax import data, models, schedules
 from diffusion_jax.config import imported_functions, is_classifier, is_continuous, resolve
+from diffusion_jax.denoiser import PREDICTIONS, VARIANCES
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.functions import find_function
@@ -91,7 +92,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
     Raises: ValueError for an unknown schedule, prediction or variance, and for values that contradict each other.
     """
-    for setting, known in (("prediction", process.PREDICTIONS), ("variance", process.VARIANCES)):
+    for setting, known in (("prediction", PREDICTIONS), ("variance", VARIANCES)):
         if config[setting] not in known:
             raise ValueError(f"diffusion.{setting}={config[setting]!r} is unknown; use {', '.join(known)}")
     schedule = _steps_of_path(config) if config["path"] else _chain(config)

@@ -17,6 +17,7 @@ import optax
 
 from diffusion_jax import coordinates, data, draws, losses, timesteps
 from diffusion_jax.config import is_continuous
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.functions import find_function
 from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
@@ -107,7 +108,7 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
         settings["weighting"] = functools.partial(
             losses.edm_weight, sigma_data=sigma_data(diffusion, is_continuous(config))
         )
-    names = set(list(inspect.signature(loss).parameters)[4:])  # after key, schedule, denoise_fn and x_0
+    names = set(list(inspect.signature(loss).parameters)[4:])  # after key, schedule, the network and x_0
     if ":" in diffusion["loss"]:
         for name, default in (("weighting", "none"), ("timestep_sampler", "uniform"), ("draw", "uniform")):
             if name not in names and diffusion[name] != default:
@@ -115,6 +116,8 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
                     f"diffusion.{name}={diffusion[name]} has no effect on {diffusion['loss']}, which has no argument {name}; "
                     f"use {default}"
                 )
+    if ":" not in diffusion["loss"]:
+        names -= {"prediction"}  # of the denoiser
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
@@ -152,15 +155,13 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     results in all other rows have no meaning. aux: the second result of the loss function. objective raises ValueError for
     a user's loss that returns something else.
     """
-    loss, options = _loss_and_options(config)
-    is_path = bool(config["diffusion"]["path"])
+    (loss, options), diffusion = _loss_and_options(config), config["diffusion"]
+    is_path, classifies = bool(diffusion["path"]), diffusion["loss"] == "classify"
     schedule_or_path = schedule.path if is_path else schedule
-    is_preconditioned = config["diffusion"]["preconditioning"] == "edm"
-    d = sigma_data(config["diffusion"], is_continuous(config))
-    classifies = config["diffusion"]["loss"] == "classify"
+    d = sigma_data(diffusion, is_continuous(config)) if diffusion["preconditioning"] == "edm" else None
     is_conditional = bool(model.num_classes) and not classifies
-    sampler_name = config["diffusion"]["timestep_sampler"]
-    low_resolution, max_noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
+    sampler_name = diffusion["timestep_sampler"]
+    low_resolution, max_noise = config["data"]["low_resolution"], diffusion["conditioning_noise"]
 
     def objective(params, history, key, examples: Examples, microbatch=_WHOLE_BATCH):
         x_0, y, condition = examples
@@ -188,11 +189,14 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
             return microbatch.put(jnp.asarray(output))
 
-        targets = (y,) if classifies else ()
-        denoise_fn = coordinates.precondition(network, schedule, d) if is_preconditioned else network
-        result = loss(key_loss, schedule_or_path, denoise_fn, x_0, *targets, **chain_options, **options)
-        if ":" in config["diffusion"]["loss"]:
-            _check_result(config["diffusion"]["loss"], result, len(x_0))
+        if classifies:
+            return loss(key_loss, schedule_or_path, network, x_0, y, **chain_options, **options)
+        if ":" not in diffusion["loss"]:
+            denoiser = Denoiser(network, diffusion["prediction"], diffusion["variance"], clip=False, sigma_data=d)
+            return loss(key_loss, schedule_or_path, denoiser, x_0, **chain_options, **options)
+        denoise_fn = network if d is None else coordinates.precondition(network, schedule, d)
+        result = loss(key_loss, schedule_or_path, denoise_fn, x_0, **chain_options, **options)
+        _check_result(diffusion["loss"], result, len(x_0))
         return result
 
     return objective

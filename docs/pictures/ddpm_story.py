@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffusion_jax import likelihood, process, sampling, schedules
+from diffusion_jax import Denoiser, likelihood, process, sampling, schedules
 from diffusion_jax.data import Digits
 from diffusion_jax.pictures.grids import to_array
 
@@ -44,8 +44,7 @@ def log_density(x, alpha_bar):
 
 def exact_eps(x_t, time):
     """Returns E[eps | x_t] of the mixture, the output of a perfect network, for x_t [B, 1]."""
-    log_snr = SCHEDULE.log_snr(time)[:, None]
-    alpha, sigma = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+    alpha, sigma, *_ = SCHEDULE.path.at(time, x_t)
     spread = alpha**2 * VARIANCES + sigma**2
     away = x_t - alpha * MEANS
     weights = jax.nn.softmax(np.log(WEIGHTS) - 0.5 * (away**2 / spread + jnp.log(spread)), axis=-1)
@@ -151,17 +150,17 @@ def bound_terms() -> Figure:
     errors = np.array(errors)
     x_0_errors = errors * (1 - SCHEDULE.alpha_bar) / SCHEDULE.alpha_bar
     # The mean of the KL over x_0 and x_t, because the KL is linear in the squared difference of the means.
-    gap = SCHEDULE.posterior_mean_coef_x_0 * np.sqrt(x_0_errors)
-    terms = likelihood.gaussian_kl(gap, SCHEDULE.posterior_log_variance, 0.0, np.log(SCHEDULE.fixed_large_variance))
+    transitions = SCHEDULE.transitions
+    gap, log_variance = transitions.posterior_mean_coef_x_0 * np.sqrt(x_0_errors), transitions.posterior_log_variance
+    terms = likelihood.gaussian_kl(gap, log_variance, 0.0, np.log(transitions.fixed_large_variance))
     terms = np.asarray(terms) / math.log(2)
     x_0 = draw_data(4000)
-    drawn = likelihood.bits_per_dim(
-        jax.random.key(0), SCHEDULE, exact_eps, x_0, clip=False, gray_levels=None, variance="fixed_large"
-    )
+    denoiser = Denoiser(exact_eps, clip=False)
+    drawn = likelihood.bits_per_dim(jax.random.key(0), SCHEDULE, denoiser, x_0, gray_levels=None)
     data = log_density(GRID, 1.0)
     entropy = -np.trapezoid(np.exp(data) * data, GRID) / math.log(2)
     # L_0 is -E log N(x_0; E[x_0 | x_1], sigma^2).
-    variance = SCHEDULE.fixed_large_variance[0]
+    variance = transitions.fixed_large_variance[0]
     decoder = 0.5 * (math.log(2 * math.pi * variance) + x_0_errors[0] / variance) / math.log(2)
     second_moment = np.trapezoid(np.exp(data) * GRID**2, GRID)
     last = SCHEDULE.alpha_bar[-1]
@@ -171,7 +170,7 @@ def bound_terms() -> Figure:
         end="",
     )
     print(f"{terms[1:].sum():.3f} bits; drawn {drawn.total.mean():.3f}; entropy {entropy:.3f} bits")
-    posterior_variance = np.exp(SCHEDULE.posterior_log_variance)
+    posterior_variance = np.exp(log_variance)
     best = 0.5 * np.log1p(gap[1:] ** 2 / posterior_variance[1:]).sum() / math.log(2)
     best += 0.5 * math.log(2 * math.pi * math.e * x_0_errors[0]) / math.log(2)
     print(f"bound with the best variance at each step: {prior + best:.3f} bits")
@@ -204,8 +203,8 @@ def sample_paths(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, x_t = jax.lax.scan(step, x_0, jnp.arange(SCHEDULE.num_timesteps))
     forward = jnp.concatenate([x_0[None], x_t])[kept]
     x_T = jax.random.normal(jax.random.key(2), x_0.shape, x_0.dtype)
-    sampler = sampling.ddpm(variance="fixed_large", clip=False)
-    x, trajectory = sampling.sample(jax.random.key(3), SCHEDULE, exact_eps, x_T, sampler, trajectory=kept[1:] - 1)
+    denoiser, frames = Denoiser(exact_eps, clip=False), kept[1:] - 1
+    x, trajectory = sampling.sample(jax.random.key(3), SCHEDULE, denoiser, x_T, sampling.ddpm(), trajectory=frames)
     backward = jnp.concatenate([trajectory.x_t, x[None]])[::-1]
     return np.asarray(forward[..., 0]), np.asarray(backward[..., 0])
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import editing, losses, metrics, sampling, schedules
+from diffusion_jax import Denoiser, editing, losses, metrics, sampling, schedules
 from diffusion_jax.runs import sampling_setup
 from diffusion_jax.sampling import ancestral
 from diffusion_jax.schedules import schedule as schedule_module
@@ -16,6 +16,7 @@ from helpers.gaussian_mixtures import FULL, gaussian
 from helpers.paths import ROOT
 
 KEY = jax.random.key(0)
+DENOISER = Denoiser(gaussian(), clip=False)
 
 
 def example(name, module):
@@ -33,11 +34,10 @@ def test_the_sampler_takes_its_settings_and_samples(monkeypatch):
     x_T = jax.random.normal(KEY, (1000, 1))
     spread = []
     for eta in (0.0, 0.5):
-        options = dict(tiny_config().sampling) | {"sampler": "damped", "eta": eta, "clip": False}
-        sampler = sampling_setup.sampler_from_config(options, "fixed_small")
-        assert (sampler.eta, sampler.variance) == (eta, "fixed_small")
-        assert sampling_setup.unused_settings(options) == []
-        x = sampling.sample(KEY, schedules.respace(FULL, 20, "log_snr"), gaussian(), x_T, sampler)
+        options = dict(tiny_config().sampling) | {"sampler": "damped", "eta": eta}
+        sampler = sampling_setup.sampler_from_config(options)
+        assert sampler.eta == eta and sampling_setup.unused_settings(options) == []
+        x = sampling.sample(KEY, schedules.respace(FULL, 20, "log_snr"), DENOISER, x_T, sampler)
         assert abs(x.mean() - 0.3) < 0.1
         spread.append(x.std())
     assert abs(spread[0] - 0.5) < 0.1 and spread[1] < spread[0]
@@ -51,11 +51,13 @@ def test_the_schedule_and_the_loss_are_found_by_name(monkeypatch):
     config = tiny_config()
     config.diffusion.loss = "absolute"
     loss_fn, options = step._loss_and_options(config)
-    assert options == {"prediction": config.diffusion.prediction}
-    loss, aux = loss_fn(
-        KEY, schedules.from_betas(betas), lambda x, time: jnp.zeros_like(x), jnp.zeros((4, 5)), **options
-    )
-    np.testing.assert_allclose(loss, abs(aux.eps).mean(1), rtol=1e-6)
+    assert options == {}
+    x_0 = jax.random.normal(jax.random.key(1), (4, 5))
+    for prediction in ("eps", "x_0"):
+        denoiser = Denoiser(lambda x, time: jnp.zeros_like(x), prediction)
+        loss, aux = loss_fn(KEY, schedules.from_betas(betas), denoiser, x_0)
+        target = {"eps": aux.eps, "x_0": x_0}[prediction]
+        np.testing.assert_allclose(loss, abs(target).mean(1), rtol=1e-6)
 
 
 def test_the_metric_computes():
@@ -66,6 +68,6 @@ def test_the_metric_computes():
 def test_the_edit_changes_an_example_up_to_its_level():
     image, schedule = jnp.full((1000, 1), 0.3), schedules.respace(FULL, 20, "trailing")
     for level in (0, 19):
-        edit = example("_renew", editing)(sampling.ddim(clip=False), image, level=level)
-        x = edit.arguments["algorithm"](KEY, schedule, gaussian(), sampling.ddim(clip=False))
+        edit = example("_renew", editing)(image, level=level)
+        x = edit.draw(KEY, schedule, DENOISER, image, sampling.ddim())
         assert (abs(x - image).mean() < 0.2) == (level == 0)

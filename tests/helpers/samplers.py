@@ -1,21 +1,14 @@
-"""Every sampler by name; each option differs from the default in one row. All samplers also take the common options."""
+"""Every sampler by name; each option differs from the default in one row."""
 
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import sampling
 
-
-def shift(x_t, time):
-    return 0.1 * x_t * jnp.expand_dims(time, tuple(range(1, x_t.ndim)))
-
-
 CHURN = {"churn": np.float64(5.0), "churn_range": (np.float64(0.1), 20.0), "churn_noise": np.float64(1.1)}
 MAKERS = sampling.SAMPLERS | {
     "ddpm small": partial(sampling.ddpm, "fixed_small"),
-    "ddpm shifted": partial(sampling.ddpm, mean_shift=shift),
     "ddim eta": partial(sampling.ddim, np.float64(0.5)),
     "ddim own eps": partial(sampling.ddim, clipped_eps=False),
     "heun churn": partial(sampling.heun, churn=10),

@@ -7,6 +7,8 @@ from beartype import BeartypeConf, beartype
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 CORE = (
+    "arrays",
+    "denoiser",
     "editing",
     "guidance",
     "images",
@@ -26,9 +28,10 @@ def import_core_with_checks() -> None:
     """Imports the core so that every call checks arguments and result. Must be the first import of the package."""
     modules = [f"diffusion_jax.{name}" for name in CORE]
     with jaxtyping.install_import_hook(modules, "helpers.type_checks.typechecker"):
-        from diffusion_jax import images, schedules  # noqa: F401
+        from diffusion_jax import denoiser, images, schedules  # noqa: F401
 
     # JAX builds pytrees of placeholders, so fields need not be arrays.
+    denoiser.Denoiser.__init__.__no_type_check__ = True
     schedules.Schedule.__init__.__no_type_check__ = True
     schedules.paths.Interpolated.__init__.__no_type_check__ = True
     schedules.paths._Shifted.__init__.__no_type_check__ = True

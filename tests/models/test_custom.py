@@ -34,6 +34,10 @@ def network_of(kind, texts=None, **overrides):
     return training.model_from_config(config_of(kind, texts, **overrides))
 
 
+def output_of(net):
+    return net.denoiser().output(X, net.schedule.path.at(TIME, X))
+
+
 def init(model, **inputs):
     return model.init(jax.random.key(0), X, TIME, **inputs)["params"]
 
@@ -225,7 +229,7 @@ def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
     assert params["network"] == {"slope": 5.0, "biases": {"0": 2.0, "1": 3.0}}
     net = pretrained.from_config(config, params, network=line)
     pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    output = pretrained.load(tmp_path / "net.safetensors", network=line).denoise_fn(X, TIME)
+    output = output_of(pretrained.load(tmp_path / "net.safetensors", network=line))
     np.testing.assert_allclose(output, 5 * X + 2 * TIME[:, None, None, None] + 3, rtol=1e-6)
 
 
@@ -253,7 +257,7 @@ def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
         pretrained.load(tmp_path / "net.safetensors")
     for network in (True, own_networks.linen):
         loaded = pretrained.load(tmp_path / "net.safetensors", network=network)
-        np.testing.assert_array_equal(loaded.denoise_fn(X, TIME), net.denoise_fn(X, TIME))
+        np.testing.assert_array_equal(output_of(loaded), output_of(net))
     with pytest.raises(pretrained.PretrainedError, match="diffusers has no such network"):
         pretrained.save_diffusers(net, tmp_path / "folder")
 

@@ -110,11 +110,11 @@ def test_ode_likelihoods_use_full_float32_by_default():
     program = training.build_program(tiny_config())
 
     def bits(params, x_0):
-        def denoise_fn(x_t, time):
+        def network(x_t, time):
             return models.apply_network(program.model, params, x_t, time)
 
         return ode_likelihood.bits_per_dim(
-            jax.random.key(0), program.schedule, denoise_fn, x_0, dequantization="variational"
+            jax.random.key(0), program.schedule, network, x_0, dequantization="variational"
         )
 
     text = jax.jit(bits).lower(program.abstract_state.params, jnp.zeros((2, 8, 8, 1))).as_text()

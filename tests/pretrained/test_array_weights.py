@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import data, models, pretrained, sampling, schedules
+from diffusion_jax import Denoiser, data, models, pretrained, sampling, schedules
 from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.model import make_model
@@ -92,7 +92,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
 def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
 
-    A sampler's clip to [-1, 1] does not apply to standardized data.
+    The clip to [-1, 1] does not apply to standardized data.
     """
     net = vectors_net()
     y, condition = np.array([0, 2, 1]), np.array([[54.0, 0.0], [50.0, -2.0], [42.0, 4.0]])
@@ -108,19 +108,18 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     key_noise, key_steps = jax.random.split(KEY)
     x_T = jax.random.normal(key_noise, (3, 2))
     schedule = schedules.respace(net.schedule, 5, "trailing")
-    expected = jax.jit(lambda x: sampling.sample(key_steps, schedule, guided, x, sampling.ddim(clip=False)))(x_T)
+    unclipped = Denoiser(guided, clip=False)
+    expected = jax.jit(lambda x: sampling.sample(key_steps, schedule, unclipped, x, sampling.ddim()))(x_T)
     np.testing.assert_allclose((x - np.array([300, -5])) / np.array([10, 0.5]), expected, rtol=2e-4, atol=2e-4)
-    np.testing.assert_allclose(
-        net.denoise_fn(x_T, np.zeros(3, np.float32), y, condition=standardized),
-        apply(x_T, np.zeros(3, np.float32), y, standardized),
-        rtol=1e-6,
-    )
+    time = np.zeros(3, np.float32)
+    output = net.denoiser(y=y, condition=standardized).output(x_T, net.schedule.path.at(time, x_T))
+    np.testing.assert_allclose(output, apply(x_T, time, y, standardized), rtol=1e-6)
 
 
 @pytest.mark.whole
 def test_one_condition_serves_all_and_none_is_the_null_condition():
     net = vectors_net(num_classes=0, label_dropout=0.0)
-    sampler, one = sampling.ddim(clip=False), [54.0, 2.0]
+    sampler, one = sampling.ddim(), [54.0, 2.0]
     x = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3)
     np.testing.assert_array_equal(x, net.sample(KEY, 2, condition=np.array([one, one]), sampler=sampler, steps=3))
     without = net.sample(KEY, 2, sampler=sampler, steps=3)
@@ -129,8 +128,9 @@ def test_one_condition_serves_all_and_none_is_the_null_condition():
     unguided = net.sample(KEY, 2, condition=one, sampler=sampler, steps=3, guidance_scale=0.0)
     np.testing.assert_allclose(unguided, without, rtol=1e-5)
     assert (x != without).any()
-    own_clip = net.sample(KEY, 2, condition=one, sampler=sampling.ddim(clip=jnp.tanh), steps=3)
-    assert (own_clip != x).any()  # only a sampler's default clip is replaced
+    own_clip = net.sample(KEY, 2, condition=one, sampler=sampler, clip=jnp.tanh, steps=3)
+    assert (own_clip != x).any()
+    np.testing.assert_array_equal(net.sample(KEY, 2, condition=one, sampler=sampler, clip=True, steps=3), x)
 
 
 @pytest.mark.whole

@@ -24,11 +24,11 @@ def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(n
     assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
     if "classifier" in name:
         np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
-        for wrong in (net.denoise_fn, net.sample):
+        for wrong in (net.denoiser, lambda: net.sample(jax.random.key(0))):
             with pytest.raises(TypeError, match="use logits"):
-                wrong(arrays["x"], arrays["time"])
+                wrong()
     else:
-        with pytest.raises(TypeError, match="use denoise_fn"):
+        with pytest.raises(TypeError, match=r"use denoiser\(\)"):
             net.logits(arrays["x"], arrays["time"])
     file = tmp_path / "net.safetensors"
     pretrained.save_safetensors(net, file)

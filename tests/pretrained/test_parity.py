@@ -208,7 +208,7 @@ def test_exported_models_sample_in_diffusers_own_pipeline(tmp_path):
         for t in scheduler.timesteps:
             x = scheduler.step(pipeline.unet(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
     schedule = schedules.respace(net.schedule, 10, "leading")
-    draw = jax.jit(lambda x_T: sampling.sample(jax.random.key(0), schedule, net.denoise_fn, x_T, sampling.ddim()))
+    draw = jax.jit(lambda x_T: sampling.sample(jax.random.key(0), schedule, net.denoiser(), x_T, sampling.ddim()))
     samples = draw(x_T)
     error = abs(np.asarray(samples) - x.numpy().transpose(0, 2, 3, 1)).max()
     print(f"| ten steps of DDIM in diffusers' scheduler (largest difference) | {error:.1e} |")

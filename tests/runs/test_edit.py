@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, editing, errors, guidance, pretrained, sampling
+from diffusion_jax import Denoiser, data, editing, errors, guidance, pretrained, sampling
 from diffusion_jax.runs import edit
 from helpers.configs import DRAWN, T, conditional, tiny_config
 from helpers.core_samples import agree, core_inputs
@@ -65,26 +65,23 @@ def test_known_pixels_and_measurements_are_kept(root, files):
 @pytest.mark.whole
 def test_edits_equal_those_of_the_core(root, files):
     """The label, both forms of classifier guidance, and each task's options, by hand."""
-    walked, full, model, params = core_inputs(conditional(), root / "conditional")
+    walked, _, model, params = core_inputs(conditional(), root / "conditional")
     classifier, y = pretrained.load(root / "classifier"), jnp.full(3, 4)
     log_prob = guidance.class_log_prob(classifier.logits, y)
-    plain = lambda x, time: model.apply({"params": params}, x, time, y)  # noqa: E731
-    guided = guidance.classifier(plain, log_prob, full, 5.0)
-    shift = guidance.log_prob_gradient(log_prob, 5.0)
+    plain = Denoiser(lambda x, time: model.apply({"params": params}, x, time, y), variance="fixed_small")
+    guided = {form: guidance.classifier(plain, log_prob, 5.0, form=form) for form in ("eps", "mean")}
     with Image.open(files / "image.png") as image, Image.open(files / "mask.png") as mask:
         x_0 = jnp.tile(jnp.float32(np.asarray(image))[None, ..., None] / 127.5 - 1, (3, 1, 1, 1))
         known = (np.asarray(mask) > 127)[..., None]
-    key, small = jax.random.key(0), {"variance": "fixed_small"}
+    (_, key), ddpm = jax.random.split(jax.random.key(0)), sampling.ddpm()
     options = {"sampling.label": 4, "editing.strength": 0.7, "editing.resamplings": 3, "editing.jump": 1}
     options |= {"sampling.classifier": str(root / "classifier"), "sampling.classifier_scale": 5.0}
     for task, form, run in (
-        ("sdedit", "eps", lambda: editing.sdedit(key, walked, guided, x_0, sampling.ddpm(**small), strength=0.7)),
+        ("sdedit", "eps", lambda: editing.sdedit(key, walked, guided["eps"], x_0, ddpm, strength=0.7)),
         (
             "inpaint",
             "mean",
-            lambda: editing.repaint(
-                key, walked, plain, x_0, known, sampling.ddpm(mean_shift=shift, **small), resamplings=3, jump=1
-            ),
+            lambda: editing.repaint(key, walked, guided["mean"], x_0, known, ddpm, resamplings=3, jump=1),
         ),
     ):
         config = editing_config(files, **options, **{"editing.task": task, "sampling.classifier_form": form})

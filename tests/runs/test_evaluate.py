@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, errors, likelihood, pictures, pretrained, run_dir, training
+from diffusion_jax import Denoiser, data, errors, likelihood, pictures, pretrained, run_dir, training
 from diffusion_jax.evaluation import ode_likelihood
 from helpers.configs import tiny_config
 from helpers.program import evaluate
@@ -38,7 +38,7 @@ def report(directory):
     return json.loads((directory / "likelihood.json").read_text())
 
 
-def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **options):
+def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, clip=True, **options):
     """The same images, batches and keys, through the core alone."""
     built = training.build_program(config)
     params = pretrained.load(directory, ema=use_ema).params
@@ -46,11 +46,10 @@ def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, **optio
 
     @jax.jit
     def bound(key, images, labels):
-        denoise_fn = lambda x_t, time: built.model.apply({"params": params}, x_t, time, labels)  # noqa: E731
+        network = lambda x_t, time: built.model.apply({"params": params}, x_t, time, labels)  # noqa: E731
+        denoiser = Denoiser(network, variance="learned_range", clip=clip)
         x_0 = images.astype(np.float32) / 127.5 - 1
-        return likelihood.bits_per_dim(
-            key, built.schedule, denoise_fn, x_0, variance="learned_range", gray_levels=17, **options
-        )
+        return likelihood.bits_per_dim(key, built.schedule, denoiser, x_0, gray_levels=17, **options)
 
     found = []
     for batch, places in enumerate([range(0, 4), range(4, 8), [8, 9, 9, 9]]):

@@ -4,11 +4,10 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import data, metrics, training
+from diffusion_jax import Denoiser, data, metrics, pretrained, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import of_arrays
 from diffusion_jax.runs import evaluate, train
@@ -50,16 +49,10 @@ def record(directory):
 def exact_network(monkeypatch):
     """Replaces the network by the exact network for Gaussian data with variance 1 after standardization."""
 
-    def denoise_fn(self, params, batch):
-        schedule = self.net.schedule
+    def denoiser(self, **inputs):
+        return Denoiser(lambda x_t, time: self.schedule.path.at(time, x_t).sigma * x_t)
 
-        def network(x_t, time):
-            sigma = jnp.sqrt(jax.nn.sigmoid(-schedule.log_snr(time)))
-            return sigma.reshape(-1, *(1,) * (x_t.ndim - 1)) * x_t
-
-        return network
-
-    monkeypatch.setattr(LikelihoodRun, "denoise_fn", denoise_fn)
+    monkeypatch.setattr(pretrained.Model, "denoiser", denoiser)
 
 
 @pytest.mark.whole

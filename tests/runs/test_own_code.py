@@ -1,20 +1,29 @@
 """Errors in the functions of a user: one line names the function, the line and the file; --debug adds the traceback."""
 
+import dataclasses
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from diffusion_jax import config as configs
-from diffusion_jax import training
+from diffusion_jax import data, pretrained, sampling, training
 from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import __main__ as evaluation
-from helpers.array_configs import array_config
+from diffusion_jax.functions import import_function
+from diffusion_jax.runs import evaluate, sample, sampling_setup, workdir
+from helpers.array_configs import array_config, write_arrays
 from helpers.launcher import launch
+from helpers.work_directories import untrained
 
 # The line that raises ends with the name of the function.
 MINE = """
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
-from diffusion_jax import losses
+from diffusion_jax import losses, sampling
 
 
 class Network(nn.Module):
@@ -46,6 +55,25 @@ def weighting(snr):
 
 def metric(reference, samples):
     return np.mean(samples)  # metric
+
+
+@dataclasses.dataclass(frozen=True)
+class shrunk(sampling.Sampler):
+    eta: float
+    factor: float = 0.5
+
+    def step(self, key, denoiser, x_t, transition, state):
+        new = sampling.ddim(self.eta).step(key, denoiser, x_t, transition, state)
+        return new._replace(x_prev=self.factor * new.x_prev)
+
+
+class NoSampler:
+    pass
+
+
+class fails(sampling.Sampler):
+    def step(self, key, denoiser, x_t, transition, state):
+        return x_t.absent  # fails.step
 """
 
 
@@ -103,6 +131,72 @@ def test_an_error_in_another_file_of_the_user_names_that_file(tmp_path):
         training.build_program(config)
     expected = f"Layer.__call__, line 3 of {tmp_path}/layers.py, raises AttributeError: "
     assert describe_exception(caught.value).startswith(expected)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vectors")
+    config = array_config("vectors", write_arrays("vectors", directory / "data.npz"), **{"sampling.steps": 3})
+    return untrained(directory / "run", config, data.load(config.data))
+
+
+@pytest.mark.whole
+def test_a_sampler_of_a_user_draws_with_the_settings_it_names(mine, vectors):
+    """The same samples as from the class itself; eta is sampling.eta, and factor has no setting."""
+    texts = {"sampling.sampler": f"{mine}:shrunk", "sampling.eta": "0.5"}
+    config = configs.override(workdir.load_config(vectors), texts)
+    setup = sampling_setup.resolve_sampling(config, pretrained.load(vectors))
+    own = import_function(texts["sampling.sampler"])
+    assert setup.sampler == own(eta=0.5)
+    (path,) = {sample.run(config, vectors).path} & set((vectors / "samples").glob("*shrunk3_*.npz"))
+    count = config.sampling.batch_size
+    by_hand = dataclasses.replace(setup, sampler=own(0.5)).generate_batch(config.sampling.seed, 0, count)
+    with np.load(path) as arrays:
+        np.testing.assert_allclose(arrays["arr_0"][:count], by_hand, rtol=1e-5)
+    ddim = dataclasses.replace(setup, sampler=sampling.ddim(0.5)).generate_batch(config.sampling.seed, 0, count)
+    assert np.abs(ddim - by_hand).max() > 0.01
+
+
+@pytest.mark.parametrize("mode", [sample, evaluate])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("NoSampler", "mine.py:NoSampler must be a class derived from sampling.Sampler"),
+        ("metric", r"metric\(\) missing 2 required positional arguments"),
+        ("absent", "sampling.sampler=.*mine.py:absent cannot be imported"),
+    ],
+)
+def test_a_class_that_makes_no_sampler_is_one_line(name, words, mode, mine, vectors):
+    texts = {"sampling.sampler": f"{mine}:{name}", "evaluation.likelihood": "False"}
+    texts |= {"evaluation.num_samples": "20", "evaluation.metrics": "energy_distance,"}
+    with pytest.raises(UserError, match=words) as caught:
+        mode.run(configs.override(workdir.load_config(vectors), texts), vectors)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.whole
+def test_an_error_in_a_step_names_it(mine, vectors):
+    config = configs.override(workdir.load_config(vectors), {"sampling.sampler": f"{mine}:fails"})
+    with pytest.raises(AttributeError) as caught:
+        sample.run(config, vectors)
+    assert describe_exception(caught.value).startswith(f"{place(mine, 'fails.step')}AttributeError: ")
+
+
+@pytest.mark.whole
+def test_a_run_with_a_sampler_of_a_user_samples_only_if_it_is_trusted(mine, vectors, tmp_path):
+    run = shutil.copytree(vectors, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
+    config = json.loads((run / "config.json").read_text())
+    config["sampling"]["sampler"] = f"{mine}:shrunk"
+    for path in (run / "config.json", run / "checkpoints" / "1" / "config.json"):
+        path.write_text(json.dumps(config))
+    flags = ("--mode=sample", f"--workdir={run}")
+    code, _, err = launch(*flags)
+    assert code == 2 and f"imports {mine}:shrunk (sampling.sampler); to allow it, add " in err and err.count("\n") == 1
+    for trust in ("--trust_network", f"--config.sampling.sampler={mine}:shrunk"):
+        code, out, err = launch(*flags, trust)
+        assert code == 0, out + err
+        (path,) = (run / "samples").glob("*shrunk3_*.npz")
+        path.unlink()
 
 
 @pytest.mark.whole

@@ -103,7 +103,7 @@ def test_the_last_step_must_suit_the_standard_deviation_of_the_data(std, is_note
     """3 steps on the way from 80 to 0.002 end with sigma = 0.002 * 40,000^(1/3) = 0.068: a width of 0.83 for 0.1."""
     net = pretrained.from_config(tiny_config(**EDM, **{"diffusion.sigma_data": std}))
     with warnings.catch_warnings(record=True) as caught:
-        net.configure(sampling.ddim(clip=False), 3, "trailing")
+        net.configure(net.denoiser(clip=False), sampling.ddim(), 3, "trailing")
     assert [str(each.message).partition(":")[2][:30] for each in caught] == [
         " it makes them 0.83 times as w"
     ] * is_noted
@@ -155,11 +155,12 @@ def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
     x, time = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32), jnp.array([-1.0, 0.5])
     network = lambda x, time: apply_network(net.model, net.params, x, time)  # noqa: E731
     expected = coordinates.precondition(network, net.schedule.path, 0.5)(x, time)
-    np.testing.assert_array_equal(net.denoise_fn(x, time), expected)
+    level = net.schedule.path.at(time, x)
+    np.testing.assert_array_equal(net.denoiser().output(x, level), expected)
     pretrained.save_safetensors(net, tmp_path / "net.safetensors")
     again = pretrained.load(tmp_path / "net.safetensors")
     assert again.sigma_data == 0.5
-    np.testing.assert_array_equal(again.denoise_fn(x, time), expected)
+    np.testing.assert_array_equal(again.denoiser().output(x, level), expected)
     np.testing.assert_array_equal(again.schedule.timesteps, net.schedule.timesteps)
     assert pretrained.from_config(tiny_config(**EDM, **{"data.levels": None})).sigma_data == 1.0
     with pytest.raises(PretrainedError, match="path='edm'; preconditioning='edm'"):

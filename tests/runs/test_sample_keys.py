@@ -30,7 +30,7 @@ SamplingSetup.to_examples = to_floats
 class sum_of_draws(sampling.Sampler):
     """Adds the noise of every step to x_T."""
 
-    def step(self, key, schedule, denoise_fn, x_t, t, state):
+    def step(self, key, denoiser, x_t, transition, state):
         return sampling.Step(x_t + sampling.normal(key, x_t), x_t)
 
 
@@ -44,7 +44,7 @@ def test_draws_are_equal_to_the_bit_for_any_batch_size():
     def draw(size):
         batches = range(-(-7 // size))
         draws = [setup.generate_batch(3, i, size) for i in batches]
-        classes = [setup.arguments(i * size + np.arange(size))["y"] for i in batches]
+        classes = [setup.rows(i * size + np.arange(size))["y"] for i in batches]
         return np.concatenate(draws)[:7], np.concatenate(classes)[:7]
 
     draws, classes = draw(7)

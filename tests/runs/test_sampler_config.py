@@ -1,6 +1,5 @@
 """The sampler and the steps from config.sampling, against the core's."""
 
-import dataclasses
 import inspect
 
 import jax
@@ -8,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import pretrained, process, sampling, schedules
+from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.config import SETTINGS
+from diffusion_jax.denoiser import clip_x_0, dynamic_threshold
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs import sampling_setup
 from helpers.configs import conditional, tiny_config
@@ -37,10 +37,8 @@ def test_every_sampler_of_a_config_equals_that_of_the_core(name):
         return np.asarray(sampling.sample(jax.random.key(0), schedule, network, x_T, sampler))
 
     def configured(**settings):
-        settings = {"sampler": name, "clip": True, **settings}
-        settings = {f"sampling.{setting}": value for setting, value in settings.items()}
-        sampler = sampling_setup.sampler_from_config(conditional(**settings).sampling, "fixed_large")
-        return run(sampler)
+        settings = {f"sampling.{setting}": value for setting, value in {"sampler": name, **settings}.items()}
+        return run(sampling_setup.sampler_from_config(conditional(**settings).sampling))
 
     np.testing.assert_array_equal(configured(**options), run(sampling.SAMPLERS[name](**options)))
     for setting in options:
@@ -50,19 +48,14 @@ def test_every_sampler_of_a_config_equals_that_of_the_core(name):
 
 def test_every_clip_of_a_config_changes_the_predicted_x_0():
     x = 3 * jax.random.normal(jax.random.key(2), (1, 50))
-    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 2, "log_snr")
     for settings, expected in (
         ({"clip": True}, np.clip(x, -1, 1)),
         ({"clip": False}, x),
-        ({"clip": "dynamic", "clip_quantile": 0.6}, process.dynamic_threshold(0.6)(x)),
+        ({"clip": "dynamic", "clip_quantile": 0.6}, dynamic_threshold(0.6)(x)),
     ):
-        options = conditional(
-            **{f"sampling.{setting}": value for setting, value in {"sampler": "ddim", **settings}.items()}
-        )
-        sampler = sampling_setup.sampler_from_config(options.sampling, "fixed_large")
-        sampler = dataclasses.replace(sampler, prediction="x_0")
-        x_0 = sampling.sample(jax.random.key(0), schedule, lambda x_t, time: x, x, sampler)
-        np.testing.assert_allclose(x_0, expected, rtol=1e-6)
+        config = conditional(**{f"sampling.{setting}": value for setting, value in settings.items()})
+        clip = sampling_setup.resolve_sampling(config, pretrained.from_config(config)).options["clip"]
+        np.testing.assert_allclose(clip_x_0(x, clip), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +72,7 @@ def test_every_clip_of_a_config_changes_the_predicted_x_0():
 def test_steps_of_a_config_are_those_of_respace(steps, spacing, same):
     net = pretrained.from_config(tiny_config(**{"diffusion.num_timesteps": 1000}))
     arguments = sampling_setup.steps_from_config({"steps": steps, "spacing": spacing})
-    _, found = net.configure(sampling.ddpm(), *arguments)
+    _, found = net.configure(net.denoiser(), sampling.ddpm(), *arguments)
     np.testing.assert_array_equal(found.timesteps, schedules.respace(net.schedule, *same).timesteps)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import errors, guidance, pretrained, sampling
+from diffusion_jax import Denoiser, errors, guidance, pretrained, sampling
 from diffusion_jax.models import upsampling
 from diffusion_jax.runs import sample, sampling_setup
 from helpers.configs import DRAWN, T, conditional, upsampler_config
@@ -14,16 +14,14 @@ from helpers.core_samples import agree, core_inputs
 
 
 def by_hand(network, walked, sampler, batches=2, size=4):
-    """The same keys and batches through the core alone. network(batch) -> denoise_fn."""
+    """The same keys and batches through the core alone. network(batch) -> denoiser."""
     images = []
     for batch in range(batches):
         samples = range(batch * size, (batch + 1) * size)
         keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), i)) for i in samples]
         x_T = jnp.stack([jax.random.normal(key_noise, (8, 8, 1)) for key_noise, _ in keys])
         key_steps = jnp.stack([key_steps for _, key_steps in keys])
-        images.append(
-            jax.jit(lambda x, k=key_steps, b=batch: sampling.sample(k, walked, network(b), x, sampler(b)))(x_T)
-        )
+        images.append(jax.jit(lambda x, k=key_steps, b=batch: sampling.sample(k, walked, network(b), x, sampler))(x_T))
     return np.concatenate(images)
 
 
@@ -57,7 +55,7 @@ def test_guided_samples_equal_those_of_the_core(root):
         y = jnp.array([3, 5, 3, 5])
         return guidance.classifier_free(apply, y, model.null_label, 2.5, interval=(4, 15), rescale=0.5)
 
-    agree(images, by_hand(network, walked, lambda batch: sampling.dpm_solver_pp(2))[:6])
+    agree(images, by_hand(network, walked, sampling.dpm_solver_pp(2))[:6])
 
 
 @pytest.mark.whole
@@ -75,17 +73,16 @@ def test_samples_guided_by_a_classifier_equal_those_of_the_core(root, form, name
     sample.run(config, directory)
     images, labels = drawn(directory)
     np.testing.assert_array_equal(labels, [7] * 6)
-    walked, full, model, params = core_inputs(conditional(**classes), directory)
+    walked, _, model, params = core_inputs(conditional(**classes), directory)
     y = jnp.full(4, 7)
     log_prob = guidance.class_log_prob(pretrained.load(root / "classifier").logits, y)
 
     def network(batch):
         own = (y,) if name == "conditional" else ()
         apply = lambda x, time: model.apply({"params": params}, x, time, *own)  # noqa: E731
-        return guidance.classifier(apply, log_prob, full, 2.0) if form == "eps" else apply
+        return guidance.classifier(Denoiser(apply, variance="fixed_small"), log_prob, 2.0, form=form)
 
-    shift = guidance.log_prob_gradient(log_prob, 2.0) if form == "mean" else None
-    agree(images, by_hand(network, walked, lambda batch: sampling.ddpm(variance="fixed_small", mean_shift=shift))[:6])
+    agree(images, by_hand(network, walked, sampling.ddpm())[:6])
 
 
 @pytest.mark.whole
@@ -109,7 +106,7 @@ def test_an_upsampler_enlarges_given_images(root, tmp_path):
         condition = upsampling.condition(small, (4, 8, 8, 1), jnp.full(4, 0.1))
         return lambda x, time: model.apply({"params": params}, x, time, condition=condition)
 
-    agree(images, by_hand(network, walked, lambda batch: sampling.ddim())[:6])
+    agree(images, by_hand(network, walked, sampling.ddim())[:6])
     sample.run(config(**{"sampling.low_resolution": str(folder), "sampling.trajectory": 3, **options}), directory)
     np.testing.assert_array_equal(drawn(directory)[0], images)
     np.savez(tmp_path / "wrong.npz", low[:, :2])

@@ -87,6 +87,7 @@ def test_the_settings_that_import():
             "model.kind",
             "optimizer.frozen",
             "optimizer.name",
+            "sampling.sampler",
         ]
     )
 

@@ -5,22 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, sampling, schedules
+from diffusion_jax import Denoiser, editing, sampling, schedules
 from helpers.gaussian_mixtures import FULL, mixture
 
 SHORT = schedules.respace(FULL, 8)
 X = jax.random.normal(jax.random.key(1), (5, 3))
 SAMPLERS = {
-    "ddpm": sampling.ddpm(clip=False),
-    "ddim": sampling.ddim(1.0, clip=False),
-    "sde": sampling.dpm_solver_pp(2, sde=True, clip=False),
-    "heun": sampling.heun(churn=4.0, clip=False),
-    "replacement": editing.replacement(sampling.ddpm(clip=False), X, jnp.zeros((5, 3), bool).at[:, 0].set(True)),
+    "ddpm": sampling.ddpm(),
+    "ddim": sampling.ddim(1.0),
+    "sde": sampling.dpm_solver_pp(2, sde=True),
+    "heun": sampling.heun(churn=4.0),
+    "replacement": editing.replacement(sampling.ddpm(), X, jnp.zeros((5, 3), bool).at[:, 0].set(True)),
 }
 
 
 def draw(key, x_T, sampler):
-    return jax.jit(lambda key, x_T: sampling.sample(key, SHORT, mixture(), x_T, sampler))(key, x_T)
+    return jax.jit(lambda key, x_T: sampling.sample(key, SHORT, Denoiser(mixture(), clip=False), x_T, sampler))(
+        key, x_T
+    )
 
 
 @pytest.mark.parametrize("name", ["ddpm", *(pytest.param(n, marks=pytest.mark.whole) for n in ("ddim", "sde", "heun"))])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import coordinates, sampling, schedules
+from diffusion_jax import Denoiser, coordinates, sampling, schedules
 from helpers import torch_networks
 
 pytestmark = pytest.mark.parity
@@ -78,16 +78,18 @@ def test_a_denoiser_of_k_diffusion(torch, network, method):
 
     path = schedules.edm()
     schedule = schedules.from_path(path, np.log(steps[::-1]) / 4)
-    x_T = 80 * schedule.sqrt_alpha_bar[-1].astype(np.float32) * noise()
-    sampler = sampling.SAMPLERS[method](prediction="x_0", clip=False)
+    x_T = 80 * schedule.transitions.level.alpha[-1].astype(np.float32) * noise()
+    sampler = sampling.SAMPLERS[method]()
     y = y.numpy()
     assert y.std() > 0.1
     # The denoiser, or the network inside the denoiser.
-    for denoise_fn in (
-        coordinates.from_edm(denoiser(ours, jnp), path),
-        coordinates.precondition(ours, path, SIGMA_DATA),
+    free = {"prediction": "x_0", "clip": False}
+    for ours_in_x_t in (
+        Denoiser(coordinates.from_edm(denoiser(ours, jnp), path), **free),
+        Denoiser(coordinates.precondition(ours, path, SIGMA_DATA), **free),
+        Denoiser(ours, sigma_data=SIGMA_DATA, **free),
     ):
-        samples = sampling.sample(KEY, schedule, denoise_fn, x_T, sampler)
+        samples = sampling.sample(KEY, schedule, ours_in_x_t, x_T, sampler)
         np.testing.assert_allclose(samples, y, atol=1e-5)
 
 
@@ -101,9 +103,9 @@ def test_a_velocity_of_torchcfm(torch, network):
 
     path = schedules.rectified_flow()
     schedule = schedules.from_path(path, 1000 * (1 - times[:-1])[::-1])
-    denoise_fn = coordinates.from_flow(lambda z, tau: -ours(z, 1 - tau), path)
-    sampler = sampling.euler(prediction="flow", clip=False)
-    samples = sampling.sample(KEY, schedule, denoise_fn, noise(), sampler)
+    velocity = coordinates.from_flow(lambda z, tau: -ours(z, 1 - tau), path)
+    flow = Denoiser(velocity, prediction="flow", clip=False)
+    samples = sampling.sample(KEY, schedule, flow, noise(), sampling.euler())
     x = x.numpy()
     assert abs(x - noise()).mean() > 0.1
     np.testing.assert_allclose(samples, x, atol=1e-5)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import sampling, schedules
+from diffusion_jax import Denoiser, sampling, schedules
 from helpers.gaussian_mixtures import FULL, S2, M, gaussian
 from helpers.samplers import MAKERS
 
 KEY = jax.random.key(0)
 SCHEDULE = schedules.respace(FULL, [40, 150, 300, 450, 620, 800])
-ALPHAS, SIGMAS, TIMES = SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar, SCHEDULE.timesteps
+ALPHAS, SIGMAS, _, TIMES = SCHEDULE.transitions.level
 X = np.array([[0.4, -1.2], [1.7, 0.1]])
 
 
@@ -26,7 +26,7 @@ def network(x, time):
 
 def walk(sampler, start, **options):
     with jax.disable_jit():
-        return sampling.sample(KEY, SCHEDULE, network, X, sampler, start=start, **options)
+        return sampling.sample(KEY, SCHEDULE, Denoiser(network, clip=False), X, sampler, start=start, **options)
 
 
 def move(x, eps, t, to=None):
@@ -65,7 +65,7 @@ def test_pndm_is_the_recursion_of_its_paper(runge_kutta, start, last, x64):
             mean = (55 * e - 59 * seen[-1] + 37 * seen[-2] - 9 * seen[-3]) / 24
         seen.append(e)
         x = move(x, mean, t)
-    sampler = sampling.pndm(runge_kutta=runge_kutta, clip=False)
+    sampler = sampling.pndm(runge_kutta=runge_kutta)
     np.testing.assert_allclose(walk(sampler, start, final_step=last == 0), x, rtol=1e-9)
 
 
@@ -118,7 +118,7 @@ def test_dpm_solver_pp_integrates_a_polynomial_through_x_0(order, sde, singleste
         added = sde * SIGMAS[t - 1] * np.sqrt(-np.expm1(-2 * h)) * noise_of(t)
         path = SIGMAS[t - 1] / SIGMAS[t] * np.exp(-h) * path + added
         x = SIGMAS[t - 1] / SIGMAS[first] * np.exp(-sde * length) * x_first + ALPHAS[t - 1] * drift + path
-    options = {"sde": sde, "singlestep": singlestep, "lower_order_final": lower_order_final, "clip": False}
+    options = {"sde": sde, "singlestep": singlestep, "lower_order_final": lower_order_final}
     np.testing.assert_allclose(walk(sampling.dpm_solver_pp(order, **options), 5, final_step=False), x, rtol=1e-9)
 
 
@@ -129,7 +129,7 @@ def test_deis_integrates_a_polynomial_through_eps(order, x64):
     for t in range(5, 0, -1):
         seen = [(LAM[t], eps_of(x, TIMES[t])), *seen][:order]
         x = ALPHAS[t - 1] / ALPHAS[t] * x + SIGMAS[t - 1] * integral(-1, LAM[t - 1] - LAM[t], *zip(*seen, strict=True))
-    sampler = sampling.deis(order, lower_order_final=False, clip=False)
+    sampler = sampling.deis(order, lower_order_final=False)
     np.testing.assert_allclose(walk(sampler, 5, final_step=False), x, rtol=1e-9)
 
 
@@ -140,7 +140,7 @@ def test_ddim_with_half_the_noise(x64):
         a, b = SCHEDULE.alpha_bar[[t, t - 1]]
         sigma = 0.5 * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
         x = np.sqrt(b) * x_0_of(x, t) + np.sqrt(1 - b - sigma**2) * eps_of(x, TIMES[t]) + sigma * noise_of(t)
-    np.testing.assert_allclose(walk(sampling.ddim(0.5, clip=False), 5, final_step=False), x, rtol=1e-9)
+    np.testing.assert_allclose(walk(sampling.ddim(0.5), 5, final_step=False), x, rtol=1e-9)
 
 
 RANGE = {"churn": 1.2, "churn_range": (1.0, 140.0), "churn_noise": 1.1}
@@ -151,8 +151,8 @@ def test_heun_is_edm_s_algorithm_2(options, factor, x64):
     """In x / alpha and sigma / alpha, with the exact network for N(M, S2): sigma is raised inside the range, up to the
     grid's end."""
     schedule = schedules.respace(FULL, [40, 150, 300, 620, 980, 990])
-    alphas, sigmas = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar / schedule.sqrt_alpha_bar
-    highest = FULL.sqrt_one_minus_alpha_bar[-1] / FULL.sqrt_alpha_bar[-1]
+    levels, last = schedule.transitions.level, FULL.transitions.level
+    alphas, sigmas, highest = levels.alpha, levels.sigma / levels.alpha, last.sigma[-1] / last.alpha[-1]
     low, high = options.get("churn_range", (0.0, np.inf))
     assert sigmas[1] < 1.0 < sigmas[2] and sigmas[4] < 140.0 < sigmas[5]
     assert sigmas[4] * 1.2 < highest < sigmas[4] * 2**0.5
@@ -167,7 +167,8 @@ def test_heun_is_edm_s_algorithm_2(options, factor, x64):
         y = y + options.get("churn_noise", 1.0) * np.sqrt(raised**2 - sigma**2) * noise_of(t)
         slope = eps(y, raised)
         y = y + (lower - raised) / 2 * (slope + eps(y + (lower - raised) * slope, lower))
-    got = sampling.sample(KEY, schedule, gaussian(), X, sampling.heun(clip=False, **options), final_step=False)
+    exact = Denoiser(gaussian(), clip=False)
+    got = sampling.sample(KEY, schedule, exact, X, sampling.heun(**options), final_step=False)
     np.testing.assert_allclose(got, alphas[0] * y, rtol=1e-6)
 
 
@@ -179,7 +180,7 @@ def test_heun_is_edm_s_algorithm_2(options, factor, x64):
 )
 def test_the_last_step_returns_the_predicted_x_0(name, order, lower_order_final, x64):
     """At any place in a group; the last step has order 1 even if the order of the final steps is not lowered."""
-    sampler = MAKERS[name.format(order)](lower_order_final=lower_order_final, clip=False)
+    sampler = MAKERS[name.format(order)](lower_order_final=lower_order_final)
     x_0, kept = walk(sampler, 2 * order - 1, trajectory=True)  # the last step would end a group
     # UniPC corrects the previous x, but the last step starts from the corrected x and predicts with the same x_0.
     np.testing.assert_allclose(x_0, kept.x_0[-1], rtol=1e-9)
@@ -187,18 +188,18 @@ def test_the_last_step_returns_the_predicted_x_0(name, order, lower_order_final,
 
 SAMPLE = (np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2).astype(np.float32)
 LINSPACE = np.round(np.linspace(0, 999, 11)).astype(int)
-FULL_ORDER = {"clip": False, "lower_order_final": False}
-# diffusers' scheduler tests: (sampler, the visited levels, mean of |x| at index 0's level). With Karras's and Lu's levels
-# diffusers ends there twice.
+TWO_M = sampling.dpm_solver_pp(2, lower_order_final=False)
+# diffusers' scheduler tests: (sampler, prediction, the visited levels, mean of |x| at index 0's level). With Karras's and
+# Lu's levels diffusers ends there twice.
 PUBLISHED = {
-    "2M": (sampling.dpm_solver_pp(2, **FULL_ORDER), (LINSPACE,), 0.3301),
-    "2M v": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (LINSPACE,), 0.2251),
-    "2M v karras": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (10, "karras"), 0.2096),
-    "2M v lu": (sampling.dpm_solver_pp(2, prediction="v", **FULL_ORDER), (10, "log_snr"), 0.1554),
-    "singlestep": (sampling.dpm_solver_pp(2, singlestep=True, **FULL_ORDER), (LINSPACE,), 0.2791),
-    "UniPC": (sampling.unipc(2, clip=False), (LINSPACE,), 0.2464),
-    "DEIS": (sampling.deis(2, clip=False), (LINSPACE,), 0.23916),
-    "PNDM": (sampling.pndm(clip=False), (10, "leading"), 0.2580),
+    "2M": (TWO_M, "eps", (LINSPACE,), 0.3301),
+    "2M v": (TWO_M, "v", (LINSPACE,), 0.2251),
+    "2M v karras": (TWO_M, "v", (10, "karras"), 0.2096),
+    "2M v lu": (TWO_M, "v", (10, "log_snr"), 0.1554),
+    "singlestep": (sampling.dpm_solver_pp(2, singlestep=True, lower_order_final=False), "eps", (LINSPACE,), 0.2791),
+    "UniPC": (sampling.unipc(2), "eps", (LINSPACE,), 0.2464),
+    "DEIS": (sampling.deis(2), "eps", (LINSPACE,), 0.23916),
+    "PNDM": (sampling.pndm(), "eps", (10, "leading"), 0.2580),
 }
 
 
@@ -208,15 +209,16 @@ def dummy_model(x, time):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_solvers_agree_with_published_numbers(name):
-    sampler, steps, mean = PUBLISHED[name]
-    x = sampling.sample(KEY, schedules.respace(FULL, *steps), dummy_model, SAMPLE, sampler, final_step=False)
+    sampler, prediction, steps, mean = PUBLISHED[name]
+    denoiser = Denoiser(dummy_model, prediction=prediction, clip=False)
+    x = sampling.sample(KEY, schedules.respace(FULL, *steps), denoiser, SAMPLE, sampler, final_step=False)
     assert abs(np.abs(x).mean() - mean) < 1e-3
 
 
 @pytest.mark.parametrize(("prediction", "total", "inverse"), [("eps", 172.0067, 671.6816), ("v", 52.5302, 1394.2185)])
 def test_ddim_and_its_inverse_agree_with_published_numbers(prediction, total, inverse):
     schedule = schedules.respace(FULL, 10, "leading")
-    sampler = sampling.ddim(prediction=prediction, clipped_eps=False)
-    x_0 = sampling.sample(KEY, schedule, dummy_model, SAMPLE, sampler)
-    x_T = sampling.encode(schedule, dummy_model, SAMPLE, prediction=prediction, clip=True)
+    denoiser = Denoiser(dummy_model, prediction=prediction)
+    x_0 = sampling.sample(KEY, schedule, denoiser, SAMPLE, sampling.ddim(clipped_eps=False))
+    x_T = sampling.encode(schedule, denoiser, SAMPLE)
     assert abs(np.abs(x_0).sum() - total) < 1e-2 and abs(np.abs(x_T).sum() - inverse) < 1e-2

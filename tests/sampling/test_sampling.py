@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, sampling, schedules
+from diffusion_jax import Denoiser, editing, guidance, sampling, schedules
 from helpers.gaussian_mixtures import gaussian
 from helpers.jaxprs import calls, equations, loops
 
@@ -22,7 +22,7 @@ def thousand(name):
 
 def exact_x_0(schedule):
     """E[x_0 | x_t] for N(0, S2) data."""
-    return gaussian("x_0", schedule, 0.0, S2)
+    return Denoiser(gaussian("x_0", schedule, 0.0, S2), prediction="x_0", clip=False)
 
 
 def bounds(schedule):
@@ -43,9 +43,9 @@ def final_variance(schedule, sigma2):
     return total
 
 
-def many_samples(network, schedule, sampler):
+def many_samples(denoiser, schedule, sampler):
     x_T = jax.random.normal(jax.random.key(1), (100_000, 1))
-    return jax.jit(lambda key, x: sampling.sample(key, schedule, network, x, sampler))(KEY, x_T)
+    return jax.jit(lambda key, x: sampling.sample(key, schedule, denoiser, x, sampler))(KEY, x_T)
 
 
 @pytest.mark.whole
@@ -54,10 +54,9 @@ def many_samples(network, schedule, sampler):
 def test_ancestral_final_variance(name, variance):
     full = thousand(name)
     schedule = schedules.respace(full, 50, spacing="trailing")
-    sampler = sampling.ddpm(prediction="x_0", variance=variance, clip=False)
     beta, small = bounds(schedule)
     expected = final_variance(schedule, beta if variance == "fixed_large" else small)
-    x_0 = many_samples(exact_x_0(full), schedule, sampler)
+    x_0 = many_samples(exact_x_0(full), schedule, sampling.ddpm(variance))
     assert abs(x_0.mean()) < 4 * np.sqrt(expected / x_0.size)
     assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / x_0.size) + 1e-5
 
@@ -72,11 +71,12 @@ def test_a_learned_variance_respaced_from_four_thousand_rescaled_steps(steps):
 
     def network(x_t, time):
         value = jnp.interp(time, jnp.asarray(full.timesteps), jnp.asarray(2 * fraction - 1))[:, None]
-        return jnp.concatenate([exact_x_0(full)(x_t, time), jnp.broadcast_to(value, x_t.shape)], axis=-1)
+        return jnp.concatenate([exact_x_0(full).network(x_t, time), jnp.broadcast_to(value, x_t.shape)], axis=-1)
 
     f, (beta, small) = np.interp(schedule.timesteps, full.timesteps, fraction), bounds(schedule)
-    sampler = sampling.ddpm("learned_range", prediction="x_0", clip=False)
-    x_0, expected = many_samples(network, schedule, sampler), final_variance(schedule, beta**f * small ** (1 - f))
+    denoiser = Denoiser(network, prediction="x_0", variance="learned_range", clip=False)
+    x_0 = many_samples(denoiser, schedule, sampling.ddpm())
+    expected = final_variance(schedule, beta**f * small ** (1 - f))
     assert abs(x_0.var() - expected) < 4 * expected * np.sqrt(2 / x_0.size)
 
 
@@ -90,7 +90,7 @@ def test_the_variance_of_ddim_samples_has_its_closed_form(name, x64):
     before = np.append(0.0, sigma[:-1])
     factor = np.prod((S2 + sigma * before) / (S2 + sigma**2)) / np.sqrt(schedule.alpha_bar[-1])
     x_T = jnp.array([[1.0], [-0.4]])
-    x_0 = sampling.sample(KEY, schedule, exact_x_0(full), x_T, sampling.ddim(prediction="x_0", clip=False))
+    x_0 = sampling.sample(KEY, schedule, exact_x_0(full), x_T, sampling.ddim())
     np.testing.assert_allclose(x_0, factor * x_T, rtol=1e-6)
 
 
@@ -98,9 +98,9 @@ def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
     """Step by step from the same noise, the clip included."""
     full = thousand("linear")
     schedule, x_T = schedules.respace(full, "ddim50"), 3 * jax.random.normal(KEY, (5, 1))
-    wide = lambda x_t, time: 4 * exact_x_0(full)(x_t, time)  # noqa: E731  # so that the clip acts
-    _, a = sampling.sample(KEY, schedule, wide, x_T, sampling.ddpm("fixed_small", prediction="x_0"), trajectory=True)
-    _, b = sampling.sample(KEY, schedule, wide, x_T, sampling.ddim(1.0, prediction="x_0"), trajectory=True)
+    wide = Denoiser(lambda x_t, time: 4 * exact_x_0(full).network(x_t, time), prediction="x_0")  # so that the clip acts
+    _, a = sampling.sample(KEY, schedule, wide, x_T, sampling.ddpm("fixed_small"), trajectory=True)
+    _, b = sampling.sample(KEY, schedule, wide, x_T, sampling.ddim(1.0), trajectory=True)
     np.testing.assert_allclose(a.x_t, b.x_t, rtol=1e-7, atol=1e-9)
     assert abs(a.x_0).max() == 1.0
 
@@ -109,19 +109,17 @@ def test_mean_shift_moves_by_variance_times_gradient(x64):
     """For a classifier with log p(y|x) linear in x, each step, including the last, moves by sigma^2 g."""
     full = thousand("linear")
     schedule = schedules.respace(full, [499])
-    keep = lambda x_t, time: 0 * x_t  # noqa: E731
+    keep = Denoiser(lambda x_t, time: 0 * x_t, prediction="x_0")
     x_T, g = jnp.ones((1, 2)), jnp.array([[0.5, -2.0]])
-    plain = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm(prediction="x_0"))
-    moved = sampling.sample(KEY, schedule, keep, x_T, sampling.ddpm(prediction="x_0", mean_shift=lambda x_t, time: g))
-    np.testing.assert_allclose(moved - plain, schedule.fixed_large_variance[0] * g, rtol=1e-9)
+    guided = guidance.classifier(keep, lambda x_t, time: (x_t @ g.T)[:, 0], form="mean")
+    plain, moved = (sampling.sample(KEY, schedule, denoiser, x_T, sampling.ddpm()) for denoiser in (keep, guided))
+    np.testing.assert_allclose(moved - plain, schedule.transitions.fixed_large_variance[0] * g, rtol=1e-9)
 
 
 def test_trajectory_start_and_final_step():
     full = thousand("linear")
     schedule, x_T = schedules.respace(full, "ddim25"), jnp.ones((2, 3))
-    draw = functools.partial(
-        sampling.sample, KEY, schedule, exact_x_0(full), sampler=sampling.ddpm(prediction="x_0", clip=False)
-    )
+    draw = functools.partial(sampling.sample, KEY, schedule, exact_x_0(full), sampler=sampling.ddpm())
     # Programs that keep different values may round differently, by a few 2^-24 in each of 25 steps.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     x_0, kept = draw(x_T, trajectory=True)
@@ -164,48 +162,56 @@ def test_every_prediction_inverts_to_the_same_noise(x64):
     full, x_0 = thousand("linear"), np.array([[-0.7], [0.2], [1.0]])
     schedule = schedules.respace(full, 40, "log_snr")
     outs = [
-        sampling.encode(schedule, gaussian(name, full), x_0, order=2, prediction=name)
+        sampling.encode(schedule, Denoiser(gaussian(name, full), prediction=name, clip=False), x_0, order=2)
         for name in ("eps", "x_0", "v", "flow")
     ]
     np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-6)
     part = sampling.encode(schedule, gaussian(), x_0, start=20)
-    again = sampling.sample(KEY, schedule, gaussian(), part, sampling.ddim(clip=False), start=20)
+    again = sampling.sample(KEY, schedule, Denoiser(gaussian(), clip=False), part, sampling.ddim(), start=20)
     np.testing.assert_allclose(again, x_0, atol=0.1)
     assert abs(part).max() < abs(outs[0]).max()
 
 
-# The loops' lengths, and the network calls in a step of each loop.
+# The network calls of 20 steps.
 @pytest.mark.parametrize(
     ("sampler", "final_step", "expected"),
     [
-        (sampling.ddpm(), True, [(20, 1)]),
-        (sampling.ddim(0.5), True, [(20, 1)]),
-        (sampling.dpm_solver_pp(2), True, [(20, 1)]),
-        (sampling.dpm_solver_pp(3, sde=True, singlestep=True), True, [(20, 1)]),
-        (sampling.deis(3), True, [(20, 1)]),
-        (sampling.unipc(3), True, [(20, 1)]),
-        (sampling.heun(), True, [(19, 2), (1, 1)]),
-        (sampling.heun(churn=4.0), False, [(19, 2)]),
-        (sampling.pndm(), True, [(3, 4), (17, 1)]),
-        (sampling.pndm(runge_kutta=False), True, [(1, 2), (19, 1)]),
-        (editing.replacement(sampling.heun(), jnp.zeros((2, 3)), jnp.ones((2, 3))), True, [(19, 2), (1, 1)]),
+        (sampling.ddpm(), True, 20),
+        (sampling.ddim(0.5), True, 20),
+        (sampling.dpm_solver_pp(2), True, 20),
+        (sampling.dpm_solver_pp(3, sde=True, singlestep=True), True, 20),
+        (sampling.deis(3), True, 20),
+        (sampling.unipc(3), True, 20),
+        (sampling.heun(), True, 39),
+        (sampling.heun(churn=4.0), False, 38),
+        (sampling.pndm(), True, 3 * 4 + 17),
+        (sampling.pndm(runge_kutta=False), True, 2 + 19),
+        (editing.replacement(sampling.heun(), jnp.zeros((2, 3)), jnp.ones((2, 3))), True, 39),
     ],
 )
-def test_the_loops_call_the_network_as_often_as_their_steps_need_and_never_the_host(sampler, final_step, expected):
-    schedule = schedules.respace(thousand("linear"), 20, "karras")
+def test_a_sampler_is_one_loop_that_calls_the_network_as_often_as_its_steps_need(sampler, final_step, expected):
+    schedule, x_T, called = schedules.respace(thousand("linear"), 20, "karras"), jnp.zeros((2, 3)), []
 
     @jax.jit
     def network(x_t, time):
         return 0.1 * x_t
 
-    def program(progress=None):
-        draw = lambda x: sampling.sample(  # noqa: E731
-            KEY, schedule, network, x, sampler, final_step=final_step, progress=progress
-        )
-        return jax.make_jaxpr(draw)(jnp.zeros((2, 3))).jaxpr
+    def draw(x, network=network, progress=None):
+        return sampling.sample(KEY, schedule, network, x, sampler, final_step=final_step, progress=progress)
 
-    counts = [(loop.params["length"], len(calls(loop.params["jaxpr"], "network"))) for loop in loops(program())]
-    assert [count for count in counts if count[1]] == expected
-    # Host callbacks have an effect, and only progress uses a callback; GPUs also wait for the host at branches.
-    assert not program().effects and program(progress=print).effects
-    assert not [e for e in equations(program()) if "callback" in e.primitive.name or e.primitive.name == "cond"]
+    def counted(x_t, time):
+        jax.debug.callback(lambda: called.append(1))
+        return 0.1 * x_t
+
+    jax.jit(functools.partial(draw, network=counted))(x_T)
+    jax.effects_barrier()
+    assert len(called) == expected
+    program = jax.make_jaxpr(draw)(x_T).jaxpr
+    names = [equation.primitive.name for equation in equations(program)]
+    lengths = [loop.params["length"] for loop in loops(program) if calls(loop.params["jaxpr"], "network")]
+    assert lengths == [20 if final_step else 19]
+    # A branch, where GPUs wait for the host, only saves calls.
+    assert names.count("cond") == (1 if expected > 20 else 0)
+    # Host callbacks have an effect, and only progress uses a callback.
+    assert not program.effects and not [name for name in names if "callback" in name]
+    assert jax.make_jaxpr(functools.partial(draw, progress=print))(x_T).jaxpr.effects

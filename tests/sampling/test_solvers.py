@@ -5,25 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import process, sampling, schedules
+from diffusion_jax import Denoiser, sampling, schedules
+from diffusion_jax.denoiser import dynamic_threshold
 from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
 from helpers.samplers import MAKERS, METHODS, is_deterministic
 
 KEY = jax.random.key(0)
-FREE = {"clip": False}
-FULL_ORDER = FREE | {"lower_order_final": False}
+FULL_ORDER = {"lower_order_final": False}
 
 # name: (sampler, least order measured).
 DETERMINISTIC = {
     "dpm_solver_pp 1": (sampling.dpm_solver_pp(1, **FULL_ORDER), 0.9),
     "deis 1": (sampling.deis(1, **FULL_ORDER), 0.9),
     "dpm_solver_pp 2": (sampling.dpm_solver_pp(2, **FULL_ORDER), 1.8),
-    "dpm_solver_pp 2, lower final": (sampling.dpm_solver_pp(2, **FREE), 1.8),
+    "dpm_solver_pp 2, lower final": (sampling.dpm_solver_pp(2), 1.8),
     "dpm_solver_pp 2 singlestep": (sampling.dpm_solver_pp(2, singlestep=True, **FULL_ORDER), 1.8),
     "deis 2": (sampling.deis(2, **FULL_ORDER), 1.8),
-    "heun": (sampling.heun(**FREE), 1.8),
-    "pndm": (sampling.pndm(**FREE), 1.8),
-    "plms": (sampling.pndm(runge_kutta=False, **FREE), 1.8),
+    "heun": (sampling.heun(), 1.8),
+    "pndm": (sampling.pndm(), 1.8),
+    "plms": (sampling.pndm(runge_kutta=False), 1.8),
     "unipc 1": (sampling.unipc(1, **FULL_ORDER), 1.8),
     "dpm_solver_pp 3": (sampling.dpm_solver_pp(3, **FULL_ORDER), 2.5),
     "dpm_solver_pp 3 singlestep": (sampling.dpm_solver_pp(3, singlestep=True, **FULL_ORDER), 2.5),
@@ -33,10 +33,11 @@ DETERMINISTIC = {
     "unipc 3": (sampling.unipc(3, **FULL_ORDER), 2.5),
 }
 DETERMINISTIC |= {
-    name: (make(**FREE), 0.9)
+    name: (make(), 0.9)
     for name, make in sampling.SAMPLERS.items()
     if name not in DETERMINISTIC and is_deterministic(name)
 }
+MIXTURE = Denoiser(mixture(), clip=False)
 TOP, LOW = 800.0, 100.0  # two noise levels; x_0 itself would hide the order
 
 
@@ -46,9 +47,9 @@ def between(steps):
     return schedules.respace(FULL, np.asarray(FULL.time_at_log_snr(np.linspace(*ends, steps + 1))))
 
 
-def walk(sampler, denoise_fn, x, steps):
+def walk(sampler, x, steps):
     schedule = between(steps)
-    return jax.jit(lambda x: sampling.sample(KEY, schedule, denoise_fn, x, sampler, final_step=False))(x)
+    return jax.jit(lambda x: sampling.sample(KEY, schedule, MIXTURE, x, sampler, final_step=False))(x)
 
 
 POINTS = np.linspace(-1.5, 1.5, 7)[:, None]
@@ -58,8 +59,8 @@ POINTS = np.linspace(-1.5, 1.5, 7)[:, None]
 def truth_of_the_mixture():
     """The exact map in float64 by 2,400 third-order steps; another method agrees."""
     with jax.enable_x64(True):
-        fine = walk(sampling.dpm_solver_pp(3, singlestep=True, **FULL_ORDER), mixture(), POINTS, 2400)
-        other = walk(sampling.deis(3, **FULL_ORDER), mixture(), POINTS, 2400)
+        fine = walk(sampling.dpm_solver_pp(3, singlestep=True, **FULL_ORDER), POINTS, 2400)
+        other = walk(sampling.deis(3, **FULL_ORDER), POINTS, 2400)
         np.testing.assert_allclose(fine, other, atol=2e-9)
         return np.asarray(fine)
 
@@ -68,7 +69,7 @@ def truth_of_the_mixture():
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     sampler, least = DETERMINISTIC[name]
-    errors = [np.sqrt(np.mean((walk(sampler, mixture(), POINTS, n) - truth_of_the_mixture) ** 2)) for n in (36, 72)]
+    errors = [np.sqrt(np.mean((walk(sampler, POINTS, n) - truth_of_the_mixture) ** 2)) for n in (36, 72)]
     assert errors[0] > 1e-7
     assert np.log2(errors[0] / errors[1]) > least
 
@@ -77,13 +78,13 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     schedule = schedules.respace(FULL, 6, "log_snr")
-    sampler = MAKERS[name](clip=False)
+    sampler = MAKERS[name]()
     x_T = jax.random.normal(jax.random.key(1), (3, 2))
     traced = []
 
     def run(key, schedule, x):
         traced.append(name)
-        return sampling.sample(key, schedule, mixture(), x, sampler)
+        return sampling.sample(key, schedule, MIXTURE, x, sampler)
 
     compiled = jax.jit(run)
     x_0 = compiled(KEY, schedule, x_T)
@@ -104,7 +105,7 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     def half(x, time):
         return mixture()(x.astype(jnp.bfloat16), time).astype(jnp.bfloat16)
 
-    low = sampling.sample(KEY, schedule, half, x_T.astype(jnp.bfloat16), sampler)
+    low = sampling.sample(KEY, schedule, Denoiser(half, clip=False), x_T.astype(jnp.bfloat16), sampler)
     assert low.dtype == jnp.float32 and np.isfinite(low).all()
 
 
@@ -113,7 +114,7 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
 def test_every_prediction_gives_the_same_samples(name, x64):
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 2))
     outs = [
-        sampling.sample(KEY, schedule, mixture(p), x_T, MAKERS[name](prediction=p, clip=False))
+        sampling.sample(KEY, schedule, Denoiser(mixture(p), prediction=p, clip=False), x_T, MAKERS[name]())
         for p in ("eps", "x_0", "v", "score")
     ]
     np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-7)
@@ -128,11 +129,11 @@ def test_every_solver_from_pure_noise(name):
     schedule = schedules.respace(zero, 100, "trailing")
     assert schedule.zero_terminal_snr
     x_T = jax.random.normal(jax.random.key(1), (20_000, 1))
-    sampler, network = MAKERS[name](prediction="v", clip=False), gaussian("v", zero)
-    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, network, x, sampler))(x_T)
+    sampler, denoiser = MAKERS[name](), Denoiser(gaussian("v", zero), prediction="v", clip=False)
+    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, denoiser, x, sampler))(x_T)
     assert abs(x_0.mean() - M) < 0.02 and abs(x_0.std() - np.sqrt(S2)) < 0.05
     with pytest.raises(ValueError, match="predict v, x_0 or flow"):
-        sampling.sample(KEY, schedule, network, x_T, MAKERS[name]())
+        sampling.sample(KEY, schedule, gaussian(schedule=zero), x_T, sampler)
 
 
 ZERO_TERMINAL = schedules.from_betas(schedules.rescale_zero_terminal_snr(schedules.betas("linear", 1000)))
@@ -148,23 +149,23 @@ def test_ten_steps_from_pure_noise(full):
     The deviations of Gaussian samples are as close to Heun's as ten steps allow; they were up to 250 times too large.
     """
     schedule, x_T = schedules.respace(full, 10, "trailing"), jax.random.normal(jax.random.key(1), (20_000, 1))
-    network, free = gaussian("v", full), {"prediction": "v", "clip": False}
-    published = sampling.heun(churn=40, churn_range=(0.05, 50.0), churn_noise=1.003, **free)
+    denoiser = Denoiser(gaussian("v", full), prediction="v", clip=False)
+    published = sampling.heun(churn=40, churn_range=(0.05, 50.0), churn_noise=1.003)
 
     def draw(sampler):
-        return jax.jit(lambda x: sampling.sample(KEY, schedule, network, x, sampler))(x_T)
+        return jax.jit(lambda x: sampling.sample(KEY, schedule, denoiser, x, sampler))(x_T)
 
-    plain = draw(sampling.heun(**free))
+    plain = draw(sampling.heun())
     assert abs(plain.std() / np.sqrt(S2) - 1) < 0.15
     assert abs(np.log(draw(published).std() / plain.std())) < 0.1
-    assert abs(np.log(draw(sampling.unipc(variant="bh1", **free)).std() / plain.std())) < 0.05
-    np.testing.assert_allclose(draw(sampling.heun(churn=40, churn_range=(1e3, np.inf), **free)), plain, atol=1e-5)
+    assert abs(np.log(draw(sampling.unipc(variant="bh1")).std() / plain.std())) < 0.05
+    np.testing.assert_allclose(draw(sampling.heun(churn=40, churn_range=(1e3, np.inf))), plain, atol=1e-5)
 
 
 def round_trip(order, steps):
     schedule, x_0 = schedules.respace(FULL, steps, "log_snr"), np.linspace(-1.1, 1.1, 23)[:, None]
     x_T = sampling.encode(schedule, mixture(), x_0, order=order)
-    back = sampling.sample(KEY, schedule, mixture(), x_T, (sampling.ddim, sampling.heun)[order - 1](**FREE))
+    back = sampling.sample(KEY, schedule, MIXTURE, x_T, (sampling.ddim(), sampling.heun())[order - 1])
     return float(np.sqrt(np.mean((back - x_0) ** 2)))
 
 
@@ -183,22 +184,22 @@ def test_learned_variances_do_not_change_deterministic_solvers():
         return jnp.concatenate([mixture()(x, time), 7 * jnp.ones_like(x)], axis=-1)
 
     for name in ("ddim", "dpm_solver_pp", "heun churn"):
-        make = MAKERS[name]
-        plain = sampling.sample(KEY, schedule, mixture(), x_T, make())
-        learned = sampling.sample(KEY, schedule, doubled, x_T, make(variance="learned_range"))
+        sampler = MAKERS[name]()
+        plain = sampling.sample(KEY, schedule, mixture(), x_T, sampler)
+        learned = sampling.sample(KEY, schedule, Denoiser(doubled, variance="learned_range"), x_T, sampler)
         np.testing.assert_allclose(learned, plain, rtol=1e-5, atol=1e-6)
         with pytest.raises(ValueError, match="twice the channels"):
-            sampling.sample(KEY, schedule, mixture(), x_T, make(variance="learned_range"))
+            sampling.sample(KEY, schedule, Denoiser(mixture(), variance="learned_range"), x_T, sampler)
 
 
 @pytest.mark.whole
 def test_the_clip_and_the_dynamic_threshold():
-    threshold = process.dynamic_threshold(0.5)
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 4))
     wide = lambda x, time: 4 * mixture()(x, time)  # noqa: E731
     for name in ("ddim", "dpm_solver_pp", "heun churn"):
-        for clip in (True, threshold):
-            _, way = sampling.sample(KEY, schedule, wide, x_T, MAKERS[name](clip=clip), trajectory=True)
+        for clip in (True, dynamic_threshold(0.5)):
+            denoiser = Denoiser(wide, clip=clip)
+            _, way = sampling.sample(KEY, schedule, denoiser, x_T, MAKERS[name](), trajectory=True)
             assert abs(way.x_0).max() <= 1.0, name
 
 

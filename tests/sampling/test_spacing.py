@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import editing, sampling, schedules
+from diffusion_jax import Denoiser, editing, sampling, schedules
 from helpers.gaussian_mixtures import MEANS, WEIGHTS, gaussian, mixture
 from helpers.samplers import MAKERS
 
@@ -54,12 +54,16 @@ def combinations(steps):
 def test_accepted_steps_give_samples_near_the_data(name):
     """For all combinations with 10 steps that are neither refused nor noted."""
     make, accepted = MAKERS[name], []
-    sampler, found = make(prediction="v", clip=False), list(combinations(10))
+    sampler, found = make(), list(combinations(10))
     # v needs no finite log SNR, so that one program serves every schedule.
     stacked = [dataclasses.replace(schedule, zero_terminal_snr=False) for _, _, schedule in found]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
     x_T = jax.random.normal(jax.random.key(1), (POINTS, 1))
-    run = lambda s: sampling.sample(jax.random.key(0), s, mixture("v", s, SDS**2), x_T, sampler)  # noqa: E731
+
+    def run(schedule):
+        denoiser = Denoiser(mixture("v", schedule, SDS**2), prediction="v", clip=False)
+        return sampling.sample(jax.random.key(0), schedule, denoiser, x_T, sampler)
+
     samples = jax.jit(jax.vmap(run))(stacked)
     for (schedule_name, spacing, schedule), x in zip(found, samples, strict=True):
         if sampling.find_problem(sampler, schedule) is None and sampling.find_blur(schedule) is None:
@@ -68,8 +72,13 @@ def test_accepted_steps_give_samples_near_the_data(name):
             assert distance(x) < 0.5, (schedule_name, spacing)
     for schedule in ("linear", "quadratic", "sigmoid"):
         assert (schedule, "trailing") in accepted or (schedule, "log_snr") in accepted
-    spacing = sampling.default_spacing(make(), COSINE)
-    assert sampling.find_problem(make(), schedules.respace(COSINE, 20, spacing)) is None
+    spacing = sampling.default_spacing(sampler, COSINE, Denoiser(mixture()))
+    assert sampling.find_problem(sampler, schedules.respace(COSINE, 20, spacing)) is None
+
+
+def free(prediction="eps"):
+    """A denoiser without a clip, whose network is not called."""
+    return Denoiser(lambda x_t, time: x_t, prediction=prediction, clip=False)
 
 
 FINE = [sampling.ddim(), sampling.ddpm(), sampling.deis(3), sampling.dpm_solver_pp(1), sampling.Sampler()]
@@ -101,7 +110,7 @@ def test_steps_that_fail_are_refused(samplers, full, steps, fails):
 def test_a_last_step_that_blurs_is_noted():
     assert "removes noise of" in sampling.find_blur(schedules.respace(CONSTANT, 2, "trailing"))
     pure = schedules.from_betas([1.0])
-    assert sampling.find_blur(pure) is None and sampling.find_error_growth(sampling.heun(clip=False), pure) is None
+    assert sampling.find_blur(pure) is None and sampling.find_error_growth(sampling.heun(), pure, free()) is None
 
 
 @pytest.mark.parametrize(
@@ -117,9 +126,9 @@ def test_a_last_step_that_blurs_is_noted():
 )
 def test_a_last_step_that_makes_the_samples_narrow_is_noted(full, steps, spacing, data_std):
     """With the exact network, sampling is a factor; all steps of DPM-Solver++ before the last cost less than 10%."""
-    schedule, sampler = schedules.respace(full, steps, spacing), sampling.dpm_solver_pp(prediction="v", clip=False)
-    network = gaussian("v", schedule, 0.0, data_std**2)
-    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, network, x, sampler))(jnp.ones((1, 1)))
+    schedule, sampler = schedules.respace(full, steps, spacing), sampling.dpm_solver_pp()
+    denoiser = Denoiser(gaussian("v", schedule, 0.0, data_std**2), prediction="v", clip=False)
+    x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, denoiser, x, sampler))(jnp.ones((1, 1)))
     width, reason = abs(float(x_0[0, 0])) / data_std, sampling.find_blur(schedule, data_std)
     assert (reason is not None) == (width < 0.9)
     if reason:
@@ -136,7 +145,7 @@ def test_a_last_step_that_makes_the_samples_narrow_is_noted(full, steps, spacing
     ],
 )
 def test_the_spacing_that_suits_a_sampler(full, samplers, spacing):
-    assert {sampling.default_spacing(sampler, full) for sampler in samplers} == {spacing}
+    assert {sampling.default_spacing(sampler, full, Denoiser(mixture())) for sampler in samplers} == {spacing}
 
 
 def deviation_by_ddim(schedule, error):
@@ -159,7 +168,8 @@ def deviation_of_samples(sampler, schedule, error, n=40_000):
         return jnp.sqrt(jax.nn.sigmoid(-log_snr)) * x + jnp.where(log_snr < 0, error, 0.0) * noise
 
     x_T = jax.random.normal(jax.random.key(1), (n, 1))
-    x_0 = jax.jit(lambda x: sampling.sample(jax.random.key(2), schedule, inexact, x, sampler))(x_T)
+    denoiser = Denoiser(inexact, clip=False)
+    x_0 = jax.jit(lambda x: sampling.sample(jax.random.key(2), schedule, denoiser, x, sampler))(x_T)
     return float(x_0.std())
 
 
@@ -189,7 +199,7 @@ GROWTH = [
 def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(full, steps, spacing, grows):
     schedule = schedules.respace(full, steps, spacing)
     exact, expected = (deviation_by_ddim(schedule, error) for error in (0.0, 0.05))
-    error, reason = np.sqrt(expected**2 - exact**2), sampling.find_error_growth(sampling.ddim(clip=False), schedule)
+    error, reason = np.sqrt(expected**2 - exact**2), sampling.find_error_growth(sampling.ddim(), schedule, free())
     assert (error > 0.5) == grows
     assert abs(noted_error(reason) / error - 1) < 0.06 if grows else reason is None
 
@@ -198,7 +208,7 @@ def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(full, steps, spac
 @pytest.mark.parametrize(("full", "steps", "spacing"), [row[:3] for row in GROWTH])
 def test_samples_have_the_deviation_that_the_steps_of_ddim_imply(full, steps, spacing):
     schedule, n = schedules.respace(full, steps, spacing), 40_000
-    found, expected = deviation_of_samples(sampling.ddim(clip=False), schedule, 0.05), deviation_by_ddim(schedule, 0.05)
+    found, expected = deviation_of_samples(sampling.ddim(), schedule, 0.05), deviation_by_ddim(schedule, 0.05)
     assert abs(found - expected) < 5 * expected / np.sqrt(2 * n)
 
 
@@ -208,42 +218,42 @@ def test_errors_below_a_noise_level_of_1_do_not_count(sigma, grows):
     value is 0.48."""
     alpha_bar = 1 / (1 + np.array([sigma, 6.18]) ** 2)
     schedule = schedules.from_betas(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
-    assert (sampling.find_error_growth(sampling.pndm(clip=False), schedule) is not None) == grows
+    assert (sampling.find_error_growth(sampling.pndm(), schedule, free()) is not None) == grows
 
 
 def test_noise_of_the_sampler_replaces_errors_of_the_network():
     """Ancestral noise replaces most of an error: a deviation of 1.4 after one step of 633, none on the whole schedule."""
-    trailing, ancestral = schedules.respace(COSINE, 50, "trailing"), sampling.ddim(1.0, clip=False)
+    trailing, ancestral = schedules.respace(COSINE, 50, "trailing"), sampling.ddim(1.0)
     found, exact = (deviation_of_samples(ancestral, trailing, error, n=10_000) for error in (0.05, 0.0))
-    for sampler in (sampling.ddpm(clip=False), ancestral):
-        noted = noted_error(sampling.find_error_growth(sampler, trailing))
+    for sampler in (sampling.ddpm(), ancestral):
+        noted = noted_error(sampling.find_error_growth(sampler, trailing, free()))
         assert found > 1.3 and abs(noted - np.sqrt(found**2 - exact**2)) < 0.04
-        assert sampling.find_error_growth(sampler, COSINE) is None
-    some = sampling.ddim(0.3, clip=False)
+        assert sampling.find_error_growth(sampler, COSINE, free()) is None
+    some = sampling.ddim(0.3)
     found = deviation_of_samples(some, trailing, 0.05, n=10_000)
-    assert abs(noted_error(sampling.find_error_growth(some, trailing)) / found - 1) < 0.05
+    assert abs(noted_error(sampling.find_error_growth(some, trailing, free())) / found - 1) < 0.05
 
 
 EXTRAPOLATION = [  # steps for which DDIM's errors would be small
-    (sampling.pndm(clip=False), 20, "log_snr", True),
-    (sampling.pndm(clip=False), 20, "karras", True),
-    (sampling.pndm(clip=False), 50, "log_snr", False),
-    (sampling.dpm_solver_pp(3, clip=False), 10, "log_snr", True),
-    (sampling.dpm_solver_pp(3, clip=False), 20, "log_snr", False),
-    (sampling.dpm_solver_pp(clip=False), 10, "karras", True),
-    (sampling.dpm_solver_pp(clip=False), 20, "log_snr", False),
+    (sampling.pndm(), 20, "log_snr", True),
+    (sampling.pndm(), 20, "karras", True),
+    (sampling.pndm(), 50, "log_snr", False),
+    (sampling.dpm_solver_pp(3), 10, "log_snr", True),
+    (sampling.dpm_solver_pp(3), 20, "log_snr", False),
+    (sampling.dpm_solver_pp(), 10, "karras", True),
+    (sampling.dpm_solver_pp(), 20, "log_snr", False),
 ]
 
 
 @pytest.mark.parametrize(("sampler", "steps", "spacing", "grows"), EXTRAPOLATION)
 def test_extrapolation_is_noted(sampler, steps, spacing, grows):
     schedule = schedules.respace(COSINE, steps, spacing)
-    reason = sampling.find_error_growth(sampler, schedule)
+    reason = sampling.find_error_growth(sampler, schedule, free())
     if grows:
         assert noted_error(reason) < 0.5 and "its extrapolation may enlarge them" in reason
     else:
         assert reason is None
-    assert sampling.find_error_growth(sampling.ddim(clip=False), schedule) is None
+    assert sampling.find_error_growth(sampling.ddim(), schedule, free()) is None
 
 
 @pytest.mark.whole
@@ -255,23 +265,26 @@ def test_extrapolation_enlarges_errors(sampler, steps, spacing, grows):
 
 def test_a_clip_and_other_predictions_prevent_the_growth_of_errors():
     trailing = schedules.respace(COSINE, 50, "trailing")
-    for sampler in (
-        sampling.ddim(),
-        sampling.ddim(clip=jnp.tanh),
-        sampling.ddim(prediction="v", clip=False),
-        sampling.dpm_solver_pp(prediction="x_0", clip=False),
-        sampling.Sampler(),
+    for sampler, denoiser in (
+        (sampling.ddim(), mixture()),  # a plain function is clipped
+        (sampling.ddim(), Denoiser(mixture(), clip=jnp.tanh)),
+        (sampling.ddim(), free("v")),
+        (sampling.dpm_solver_pp(), free("x_0")),
+        (sampling.Sampler(), free()),
     ):
-        assert sampling.find_error_growth(sampler, trailing) is None
-        assert sampling.default_spacing(sampler, COSINE) == "trailing"
+        assert sampling.find_error_growth(sampler, trailing, denoiser) is None
+        assert sampling.default_spacing(sampler, COSINE, denoiser) == "trailing"
     for make in (sampling.ddim, sampling.dpm_solver_pp, sampling.unipc, sampling.deis, sampling.heun, sampling.ddpm):
+        sampler = make()
         for prediction in ("eps", "score"):
-            sampler = make(prediction=prediction, clip=False)
-            assert f"if a network's {prediction} has errors" in sampling.find_error_growth(sampler, trailing)
-            assert sampling.default_spacing(sampler, COSINE) == "log_snr"
+            denoiser = free(prediction)
+            reason = sampling.find_error_growth(sampler, trailing, denoiser)
+            assert f"if a network's {prediction} has errors" in reason
+            assert sampling.default_spacing(sampler, COSINE, denoiser) == "log_snr"
             for steps in (20, 50):
-                assert sampling.find_error_growth(sampler, schedules.respace(COSINE, steps, "log_snr")) is None
+                short = schedules.respace(COSINE, steps, "log_snr")
+                assert sampling.find_error_growth(sampler, short, denoiser) is None
         default = "log_snr" if make is sampling.heun else "trailing"
-        assert sampling.default_spacing(make(clip=False), LINEAR) == default
-    wrapped = editing.replacement(sampling.ddim(clip=False), jnp.zeros((1, 2)), jnp.zeros(2, bool))
-    assert sampling.find_error_growth(wrapped, trailing)
+        assert sampling.default_spacing(sampler, LINEAR, free()) == default
+    wrapped = editing.replacement(sampling.ddim(), jnp.zeros((1, 2)), jnp.zeros(2, bool))
+    assert sampling.find_error_growth(wrapped, trailing, free())

@@ -60,8 +60,8 @@ def test_published_weights_are_sampled_without_a_config(folder, tmp_path):
     x_T = jnp.stack([jax.random.normal(key_noise, (16, 16, 3)) for key_noise, _ in keys])
     key_steps = jnp.stack([key_steps for _, key_steps in keys])
     short = schedules.respace(net.schedule, 3, "trailing")
-    network = lambda x, time: net.denoise_fn(x, time, jnp.array([0, 1]))  # noqa: E731
-    x = jax.jit(lambda x: sampling.sample(key_steps, short, network, x, sampling.ddim(variance=net.variance)))(x_T)
+    denoiser = net.denoiser(y=jnp.array([0, 1]))
+    x = jax.jit(lambda x: sampling.sample(key_steps, short, denoiser, x, sampling.ddim()))(x_T)
     assert abs(images.astype(int) - np.asarray(to_uint8(x)).astype(int)).max() <= 1
     path.unlink()
     code, out, err = launch("--mode=sample", f"--workdir={tmp_path / 'out'}")

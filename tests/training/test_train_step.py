@@ -81,7 +81,7 @@ def test_the_rate_the_norms_and_the_average_are_those_of_this_step():
     config = tiny_config(**{"optimizer.learning_rate": 0.1, "optimizer.warmup_steps": 20, "optimizer.grad_clip": 1e-3})
     config.ema.update(decay=0.9999, warmup=True)
     schedule = schedule_of(config)
-    scale = jnp.asarray(schedule.sqrt_one_minus_alpha_bar, jnp.float32)
+    scale = jnp.asarray(schedule.transitions.level.sigma, jnp.float32)
 
     def output(w, x_t, time):  # off by 3 w: the loss is 9 w^2, its gradient 18 w
         return x_t / scale[time.astype(int)][:, None, None, None] + 3 * w
@@ -180,7 +180,7 @@ def test_a_loss_is_trained_with_the_options_of_the_config(name, options):
 def test_quarters_of_weighted_losses_are_weighted_means():
     """Importance sampling: the weights of a quarter's examples are divided out."""
     config = tiny_config(**{"diffusion.num_timesteps": 8, "diffusion.timestep_sampler": "loss_second_moment"})
-    scale = jnp.asarray(schedule_of(config).sqrt_one_minus_alpha_bar, jnp.float32)
+    scale = jnp.asarray(schedule_of(config).transitions.level.sigma, jnp.float32)
 
     def output(w, x_t, time):
         return x_t / scale[time.astype(int)][:, None, None, None] + (1 + time)[:, None, None, None] * w

@@ -1,0 +1,53 @@
+"""Conversions and checks of arrays, which every function of the core applies to its arguments."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from diffusion_jax.types import Batch
+
+__all__ = ["as_batch", "as_float", "check_same_shape", "promote"]
+
+
+def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Converts x to a float32 jax array, or float64 if x is float64 and x64 is on; lower precisions are promoted.
+
+    name: the name of x in the error message. Raises: ValueError for a dtype that is not float, such as uint8 images, and for
+    a tuple, a dict or None, which a network may return by mistake.
+    """
+    if x is None or isinstance(x, tuple | dict | str):  # jnp.asarray stacks a tuple
+        raise ValueError(f"{name} must be one float array; got {type(x).__name__}")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        advice = "; images are float in [-1, 1]: convert with x / 127.5 - 1" if x.dtype == jnp.uint8 else ""
+        raise ValueError(f"{name} must be float; got {x.dtype}{advice}")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:
+    """`as_float`, for an x with a batch axis. Raises: ValueError as `as_float`, and for a number or one vector."""
+    x = as_float(name, x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} must have a batch axis, vectors [B, C] or arrays [B, ..., C]; got shape {x.shape}; give one example as "
+            f"{name}[None]"
+        )
+    return x
+
+
+def promote(**arrays: Shaped[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ...]:
+    """Converts the arrays to their common dtype, at least float32. Raises: ValueError as `as_float`."""
+    floats = [as_float(name, x) for name, x in arrays.items()]
+    dtype = jnp.result_type(*floats)
+    return tuple(x.astype(dtype) for x in floats)
+
+
+def check_same_shape(
+    name: str, value: Shaped[ArrayLike, "..."], other_name: str, other: Shaped[ArrayLike, "..."]
+) -> None:
+    """Raises ValueError, with both names, if the two arrays differ in shape."""
+    if jnp.shape(value) != jnp.shape(other):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(value)} but {other_name} has {jnp.shape(other)}; they must be equal"
+        )

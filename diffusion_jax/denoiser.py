@@ -1,0 +1,376 @@
+"""`Denoiser`: a network, with all that its output means, as one value for losses, samplers, guidance and likelihoods.
+
+    denoiser = Denoiser(network, prediction="v", clip=False)
+    d = denoiser(x_t, schedule.at(t, x_t))         # d.x_0, d.eps
+
+A network predicts one of six quantities. Given x_t, each quantity determines the other five, because
+x_t = alpha x_0 + sigma eps (DDPM eq. 4):
+
+    eps      the noise itself (DDPM section 3.2)
+    x_0      the clean image
+    v        alpha eps - sigma x_0 (Salimans & Ho 2022, section 4)
+    x_prev   the mean of x_{t-1} (DDPM section 3.2, mu-tilde), which is defined for a step only
+    score    grad log q(x_t) = -eps / sigma (Song et al. 2021)
+    flow     eps - x_0, the velocity of flow matching (Lipman et al. 2023)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float
+
+from diffusion_jax.arrays import as_float, check_same_shape, promote
+from diffusion_jax.schedules import NoiseLevel, Transition
+from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
+
+__all__ = [
+    "PREDICTIONS",
+    "QUANTITIES",
+    "VARIANCES",
+    "Denoised",
+    "Denoiser",
+    "Quantity",
+    "as_denoiser",
+    "as_node",
+    "clip_x_0",
+    "convert",
+    "dynamic_threshold",
+    "precondition_at",
+    "split_variance",
+]
+
+
+class Quantity(NamedTuple):
+    """A quantity that networks predict, at a level with alpha and sigma (for x_prev, a `Transition`).
+
+    x_0, eps: (output, x_t, level) -> x_0 or eps. value: (x_0, eps, x_t, level) -> the quantity, which is the training target.
+    slope: level -> d eps / d output for a fixed x_t, which converts errors and shifts of one quantity to another.
+    """
+
+    x_0: Callable[[Any, Any, Any], Any]
+    eps: Callable[[Any, Any, Any], Any]
+    value: Callable[[Any, Any, Any, Any], Any]
+    slope: Callable[[Any], Any]
+
+
+def _x_0_of_eps(eps, x_t, at):
+    # eps does not determine x_0 where alpha is 0: NaN, not a finite number by rounding.
+    return (x_t - at.sigma * eps) / jnp.where(at.alpha > 0, at.alpha, jnp.nan)
+
+
+# x_0 and x_prev do not determine eps where sigma is 0, and divide by 0 there.
+QUANTITIES = {
+    "eps": Quantity(
+        x_0=_x_0_of_eps,
+        eps=lambda output, x_t, at: output,
+        value=lambda x_0, eps, x_t, at: eps,
+        slope=lambda at: jnp.ones_like(at.alpha),
+    ),
+    "x_0": Quantity(
+        x_0=lambda output, x_t, at: output,
+        eps=lambda output, x_t, at: (x_t - at.alpha * output) / at.sigma,
+        value=lambda x_0, eps, x_t, at: x_0,
+        slope=lambda at: -at.alpha / at.sigma,
+    ),
+    "v": Quantity(
+        x_0=lambda output, x_t, at: at.alpha * x_t - at.sigma * output,
+        eps=lambda output, x_t, at: at.alpha * output + at.sigma * x_t,
+        value=lambda x_0, eps, x_t, at: at.alpha * eps - at.sigma * x_0,
+        slope=lambda at: at.alpha,
+    ),
+    "x_prev": Quantity(
+        x_0=lambda output, x_t, at: (output - at.posterior_mean_coef_x_t * x_t) / at.posterior_mean_coef_x_0,
+        eps=lambda output, x_t, at: (x_t - at.alpha * QUANTITIES["x_prev"].x_0(output, x_t, at)) / at.sigma,
+        value=lambda x_0, eps, x_t, at: at.posterior_mean_coef_x_0 * x_0 + at.posterior_mean_coef_x_t * x_t,
+        slope=lambda at: -at.alpha / at.sigma / at.posterior_mean_coef_x_0,
+    ),
+    "score": Quantity(
+        x_0=lambda output, x_t, at: _x_0_of_eps(-at.sigma * output, x_t, at),
+        eps=lambda output, x_t, at: -at.sigma * output,
+        value=lambda x_0, eps, x_t, at: -eps / at.sigma,
+        slope=lambda at: -at.sigma,
+    ),
+    "flow": Quantity(
+        x_0=lambda output, x_t, at: (x_t - at.sigma * output) / (at.alpha + at.sigma),
+        eps=lambda output, x_t, at: (x_t + at.alpha * output) / (at.alpha + at.sigma),
+        value=lambda x_0, eps, x_t, at: eps - x_0,
+        slope=lambda at: at.alpha / (at.alpha + at.sigma),
+    ),
+}
+PREDICTIONS = tuple(QUANTITIES)
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+def quantity(prediction: str, at: NoiseLevel | Transition | None = None) -> Quantity:
+    """Returns the row of `QUANTITIES`. Raises: ValueError for an unknown prediction, and for x_prev at a single level."""
+    if prediction not in QUANTITIES:
+        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
+    if prediction == "x_prev" and isinstance(at, NoiseLevel):
+        raise ValueError(
+            "prediction 'x_prev' is defined for a step from one noise level to another (schedule.transition(t, x_t)), not at "
+            "a single level, where the samplers heun and pndm call the network, too"
+        )
+    return QUANTITIES[prediction]
+
+
+def convert(
+    output: BatchLike, x_t: BatchLike, at: NoiseLevel | Transition, prediction: str = "eps", wanted: str = "x_0"
+) -> Batch:
+    """Converts a network's output, of the quantity `prediction`, to the quantity `wanted`.
+
+    at: the noise level of x_t; a `Transition` for x_prev. Results are float32, or float64 for float64 arrays under x64.
+    Raises: ValueError for an unknown quantity, differing shapes, x_prev at a single level, or eps or score at a level with
+      alpha = 0, where they contain no information about x_0; a traced level gives NaN there.
+    """
+    source, target = quantity(prediction, at), quantity(wanted, at)
+    check_same_shape("output", output, "x_t", x_t)
+    output, x_t = promote(output=output, x_t=x_t)
+    if wanted == prediction:
+        return output
+    determines_all = prediction not in ("eps", "score") or wanted in ("eps", "score")
+    if not determines_all and not isinstance(at.alpha, Tracer) and not np.asarray(at.alpha > 0).all():
+        raise ValueError(f"alpha is 0: there {prediction} does not determine x_0; predict v, x_0 or flow")
+    if wanted in ("x_0", "eps"):
+        return getattr(source, wanted)(output, x_t, at)
+    return target.value(source.x_0(output, x_t, at), source.eps(output, x_t, at), x_t, at)
+
+
+class Denoised(NamedTuple):
+    """A denoiser's prediction at x_t.
+
+    x_0: after the limits (clip, projection). eps: computed from this x_0, so that x_t = alpha x_0 + sigma eps.
+    own_x_0, own_eps: the same before the limits. output: the network's output after guidance, [B, ..., C or 2 C]. learned:
+    the second half of its channels for a learned variance, else None.
+    """
+
+    x_0: Batch
+    eps: Batch
+    own_x_0: Batch
+    own_eps: Batch
+    output: Float[Array, "B *output_shape"]
+    learned: Batch | None
+
+    def corrected(self, x_0: Batch, x_t: Batch, level: NoiseLevel) -> Denoised:
+        """Returns the prediction with another x_0, before the limits."""
+        eps = QUANTITIES["x_0"].eps(x_0, x_t, level)
+        return self._replace(x_0=x_0, eps=eps, own_x_0=x_0, own_eps=eps)
+
+
+# (x_t, level, inputs) -> output, and (evaluate, x_t, level, inputs) -> output
+Evaluate: TypeAlias = Callable[[Batch, NoiseLevel, Mapping[str, Any]], Float[Array, "B *output_shape"]]
+Stage: TypeAlias = Callable[[Evaluate, Batch, NoiseLevel, Mapping[str, Any]], Float[Array, "B *output_shape"]]
+# (predict, x_t, level) -> Denoised, where predict(x_t) -> Denoised is the prediction before this correction
+Correction: TypeAlias = Callable[[Callable[[Batch], Denoised], Batch, NoiseLevel], Denoised]
+
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A network and the meaning of its output, a pytree: new parameters, inputs, scales and measurements do not recompile.
+
+    A call runs one pipeline: the network, guidance on its output, the conversion to x_0 and eps, corrections of x_0, the
+    clip, and limits. `guidance` and `editing` return denoisers with a function more in one of these stages, so that the order
+    in which different kinds are added does not matter. `dataclasses.replace` changes any field.
+
+    network: called as network(x_t [B, ...], network time [B], **inputs); it returns the shape of x_t, or twice its channels
+      for a learned variance. A function, or a pytree that can be called, such as an Equinox module or
+      `jax.tree_util.Partial(function, params)`, whose arrays may change without a compilation.
+    prediction: the quantity in the output: eps, x_0, v, x_prev, score or flow.
+    variance: of p(x_{t-1} | x_t), as `process.p_mean_variance`.
+    clip: of the predicted x_0: True clips to [-1, 1], the range of images; False, for data outside this range, does nothing;
+      a function x_0 -> x_0 is applied (`dynamic_threshold`).
+    sigma_data: the standard deviation of x_0, for a network in EDM's scaling (`coordinates.precondition`), whose prediction
+      is x_0; None for a network that gets x_t itself.
+    inputs: further arguments of the network by name, with a row for each row of x_t, such as {"y": labels}.
+    stages: functions (evaluate, x_t, level, inputs) -> output around the network, where evaluate(x_t, level, inputs) calls
+      what is inside: guidance.
+    corrections: functions (predict, x_t, level) -> `Denoised`, where predict(x_t) is the prediction so far.
+    limits: functions x_0 -> x_0 after the clip: projections.
+    mean_shift: (x_t, network time) -> g, or None; `process.p_mean_variance` shifts the mean by the variance times g. Only
+      `sampling.ddpm` uses this mean; a call raises ValueError.
+    Raises: ValueError for an unknown prediction or variance, and for a sigma_data with another prediction than x_0 or not
+      above 0.
+    """
+
+    network: Any
+    prediction: str = dataclasses.field(default="eps", metadata=_STATIC)
+    variance: str = dataclasses.field(default="fixed_large", metadata=_STATIC)
+    clip: Clip = dataclasses.field(default=True, metadata=_STATIC)
+    sigma_data: float | None = dataclasses.field(default=None, metadata=_STATIC)
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+    limits: tuple[Callable[[Batch], ArrayLike], ...] = ()
+    mean_shift: DenoiseFn | None = None
+
+    def __post_init__(self):
+        quantity(self.prediction)
+        if self.variance not in VARIANCES:
+            raise ValueError(f"unknown variance {self.variance!r}; known: {', '.join(VARIANCES)}")
+        _check_clip(self.clip)
+        object.__setattr__(self, "clip", self.clip if callable(self.clip) else bool(self.clip))
+        if self.sigma_data is not None:
+            if not self.sigma_data > 0:
+                raise ValueError(f"sigma_data must be above 0, got {self.sigma_data}")
+            if self.prediction != "x_0":
+                raise ValueError(f"with sigma_data the network predicts x_0, not {self.prediction!r}")
+            object.__setattr__(self, "sigma_data", float(self.sigma_data))  # a float64 scalar would promote under x64
+        object.__setattr__(self, "network", as_node(self.network))
+        object.__setattr__(self, "mean_shift", as_node(self.mean_shift))
+        for name in ("stages", "corrections", "limits"):
+            object.__setattr__(self, name, tuple(map(as_node, getattr(self, name))))
+
+    def __call__(self, x_t: BatchLike, at: NoiseLevel | Transition) -> Denoised:
+        """Predicts x_0 and eps from x_t [B, ...] at a noise level, one for each row or one for all rows.
+
+        at: `schedule.at(t, x_t)`, `path.at(time, x_t)`, or for x_prev `schedule.transition(t, x_t)`. The level converts the
+        output, and its `time` is what the network gets; the two may belong to different levels, as in `sampling.encode`.
+        Raises: ValueError for x_prev at a single level, an x_t that is not float, an output whose shape does not match
+          `variance`, and a denoiser with `mean_shift`.
+        """
+        if self.mean_shift is not None:
+            raise ValueError(
+                "classifier guidance with form='mean' shifts the mean in the sampler ddpm, and no other prediction; use "
+                "form='eps'"
+            )
+        x_t, row = as_float("x_t", x_t), quantity(self.prediction, at)
+
+        def predict(x_t: Batch) -> Denoised:
+            output = self.output(x_t, at)
+            own, learned = split_variance(output, x_t, self.variance)
+            x_0, eps = row.x_0(own, x_t, at), row.eps(own, x_t, at)
+            return Denoised(x_0, eps, x_0, eps, output, learned)
+
+        level = at.level if isinstance(at, Transition) else at
+        for correction in self.corrections:
+            predict = _apply(correction, predict, level)
+        denoised = predict(x_t)
+        if self.clip is False and not self.limits:
+            return denoised
+        x_0 = clip_x_0(denoised.own_x_0, self.clip)
+        for limit in self.limits:
+            x_0 = as_float("the result of a limit", limit(x_0)).astype(x_0.dtype)
+        return denoised._replace(x_0=x_0, eps=QUANTITIES["x_0"].eps(x_0, x_t, at))
+
+    def output(self, x_t: Batch, at: NoiseLevel | Transition) -> Float[Array, "B *output_shape"]:
+        """Returns the network's output with guidance, in the dtype of x_t; `prediction` says which quantity it is."""
+        x_t, evaluate = as_float("x_t", x_t), self._evaluate
+        for stage in self.stages:
+            evaluate = functools.partial(stage, evaluate)
+        return evaluate(x_t, at.level if isinstance(at, Transition) else at, self.inputs)
+
+    def _evaluate(self, x_t: Batch, level: NoiseLevel, inputs: Mapping[str, Any]) -> Float[Array, "B *output_shape"]:
+        """Calls the network."""
+        time = jnp.broadcast_to(level.time, x_t.shape[:1]).astype(x_t.dtype)
+
+        def call(x):
+            return as_float("the output of the network", self.network(x, time, **inputs)).astype(x_t.dtype)
+
+        return call(x_t) if self.sigma_data is None else precondition_at(call, x_t, level, self.sigma_data)
+
+    def with_output(self, output: Float[Array, "B *output_shape"]) -> Denoiser:
+        """Returns the denoiser with a network and guidance whose output is known, to compute what else depends on it."""
+        return dataclasses.replace(
+            self, network=jax.tree_util.Partial(_known_output, output), inputs={}, stages=(), sigma_data=None
+        )
+
+
+def _apply(correction: Correction, predict: Callable[[Batch], Denoised], level: NoiseLevel):
+    return lambda x_t: correction(predict, x_t, level)
+
+
+def _known_output(output, x_t, time):
+    return output
+
+
+def as_denoiser(network: Denoiser | DenoiseFn, **fields: Any) -> Denoiser:
+    """Returns a denoiser as it is, and a plain function (x_t, network time) -> output as one with these fields."""
+    return network if isinstance(network, Denoiser) else Denoiser(network, **fields)
+
+
+def as_node(function: Any) -> Any:
+    """Makes a plain function a pytree without arrays, so that it can be a part of a pytree; others stay as they are."""
+    is_leaf = callable(function) and jax.tree_util.all_leaves([function])
+    return jax.tree_util.Partial(function) if is_leaf else function
+
+
+def precondition_at(
+    call: Callable[[Batch], Array], x_t: Batch, level: NoiseLevel, sigma_data: float
+) -> Float[Array, "B *output_shape"]:
+    """EDM's preconditioning (Karras et al. 2022, table 1) at a noise level, as `coordinates.precondition`."""
+    r = jnp.sqrt(level.sigma**2 + (sigma_data * level.alpha) ** 2)
+    output, channels = call(x_t / r), x_t.shape[-1]
+    skip = sigma_data**2 * level.alpha / r**2 * x_t
+    return jnp.concatenate(
+        [skip + sigma_data * level.sigma / r * output[..., :channels], output[..., channels:]], axis=-1
+    )
+
+
+def split_variance(
+    output: Float[ArrayLike, "*shape output_channels"], x_t: Float[ArrayLike, "*shape channels"], variance: str
+) -> tuple[Float[Array, "*shape channels"], Float[Array, "*shape channels"] | None]:
+    """Splits a network's output into the prediction and the learned variance, the second half of the channels.
+
+    output: [B, ..., C] for a fixed variance, where the second result is None; [B, ..., 2 C] for a learned variance (Improved
+    DDPM section 3.1). Raises: ValueError for another shape or an unknown variance.
+    """
+    output = as_float("output", output)
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
+    learned = variance.startswith("learned")
+    channels = jnp.shape(x_t)[-1]
+    expected = jnp.shape(x_t)[:-1] + (channels * (2 if learned else 1),)
+    if jnp.shape(output) != expected:
+        raise ValueError(
+            f"with variance={variance!r} and x_t {jnp.shape(x_t)} the network must return {expected}, but it "
+            f"returned {jnp.shape(output)}; a learned variance needs twice the channels of x_t, a fixed one the same number"
+        )
+    return (output[..., :channels], output[..., channels:]) if learned else (output, None)
+
+
+def clip_x_0(x_0: Float[ArrayLike, "*shape"], clip: Clip) -> Float[Array, "*shape"]:
+    """Clips x_0 to [-1, 1] (True), returns it unchanged (False), or applies the caller's function.
+
+    Raises: ValueError for any other `clip`.
+    """
+    x_0 = as_float("x_0", x_0)
+    _check_clip(clip)
+    if callable(clip):
+        return as_float("the result of clip", clip(x_0)).astype(x_0.dtype)
+    return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
+
+
+def _check_clip(clip: Clip) -> None:
+    if not callable(clip) and not isinstance(clip, bool | np.bool_):
+        raise ValueError(f"clip must be True, False or a function of x_0, got {clip!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class dynamic_threshold:
+    """Imagen's dynamic threshold (Saharia et al. 2022, section 2.3) as a `clip`: x_0 [B, ...] -> clip(x_0, -s, s) / s.
+
+    s is a quantile of |x_0| for each example, at least 1. Raises: ValueError for a quantile outside (0, 1].
+    """
+
+    quantile: float | np.floating = 0.995
+
+    def __post_init__(self):
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
+
+    def __call__(self, x_0: BatchLike) -> Batch:
+        x_0 = as_float("x_0", x_0)
+        s = jnp.quantile(jnp.abs(x_0), float(self.quantile), axis=tuple(range(1, x_0.ndim)), keepdims=True)
+        s = jnp.maximum(s, 1.0)
+        return jnp.clip(x_0, -s, s) / s
