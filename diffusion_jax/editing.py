@@ -76,7 +76,7 @@ def sdedit(
     """Image to image (Meng et al. 2022): noises x_0 to the fraction `strength` of the schedule, then denoises.
 
     x_0: a sketch, a collage, a photo. strength: in (0, 1]; 0.3 keeps the layout, 1 keeps almost nothing.
-    options: final_step, trajectory and progress, as `sampling.sample`. Returns: as `sampling.sample`.
+    options: final_step and trajectory, as `sampling.sample`. Returns: as `sampling.sample`.
     Raises: ValueError for a strength outside (0, 1].
     """
     if not 0 < strength <= 1:

@@ -54,8 +54,7 @@ def log_density(
     denoiser: Denoiser | Callable,
     x,
     *,
-    trace: str = "hutchinson",
-    probes: int = 1,
+    trace: str | int = "hutchinson",
     tolerance: float = 1e-5,
     max_steps: int = 4096,
     time: ArrayLike | None = None,
@@ -67,7 +66,7 @@ def log_density(
       denoiser: a `Denoiser`, whose clip, limits and variance are ignored, or a function (x_t [B, ...], network time float
         [B], fractional) -> eps. Not for the prediction x_prev.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
-      trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over `probes` vectors v of signs (FFJORD); or "exact", one
+      trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over a vector v of signs (FFJORD), or their number; "exact", one
         derivative for each of the D dimensions.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
       time: the network time of x, a number; None for the first time of the training path.
@@ -77,8 +76,9 @@ def log_density(
     """
     denoiser = dataclasses.replace(as_denoiser(denoiser), clip=False, limits=())
     process.check_terminal_snr(schedule, denoiser.prediction)
-    if trace not in ("hutchinson", "exact"):
-        raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact")
+    num_vectors = trace if isinstance(trace, int) else 1
+    if trace not in ("hutchinson", "exact", num_vectors) or num_vectors < 1:
+        raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact, or a number of vectors")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0")
     x = as_float("x", x)
@@ -86,8 +86,8 @@ def log_density(
     if trace == "exact":
         vectors = jnp.arange(dimensions)  # indices of unit vectors; all D vectors at once would need D^2 numbers
     else:
-        vectors = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
-    scale = 1.0 if trace == "exact" else 1.0 / probes
+        vectors = jax.random.rademacher(key, (num_vectors, *x.shape), x.dtype)
+    scale = 1.0 if trace == "exact" else 1.0 / num_vectors
 
     def derivative(half_log_ratio, state, _):
         x, _ = state
@@ -145,8 +145,7 @@ def bits_per_dim(
     *,
     dequantization: str = "uniform",
     gray_levels: int | None = 256,
-    trace: str = "hutchinson",
-    probes: int = 1,
+    trace: str | int = "hutchinson",
     tolerance: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes -log2 P(x_0) / D of images under the ODE: an upper bound, estimated with one draw of the dequantization.
@@ -199,5 +198,5 @@ def bits_per_dim(
         log_sigma = jnp.log(schedule.at(jnp.int32(0), x).sigma)
         log_q = -0.5 * jnp.sum(jnp.square(eps), axis=axes) - dimensions * (log_sigma + 0.5 * math.log(2 * math.pi))
         nats = log_q + dimensions * math.log(2) * decoder
-    density = log_density(key_trace, schedule, denoiser, x, trace=trace, probes=probes, tolerance=tolerance, time=time)
+    density = log_density(key_trace, schedule, denoiser, x, trace=trace, tolerance=tolerance, time=time)
     return (nats - density.log_density) / (dimensions * math.log(2)), density.num_steps

@@ -7,7 +7,7 @@ program, and memory that does not grow with the number of steps unless the traje
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import jax
@@ -217,7 +217,6 @@ def sample(
     start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: Literal[False] = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Batch: ...
 @overload
 def sample(
@@ -230,7 +229,6 @@ def sample(
     start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: Literal[True] | Sequence[int] | Int[np.ndarray, "K"],
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[Batch, Trajectory]: ...
 def sample(
     key: Key[Array, ""] | Key[Array, "B"],
@@ -242,7 +240,6 @@ def sample(
     start: int | np.integer | None = None,
     final_step: bool = True,
     trajectory: bool | np.bool_ | Sequence[int] | Int[np.ndarray, "K"] = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Batch | tuple[Batch, Trajectory]:
     """Draws x_0 from x_T with every step of `schedule` (DDPM Algorithm 2; respace first for fewer steps).
 
@@ -267,7 +264,6 @@ def sample(
       final_step: False stops at index 0's noise level instead of denoising to x_0.
       trajectory: also returns x_t and the predicted x_0 at every step (True) or at the given indices t; kept values need
         memory.
-      progress: called on the host with the number of finished steps, not always in order; None adds nothing to the program.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
     Raises: ValueError for an x_T that is not float, has no batch axis, or (not traced) has a standard deviation above 10
       where alpha_bar is at most 0.01; a sampler that is not a `Sampler`, prediction eps or score if the first step has
@@ -305,8 +301,6 @@ def sample(
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")
-        if progress is not None:
-            jax.debug.callback(progress, first + 1 - t)
         # The carry of a scan must keep its dtype, whatever dtype a sampler computes in.
         x_prev, state = jax.tree.map(_cast_like, (new.x_prev, new.state), (x_t, state))
         return (x_prev, state, (all_x_t, all_x_0)), None
