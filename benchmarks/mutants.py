@@ -41,6 +41,8 @@ BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
 # The tests for a file or folder, below tests/, the most likely to fail first. All other folders use tests/FOLDER.
 CORE = {
+    "arrays.py": ("test_dtypes.py", "test_refusals.py"),
+    "denoiser.py": ("test_denoiser.py", "test_process.py", "test_refusals.py", "test_dtypes.py", "test_guidance.py"),
     "process.py": ("test_process.py", "test_refusals.py", "test_dtypes.py", "sampling"),
     "schedules": ("test_schedules.py", "test_paths.py", "test_process.py", "test_refusals.py"),
     "sampling": ("sampling", "test_refusals.py"),
