@@ -192,7 +192,7 @@ def test_low_rank_changes_of_a_trained_network(tmp_path):
     def output(params):
         return np.asarray(network.apply({"params": params}, x, time))
 
-    of_base = base.denoiser().output(x, base.schedule.path.at(time, x))
+    of_base = base.denoiser().output(jnp.asarray(x), base.schedule.path.at(time, x))
     np.testing.assert_allclose(output(state.params), of_base, rtol=1e-5, atol=1e-5)
     before = jax.device_get(state.params["network"])
     for _ in range(2):  # in the first step, the gradient of `down` is 0
