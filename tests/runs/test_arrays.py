@@ -139,4 +139,4 @@ def test_uint8_arrays_of_any_shape_have_gray_levels_and_are_clipped(tmp_path):
     source = data.load(config.data)
     np.testing.assert_array_equal(source.read([5, 2])["image"], x[[5, 2]])
     assert data.find_normalizations(config.data, source) == {}
-    assert resolve_sampling(config, pretrained.from_config(config)).sampler.clip is True
+    assert resolve_sampling(config, pretrained.from_config(config)).options["clip"] is True
