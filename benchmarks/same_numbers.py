@@ -80,9 +80,11 @@ def run(python: str, checkout: pathlib.Path, name: str, workdir: pathlib.Path, d
     if "editing.task" in settings:
         settings["editing.image"] = str(data_dir / "class0" / "00.png")
         modes += ["edit"]
-    flags = [f"--config.{setting}={value}" for setting, value in settings.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
     for mode in modes:
+        if mode == "edit":
+            del settings["sampling.num_samples"]  # the program refuses it, because edits have a setting of their own
+        flags = [f"--config.{setting}={value}" for setting, value in settings.items()]
         command = [python, "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}", f"--mode={mode}", *flags]
         subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
     arrays = {}
