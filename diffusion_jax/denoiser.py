@@ -195,7 +195,8 @@ class Denoiser:
     inputs: further arguments of the network by name, with a row for each row of x_t, such as {"y": labels}.
     stages: functions (evaluate, x_t, level, inputs) -> output around the network, where evaluate(x_t, level, inputs) calls
       what is inside: guidance.
-    corrections: functions (predict, x_t, level) -> `Denoised`, where predict(x_t) is the prediction so far.
+    corrections: functions (predict, x_t, level) -> `Denoised`, where predict(x_t) is the prediction so far, such as
+      lambda predict, x_t, level: (d := predict(x_t)).corrected(d.x_0 + shift, x_t, level).
     limits: functions x_0 -> x_0 after the clip: projections.
     mean_shift: (x_t, network time) -> g, or None; `process.p_mean_variance` shifts the mean by the variance times g. Only
       `sampling.ddpm` uses this mean; a call raises ValueError.
@@ -215,6 +216,8 @@ class Denoiser:
     mean_shift: DenoiseFn | None = None
 
     def __post_init__(self):
+        if isinstance(self.network, Denoiser):
+            raise ValueError("the network is a Denoiser already; dataclasses.replace(denoiser, ...) changes its fields")
         quantity(self.prediction)
         if self.variance not in VARIANCES:
             raise ValueError(f"unknown variance {self.variance!r}; known: {', '.join(VARIANCES)}")
@@ -239,6 +242,11 @@ class Denoiser:
         Raises: ValueError for x_prev at a single level, an x_t that is not float, an output whose shape does not match
           `variance`, and a denoiser with `mean_shift`.
         """
+        if not isinstance(at, NoiseLevel | Transition):
+            raise ValueError(
+                f"a denoiser takes a noise level, schedule.at(t, x_t) or path.at(time, x_t), or a step, "
+                f"schedule.transition(t, x_t); got {type(at).__name__}"
+            )
         if self.mean_shift is not None:
             raise ValueError(
                 "classifier guidance with form='mean' shifts the mean in the sampler ddpm, and no other prediction; use "
@@ -263,7 +271,7 @@ class Denoiser:
             x_0 = as_float("the result of a limit", limit(x_0)).astype(x_0.dtype)
         return denoised._replace(x_0=x_0, eps=QUANTITIES["x_0"].eps(x_0, x_t, at))
 
-    def output(self, x_t: Batch, at: NoiseLevel | Transition) -> Float[Array, "B *output_shape"]:
+    def output(self, x_t: BatchLike, at: NoiseLevel | Transition) -> Float[Array, "B *output_shape"]:
         """Returns the network's output with guidance, in the dtype of x_t; `prediction` says which quantity it is."""
         x_t, evaluate = as_float("x_t", x_t), self._evaluate
         for stage in self.stages:

@@ -324,7 +324,8 @@ def interpolate(
 
     encoding: order and start, as `sampling.encode`; only with t None. Encoding does not clip. The images are mixed at the
     noise level of index `start`, T - 1 by default.
-    Raises: ValueError for encoding options with an index t, if x and y differ in shape, and as `sampling.sample`.
+    Raises: ValueError for encoding options with an index t, a sampler with noise without t, if x and y differ in shape, and
+      as `sampling.sample`.
     """
     if t is not None and encoding:
         raise ValueError(
@@ -332,6 +333,11 @@ def interpolate(
             "images are encoded"
         )
     check_sampler(sampler)
+    if t is None and sampler.is_stochastic:
+        raise ValueError(
+            "interpolate mixes the encodings of both images, which only a deterministic sampler decodes: use the sampler "
+            "ddim (eta 0) or heun, or give an index t (editing.level)"
+        )
     if jnp.shape(x) != jnp.shape(y):
         raise ValueError(f"x has shape {jnp.shape(x)} but y has {jnp.shape(y)}; they must be equal")
     denoiser, (x, y) = as_denoiser(denoiser), promote(x=x, y=y)
@@ -412,11 +418,6 @@ def _interpolate(image, other, *, num_samples: int, level: int | None) -> Edit:
     weights = np.linspace(0, 1, num_samples)
 
     def draw(key, schedule, denoiser, x_T, sampler):
-        if level is None and sampler.is_stochastic:
-            raise ValueError(
-                "interpolate mixes the encodings of both images, which only a deterministic sampler decodes: use the sampler "
-                "ddim (eta 0) or heun, or give level"
-            )
         if level is not None and level >= schedule.num_timesteps:
             raise ValueError(
                 f"level={level} must be an index of the steps, 0 ... {schedule.num_timesteps - 1}, or None"

@@ -39,6 +39,8 @@ def _expand_rows(values, like):
 def _append_null(y, null):
     """Concatenates y [B, ...] and B null conditions to [2 B, ...]. Raises: ValueError for a float null where y is int."""
     dtype = y.dtype
+    if not y.ndim:
+        raise ValueError("y must hold a condition for each row of x_t, [B, ...]; got a single number")
     if jnp.issubdtype(dtype, jnp.integer):
         if not jnp.issubdtype(jnp.result_type(null), jnp.integer):
             raise ValueError(f"null_y must be int, as y is; got {jnp.result_type(null)}")
@@ -66,7 +68,8 @@ def classifier_free(
         that means "none" (`UNet.null_label`, `UNet.null_condition`), in a shape that broadcasts to y's shape, or a dict of
         null conditions. An array of y that null_y repeats is not guided.
       scale: s, one number or one per row: [B] or [B, 1, ..., 1].
-      interval: (low, high), the network times at which s applies; at other times s is 1 (Kynkaanniemi et al. 2024).
+      interval: (low, high), the network times from low to high at which s applies; at other times s is 1 (Kynkaanniemi et
+        al. 2024). For levels sigma / alpha: `schedule.time_at_log_snr(-2 * jnp.log(levels))`.
       rescale: phi from Lin et al. 2024 section 3.4, in 0 ... 1, against the overexposure that a large s causes: 1 rescales
         each example to the standard deviation of the conditional output; 0 does nothing.
     Returns: the denoiser, with the learned variance of the conditional output.

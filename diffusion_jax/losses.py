@@ -378,6 +378,10 @@ def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_st
     if needs_steps and schedule.num_timesteps:  # raises for a path
         process.check_terminal_snr(schedule, denoiser.prediction)
     x_0, t, level, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    if denoiser.corrections or denoiser.limits:
+        raise ValueError(
+            "a loss trains the network's output, which corrections and limits do not change; leave them out"
+        )
     at = _at(schedule, denoiser.prediction, t, x_0)
     target = quantity(denoiser.prediction, at).value(x_0, eps, x_t, at)
     output = denoiser.output(x_t, level)

@@ -281,7 +281,7 @@ REFUSED = [
     ),
     *(
         case(
-            "'x_prev' .* use the samplers ddpm or ddim",
+            "'x_prev' .* where the samplers heun and pndm",
             sampling.sample,
             KEY,
             FULL,
@@ -333,6 +333,19 @@ REFUSED = [
     case("which has a state; use ddpm", REPAINT, X, MASK, sampling.dpm_solver_pp(), jump=3),
     *(case("strength", editing.sdedit, KEY, FULL, network, X, sampling.ddim(), strength=s) for s in (0, 1.1)),
     case("8x6 cannot be divided into squares of 4", editing.average_pool(4).measure, jnp.zeros((1, 8, 6, 1))),
+    case("only a deterministic sampler decodes", INTERPOLATE, X, [0.5], sampling.ddpm()),
+    case("a denoiser takes a noise level, .* or a step, .*; got int", Denoiser(network), X, 5),
+    case("the network is a Denoiser already", Denoiser, Denoiser(network)),
+    case("a condition for each row", guidance.classifier_free, network, 3, 4, 2.0),
+    case("a path has no steps", schedules.respace, schedules.edm(), 5),
+    case(
+        "corrections and limits do not change",
+        losses.simple,
+        KEY,
+        FULL,
+        editing.project(network, editing.gray(), X[..., :1]),
+        X,
+    ),
     case("interpolate does not take ordr with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, ordr=7),
     case("interpolate does not take order with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, order=2),
     case(r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)", INTERPOLATE, X[:1], [0.5], sampling.ddim(), t=3),

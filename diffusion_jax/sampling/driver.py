@@ -102,7 +102,10 @@ class Sampler:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether two samples from the same x_T differ; by default, whether `stability` has ancestral noise."""
+        """Whether two samples from the same x_T differ; by default, whether `stability` has ancestral noise.
+
+        Set `is_stochastic = True` in a class of your own that draws noise.
+        """
         return self.stability is not None and self.stability.eta > 0
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Num
 
-from diffusion_jax.schedules.paths import Interpolated
+from diffusion_jax.schedules.paths import Interpolated, Path
 from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_tables
 
 __all__ = ["DATA_STD", "SPACINGS", "respace"]
@@ -189,6 +189,8 @@ def respace(
       step, an unknown spacing, a spacing for steps that are not an int, one step with "leading", "linspace" or "quadratic",
       or tables that are not float64.
     """
+    if isinstance(schedule, Path):
+        schedule.transition(0, 0.0)  # raises
     if not isinstance(schedule.alpha_bar, np.ndarray) or schedule.alpha_bar.dtype != np.float64:
         raise ValueError(
             "respace needs the float64 tables of a schedule, and a jitted function has rounded or traced them; respace the "
