@@ -1,6 +1,7 @@
 """`net.sample`, compiled once, against the core with the same keys."""
 
 import dataclasses
+import logging
 import re
 import warnings
 
@@ -33,8 +34,11 @@ def by_hand(denoiser, schedule, sampler, n):
 
 
 @pytest.fixture
-def sampling_programs(caplog):
+def sampling_programs(caplog, monkeypatch):
     """Counts the sampling programs that were compiled since the last call."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("jax") and isinstance(logger, logging.Logger):
+            monkeypatch.setattr(logger, "disabled", False)  # a tracker disables the loggers of others
 
     def count():
         messages = [record.getMessage() for record in caplog.records]
