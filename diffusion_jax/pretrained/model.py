@@ -154,7 +154,7 @@ class Model:
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
             arrays, names = ["x", "condition"], ["prediction", "sigma_data"]
             if any(variance.startswith("learned") for variance in (self.variance, other.variance)):
-                names.append("variance")  # fixed variances belong to the sampler, not to the network
+                names.append("variance")  # the output does not depend on a fixed variance
         if (self.levels is None) != (other.levels is None):
             names.append("levels")
         differences = list_differences(*({name: getattr(net, name) for name in names} for net in (other, self)))
@@ -348,15 +348,11 @@ class Model:
         """Returns the sampler and the steps that `sample` uses for these arguments.
 
         Warns of steps with which samples will look wrong. Raises: ValueError for steps with which the sampler is known to
-        fail, and for a sampler that does not suit the denoiser.
+        fail.
         """
         sampler, schedule = sampling.ddpm() if sampler is None else sampler, self.schedule
         if not isinstance(sampler, sampling.Sampler):
             raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
-        if denoiser.mean_shift is not None and not isinstance(sampler, sampling.ddpm):
-            raise ValueError(
-                f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
-            )
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -134,10 +133,13 @@ def resolve_sampling(
     with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         clip = dynamic_threshold(options["clip_quantile"]) if options["clip"] == "dynamic" else options["clip"]
-        denoiser, form = net.denoiser(clip=clip), options["classifier_form"] if options["classifier"] else "eps"
-        if form == "mean":  # before the classifier is loaded
-            denoiser = dataclasses.replace(denoiser, mean_shift=jnp.zeros_like)
-        sampler, schedule = net.configure(denoiser, sampler_from_config(options), *steps_from_config(options))
+        sampler = sampler_from_config(options)
+        is_mean = bool(options["classifier"]) and options["classifier_form"] == "mean"
+        if is_mean and not isinstance(sampler, sampling.ddpm):  # before the weights are loaded
+            raise ValueError(
+                f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
+            )
+        sampler, schedule = net.configure(net.denoiser(clip=clip), sampler, *steps_from_config(options))
         if options["low_resolution"] and not net.low_resolution:
             raise UserError(
                 f"sampling.low_resolution={options['low_resolution']!r} is for models that enlarge images "
