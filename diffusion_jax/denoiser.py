@@ -180,8 +180,8 @@ class Denoiser:
     """A network and the meaning of its output, a pytree: new parameters, inputs, scales and measurements do not recompile.
 
     A call runs one pipeline: the network, guidance on its output, the conversion to x_0 and eps, corrections of x_0, the
-    clip, and limits. `guidance` and `editing` return denoisers with a function more in one of these stages, so that the order
-    in which different kinds are added does not matter. `dataclasses.replace` changes any field.
+    clip, and limits. `guidance` and `editing` add a function to a part of the pipeline; functions for different parts may be
+    added in any order. `dataclasses.replace` changes any field.
 
     network: called as network(x_t [B, ...], network time [B], **inputs); it returns the shape of x_t, or twice its channels
       for a learned variance. A function, or a pytree that can be called, such as an Equinox module or
@@ -260,9 +260,8 @@ class Denoiser:
             x_0, eps = row.x_0(own, x_t, at), row.eps(own, x_t, at)
             return Denoised(x_0, eps, x_0, eps, output, learned)
 
-        level = at.level if isinstance(at, Transition) else at
         for correction in self.corrections:
-            predict = _apply(correction, predict, level)
+            predict = _apply(correction, predict, at.level)
         denoised = predict(x_t)
         if self.clip is False and not self.limits:
             return denoised
@@ -276,11 +275,11 @@ class Denoiser:
         x_t, evaluate = as_float("x_t", x_t), self._evaluate
         for stage in self.stages:
             evaluate = functools.partial(stage, evaluate)
-        return evaluate(x_t, at.level if isinstance(at, Transition) else at, self.inputs)
+        return evaluate(x_t, at.level, self.inputs)
 
     def _evaluate(self, x_t: Batch, level: NoiseLevel, inputs: Mapping[str, Any]) -> Float[Array, "B *output_shape"]:
         """Calls the network."""
-        time = jnp.broadcast_to(level.time, x_t.shape[:1]).astype(x_t.dtype)
+        time = level.times(x_t)
 
         def call(x):
             return as_float("the output of the network", self.network(x, time, **inputs)).astype(x_t.dtype)

@@ -188,10 +188,9 @@ class _Classifier:
 
     def __call__(self, evaluate, x_t, level, inputs):
         output = evaluate(x_t, level, inputs)
-        time = jnp.broadcast_to(level.time, x_t.shape[:1]).astype(x_t.dtype)
         slope = QUANTITIES[self.prediction].slope(level)
         # d eps = -s sigma g, converted to the prediction. Pure noise is independent of y, so that g is 0 there.
         factor = jnp.where(level.has_signal, -level.sigma / jnp.where(level.has_signal, slope, 1.0), 0.0)
-        shift = factor * _gradient(self.log_prob, self.scale, x_t, time)
+        shift = factor * _gradient(self.log_prob, self.scale, x_t, level.times(x_t))
         channels = x_t.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)

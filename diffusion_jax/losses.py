@@ -410,7 +410,7 @@ def _weight_of_target(schedule, aux, prediction, weighting):
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
 
     at: Any = _at(schedule, prediction, aux.t, aux.mse)
-    level = at.level if prediction == "x_prev" else at
+    level = at.level
     # Without signal, a small one: 1 / SNR is finite, and its product with the slope of v has its limit.
     level = NoiseLevel.at_log_snr(jnp.full_like(level.alpha, 2 * math.log(1e-10)), level.time).where(
         ~level.has_signal, level

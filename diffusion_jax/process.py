@@ -189,6 +189,5 @@ def reverse(denoiser: Denoiser, x_t: BatchLike, transition: Transition, variance
         log_variance = fraction * jnp.log(transition.beta) + (1 - fraction) * transition.posterior_log_variance
     log_variance = jnp.broadcast_to(log_variance, mean.shape)
     if denoiser.mean_shift is not None:
-        time = jnp.broadcast_to(transition.level.time, x_t.shape[:1]).astype(x_t.dtype)
-        mean = mean + jnp.exp(log_variance) * denoiser.mean_shift(x_t, time)
+        mean = mean + jnp.exp(log_variance) * denoiser.mean_shift(x_t, transition.level.times(x_t))
     return Reverse(mean, jnp.exp(log_variance), log_variance, predicted.x_0)

@@ -130,13 +130,13 @@ def encode(
         raise ValueError("x_0 must have a batch axis: [B, ...]; got a single number")
     unclipped = dataclasses.replace(denoiser, clip=False)
 
-    def reversed_step(x: Batch, t) -> tuple[Batch, None]:
+    def second_order_step(x: Batch, t) -> tuple[Batch, None]:
         """Heun's step from the lower to the upper level of index t."""
         transition = schedule.transition(t, x)
         backward = Transition.between(transition.target, transition.level)
         return heun().step(jax.random.key(0), unclipped, x, backward, ()).x_prev.astype(x.dtype), None
 
-    def ddim_step(x: Batch, t, at_end: Batch | None = None) -> Batch:
+    def first_order_step(x: Batch, t, at_end: Batch | None = None) -> Batch:
         """DDIM's step with the network time of the upper level. at_end: x there, to evaluate the network in place of x."""
         transition = schedule.transition(t, x)
         lower, upper = transition.target._replace(time=transition.level.time), transition.level
@@ -147,10 +147,10 @@ def encode(
         return (upper.alpha * predicted + upper.sigma * eps).astype(x.dtype)
 
     if order == 1:
-        x, _ = jax.lax.scan(lambda x, t: (ddim_step(x, t), None), x_0, jnp.arange(top + 1, dtype=jnp.int32))
+        x, _ = jax.lax.scan(lambda x, t: (first_order_step(x, t), None), x_0, jnp.arange(top + 1, dtype=jnp.int32))
         return x
     # x_0 has no eps, so the first step uses the eps at its end, approximated by a first-order step.
     first = jnp.int32(0)
-    x = ddim_step(x_0, first, ddim_step(x_0, first))
-    x, _ = jax.lax.scan(reversed_step, x, jnp.arange(1, top + 1, dtype=jnp.int32))
+    x = first_order_step(x_0, first, first_order_step(x_0, first))
+    x, _ = jax.lax.scan(second_order_step, x, jnp.arange(1, top + 1, dtype=jnp.int32))
     return x

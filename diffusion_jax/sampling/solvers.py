@@ -344,7 +344,7 @@ class heun(Sampler):
             return jnp.where(target.sigma > 0, ddim_step(denoised, eps, level, target), euler)
 
         # The branch saves the last step's second call. A loop of its own for that step would compile the network once more.
-        x_prev = jax.lax.cond(jnp.any(target.sigma > 0), corrected, lambda: euler)
+        x_prev = jax.lax.cond(_ends(transition), lambda: euler, corrected)
         return Step(x_prev, denoised.x_0, state)
 
     def _add_churn(self, key, x_t, transition, factor) -> tuple[Batch, NoiseLevel]:

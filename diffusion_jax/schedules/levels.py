@@ -43,6 +43,15 @@ class NoiseLevel(NamedTuple):
         """Returns the level at a log SNR; `Path.at_log_snr` finds the network time, too."""
         return cls(jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr)), log_snr, time)
 
+    @property
+    def level(self) -> NoiseLevel:
+        """The level itself, so that a level and a `Transition` are read alike."""
+        return self
+
+    def times(self, x_t: Float[Array, "B *shape"]) -> Float[Array, "B"]:
+        """Returns the network time of each row of x_t, in the dtype of x_t."""
+        return jnp.broadcast_to(self.time, x_t.shape[:1]).astype(x_t.dtype)
+
     def where(self, condition: Array, other: NoiseLevel) -> NoiseLevel:
         """Returns this level where `condition`, in alpha's shape, is true, and `other` elsewhere."""
         pairs = zip(self, other, strict=True)
