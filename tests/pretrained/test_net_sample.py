@@ -1,7 +1,6 @@
 """`net.sample`, compiled once, against the core with the same keys."""
 
 import dataclasses
-import logging
 import re
 import warnings
 
@@ -34,19 +33,22 @@ def by_hand(denoiser, schedule, sampler, n):
 
 
 @pytest.fixture
-def sampling_programs(caplog, monkeypatch):
+def sampling_programs():
     """Counts the sampling programs that were compiled since the last call."""
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("jax") and isinstance(logger, logging.Logger):
-            monkeypatch.setattr(logger, "disabled", False)  # a tracker disables the loggers of others
+    compiled = []
+
+    def listen(event, duration, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(fun_name)
 
     def count():
-        messages = [record.getMessage() for record in caplog.records]
-        caplog.clear()
-        return sum(re.match(r"Compiling (jit\()?_?draw\b", message) is not None for message in messages)
+        number = sum(re.fullmatch(r"jit\(_?draw\)", name) is not None for name in compiled)
+        compiled.clear()
+        return number
 
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        yield count
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.whole
