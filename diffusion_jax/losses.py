@@ -16,7 +16,7 @@ output, are promoted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -54,7 +54,8 @@ class LossAux(NamedTuple):
     t: the drawn indices, or on a path the network times. importance: the weight from the timestep sampler, already in the
     loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits per
     dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the network's
-    output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR.
+    output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR. scalars: numbers
+    of a loss of your own that training logs, by name; their means are weighted by the importance.
     """
 
     t: Int[Array, "B"] | Float[Array, "B"]
@@ -65,6 +66,7 @@ class LossAux(NamedTuple):
     x_t: Batch
     output: Float[Array, "B *output_shape"]
     log_density: Float[Array, "B"] | None = None
+    scalars: Mapping[str, Float[Array, "B"]] | None = None
 
 
 class ClassifyAux(NamedTuple):

@@ -171,19 +171,19 @@ def from_config(
     normalizations: data.Normalizations = types.MappingProxyType({}),
     class_names: Sequence[str] = (),
     mesh: Mesh | None = None,
-    network: Callable | None = None,
+    network: Callable | Network | None = None,
 ) -> Model:
     """Builds the model that a config describes. params: for instance the parameters of a `TrainState`.
 
     config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model. network: replaces
-    the function that `config.model.kind` names.
+    the function that `config.model.kind` names; or the network of the config, if it exists already.
     Raises: ConfigError for a value that its setting does not allow; ValueError for a config that cannot be built.
     """
     config = resolve(config)
     shape, diffusion = data.example_shape(config["data"]), config["diffusion"]
     net = make_model(
         "diffusion_jax",
-        training.model_from_config(config, network),
+        network if isinstance(network, Network) else training.model_from_config(config, network),
         shape[:-1],
         {name: diffusion[name] for name in DIFFUSION_DEFAULTS},
         shape[-1],

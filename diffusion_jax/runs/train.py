@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
-        net = pretrained.from_config(config, mesh=program.mesh)
+        net = pretrained.from_config(config, mesh=program.mesh, network=program.model)
         samples_from_noise = isinstance(net.model, models.Conditional) and not net.low_resolution
         if config.evaluation.every and not samples_from_noise:
             raise UserError(

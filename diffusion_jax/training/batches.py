@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax import data, models
+from diffusion_jax.config import is_continuous
 from diffusion_jax.images import to_model_range
 
-__all__ = ["Examples", "check_settings", "condition_shape", "random_flip", "read_batch"]
+__all__ = ["Examples", "abstract_batch", "condition_shape", "random_flip", "read_batch"]
 
 
-_KINDS = {"bool": jnp.bool_, "uint8": jnp.uint8, "int": jnp.integer, "float": jnp.floating}
-_FORMATS = {
-    "image": 'data.image_size and data.channels (float data, standardized to about [-1, 1], are given as "x")',
-    "x": 'data.image_size and data.channels (gray levels 0 to 255 are given as "image")',
+_KINDS = {  # {name in messages: (the dtypes, the dtype of a batch of the program)}
+    "bool": (jnp.bool_, np.bool_),
+    "uint8": (jnp.uint8, np.uint8),
+    "int": (jnp.integer, np.int32),
+    "float": (jnp.floating, np.float32),
 }
 
 
@@ -37,21 +40,37 @@ def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return models.condition_shape(config["model"], data.example_shape(config["data"])[:-1])
 
 
-def read_batch(
-    batch: Mapping[str, Any],
-    shape: tuple[int, ...],
-    takes_labels: bool,
-    num_microbatches: int = 1,
-    condition_shape: tuple[int, ...] | None = None,
-) -> Examples:
-    """Checks a batch and converts it to `Examples`. Only shapes and dtypes are checked, so this works under jit.
+def _expected(config: Mapping[str, Any], name: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Returns {array of a batch: (kind of numbers, shape of an example, why the array is needed)}. name: "image" or "x"."""
+    shape, classifies = data.example_shape(config["data"]), config["diffusion"]["loss"] == "classify"
+    reason = "data.image_size and data.channels "
+    if name == "image":
+        arrays = {name: ("uint8", shape, reason + '(float data, standardized to about [-1, 1], are given as "x")')}
+    else:
+        arrays = {name: ("float", shape, reason + '(gray levels 0 to 255 are given as "image")')}
+    if config["model"]["num_classes"] or classifies:
+        arrays["label"] = "int", (), "model.num_classes or diffusion.loss=classify"
+    if (condition := condition_shape(config)) is not None:
+        arrays["condition"] = "float", condition, "model.condition_features or model.condition_channels"
+    return arrays
 
-    batch: "image", uint8 [B, *spatial, C], is scaled to [-1, 1]; or "x", float [B, *spatial, C], is not scaled. "label", int
-    [B], is read only if `takes_labels`; "condition", float [B, *condition_shape], and the optional "condition_missing",
-    bool [B], True for examples without a condition, only if `condition_shape` is not None. For NaN in the condition of any
-    other example, x_0 and thus the loss become NaN, because traced values cannot be refused.
-    shape: (*spatial, C). num_microbatches: must divide B.
-    Raises: ValueError for any other batch.
+
+def abstract_batch(config: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of the batches that the program reads."""
+    rows = config["training"]["batch_size"]
+    expected = _expected(config, "x" if is_continuous(config) else "image")
+    return {name: jax.ShapeDtypeStruct((rows, *shape), _KINDS[kind][1]) for name, (kind, shape, _) in expected.items()}
+
+
+def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
+    """Checks a batch against a complete config, and converts it to `Examples`.
+
+    Only names, shapes and dtypes are checked, so this works under jit. batch: "image", uint8 [B, *spatial, C], is scaled to
+    [-1, 1]; or "x", float [B, *spatial, C], is not scaled. "label", int [B], is read only for a network with classes or a
+    classifier; "condition", float [B, D] or [B, *spatial, K], and the optional "condition_missing", bool [B], True for
+    examples without a condition, only for a conditional network. For NaN in the condition of any other example, x_0 and thus
+    the loss become NaN, because traced values cannot be refused.
+    Raises: ValueError for any other batch, and for settings that contradict the batch.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(f'a batch must be a dictionary with "image" or "x"; got {type(batch).__name__}')
@@ -60,52 +79,47 @@ def read_batch(
         names = ", ".join(map(repr, batch)) or "nothing"
         raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {names}')
     (name,) = given
-    batch_size = (*jnp.shape(batch[name]), 0)[0]
-    values = _read(batch, name, "uint8" if name == "image" else "float", (batch_size, *shape), _FORMATS[name])
-    if batch_size < 1:
+    num_rows, steps = (*jnp.shape(batch[name]), 0)[0], config["training"]["accumulation_steps"]
+    expected = _expected(config, name)
+    arrays = {name: _read(batch, name, num_rows, *expected.pop(name))}
+    if num_rows < 1:
         raise ValueError("a batch must hold at least one example; got none")
-    if batch_size % num_microbatches:
-        raise ValueError(
-            f"a batch of {batch_size} must be a multiple of training.accumulation_steps={num_microbatches}"
-        )
-    x_0 = to_model_range(values) if name == "image" else values.astype(jnp.float32)
-    y = condition = None
-    if takes_labels:
-        y = _read(batch, "label", "int", (batch_size,), "model.num_classes or diffusion.loss=classify")
-    if condition_shape is not None:
-        reason = "model.condition_features or model.condition_channels"
-        condition = _read(batch, "condition", "float", (batch_size, *condition_shape), reason).astype(jnp.float32)
-        is_nan = jnp.isnan(condition).any(axis=range(1, condition.ndim))
-        if "condition_missing" in batch:
-            missing = _read(batch, "condition_missing", "bool", (batch_size,), "examples without a condition")
-            is_nan, condition = is_nan & ~missing, models.mark_missing(condition, missing)
-        x_0 = jnp.where(jnp.expand_dims(is_nan, range(1, x_0.ndim)), jnp.nan, x_0)
-    return Examples(x_0, y, condition)
-
-
-def check_settings(batch: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises: ValueError if settings of a complete config contradict the batch, as `read_batch` takes it."""
-    levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
-    if contradiction := data.find_contradiction(config["data"], "image" if "image" in batch else "x"):
+    if num_rows % steps:
+        raise ValueError(f"a batch of {num_rows} must be a multiple of training.accumulation_steps={steps}")
+    arrays |= {other: _read(batch, other, num_rows, *needed) for other, needed in expected.items()}
+    if contradiction := data.find_contradiction(config["data"], name):
         raise ValueError(contradiction)
-    if "x" in batch and levels is not None and loss in ("vlb", "hybrid"):
+    levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
+    if name == "x" and levels is not None and loss in ("vlb", "hybrid"):
         raise ValueError(
             f'data.levels={levels}: the loss {loss} on "x" in a batch is a bound for continuous data; use '
             'data.levels=None, or give uint8 images as "image"'
         )
-    if "condition_missing" in batch and condition_shape(config) and not config["model"]["condition_dropout"]:
-        raise ValueError(
-            '"condition_missing" in a batch needs a network that learns to do without a condition: set '
-            "model.condition_dropout above 0, or leave it out"
-        )
+    x_0 = to_model_range(arrays["image"]) if name == "image" else arrays["x"].astype(jnp.float32)
+    condition = arrays.get("condition")
+    if condition is not None:
+        condition = condition.astype(jnp.float32)
+        is_nan = jnp.isnan(condition).any(axis=range(1, condition.ndim))
+        if "condition_missing" in batch:
+            if not config["model"]["condition_dropout"]:
+                raise ValueError(
+                    '"condition_missing" in a batch needs a network that learns to do without a condition: set '
+                    "model.condition_dropout above 0, or leave it out"
+                )
+            missing = _read(batch, "condition_missing", num_rows, "bool", (), "examples without a condition")
+            is_nan, condition = is_nan & ~missing, models.mark_missing(condition, missing)
+        x_0 = jnp.where(jnp.expand_dims(is_nan, range(1, x_0.ndim)), jnp.nan, x_0)
+    return Examples(x_0, arrays.get("label"), condition)
 
 
-def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...], reason: str) -> jax.Array:
-    """Returns the array `name`, checked to have `shape` and the kind of numbers: "uint8", "int" or "float".
+def _read(
+    batch: Mapping[str, Any], name: str, num_rows: int, kind: str, shape: tuple[int, ...], reason: str
+) -> jax.Array:
+    """Returns the array `name`, checked to have `num_rows` rows of `shape` and the kind of numbers, a key of `_KINDS`.
 
     reason: why the array is needed, for the message.
     """
-    expected = ", ".join(map(str, shape))
+    expected = ", ".join(map(str, (num_rows, *shape)))
     if name not in batch:
         raise ValueError(
             f'a batch must have "{name}", {kind} [{expected}], for {reason}; got {", ".join(map(repr, batch))}'
@@ -114,7 +128,7 @@ def _read(batch: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...]
     if not hasattr(value, "dtype"):
         raise ValueError(f'batch["{name}"] must be an array; got {type(value).__name__}')
     dtype = jnp.result_type(value)
-    if not jnp.issubdtype(dtype, _KINDS[kind]) or jnp.shape(value) != shape:
+    if not jnp.issubdtype(dtype, _KINDS[kind][0]) or jnp.shape(value) != (num_rows, *shape):
         got = f"{dtype} {list(jnp.shape(value))}"
         raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}], for {reason}; got {got}')
     return value

@@ -20,11 +20,11 @@ from diffusion_jax.errors import CheckpointError
 from diffusion_jax.functions import find_function
 from diffusion_jax.models import upsampling
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.training.batches import condition_shape
+from diffusion_jax.training.batches import abstract_batch, condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
-from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state, metric_names
-from diffusion_jax.training.step import TrainStep, check_microbatches, make_draw, make_train_step, scan_steps
+from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state
+from diffusion_jax.training.step import TrainStep, find_terms, make_draw, make_train_step, scan_steps
 from diffusion_jax.untrusted import read_json
 
 __all__ = [
@@ -241,16 +241,6 @@ def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None
         )
 
 
-def _abstract_batch(config: Mapping[str, Any], name: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch. name: "image" or "x"."""
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((), np.int32)}
-    shapes[name] = data.example_shape(config["data"]), np.uint8 if name == "image" else np.float32
-    if (condition := condition_shape(config)) is not None:
-        shapes["condition"] = condition, np.float32
-    batch_size = config["training"]["batch_size"]
-    return {key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
-
-
 class TrainingProgram(NamedTuple):
     """Compiled functions and array shapes that a config describes, before any array exists.
 
@@ -284,16 +274,16 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     schedule = schedule_from_config(config["diffusion"])
     check_loss(config["diffusion"])
     _check_noise_levels(config, schedule.path)
-    name = "x" if is_continuous(config) else "image"
-    if contradiction := data.find_contradiction(config["data"], name):
+    if contradiction := data.find_contradiction(config["data"], "x" if is_continuous(config) else "image"):
         raise data.DataError(contradiction)
     model = model_from_config(config)
+    terms = find_terms(config, model, schedule)
     optimizer = optimizer_from_config(config["optimizer"])
     shape = data.example_shape(config["data"])
 
     # The seed is an argument, so that all seeds share one program in the compilation cache.
     def init(seed) -> TrainState:
-        return initial_state(config, model, optimizer, shape, seed)
+        return initial_state(config, model, optimizer, shape, seed, terms)
 
     seed = np.uint32(config["seed"])
     shapes = jax.eval_shape(init, seed)
@@ -315,9 +305,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
 
     single_step = compiled(train_step, 0)
     if any(setting.startswith("diffusion.") for setting in imported_functions(config)):
-        history = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.loss_history)
-        check_microbatches(config, model, schedule, history)
-        jax.eval_shape(single_step, shapes, _abstract_batch(config, name))
+        jax.eval_shape(single_step, shapes, abstract_batch(config))
     # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
     # calls.
     scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
@@ -328,9 +316,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         init=functools.partial(
             jax.jit(init, out_shardings=state_shardings, compiler_options=devices.fast_compile_options()), seed
         ),
-        empty_averages=jax.jit(
-            lambda: empty_averages(metric_names(config["diffusion"]["loss"])), out_shardings=replicated
-        ),
+        empty_averages=jax.jit(lambda: empty_averages(terms), out_shardings=replicated),
         train_step=single_step,
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,
         abstract_state=jax.tree.map(

@@ -26,9 +26,9 @@ __all__ = [
     "TrainState",
     "abstract_params",
     "empty_averages",
+    "initial_history",
     "initial_params",
     "initial_state",
-    "loss_terms",
     "make_average",
     "mean_metrics",
     "metric_names",
@@ -40,8 +40,6 @@ Network = models.UNet | models.MLP | models.CustomNetwork | models.Classifier
 
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
-
-_LOSS_TERMS = {"vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("accuracy",)}
 
 
 @flax.struct.dataclass
@@ -88,26 +86,29 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     shape: tuple[int, ...],
     seed: jax.Array | np.uint32,
+    terms: Sequence[str] = (),
 ) -> TrainState:
-    """Returns the state before the first step; the EMA starts as a copy of the parameters. seed: replaces `config.seed`."""
-    diffusion = config["diffusion"]
+    """Returns the state before the first step; the EMA starts as a copy of the parameters.
+
+    seed: replaces `config.seed`. terms: as for `empty_averages`.
+    """
     params = initial_params(jax.random.key(seed), model, shape)
-    averages = empty_averages(metric_names(diffusion["loss"]))
-    history = None
-    if ":" not in diffusion["timestep_sampler"] and timesteps.needs_history(diffusion["timestep_sampler"]):
-        history = timesteps.loss_history(diffusion["num_timesteps"])
-    ema_params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), averages, history)
+    ema_params, averages = jax.tree.map(jnp.copy, params), empty_averages(terms)
+    step, history = jnp.zeros((), jnp.int32), initial_history(config)
+    return TrainState(step, params, ema_params, optimizer.init(params), averages, history)
 
 
-def loss_terms(loss: str) -> tuple[str, ...]:
-    """Returns the names of values that a loss logs besides the loss, which are fields of the second result."""
-    return _LOSS_TERMS.get(loss, ())
+def initial_history(config: Mapping[str, Any]) -> timesteps.LossHistory | None:
+    """Returns `TrainState.loss_history` before the first step."""
+    name = config["diffusion"]["timestep_sampler"]
+    if ":" in name or not timesteps.needs_history(name):
+        return None
+    return timesteps.loss_history(config["diffusion"]["num_timesteps"])
 
 
-def metric_names(loss: str) -> tuple[str, ...]:
-    """Returns the names of all train step metrics."""
-    return ("loss", *QUARTERS, *loss_terms(loss), "grad_norm", "param_norm", "learning_rate")
+def metric_names(terms: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of all train step metrics. terms: the names of what a loss logs besides the loss."""
+    return ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate")
 
 
 def make_average(total: jax.Array, count: jax.Array) -> Average:
@@ -131,9 +132,10 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
     return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}
 
 
-def empty_averages(names: Sequence[str]) -> dict[str, Any]:
-    """Returns averages over no steps."""
-    averages = {name: make_average(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}
+def empty_averages(terms: Sequence[str]) -> dict[str, Any]:
+    """Returns averages over no steps. terms: as for `metric_names`."""
+    zero = jnp.zeros((), jnp.float32)
+    averages = {name: make_average(zero, zero) for name in metric_names(terms)}
     return averages | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 
 

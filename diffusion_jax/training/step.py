@@ -23,12 +23,12 @@ from diffusion_jax.models import upsampling
 from diffusion_jax.models.layers import Dropout
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.schedules.respacing import DATA_STD
-from diffusion_jax.training.batches import Examples, check_settings, condition_shape, random_flip, read_batch
+from diffusion_jax.training.batches import Examples, condition_shape, random_flip, read_batch
 from diffusion_jax.training.optimizer import ema_decay, find_frozen, global_norm
 from diffusion_jax.training.state import (
     Network,
     TrainState,
-    loss_terms,
+    initial_history,
     make_average,
     quarter_averages,
     update_averages,
@@ -39,7 +39,7 @@ __all__ = [
     "Microbatch",
     "Objective",
     "TrainStep",
-    "check_microbatches",
+    "find_terms",
     "make_draw",
     "make_objective",
     "make_train_step",
@@ -49,7 +49,7 @@ __all__ = [
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
-# (params, loss history, key, examples, microbatch) -> (loss [B], auxiliary values)
+# (params, loss history, key, examples, microbatch) -> (loss [B], values by name, each [B])
 Objective = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -91,6 +91,9 @@ class Microbatch:
 
 
 _WHOLE_BATCH = Microbatch()
+
+# Fields of a loss's second result that are logged.
+_LOSS_TERMS = {"vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("accuracy",)}
 
 
 def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
@@ -149,11 +152,11 @@ def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise:
 
 
 def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule) -> Objective:
-    """Builds the loss of `config.diffusion`: objective(params, history, key, examples, microbatch) -> (loss [B], aux).
+    """Builds the loss of `config.diffusion`: objective(params, history, key, examples, microbatch) -> (loss [B], values).
 
     history: `TrainState.loss_history`. examples: the result of `read_batch`. microbatch: the rows that the network sees;
-    results in all other rows have no meaning. aux: the second result of the loss function. objective raises ValueError for
-    a user's loss that returns something else.
+    results in all other rows have no meaning. values: "t", "importance" and what the loss logs, each [B]; the scalars of a
+    user's loss as "loss/NAME". objective raises ValueError for a user's loss that returns something else.
     """
     (loss, options), diffusion = _loss_and_options(config), config["diffusion"]
     is_path, classifies = bool(diffusion["path"]), diffusion["loss"] == "classify"
@@ -189,42 +192,51 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
             return microbatch.put(jnp.asarray(output))
 
-        if classifies:
-            return loss(key_loss, schedule_or_path, network, x_0, y, **chain_options, **options)
-        if ":" not in diffusion["loss"]:
+        arrays: tuple[jax.Array, ...] = (x_0, y) if classifies else (x_0,)
+        if ":" in diffusion["loss"]:
+            denoiser = network if d is None else coordinates.precondition(network, schedule, d)
+        elif classifies:
+            denoiser = network
+        else:
             denoiser = Denoiser(network, diffusion["prediction"], diffusion["variance"], clip=False, sigma_data=d)
-            return loss(key_loss, schedule_or_path, denoiser, x_0, **chain_options, **options)
-        denoise_fn = network if d is None else coordinates.precondition(network, schedule, d)
-        result = loss(key_loss, schedule_or_path, denoise_fn, x_0, **chain_options, **options)
-        _check_result(diffusion["loss"], result, len(x_0))
-        return result
+        result = loss(key_loss, schedule_or_path, denoiser, *arrays, **chain_options, **options)
+        return _loss_and_values(diffusion["loss"], result, len(x_0))
 
     return objective
 
 
-def _check_result(name: str, result: Any, batch_size: int) -> None:
-    """Raises: ValueError if a user's loss did not return (losses, aux), with losses, aux.importance and aux.t each [B]."""
+def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (loss, values to log) of the result of the loss `name`.
+
+    Raises: ValueError if a user's loss did not return (losses, aux), with losses, aux.importance, aux.t and scalars each [B].
+    """
     expected = f"diffusion.loss={name} must return (losses [{batch_size}], losses.LossAux), one loss for each example"
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{expected}; it returned a {type(result).__name__}")
     loss, aux = result
-    values = {"losses": loss, "aux.importance": getattr(aux, "importance", None), "aux.t": getattr(aux, "t", None)}
-    for what, value in values.items():
+    scalars = getattr(aux, "scalars", None) or {}
+    if not isinstance(scalars, Mapping):
+        raise ValueError(f"{expected}; aux.scalars is a {type(scalars).__name__}, not a dictionary of numbers by name")
+    values = {each: getattr(aux, each, None) for each in ("t", "importance", *_LOSS_TERMS.get(name, ()))}
+    checked = {"losses": loss} | {f"aux.{each}": value for each, value in values.items()}
+    for what, value in (checked | {f"aux.scalars[{each!r}]": value for each, value in scalars.items()}).items():
         shape = getattr(value, "shape", None)
         if shape != (batch_size,):
             found = f"a {type(value).__name__}" if shape is None else f"of shape {list(shape)}"
             raise ValueError(f"{expected}; {what} is {found}")
+    return loss, values | {f"loss/{each}": value for each, value in scalars.items()}
 
 
-def check_microbatches(config: Mapping[str, Any], model: Network, schedule: Schedule, history: Any) -> None:
-    """Raises: ValueError if a user's loss relates the examples of a batch, which a microbatch does not have.
+def find_terms(config: Mapping[str, Any], model: Network, schedule: Schedule) -> tuple[str, ...]:
+    """Returns the names of what the loss logs besides the loss. A user's loss is evaluated with a linear network.
 
-    history: `TrainState.loss_history`. The network is replaced by x_t times a weight for each row. The losses of a microbatch
-    must be the same numbers if the output in all other rows is 0, as `Microbatch.put` makes it.
+    Raises: ValueError if a user's loss returns something else than a loss, or relates the examples of a batch, which a
+    microbatch does not have: the losses of a microbatch must be the same numbers if the output in all other rows is 0, as
+    `Microbatch.put` makes it.
     """
     name, microbatch = config["diffusion"]["loss"], Microbatch(0, config["training"]["accumulation_steps"])
-    if ":" not in name or microbatch.count == 1:
-        return
+    if ":" not in name:
+        return _LOSS_TERMS.get(name, ())
     shape, batch_size = data.example_shape(config["data"]), config["training"]["batch_size"]
     channels = getattr(model, "out_channels", None) or shape[-1]
 
@@ -241,6 +253,11 @@ def check_microbatches(config: Mapping[str, Any], model: Network, schedule: Sche
         None if condition is None else jnp.zeros((batch_size, *condition)),
     )
     objective, whole = make_objective(config, linear, schedule), jnp.ones(batch_size)
+    history = initial_history(config)
+    _, values = jax.eval_shape(objective, whole, history, key, examples)
+    terms = tuple(name for name in values if name not in ("t", "importance"))
+    if microbatch.count == 1:
+        return terms
     losses_of = jax.jit(lambda weights, examples: microbatch.take(objective(weights, history, key, examples)[0]))
     of_batch, of_microbatch = (
         losses_of(weights, examples) for weights in (whole, microbatch.put(microbatch.take(whole)))
@@ -250,6 +267,7 @@ def check_microbatches(config: Mapping[str, Any], model: Network, schedule: Sche
             f"diffusion.loss={name}: the loss of an example changes with the network's outputs for other examples, which "
             f"a microbatch does not have; use training.accumulation_steps=1 and not {microbatch.count}"
         )
+    return terms
 
 
 def make_train_step(
@@ -265,25 +283,18 @@ def make_train_step(
     All random numbers derive from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (batch mean), loss_q1 ...
     loss_q4 (means over each quarter of the timesteps, q1 the least noisy, or on a path over the log SNRs above 4, 0 to 4, -4
     to 0 and below -4; NaN for a quarter without an example in the batch),
-    mse and vlb (bits per dimension, without L_T) for the losses vlb and hybrid, accuracy for a classifier, grad_norm (before
-    clipping), param_norm, learning_rate. With importance sampling, losses are weighted, so that the means are unbiased.
+    mse and vlb (bits per dimension, without L_T) for the losses vlb and hybrid, accuracy for a classifier, loss/NAME for the
+    scalars of a user's loss, grad_norm (before clipping), param_norm, learning_rate. With importance sampling, losses are
+    weighted, so that the means are unbiased.
 
     gather_params: wraps a function of the parameters if the parameters are split over devices, as `sharding.gather_params`.
     """
-    diffusion, options = config["diffusion"], config["training"]
-    num_microbatches = options["accumulation_steps"]
-    terms = loss_terms(diffusion["loss"])
-    shape = data.example_shape(config["data"])
-    takes_labels = bool(model.num_classes) or diffusion["loss"] == "classify"
-    shape_of_condition = condition_shape(config)
     objective = make_objective(config, model, schedule)
-
-    gradient = _make_gradient(objective, terms, num_microbatches, gather_params)
+    gradient = _make_gradient(objective, config["training"]["accumulation_steps"], gather_params)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
-        examples = read_batch(batch, shape, takes_labels, num_microbatches, shape_of_condition)
-        check_settings(batch, config)
+        examples = read_batch(batch, config)
         if config["data"]["random_flip"]:
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
@@ -302,7 +313,8 @@ def make_train_step(
         param_norm = global_norm(params)
         scalars = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-        scalars |= {name: (values["importance"] * values[name]).mean() for name in terms}
+        terms = values.keys() - {"loss", "importance", "t"}
+        scalars |= {name: (values["importance"] * values[name]).mean() for name in sorted(terms)}
         step_averages = {name: make_average(value, jnp.ones((), jnp.float32)) for name, value in scalars.items()}
         step_averages |= quarter_averages(values, schedule)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
@@ -315,20 +327,21 @@ def make_train_step(
 
 def _make_gradient(
     objective: Objective,
-    terms: tuple[str, ...],
     num_microbatches: int,
     gather_params: Callable[[Callable], Callable],
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, values for each example).
 
-    The values are "loss", "importance", "t" and the loss `terms`, each [B].
+    The values are "loss" and the values of the objective, each [B].
     """
 
     def loss_fn(params, history, key, examples: Examples, index):
         microbatch = Microbatch(index, num_microbatches)
-        loss, aux = objective(params, history, key, examples, microbatch)
-        values = {"loss": loss} | {name: getattr(aux, name) for name in ("importance", *terms)}
-        values = {name: value.astype(jnp.float32) for name, value in values.items()} | {"t": aux.t}  # with x64, too
+        loss, values = objective(params, history, key, examples, microbatch)
+        times = {"t": values["t"]}
+        values = {
+            name: value.astype(jnp.float32) for name, value in (values | {"loss": loss}).items()
+        } | times  # with x64, too
         values = jax.tree.map(microbatch.take, values)
         return values["loss"].mean(), values
 

@@ -8,7 +8,7 @@ import numpy as np
 from diffusion_jax import training
 from diffusion_jax.training import optimizer
 from diffusion_jax.training.state import initial_state
-from diffusion_jax.training.step import make_train_step
+from diffusion_jax.training.step import find_terms, make_train_step
 
 
 class Recorder:
@@ -31,7 +31,9 @@ class Recorder:
 def recorded(config, output, num_classes=0):
     """(network, a state whose parameter is 1, the train step without jit)."""
     network, tx = Recorder(output, num_classes), optimizer.from_config(config.optimizer)
-    state = initial_state(config, network, tx, (8, 8, 1), config["seed"]).replace(ema_params={"w": jnp.full((), 5.0)})
+    terms = find_terms(config, network, schedule_of(config))
+    state = initial_state(config, network, tx, (8, 8, 1), config["seed"], terms)
+    state = state.replace(ema_params={"w": jnp.full((), 5.0)})
     rate = optimizer.learning_rate(config.optimizer)
     return network, state, make_train_step(config, network, schedule_of(config), tx, rate)
 

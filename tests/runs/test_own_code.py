@@ -6,13 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from diffusion_jax import config as configs
 from diffusion_jax import data, pretrained, sampling, training
 from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import __main__ as evaluation
 from diffusion_jax.functions import import_function
-from diffusion_jax.runs import evaluate, sample, sampling_setup, workdir
+from diffusion_jax.report.figures import training_charts
+from diffusion_jax.runs import evaluate, logging, sample, sampling_setup, train, workdir
 from helpers.array_configs import array_config, write_arrays
 from helpers.launcher import launch
 from helpers.work_directories import untrained
@@ -34,6 +36,25 @@ class Network(nn.Module):
 
 def network(shapes):
     return Network()
+
+
+made = []
+
+
+class Working(nn.Module):
+    @nn.compact
+    def __call__(self, x_t, time):
+        return nn.Dense(x_t.shape[-1])(x_t)
+
+
+def working(shapes):
+    made.append(shapes)
+    return Working()
+
+
+def with_scalars(key, schedule, denoise_fn, x_0, *, timestep_sampler=None):
+    found, aux = losses.simple(key, schedule, denoise_fn, x_0)
+    return found, aux._replace(scalars={"doubled": 2 * found})
 
 
 def loss(key, schedule, denoise_fn, x_0, *, timestep_sampler=None):
@@ -138,6 +159,21 @@ def vectors(tmp_path_factory):
     directory = tmp_path_factory.mktemp("vectors")
     config = array_config("vectors", write_arrays("vectors", directory / "data.npz"), **{"sampling.steps": 3})
     return untrained(directory / "run", config, data.load(config.data))
+
+
+@pytest.mark.whole
+def test_a_launch_makes_the_network_once_and_logs_the_scalars_of_a_loss(mine, vectors, tmp_path):
+    """Once for the train step and the pictures together."""
+    name, texts = f"{mine}:working", {"model.dropout": "0", "training.num_steps": "2", "training.log_every": "1"}
+    texts |= {"model.kind": name, "diffusion.loss": f"{mine}:with_scalars"}
+    train.run(configs.override(workdir.load_config(vectors), texts), tmp_path / "run")
+    assert len(import_function(name).__globals__["made"]) == 1
+    lines = logging.read_metrics(tmp_path / "run")
+    assert [line["loss/doubled"] for line in lines] == pytest.approx([2 * line["loss"] for line in lines])
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {"loss/loss", "loss/doubled"} <= set(events.Tags()["scalars"])
+    (chart,) = (chart for chart in training_charts(lines) if chart["title"] == "loss/doubled")
+    assert chart["series"][0]["x"] == [1, 2]
 
 
 @pytest.mark.whole

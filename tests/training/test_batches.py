@@ -73,7 +73,9 @@ def test_a_condition_is_none_where_it_is_marked_and_unmarked_nan_makes_the_examp
     x = np.arange(10.0, dtype=np.float32).reshape(5, 2)
     condition = np.float32([[1, 2], [3, 4], [np.nan, np.nan], [5, np.nan], [np.nan, 6]])
     batch = {"x": x, "condition": condition, "condition_missing": np.array([False, True, False, False, True])}
-    x_0, _, found = jax.jit(lambda batch: read_batch(batch, (2,), False, condition_shape=(2,)))(batch)
+    overrides = {"data.image_size": (), "data.channels": 2, "model.condition_features": 2}
+    config = array_config("vectors", "", **overrides, **{"model.condition_dropout": 0.1})
+    x_0, _, found = jax.jit(lambda batch: read_batch(batch, config))(batch)
     np.testing.assert_array_equal(x_0, np.where(np.array([0, 0, 1, 1, 0])[:, None], np.nan, x))
     np.testing.assert_array_equal(np.asarray(found)[[0, 1, 4]], np.float32([[1, 2], [np.nan] * 2, [np.nan] * 2]))
     config = array_config("vectors", "", **{"model.condition_features": 2})
@@ -165,5 +167,5 @@ def test_float_data_are_taken_as_they_are(dtype):
 )
 def test_a_wrong_batch_is_refused_in_one_line(batch, words):
     with pytest.raises(ValueError, match=words) as caught:
-        read_batch(batch, (8, 8, 1), takes_labels=True, condition_shape=(2,))
+        read_batch(batch, tiny_config(**LABELS, **{"model.condition_features": 2, "model.condition_dropout": 0.1}))
     assert "\n" not in str(caught.value)

@@ -80,6 +80,8 @@ def test_a_loss():
         ("a_number_per_entry", r"losses is of shape \[8, 3\]"),
         ("without_aux", "it returned a "),
         ("aux_without_t", "aux.t is a NoneType"),
+        ("a_scalar_of_the_batch", r"aux.scalars\['mean'\] is of shape \[\]"),
+        ("scalars_without_names", "aux.scalars is a tuple, not a dictionary"),
     ],
 )
 def test_a_loss_without_a_number_for_each_example_is_refused_before_compiling(function, words):
@@ -90,6 +92,22 @@ def test_a_loss_without_a_number_for_each_example_is_refused_before_compiling(fu
     with pytest.raises(ValueError, match=expected) as caught:
         training.build_program(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("accumulation", ["1", "2"])
+def test_scalars_of_a_loss_are_metrics_and_averages(accumulation):
+    """The averages are of two steps, in each of which every example counts once."""
+    texts = {"diffusion__loss": "helpers.own_networks:with_scalars", "training__accumulation_steps": accumulation}
+    state, step = training.create(config_with(**texts))
+    found = []
+    for key in range(2):
+        state, metrics = step(state, array_batch("vectors", key=key))
+        found.append(jax.device_get(metrics))
+        np.testing.assert_allclose(metrics["loss/doubled"], 4 * metrics["loss"], rtol=1e-6)
+    assert found[0]["loss/step"] != found[1]["loss/step"]
+    means = training.mean_metrics(jax.device_get(state.averages))
+    for name in ("loss/doubled", "loss/step"):
+        np.testing.assert_allclose(means[name], (found[0][name] + found[1][name]) / 2, rtol=1e-6)
 
 
 def test_microbatches_are_refused_for_a_loss_that_relates_examples():
