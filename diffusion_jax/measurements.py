@@ -1,0 +1,356 @@
+"""Linear measurements y = A(x_0) + noise of examples [B, *spatial, C], and ready-made operators A.
+
+    masked            known entries                     gray, mix_channels   fixed sums over channels
+    average_pool      means over blocks                 blur                 a convolution with any kernel
+    decimate          every n-th entry of each axis     at_points            linear interpolation at sensors
+    fourier           chosen Fourier coefficients       radon                sums along rays, for two axes
+
+Operators act on examples with one, two or three spatial axes, unless stated otherwise, and `compose` joins two operators. Any
+linear function is an operator, too; its adjoint is found by `jax.linear_transpose`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
+
+from diffusion_jax.arrays import as_float
+from diffusion_jax.denoiser import as_node
+from diffusion_jax.types import Batch, BatchLike
+
+__all__ = [
+    "LinearMap",
+    "LinearOperator",
+    "Measurement",
+    "as_mask",
+    "at_points",
+    "average_pool",
+    "blur",
+    "compose",
+    "decimate",
+    "fourier",
+    "gray",
+    "masked",
+    "mix_channels",
+    "radon",
+]
+
+LinearMap: TypeAlias = Callable[[BatchLike], Float[Array, "B *result_shape"]]
+_NUM_PROBES = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearOperator:
+    """A linear measurement A as a pytree: other arrays in it, such as a mask, do not recompile.
+
+    measure: A, from [B, *spatial, C] to y [B, ...], row by row. invert: a right inverse A+, with A A+ = I on the range of A;
+    None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y; an approximation only
+    makes a solution by iterations slower. None: estimated from 16 products with A.
+    """
+
+    measure: LinearMap
+    invert: LinearMap | None = None
+    diagonal: ArrayLike | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "measure", as_node(self.measure))
+        object.__setattr__(self, "invert", as_node(self.invert))
+
+    def adjoint(self, like: Batch) -> LinearMap:
+        """Returns A^T, from [B, ...] to the shape of `like`, [B, *spatial, C]."""
+        transposed = jax.linear_transpose(self.measure, jax.ShapeDtypeStruct(like.shape, like.dtype))
+        return lambda u: transposed(u)[0]
+
+    def squared_norms(self, like: Batch) -> Float[Array, "..."]:
+        """Returns `diagonal`, or its estimate for examples in the shape of `like`, [B, *spatial, C]."""
+        if self.diagonal is not None:
+            return jnp.asarray(self.diagonal, like.dtype)
+        probes = jax.random.normal(jax.random.key(0), (_NUM_PROBES, *like.shape[1:]), like.dtype)
+        return jnp.mean(jnp.square(self.measure(probes)), axis=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measurement:
+    """y = A(x_0) + N(0, R), a pytree: a new y and another noise do not recompile.
+
+    operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example. noise: the standard
+    deviation, one number or an array that broadcasts to y (the error bars of each pixel or channel); or a function that
+    multiplies a y by the covariance R.
+    Raises: ValueError for a y that is not float, and a standard deviation that is not above 0.
+    """
+
+    operator: LinearOperator
+    y: Float[Array, "B *y_shape"]
+    noise: Any
+
+    def __post_init__(self):
+        if not isinstance(self.operator, LinearOperator):
+            object.__setattr__(self, "operator", LinearOperator(self.operator))
+        if isinstance(self.y, jax.Array | np.ndarray | list):
+            object.__setattr__(self, "y", as_float("y", self.y))
+        if callable(self.noise):
+            object.__setattr__(self, "noise", as_node(self.noise))
+        elif isinstance(self.noise, int | float | np.ndarray | np.generic | jax.Array):
+            if not isinstance(self.noise, Tracer) and not np.all(np.asarray(self.noise) > 0):
+                raise ValueError(
+                    "noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project"
+                )
+
+    def covariance(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
+        """Returns R u."""
+        return self.noise(u) if callable(self.noise) else jnp.square(jnp.asarray(self.noise, u.dtype)) * u
+
+    def variances(self, dtype: Any) -> Float[Array, "..."]:
+        """Returns the diagonal of R, a number or an array that broadcasts to y; for a function, an estimate."""
+        if not callable(self.noise):
+            return jnp.square(jnp.asarray(self.noise, dtype))
+        signs = jax.random.rademacher(jax.random.key(1), (_NUM_PROBES, *self.y.shape[1:]), dtype)
+        estimate = jnp.mean(signs * self.noise(signs), axis=0)
+        return jnp.maximum(estimate, 1e-3 * jnp.mean(estimate))
+
+    def residual(self, x_0: Batch) -> Float[Array, "B *y_shape"]:
+        """Returns y - A(x_0)."""
+        found = self.operator.measure(x_0)
+        if found.shape != self.y.shape:
+            raise ValueError(
+                f"y has shape {self.y.shape}, but the operator measures {found.shape} for x_0 {x_0.shape}; give each example "
+                "its own row of y"
+            )
+        return self.y.astype(x_0.dtype) - found
+
+    def chi_squared(self, x_0: BatchLike) -> Float[Array, "B"]:
+        """Returns the mean over the measured numbers of (y - A(x_0))^2 / R: about 1 for an x_0 that explains y.
+
+        Entries that a mask hides (a diagonal of 0) do not count. Raises: ValueError for a noise that is a function.
+        """
+        if callable(self.noise):
+            raise ValueError("chi_squared needs the noise as standard deviations, not as a function")
+        x_0 = as_float("x_0", x_0)
+        residual = self.residual(x_0)
+        is_measured = jnp.broadcast_to(self.operator.squared_norms(x_0) > 0, residual.shape)
+        squares = jnp.where(is_measured, jnp.square(residual) / self.variances(x_0.dtype), 0.0)
+        axes = tuple(range(1, residual.ndim))
+        return jnp.sum(squares, axes) / jnp.maximum(jnp.sum(is_measured, axes), 1)
+
+
+def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
+    """Converts a mask to bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
+    if not isinstance(mask, Tracer):
+        values = np.asarray(mask)
+        other = values[(values != 0) & (values != 1)]
+        if other.size:
+            raise ValueError(
+                f"a mask holds 1 where pixels are known and 0 elsewhere, got {other.flat[0]}; use image > 127"
+            )
+    return jnp.asarray(mask, bool)
+
+
+def _keep(mask, x):
+    return jnp.where(mask, as_float("x", x), 0.0)
+
+
+def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
+    """Inpainting: measures the known pixels. y: shaped like the image, 0 where pixels are unknown."""
+    keep = jax.tree_util.Partial(_keep, as_mask(mask))
+    return LinearOperator(keep, keep, jnp.asarray(mask, jnp.float32))
+
+
+@functools.cache
+def gray(channels: int = 3) -> LinearOperator:
+    """Colorization: measures the mean over the channels. y: [B, *spatial, 1]."""
+    return LinearOperator(
+        lambda x: jnp.mean(as_float("x", x), axis=-1, keepdims=True),
+        lambda y: jnp.broadcast_to(as_float("y", y), (*jnp.shape(y)[:-1], channels)),
+        1 / channels,
+    )
+
+
+def _mix(matrix, x):
+    x = as_float("x", x)
+    return x @ matrix.astype(x.dtype).T
+
+
+def mix_channels(matrix: Float[ArrayLike, "K C"]) -> LinearOperator:
+    """Measures K weighted sums over the C channels. y: [B, *spatial, K]."""
+    matrix = as_float("matrix", matrix)
+    invert = jax.tree_util.Partial(_mix, jnp.linalg.pinv(matrix))
+    return LinearOperator(jax.tree_util.Partial(_mix, matrix), invert, jnp.sum(jnp.square(matrix), axis=1))
+
+
+def _blocks(x, factor, axes):
+    """Splits each of `axes` spatial axes in two, [n] to [n / factor, factor]. Raises: ValueError for other shapes."""
+    if x.ndim != axes + 2:
+        raise ValueError(f"this operator takes {axes} spatial axes, [B, *spatial, C]; got {x.shape} (argument axes)")
+    if any(size % factor for size in x.shape[1:-1]):
+        sizes = "x".join(map(str, x.shape[1:-1]))
+        raise ValueError(f"images of {sizes} cannot be divided into squares of {factor} pixels")
+    halves = (part for size in x.shape[1:-1] for part in (size // factor, factor))
+    return x.reshape(x.shape[0], *halves, x.shape[-1])
+
+
+@functools.cache
+def average_pool(factor: int, axes: int = 2) -> LinearOperator:
+    """Super-resolution: measures the mean over blocks of `factor` entries along each of `axes` spatial axes.
+
+    y: [B, n / factor, ..., C].
+    """
+
+    def measure(x):
+        return _blocks(as_float("x", x), factor, axes).mean(axis=tuple(range(2, 2 * axes + 1, 2)))
+
+    def invert(y):
+        y = as_float("y", y)
+        for axis in range(1, axes + 1):
+            y = jnp.repeat(y, factor, axis=axis)
+        return y
+
+    return LinearOperator(measure, invert, 1 / factor**axes)
+
+
+@functools.cache
+def decimate(factor: int, axes: int = 2) -> LinearOperator:
+    """Measures every `factor`-th entry along each of `axes` spatial axes. y: [B, n / factor, ..., C]."""
+    first = (slice(None), *[slice(None), 0] * axes)
+
+    def measure(x):
+        return _blocks(as_float("x", x), factor, axes)[first]
+
+    def invert(y):
+        y = as_float("y", y)
+        sizes = [part for size in y.shape[1:-1] for part in (size, factor)]
+        spread = jnp.zeros((y.shape[0], *sizes, y.shape[-1]), y.dtype).at[first].set(y)
+        return spread.reshape(y.shape[0], *(factor * size for size in y.shape[1:-1]), y.shape[-1])
+
+    return LinearOperator(measure, invert, 1.0)
+
+
+@functools.cache  # one function for each mode, so that jax.jit compiles once
+def _convolution(mode):
+    return lambda kernel, x: _convolve(kernel, x, mode)
+
+
+def _convolve(kernel, x, mode):
+    x = as_float("x", x)
+    if x.ndim != kernel.ndim + 2:
+        raise ValueError(f"a kernel of {kernel.ndim} axes needs as many spatial axes, [B, *spatial, C]; got {x.shape}")
+    margins = [((size - 1) // 2, size // 2) for size in kernel.shape]
+    if any(max(margin) >= size for margin, size in zip(margins, x.shape[1:-1], strict=True)):
+        raise ValueError(f"the kernel {kernel.shape} is too large for examples of {x.shape[1:-1]}")
+    padded = jnp.pad(x, ((0, 0), *margins, (0, 0)), mode=mode)
+    channels_first = jnp.moveaxis(padded, -1, 1).reshape(-1, 1, *padded.shape[1:-1])
+    flipped = jnp.flip(kernel).astype(x.dtype)[None, None]
+    blurred = jax.lax.conv_general_dilated(
+        channels_first, flipped, (1,) * kernel.ndim, "VALID", precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.moveaxis(blurred.reshape(x.shape[0], x.shape[-1], *x.shape[1:-1]), 1, -1)
+
+
+def blur(kernel: Float[ArrayLike, "*sizes"], mode: str = "reflect") -> LinearOperator:
+    """Measures a convolution of each channel with a kernel, which has an axis for each spatial axis. y: shaped like x_0.
+
+    mode: the values beyond the border, as `jnp.pad`: "reflect", "edge", "wrap" (periodic) or "constant" (0).
+    """
+    kernel = as_float("kernel", kernel)
+    if mode not in ("reflect", "edge", "wrap", "constant"):
+        raise ValueError(f"unknown mode {mode!r}; known: reflect, edge, wrap, constant")
+    measure = jax.tree_util.Partial(_convolution(mode), kernel)
+    return LinearOperator(measure, None, jnp.sum(jnp.square(kernel)))
+
+
+def _interpolate(points, x):
+    x = as_float("x", x)
+    if x.ndim != points.shape[1] + 2:
+        raise ValueError(
+            f"points of {points.shape[1]} numbers need as many spatial axes, [B, *spatial, C]; got {x.shape}"
+        )
+
+    def of_channel(values):  # [*spatial]
+        return jax.scipy.ndimage.map_coordinates(values, list(points.astype(values.dtype).T), order=1, mode="nearest")
+
+    return jax.vmap(jax.vmap(of_channel, in_axes=-1, out_axes=-1))(x)
+
+
+def at_points(points: Float[ArrayLike, "P axes"]) -> LinearOperator:
+    """Measures P points by linear interpolation between the nearest entries. y: [B, P, C].
+
+    points: positions in entries along each spatial axis, from 0, the first entry, to n - 1; positions outside are at the
+    border.
+    """
+    points = as_float("points", points)
+    if points.ndim != 2:
+        raise ValueError(f"points must be [P, axes], a position along each spatial axis; got {points.shape}")
+    fraction = points - jnp.floor(points)
+    diagonal = jnp.prod(jnp.square(fraction) + jnp.square(1 - fraction), axis=1)[:, None]
+    return LinearOperator(jax.tree_util.Partial(_interpolate, points), None, diagonal)
+
+
+def _transform(mask, x):
+    x = as_float("x", x)
+    axes = tuple(range(1, x.ndim - 1))
+    if tuple(x.shape[1:-1]) != mask.shape:
+        raise ValueError(f"the mask of frequencies has shape {mask.shape}, and the examples are {x.shape[1:-1]}")
+    half = mask[..., : mask.shape[-1] // 2 + 1, None]
+    found = jnp.where(half, jnp.fft.rfftn(x, axes=axes, norm="ortho"), 0.0)
+    return jnp.stack([found.real, found.imag], axis=-1)
+
+
+def fourier(mask: Shaped[ArrayLike, "*spatial"]) -> LinearOperator:
+    """Measures chosen coefficients of the orthonormal Fourier transform over all spatial axes, as in magnetic resonance.
+
+    mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; of the last axis only the first n // 2 + 1, because the
+    others are conjugates. y: [B, ..., n // 2 + 1, C, 2], real and imaginary parts; 0 where nothing is
+    measured.
+    """
+    mask = as_mask(mask)
+    grid = jnp.meshgrid(*(jnp.arange(size) for size in mask.shape), indexing="ij")
+    is_real = functools.reduce(jnp.logical_and, [2 * k % n == 0 for k, n in zip(grid, mask.shape, strict=True)])
+    measured = jnp.stack([jnp.where(is_real, 1.0, 0.5), jnp.where(is_real, 0.0, 0.5)], axis=-1) * mask[..., None]
+    half = measured[..., : mask.shape[-1] // 2 + 1, None, :]
+    return LinearOperator(jax.tree_util.Partial(_transform, mask), None, half)
+
+
+def _project_rays(angles, x):
+    x = as_float("x", x)
+    if x.ndim != 4 or x.shape[1] != x.shape[2]:
+        raise ValueError(f"radon takes square images [B, n, n, C], got {x.shape}")
+    size = x.shape[1]
+    offsets = jnp.arange(size, dtype=x.dtype) - (size - 1) / 2
+    along, across = jnp.meshgrid(offsets, offsets, indexing="ij")
+
+    def of_angle(angle):
+        rows = jnp.cos(angle) * along + jnp.sin(angle) * across + (size - 1) / 2
+        columns = -jnp.sin(angle) * along + jnp.cos(angle) * across + (size - 1) / 2
+
+        def of_channel(values):
+            return jax.scipy.ndimage.map_coordinates(values, [rows, columns], order=1, mode="constant").sum(axis=0)
+
+        return jax.vmap(jax.vmap(of_channel, in_axes=-1, out_axes=-1))(x)  # [B, n, C]
+
+    return jnp.moveaxis(jax.vmap(of_angle)(angles.astype(x.dtype)), 0, 1)
+
+
+def radon(angles: Float[ArrayLike, "A"]) -> LinearOperator:
+    """Tomography: measures the sums along parallel rays through square images, at A angles in radians.
+
+    y: [B, A, n, C]; the sums of angle 0 are over the first spatial axis. Values outside of the image are 0.
+    """
+    return LinearOperator(jax.tree_util.Partial(_project_rays, as_float("angles", angles)))
+
+
+def _compose(outer, inner, x):
+    return outer.measure(inner.measure(x))
+
+
+def compose(outer: LinearOperator, inner: LinearOperator) -> LinearOperator:
+    """Returns the operator outer(inner(x_0))."""
+    return LinearOperator(jax.tree_util.Partial(_compose, outer, inner))

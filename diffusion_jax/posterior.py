@@ -1,0 +1,326 @@
+"""Samples of x_0 given a noisy linear measurement y = A(x_0) + noise, with a denoiser of the prior.
+
+    mmps     moment matching posterior sampling, the recommended method, exact for Gaussian data (Rozet et al. 2024)
+    pigdm    pseudoinverse guidance, exact for white data N(0, data_std^2 I) (Song et al. 2023)
+    smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
+    dps      diffusion posterior sampling, a baseline that is not calibrated (Chung et al. 2023)
+
+`mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so every sampler draws from the posterior, as it draws from the
+prior. `dps` wraps a sampler, and `smc` is a sampling loop of its own.
+
+By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. Both methods take
+p(y | x_t) = N(A D, R + A V A^T), which gives the gradient J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D in
+x_t. The covariance of x_0 given x_t is V = (sigma^2 / alpha) J, which `mmps` uses; `pigdm` replaces V by the covariance of
+white data. D is the denoiser before its clip. Rows of a batch do not change each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
+
+from diffusion_jax import process
+from diffusion_jax.arrays import as_float
+from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
+from diffusion_jax.measurements import Measurement
+from diffusion_jax.sampling import Sampler, Stability, Step
+from diffusion_jax.sampling.driver import check_sampler
+from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
+from diffusion_jax.types import Batch, BatchLike, DenoiseFn
+
+__all__ = ["Particles", "dps", "mmps", "pigdm", "relative_residual", "smc", "systematic_resample"]
+
+
+def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations: int = 3) -> Denoiser:
+    """Returns a denoiser of E[x_0 | x_t, y], with the covariance (sigma^2 / alpha) J of the denoiser itself.
+
+    iterations: of preconditioned conjugate gradients; each multiplies by the transposed Jacobian once, so a call costs about
+    as much as 2 + 2 iterations calls of the network. More iterations than numbers in y change nothing. `relative_residual`
+    measures what they leave. The denoiser must not be scaled by guidance: with classifier-free guidance, samples are of the
+    posterior for scale 1 only.
+
+    In pure noise (alpha = 0), J has no digits, and D is not corrected.
+    Raises: ValueError for a number of iterations below 1; when called, for a y in another shape than A(x_0).
+    """
+    return _add(denoiser, _Correction(measurement, iterations))
+
+
+def pigdm(
+    denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, data_std: float = 1.0, iterations: int = 10
+) -> Denoiser:
+    """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
+
+    iterations: of conjugate gradients, without calls of the network; one is exact where A A^T is diagonal. A call costs about
+    as much as two calls of the network. For data with structure, `mmps` is closer to the posterior.
+    Raises: as `mmps`, and ValueError for a data_std that is not above 0.
+    """
+    if not data_std > 0:
+        raise ValueError(f"data_std must be above 0, got {data_std}")
+    return _add(denoiser, _Correction(measurement, iterations, float(data_std)))
+
+
+def _add(denoiser, correction: _Correction) -> Denoiser:
+    denoiser = as_denoiser(denoiser)
+    if not correction.iterations >= 1:
+        raise ValueError(f"iterations must be at least 1, got {correction.iterations}")
+    return dataclasses.replace(denoiser, corrections=(*denoiser.corrections, correction))
+
+
+def relative_residual(
+    denoiser: Denoiser | DenoiseFn, measurement: Measurement, x_t: BatchLike, level: NoiseLevel, *, iterations: int = 3
+) -> Float[Array, "B"]:
+    """Returns what `iterations` of `mmps` leave of its linear system, |M u - b| / |b| for each example; 0 is exact."""
+    denoiser, x_t = as_denoiser(denoiser), as_float("x_t", x_t)
+    correction = _Correction(measurement, iterations)
+    return correction.solve(lambda x_t: denoiser(x_t, level), x_t, level).residual
+
+
+class _Solved(NamedTuple):
+    """prior: the denoiser's prediction. shift: (sigma^2 / alpha) grad log p(y | x_t). residual: as `relative_residual`."""
+
+    prior: Denoised
+    shift: Batch
+    residual: Float[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Correction:
+    """The correction of `mmps`, or of `pigdm` with the deviation of white data."""
+
+    measurement: Measurement
+    iterations: int = dataclasses.field(metadata={"static": True})
+    data_std: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __call__(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> Denoised:
+        prior, shift, _ = self.solve(predict, x_t, level)
+        return prior.corrected(prior.own_x_0 + shift, x_t, level)
+
+    def solve(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> _Solved:
+        """Solves (R + A V A^T) u = y - A D."""
+
+        def x_0_of(x_t):
+            denoised = predict(x_t)
+            return denoised.own_x_0, denoised
+
+        x_0, transposed, prior = jax.vjp(x_0_of, x_t, has_aux=True)
+        measurement, operator = self.measurement, self.measurement.operator
+        adjoint = operator.adjoint(x_0)
+        # alpha is 0 in pure noise, where J and sigma^2 / alpha have no digits.
+        scale = jnp.where(level.has_signal, level.sigma**2 / jnp.where(level.has_signal, level.alpha, 1.0), 0.0)
+        variance = level.sigma**2  # of x_0 given x_t for white data of variance 1
+
+        def shift_of(u):
+            return scale * transposed(adjoint(u))[0]
+
+        def times_matrix(u):
+            if self.data_std is None:
+                return measurement.covariance(u) + operator.measure(shift_of(u))
+            return measurement.covariance(u) + operator.measure(white * adjoint(u))
+
+        if self.data_std is not None:
+            d2 = self.data_std**2
+            white = d2 * level.sigma**2 / (d2 * level.alpha**2 + level.sigma**2)
+            variance = white
+        residual = measurement.residual(x_0)
+        variance = variance.reshape(variance.shape[:1] + (1,) * (residual.ndim - 1) if variance.ndim else ())
+        diagonal = measurement.variances(x_0.dtype) + variance * operator.squared_norms(x_0)
+        u, left = _conjugate_gradients(times_matrix, residual, diagonal, self.iterations)
+        return _Solved(prior, shift_of(u), left)
+
+
+def _conjugate_gradients(times_matrix, b, diagonal, iterations):
+    """Solves M u = b for each row with Jacobi's preconditioner; returns u and |M u - b| / |b|.
+
+    The Jacobian of a trained network is not symmetric, so M may have a direction with negative curvature: a row stops there
+    with what it has, or at its first iteration with b / diagonal.
+    """
+    axes = tuple(range(1, b.ndim))
+
+    def dot(x, y):
+        return jnp.sum(x * y, axis=axes, keepdims=True)
+
+    z = b / diagonal
+
+    def step(carry, i):
+        u, r, p, product, is_open = carry
+        times_p = times_matrix(p)
+        curvature = dot(p, times_p)
+        is_convex = curvature > 0
+        length = jnp.where(is_convex, product / jnp.where(is_convex, curvature, 1.0), jnp.where(i == 0, 1.0, 0.0))
+        length = jnp.where(is_open, length, 0.0)
+        u, r = u + length * p, r - length * times_p
+        z = r / diagonal
+        next_product = dot(r, z)
+        is_open = is_open & is_convex & (next_product > smallest)
+        p = z + jnp.where(is_open, next_product / jnp.where(product > 0, product, 1.0), 0.0) * p
+        return (u, r, p, next_product, is_open), None
+
+    first = dot(b, z)
+    smallest = jnp.finfo(b.dtype).eps ** 2 * first  # solved up to rounding
+    carry = jnp.zeros_like(b), b, z, first, first > 0
+    (u, r, *_), _ = jax.lax.scan(step, carry, jnp.arange(iterations))
+    size = jnp.sqrt(dot(b, b))
+    left = jnp.sqrt(dot(r, r)) / jnp.where(size > 0, size, 1.0)
+    return u, left.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class dps(Sampler):
+    """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): after each step, minus zeta grad |y - A D|.
+
+    Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is of one example. Samples fit y, but are not
+    of the posterior: their mean and deviation depend on zeta and on the number of steps.
+    zeta: the paper uses 0.3 to 1.
+    """
+
+    sampler: Sampler
+    measurement: Measurement
+    zeta: float | np.floating = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sampler(self.sampler)
+
+    @property
+    def is_stochastic(self) -> bool:
+        return self.sampler.is_stochastic
+
+    @property
+    def stability(self) -> Stability | None:
+        return self.sampler.stability
+
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
+        return self.sampler.init_state(schedule, x_T, num_steps)
+
+    def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
+        new = self.sampler.step(key, denoiser, x_t, transition, state)
+
+        def distance(x_t):
+            residual = self.measurement.residual(denoiser(x_t, transition).x_0)
+            return jnp.sum(jnp.sqrt(jnp.sum(jnp.square(residual), axis=tuple(range(1, residual.ndim)))))
+
+        return new._replace(x_prev=new.x_prev - self.zeta * jax.grad(distance)(x_t))
+
+
+class Particles(NamedTuple):
+    """The result of `smc`: P weighted samples of each posterior.
+
+    x_0: [P, B, ...]. weights: [P, B], with sum 1 over the particles. effective: [T, B], the effective sample size
+    1 / sum(weights^2) before each of the T steps' resampling, in sampling order. resampled: bool [T, B].
+    """
+
+    x_0: Float[Array, "P B *shape"]
+    weights: Float[Array, "P B"]
+    effective: Float[Array, "T B"]
+    resampled: Bool[Array, "T B"]
+
+
+def systematic_resample(key: Key[Array, ""], weights: Float[Array, "P"]) -> Int[Array, "P"]:
+    """Returns the indices of P particles: each appears its weight times P, rounded up or down, with that mean."""
+    count = len(weights)
+    points = (jnp.arange(count) + jax.random.uniform(key, (), weights.dtype)) / count
+    ends = jnp.cumsum(weights)
+    return jnp.clip(jnp.searchsorted(ends / ends[-1], points, side="right"), 0, count - 1)
+
+
+def smc(
+    key: Key[Array, ""],
+    schedule: Schedule,
+    denoiser: Denoiser | DenoiseFn,
+    measurement: Measurement,
+    x_T: Float[ArrayLike, "P B *shape"],
+    *,
+    data_std: float = 1.0,
+    resample_below: float = 0.5,
+) -> Particles:
+    """Twisted diffusion sampler (Wu et al. 2023): weighted particles of ancestral steps that know y.
+
+    Each step shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)), with the
+    variance v of x_0 given x_t for white data, as `pigdm`. The weights correct for the shift and the approximation, so that
+    the weighted particles follow p(x_0 | y) under the ancestral sampler as P grows, whatever the approximation.
+
+    Args:
+      x_T: N(0, I); the particles of an example share its row of y. data_std: as `pigdm`.
+      resample_below: an example is resampled where its effective sample size falls below this share of P.
+    Raises: ValueError for an x_T without both axes, a data_std that is not above 0, and a noise that is a function.
+    """
+    denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
+    if x_T.ndim < 2:
+        raise ValueError(f"x_T must be [P, B, ...], P particles for each of B examples; got {x_T.shape}")
+    if not data_std > 0:
+        raise ValueError(f"data_std must be above 0, got {data_std}")
+    if callable(measurement.noise):
+        raise ValueError("smc needs the noise as standard deviations, not as a function")
+    (count, rows), shape = x_T.shape[:2], x_T.shape[2:]
+    repeated = dataclasses.replace(measurement, y=jnp.tile(measurement.y, (count,) + (1,) * (measurement.y.ndim - 1)))
+    squared_norms = measurement.operator.squared_norms(x_T[0])
+    variances = measurement.variances(x_T.dtype)
+
+    def sums(x):
+        return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+    def log_likelihood(x_0, variance):
+        """log N(y; A x_0, R + variance diag(A A^T)) [P B], without its constant, which the particles share."""
+        squares = jnp.square(repeated.residual(x_0)) / (variances + variance * squared_norms)
+        return -0.5 * sums(squares)
+
+    def evaluate(x, t):
+        """Returns log p(y | x_t), approximately, its gradient, and the mean and the variance of p(x_{t-1} | x_t)."""
+        transition = schedule.transition(t, x)
+        level = schedule.at(t, x)
+        white = data_std**2 * level.sigma**2 / (data_std**2 * level.alpha**2 + level.sigma**2)
+
+        def twist(x):
+            denoised = denoiser(x, transition)
+            values = log_likelihood(denoised.own_x_0, white)
+            return jnp.sum(values), (values, denoised.output)
+
+        (_, (values, output)), gradient = jax.value_and_grad(twist, has_aux=True)(x)
+        reverse = process.reverse(denoiser.with_output(output), x, transition)
+        return values, gradient, reverse.mean, reverse.variance
+
+    def per_example(x):
+        return x.reshape(count, rows, *x.shape[1:])
+
+    def weights_of(log_weights):
+        return jax.nn.softmax(log_weights, axis=0)
+
+    def step(carry, t):
+        log_weights, x, (values, gradient, mean, variance) = carry
+        key_noise, key_resample = jax.random.split(jax.random.fold_in(key, t))
+        moved = variance * gradient + jnp.sqrt(variance) * jax.random.normal(key_noise, x.shape, x.dtype)
+        x = mean + moved
+        # log p(x' | x_t) - log q(x' | x_t), for two Gaussians with the same variance.
+        ratio = sums(-moved * gradient + 0.5 * variance * jnp.square(gradient))
+        new = evaluate(x, t - 1)
+        log_weights = log_weights + per_example(ratio + new[0] - values)
+        weights = weights_of(log_weights)
+        effective = 1 / jnp.sum(jnp.square(weights), axis=0)
+        is_low = effective < resample_below * count
+        drawn = jax.vmap(systematic_resample, (0, 1), 1)(jax.random.split(key_resample, rows), weights)
+        chosen = jnp.where(is_low, drawn, jnp.arange(count)[:, None])
+        flat = (chosen * rows + jnp.arange(rows)).reshape(-1)
+        x, new = jax.tree.map(lambda each: each[flat], (x, new))
+        return (jnp.where(is_low, 0.0, log_weights), x, new), (effective, is_low)
+
+    x, last = x_T.reshape(-1, *shape), schedule.num_timesteps - 1
+    first = evaluate(x, jnp.int32(last))
+    carry, (effective, resampled) = jax.lax.scan(
+        step, (per_example(first[0]), x, first), jnp.arange(last, 0, -1, dtype=jnp.int32)
+    )
+    log_weights, _, (values, _, x_0, _) = carry  # the last step has no noise
+    weights = weights_of(log_weights + per_example(log_likelihood(x_0, 0.0) - values))
+    final = 1 / jnp.sum(jnp.square(weights), axis=0)
+    return Particles(
+        x_0.reshape(count, rows, *shape),
+        weights,
+        jnp.concatenate([effective, final[None]]),
+        jnp.concatenate([resampled, jnp.zeros_like(resampled[:1])]),
+    )

@@ -1,0 +1,166 @@
+"""Ready-made operators against NumPy and SciPy, and what a measurement computes, against dense matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from diffusion_jax import measurements
+from diffusion_jax.measurements import LinearOperator, Measurement
+
+RNG = np.random.default_rng(0)
+SHAPES = {1: (8, 2), 2: (8, 6, 2), 3: (4, 6, 4, 2)}
+
+
+def x_of(axes, rows=2):
+    return RNG.normal(size=(rows, *SHAPES[axes])).astype(np.float32)
+
+
+def dense(operator, shape):
+    """The matrix of an operator, by its columns."""
+    size = int(np.prod(shape))
+    return np.asarray(operator.measure(jnp.eye(size).reshape(size, *shape))).reshape(size, -1).T
+
+
+OPERATORS = {
+    "masked": lambda axes: measurements.masked(RNG.random(SHAPES[axes]) < 0.5),
+    "gray": lambda axes: measurements.gray(2),
+    "mix_channels": lambda axes: measurements.mix_channels(np.array([[1.0, 2.0], [0.5, -1.0], [0.0, 3.0]])),
+    "average_pool": lambda axes: measurements.average_pool(2, axes),
+    "decimate": lambda axes: measurements.decimate(2, axes),
+    "blur": lambda axes: measurements.blur(RNG.random((3,) * axes), "wrap"),
+    "at_points": lambda axes: measurements.at_points(RNG.random((5, axes)) * (np.array(SHAPES[axes][:-1]) - 1)),
+    "fourier": lambda axes: measurements.fourier(RNG.random(SHAPES[axes][:-1]) < 0.5),
+}
+
+
+@pytest.mark.parametrize("axes", SHAPES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_adjoint_the_diagonal_and_the_inverse_are_of_the_matrix(name, axes):
+    operator, x = OPERATORS[name](axes), x_of(axes)
+    matrix = dense(operator, SHAPES[axes])
+    y = np.asarray(operator.measure(x))
+    np.testing.assert_allclose(y.reshape(2, -1), x.reshape(2, -1) @ matrix.T, rtol=1e-4, atol=1e-5)
+    u = RNG.normal(size=y.shape).astype(np.float32)
+    np.testing.assert_allclose(
+        np.asarray(operator.adjoint(x)(u)).reshape(2, -1), u.reshape(2, -1) @ matrix, rtol=1e-4, atol=1e-5
+    )
+    diagonal = np.broadcast_to(operator.squared_norms(x), y.shape)[0].ravel()
+    np.testing.assert_allclose(diagonal, np.sum(matrix**2, axis=1), rtol=1e-5, atol=1e-6)
+    if operator.invert is not None and name != "mix_channels":
+        np.testing.assert_allclose(operator.measure(operator.invert(y)), y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pseudoinverse_of_mixed_channels_gives_the_channels_back():
+    operator, x = OPERATORS["mix_channels"](1), x_of(1)
+    np.testing.assert_allclose(operator.invert(operator.measure(x)), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "of_scipy"), [("reflect", "mirror"), ("edge", "nearest"), ("wrap", "wrap")])
+def test_a_blur_is_scipy_s_convolution(mode, of_scipy):
+    """Odd sizes, because SciPy centers even kernels at another entry."""
+    x, kernel = x_of(2), RNG.random((3, 5))
+    expected = np.stack([scipy.ndimage.convolve(x[0, ..., c], kernel, mode=of_scipy) for c in range(2)], axis=-1)
+    np.testing.assert_allclose(measurements.blur(kernel, mode).measure(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_points_between_entries_are_interpolated():
+    ramp = (10 * np.arange(8.0)[:, None] + np.arange(6.0))[None, ..., None]
+    points = np.array([[0, 0], [7, 5], [2.5, 1.25], [3, 4.75]])
+    found = measurements.at_points(points).measure(ramp)
+    np.testing.assert_allclose(found[0, :, 0], points @ [10, 1], rtol=1e-6)
+
+
+def test_fourier_coefficients_keep_the_norm_where_all_are_measured():
+    x = x_of(2)
+    y = np.asarray(measurements.fourier(np.ones((8, 6))).measure(x))
+    expected = np.fft.rfftn(x[0, ..., 0], norm="ortho")
+    np.testing.assert_allclose(y[0, ..., 0, 0] + 1j * y[0, ..., 0, 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rays_sum_along_the_axes_and_the_angle_turns_with_the_image():
+    x = np.zeros((1, 9, 9, 1), np.float32)
+    x[0, 2:7, 3:6, 0] = RNG.random((5, 3))
+    y = np.asarray(measurements.radon(np.array([0, np.pi / 2])).measure(x))[0, ..., 0]
+    np.testing.assert_allclose(y[0], x[0, ..., 0].sum(axis=0), atol=1e-5)
+    np.testing.assert_allclose(np.sort(y[1]), np.sort(x[0, ..., 0].sum(axis=1)), atol=1e-5)
+    disk = (np.hypot(*np.mgrid[-8:9, -8:9]) < 5).astype(np.float32)[None, ..., None]
+    turned = np.asarray(measurements.radon(np.linspace(0, 3, 7)).measure(disk))[0, ..., 0]
+    np.testing.assert_allclose(turned.sum(axis=1), disk.sum(), rtol=0.02)
+
+
+def test_a_composition_applies_the_inner_operator_first():
+    inner, outer, x = measurements.average_pool(2), measurements.gray(2), x_of(2)
+    np.testing.assert_allclose(
+        measurements.compose(outer, inner).measure(x), outer.measure(inner.measure(x)), rtol=1e-6
+    )
+
+
+def test_the_diagonal_of_an_unknown_operator_is_estimated():
+    matrix = RNG.normal(size=(40, 30)).astype(np.float32)
+    operator = LinearOperator(lambda x: x @ matrix.T)
+    ratio = np.asarray(operator.squared_norms(jnp.zeros((1, 30)))) / np.sum(matrix**2, axis=1)
+    assert 0.2 < ratio.min() and ratio.max() < 3 and abs(ratio.mean() - 1) < 0.25
+
+
+@pytest.mark.parametrize("noise", [0.5, np.array([0.1, 0.2, 0.3, 0.4, 0.5])])
+def test_chi_squared_of_the_truth_is_one(noise):
+    """The standard error of the mean of 5 x 2,000 squares is sqrt(2 / 10,000)."""
+    matrix, x = RNG.normal(size=(5, 3)), RNG.normal(size=(2000, 3))
+    y = x @ matrix.T + noise * RNG.normal(size=(2000, 5))
+    found = Measurement(measurements.mix_channels(matrix), y, noise).chi_squared(x)
+    assert found.shape == (2000,) and abs(float(found.mean()) - 1) < 4 * np.sqrt(2 / 10_000)
+
+
+def test_hidden_entries_do_not_count_in_chi_squared():
+    mask = np.array([1, 0, 0, 1])
+    measurement = Measurement(measurements.masked(mask), np.array([[1.0, 0, 0, 2]]), 1.0)
+    np.testing.assert_allclose(measurement.chi_squared(jnp.zeros((1, 4))), [(1 + 4) / 2])
+
+
+def test_the_noise_of_a_function_is_its_matrix():
+    covariance = np.diag([1.0, 4.0, 9.0]).astype(np.float32)
+    measurement = Measurement(lambda x: x, np.zeros((2, 3)), lambda u: u @ covariance)
+    np.testing.assert_allclose(measurement.covariance(jnp.ones((2, 3))), [[1, 4, 9]] * 2)
+    np.testing.assert_allclose(measurement.variances(jnp.float32), [1, 4, 9])
+    with pytest.raises(ValueError, match="needs the noise as standard deviations"):
+        measurement.chi_squared(jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Measurement(lambda x: x, np.zeros((1, 3)), 0.0), "noise is a standard deviation above 0.*project"),
+        (lambda: Measurement(lambda x: x, np.zeros((1, 3), int), 1.0), "y must be float"),
+        (lambda: Measurement(lambda x: x, np.zeros((1, 3)), 1.0).residual(jnp.zeros((2, 3))), r"its own row of y"),
+        (lambda: measurements.average_pool(3).measure(np.zeros((1, 8, 8, 1))), "8x8 cannot be divided"),
+        (lambda: measurements.average_pool(2).measure(np.zeros((1, 8, 1))), "takes 2 spatial axes"),
+        (lambda: measurements.blur(np.ones((3, 3)), "mirror"), "unknown mode 'mirror'; known: reflect"),
+        (lambda: measurements.blur(np.ones((3, 3))).measure(np.zeros((1, 8, 1))), "as many spatial axes"),
+        (lambda: measurements.blur(np.ones((9,))).measure(np.zeros((1, 4, 1))), "too large"),
+        (lambda: measurements.at_points(np.zeros(3)), r"must be \[P, axes\]"),
+        (
+            lambda: measurements.fourier(np.ones(4)).measure(np.zeros((1, 6, 1))),
+            r"mask of frequencies has shape \(4,\)",
+        ),
+        (lambda: measurements.radon(np.zeros(1)).measure(np.zeros((1, 4, 6, 1))), "square images"),
+    ],
+)
+def test_bad_measurements_are_refused_in_one_line(make, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_mask_and_another_y_do_not_compile_again():
+    """`average_pool` is a new value at every call, too."""
+    measure = jax.jit(lambda measurement, x: measurement.residual(x))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        mask, kernel, y = rng.random((4, 4, 1)) < 0.5, rng.random((3, 3)), rng.normal(size=(2, 2, 2, 1))
+        operator = measurements.compose(measurements.blur(kernel), measurements.masked(mask))
+        operator = measurements.compose(measurements.average_pool(2), operator)
+        found = measure(Measurement(operator, y.astype(np.float32), 0.1 + seed), jnp.zeros((2, 4, 4, 1)))
+        np.testing.assert_array_equal(found, y.astype(np.float32))
+    assert measure._cache_size() == 1

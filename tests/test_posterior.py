@@ -1,0 +1,348 @@
+"""Posterior samplers against exact Gaussian posteriors, in float64 NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import Denoiser, posterior, sampling, schedules
+from diffusion_jax.measurements import LinearOperator, Measurement, masked, mix_channels
+
+PATH = schedules.edm(0.002, 80.0)
+NUM_MEASURED = {2: 1, 8: 5, 64: 30}
+
+
+class Problem:
+    """A prior N(0, C) with random axes, y = A x_0 + N(0, diag(noise^2)) of one x_0, and the exact posterior."""
+
+    def __init__(self, d, noise=None, eigenvalues=None):
+        rng, m = np.random.default_rng(d), NUM_MEASURED[d]
+        axes = np.linalg.qr(rng.normal(size=(d, d)))[0]
+        self.eigenvalues = np.geomspace(2, 0.05, d) if eigenvalues is None else eigenvalues
+        self.axes, self.covariance = axes, axes * self.eigenvalues @ axes.T
+        self.a, self.noise = (
+            rng.normal(size=(m, d)) / np.sqrt(d),
+            np.geomspace(0.02, 0.5, m) if noise is None else noise,
+        )
+        x_0 = axes @ (np.sqrt(self.eigenvalues) * rng.normal(size=d))
+        self.y = self.a @ x_0 + self.noise * rng.normal(size=m)
+
+    def given(self, x_t=0.0, alpha=0.0, sigma=1.0):
+        """Mean and covariance of x_0 given y and x_t = alpha x_0 + sigma eps."""
+        weighted = self.a.T / self.noise**2
+        precision = np.linalg.inv(self.covariance) + alpha**2 / sigma**2 * np.eye(len(self.a.T)) + weighted @ self.a
+        covariance = np.linalg.inv(precision)
+        return covariance @ (alpha / sigma**2 * x_t + weighted @ self.y), covariance
+
+    def denoiser(self):
+        """The exact denoiser of the prior."""
+        axes, eigenvalues = jnp.asarray(self.axes), jnp.asarray(self.eigenvalues)
+
+        def network(x_t, time):
+            level = PATH.at(time, x_t)
+            gain = level.alpha * eigenvalues / (level.alpha**2 * eigenvalues + level.sigma**2)
+            return x_t @ axes * gain @ axes.T
+
+        return Denoiser(network, prediction="x_0", clip=False)
+
+    def measurement(self, rows):
+        return Measurement(mix_channels(self.a), np.tile(self.y, (rows, 1)), np.broadcast_to(self.noise, self.y.shape))
+
+
+def level_at(s, rows, d):
+    return PATH.at_log_snr(jnp.full(rows, -2 * np.log(s)), jnp.zeros((rows, d)))
+
+
+def steps(count):
+    """EDM's noise levels (eq. 5)."""
+    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    times = PATH.at_log_snr(-2 * np.log(np.linspace(*ends, count) ** 7), jnp.zeros(count)).time
+    return schedules.from_path(PATH, np.asarray(times).ravel()[::-1])
+
+
+@pytest.mark.parametrize("s", [80.0, 1.0, 0.05])
+@pytest.mark.parametrize("d", [2, 8, 64])
+def test_mmps_is_the_exact_conditional_mean_of_gaussian_data(d, s, x64):
+    problem, x_t = Problem(d), np.random.default_rng(1).normal(size=(3, d))
+    level = level_at(s, 3, d)
+    alpha, sigma = float(level.alpha[0, 0]), float(level.sigma[0, 0])
+    found = posterior.mmps(problem.denoiser(), problem.measurement(3), iterations=50)(x_t, level)
+    expected = np.stack([problem.given(row, alpha, sigma)[0] for row in x_t])
+    np.testing.assert_allclose(found.x_0, expected, atol=1e-9)
+    np.testing.assert_allclose(alpha * found.x_0 + sigma * found.eps, x_t, atol=1e-9)
+
+
+def affine_map(draw, d):
+    """(mean, covariance) of draw(N(0, I)), for an affine draw of rows [d + 1, d]."""
+    found = np.asarray(draw(jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)])))
+    jacobian = (found[1:] - found[0]).T
+    return found[0], jacobian @ jacobian.T
+
+
+def in_deviations(mean, covariance, problem):
+    """The root mean square error of the mean in posterior deviations, and the extremes of the variances' ratios."""
+    exact_mean, exact = problem.given()
+    root = np.linalg.cholesky(exact)
+    whitened = np.linalg.solve(root, np.linalg.solve(root, covariance).T)
+    ratios = np.linalg.eigvalsh(whitened)
+    return np.sqrt(np.mean(np.linalg.solve(root, mean - exact_mean) ** 2)), ratios[0], ratios[-1]
+
+
+@pytest.mark.parametrize("sampler", [sampling.dpm_solver_pp(2), sampling.heun()], ids=["2m", "heun"])
+@pytest.mark.parametrize("d", [2, 8, pytest.param(64, marks=pytest.mark.whole)])
+def test_samplers_with_mmps_draw_from_the_exact_posterior(d, sampler, x64):
+    """Mean within 0.02 deviations (the start from the prior at s = 80 leaves about 1 / 80), variances within 2%."""
+    problem = Problem(d)
+    denoiser = posterior.mmps(problem.denoiser(), problem.measurement(d + 1), iterations=40)
+    draw = lambda x_T: sampling.sample(jax.random.key(0), steps(100), denoiser, x_T, sampler)  # noqa: E731
+    error, low, high = in_deviations(*affine_map(draw, d), problem)
+    assert error < 0.02 and 0.98 < low <= high < 1.02
+
+
+@pytest.mark.parametrize("std", [1.0, 0.5])
+def test_pigdm_is_exact_for_white_data_and_not_for_others(std, x64):
+    d, rows = 8, 9
+    white = Problem(d, eigenvalues=np.full(d, std**2))
+    correlated = Problem(d)
+    x_t, level = np.random.default_rng(2).normal(size=(rows, d)), level_at(0.7, rows, d)
+    alpha, sigma = float(level.alpha[0, 0]), float(level.sigma[0, 0])
+    errors = []
+    for problem in (white, correlated):
+        denoiser = posterior.pigdm(problem.denoiser(), problem.measurement(rows), data_std=std)
+        expected = np.stack([problem.given(row, alpha, sigma)[0] for row in x_t])
+        errors.append(np.abs(denoiser(x_t, level).x_0 - expected).max())
+    assert errors[0] < 1e-9 and errors[1] > 0.05
+
+
+def test_dps_is_not_a_posterior_sampler(x64):
+    """On N(0, 1) with y = x_0 + N(0, 0.5^2), the mean or the deviation is off by more than 0.1; one zeta cannot mend both."""
+    y, n = 1.0, 4000
+    exact_mean, exact_std = y / 1.25, 0.2**0.5
+    denoiser = Denoiser(lambda x_t, time: PATH.at(time, x_t).alpha * x_t, prediction="x_0", clip=False)
+    measurement = Measurement(lambda x: x, np.full((n, 1), y), 0.5)
+    x_T = jax.random.normal(jax.random.key(0), (n, 1))
+    for zeta in (0.3, 1.0):
+        sampler = posterior.dps(sampling.ddpm(), measurement, zeta)
+        x = np.asarray(sampling.sample(jax.random.key(1), steps(100), denoiser, x_T, sampler))
+        assert max(abs(x.mean() - exact_mean), abs(x.std() - exact_std)) > 0.1
+    step = lambda zeta: posterior.dps(sampling.ddim(), measurement, zeta).step(  # noqa: E731
+        jax.random.key(2), denoiser, x_T, steps(10).transition(jnp.full(n, 5), x_T), ()
+    )
+    level = steps(10).at(5, x_T)
+    residual = y - level.alpha * x_T  # of one number, so the gradient of |y - D| is -alpha sign(residual)
+    np.testing.assert_allclose(
+        step(0.7).x_prev, step(0.0).x_prev + 0.7 * level.alpha * np.sign(residual), rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("method", [posterior.mmps, posterior.pigdm])
+def test_an_example_is_the_same_to_the_bit_whatever_stands_beside_it(method):
+    problem, rng = Problem(8), np.random.default_rng(3)
+    x_t, y = rng.normal(size=(2, 4, 8)).astype(np.float32), rng.normal(size=(2, 4, 5)).astype(np.float32)
+    x_t[1, 2], y[1, 2] = x_t[0, 2], y[0, 2]
+    operator = mix_channels(problem.a)
+    level = level_at(0.7, 4, 8)
+    call = jax.jit(lambda y, x_t: method(problem.denoiser(), Measurement(operator, y, 0.1))(x_t, level).x_0)
+    first, second = (np.asarray(call(y[i], x_t[i])) for i in range(2))
+    np.testing.assert_array_equal(first[2], second[2])
+    assert (first[0] != second[0]).any()
+
+
+def test_rows_at_different_levels_are_single_rows(x64):
+    problem = Problem(8)
+    denoiser, x_t = problem.denoiser(), np.random.default_rng(4).normal(size=(3, 8))
+    levels = [level_at(s, 1, 8) for s in (0.1, 1.0, 20.0)]
+    together = type(levels[0])(*map(jnp.concatenate, zip(*levels, strict=True)))
+    found = posterior.mmps(denoiser, problem.measurement(3), iterations=5)(x_t, together).x_0
+    for i, level in enumerate(levels):
+        single = posterior.mmps(denoiser, problem.measurement(1), iterations=5)(x_t[i : i + 1], level).x_0
+        np.testing.assert_allclose(found[i], single[0], atol=1e-9)
+
+
+def test_pure_noise_is_not_corrected():
+    schedule = schedules.from_path(schedules.rectified_flow(), np.array([300.0, 1000.0]))
+    x_t = jnp.ones((2, 3))
+    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="flow", clip=False)
+    for method in (posterior.mmps, posterior.pigdm):
+        conditional = method(denoiser, Measurement(lambda x: x, np.ones((2, 3)), 0.1))
+        level = schedule.at(jnp.array([1, 0]), x_t)
+        found, prior = conditional(x_t, level), denoiser(x_t, level)
+        np.testing.assert_allclose(found.x_0[0], prior.x_0[0], rtol=1e-6)
+        assert (found.x_0[1] != prior.x_0[1]).all() and np.isfinite(found.x_0).all()
+
+
+def test_a_jacobian_that_is_no_covariance_gives_finite_samples():
+    """A network whose Jacobian turns and has negative values, as a trained network's may."""
+    turn = np.array([[-3.0, 5.0], [-5.0, -3.0]], np.float32)
+    denoiser = Denoiser(lambda x_t, time: x_t @ turn, prediction="x_0", clip=False)
+    operator = LinearOperator(lambda x: x, diagonal=1.0)
+    measurement, level = Measurement(operator, np.ones((1, 2)), 0.1), level_at(1.0, 1, 2)
+    x_t = jnp.array([[0.3, -0.2]])
+    prior, found = denoiser(x_t, level), posterior.mmps(denoiser, measurement)(x_t, level)
+    # The first iteration stops with b / (R + sigma^2 diag(A A^T)) = (y - D) / (0.01 + 0.5).
+    u = (1 - prior.x_0) / 0.51
+    expected = prior.x_0 + level.sigma**2 / level.alpha * (u @ turn.T)
+    np.testing.assert_allclose(found.x_0, expected, rtol=1e-5)
+
+
+def test_more_iterations_leave_a_smaller_residual(x64):
+    problem, x_t = Problem(64), np.random.default_rng(5).normal(size=(3, 64))
+    arguments = problem.denoiser(), problem.measurement(3), x_t, level_at(1.0, 3, 64)
+    left = [posterior.relative_residual(*arguments, iterations=count) for count in (1, 10, 60)]
+    assert (left[0] > 0.3).all() and (left[1] < left[0]).all() and (left[2] < 1e-6).all()
+
+
+def test_the_preconditioner_is_of_the_operator_and_the_noise():
+    """For a mask and white data it is the inverse of the matrix, so that one iteration is exact, whatever the noise."""
+    mask = np.array([1, 1, 0, 1], bool)
+    noise = np.array([0.02, 0.1, 0.3, 0.5], np.float32)
+    denoiser = Denoiser(lambda x_t, time: PATH.at(time, x_t).alpha * x_t, prediction="x_0", clip=False)
+    measurement = Measurement(masked(mask), np.where(mask, 2.0, 0.0)[None].astype(np.float32), noise)
+    x_t, level = jnp.full((1, 4), 0.3), level_at(1.0, 1, 4)
+    found = posterior.mmps(denoiser, measurement, iterations=1)(x_t, level).x_0[0]
+    prior = 0.3 * np.sqrt(0.5)
+    expected = prior + np.where(mask, 0.5 / (0.5 + noise**2) * (2.0 - prior), 0.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_noise_as_a_function_is_the_noise_as_a_matrix(x64):
+    problem, x_t = Problem(8), np.random.default_rng(6).normal(size=(2, 8))
+    variances = jnp.asarray(problem.noise**2)
+    as_function = dataclasses.replace(problem.measurement(2), noise=lambda u: variances * u)
+    found = (
+        posterior.mmps(problem.denoiser(), measurement, iterations=30)(x_t, level_at(0.5, 2, 8)).x_0
+        for measurement in (problem.measurement(2), as_function)
+    )
+    np.testing.assert_allclose(*found, atol=1e-8)
+
+
+def test_new_measurements_and_inputs_do_not_compile_again():
+    schedule = steps(4)
+    draw = jax.jit(lambda key, denoiser, x_T: sampling.sample(key, schedule, denoiser, x_T, sampling.ddim()))
+    base = Problem(8).denoiser()
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        measurement = Measurement(
+            mix_channels(rng.normal(size=(5, 8)).astype(np.float32)),
+            rng.normal(size=(2, 5)).astype(np.float32),
+            0.1 + seed,
+        )
+        draw(jax.random.key(seed), posterior.mmps(base, measurement), jnp.ones((2, 8)))
+    assert draw._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda d, m: posterior.mmps(d, m, iterations=0), "iterations must be at least 1, got 0"),
+        (lambda d, m: posterior.pigdm(d, m, data_std=0.0), "data_std must be above 0"),
+        (lambda d, m: posterior.dps("ddpm", m), "sampler must be a sampler such as"),
+        (lambda d, m: posterior.mmps(d, m)(jnp.zeros((3, 8)), level_at(1.0, 3, 8)), "its own row of y"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(make, words):
+    problem = Problem(8)
+    with pytest.raises(ValueError, match=words) as caught:
+        make(problem.denoiser(), problem.measurement(2))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_operator_without_a_diagonal_is_solved_too(x64):
+    problem, x_t = Problem(8), np.random.default_rng(7).normal(size=(2, 8))
+    measurement = dataclasses.replace(problem.measurement(2), operator=LinearOperator(mix_channels(problem.a).measure))
+    found = posterior.mmps(problem.denoiser(), measurement, iterations=30)(x_t, level_at(0.5, 2, 8)).x_0
+    expected = posterior.mmps(problem.denoiser(), problem.measurement(2), iterations=30)(x_t, level_at(0.5, 2, 8)).x_0
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+# Sequential Monte Carlo
+
+
+def test_systematic_resampling_keeps_each_particle_in_proportion():
+    weights = np.array([0.0, 0.5, 0.125, 0.375, 0.0])
+    counts = np.stack(
+        [
+            np.bincount(posterior.systematic_resample(jax.random.key(seed), jnp.asarray(weights)), minlength=5)
+            for seed in range(200)
+        ]
+    )
+    expected = 5 * weights
+    assert ((counts == np.floor(expected)) | (counts == np.ceil(expected))).all()
+    np.testing.assert_allclose(counts.mean(axis=0), expected, atol=4 * 0.5 / np.sqrt(200))
+
+
+MIXTURE = np.array([-1.0, 1.0]), np.array([0.3, 0.7]), 0.2  # means, weights, deviation
+
+
+def mixture_denoiser(schedule):
+    """The exact denoiser of the mixture."""
+    means, weights, std = MIXTURE
+
+    def network(x_t, time):
+        level = schedule.path.at(time, x_t)
+        variance, distance = level.alpha**2 * std**2 + level.sigma**2, x_t - level.alpha * means
+        share = jax.nn.softmax(jnp.log(weights) - 0.5 * distance**2 / variance, axis=-1)
+        return jnp.sum(share * (means + level.alpha * std**2 / variance * distance), axis=-1, keepdims=True)
+
+    return Denoiser(network, prediction="x_0", variance="fixed_small", clip=False)
+
+
+def draw_particles(count, y, noise, rows, **options):
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 100)
+    measurement = Measurement(lambda x: x, np.full((rows, 1), y, np.float32), noise)
+
+    @jax.jit
+    def draw(key):
+        x_T = jax.random.normal(jax.random.fold_in(key, 1), (count, rows, 1))
+        return posterior.smc(key, schedule, mixture_denoiser(schedule), measurement, x_T, **options)
+
+    return draw(jax.random.key(count))
+
+
+@pytest.mark.whole
+def test_the_error_of_smc_falls_with_the_root_of_the_number_of_particles():
+    """The weight of the right mode, against the mixture's exact posterior; four standard errors of 400 examples, and 0.005
+    for the 100 steps."""
+    means, weights, std = MIXTURE
+    y, noise, rows = 0.2, 0.8, 400
+    exact = weights * np.exp(-0.5 * (y - means) ** 2 / (std**2 + noise**2))
+    exact = exact[1] / exact.sum()
+    errors = []
+    for count in (4, 64):
+        found = draw_particles(count, y, noise, rows)
+        right = np.asarray(jnp.sum(found.weights * (found.x_0[..., 0] > 0), axis=0))
+        assert abs(right.mean() - exact) < 4 * right.std() / np.sqrt(rows) + 0.005
+        errors.append(np.sqrt(np.mean((right - exact) ** 2)))
+        assert 0.25 < errors[-1] * np.sqrt(count) < 0.5
+    assert 3 < errors[0] / errors[1] < 5.5  # sqrt(64 / 4) = 4
+
+
+def test_smc_resamples_where_few_particles_count():
+    """A precise y agrees with few particles; the share below which examples are resampled is honored."""
+    found = draw_particles(32, 0.9, 0.05, 3, resample_below=0.9)
+    low = np.asarray(found.effective) < 0.9 * 32
+    np.testing.assert_array_equal(found.resampled[:-1], low[:-1])
+    assert np.asarray(found.resampled).any(axis=0).all() and not found.resampled[-1].any()
+    np.testing.assert_allclose(found.weights.sum(axis=0), 1, rtol=1e-5)
+    exact_mean = (0.9 / 0.05**2 + 1 / 0.2**2) / (1 / 0.05**2 + 1 / 0.2**2)
+    mean = jnp.sum(found.weights * found.x_0[..., 0], axis=0)
+    np.testing.assert_allclose(mean, exact_mean, atol=0.04)
+    never = draw_particles(32, 0.9, 0.05, 3, resample_below=0.0)
+    assert not never.resampled.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x_T": jnp.zeros(4)}, r"x_T must be \[P, B, ...\]"),
+        ({"data_std": 0.0}, "data_std must be above 0"),
+        ({"measurement": Measurement(lambda x: x, np.zeros((2, 1)), lambda u: u)}, "smc needs the noise"),
+    ],
+)
+def test_bad_arguments_of_smc_are_refused(change, words):
+    options = {"schedule": steps(4), "denoiser": lambda x, time: x, "x_T": jnp.zeros((4, 2, 1))}
+    options |= {"measurement": Measurement(lambda x: x, np.zeros((2, 1)), 1.0)} | change
+    with pytest.raises(ValueError, match=words):
+        posterior.smc(jax.random.key(0), **options)
