@@ -1,0 +1,175 @@
+"""Calibration of posterior samplers and conditional models: whether held-out truths look like draws from the sampler.
+
+For N held-out examples with L samples each, the rank of the truth among the samples is uniform on 0 ... L if the sampler
+draws from the posterior (simulation-based calibration, Talts et al. 2018). Ranks of single quantities find samples that are
+too narrow, too wide or shifted; ranks of the distance to a reference point (TARP, Lemos et al. 2023) also find samples that
+ignore the measurement, if the reference depends on the measurement.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+__all__ = [
+    "Calibration",
+    "RankTest",
+    "coverage",
+    "distance_ranks",
+    "find_calibration",
+    "histogram",
+    "rank_test",
+    "ranks",
+]
+
+_FALSE_ALARM = 0.0027  # of all tests together: three standard deviations for one
+
+
+def ranks(
+    truth: Float[np.ndarray, "N *shape"], samples: Float[np.ndarray, "L N *shape"], seed: int = 0
+) -> Int[np.ndarray, "N *shape"]:
+    """Returns the number of samples below the truth, 0 ... L; equal numbers are ordered at random, by `seed`.
+
+    Raises: ValueError for samples in another shape, or numbers that are not finite.
+    """
+    truth, samples = np.asarray(truth), np.asarray(samples)
+    if samples.shape[1:] != truth.shape or not len(samples) or not len(truth):
+        raise ValueError(
+            f"samples must be [L, *truth.shape], L samples for each truth; got {samples.shape}, {truth.shape}"
+        )
+    if not (np.isfinite(truth).all() and np.isfinite(samples).all()):
+        raise ValueError("truth or samples hold numbers that are not finite")
+    below, equal = np.sum(samples < truth, axis=0), np.sum(samples == truth, axis=0)
+    return below + np.random.default_rng(seed).integers(0, equal + 1)
+
+
+def distance_ranks(
+    truth: Float[np.ndarray, "N *shape"],
+    samples: Float[np.ndarray, "L N *shape"],
+    references: Float[np.ndarray, "N *shape"],
+    seed: int = 0,
+) -> Int[np.ndarray, "N"]:
+    """Returns the ranks of the distance to a reference point of each example (TARP): the truth's among the samples'.
+
+    references: in the units of the truth; points that depend on the measurement, such as an estimate of the truth from the
+    measurement, find samples that ignore the measurement. The units of the numbers weight the distance.
+    """
+    truth, samples, references = map(np.asarray, (truth, samples, references))
+    if references.shape != truth.shape:
+        raise ValueError(f"references must have the shape of truth, {truth.shape}; got {references.shape}")
+
+    def distance(x):
+        return np.sqrt(np.sum(np.square(x - references), axis=tuple(range(x.ndim - references.ndim + 1, x.ndim))))
+
+    return ranks(distance(truth), distance(samples), seed)
+
+
+def histogram(found: Int[np.ndarray, "N"], num_samples: int, bins: int) -> tuple[Float[np.ndarray, "bins"], float]:
+    """Returns (the share of ranks in each bin, the standard error of a share if ranks are uniform).
+
+    Raises: ValueError for bins that do not divide num_samples + 1, in which uniform ranks would not be even.
+    """
+    if bins < 1 or (num_samples + 1) % bins:
+        raise ValueError(f"bins={bins} must divide the {num_samples + 1} ranks of {num_samples} samples")
+    counts = np.bincount(np.asarray(found) * bins // (num_samples + 1), minlength=bins)
+    return counts / len(found), float(np.sqrt((1 - 1 / bins) / bins / len(found)))
+
+
+def coverage(found: Int[np.ndarray, "N"], num_samples: int, level: float = 0.9) -> tuple[float, float]:
+    """Returns (the share of truths in the central interval of the samples, its standard error).
+
+    level: the share that a calibrated sampler has. The interval leaves out (1 - level) / 2 of the num_samples + 1 ranks at
+    both ends. Raises: ValueError if that is not a whole number, such as for 0.9 and 10 samples; use 19 or 99.
+    """
+    outside = (1 - level) / 2 * (num_samples + 1)
+    if not 0 < level < 1 or abs(outside - round(outside)) > 1e-6 or round(outside) < 1:
+        raise ValueError(
+            f"an interval of {level} needs (1 - level) / 2 * (samples + 1) to be a whole number above 0, and it is "
+            f"{outside:g} for {num_samples} samples; use 19 or 99 samples for 0.9"
+        )
+    found = np.asarray(found)
+    inside = (found >= round(outside)) & (found <= num_samples - round(outside))
+    share = float(inside.mean())
+    return share, float(np.sqrt(max(share * (1 - share), 1 / len(found)) / len(found)))
+
+
+class RankTest(NamedTuple):
+    """The mean and the variance of ranks, scaled so that uniform ranks have 0.5 and 1, with standard errors.
+
+    z_mean, z_variance: the differences from 0.5 and 1 in standard errors.
+    """
+
+    mean: float
+    mean_error: float
+    variance: float
+    variance_error: float
+    z_mean: float
+    z_variance: float
+
+
+def rank_test(found: Int[np.ndarray, "N"], num_samples: int) -> RankTest:
+    """Compares the mean and the variance of ranks with those of uniform ranks on 0 ... num_samples."""
+    levels = np.arange(num_samples + 1) - num_samples / 2
+    variance, fourth = np.mean(levels**2), np.mean(levels**4)
+    centered = np.asarray(found) - num_samples / 2
+    mean_error = float(np.sqrt(variance / len(centered)))
+    variance_error = float(np.sqrt((fourth - variance**2) / len(centered)) / variance)
+    mean, spread = float(centered.mean()), float(centered.var() / variance)
+    scale = max(num_samples, 1)
+    return RankTest(
+        0.5 + mean / scale, mean_error / scale, spread, variance_error, mean / mean_error, (spread - 1) / variance_error
+    )
+
+
+class Calibration(NamedTuple):
+    """The result of `find_calibration`.
+
+    tests: for each quantity by name, and "distance" for the ranks of distances. coverage: (share, standard error) of 90%
+    intervals by name, empty if the number of samples does not allow them. sentence: what the tests say.
+    """
+
+    tests: dict[str, RankTest]
+    coverage: dict[str, tuple[float, float]]
+    sentence: str
+
+
+def find_calibration(
+    truth: Float[np.ndarray, "N Q"],
+    samples: Float[np.ndarray, "L N Q"],
+    references: Float[np.ndarray, "N Q"] | None = None,
+    names: Sequence[str] = (),
+) -> Calibration:
+    """Tests the ranks of Q quantities, and of their distance to `references` if they are given.
+
+    A test fails beyond the number of standard errors that all tests together exceed in 0.27% of exact samplers.
+    names: of the quantities. Raises: ValueError for arrays in other shapes.
+    """
+    truth, samples = np.asarray(truth), np.asarray(samples)
+    if truth.ndim != 2:
+        raise ValueError(f"truth must be [N, Q], Q numbers for each example; got {truth.shape}")
+    count, names = len(samples), list(names) or [f"quantity {i}" for i in range(truth.shape[1])]
+    found = dict(zip(names, ranks(truth, samples).T, strict=True))
+    covered = {}
+    if (count + 1) % 20 == 0:
+        covered = {name: coverage(each, count) for name, each in found.items()}
+    tests = {name: rank_test(each, count) for name, each in found.items()}
+    limit = statistics.NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / (2 * len(names) + 2 * (references is not None)))
+    faults = []
+    for name, test in tests.items():
+        if abs(test.z_mean) > limit:
+            faults.append(
+                f"{name} is shifted (its true values are {'above' if test.z_mean > 0 else 'below'} the samples)"
+            )
+        elif abs(test.z_variance) > limit:
+            faults.append(f"{name} is too {'narrow' if test.z_variance > 0 else 'wide'}")
+    if references is not None:
+        tests["distance"] = distance = rank_test(distance_ranks(truth, samples, references), count)
+        if not faults and max(abs(distance.z_mean), abs(distance.z_variance)) > limit:
+            faults.append("the samples ignore the measurement, or the dependence between the quantities is wrong")
+    sentence = "; ".join(faults[:3]) + f"; and {len(faults) - 3} more" * (len(faults) > 3)
+    calibrated = f"no error found with {len(truth):,} examples of {count} samples"
+    return Calibration(tests, covered, sentence or calibrated)
