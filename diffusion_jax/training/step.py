@@ -192,7 +192,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
             return microbatch.put(jnp.asarray(output))
 
-        arrays: tuple[jax.Array, ...] = (x_0, y) if classifies else (x_0,)
+        arrays: tuple[Any, ...] = (x_0, y) if classifies else (x_0,)
         if ":" in diffusion["loss"]:
             denoiser = network if d is None else coordinates.precondition(network, schedule, d)
         elif classifies:
@@ -217,7 +217,9 @@ def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array
     scalars = getattr(aux, "scalars", None) or {}
     if not isinstance(scalars, Mapping):
         raise ValueError(f"{expected}; aux.scalars is a {type(scalars).__name__}, not a dictionary of numbers by name")
-    values = {each: getattr(aux, each, None) for each in ("t", "importance", *_LOSS_TERMS.get(name, ()))}
+    values: dict[str, Any] = {
+        each: getattr(aux, each, None) for each in ("t", "importance", *_LOSS_TERMS.get(name, ()))
+    }
     checked = {"losses": loss} | {f"aux.{each}": value for each, value in values.items()}
     for what, value in (checked | {f"aux.scalars[{each!r}]": value for each, value in scalars.items()}).items():
         shape = getattr(value, "shape", None)
