@@ -109,7 +109,7 @@ class Measurement:
     def covariance(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
         """Returns R u."""
         noise: Any = self.noise
-        return noise(u) if callable(noise) else jnp.square(jnp.asarray(noise, u.dtype)) * u
+        return jnp.asarray(noise(u)) if callable(noise) else jnp.square(jnp.asarray(noise, u.dtype)) * u
 
     def variances(self, dtype: Any) -> Float[Array, "..."]:
         """Returns the diagonal of R, a number or an array that broadcasts to y; for a function, an estimate."""
@@ -117,7 +117,7 @@ class Measurement:
         if not callable(noise):
             return jnp.square(jnp.asarray(noise, dtype))
         signs = jax.random.rademacher(jax.random.key(1), (_NUM_PROBES, *self.y.shape[1:]), dtype)
-        estimate = jnp.mean(signs * noise(signs), axis=0)
+        estimate = jnp.mean(signs * jnp.asarray(noise(signs)), axis=0)
         return jnp.maximum(estimate, 1e-3 * jnp.mean(estimate))
 
     def residual(self, x_0: Batch) -> Float[Array, "B *y_shape"]:
