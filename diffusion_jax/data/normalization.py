@@ -178,22 +178,20 @@ def find_normalizations(
     names = [name for name in ("x", "condition") if name in first and name not in found]
     totals: dict[str, _Totals] = {}
 
-    def add(indices):
+    def add(start):
+        indices = np.arange(start, min(start + _BLOCK, len(source)))
         batch = source.read(indices)
         for name in names:
             values, rows = np.asarray(batch[name], np.float64), indices
             if name == "condition" and "condition_missing" in batch:
                 given = ~batch["condition_missing"]
                 values, rows = values[given], rows[given]
-            if not len(values):
-                continue
             _check_finite(name, values, rows)
-            totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
+            if len(values):
+                totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
         return len(indices)
 
-    n = len(source)
-    chunks = [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
-    for _ in progress(map(add, chunks), n) if names else ():
+    for _ in progress(map(add, range(0, len(source), _BLOCK)), len(source)) if names else ():
         pass
     if names and names[-1] not in totals:
         raise DataError("condition_missing is True for every example; remove the conditions from the data")
