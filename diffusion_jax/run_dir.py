@@ -25,7 +25,7 @@ from diffusion_jax.console import ProgressBar, log
 from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls, write_text
-from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
+from diffusion_jax.storage.downloads import LOCK, MANIFEST, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
@@ -166,17 +166,13 @@ class BucketRunDir(RunDir):
 
     def fetch(self, path: pathlib.Path) -> pathlib.Path:
         name = self.object_name(path)
-
-        def is_needed(found: str, _: Objects) -> bool:
-            return f"{found}/".startswith(f"{name}/")
-
         if not path.is_file():
-            copy_objects(self.store, self._copies, self.store.url, name, is_needed)
+            copy_objects(self.store, self._copies, name, lambda found, _: f"{found}/".startswith(f"{name}/"))
         return path
 
     def refresh(self) -> None:
         if self.path == self._root:
-            copy_objects(self.store, self._copies, self.store.url, is_needed=is_small)
+            copy_objects(self.store, self._copies, is_needed=is_small)
         else:
             self.fetch(self.path)
 

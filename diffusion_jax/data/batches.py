@@ -121,7 +121,9 @@ def stream(
     if batches.num_blocks > 1:
         prefetch, parts = max(prefetch, _MIN_AHEAD), max(1, min(workers, len(batches.rows)))
         workers = min(workers, parts)
-    rows = np.array_split(batches.rows, parts)  # Grain's worker i of n reads every n-th element, so always the same rows
+    rows = np.array_split(
+        batches.rows, parts
+    )  # Grain's worker i of n reads every n-th element, so always the same rows
     dataset = grain.MapDataset.range(start * parts, len(batches) * parts)
     dataset = dataset.map(lambda i: batches.read_rows(i // parts, rows[i % parts]))
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))

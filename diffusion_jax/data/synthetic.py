@@ -8,7 +8,7 @@
 | `diffusion_jax.data.synthetic:moons` | 0, 2 | `MOONS`: two half circles with noise |
 | `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
 
-The sizes of spatial axes are free. Each data set has a split "train" with 20,000 examples and a split "test" with 4,000, drawn
+Spatial axes have any size. Each data set has a split "train" with 20,000 examples and a split "test" with 4,000, drawn
 independently. A distribution has its exact covariance, spectrum, density or conditional mean, its entropy, and `sample`.
 
     --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2

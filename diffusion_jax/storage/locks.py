@@ -174,15 +174,18 @@ class Lease:
         self._tag = None
 
     def _read(self) -> tuple[dict[str, str], str]:
-        """Reads (contents, tag). A free lease has no "holder" in its contents; tag "" means that the object is missing."""
-        try:
-            data, tag = self._store.read_version(self._name)
-        except FileNotFoundError:
+        """Reads (contents, tag). A free lease has no "holder" in its contents; tag "" means that the object is missing.
+
+        If the object changes meanwhile, the contents are newer than the tag.
+        """
+        if (info := self._store.find(self._name)) is None:
             return {}, ""
         try:
-            return dict(json.loads(data)), tag
+            return dict(json.loads(self._store.read(self._name))), info.tag
+        except FileNotFoundError:
+            return {}, ""
         except (ValueError, TypeError):
-            return {"holder": "another process"}, tag
+            return {"holder": "another process"}, info.tag
 
     def _replace(self, tag: str) -> tuple[str | None, str]:
         """Writes a new version of the lease over version `tag`.

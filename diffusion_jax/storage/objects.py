@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib
 import os
 import pathlib
@@ -134,13 +133,6 @@ class ObjectStore(abc.ABC):
         """Reads the contents of an object."""
         return self._call(name, self._fs.cat_file, self._path(name))
 
-    def read_version(self, name: str) -> tuple[bytes, str]:
-        """Reads (contents, tag) of an object; if the object changes meanwhile, the contents are newer than the tag."""
-        info = self.find(name)
-        if info is None:
-            raise FileNotFoundError(f"{self.url}/{name} does not exist")
-        return self.read(name), info.tag
-
     def write(self, name: str, data: bytes) -> None:
         """Creates or overwrites an object."""
         self._call(name, self._fs.pipe_file, self._path(name), data)
@@ -161,12 +153,12 @@ class ObjectStore(abc.ABC):
 
         before_overwriting: called if the object exists, and may raise.
         """
-        put = functools.partial(self._call, name, self._fs.put_file, os.fspath(path), self._path(name))
+        target = os.fspath(path), self._path(name)
         if before_overwriting:
             with contextlib.suppress(FileExistsError):
-                return put(mode="create")
+                return self._call(name, self._fs.put_file, *target, mode="create")
             before_overwriting()
-        put()
+        self._call(name, self._fs.put_file, *target)
 
     def download(self, name: str, path: str | os.PathLike) -> None:
         """Downloads an object to a local file, completely or not at all; creates a missing directory."""
@@ -186,7 +178,7 @@ class ObjectStore(abc.ABC):
             with contextlib.suppress(FileNotFoundError):
                 self._call(name, self._fs.rm_file, self._path(name))
 
-        _run_all([functools.partial(delete, name) for name in dict.fromkeys(names)])
+        _run_all(delete, zip(dict.fromkeys(names)))
 
     def move(self, name: str, new_name: str) -> None:
         """Copies an object to a new name, then deletes the old name."""
@@ -200,11 +192,11 @@ class ObjectStore(abc.ABC):
 
         Raises: an error; other files may have been uploaded.
         """
-        _run_all([functools.partial(self.upload, path, name, before_overwriting) for path, name in files.items()])
+        _run_all(self.upload, ((path, name, before_overwriting) for path, name in files.items()))
 
     def download_all(self, files: Mapping[str, str | os.PathLike]) -> None:
         """Downloads several files in parallel, like `upload_all`. files: {name: path}."""
-        _run_all([functools.partial(self.download, name, path) for name, path in files.items()])
+        _run_all(self.download, files.items())
 
     def check(self, write: bool) -> None:
         """Lists the objects; with `write`, also creates and deletes a small object. Raises: StorageError."""
@@ -281,7 +273,7 @@ class ObjectStore(abc.ABC):
         return shorten(text or type(error).__name__, 200)
 
 
-def _run_all(tasks: list[Callable[[], None]]) -> None:
-    """Calls functions in threads. Raises: an error of a call, after all running calls have ended; other calls are dropped."""
+def _run_all(function: Callable[..., None], arguments: Iterable[tuple]) -> None:
+    """Calls a function in threads. Raises: an error of a call, after all running calls have ended; others are dropped."""
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        list(pool.map(lambda task: task(), tasks))
+        list(pool.map(lambda each: function(*each), arguments))
