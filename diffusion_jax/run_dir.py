@@ -117,15 +117,13 @@ class RunDir(os.PathLike):
                 self._locks.remove(lock)
             lock.release()
 
-    def check_locks(self) -> None:
-        """Raises LeaseLostError if another launch has taken over a lock. Process 0 calls this before it commits a step."""
-        for lock in self._locks:
-            lock.check()
+    def check_locks(self, local: bool = False) -> None:
+        """Raises LeaseLostError if another launch has taken over a lock, or if a local directory was moved.
 
-    def check_place(self) -> None:
-        """Raises LeaseLostError if a local directory was moved: writing to its path would start another run."""
+        Process 0 calls this before it commits a step. local: no leases, which would be renewed over the network.
+        """
         for lock in self._locks:
-            if isinstance(lock, FileLock):
+            if isinstance(lock, FileLock) or not local:
                 lock.check()
 
     def find_holder(self) -> str | None:
@@ -225,8 +223,7 @@ class BucketRunDir(RunDir):
 def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, follow_links: bool = False) -> RunDir:
     """Opens a work directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
-    read_only: for a bucket, as for BucketRunDir. follow_links: whether a local directory that is not read_only may contain
-    links that lead out of it.
+    read_only: for a bucket, as for BucketRunDir. follow_links: whether links may lead out of a directory that is written.
     Raises: UserError for such a link, StorageError if the bucket cannot be used, OSError.
     """
     if isinstance(location, RunDir):
@@ -238,9 +235,8 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
     run = RunDir(text)
     if not (read_only or follow_links) and (links := find_links(run)):
         raise UserError(
-            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, where files would be written or "
-            "deleted; remove the link, or to use your own link, add --follow_links (in Python open_run_dir(DIR, "
-            "follow_links=True))"
+            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, where files would be written or deleted; "
+            "remove the link, or to use your own link, add --follow_links (in Python open_run_dir(DIR, follow_links=True))"
         )
     return run
 
@@ -275,10 +271,9 @@ class ChunkStore:
         compute: Callable[[int], Mapping[str, np.ndarray]],
         stall_timeout: float = 0.0,
     ) -> int:
-        """Computes and saves the missing chunks of `total` examples, `size` per chunk; then every process can read them.
+        """Computes and saves the missing chunks of `total` examples, `size` per chunk; returns the number of chunks.
 
-        Every process calls this. title: the progress bar's title. compute: returns the arrays of chunk i.
-        Returns: the number of chunks.
+        Every process calls this, and can then read the chunks. title: of the progress bar. compute: chunk i -> arrays.
         """
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
         finished = {int(stem) for stem in stems if stem.isdecimal()}

@@ -100,11 +100,6 @@ def _shuffle(seed: int, epoch: int, low: int, high: int, block_lengths: tuple[in
     return (np.cumsum(lengths) - lengths)[blocks[rank]] + offsets
 
 
-def _ignore_ctrl_c(index: int, count: int) -> None:
-    """Ignores SIGINT in workers: a terminal sends it to workers too, but the main process still reads their batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def stream(
     batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -132,7 +127,8 @@ def stream(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+        # A terminal sends Ctrl-C to workers too, but the main process still reads their batches.
+        iterable = iterable.mp_prefetch(options, lambda index, count: signal.signal(signal.SIGINT, signal.SIG_IGN))
     if parts > 1:
         iterable = iterable.batch(
             parts, batch_fn=lambda found: {name: np.concatenate([each[name] for each in found]) for name in found[0]}

@@ -42,11 +42,6 @@ __all__ = [
     "FieldDistribution",
     "MoonsDistribution",
     "SeriesDistribution",
-    "conditional",
-    "field",
-    "moons",
-    "series",
-    "volume",
 ]
 
 _HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
@@ -305,7 +300,7 @@ def _draw_conditional(rng, count, shape):
     return {"x": CONDITIONAL.sample(rng, condition.astype(np.float64)), "condition": condition}
 
 
-# Functions of config.data.
+# The functions that data.dataset names; each takes config.data.
 series = functools.partial(_load, "series", 1, lambda rng, count, shape: {"x": SERIES.sample(rng, count, *shape)})
 field = functools.partial(_load, "field", 2, functools.partial(_draw_in_blocks, FIELD))
 volume = functools.partial(_load, "volume", 3, functools.partial(_draw_in_blocks, VOLUME))

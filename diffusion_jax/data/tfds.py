@@ -115,18 +115,13 @@ def prepare(name: str, data_dir: str | None) -> None:
         return
     root, missing = builder.data_dir_root, f"the data set {name!r} is not in {builder.data_dir_root}"
     if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(
-            f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'; reading a prepared data "
-            "set does not need TensorFlow"
-        )
+        raise DataError(f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'")
     if builder.data_path.exists():
         raise DataError(
-            f"{builder.data_path} is not a complete data set (dataset_info.json or features.json is missing): remove that "
-            "folder, and rerun the same command"
+            f"{builder.data_path} is no complete data set (dataset_info.json or features.json is missing): remove the folder"
         )
     elsewhere = f"prepare it on another machine with: {_preparation_command(name, data_dir)}"
-    unanswered = _unanswered_host(builder)
-    if unanswered:
+    if unanswered := _unanswered_host(builder):
         raise DataError(
             f"{missing} and cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
         )
@@ -177,21 +172,14 @@ class Tfds(EncodedImages):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Tfds:
-        size, channels = check_image_settings(config)
-        name, data_dir = config["dataset"], config["data_dir"] or None
-        if config["download"] and not is_url(config["data_dir"]):
+        return cls(config)
+
+    def __init__(self, config: Mapping):
+        self._size, self._channels = check_image_settings(config)
+        name, split, data_dir = config["dataset"], config["split"], config["data_dir"]
+        if config["download"] and not is_url(data_dir):
             prepare(name, local_data_dir(name, data_dir))
-        return cls(name, config["split"], data_dir, size, channels, config["disk_mb"])
-
-    @classmethod
-    def check_location(cls, config: Mapping) -> None:
-        make_builder(config["dataset"], config["data_dir"] or None, must_be_prepared=not config["download"])
-
-    def __init__(
-        self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int, disk_mb: int
-    ):
-        """disk_mb: an array_record data set in a bucket is streamed if it is larger; any other is copied as a whole."""
-        self._name, self._split, self._size, self._channels = name, split, image_size, channels
+        self._name, self._split = name, split
         self._data_dir = local_data_dir(name, data_dir, _METADATA)
         builder = make_builder(name, self._data_dir, must_be_prepared=True)
         directory = builder.data_path.parent
@@ -212,9 +200,9 @@ class Tfds(EncodedImages):
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
         self._shards: _TfRecords | _BucketShards | None = None
-        if data_dir and is_url(data_dir):
-            if file_format == "array_record" and builder.info.dataset_size > disk_mb * 2**20:
-                self._shards = _BucketShards(instructions, disk_mb)
+        if is_url(data_dir):  # an array_record data set above data.disk_mb is streamed; any other is copied as a whole
+            if file_format == "array_record" and builder.info.dataset_size > config["disk_mb"] * 2**20:
+                self._shards = _BucketShards(instructions, config["disk_mb"])
                 self.block_lengths = self._shards.lengths
                 return
             local_data_dir(name, data_dir)
@@ -344,8 +332,7 @@ class _BucketShards:
             if found:
                 path.unlink(missing_ok=True)  # the next launch downloads the file again
                 raise DataError(
-                    f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set to the "
-                    "bucket again, and rerun the same command"
+                    f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set again"
                 )
             self._opened[shard] = reader
         for shard in self._opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed

@@ -166,11 +166,9 @@ def _use_compilation_cache() -> None:
 def compiler_options(deterministic: bool = False) -> dict[str, Any]:
     """Returns compiler options for outermost programs, such as the train step.
 
-    Options that XLA_FLAGS sets, or that jaxlib does not know, are left out. A program with options cannot be called inside
-    another jit.
+    Options that XLA_FLAGS sets, or that jaxlib does not know, are left out. Another jit cannot call a program with options.
 
-    deterministic: makes GPU results bit-identical between runs. CPUs and TPUs need no option, because their programs add in
-    the compiled order.
+    deterministic: makes GPU results bit-identical between runs. Programs of CPUs and TPUs always add in the compiled order.
     """
     if jax.default_backend() == "gpu":
         return _not_set(DETERMINISTIC) if deterministic else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -115,10 +116,15 @@ def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed
             tags = json.loads((root / f"{stem}.json").read_text())
         listed, url = store.list(prefix), f"{store.url}/{prefix}"
         urls = {name: f"{store.url}/{name}" for name in listed}
-        deleted = [key for key in tags.keys() - set(urls.values()) if key.startswith(url)]
-        for key in deleted:
-            _remove(copy_path(root, key), directory)
-            del tags[key]
+        deleted = {key for key in tags.keys() - set(urls.values()) if key.startswith(url)}
+        for path in [copy_path(root, key) for key in deleted]:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # a directory that is not empty; empty ones would count as splits or classes
+                for parent in itertools.takewhile(lambda parent: parent != directory, path.parents):
+                    parent.rmdir()
+        tags = {key: tag for key, tag in tags.items() if key not in deleted}
         needed = {name: info for name, info in listed.items() if is_safe(name) and is_needed(name, listed)}
         missing = [
             name for name in needed if tags.get(urls[name]) != needed[name].tag or not (directory / name).is_file()
@@ -136,16 +142,6 @@ def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed
                 os.utime(directory / name, (needed[name].modified, needed[name].modified))
             tags |= {urls[name]: needed[name].tag for name in names}
             write_text(root / f"{stem}.json", json.dumps(tags))
-
-
-def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
-    """Removes a file, and then empty directories below `root`, which would count as splits or classes."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        for parent in path.parents:
-            if parent == root:
-                break
-            parent.rmdir()
 
 
 def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list[pathlib.Path]:
@@ -206,10 +202,8 @@ def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
 def _check_space(root: pathlib.Path, what: str, size: int, free: int, advice: str) -> None:
     """Raises: UserError if the disk with `root` has less than `size` bytes left."""
     if size > free:
-        raise UserError(
-            f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory on "
-            f"a larger disk, {advice}"
-        )
+        sizes = f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left"
+        raise UserError(f"{sizes}; set XDG_CACHE_HOME to a directory on a larger disk, {advice}")
 
 
 def is_safe(name: str) -> bool:

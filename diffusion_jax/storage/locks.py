@@ -1,8 +1,7 @@
 """Locks for one launch at a time: a lock on a local file, or a lease on a bucket object. Both have the same methods.
 
 The holder of a lease renews the object; another launch takes over a lease that was not renewed for the lease time. Every
-change is a compare-and-swap, and each launch measures time with its own clock, so clocks of different machines are never
-compared.
+change is a compare-and-swap. Each launch measures time with its own clock, so clocks of machines are not compared.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ class FileLock:
     def acquire(self) -> str | None:
         """Acquires the lock; waits half a minute for a holder that may be about to end.
 
-        Returns: None, or the holder if another process keeps the lock. If the file system has no locks, logs a note and
-        returns None.
+        Returns: None, or the holder if another process keeps the lock. A file system without locks is a note.
         """
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):

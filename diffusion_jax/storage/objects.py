@@ -138,10 +138,9 @@ class ObjectStore(abc.ABC):
         self._call(name, self._fs.pipe_file, self._path(name), data)
 
     def replace(self, name: str, data: bytes, tag: str) -> str | None:
-        """Overwrites version `tag` of an object; with tag "", creates the object. Returns: the new tag, or None.
+        """Overwrites version `tag` of an object; with tag "", creates the object. Returns: the new tag.
 
-        The result is None if the object has another version by now, also if an earlier attempt of this call wrote it and the
-        answer was lost.
+        Returns None if the version changed, possibly by an earlier attempt of this call whose answer was lost.
         """
         key = self._path(name).removeprefix(f"{self._bucket}/")
         with contextlib.suppress(FileExistsError, FileNotFoundError):
@@ -216,10 +215,8 @@ class ObjectStore(abc.ABC):
         """Tests a conditional write that must fail. Raises: StorageError if the service overwrites the object."""
         for tag in ("", self._wrong_tag):
             if self.replace(name, b"{}", tag):  # some S3-compatible services overwrite the object
-                raise StorageError(
-                    f"{self.url}: the service ignores If-None-Match or If-Match, which keep two launches apart; use "
-                    "another service"
-                )
+                reason = "the service ignores If-None-Match or If-Match, which keep two launches apart"
+                raise StorageError(f"{self.url}: {reason}; use another service")
 
     def _explain(self, error: Exception, action: str) -> str:
         """Returns the message of a StorageError."""
