@@ -127,8 +127,11 @@ def stream(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        # A terminal sends Ctrl-C to workers too, but the main process still reads their batches.
-        iterable = iterable.mp_prefetch(options, lambda index, count: signal.signal(signal.SIGINT, signal.SIG_IGN))
+
+        def ignore_ctrl_c(index: int, count: int) -> None:  # a terminal sends it to workers too, whose batches are needed
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        iterable = iterable.mp_prefetch(options, ignore_ctrl_c)
     if parts > 1:
         iterable = iterable.batch(
             parts, batch_fn=lambda found: {name: np.concatenate([each[name] for each in found]) for name in found[0]}
