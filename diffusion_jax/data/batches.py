@@ -116,9 +116,7 @@ def stream(
     if batches.num_blocks > 1:
         prefetch, parts = max(prefetch, _MIN_AHEAD), max(1, min(workers, len(batches.rows)))
         workers = min(workers, parts)
-    rows = np.array_split(
-        batches.rows, parts
-    )  # Grain's worker i of n reads every n-th element, so always the same rows
+    rows = np.array_split(batches.rows, parts)  # each worker reads every n-th element, so always the same rows
     dataset = grain.MapDataset.range(start * parts, len(batches) * parts)
     dataset = dataset.map(lambda i: batches.read_rows(i // parts, rows[i % parts]))
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
@@ -128,7 +126,8 @@ def stream(
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
 
-        def ignore_ctrl_c(index: int, count: int) -> None:  # a terminal sends it to workers too, whose batches are needed
+        def ignore_ctrl_c(index: int, count: int) -> None:
+            # A terminal sends SIGINT to workers too, but the main process still reads their batches.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
         iterable = iterable.mp_prefetch(options, ignore_ctrl_c)

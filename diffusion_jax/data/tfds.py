@@ -27,7 +27,7 @@ from diffusion_jax.untrusted import read_image
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
-_ANSWER_SECONDS = 10.0  # for name resolution, connection and a server's answer
+_ANSWER_SECONDS = 10.0  # for the connection, and for a server's answer
 _RECORD_HEADER = struct.Struct("<Q4x")  # a TFRecord's header: data length and checksum
 _CHECKSUM_BYTES = 4  # after the data
 _SHARDS_LOCK = threading.Lock()
@@ -148,23 +148,12 @@ def _unanswered_host(builder: Any) -> str:
     """Names a data set's server that does not answer, and why; "" if the first answers. TFDS would try for minutes."""
     import requests
 
-    url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
-    failures = []
-
-    def request():
+    for url in [url for url in builder.url_infos or () if url.startswith("http")][:1]:
         try:
-            requests.head(url or "", timeout=_ANSWER_SECONDS)
-            failures.append("")
+            requests.head(url, timeout=_ANSWER_SECONDS)
         except requests.RequestException as error:
-            failures.append(type(error).__name__)
-
-    if url is None:
-        return ""
-    thread = threading.Thread(target=request, daemon=True)  # because name resolution has no timeout
-    thread.start()
-    thread.join(_ANSWER_SECONDS)
-    reason = failures[0] if failures else f"nothing in {_ANSWER_SECONDS:.0f} s"
-    return f"{urlsplit(url).netloc} does not answer ({reason})" if reason else ""
+            return f"{urlsplit(url).netloc} does not answer ({type(error).__name__})"
+    return ""
 
 
 class Tfds(EncodedImages):
@@ -281,18 +270,13 @@ class _BucketShards:
         self.lengths = [instruction.take for instruction in instructions]
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ("_objects", "_opened")}
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
 
     @functools.cached_property
-    def _objects(self) -> tuple[ObjectStore, dict[str, ObjectInfo]]:
-        """The bucket's folder, and its objects by name."""
+    def _opened(self) -> tuple[ObjectStore, dict[str, ObjectInfo], dict[int, Any]]:
+        """(the bucket's folder, its objects by name, readers of the files that the last call read by their positions)."""
         store = open_store(with_urls(str(pathlib.Path(self._instructions[0].filename).parent)))
-        return store, store.list()
-
-    @functools.cached_property
-    def _opened(self) -> dict[int, Any]:
-        """Readers of the files that the last call read, by position in the instructions."""
-        return {}
+        return store, store.list(), {}
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
         """Returns the records at these indices. Raises: DataError, OSError."""
@@ -300,28 +284,27 @@ class _BucketShards:
         shards = np.searchsorted(ends, indices, "right")
         records: dict[int, bytes] = {}
         with _SHARDS_LOCK:  # decoding into memory reads in several threads
-            self._open(np.unique(shards).tolist())
-            for shard in np.unique(shards).tolist():
+            for shard, reader in self._open(np.unique(shards).tolist()).items():
                 wanted, first = np.asarray(indices)[shards == shard], ends[shard] - self.lengths[shard]
                 places = (wanted - first + self._instructions[shard].skip).tolist()
                 try:
-                    records |= zip(wanted.tolist(), self._opened[shard].read(places), strict=True)
+                    records |= zip(wanted.tolist(), reader.read(places), strict=True)
                 except RuntimeError as error:  # array_record's
                     raise DataError(f"{self._instructions[shard].filename} cannot be read: {error}") from None
         return [records[index] for index in indices]
 
-    def _open(self, shards: Sequence[int]) -> None:
+    def _open(self, shards: Sequence[int]) -> dict[int, Any]:
         """Downloads and opens files, and closes the readers of all other files. Raises: DataError for corrupted files."""
         from array_record.python.array_record_module import ArrayRecordReader
 
-        store, objects = self._objects
+        store, objects, opened = self._opened
         names = {shard: pathlib.Path(self._instructions[shard].filename).name for shard in shards}
         missing = [name for name in names.values() if name not in objects]
         if missing:
             raise DataError(f"{store.url}/{missing[0]} does not exist; copy the whole data set to the bucket")
         paths = cached_files(store, {name: objects[name] for name in names.values()}, self._max_bytes)
         for shard, path in zip(names, paths, strict=True):
-            if shard in self._opened:
+            if shard in opened:
                 continue
             expected = self._instructions[shard].examples_in_shard
             try:
@@ -334,9 +317,10 @@ class _BucketShards:
                 raise DataError(
                     f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set again"
                 )
-            self._opened[shard] = reader
-        for shard in self._opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed
-            del self._opened[shard]
+            opened[shard] = reader
+        for shard in opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed
+            del opened[shard]
+        return opened
 
 
 def _find_records(instruction) -> np.ndarray:
