@@ -23,7 +23,6 @@ __all__ = [
     "DerivedSource",
     "InMemory",
     "NamedSource",
-    "Progress",
     "SelectedExamples",
     "Source",
     "are_held_out",

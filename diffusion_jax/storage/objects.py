@@ -78,6 +78,7 @@ class ObjectStore(abc.ABC):
     """
 
     _wrong_tag: str  # a well-formed tag that no object has
+    _no_credentials: tuple[type[Exception], ...] = ()  # errors of the client without credentials
     _advice: dict[str, str]  # what to type if "credentials" are missing, and to create a "bucket"
 
     def __init__(self, url: str, filesystem: Any):
@@ -107,9 +108,6 @@ class ObjectStore(abc.ABC):
     @abc.abstractmethod
     def _status(self, error: BaseException) -> int | None:
         """Returns the HTTP status of an error; None for errors without a status, such as connection and local file errors."""
-
-    def _lacks_credentials(self, error: BaseException) -> bool:
-        return self._status(error) == 401
 
     def list(self, prefix: str = "") -> dict[str, ObjectInfo]:
         """Lists the objects whose names start with `prefix`, except folder placeholders, whose names end with "/"."""
@@ -221,7 +219,7 @@ class ObjectStore(abc.ABC):
     def _explain(self, error: Exception, action: str) -> str:
         """Returns the message of a StorageError."""
         reason = self._reason(error)
-        if self._lacks_credentials(error):
+        if self._status(error) == 401 or isinstance(error, self._no_credentials):
             return f"{self.url}: no valid credentials ({reason}); {self._advice['credentials']}"
         if isinstance(error, FileNotFoundError):
             bucket_url = "/".join(self.url.split("/")[:3])
