@@ -25,7 +25,7 @@ from diffusion_jax.console import ProgressBar, log
 from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls, write_text
-from diffusion_jax.storage.downloads import LOCK, MANIFEST, Objects, copy_objects, copy_path, is_small
+from diffusion_jax.storage.downloads import LOCK, MANIFEST, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
@@ -117,15 +117,13 @@ class RunDir(os.PathLike):
                 self._locks.remove(lock)
             lock.release()
 
-    def check_locks(self) -> None:
-        """Raises LeaseLostError if another launch has taken over a lock. Process 0 calls this before it commits a step."""
-        for lock in self._locks:
-            lock.check()
+    def check_locks(self, local: bool = False) -> None:
+        """Raises LeaseLostError if another launch has taken over a lock, or if a local directory was moved.
 
-    def check_place(self) -> None:
-        """Raises LeaseLostError if a local directory was moved: writing to its path would start another run."""
+        Process 0 calls this before it commits a step. local: no leases, which would be renewed over the network.
+        """
         for lock in self._locks:
-            if isinstance(lock, FileLock):
+            if isinstance(lock, FileLock) or not local:
                 lock.check()
 
     def find_holder(self) -> str | None:
@@ -166,17 +164,13 @@ class BucketRunDir(RunDir):
 
     def fetch(self, path: pathlib.Path) -> pathlib.Path:
         name = self.object_name(path)
-
-        def is_needed(found: str, _: Objects) -> bool:
-            return f"{found}/".startswith(f"{name}/")
-
         if not path.is_file():
-            copy_objects(self.store, self._copies, self.store.url, name, is_needed)
+            copy_objects(self.store, self._copies, name, lambda found, _: f"{found}/".startswith(f"{name}/"))
         return path
 
     def refresh(self) -> None:
         if self.path == self._root:
-            copy_objects(self.store, self._copies, self.store.url, is_needed=is_small)
+            copy_objects(self.store, self._copies, is_needed=is_small)
         else:
             self.fetch(self.path)
 
@@ -229,8 +223,7 @@ class BucketRunDir(RunDir):
 def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, follow_links: bool = False) -> RunDir:
     """Opens a work directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
-    read_only: for a bucket, as for BucketRunDir. follow_links: whether a local directory that is not read_only may contain
-    links that lead out of it.
+    read_only: for a bucket, as for BucketRunDir. follow_links: whether links may lead out of a directory that is written.
     Raises: UserError for such a link, StorageError if the bucket cannot be used, OSError.
     """
     if isinstance(location, RunDir):
@@ -242,9 +235,8 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
     run = RunDir(text)
     if not (read_only or follow_links) and (links := find_links(run)):
         raise UserError(
-            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, where files would be written or "
-            "deleted; remove the link, or to use your own link, add --follow_links (in Python open_run_dir(DIR, "
-            "follow_links=True))"
+            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, where files would be written or deleted; "
+            "remove the link, or to use your own link, add --follow_links (in Python open_run_dir(DIR, follow_links=True))"
         )
     return run
 
@@ -279,10 +271,9 @@ class ChunkStore:
         compute: Callable[[int], Mapping[str, np.ndarray]],
         stall_timeout: float = 0.0,
     ) -> int:
-        """Computes and saves the missing chunks of `total` examples, `size` per chunk; then every process can read them.
+        """Computes and saves the missing chunks of `total` examples, `size` per chunk; returns the number of chunks.
 
-        Every process calls this. title: the progress bar's title. compute: returns the arrays of chunk i.
-        Returns: the number of chunks.
+        Every process calls this, and can then read the chunks. title: of the progress bar. compute: chunk i -> arrays.
         """
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
         finished = {int(stem) for stem in stems if stem.isdecimal()}

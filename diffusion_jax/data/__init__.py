@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from diffusion_jax.config import resolve
 from diffusion_jax.data.array_files import ArrayFiles
 from diffusion_jax.data.batches import Batches, stream
-from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, fit
+from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, find_folder, fit
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -21,6 +21,7 @@ from diffusion_jax.data.sources import (
     CheckedSource,
     InMemory,
     NamedSource,
+    Progress,
     SelectedExamples,
     Source,
     check_examples,
@@ -33,7 +34,7 @@ from diffusion_jax.data.sources import (
     read_classes,
     select_split,
 )
-from diffusion_jax.data.tfds import Tfds, natural_shape
+from diffusion_jax.data.tfds import Tfds, make_builder, natural_shape
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.storage.objects import is_url
 
@@ -95,7 +96,7 @@ def describe(source: Source) -> str:
 
 def load(
     config: Mapping,
-    progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
+    progress: Progress = lambda sizes, total: sizes,
     log: Callable[[str], None] = lambda line: None,
     source: Source | None = None,
 ) -> Source:
@@ -103,7 +104,7 @@ def load(
 
     config: the settings of the group `data`, which may be partial; missing settings have their defaults. A missing TFDS data
     set is downloaded and prepared first, if `data.download` is true.
-    progress: as for `InMemory.load`, while the examples are read. log: called with lines about the examples.
+    progress: called while the examples are read. log: called with lines about the examples.
     source: a source to load instead of the source in `config`; `data.holdout` must then be 0.
     Raises: ConfigError for an invalid value; DataError with one line of advice.
     """
@@ -148,10 +149,13 @@ def check_location(config: Mapping) -> None:
     set that is missing from its directory and not to be downloaded.
     """
     config = resolve({"data": config})["data"]
-    if not _source_class(config).of_files:
+    source_class, directory = _source_class(config), config["data_dir"]
+    if not source_class.of_files:
         _check_holdout(config)
-    if not is_url(config["data_dir"]):
-        _source_class(config).check_location(config)
+    if source_class is Tfds and not is_url(directory):
+        make_builder(config["dataset"], directory or None, must_be_prepared=not config["download"])
+    if source_class is Folder and not is_url(directory):
+        find_folder(directory)
 
 
 def has_splits(config: Mapping) -> bool:
@@ -184,6 +188,5 @@ def _check_holdout(config: Mapping) -> None:
         raise DataError(f"data.split={config['split']!r}: data.holdout={share} makes the splits 'train' and 'test'")
     if source_class.has_splits(config):
         raise DataError(
-            f"data.holdout={share}, but {config['data_dir']} has splits of its own: use data.holdout=0, or the file of one "
-            "split as data.data_dir"
+            f"data.holdout={share}, but {config['data_dir']} has splits of its own: use data.holdout=0, or one split's file"
         )

@@ -36,17 +36,14 @@ class ArrayFiles(Arrays, NamedSource):
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
     - `.npz` with "x" or "image", optionally "label", "condition" and "condition_missing" (bool [N], True for examples
-      without a condition); or with samples, "arr_0". Uncompressed arrays (`np.savez`) are memory-mapped; every process
-      loads a compressed array.
-    - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Each chunk that a batch touches is
-      decoded, so small chunks are fastest.
+      without a condition); or with samples, "arr_0". Arrays are memory-mapped; a compressed array is loaded instead.
+    - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Small chunks are read fastest.
     - a folder with `.npy` files, searched recursively in path order, without hidden files. Each file holds one example
       [*spatial, C] or several [n, *spatial, C]. If every file is in a subfolder, each subfolder is a class.
-    - a folder with one of the above for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. All other
-      data have only the split "train".
+    - a folder with one of the above for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. Other data
+      have only the split "train".
 
-    shape: (*spatial, C), from `data.image_size` and `data.channels`. With C = 1 the files may lack the channel axis. ()
-    accepts files with any shape.
+    shape: (*spatial, C) of `data.image_size` and `data.channels`, or () for any. With C = 1, files may lack the channel axis.
     "image" is uint8 and "x" any other real type; in .npy files uint8 is "image".
 
     num_classes: the largest label + 1, or the number of subfolders; 0 without labels. class_names: the subfolders, or ().
@@ -85,11 +82,9 @@ class ArrayFiles(Arrays, NamedSource):
             self.arrays["label"], self.num_classes = _read_labels(f"{location}: label", arrays["label"], len(self))
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Reads the examples at n indices in [0, N), in any order, with repetitions allowed.
+        """Reads the examples at n indices in [0, N), in any order, with repetitions allowed, as `Source.read`.
 
-        Returns "image" uint8 or "x" (real numbers as in the files), [n, *spatial, C]; if the files have them, also "label"
-        int32 [n], "condition" [n, D] or [n, *spatial, K] and "condition_missing" bool [n]. Raises: DataError for files
-        that cannot be read.
+        "x" and "condition" have the types of the files. Raises: DataError for files that cannot be read.
         """
         batch = super().read(indices)
         if self._lacks_channels:
@@ -130,9 +125,8 @@ def _find_split(path: str, split: str) -> pathlib.Path:
         raise DataError(f"data.split={split!r}: {root} has the splits {names}; use one of them{other}")
     if split != "train":
         raise DataError(
-            f"data.split={split!r}: {root} has only 'train'; use data.split='train', or a folder that contains train.npy and "
-            f"{split}.npy (or other files or folders of these names), or set evaluation.data_dir to other examples, "
-            "or train with data.holdout"
+            f"data.split={split!r}: {root} has only 'train'; use data.split='train', or a folder that contains files or "
+            f"folders such as train.npy and {split}.npy, or set evaluation.data_dir, or train with data.holdout"
         )
     return root
 
@@ -171,10 +165,8 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
     examples = next(iter(found.values()))
     for name, array in found.items():
         if array.shape[:1] != examples.shape[:1] or not array.shape:
-            raise DataError(
-                f"{path}: {name} has the shape {list(array.shape)}, and the examples {list(examples.shape)}; every example "
-                "needs a row of each array"
-            )
+            shapes = f"the shape {list(array.shape)}, and the examples {list(examples.shape)}"
+            raise DataError(f"{path}: {name} has {shapes}; every example needs a row of each array")
     ignored = f"Ignored arrays: {list_names(map(repr, others), 8)}; arrays are {', '.join(_NAMES)}."
     return found, [ignored] * bool(others)
 
@@ -290,8 +282,7 @@ class _Rows:
 class _FolderRows:
     """The rows of several .npy files, one file after another; a file is open only while it is read.
 
-    lengths: the number of rows in each file. row_shape: the shape of one row; a file may store a single row without the
-    first axis.
+    lengths: the number of rows in each file. row_shape: of one row; a file may store a single row without the first axis.
     """
 
     def __init__(self, paths: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype):

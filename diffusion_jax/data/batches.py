@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,13 +53,12 @@ class Batches:
     def __len__(self) -> int:
         return self._num_steps
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns the batch at a step."""
-        return self._source.read(self.indices(index, self.rows))
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.read_rows(step, self.rows)
 
-    def read_part(self, step: int, part: int, num_parts: int) -> dict[str, np.ndarray]:
-        """Reads one of several parts of this process's rows."""
-        return self._source.read(self.indices(step, np.array_split(self.rows, num_parts)[part]))
+    def read_rows(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads rows of the batch at a step."""
+        return self._source.read(self.indices(step, rows))
 
     def indices(self, step: int, rows: np.ndarray) -> np.ndarray:
         """Returns the examples int64 [n] in n rows of the batch at a step."""
@@ -102,29 +100,6 @@ def _shuffle(seed: int, epoch: int, low: int, high: int, block_lengths: tuple[in
     return (np.cumsum(lengths) - lengths)[blocks[rank]] + offsets
 
 
-def _ignore_ctrl_c(index: int, count: int) -> None:
-    """Ignores SIGINT in workers: a terminal sends it to workers too, but the main process still reads their batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Parts:
-    """The parts of all batches in order; Grain's worker i of n reads every n-th element, so always the same rows."""
-
-    def __init__(self, batches: Batches, num_parts: int):
-        self._batches, self._num_parts = batches, num_parts
-
-    def __len__(self) -> int:
-        return len(self._batches) * self._num_parts
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        step, part = divmod(index, self._num_parts)
-        return self._batches.read_part(step, part, self._num_parts)
-
-
-def _concatenate(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 def stream(
     batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -141,14 +116,23 @@ def stream(
     if batches.num_blocks > 1:
         prefetch, parts = max(prefetch, _MIN_AHEAD), max(1, min(workers, len(batches.rows)))
         workers = min(workers, parts)
-    dataset = grain.MapDataset.source(_Parts(batches, parts) if parts > 1 else batches)[start * parts :]
+    rows = np.array_split(batches.rows, parts)  # each worker reads every n-th element, so always the same rows
+    dataset = grain.MapDataset.range(start * parts, len(batches) * parts)
+    dataset = dataset.map(lambda i: batches.read_rows(i // parts, rows[i % parts]))
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
     if workers:
         # Grain reads absl flags before it starts workers; without absl's app.run they keep their defaults.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+
+        def ignore_ctrl_c(index: int, count: int) -> None:
+            # A terminal sends SIGINT to workers too, but the main process still reads their batches.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        iterable = iterable.mp_prefetch(options, ignore_ctrl_c)
     if parts > 1:
-        iterable = iterable.batch(parts, batch_fn=_concatenate)
+        iterable = iterable.batch(
+            parts, batch_fn=lambda found: {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+        )
     return iter(iterable)

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from diffusion_jax.data.sources import (
     InMemory,
     NamedSource,
+    Progress,
     Source,
     check_image_settings,
     classes_of_files,
@@ -35,7 +36,7 @@ from diffusion_jax.files import map_array, save_npz, user_cache
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
-__all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "fit"]
+__all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "find_folder", "fit"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VERSION = 2  # increase if sources decode the same files to other arrays
@@ -93,20 +94,8 @@ class Folder(EncodedImages):
     def from_config(cls, config: Mapping) -> Folder:
         return cls(config["data_dir"], *check_image_settings(config))
 
-    @classmethod
-    def check_location(cls, config: Mapping) -> None:
-        cls._find(config["data_dir"])
-
-    @staticmethod
-    def _find(directory: str) -> pathlib.Path:
-        """Returns the local path of the folder. Raises: DataError if there is none."""
-        root = local_path(directory)
-        if not directory or not root.is_dir():
-            raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
-        return root
-
     def __init__(self, directory: str, image_size: tuple[int, int] | None, channels: int):
-        root = self._find(directory)
+        root = find_folder(directory)
         self._root, self._resizes, self._channels = root, image_size is not None, channels
         paths, self._link_notes = find_files(root)
         files = [p for p in paths if p.suffix.lower() in _SUFFIXES]
@@ -184,12 +173,15 @@ class Folder(EncodedImages):
         return fit(image, self._size, self._channels)
 
 
-def decode_once(
-    source: EncodedImages,
-    config: Mapping,
-    progress: Callable[[Iterable[int], int], Iterable],
-    log: Callable[[str], None],
-) -> InMemory:
+def find_folder(directory: str) -> pathlib.Path:
+    """Returns the local path of a folder of images. Raises: DataError if it does not exist."""
+    root = local_path(directory)
+    if not directory or not root.is_dir():
+        raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+    return root
+
+
+def decode_once(source: EncodedImages, config: Mapping, progress: Progress, log: Callable[[str], None]) -> InMemory:
     """Returns the source in memory: memory-mapped from the cache, or decoded and written to the cache.
 
     config: a complete `config.data`. A corrupted cache file, found by the .npz checksums, is replaced; if

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from diffusion_jax.data.sources import DerivedSource, Source
+from diffusion_jax.data.sources import DerivedSource, Progress, Source
 from diffusion_jax.errors import DataError
 from diffusion_jax.metrics.of_arrays import relative_rounding
 
@@ -130,9 +130,9 @@ class Normalized(DerivedSource):
                 x[batch["condition_missing"]] = 0
             _check_finite(name, x, indices)
             if name in self._bounded and (outside := np.argwhere(np.abs(x) > 1 + 1e-6)).size:  # more than rounding
+                value = values[tuple(outside[0])]
                 raise DataError(
-                    f"example {indices[outside[0, 0]]} has the value {values[tuple(outside[0])]:g}, outside data.limits; "
-                    "widen them"
+                    f"example {indices[outside[0, 0]]} has the value {value:g}, outside data.limits; widen them"
                 )
             batch[name] = x
         return batch
@@ -150,19 +150,15 @@ def _check_finite(name: str, values: np.ndarray, indices: Sequence[int] | np.nda
 
 
 def find_normalizations(
-    config: Mapping,
-    source: Source,
-    progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes,
+    config: Mapping, source: Source, progress: Progress = lambda sizes, total: sizes
 ) -> Normalizations:
     """Computes the normalizations that `config.data` describes, from the source of the training split.
 
     `data.normalization` applies to float data: auto standardizes each channel by its mean and standard deviation, computed in
-    one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. Conditions are also standardized,
-    unless the setting is none.
+    one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. auto and limits standardize conditions.
 
-    progress: as for `data.InMemory.load`, called only if there is a pass.
-    Raises: DataError for a setting that does not fit the data, values that are not finite, a constant channel, or
-    conditions that are all missing.
+    progress: called only if there is a pass.
+    Raises: DataError if a setting does not fit the data, for values that are not finite, a constant channel or no condition.
     """
     mode, first = config["normalization"], source.read([0])
     if mode != "auto" and "x" not in first:
@@ -178,22 +174,20 @@ def find_normalizations(
     names = [name for name in ("x", "condition") if name in first and name not in found]
     totals: dict[str, _Totals] = {}
 
-    def add(indices):
+    def add(start):
+        indices = np.arange(start, min(start + _BLOCK, len(source)))
         batch = source.read(indices)
         for name in names:
             values, rows = np.asarray(batch[name], np.float64), indices
             if name == "condition" and "condition_missing" in batch:
                 given = ~batch["condition_missing"]
                 values, rows = values[given], rows[given]
-            if not len(values):
-                continue
             _check_finite(name, values, rows)
-            totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
+            if len(values):
+                totals.setdefault(name, _Totals(batch[name].dtype)).add(values.reshape(-1, values.shape[-1]))
         return len(indices)
 
-    n = len(source)
-    chunks = [np.arange(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
-    for _ in progress(map(add, chunks), n) if names else ():
+    for _ in progress(map(add, range(0, len(source), _BLOCK)), len(source)) if names else ():
         pass
     if names and names[-1] not in totals:
         raise DataError("condition_missing is True for every example; remove the conditions from the data")

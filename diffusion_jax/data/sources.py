@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,9 @@ __all__ = [
 _BLOCK_BYTES = 2**24
 _NUM_CHECKED = 4
 _ARRAYS = ("x", "image", "label", "condition", "condition_missing")
+
+# (numbers of examples in the chunks that are read, number of all examples) -> the same numbers; shows the progress.
+Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 @runtime_checkable
@@ -154,11 +158,6 @@ class NamedSource(Source):
         """Makes the source for a complete `config.data`. Raises: DataError."""
 
     @classmethod
-    def check_location(cls, config: Mapping) -> None:
-        """Raises DataError if the data do not exist. Reads no data, and nothing in a bucket."""
-        return
-
-    @classmethod
     def has_splits(cls, config: Mapping) -> bool:
         """Whether `data.split` selects some of the examples, without `data.holdout`."""
         return not cls.of_files
@@ -179,9 +178,10 @@ class NamedSource(Source):
 class Arrays:
     """A source of arrays by the names of `Source.read`: NumPy arrays, or arrays in files that are read by indexing."""
 
+    block_lengths: Sequence[int] = ()
+
     def __init__(self, arrays: Mapping[str, Any], num_classes: int = 0, class_names: Sequence[str] = ()):
         self.arrays, self.num_classes, self.class_names = dict(arrays), num_classes, tuple(class_names)
-        self.block_lengths = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -195,31 +195,22 @@ class InMemory(Arrays):
     """A source of NumPy arrays, such as "image" uint8 [N, *spatial, C]."""
 
     @classmethod
-    def load(
-        cls, source: Source, progress: Callable[[Iterable[int], int], Iterable] = lambda sizes, total: sizes
-    ) -> InMemory:
-        """Reads all examples of a source.
-
-        progress: (sizes of decoded chunks, number of examples) -> sizes; shows how many examples are decoded.
-        Raises: UnreadableFilesError with all corrupted images.
-        """
-        n, failures = len(source), {}
-
-        def read(indices):
-            try:
-                return source.read(indices)
-            except UnreadableFilesError as error:
-                failures.update(error.failures)
-                return {}
+    def load(cls, source: Source, progress: Progress = lambda sizes, total: sizes) -> InMemory:
+        """Reads all examples of a source. Raises: UnreadableFilesError with all corrupted images."""
+        n, first, failures = len(source), {}, {}
+        with contextlib.suppress(UnreadableFilesError):  # raised below with all other corrupted images
+            first = source.read([0])
+        arrays = {name: np.empty((n, *array.shape[1:]), array.dtype) for name, array in first.items()}
 
         def decode(chunk):
-            batch = read(chunk)
-            if not failures:
+            try:
+                batch = source.read(chunk)
                 for name, array in arrays.items():
                     array[chunk] = batch[name]
+            except UnreadableFilesError as error:
+                failures.update(error.failures)
             return len(chunk)
 
-        arrays = {name: np.empty((n, *array.shape[1:]), array.dtype) for name, array in read([0]).items()}
         with ThreadPoolExecutor() as pool:  # decoding PNG and JPEG releases the interpreter's lock
             for _ in progress(pool.map(decode, np.array_split(np.arange(n), -(-n // 256))), n):
                 pass
@@ -257,8 +248,7 @@ class SelectedExamples(DerivedSource):
 
     def __init__(self, source: Source, indices: np.ndarray):
         super().__init__(source)
-        self._indices = indices
-        self.block_lengths = ()
+        self._indices, self.block_lengths = indices, ()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -368,10 +358,7 @@ def check_examples(config: Mapping, source: Source) -> None:
             )
     if missing is not None and (condition is None or missing.dtype != bool or missing.ndim != 1):
         found = f"{missing.dtype} {list(missing.shape)}" + (' without "condition"' if condition is None else "")
-        raise DataError(
-            f'a source returns "condition_missing" as {found}; it must be bool [n] beside "condition", True for examples '
-            "without a condition"
-        )
+        raise DataError(f'a source returns "condition_missing" as {found}; it must be bool [n] beside "condition"')
 
 
 class CheckedSource(DerivedSource, NamedSource):
@@ -423,9 +410,9 @@ class CheckedSource(DerivedSource, NamedSource):
         batch = {name: batch[name].astype(dtype, copy=False) for name, (dtype, _) in expected.items()}
         labels = batch.get("label", np.zeros(0, int))
         if self.num_classes and labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            low, high, allowed = labels.min(), labels.max(), f"0 ... {self.num_classes - 1}"
             raise DataError(
-                f"{where} returns labels from {labels.min()} to {labels.max()}; num_classes={self.num_classes} allows 0 ... "
-                f"{self.num_classes - 1}"
+                f"{where} returns labels from {low} to {high}; num_classes={self.num_classes} allows {allowed}"
             )
         return batch
 
@@ -450,7 +437,7 @@ def select_split(source: NamedSource, loaded: Source, share: float, split: str) 
     held_out = are_held_out(source.holdout_keys(loaded), share)
     if held_out.all() or not held_out.any():
         raise DataError(
-            f"data.holdout={share} holds out {held_out.sum():,} of {len(held_out):,} examples; each of 'train' and 'test' "
-            "needs one: use another share"
+            f"data.holdout={share} holds out {held_out.sum():,} of {len(held_out):,} examples; each split needs one: use "
+            "another share"
         )
     return SelectedExamples(loaded, np.flatnonzero(held_out == (split == "test")))

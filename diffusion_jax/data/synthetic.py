@@ -8,8 +8,8 @@
 | `diffusion_jax.data.synthetic:moons` | 0, 2 | `MOONS`: two half circles with noise |
 | `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
 
-Each has a split "train" and a split "test", drawn independently. A distribution has its exact covariance, spectrum, density
-or conditional mean, its entropy, and `sample`.
+Spatial axes have any size. Each data set has a split "train" with 20,000 examples and a split "test" with 4,000, drawn
+independently. A distribution has its exact covariance, spectrum, density or conditional mean, its entropy, and `sample`.
 
     --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2
 
@@ -22,6 +22,7 @@ E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,14 +42,8 @@ __all__ = [
     "FieldDistribution",
     "MoonsDistribution",
     "SeriesDistribution",
-    "conditional",
-    "field",
-    "moons",
-    "series",
-    "volume",
 ]
 
-_LOG_2_PI = math.log(2 * math.pi)
 _HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
 _BLOCK = 4096
 _NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
@@ -187,7 +182,7 @@ class MoonsDistribution:
         """Returns log p(x) for vectors [n, 2]; Gauss-Legendre quadrature with 200 nodes integrates over the angle."""
         nodes, weights = np.polynomial.legendre.leggauss(200)
         centers = self._centers((nodes + 1) * (np.pi / 2)).reshape(-1, 2)
-        constant = np.log(np.tile(weights, 2) / 4) - _LOG_2_PI - 2 * math.log(self.noise)
+        constant = np.log(np.tile(weights, 2) / 4) - math.log(2 * math.pi * self.noise**2)
         blocks = np.array_split(x, len(x) // _BLOCK + 1)  # the full distance array would take much memory
         squares = (np.square(block[:, None] - centers).sum(axis=-1) for block in blocks)
         return np.concatenate([np.logaddexp.reduce(constant - s / (2 * self.noise**2), axis=-1) for s in squares])
@@ -232,7 +227,7 @@ class ConditionalDistribution:
         narrow, wide = (self.noise + self.noise_slope * c for c in (self.low, self.high))
         # The mean of log s over s uniform in [narrow, wide].
         mean_log = (wide * math.log(wide) - narrow * math.log(narrow)) / (wide - narrow) - 1
-        return 0.5 * (_LOG_2_PI + 1) + mean_log + 0.25 * math.log(1 - self.correlation**2)
+        return _HALF_LOG_2_PI_E + mean_log + 0.25 * math.log(1 - self.correlation**2)
 
     def sample_conditions(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Draws `count` independent conditions [count, 1]."""
@@ -273,51 +268,41 @@ VOLUME = FieldDistribution(
 MOONS, CONDITIONAL = MoonsDistribution(), ConditionalDistribution()
 
 
-def series(config: Mapping[str, Any]) -> InMemory:
-    """20,000 series for training and 4,000 for test, drawn from `SERIES`: 2 channels, any length."""
-    size = config["image_size"]
-    if not isinstance(size, tuple | list) or len(size) != 1:
-        raise DataError(f"data.image_size={size!r}: a series has one spatial axis; use a tuple of 1, like (64,)")
-    return _draw(config, "series", lambda rng, count: {"x": SERIES.sample(rng, count, *size)})
+def _load(
+    name: str,
+    axes: int,
+    draw: Callable[[np.random.Generator, int, tuple[int, ...]], Mapping[str, np.ndarray]],
+    config: Mapping[str, Any],
+) -> InMemory:
+    """Returns a split of a data set with this number of spatial axes, as float32: 20,000 or 4,000 examples.
 
-
-def field(config: Mapping[str, Any]) -> InMemory:
-    """20,000 periodic fields for training and 4,000 for test, drawn from `FIELD`: 5 channels, any two sizes."""
-    return _periodic(config, "field", FIELD)
-
-
-def volume(config: Mapping[str, Any]) -> InMemory:
-    """20,000 periodic volumes for training and 4,000 for test, drawn from `VOLUME`: 1 channel, any three sizes."""
-    return _periodic(config, "volume", VOLUME)
-
-
-def moons(config: Mapping[str, Any]) -> InMemory:
-    """20,000 vectors for training and 4,000 for test, drawn from `MOONS`: 2 channels."""
-    return _draw(config, "moons", lambda rng, count: {"x": MOONS.sample(rng, count)})
-
-
-def conditional(config: Mapping[str, Any]) -> InMemory:
-    """20,000 vectors with conditions for training and 4,000 for test, drawn from `CONDITIONAL`: 2 channels."""
-
-    def draw(rng, count):
-        condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
-        return {"x": CONDITIONAL.sample(rng, condition.astype(np.float64)), "condition": condition}
-
-    return _draw(config, "conditional", draw)
-
-
-def _periodic(config: Mapping[str, Any], name: str, distribution: FieldDistribution) -> InMemory:
-    def draw(rng, count):  # in blocks, because float64 takes memory
-        blocks = (distribution.sample(rng, 1000, example_shape(config)[:-1]) for _ in range(count // 1000))
-        return {"x": np.concatenate([block.astype(np.float32) for block in blocks])}
-
-    return _draw(config, name, draw)
-
-
-def _draw(config: Mapping[str, Any], name: str, draw: Callable[..., Mapping[str, np.ndarray]]) -> InMemory:
-    """Returns the examples (rng, count) -> arrays of a split, as float32. Raises: DataError for an unknown split."""
-    split = config["split"]
+    draw: (rng, number of examples, spatial shape) -> arrays. Raises: DataError for another split or number of axes.
+    """
+    split, shape = config["split"], example_shape(config)[:-1]
     if split not in _NUM_EXAMPLES:
         raise DataError(f"data.split={split!r}: the data set {name!r} has 'train' and 'test'")
-    arrays = draw(np.random.default_rng((0, int(split == "test"), *name.encode())), _NUM_EXAMPLES[split])
+    if len(shape) != axes:
+        raise DataError(
+            f"data.image_size={config['image_size']!r}: the data set {name!r} has {axes} spatial axes; use for example "
+            f"data.image_size={(16,) * axes}"
+        )
+    arrays = draw(np.random.default_rng((0, int(split == "test"), *name.encode())), _NUM_EXAMPLES[split], shape)
     return InMemory({name: array.astype(np.float32) for name, array in arrays.items()})
+
+
+def _draw_in_blocks(distribution, rng, count, shape):  # because float64 takes memory
+    blocks = (distribution.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000))
+    return {"x": np.concatenate(list(blocks))}
+
+
+def _draw_conditional(rng, count, shape):
+    condition = CONDITIONAL.sample_conditions(rng, count).astype(np.float32)
+    return {"x": CONDITIONAL.sample(rng, condition.astype(np.float64)), "condition": condition}
+
+
+# The functions that data.dataset names; each takes config.data.
+series = functools.partial(_load, "series", 1, lambda rng, count, shape: {"x": SERIES.sample(rng, count, *shape)})
+field = functools.partial(_load, "field", 2, functools.partial(_draw_in_blocks, FIELD))
+volume = functools.partial(_load, "volume", 3, functools.partial(_draw_in_blocks, VOLUME))
+moons = functools.partial(_load, "moons", 0, lambda rng, count, shape: {"x": MOONS.sample(rng, count)})
+conditional = functools.partial(_load, "conditional", 0, _draw_conditional)

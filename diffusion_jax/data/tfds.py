@@ -27,7 +27,7 @@ from diffusion_jax.untrusted import read_image
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
-_ANSWER_SECONDS = 10.0  # for name resolution, connection and a server's answer
+_ANSWER_SECONDS = 10.0  # for the connection, and for a server's answer
 _RECORD_HEADER = struct.Struct("<Q4x")  # a TFRecord's header: data length and checksum
 _CHECKSUM_BYTES = 4  # after the data
 _SHARDS_LOCK = threading.Lock()
@@ -115,18 +115,13 @@ def prepare(name: str, data_dir: str | None) -> None:
         return
     root, missing = builder.data_dir_root, f"the data set {name!r} is not in {builder.data_dir_root}"
     if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(
-            f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'; reading a prepared data "
-            "set does not need TensorFlow"
-        )
+        raise DataError(f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'")
     if builder.data_path.exists():
         raise DataError(
-            f"{builder.data_path} is not a complete data set (dataset_info.json or features.json is missing): remove that "
-            "folder, and rerun the same command"
+            f"{builder.data_path} is no complete data set (dataset_info.json or features.json is missing): remove the folder"
         )
     elsewhere = f"prepare it on another machine with: {_preparation_command(name, data_dir)}"
-    unanswered = _unanswered_host(builder)
-    if unanswered:
+    if unanswered := _unanswered_host(builder):
         raise DataError(
             f"{missing} and cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
         )
@@ -153,23 +148,12 @@ def _unanswered_host(builder: Any) -> str:
     """Names a data set's server that does not answer, and why; "" if the first answers. TFDS would try for minutes."""
     import requests
 
-    url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
-    failures = []
-
-    def request():
+    for url in [url for url in builder.url_infos or () if url.startswith("http")][:1]:
         try:
-            requests.head(url or "", timeout=_ANSWER_SECONDS)
-            failures.append("")
+            requests.head(url, timeout=_ANSWER_SECONDS)
         except requests.RequestException as error:
-            failures.append(type(error).__name__)
-
-    if url is None:
-        return ""
-    thread = threading.Thread(target=request, daemon=True)  # because name resolution has no timeout
-    thread.start()
-    thread.join(_ANSWER_SECONDS)
-    reason = failures[0] if failures else f"nothing in {_ANSWER_SECONDS:.0f} s"
-    return f"{urlsplit(url).netloc} does not answer ({reason})" if reason else ""
+            return f"{urlsplit(url).netloc} does not answer ({type(error).__name__})"
+    return ""
 
 
 class Tfds(EncodedImages):
@@ -177,21 +161,14 @@ class Tfds(EncodedImages):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Tfds:
-        size, channels = check_image_settings(config)
-        name, data_dir = config["dataset"], config["data_dir"] or None
-        if config["download"] and not is_url(config["data_dir"]):
+        return cls(config)
+
+    def __init__(self, config: Mapping):
+        self._size, self._channels = check_image_settings(config)
+        name, split, data_dir = config["dataset"], config["split"], config["data_dir"]
+        if config["download"] and not is_url(data_dir):
             prepare(name, local_data_dir(name, data_dir))
-        return cls(name, config["split"], data_dir, size, channels, config["disk_mb"])
-
-    @classmethod
-    def check_location(cls, config: Mapping) -> None:
-        make_builder(config["dataset"], config["data_dir"] or None, must_be_prepared=not config["download"])
-
-    def __init__(
-        self, name: str, split: str, data_dir: str | None, image_size: tuple[int, int], channels: int, disk_mb: int
-    ):
-        """disk_mb: an array_record data set in a bucket is streamed if it is larger; any other is copied as a whole."""
-        self._name, self._split, self._size, self._channels = name, split, image_size, channels
+        self._name, self._split = name, split
         self._data_dir = local_data_dir(name, data_dir, _METADATA)
         builder = make_builder(name, self._data_dir, must_be_prepared=True)
         directory = builder.data_path.parent
@@ -212,9 +189,9 @@ class Tfds(EncodedImages):
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
         self._shards: _TfRecords | _BucketShards | None = None
-        if data_dir and is_url(data_dir):
-            if file_format == "array_record" and builder.info.dataset_size > disk_mb * 2**20:
-                self._shards = _BucketShards(instructions, disk_mb)
+        if is_url(data_dir):  # an array_record data set above data.disk_mb is streamed; any other is copied as a whole
+            if file_format == "array_record" and builder.info.dataset_size > config["disk_mb"] * 2**20:
+                self._shards = _BucketShards(instructions, config["disk_mb"])
                 self.block_lengths = self._shards.lengths
                 return
             local_data_dir(name, data_dir)
@@ -293,18 +270,13 @@ class _BucketShards:
         self.lengths = [instruction.take for instruction in instructions]
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ("_objects", "_opened")}
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
 
     @functools.cached_property
-    def _objects(self) -> tuple[ObjectStore, dict[str, ObjectInfo]]:
-        """The bucket's folder, and its objects by name."""
+    def _opened(self) -> tuple[ObjectStore, dict[str, ObjectInfo], dict[int, Any]]:
+        """(the bucket's folder, its objects by name, readers of the files that the last call read by their positions)."""
         store = open_store(with_urls(str(pathlib.Path(self._instructions[0].filename).parent)))
-        return store, store.list()
-
-    @functools.cached_property
-    def _opened(self) -> dict[int, Any]:
-        """Readers of the files that the last call read, by position in the instructions."""
-        return {}
+        return store, store.list(), {}
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
         """Returns the records at these indices. Raises: DataError, OSError."""
@@ -312,28 +284,27 @@ class _BucketShards:
         shards = np.searchsorted(ends, indices, "right")
         records: dict[int, bytes] = {}
         with _SHARDS_LOCK:  # decoding into memory reads in several threads
-            self._open(np.unique(shards).tolist())
-            for shard in np.unique(shards).tolist():
+            for shard, reader in self._open(np.unique(shards).tolist()).items():
                 wanted, first = np.asarray(indices)[shards == shard], ends[shard] - self.lengths[shard]
                 places = (wanted - first + self._instructions[shard].skip).tolist()
                 try:
-                    records |= zip(wanted.tolist(), self._opened[shard].read(places), strict=True)
+                    records |= zip(wanted.tolist(), reader.read(places), strict=True)
                 except RuntimeError as error:  # array_record's
                     raise DataError(f"{self._instructions[shard].filename} cannot be read: {error}") from None
         return [records[index] for index in indices]
 
-    def _open(self, shards: Sequence[int]) -> None:
+    def _open(self, shards: Sequence[int]) -> dict[int, Any]:
         """Downloads and opens files, and closes the readers of all other files. Raises: DataError for corrupted files."""
         from array_record.python.array_record_module import ArrayRecordReader
 
-        store, objects = self._objects
+        store, objects, opened = self._opened
         names = {shard: pathlib.Path(self._instructions[shard].filename).name for shard in shards}
         missing = [name for name in names.values() if name not in objects]
         if missing:
             raise DataError(f"{store.url}/{missing[0]} does not exist; copy the whole data set to the bucket")
         paths = cached_files(store, {name: objects[name] for name in names.values()}, self._max_bytes)
         for shard, path in zip(names, paths, strict=True):
-            if shard in self._opened:
+            if shard in opened:
                 continue
             expected = self._instructions[shard].examples_in_shard
             try:
@@ -344,12 +315,12 @@ class _BucketShards:
             if found:
                 path.unlink(missing_ok=True)  # the next launch downloads the file again
                 raise DataError(
-                    f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set to the "
-                    "bucket again, and rerun the same command"
+                    f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set again"
                 )
-            self._opened[shard] = reader
-        for shard in self._opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed
-            del self._opened[shard]
+            opened[shard] = reader
+        for shard in opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed
+            del opened[shard]
+        return opened
 
 
 def _find_records(instruction) -> np.ndarray:

@@ -76,10 +76,8 @@ def exit_if_output_is_closed() -> Iterator[None]:
     try:
         try:
             yield
-        except SystemExit:  # raised by --help
+        finally:  # also after --help, which raises SystemExit
             sys.stdout.flush()
-            raise
-        sys.stdout.flush()
     except BrokenPipeError:
         try:
             print(flush=True)  # also fails, unless another pipe broke
@@ -91,11 +89,8 @@ def exit_if_output_is_closed() -> Iterator[None]:
 def join_processes(address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
     """Joins the other processes of the run; must be called before anything uses a device.
 
-    Without the first three arguments, JAX detects the processes of srun and TPU pods; otherwise the process is single, and
-    nothing is done.
-
-    address: HOST:PORT of process 0. timeout: after waiting this many seconds for other processes, the program ends.
-    Raises: UserError.
+    Without the first three arguments, JAX detects the processes of srun and TPU pods, or does nothing for a single process.
+    address: HOST:PORT of process 0. timeout: seconds to wait for other processes before the program ends. Raises: UserError.
     """
     arguments = (address, num_processes, process_id)
     has_address = any(value is not None for value in arguments)

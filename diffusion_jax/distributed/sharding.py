@@ -121,9 +121,8 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
     """Wraps function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
     Each leaf is gathered separately, and its gradient is scattered. dtype: the gathered leaves' dtype, in which the layers
-    compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored. If
-    `function` contains a jax.checkpoint, `kept_names` must name all values to store, because the policy of this outer
-    checkpoint also applies inside.
+    compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored.
+    kept_names: all values to store if `function` contains a jax.checkpoint, because this outer policy also applies inside.
     """
     if mesh.shape["fsdp"] == 1:
         return function
@@ -192,7 +191,7 @@ class BatchFunction:
     def __call__(self, read: Callable[[np.ndarray], Any], start: int, count: int, *numbers: np.generic) -> Any:
         """Computes the results for the batch that starts at example `start`, and returns them on every process.
 
-        read: (indices) -> arrays; each process reads the rows for its own devices. count: total number of examples; the last
+        read: indices -> arrays; each process reads the rows for its own devices. count: of all examples, so that the last
         batch may be smaller.
         """
         # The last batch is padded with copies of the last example, whose results are dropped.

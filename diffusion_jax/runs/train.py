@@ -228,7 +228,7 @@ def _train(
             with launch.measure("input"):
                 batch, count = loader.next(step)
             in_flight.wait()
-            workdir.check_place()
+            workdir.check_locks(local=True)
             if num_calls == 1:  # before the first call, there is nothing to save, and a signal ends the program at once
                 stack.enter_context(signals.HANDLER.saving())
 

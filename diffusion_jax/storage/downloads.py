@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -53,18 +54,17 @@ def local_path(location: str | os.PathLike, below: str = "", suffixes: tuple[str
     parent, _, name = text.rstrip("/").rpartition("/")
     if parent.endswith(":/"):
         raise StorageError(f"{text} is a whole bucket; name a folder or a file in it")
-    store, url = open_store(parent), f"{parent}/{name}"
+
+    def is_needed(key: str, found: Objects) -> bool:
+        of_run = "config.json" not in found or key.startswith("samples/") or is_small(key, found)
+        return of_run and key.endswith(suffixes)
+
+    store, root = open_store(parent), downloads_root()
     if store.find(name):
-        copy_objects(store, downloads_root(), url, name, lambda key, _: key == name)
+        copy_objects(store, root, name, lambda key, _: key == name)
     else:
-        folder = store.folder(name)
-
-        def is_needed(key: str, found: Objects) -> bool:
-            of_run = "config.json" not in found or key.startswith("samples/") or is_small(key, found)
-            return of_run and key.endswith(suffixes)
-
-        copy_objects(folder, downloads_root(), url, below, is_needed)
-    return copy_path(downloads_root(), url)
+        copy_objects(store.folder(name), root, below, is_needed)
+    return copy_path(root, f"{parent}/{name}")
 
 
 def copy_path(root: pathlib.Path, url: str) -> pathlib.Path:
@@ -88,71 +88,60 @@ def is_small(name: str, found: Objects) -> bool:
 def copy_objects(
     store: ObjectStore,
     root: pathlib.Path,
-    url: str,
     prefix: str = "",
     is_needed: Callable[[str, Objects], bool] = lambda name, found: True,
 ) -> None:
     """Downloads objects that have changed since the last call, and removes the copies of deleted objects.
 
-    An object is copied to `copy_path(URL)`. url: the objects' common URL; one file below `root` stores the tags.
+    An object is copied to `copy_path(root, URL)`; one file for each store below `root` has the tags of the copies.
     prefix: only objects whose names start with this are listed. is_needed: (name, listed objects) -> bool.
     Raises: OSError; UserError if the disk is too small.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return _copy_objects(store, root, url, prefix, is_needed)
+            return _copy_objects(store, root, prefix, is_needed)
         except FileNotFoundError:  # deleted after it was listed
             if attempt + 1 == _ATTEMPTS:
                 raise
 
 
-def _copy_objects(
-    store: ObjectStore, root: pathlib.Path, url: str, prefix: str, is_needed: Callable[[str, Objects], bool]
-) -> None:
+def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed: Callable[[str, Objects], bool]):
     import filelock  # not installed with the core
 
     root.mkdir(parents=True, exist_ok=True)
-    directory, stem = copy_path(root, store.url), f".{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    directory, stem = copy_path(root, store.url), f".{hashlib.sha256(store.url.encode()).hexdigest()[:16]}"
     with filelock.FileLock(root / f"{stem}.lock", fallback_to_soft=False):  # waits for other processes of this machine
         tags: dict[str, str] = {}  # {URL: tag}
         with contextlib.suppress(OSError, ValueError):
             tags = json.loads((root / f"{stem}.json").read_text())
-        listed = store.list(prefix)
-        needed = {name: listed[name] for name in listed if is_safe(name) and is_needed(name, listed)}
-        start = f"{store.url}/"
-        for name in [key.removeprefix(start) for key in tags if key.startswith(f"{start}{prefix}")]:
-            if name not in listed:
-                _remove(directory / name, directory)
-                del tags[start + name]
-                write_text(root / f"{stem}.json", json.dumps(tags))
+        listed, url = store.list(prefix), f"{store.url}/{prefix}"
+        urls = {name: f"{store.url}/{name}" for name in listed}
+        deleted = {key for key in tags.keys() - set(urls.values()) if key.startswith(url)}
+        for path in [copy_path(root, key) for key in deleted]:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # a directory that is not empty; empty ones would count as splits or classes
+                for parent in itertools.takewhile(lambda parent: parent != directory, path.parents):
+                    parent.rmdir()
+        tags = {key: tag for key, tag in tags.items() if key not in deleted}
+        needed = {name: info for name, info in listed.items() if is_safe(name) and is_needed(name, listed)}
         missing = [
-            name
-            for name, info in needed.items()
-            if tags.get(start + name) != info.tag or not (directory / name).is_file()
+            name for name in needed if tags.get(urls[name]) != needed[name].tag or not (directory / name).is_file()
         ]
         size, free = sum(needed[name].size for name in missing), shutil.disk_usage(root).free
         advice = "reduce data.disk_mb for a data set in array_record format, or mount the bucket"
         _check_space(root, f"the files of {url}", size, free, advice)
         if size > _ANNOUNCED_BYTES:
             print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
-        for first in range(0, len(missing), _FILES_AT_ONCE):  # after an interruption, finished groups are not repeated
+        # After an interruption, finished groups are not repeated. Without files, one empty group records the deletions.
+        for first in range(0, max(len(missing), bool(deleted)), _FILES_AT_ONCE):
             names = missing[first : first + _FILES_AT_ONCE]
             store.download_all({name: directory / name for name in names})
             for name in names:
-                modified = needed[name].modified
-                os.utime(directory / name, (modified, modified))
-            tags |= {start + name: needed[name].tag for name in names}
+                os.utime(directory / name, (needed[name].modified, needed[name].modified))
+            tags |= {urls[name]: needed[name].tag for name in names}
             write_text(root / f"{stem}.json", json.dumps(tags))
-
-
-def _remove(path: pathlib.Path, root: pathlib.Path) -> None:
-    """Removes a file, and then empty directories below `root`, which would count as splits or classes."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        for parent in path.parents:
-            if parent == root:
-                break
-            parent.rmdir()
 
 
 def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list[pathlib.Path]:
@@ -213,10 +202,8 @@ def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
 def _check_space(root: pathlib.Path, what: str, size: int, free: int, advice: str) -> None:
     """Raises: UserError if the disk with `root` has less than `size` bytes left."""
     if size > free:
-        raise UserError(
-            f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left; set XDG_CACHE_HOME to a directory on "
-            f"a larger disk, {advice}"
-        )
+        sizes = f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left"
+        raise UserError(f"{sizes}; set XDG_CACHE_HOME to a directory on a larger disk, {advice}")
 
 
 def is_safe(name: str) -> bool:

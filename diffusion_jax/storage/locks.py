@@ -1,8 +1,7 @@
 """Locks for one launch at a time: a lock on a local file, or a lease on a bucket object. Both have the same methods.
 
 The holder of a lease renews the object; another launch takes over a lease that was not renewed for the lease time. Every
-change is a compare-and-swap, and each launch measures time with its own clock, so clocks of different machines are never
-compared.
+change is a compare-and-swap. Each launch measures time with its own clock, so clocks of machines are not compared.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ class FileLock:
     def acquire(self) -> str | None:
         """Acquires the lock; waits half a minute for a holder that may be about to end.
 
-        Returns: None, or the holder if another process keeps the lock. If the file system has no locks, logs a note and
-        returns None.
+        Returns: None, or the holder if another process keeps the lock. A file system without locks is a note.
         """
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
@@ -174,15 +172,18 @@ class Lease:
         self._tag = None
 
     def _read(self) -> tuple[dict[str, str], str]:
-        """Reads (contents, tag). A free lease has no "holder" in its contents; tag "" means that the object is missing."""
-        try:
-            data, tag = self._store.read_version(self._name)
-        except FileNotFoundError:
+        """Reads (contents, tag). A free lease has no "holder" in its contents; tag "" means that the object is missing.
+
+        If the object changes meanwhile, the contents are newer than the tag.
+        """
+        if (info := self._store.find(self._name)) is None:
             return {}, ""
         try:
-            return dict(json.loads(data)), tag
+            return dict(json.loads(self._store.read(self._name))), info.tag
+        except FileNotFoundError:
+            return {}, ""
         except (ValueError, TypeError):
-            return {"holder": "another process"}, tag
+            return {"holder": "another process"}, info.tag
 
     def _replace(self, tag: str) -> tuple[str | None, str]:
         """Writes a new version of the lease over version `tag`.

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib
 import os
 import pathlib
@@ -79,6 +78,7 @@ class ObjectStore(abc.ABC):
     """
 
     _wrong_tag: str  # a well-formed tag that no object has
+    _no_credentials: tuple[type[Exception], ...] = ()  # errors of the client without credentials
     _advice: dict[str, str]  # what to type if "credentials" are missing, and to create a "bucket"
 
     def __init__(self, url: str, filesystem: Any):
@@ -109,9 +109,6 @@ class ObjectStore(abc.ABC):
     def _status(self, error: BaseException) -> int | None:
         """Returns the HTTP status of an error; None for errors without a status, such as connection and local file errors."""
 
-    def _lacks_credentials(self, error: BaseException) -> bool:
-        return self._status(error) == 401
-
     def list(self, prefix: str = "") -> dict[str, ObjectInfo]:
         """Lists the objects whose names start with `prefix`, except folder placeholders, whose names end with "/"."""
         found = self._call(prefix, self._fs.find, self._root, prefix=prefix, detail=True)
@@ -134,22 +131,14 @@ class ObjectStore(abc.ABC):
         """Reads the contents of an object."""
         return self._call(name, self._fs.cat_file, self._path(name))
 
-    def read_version(self, name: str) -> tuple[bytes, str]:
-        """Reads (contents, tag) of an object; if the object changes meanwhile, the contents are newer than the tag."""
-        info = self.find(name)
-        if info is None:
-            raise FileNotFoundError(f"{self.url}/{name} does not exist")
-        return self.read(name), info.tag
-
     def write(self, name: str, data: bytes) -> None:
         """Creates or overwrites an object."""
         self._call(name, self._fs.pipe_file, self._path(name), data)
 
     def replace(self, name: str, data: bytes, tag: str) -> str | None:
-        """Overwrites version `tag` of an object; with tag "", creates the object. Returns: the new tag, or None.
+        """Overwrites version `tag` of an object; with tag "", creates the object. Returns: the new tag.
 
-        The result is None if the object has another version by now, also if an earlier attempt of this call wrote it and the
-        answer was lost.
+        Returns None if the version changed, possibly by an earlier attempt of this call whose answer was lost.
         """
         key = self._path(name).removeprefix(f"{self._bucket}/")
         with contextlib.suppress(FileExistsError, FileNotFoundError):
@@ -161,12 +150,12 @@ class ObjectStore(abc.ABC):
 
         before_overwriting: called if the object exists, and may raise.
         """
-        put = functools.partial(self._call, name, self._fs.put_file, os.fspath(path), self._path(name))
+        target = os.fspath(path), self._path(name)
         if before_overwriting:
             with contextlib.suppress(FileExistsError):
-                return put(mode="create")
+                return self._call(name, self._fs.put_file, *target, mode="create")
             before_overwriting()
-        put()
+        self._call(name, self._fs.put_file, *target)
 
     def download(self, name: str, path: str | os.PathLike) -> None:
         """Downloads an object to a local file, completely or not at all; creates a missing directory."""
@@ -186,7 +175,7 @@ class ObjectStore(abc.ABC):
             with contextlib.suppress(FileNotFoundError):
                 self._call(name, self._fs.rm_file, self._path(name))
 
-        _run_all([functools.partial(delete, name) for name in dict.fromkeys(names)])
+        _run_all(delete, zip(dict.fromkeys(names)))
 
     def move(self, name: str, new_name: str) -> None:
         """Copies an object to a new name, then deletes the old name."""
@@ -200,11 +189,11 @@ class ObjectStore(abc.ABC):
 
         Raises: an error; other files may have been uploaded.
         """
-        _run_all([functools.partial(self.upload, path, name, before_overwriting) for path, name in files.items()])
+        _run_all(self.upload, ((path, name, before_overwriting) for path, name in files.items()))
 
     def download_all(self, files: Mapping[str, str | os.PathLike]) -> None:
         """Downloads several files in parallel, like `upload_all`. files: {name: path}."""
-        _run_all([functools.partial(self.download, name, path) for name, path in files.items()])
+        _run_all(self.download, files.items())
 
     def check(self, write: bool) -> None:
         """Lists the objects; with `write`, also creates and deletes a small object. Raises: StorageError."""
@@ -224,15 +213,13 @@ class ObjectStore(abc.ABC):
         """Tests a conditional write that must fail. Raises: StorageError if the service overwrites the object."""
         for tag in ("", self._wrong_tag):
             if self.replace(name, b"{}", tag):  # some S3-compatible services overwrite the object
-                raise StorageError(
-                    f"{self.url}: the service ignores If-None-Match or If-Match, which keep two launches apart; use "
-                    "another service"
-                )
+                reason = "the service ignores If-None-Match or If-Match, which keep two launches apart"
+                raise StorageError(f"{self.url}: {reason}; use another service")
 
     def _explain(self, error: Exception, action: str) -> str:
         """Returns the message of a StorageError."""
         reason = self._reason(error)
-        if self._lacks_credentials(error):
+        if self._status(error) == 401 or isinstance(error, self._no_credentials):
             return f"{self.url}: no valid credentials ({reason}); {self._advice['credentials']}"
         if isinstance(error, FileNotFoundError):
             bucket_url = "/".join(self.url.split("/")[:3])
@@ -281,7 +268,7 @@ class ObjectStore(abc.ABC):
         return shorten(text or type(error).__name__, 200)
 
 
-def _run_all(tasks: list[Callable[[], None]]) -> None:
-    """Calls functions in threads. Raises: an error of a call, after all running calls have ended; other calls are dropped."""
+def _run_all(function: Callable[..., None], arguments: Iterable[tuple]) -> None:
+    """Calls a function in threads. Raises: an error of a call, after all running calls have ended; others are dropped."""
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        list(pool.map(lambda task: task(), tasks))
+        list(pool.map(lambda each: function(*each), arguments))

@@ -17,18 +17,18 @@ _OPTIONS = {
     "read_timeout": 30,
     "max_pool_connections": 32,  # for the threads of ObjectStore, and for multipart uploads
 }
-_NO_CREDENTIALS = (
-    botocore.exceptions.NoCredentialsError,
-    botocore.exceptions.PartialCredentialsError,
-    botocore.exceptions.CredentialRetrievalError,
-    botocore.exceptions.SSOError,
-)
 
 
 class Store(ObjectStore):
     """Objects in an S3 bucket; tags are ETags."""
 
     _wrong_tag = f'"{"0" * 32}"'
+    _no_credentials = (
+        botocore.exceptions.NoCredentialsError,
+        botocore.exceptions.PartialCredentialsError,
+        botocore.exceptions.CredentialRetrievalError,
+        botocore.exceptions.SSOError,
+    )
     _advice = {  # noqa: RUF012
         "credentials": "type: aws configure, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         "bucket": "aws s3 mb",
@@ -51,6 +51,3 @@ class Store(ObjectStore):
                 return current.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             current = current.__cause__
         return None
-
-    def _lacks_credentials(self, error: BaseException) -> bool:
-        return isinstance(error, _NO_CREDENTIALS) or super()._lacks_credentials(error)

@@ -2,8 +2,7 @@
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
 (optimizer, step, averages of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
-Orbax restores a flipped bit as another number, without an error. `config.json` and `data.json` are copies of the run's files,
-which `check_run_files` compares.
+Orbax restores a flipped bit as another number, without an error. `check_run_files` compares its config.json and data.json.
 
 Each process writes its arrays into its own directory, `<step>.partial/<process>`, which other processes need not see: Orbax
 is set up as if each process were the only process. Process 0 moves all files into its directory, writes the digests, and
@@ -23,7 +22,6 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -93,9 +91,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self.finish()
         elif jax.process_count() == 1:  # with several processes, other processes may not get here
@@ -104,7 +100,6 @@ class Checkpoints:
         self._thread.shutdown(wait=kind is None)
 
     def steps(self) -> list[int]:
-        """Returns the steps with a committed checkpoint, in increasing order."""
         return committed_steps(self._directory)
 
     def save(self, step: int, state: TrainState) -> None:
@@ -118,27 +113,22 @@ class Checkpoints:
 
     def _write(self, step: int, copies: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the arrays of this process, in the background. Returns: {"files": digests} or {"error": message}."""
+        part = self._directory / f"{step}.partial" / str(jax.process_index())
         try:
-            part = self._part(step, jax.process_index())
-            files = write_part(part, copies, self._run_dir, str(step))
-            report: dict[str, Any] = {"files": files}
+            report: dict[str, Any] = {"files": write_part(part, copies, self._run_dir, str(step))}
         except Exception as error:  # on a full disk, Orbax and tensorstore raise many types
             report = {"error": first_line(error)}
         if jax.process_count() == 1:
             self._commit(step, [report])
         return report
 
-    def _part(self, step: int, process: int) -> pathlib.Path:
-        """Returns the directory where a process writes its arrays of a step."""
-        return self._directory / f"{step}.partial" / str(process)
-
     def _commit(self, step: int, reports: list[dict[str, Any]]) -> None:
         """Commits the step from the directories of all processes, and removes old steps.
 
-        Raises: OSError, also if a process could not write its arrays; LeaseLostError if another launch has taken over the
-        bucket.
+        Raises: OSError, also if a process could not write its arrays; LeaseLostError if another launch took over the bucket.
         """
-        run_dir, parts = self._run_dir, [self._part(step, process) for process in range(len(reports))]
+        run_dir, partial = self._run_dir, self._directory / f"{step}.partial"
+        parts = [partial / str(process) for process in range(len(reports))]
         try:
             for process, report in enumerate(reports):
                 if "error" in report:
@@ -161,7 +151,7 @@ class Checkpoints:
                     shutil.rmtree(path)
             parts[0].rename(run_dir / str(step))
         finally:
-            shutil.rmtree(self._directory / f"{step}.partial", ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         for old in self.steps()[: -self._kept]:
             if not self._keep_every or old % self._keep_every:
                 self._run_dir.delete(self._directory / str(old))
@@ -203,9 +193,8 @@ class Checkpoints:
         A damaged checkpoint is renamed to `<step>.unreadable`, and the previous checkpoint is used.
         Raises: CheckpointError if no checkpoint is intact, or if the newest intact checkpoint does not match `abstract`.
         """
-        items_of_state = _items(abstract)
-        restored = self._restore_newest(lambda step: items_of_state)
-        if restored is None:
+        expected = _items(abstract)
+        if (restored := self._restore_newest(lambda step: expected)) is None:
             return None
         _, items = restored
         return TrainState(params=items["params"], ema_params=items["ema_params"], **items["rest"])
@@ -216,41 +205,37 @@ class Checkpoints:
         choose_kind: maps a step to "ema" or "raw", as `optimizer.weights_kind`. Raises: CheckpointError, as `restore`.
         """
         restored = self._restore_newest(lambda step: {_ITEMS_OF_WEIGHTS[choose_kind(step)]: abstract_params})
-        if restored is None:
-            return None
-        step, items = restored
-        return step, items[_ITEMS_OF_WEIGHTS[choose_kind(step)]]
+        return restored and (restored[0], *restored[1].values())
 
-    def newest_intact_step(self) -> int | None:
-        """Returns the newest step with an intact checkpoint, or None; restores nothing."""
+    def newest_intact_step(
+        self, items_of: Callable[[int], Iterable[str]] = lambda step: (*_WEIGHTS, "rest")
+    ) -> int | None:
+        """Returns the newest step whose items are intact, or None; logs damaged steps, and restores nothing."""
         for step in reversed(broadcast_from_process_0(self.steps)):
-            if broadcast_from_process_0(functools.partial(self._find_corruption, step, (*_WEIGHTS, "rest"))) is None:
+            problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, items_of(step)))
+            if problem is None:
                 return step
+            log(f"The checkpoint of step {step} is damaged: {problem}. Trying the checkpoint before it.")
         return None
 
     def _restore_newest(
         self, make_abstract: Callable[[int], Mapping[str, Any]]
     ) -> tuple[int, Mapping[str, Any]] | None:
         """Restores (step, items) from the newest checkpoint whose items in `make_abstract(step)` are intact."""
-        damaged: list[int] = []
-        for step in reversed(broadcast_from_process_0(self.steps)):
-            abstract = make_abstract(step)
-            problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, abstract))
-            if problem is None:
-                self._fetch(step, abstract)
-                self._check_leaves(step, abstract)
-                items = self._read(step, abstract)
-                for other in () if self._read_only else damaged:
-                    broadcast_from_process_0(functools.partial(self._rename_as_unreadable, other))
-                return step, items
-            damaged.append(step)
-            log(f"The checkpoint of step {step} is damaged: {problem}. Trying the checkpoint before it.")
-        if damaged:
-            raise CheckpointError(
-                f"none of the checkpoints {damaged} in {self._directory} is intact; restore one from a copy, or use another "
-                "--workdir"
-            )
-        return None
+        steps = broadcast_from_process_0(self.steps)
+        step = self.newest_intact_step(make_abstract)
+        if step is None and steps:
+            found = f"none of the checkpoints {steps[::-1]} in {self._directory} is intact"
+            raise CheckpointError(f"{found}; restore one from a copy, or use another --workdir")
+        if step is None:
+            return None
+        abstract = make_abstract(step)
+        self._fetch(step, abstract)
+        self._check_leaves(step, abstract)
+        items = self._read(step, abstract)
+        for other in [other for other in steps if other > step and not self._read_only]:
+            broadcast_from_process_0(functools.partial(self._rename_as_unreadable, other))
+        return step, items
 
     def _find_corruption(self, step: int, items: Iterable[str]) -> str | None:
         self._fetch(step, items)
@@ -279,12 +264,8 @@ class Checkpoints:
                 )
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
-        options = own_options()  # other processes must not wait for a process that cannot read
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        composite = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
-        )
-        with ocp.Checkpointer(composite, multiprocessing_options=options) as checkpointer:
+        with _open_checkpointer(own_options()) as checkpointer:
             return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
     def _rename_as_unreadable(self, step: int) -> None:
@@ -316,6 +297,14 @@ class Checkpoints:
 def own_options() -> ocp.options.MultiprocessingOptions:
     """Returns Orbax options for this process alone: no waiting for other processes, and no shared work."""
     return ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+
+
+def _open_checkpointer(options: ocp.options.MultiprocessingOptions, **handlers: Any) -> ocp.Checkpointer:
+    # With asynchronous directory creation, Orbax would send signals through a store that all processes share.
+    own_directories = ocp.AsyncOptions(create_directories_asynchronously=False)
+    composite_options = ocp.CompositeOptions(multiprocessing_options=options, async_options=own_directories)
+    composite = ocp.CompositeCheckpointHandler(composite_options=composite_options, **handlers)
+    return ocp.Checkpointer(composite, multiprocessing_options=options)
 
 
 def copy_to_host(tree: Any) -> Any:
@@ -379,22 +368,15 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         )
         for name in items
     }
-    # With asynchronous directory creation, Orbax would send signals through a store that all processes share.
-    own_directories = ocp.AsyncOptions(create_directories_asynchronously=False)
-    composite = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options, async_options=own_directories),
-        **handlers,
-    )
-    with ocp.Checkpointer(composite, multiprocessing_options=options) as checkpointer:
+    with _open_checkpointer(options, **handlers) as checkpointer:
         saves = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         checkpointer.save(part, args=ocp.args.Composite(**saves), force=True)
     for path in (run_dir.path.parent / name for name in _RUN_FILES):
         if is_first and path.is_file():
             shutil.copyfile(path, part / path.name)
-    files = [path for path in part.rglob("*") if path.is_file()]
-    table = {path.relative_to(part).as_posix(): digest(path) for path in files}
-    if not is_first:  # metadata of a step and its items describe all arrays; process 0 writes complete metadata
-        table = {name: value for name, value in table.items() if name.count("/") > 1}
+    files = {path.relative_to(part).as_posix(): path for path in part.rglob("*") if path.is_file()}
+    # Metadata of a step and its items describe all arrays; process 0 writes complete metadata.
+    table = {name: digest(path) for name, path in files.items() if is_first or name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
         name = run_dir.object_name(run_dir / step)
         uploads: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
@@ -440,10 +422,8 @@ def check_run_files(workdir: RunDir) -> None:
         changes = shorten("; ".join(list_differences(*map(flatten, stored))), 300)
         old, new = map(identity_settings, stored) if path.name == "config.json" else stored
         if old != new:
-            raise CheckpointError(
-                f"{path} was changed after the checkpoint of step {steps[-1]} ({changes}); to undo this: cp {copy} {path}; "
-                f"to keep it: rm {copy}"
-            )
+            ways = f"to undo this: cp {copy} {path}; to keep it: rm {copy}"
+            raise CheckpointError(f"{path} was changed after the checkpoint of step {steps[-1]} ({changes}); {ways}")
         if changes:
             log(f"Note: {path} was changed after step {steps[-1]}: {changes}.")
 

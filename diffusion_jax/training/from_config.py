@@ -314,7 +314,8 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         model=model,
         schedule=schedule,
         init=functools.partial(
-            jax.jit(init, out_shardings=state_shardings, compiler_options=devices.fast_compile_options()), seed
+            jax.jit(init, out_shardings=state_shardings, compiler_options=devices.compiler_options(fast_compile=True)),
+            seed,
         ),
         empty_averages=jax.jit(lambda: empty_averages(terms), out_shardings=replicated),
         train_step=single_step,

@@ -111,8 +111,9 @@ def test_block_lengths_that_do_not_fit_are_refused(monkeypatch):
 
 @pytest.mark.whole
 @pytest.mark.parametrize("workers", [0, 3])
-def test_workers_share_the_rows_of_a_batch(workers):
-    batches = data.Batches(Blocks(), 3, BATCH, 40)
+@pytest.mark.parametrize("source", [Blocks(), data.InMemory({"x": np.arange(N)[:, None]})], ids=["blocks", "memory"])
+def test_a_stream_starts_at_any_step_and_workers_share_its_rows(source, workers):
+    batches = data.Batches(source, 3, BATCH, 40)
     got = list(data.stream(batches, start=5, workers=workers))
     assert len(got) == 35
     for step, batch in enumerate(got, 5):

@@ -32,28 +32,6 @@ def test_batches_visit_every_example_once_per_epoch():
     assert (seen[:7] != seen[7:14]).any() and (other != seen).any()  # another order for each epoch and seed
 
 
-def test_batches_are_equal_for_data_in_memory_and_split_by_rows():
-    source = numbers(10)
-    whole = data.Batches(source, 3, 4, 20)
-    memory = data.Batches(data.InMemory.load(source), 3, 4, 20)
-    halves = [data.Batches(source, 3, 4, 20, rows) for rows in (slice(0, 2), slice(2, 4))]
-    for step in (0, 2, 7, 19):
-        for name in ("image", "label"):
-            np.testing.assert_array_equal(whole[step][name], memory[step][name])
-            np.testing.assert_array_equal(whole[step][name], np.concatenate([half[step][name] for half in halves]))
-    assert whole[0]["image"].dtype == np.uint8 and whole[0]["label"].dtype == np.int32
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_starts_at_any_step(workers):
-    batches = data.Batches(numbers(10), 3, 4, 12)
-    got = list(data.stream(batches, start=5, workers=workers))
-    assert len(got) == 7
-    for step, batch in enumerate(got, 5):
-        np.testing.assert_array_equal(batch["image"], batches[step]["image"])
-
-
 def test_digits_equal_those_of_scikit_learn():
     """The digits are read from scikit-learn's file, without importing scikit-learn."""
     from sklearn.datasets import load_digits
