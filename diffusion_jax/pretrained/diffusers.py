@@ -39,32 +39,30 @@ __all__ = [
 # ---- The names of parameters
 
 
-def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
-    i = level if direction == "down" else len(model.channel_multipliers) - 1 - level
-    if kind == "resample":
-        return f"{direction}_blocks.{i}.{direction}samplers.0" + (".conv" if single else "")
-    return f"{direction}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{number}"
-
-
-_MODULES = {
-    "mid_block_0": "mid_block.resnets.0",
-    "mid_attn": "mid_block.attentions.0",
-    "mid_block_1": "mid_block.resnets.1",
-    "time_0": "time_embedding.linear_1",
-    "time_1": "time_embedding.linear_2",
-    "class": "class_embedding",
-    "norm_out": "conv_norm_out",
-}
-_LAYERS = {
-    "time_proj": "time_emb_proj",
-    "skip": "conv_shortcut",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj": "to_out.0",
-}
-NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
+NAMING = parameters.Naming(
+    {
+        "block": "{direction}_blocks.{order}.resnets.{number}",
+        "attn": "{direction}_blocks.{order}.attentions.{number}",
+        "downsample": "down_blocks.{order}.downsamplers.0",
+        "downsample_conv": "down_blocks.{order}.downsamplers.0.conv",
+        "upsample": "up_blocks.{order}.upsamplers.0",
+        "upsample_conv": "up_blocks.{order}.upsamplers.0.conv",
+        "mid_block_0": "mid_block.resnets.0",
+        "mid_attn": "mid_block.attentions.0",
+        "mid_block_1": "mid_block.resnets.1",
+        "time_0": "time_embedding.linear_1",
+        "time_1": "time_embedding.linear_2",
+        "class": "class_embedding",
+        "norm_out": "conv_norm_out",
+        "time_proj": "time_emb_proj",
+        "skip": "conv_shortcut",
+        "norm": "group_norm",
+        "q": "to_q",
+        "k": "to_k",
+        "v": "to_v",
+        "proj": "to_out.0",
+    }
+)
 
 # ---- The network
 
@@ -193,8 +191,6 @@ def unet_to_config(net: Model) -> dict[str, Any]:
         "in_channels": net.channels,
         "out_channels": model.out_channels or net.channels,
         "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if i in model.attention_levels else down_block for i in levels],
-        "up_block_types": ["AttnUpBlock2D" if i in model.attention_levels else up_block for i in reversed(levels)],
         "attention_head_dim": _head_channels(model, widths),
         "downsample_type": resampling,
         "upsample_type": resampling,
