@@ -171,15 +171,6 @@ class Encoder(nn.Module):
         """Values of `remat`, each recomputing more: none, the first levels, all."""
         return (False, *(tuple(range(n)) for n in range(1, len(self.channel_multipliers))), True)
 
-    @classmethod
-    def check_data(cls, shape: tuple[int, ...]) -> None:
-        """Raises: ValueError for examples of a shape [*spatial, C] without spatial axes."""
-        if len(shape) == 1:
-            raise ValueError(
-                f"a {cls.__name__} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need "
-                "model.kind=mlp"
-            )
-
     def check_input(self, x) -> None:
         """Raises ValueError for fields that do not describe a network, or arrays that do not fit the network."""
         num_levels = len(self.channel_multipliers)
@@ -318,12 +309,6 @@ class Classifier(Encoder):
     """
 
     num_classes: int = 1000
-
-    @classmethod
-    def check_data(cls, shape: tuple[int, ...]) -> None:
-        """Raises: ValueError for examples of a shape [*spatial, C] without spatial axes."""
-        if len(shape) == 1:
-            raise ValueError(f"a Classifier needs data with spatial axes, not vectors of shape {list(shape)}")
 
     @nn.compact
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
