@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.config.table import NETWORK_SETTINGS
 from diffusion_jax.config.values import NamedValues
@@ -28,7 +26,6 @@ __all__ = [
     "CustomNetwork",
     "Shapes",
     "UNet",
-    "apply_network",
     "condition_shape",
     "from_config",
     "import_network",
@@ -56,13 +53,6 @@ def preset(name: str) -> UNet | Classifier:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**CLASSIFIER_PRESETS[name])
-
-
-def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
-    """`model.apply({"params": params}, *inputs, **options)`, for networks that return one array and change no variables."""
-    output = model.apply({"params": params}, *inputs, **options)
-    assert isinstance(output, jax.Array)
-    return output
 
 
 def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def from_config(
     if is_own:
         function = function or import_network(named)
         taken, checked = read_options(named, function, options, own_options)
-        text = f"{named}, whose function has no such argument"
+        text = f"{named}, whose function has no argument of this name"
         advice = ", or --config.model.options.NAME=VALUE for an argument of the function"
         unused = {name for name in defaults if f"model.{name}" in (*NETWORK_SETTINGS, "model.dropout")} - taken.keys()
         defaults["dropout"] = 0.0

@@ -76,16 +76,9 @@ class Conditional(nn.Module):
         return float("nan") if self.condition_dropout else None
 
     def nulls(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the null_y for guidance: the null label and condition for the keys "y" and "condition" in `given`.
-
-        If the network has no null for a key, the given value is returned, so that guidance leaves it unchanged.
-        """
+        """Returns the null_y for guidance: the null labels and conditions for "y" and "condition" in the given inputs."""
         nulls = {"y": self.null_label, "condition": self.null_condition}
-        return {name: value if nulls[name] is None else nulls[name] for name, value in given.items()}
-
-    def condition_shape(self, spatial: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Returns the shape of an example's condition, (D,) or (*spatial, K); None for a network without conditions."""
-        return condition_shape(vars(self), spatial)
+        return {name: null for name, null in nulls.items() if null is not None and name in given}
 
     @property
     def _num_labels(self) -> int:
@@ -167,7 +160,7 @@ class Conditional(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"condition_dropout must lie in [0, 1), got {dropout}")
-        example_shape = self.condition_shape(x_t.shape[1:-1])
+        example_shape = condition_shape(vars(self), x_t.shape[1:-1])
         if example_shape is None:
             if dropout:
                 raise ValueError(
@@ -198,6 +191,6 @@ def initial_inputs(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(model, Conditional):
         if model.num_classes:
             inputs["y"] = jnp.zeros(1, jnp.int32)
-        if (condition := model.condition_shape(shape[:-1])) is not None:
+        if (condition := condition_shape(vars(model), shape[:-1])) is not None:
             inputs["condition"] = jnp.zeros((1, *condition))
     return inputs

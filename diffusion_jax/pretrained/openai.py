@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.config.presets import OPENAI
+from diffusion_jax.config.values import Boolean, Integer, Number, Text, ValueKind, parse
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
 from diffusion_jax.models.layers import split_heads
@@ -64,15 +65,14 @@ FILES = {
 # Presets whose attention stores the rows for q, then k, then v, instead of head by head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
-# Flags in OpenAI's scripts that describe a network, with value types.
-_NUMBERS = (
-    "image_size large_size small_size num_heads num_heads_upsample num_head_channels diffusion_steps classifier_depth"
-)
-_FLAGS: dict[str, type] = (
-    dict.fromkeys(_NUMBERS.split(), int)
-    | dict.fromkeys(("use_new_attention_order", "predict_xstart", "rescale_timesteps"), bool)
-    | {"dropout": float, "noise_schedule": str}
-)
+# Flags in OpenAI's scripts that describe a network, with their values.
+_FLAGS: dict[str, ValueKind] = {
+    **dict.fromkeys("image_size large_size small_size diffusion_steps classifier_depth".split(), Integer()),
+    **dict.fromkeys("num_heads num_heads_upsample num_head_channels".split(), Integer()),
+    **dict.fromkeys("use_new_attention_order predict_xstart rescale_timesteps".split(), Boolean()),
+    "dropout": Number(),
+    "noise_schedule": Text(),
+}
 # Flags in OpenAI's scripts that do not change the network's output, or that its tensors determine.
 _IGNORED_FLAGS = (
     "num_channels num_res_blocks channel_mult attention_resolutions class_cond learn_sigma use_scale_shift_norm "
@@ -128,12 +128,10 @@ def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
             f"flags: {list_names(unknown)} is not a flag of OpenAI's scripts; known: {', '.join(sorted(known))}"
         )
     for name in flags.keys() & _FLAGS.keys():
-        kind, text = _FLAGS[name], str(flags[name])
         try:
-            checked[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            allowed = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
-            raise PretrainedError(f"flags: {name}={text} must be {allowed}") from None
+            checked[name] = parse(_FLAGS[name], str(flags[name]))
+        except ValueError:
+            raise PretrainedError(f"flags: {name}={flags[name]} must be {_FLAGS[name].allowed}") from None
     return checked
 
 
