@@ -72,9 +72,7 @@ class CustomNetwork(Conditional):
         """x_t: [B, *spatial, C]; time, y, condition, train: as `UNet`. extra: [B, K] or None, for the network."""
         if not jnp.issubdtype(x_t.dtype, jnp.floating):
             raise ValueError(f"x_t must be float, got {x_t.dtype}")
-        y, condition = self._check_labels(y), self._check_condition(condition, x_t)
-        if train:
-            y, condition = self._drop(y, condition)
+        y, condition = self._prepare(y, condition, x_t, train)
         functions = self._make_functions(x_t, condition)
         if condition is not None and self.condition_dropout:
             if functions.null_condition is None:

@@ -282,10 +282,10 @@ class AttentionPool(nn.Module):
         b, *spatial, c = x.shape
         positions = math.prod(spatial)
         heads, tokens = split_heads(c, self.num_heads, self.head_channels), positions + 1
-        if self.has_variable("params", "position") and self.get_variable("params", "position").shape[0] != tokens:
-            known = self.get_variable("params", "position").shape[0] - 1
+        known = self.get_variable("params", "position")
+        if known is not None and len(known) != tokens:
             raise ValueError(
-                f"the position embedding of this classifier fixes the image size: it has {known} positions after "
+                f"the position embedding of this classifier fixes the image size: it has {len(known) - 1} positions after "
                 f"downsampling, and these images have {'x'.join(map(str, spatial))}; resize the images"
             )
         position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c), jnp.float32)

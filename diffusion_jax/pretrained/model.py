@@ -95,7 +95,7 @@ class Model:
     @property
     def is_images(self) -> bool:
         """Whether the examples are images of gray levels with 1 or 3 channels."""
-        return self.levels is not None and is_image_shape((*self.image_size, self.channels))
+        return self.levels is not None and is_image_shape(self.example_shape)
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
@@ -411,8 +411,13 @@ class Model:
                 raise ValueError("this network takes no conditions; omit condition")
             return None
         assert isinstance(self.model, Conditional)  # only Conditional networks have conditions
-        has_null = self.model.null_condition is not None
-        rows = (num_examples, *shape)
+        has_null, rows = self.model.null_condition is not None, (num_examples, *shape)
+        if condition is None and condition_missing is not None:
+            raise ValueError("condition_missing is for samples with and without a condition; give condition, too")
+        if condition is None and not has_null:
+            raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
+        if condition is None:
+            return np.full(rows, np.nan, np.float32)
         missing = np.zeros(num_examples, bool) if condition_missing is None else np.asarray(condition_missing)
         if missing.dtype != bool or missing.shape != (num_examples,):
             raise ValueError(
@@ -424,12 +429,6 @@ class Model:
                 f"condition_missing: sample {int(missing.argmax())} has no condition, which only networks trained with "
                 "condition_dropout allow; give it a condition"
             )
-        if condition is None:
-            if condition_missing is not None:
-                raise ValueError("condition_missing is for samples with and without a condition; give condition, too")
-            if not has_null:
-                raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
-            return np.full(rows, np.nan, np.float32)
         values = np.asarray(condition)
         is_real = values.dtype.kind in "iuf" or jnp.issubdtype(values.dtype, jnp.floating)
         if values.shape not in (shape, rows) or not is_real:
