@@ -99,7 +99,7 @@ def from_config(
         if not is_own and named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
         kind = CustomNetwork if is_own else _KINDS[named]
-    fields, defaults = network_fields(kind), network_fields(UNet)
+    fields, defaults, taken, checked = network_fields(kind), network_fields(UNet), {}, {}
     if is_own:
         function = function or import_network(named)
         taken, checked = read_options(named, function, options, own_options)

@@ -149,7 +149,8 @@ class Conditional(nn.Module):
         if self.null_label is not None:
             y = jnp.where(draw_kept("label_dropout", self.label_dropout, y), y, self.null_label)
         if self.null_condition is not None:
-            condition = mark_missing(condition, ~draw_kept("condition_dropout", self.condition_dropout, condition))
+            kept = draw_kept("condition_dropout", self.condition_dropout, condition)
+            condition = jnp.where(jnp.expand_dims(kept, range(1, condition.ndim)), condition, self.null_condition)
         return y, condition
 
     def _draw_kept(self, name: str, rate: float, rows):

@@ -479,7 +479,7 @@ class _Apply:
     model: Network = field(metadata={"static": True})
     params: Any
 
-    def __call__(self, x_t, time, **inputs):
+    def __call__(self, x_t, time, **inputs) -> Any:
         return self.model.apply({"params": self.params}, x_t, time, **inputs)
 
 
