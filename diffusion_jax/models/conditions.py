@@ -76,9 +76,12 @@ class Conditional(nn.Module):
         return float("nan") if self.condition_dropout else None
 
     def nulls(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the null_y for guidance: the null labels and conditions for "y" and "condition" in the given inputs."""
+        """Returns the null_y for guidance: the null label and condition for the keys "y" and "condition" in `given`.
+
+        If the network has no null for a key, the given value is returned, so that guidance leaves it unchanged.
+        """
         nulls = {"y": self.null_label, "condition": self.null_condition}
-        return {name: null for name, null in nulls.items() if null is not None and name in given}
+        return {name: value if nulls[name] is None else nulls[name] for name, value in given.items()}
 
     @property
     def _num_labels(self) -> int:

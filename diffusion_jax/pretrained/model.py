@@ -214,10 +214,10 @@ class Model:
         )
         if guidance_scale != 1:
             assert isinstance(self.model, Conditional)
+            conditions = {name: value for name, value in given.items() if name != "extra"}
             interval = guidance_interval and tuple(map(np.float32, guidance_interval))
             options: dict[str, Any] = {"interval": interval, "rescale": guidance_rescale}
-            nulls = self.model.nulls(given)
-            conditions = {name: given[name] for name in nulls}
+            nulls = self.model.nulls(conditions)
             denoiser = guidance.classifier_free(denoiser, conditions, nulls, np.float32(guidance_scale), **options)
         if classifier is not None:
             log_prob = guidance.class_log_prob(_Apply(classifier.model, classifier.params), y)
