@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS, PRESETS, UNET_PRESETS
 from diffusion_jax.config.table import NETWORK_SETTINGS
 from diffusion_jax.config.values import NamedValues
@@ -28,7 +26,6 @@ __all__ = [
     "CustomNetwork",
     "Shapes",
     "UNet",
-    "apply_network",
     "condition_shape",
     "from_config",
     "import_network",
@@ -43,6 +40,12 @@ __all__ = [
 
 _Network = UNet | MLP | CustomNetwork | Classifier
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
+# For errors: what a kind is, and the kind that fits other data.
+_DESCRIPTIONS: dict[type, tuple[str, str]] = {
+    UNet: ("a U-Net (model.kind=unet)", "vectors (data.image_size=()) need model.kind=mlp"),
+    MLP: ("an MLP (model.kind=mlp)", "data with spatial axes need model.kind=unet"),
+    Classifier: ("a classifier (diffusion.loss=classify)", "use data with spatial axes"),
+}
 
 
 def preset(name: str) -> UNet | Classifier:
@@ -50,13 +53,6 @@ def preset(name: str) -> UNet | Classifier:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return UNet(**UNET_PRESETS[name]) if name in UNET_PRESETS else Classifier(**CLASSIFIER_PRESETS[name])
-
-
-def apply_network(model: _Network, params, *inputs, **options) -> jax.Array:
-    """`model.apply({"params": params}, *inputs, **options)`, for networks that return one array and change no variables."""
-    output = model.apply({"params": params}, *inputs, **options)
-    assert isinstance(output, jax.Array)
-    return output
 
 
 def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
@@ -94,24 +90,34 @@ def from_config(
         name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
     }
     named, own_options = options.pop("kind", "unet"), NamedValues().check(dict(options.pop("options", {})))
-    if kind is not None and ":" in named:
+    is_own = ":" in named
+    if kind is not None and is_own:
         raise ValueError(f"model.kind={named}: a classifier is not made by a function of yours; leave it out")
-    if kind is None and ":" in named:
-        return _custom_network(named, function or import_network(named), options, own_options)
-    if own_options:
+    if own_options and not is_own:
         raise ValueError(f"model.options={dict(own_options)} are for model.kind=module:function; leave them out")
     if kind is None:
-        if named not in _KINDS:
+        if not is_own and named not in _KINDS:
             raise ValueError(f"model.kind={named!r} must be {' or '.join(_KINDS)}")
-        kind = _KINDS[named]
-    if shape is not None:
-        kind.check_data(shape)
-    fields = network_fields(kind)
-    unused = {name: default for name, default in network_fields(UNet).items() if name not in fields}
-    for name in unused.keys() & options.keys():
-        if options.pop(name) != unused[name]:
-            network = "an MLP (model.kind='mlp')" if kind is MLP else "a classifier (diffusion.loss='classify')"
-            raise ValueError(f"model.{name}={config[name]!r} has no effect on {network}; use {unused[name]!r}")
+        kind = CustomNetwork if is_own else _KINDS[named]
+    fields, defaults, taken, checked = network_fields(kind), network_fields(UNet), {}, {}
+    if is_own:
+        function = function or import_network(named)
+        taken, checked = read_options(named, function, options, own_options)
+        text = f"{named}, whose function has no argument of this name"
+        advice = ", or --config.model.options.NAME=VALUE for an argument of the function"
+        unused = {name for name in defaults if f"model.{name}" in (*NETWORK_SETTINGS, "model.dropout")} - taken.keys()
+        defaults["dropout"] = 0.0
+    else:
+        (text, fitting), advice, unused = _DESCRIPTIONS[kind], "", defaults.keys() - fields.keys()
+        if shape is not None and (len(shape) == 1) != (kind is MLP):
+            raise ValueError(f"{text} does not fit data of shape {list(shape)}; {fitting}")
+    for name in sorted(unused & options.keys()):
+        if options.pop(name) != defaults[name]:
+            raise ValueError(f"model.{name}={config[name]!r} has no effect on {text}; use {defaults[name]!r}{advice}")
+    if is_own:
+        options = {name: value for name, value in options.items() if name in fields}
+        options |= {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
+        options |= {"kind": named, "function": function}
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(
@@ -123,28 +129,6 @@ def from_config(
 def import_network(name: str) -> Callable:
     """Imports the function that `model.kind` names. Raises: ValueError."""
     return find_function(name, "model.kind")
-
-
-def _custom_network(
-    kind: str, function: Callable, settings: Mapping[str, Any], options: Mapping[str, Any]
-) -> CustomNetwork:
-    """Builds the network of a user's function. Raises: ValueError for settings that have no effect, and wrong options."""
-    taken, checked = read_options(kind, function, settings, options)
-    fields, defaults = network_fields(CustomNetwork), network_fields(UNet)
-    if settings.get("dropout") and "dropout" not in taken:
-        raise ValueError(
-            f"model.dropout={settings['dropout']} has no effect on {kind}, whose function has no argument dropout; use "
-            "--config.model.dropout=0"
-        )
-    for name, value in settings.items():
-        if f"model.{name}" in NETWORK_SETTINGS and name not in taken and value != defaults.get(name):
-            raise ValueError(
-                f"model.{name}={value!r} has no effect on {kind}, whose function has no argument {name}; use "
-                f"{defaults.get(name)!r}, or --config.model.options.NAME=VALUE for an argument of the function"
-            )
-    given: dict[str, Any] = {name: value for name, value in settings.items() if name in fields}
-    given |= {"settings": tuple(sorted(taken.items())), "options": tuple(sorted(checked.items()))}
-    return CustomNetwork(**given, kind=kind, function=function)
 
 
 def source_file(model: _Network) -> pathlib.Path | None:

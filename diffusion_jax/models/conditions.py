@@ -83,10 +83,6 @@ class Conditional(nn.Module):
         nulls = {"y": self.null_label, "condition": self.null_condition}
         return {name: value if nulls[name] is None else nulls[name] for name, value in given.items()}
 
-    def condition_shape(self, spatial: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Returns the shape of an example's condition, (D,) or (*spatial, K); None for a network without conditions."""
-        return condition_shape(vars(self), spatial)
-
     @property
     def _num_labels(self) -> int:
         """The number of labels: the classes and the null label."""
@@ -99,9 +95,7 @@ class Conditional(nn.Module):
 
         Training drops labels and conditions. Raises: ValueError for fields, labels or conditions that do not fit together.
         """
-        y, condition = self._check_labels(y), self._check_condition(condition, x_t)
-        if train:
-            y, condition = self._drop(y, condition)
+        y, condition = self._prepare(y, condition, x_t, train)
         features = embedding.shape[-1]
         if y is not None:
             label = layers.embed(self._num_labels, features, "class")(y)
@@ -127,6 +121,26 @@ class Conditional(nn.Module):
             parts.append(jnp.broadcast_to(marks, (*x_t.shape[:-1], 1)))
         return jnp.concatenate(parts, axis=-1), embedding
 
+    def _prepare(self, y, condition, x_t, train: bool) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns the checked (labels, conditions), which training drops. Raises: ValueError, as `add_conditions`."""
+        shape = condition_shape(vars(self), x_t.shape[1:-1])
+        if self.condition_features and self.condition_channels:
+            raise ValueError(
+                f"condition_features={self.condition_features} and condition_channels={self.condition_channels}: a network "
+                "takes one kind of condition; use 0 for one of them, and give a vector as constant channels"
+            )
+        for name, needed, is_given in (
+            ("label", "num_classes", self.num_classes),
+            ("condition", "condition_features or condition_channels", shape),
+        ):
+            rate = getattr(self, f"{name}_dropout")
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name}_dropout must lie in [0, 1), got {rate}")
+            if rate and not is_given:
+                raise ValueError(f"{name}_dropout={rate} needs {name}s to drop; give {needed}, or use 0")
+        y, condition = self._check_labels(y), self._check_condition(condition, shape, len(x_t))
+        return self._drop(y, condition) if train else (y, condition)
+
     def _drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
         """Replaces randomly drawn entries of (y, condition) by nulls for training; called once in a forward pass."""
         joint = min(self.label_dropout, self.condition_dropout)
@@ -148,41 +162,23 @@ class Conditional(nn.Module):
 
     def _check_labels(self, y) -> jax.Array | None:
         """Returns y as int, with traced labels out of range mapped one beyond the embedding. Raises: ValueError."""
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
-        if self.label_dropout and not self.num_classes:
-            raise ValueError(f"label_dropout={self.label_dropout} needs labels to drop; give num_classes, or use 0")
         if self.num_classes and y is None:
             raise ValueError(f"a network of {self.num_classes} classes needs y, the labels")
         if not self.num_classes and y is not None:
             raise ValueError("labels were given to a network without classes (num_classes=0)")
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
-    def _check_condition(self, condition, x_t) -> jax.Array | None:
+    def _check_condition(self, condition, example_shape, num_rows: int) -> jax.Array | None:
         """Returns the condition as an array, with nulls for None; None for a network without. Raises: ValueError."""
-        features, channels, dropout = self.condition_features, self.condition_channels, self.condition_dropout
-        if features and channels:
-            raise ValueError(
-                f"condition_features={features} and condition_channels={channels}: a network takes one kind of condition; "
-                "use 0 for one of them, and give a vector as constant channels"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"condition_dropout must lie in [0, 1), got {dropout}")
-        example_shape = self.condition_shape(x_t.shape[1:-1])
         if example_shape is None:
-            if dropout:
-                raise ValueError(
-                    f"condition_dropout={dropout} needs conditions to drop; give condition_features or "
-                    "condition_channels, or use 0"
-                )
             if condition is not None:
                 raise ValueError(
                     "a condition was given to a network without; use condition_features or condition_channels"
                 )
             return None
-        shape = (x_t.shape[0], *example_shape)
+        shape = (num_rows, *example_shape)
         if condition is None:
-            if not dropout:
+            if not self.condition_dropout:
                 raise ValueError(f"this network needs a condition of shape {shape}; only condition_dropout allows None")
             return jnp.full(shape, jnp.nan, jnp.float32)
         condition = jnp.asarray(condition)
@@ -199,6 +195,6 @@ def initial_inputs(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     if isinstance(model, Conditional):
         if model.num_classes:
             inputs["y"] = jnp.zeros(1, jnp.int32)
-        if (condition := model.condition_shape(shape[:-1])) is not None:
+        if (condition := condition_shape(vars(model), shape[:-1])) is not None:
             inputs["condition"] = jnp.zeros((1, *condition))
     return inputs

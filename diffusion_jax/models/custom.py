@@ -72,9 +72,7 @@ class CustomNetwork(Conditional):
         """x_t: [B, *spatial, C]; time, y, condition, train: as `UNet`. extra: [B, K] or None, for the network."""
         if not jnp.issubdtype(x_t.dtype, jnp.floating):
             raise ValueError(f"x_t must be float, got {x_t.dtype}")
-        y, condition = self._check_labels(y), self._check_condition(condition, x_t)
-        if train:
-            y, condition = self._drop(y, condition)
+        y, condition = self._prepare(y, condition, x_t, train)
         functions = self._make_functions(x_t, condition)
         if condition is not None and self.condition_dropout:
             if functions.null_condition is None:
@@ -209,9 +207,13 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
         key = jax.random.key(0) if key is None else key
         nnx.replace_by_pure_dict(params_state, params)
         leaves, structure = jax.tree.flatten(rest)
-        keys = [_random_state(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)]
-        random = jax.tree.unflatten(structure, keys)
-        module = nnx.merge(graph, params_state, random)
+        random = [  # the keys, and counts of 0, of the module's streams of keys
+            jax.random.fold_in(key, i)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        ]
+        module = nnx.merge(graph, params_state, jax.tree.unflatten(structure, random))
         module.set_attributes(deterministic=not inputs["train"], raise_if_not_found=False)
         return module(**_known_arguments(type(module).__call__, inputs))
 
@@ -232,11 +234,6 @@ def _plain_functions(init: Callable, function: Callable) -> _Functions:
         return function(tree, **_known_arguments(function, {**inputs, "key": key}))
 
     return _Functions(init_dicts, apply, getattr(function, "null_condition", None))
-
-
-def _random_state(leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-    """Returns a key, or a count of 0, for the state of an NNX stream of keys."""
-    return key if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros(leaf.shape, leaf.dtype)
 
 
 def _known_arguments(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,10 +266,10 @@ def read_options(
 
     Raises: ValueError for an option that the function does not take, or whose value does not fit the type hint.
     """
-    parameters = dict(list(inspect.signature(function).parameters.items())[1:])
-    parameters.pop("rngs", None)
     parameters = {
-        name: each for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        name: each
+        for name, each in list(inspect.signature(function).parameters.items())[1:]
+        if name != "rngs" and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
     }
     try:
         hints = typing.get_type_hints(function)

@@ -233,22 +233,22 @@ def _promote_except_kernel(x, kernel, bias, dtype):
     return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
 
 
+@nn.compact
+def _split_bias(self, x) -> tuple[jax.Array, jax.Array]:
+    """Returns (the result without the bias, the bias float32 [features]), for a layer with use_bias=False."""
+    return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
+
+
 class Conv(nn.Conv):
     """A convolution that can return its bias separately."""
 
-    @nn.compact
-    def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
-        """Returns (the result without the bias, the bias float32 [features]), for a layer with use_bias=False."""
-        return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
+    split_bias = _split_bias
 
 
 class Dense(nn.Dense):
     """A dense layer that can return its bias separately."""
 
-    @nn.compact
-    def split_bias(self, x) -> tuple[jax.Array, jax.Array]:
-        """Returns (the result without the bias, the bias float32 [features]), for a layer with use_bias=False."""
-        return self(x), self.param("bias", self.bias_init, (self.features,), jnp.float32)
+    split_bias = _split_bias
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,14 +46,6 @@ class MLP(Conditional):
 
     remat_choices = (False, True)
 
-    @classmethod
-    def check_data(cls, shape: tuple[int, ...]) -> None:
-        """Raises: ValueError for examples of a shape [*spatial, C] with spatial axes."""
-        if len(shape) != 1:
-            raise ValueError(
-                f"an MLP does not fit data of shape {list(shape)}; data with spatial axes need model.kind=unet"
-            )
-
     @property
     def layers(self) -> LayerFactory:
         """The factory for this network's layers; its norms have one group."""

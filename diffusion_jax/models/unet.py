@@ -171,15 +171,6 @@ class Encoder(nn.Module):
         """Values of `remat`, each recomputing more: none, the first levels, all."""
         return (False, *(tuple(range(n)) for n in range(1, len(self.channel_multipliers))), True)
 
-    @classmethod
-    def check_data(cls, shape: tuple[int, ...]) -> None:
-        """Raises: ValueError for examples of a shape [*spatial, C] without spatial axes."""
-        if len(shape) == 1:
-            raise ValueError(
-                f"a {cls.__name__} does not fit data of shape {list(shape)}; vectors (data.image_size=()) need "
-                "model.kind=mlp"
-            )
-
     def check_input(self, x) -> None:
         """Raises ValueError for fields that do not describe a network, or arrays that do not fit the network."""
         num_levels = len(self.channel_multipliers)
@@ -291,10 +282,10 @@ class AttentionPool(nn.Module):
         b, *spatial, c = x.shape
         positions = math.prod(spatial)
         heads, tokens = split_heads(c, self.num_heads, self.head_channels), positions + 1
-        if self.has_variable("params", "position") and self.get_variable("params", "position").shape[0] != tokens:
-            known = self.get_variable("params", "position").shape[0] - 1
+        known = self.get_variable("params", "position")
+        if known is not None and len(known) != tokens:
             raise ValueError(
-                f"the position embedding of this classifier fixes the image size: it has {known} positions after "
+                f"the position embedding of this classifier fixes the image size: it has {len(known) - 1} positions after "
                 f"downsampling, and these images have {'x'.join(map(str, spatial))}; resize the images"
             )
         position = self.param("position", nn.initializers.normal(c**-0.5), (tokens, c), jnp.float32)
@@ -318,12 +309,6 @@ class Classifier(Encoder):
     """
 
     num_classes: int = 1000
-
-    @classmethod
-    def check_data(cls, shape: tuple[int, ...]) -> None:
-        """Raises: ValueError for examples of a shape [*spatial, C] without spatial axes."""
-        if len(shape) == 1:
-            raise ValueError(f"a Classifier needs data with spatial axes, not vectors of shape {list(shape)}")
 
     @nn.compact
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:

@@ -144,8 +144,8 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
         config, function = _trusted_functions(path, config, network)
         net = describe_run(config, workdir, network=function)
         return load_weights(net, config, workdir, ema) if with_params else net
-    if tensors is None and diffusers.find_configs(path):
-        return diffusers.load_diffusers(path, with_params)
+    if tensors is None and (found := diffusers.find_configs(path)):
+        return diffusers.load_diffusers(path, *found, with_params)
     if tensors is not None and _METADATA_KEY in tensors.metadata:
         return _load_file(path, tensors, network, with_params)
     found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"

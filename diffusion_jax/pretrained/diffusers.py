@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -39,32 +39,30 @@ __all__ = [
 # ---- The names of parameters
 
 
-def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
-    i = level if direction == "down" else len(model.channel_multipliers) - 1 - level
-    if kind == "resample":
-        return f"{direction}_blocks.{i}.{direction}samplers.0" + (".conv" if single else "")
-    return f"{direction}_blocks.{i}.{'resnets' if kind == 'block' else 'attentions'}.{number}"
-
-
-_MODULES = {
-    "mid_block_0": "mid_block.resnets.0",
-    "mid_attn": "mid_block.attentions.0",
-    "mid_block_1": "mid_block.resnets.1",
-    "time_0": "time_embedding.linear_1",
-    "time_1": "time_embedding.linear_2",
-    "class": "class_embedding",
-    "norm_out": "conv_norm_out",
-}
-_LAYERS = {
-    "time_proj": "time_emb_proj",
-    "skip": "conv_shortcut",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj": "to_out.0",
-}
-NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
+NAMING = parameters.Naming(
+    {
+        "block": "{direction}_blocks.{order}.resnets.{number}",
+        "attn": "{direction}_blocks.{order}.attentions.{number}",
+        "downsample": "down_blocks.{order}.downsamplers.0",
+        "downsample_conv": "down_blocks.{order}.downsamplers.0.conv",
+        "upsample": "up_blocks.{order}.upsamplers.0",
+        "upsample_conv": "up_blocks.{order}.upsamplers.0.conv",
+        "mid_block_0": "mid_block.resnets.0",
+        "mid_attn": "mid_block.attentions.0",
+        "mid_block_1": "mid_block.resnets.1",
+        "time_0": "time_embedding.linear_1",
+        "time_1": "time_embedding.linear_2",
+        "class": "class_embedding",
+        "norm_out": "conv_norm_out",
+        "time_proj": "time_emb_proj",
+        "skip": "conv_shortcut",
+        "norm": "group_norm",
+        "q": "to_q",
+        "k": "to_k",
+        "v": "to_v",
+        "proj": "to_out.0",
+    }
+)
 
 # ---- The network
 
@@ -184,8 +182,10 @@ def unet_to_config(net: Model) -> dict[str, Any]:
     resampling, down_block, up_block = "conv", "DownBlock2D", "UpBlock2D"
     if model.resample_blocks:
         resampling, down_block, up_block = "resnet", "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
-    levels = range(len(widths))
-    size = net.image_size
+    levels, size = range(len(widths)), net.image_size
+    has_one_head = model.head_channels is None and model.num_heads == 1
+    attention_widths = {widths[level] for level in model.attention_levels} | {widths[-1]}
+    head_channels = {c // split_heads(c, model.num_heads, model.head_channels) for c in attention_widths}
     config = {
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.35.0",
@@ -195,7 +195,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
         "block_out_channels": widths,
         "down_block_types": ["AttnDownBlock2D" if i in model.attention_levels else down_block for i in levels],
         "up_block_types": ["AttnUpBlock2D" if i in model.attention_levels else up_block for i in reversed(levels)],
-        "attention_head_dim": _head_channels(model, widths),
+        "attention_head_dim": None if has_one_head else min(head_channels),
         "downsample_type": resampling,
         "upsample_type": resampling,
         "downsample_padding": model.downsample_padding[0],
@@ -211,6 +211,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
         if name not in _FIELDS_STORED_OTHERWISE and value != getattr(read, name)
     ]
     unsupported = {
+        f"num_heads={model.num_heads} in layers of different widths": not has_one_head and len(head_channels) > 1,
         f"low_resolution={net.low_resolution}": net.low_resolution,
         "normalizations (data units)": "x" in net.normalizations,
         f"image_size={size}, no multiple of {model.divisor}": any(side % model.divisor for side in size),
@@ -218,19 +219,6 @@ def unet_to_config(net: Model) -> dict[str, Any]:
     if lost := lost + [name for name, is_lost in unsupported.items() if is_lost]:
         raise PretrainedError(f"diffusers' UNet2DModel does not support {'; '.join(lost)}; use save_safetensors")
     return config
-
-
-def _head_channels(model: UNet, widths: Sequence[int]) -> int | None:
-    """Returns attention_head_dim. Raises: PretrainedError if the layers have heads of different widths."""
-    if model.head_channels is None and model.num_heads == 1:
-        return None
-    attention_widths = {widths[level] for level in model.attention_levels} | {widths[-1]}
-    head_channels = {c // split_heads(c, model.num_heads, model.head_channels) for c in attention_widths}
-    if len(head_channels) > 1:
-        raise PretrainedError(
-            f"num_heads={model.num_heads}: UNet2DModel has heads of one width, but the model has {sorted(head_channels)}"
-        )
-    return head_channels.pop()
 
 
 # ---- The scheduler
@@ -264,13 +252,14 @@ def scheduler_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], np
         ("prediction_type", prediction, _PREDICTIONS),
         ("variance_type", variance, _VARIANCES),
         ("_class_name", class_name, _SCHEDULERS),
+        ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr") or False, (False,)),
+        ("thresholding", config.get("thresholding") or False, (False,)),
     ):
         if value not in known:
-            raise PretrainedError(f"the scheduler's {name}={value!r} is not supported; known: {', '.join(known)}")
+            raise PretrainedError(
+                f"the scheduler's {name}={value!r} is not supported; known: {list_names(map(str, known), 10)}"
+            )
     table = config.get("trained_betas")
-    for name in ("rescale_betas_zero_snr", "thresholding"):
-        if config.get(name):
-            raise PretrainedError(f"the scheduler's {name}=True is not supported")
     clip: bool | Callable = config.get("clip_sample", _SCHEDULERS[class_name])
     bound = float(config.get("clip_sample_range", 1.0))
     if clip and bound != 1:
@@ -329,11 +318,11 @@ def find_configs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | No
     return None
 
 
-def load_diffusers(folder: pathlib.Path, with_params: bool) -> Model:
-    """Loads the network of a pipeline folder; with its parameters if `with_params`. Raises: PretrainedError."""
-    paths = find_configs(folder)
-    assert paths is not None  # `pretrained.load` has found them
-    network, scheduler = paths
+def load_diffusers(folder: pathlib.Path, network: pathlib.Path, scheduler: pathlib.Path, with_params: bool) -> Model:
+    """Loads the network of a pipeline folder with `find_configs`' paths; with its parameters if `with_params`.
+
+    Raises: PretrainedError.
+    """
     index = folder / "model_index.json"
     others = {name for name in (parameters.read_json(index) if index.is_file() else {}) if not name.startswith("_")}
     others -= {"unet", "scheduler"}

@@ -26,20 +26,21 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
 _LEAVES = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
 
 
-def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
-    name = f"{direction}sample.conv" if kind == "resample" else f"{kind}.{number}"
-    return f"{direction}.{level}.{name}"
-
-
-_MODULES = {
-    "mid_block_0": "mid.block_1",
-    "mid_attn": "mid.attn_1",
-    "mid_block_1": "mid.block_2",
-    "time_0": "temb.dense.0",
-    "time_1": "temb.dense.1",
-}
 NAMING = parameters.Naming(  # names in the PyTorch port
-    _at_level, _MODULES, {"time_proj": "temb_proj", "skip": "nin_shortcut", "proj": "proj_out"}
+    {
+        "block": "{direction}.{level}.block.{number}",
+        "attn": "{direction}.{level}.attn.{number}",
+        "downsample_conv": "down.{level}.downsample.conv",
+        "upsample_conv": "up.{level}.upsample.conv",
+        "mid_block_0": "mid.block_1",
+        "mid_attn": "mid.attn_1",
+        "mid_block_1": "mid.block_2",
+        "time_0": "temb.dense.0",
+        "time_1": "temb.dense.1",
+        "time_proj": "temb_proj",
+        "skip": "nin_shortcut",
+        "proj": "proj_out",
+    }
 )
 
 

@@ -24,10 +24,10 @@ from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
 from diffusion_jax.images import is_image_shape, to_model_range
-from diffusion_jax.models import Classifier, Conditional, apply_network, to_config, upsampling
+from diffusion_jax.models import Classifier, Conditional, condition_shape, to_config, upsampling
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.provenance import Provenance
-from diffusion_jax.sampling.driver import is_batch_of_keys, split
+from diffusion_jax.sampling.driver import check_sampler, is_batch_of_keys, split
 from diffusion_jax.training.state import Network
 from diffusion_jax.types import Clip
 
@@ -95,14 +95,12 @@ class Model:
     @property
     def is_images(self) -> bool:
         """Whether the examples are images of gray levels with 1 or 3 channels."""
-        return self.levels is not None and is_image_shape((*self.image_size, self.channels))
+        return self.levels is not None and is_image_shape(self.example_shape)
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
         """The shape of a condition, (D,) or (*spatial, K); None without conditions, and for super-resolution."""
-        if not isinstance(self.model, Conditional) or self.low_resolution:
-            return None
-        return self.model.condition_shape(self.image_size)
+        return None if self.low_resolution else condition_shape(vars(self.model), self.image_size)
 
     @property
     def num_classes(self) -> int:
@@ -317,23 +315,17 @@ class Model:
         algorithm: Callable = sampling.sample,
     ) -> Any:
         """Draws samples with a compiled program, as `sample`, from a denoiser and steps that were checked."""
-        if is_batch_of_keys(key):
-            if algorithm is not sampling.sample:
-                raise ValueError("an algorithm draws its samples with one key; give one key")
-            if len(key) != num_images:
-                raise ValueError(
-                    f"key has {len(key)} keys for {num_images} samples; give one key, or one for each sample"
-                )
+        if is_batch_of_keys(key) and algorithm is not sampling.sample:
+            raise ValueError("an algorithm draws its samples with one key; give one key")
         options = {}
         if trajectory is not False:
             options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())
         static = algorithm, sampler, (num_images, *self.example_shape), tuple(options.items())
-        if self.mesh is None:
-            result = _draw_on_one_device(static, key, schedule, denoiser)
-        else:
+        if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
             key, schedule, denoiser = sharding.place((jax.random.key_data(key), schedule, denoiser), self.mesh)
-            result = jax.tree.map(_gather, _compile_for_mesh(self.mesh)(static, key, schedule, denoiser))
+        result = _compile(self.mesh)(static, key, schedule, denoiser)
+        result = result if self.mesh is None else jax.tree.map(_gather, result)
         if not options:
             return self._to_data(result)
         x_0, frames = result
@@ -351,8 +343,7 @@ class Model:
         fail.
         """
         sampler, schedule = sampling.ddpm() if sampler is None else sampler, self.schedule
-        if not isinstance(sampler, sampling.Sampler):
-            raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
+        check_sampler(sampler)
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):
@@ -420,8 +411,13 @@ class Model:
                 raise ValueError("this network takes no conditions; omit condition")
             return None
         assert isinstance(self.model, Conditional)  # only Conditional networks have conditions
-        has_null = self.model.null_condition is not None
-        rows = (num_examples, *shape)
+        has_null, rows = self.model.null_condition is not None, (num_examples, *shape)
+        if condition is None and condition_missing is not None:
+            raise ValueError("condition_missing is for samples with and without a condition; give condition, too")
+        if condition is None and not has_null:
+            raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
+        if condition is None:
+            return np.full(rows, np.nan, np.float32)
         missing = np.zeros(num_examples, bool) if condition_missing is None else np.asarray(condition_missing)
         if missing.dtype != bool or missing.shape != (num_examples,):
             raise ValueError(
@@ -433,12 +429,6 @@ class Model:
                 f"condition_missing: sample {int(missing.argmax())} has no condition, which only networks trained with "
                 "condition_dropout allow; give it a condition"
             )
-        if condition is None:
-            if condition_missing is not None:
-                raise ValueError("condition_missing is for samples with and without a condition; give condition, too")
-            if not has_null:
-                raise ValueError(f"this network needs condition, an array of shape {list(shape)} or {list(rows)}")
-            return np.full(rows, np.nan, np.float32)
         values = np.asarray(condition)
         is_real = values.dtype.kind in "iuf" or jnp.issubdtype(values.dtype, jnp.floating)
         if values.shape not in (shape, rows) or not is_real:
@@ -478,7 +468,7 @@ class Model:
         """Computes the logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
         if not isinstance(self.model, Classifier):
             raise TypeError("these weights are a diffusion model; use denoiser()")
-        return apply_network(self.model, self.params, x_t, time)
+        return _Apply(self.model, self.params)(x_t, time)
 
 
 @jax.tree_util.register_dataclass
@@ -489,36 +479,32 @@ class _Apply:
     model: Network = field(metadata={"static": True})
     params: Any
 
-    def __call__(self, x_t, time, **inputs):
-        return apply_network(self.model, self.params, x_t, time, **inputs)
-
-
-def _draw(static, key, schedule, denoiser, constrain: Callable = lambda x: x):
-    """Draws x_T, then x_0; static: (algorithm, sampler, shape of x_T, further arguments). constrain: places x_T on a mesh."""
-    algorithm, sampler, shape, options = static
-    key_noise, key_steps = split(key)
-    x_T = constrain(sampling.normal(key_noise, jnp.zeros(shape, jnp.float32)))
-    return algorithm(key_steps, schedule, denoiser, x_T, sampler, **dict(options))
-
-
-_draw_on_one_device = jax.jit(_draw, static_argnums=0)
+    def __call__(self, x_t, time, **inputs) -> Any:
+        return self.model.apply({"params": self.params}, x_t, time, **inputs)
 
 
 @functools.cache
-def _compile_for_mesh(mesh: Mesh) -> Callable:
-    """Compiles `_draw` with the batch split over the devices of a mesh. The key argument is the key's data."""
-    rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+def _compile(mesh: Mesh | None) -> Callable:
+    """Compiles (static, key, schedule, denoiser) -> samples; static: (algorithm, sampler, shape of x_T, further arguments).
+
+    With a mesh, the batch is split over the devices, and the key argument is the key's data.
+    """
 
     def draw(static, key, schedule, denoiser):
-        # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory is
-        # not needed for gradients or activations.
-        denoiser = jax.lax.with_sharding_constraint(denoiser, replicated)
-        inputs = jax.lax.with_sharding_constraint(dict(denoiser.inputs), rows)
-        denoiser = dataclasses.replace(denoiser, inputs=inputs)
-        constrain = partial(jax.lax.with_sharding_constraint, shardings=rows)
-        return _draw(static, jax.random.wrap_key_data(key), schedule, denoiser, constrain)
+        algorithm, sampler, shape, options = static
+        if mesh is not None:
+            # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory
+            # is not needed for gradients or activations.
+            denoiser = jax.lax.with_sharding_constraint(denoiser, sharding.replicated(mesh))
+            inputs = jax.lax.with_sharding_constraint(dict(denoiser.inputs), sharding.batch_sharding(mesh))
+            denoiser, key = dataclasses.replace(denoiser, inputs=inputs), jax.random.wrap_key_data(key)
+        key_noise, key_steps = split(key)
+        x_T = sampling.normal(key_noise, jnp.zeros(shape, jnp.float32))
+        if mesh is not None:
+            x_T = jax.lax.with_sharding_constraint(x_T, sharding.batch_sharding(mesh))
+        return algorithm(key_steps, schedule, denoiser, x_T, sampler, **dict(options))
 
-    return jax.jit(draw, static_argnums=0, compiler_options=devices.compiler_options())
+    return jax.jit(draw, static_argnums=0, compiler_options=None if mesh is None else devices.compiler_options())
 
 
 def _gather(x: jax.Array) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.config.presets import OPENAI
+from diffusion_jax.config.values import Boolean, Integer, Number, Text, ValueKind, parse
 from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import Classifier, UNet, preset
 from diffusion_jax.models.layers import split_heads
@@ -64,15 +65,14 @@ FILES = {
 # Presets whose attention stores the rows for q, then k, then v, instead of head by head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64"}
 
-# Flags in OpenAI's scripts that describe a network, with value types.
-_NUMBERS = (
-    "image_size large_size small_size num_heads num_heads_upsample num_head_channels diffusion_steps classifier_depth"
-)
-_FLAGS: dict[str, type] = (
-    dict.fromkeys(_NUMBERS.split(), int)
-    | dict.fromkeys(("use_new_attention_order", "predict_xstart", "rescale_timesteps"), bool)
-    | {"dropout": float, "noise_schedule": str}
-)
+# Flags in OpenAI's scripts that describe a network, with their values.
+_FLAGS: dict[str, ValueKind] = {
+    **dict.fromkeys("image_size large_size small_size diffusion_steps classifier_depth".split(), Integer()),
+    **dict.fromkeys("num_heads num_heads_upsample num_head_channels".split(), Integer()),
+    **dict.fromkeys("use_new_attention_order predict_xstart rescale_timesteps".split(), Boolean()),
+    "dropout": Number(),
+    "noise_schedule": Text(),
+}
 # Flags in OpenAI's scripts that do not change the network's output, or that its tensors determine.
 _IGNORED_FLAGS = (
     "num_channels num_res_blocks channel_mult attention_resolutions class_cond learn_sigma use_scale_shift_norm "
@@ -82,40 +82,33 @@ _IGNORED_FLAGS = (
 ).split()
 
 
-def _at_level(direction: str, level: int, kind: str, number: str, single: bool, model: Any) -> str:
-    n, levels = model.num_res_blocks, len(model.channel_multipliers)
-    if direction == "down":
-        if kind == "resample":
-            return f"input_blocks.{(level + 1) * (n + 1)}.0" + (".op" if single else "")
-        return f"input_blocks.{1 + level * (n + 1) + int(number)}.{0 if kind == 'block' else 1}"
-    first = (levels - 1 - level) * (n + 1)
-    if kind == "resample":
-        return f"output_blocks.{first + n}.{2 if level in model.attention_levels else 1}" + (".conv" if single else "")
-    return f"output_blocks.{first + int(number)}.{0 if kind == 'block' else 1}"
-
-
-_MODULES = {
-    "mid_block_0": "middle_block.0",
-    "mid_attn": "middle_block.1",
-    "mid_block_1": "middle_block.2",
-    "time_0": "time_embed.0",
-    "time_1": "time_embed.2",
-    "class": "label_emb",
-    "conv_in": "input_blocks.0.0",
-    "norm_out": "out.0",
-    "conv_out": "out.2",
-    "pool": "out.2",
-}
-_LAYERS = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "skip": "skip_connection",
-    "proj": "proj_out",
-}
-NAMING = parameters.Naming(_at_level, _MODULES, _LAYERS)
+NAMING = parameters.Naming(  # in the files, q, k and v are one tensor (`_split_attention`)
+    {
+        "block": "{half}_blocks.{position}.0",
+        "attn": "{half}_blocks.{position}.1",
+        "downsample": "input_blocks.{position}.0",
+        "downsample_conv": "input_blocks.{position}.0.op",
+        "upsample": "output_blocks.{position}.{after_attention}",
+        "upsample_conv": "output_blocks.{position}.{after_attention}.conv",
+        "conv_in": "input_blocks.0.0",
+        "mid_block_0": "middle_block.0",
+        "mid_attn": "middle_block.1",
+        "mid_block_1": "middle_block.2",
+        "time_0": "time_embed.0",
+        "time_1": "time_embed.2",
+        "class": "label_emb",
+        "norm_out": "out.0",
+        "conv_out": "out.2",
+        "pool": "out.2",
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "skip": "skip_connection",
+        "proj": "proj_out",
+    }
+)
 
 
 def parse_flags(text: str) -> dict[str, str]:
@@ -135,12 +128,10 @@ def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
             f"flags: {list_names(unknown)} is not a flag of OpenAI's scripts; known: {', '.join(sorted(known))}"
         )
     for name in flags.keys() & _FLAGS.keys():
-        kind, text = _FLAGS[name], str(flags[name])
         try:
-            checked[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            allowed = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
-            raise PretrainedError(f"flags: {name}={text} must be {allowed}") from None
+            checked[name] = parse(_FLAGS[name], str(flags[name]))
+        except ValueError:
+            raise PretrainedError(f"flags: {name}={flags[name]} must be {_FLAGS[name].allowed}") from None
     return checked
 
 
@@ -263,32 +254,35 @@ def load_openai(
     net, new_order = describe_openai(path, tensors, flags)
     if not with_params:
         return net
-    # q, k and v are one tensor in the file and three layers here; the classifier's pooling uses other tensor names.
-    model: Any = net.model
-    stored, joined = {}, {}
-    for name in tensors.shapes:
-        match = re.fullmatch(r"(.+)\.(?:qkv|qkv_proj)\.(weight|bias)", name)
+    return net.read_params(path, _split_attention(tensors, net.model, new_order), NAMING)
+
+
+def _split_attention(tensors: parameters.Tensors, model: Any, new_order: bool) -> parameters.Tensors:
+    """Returns the tensors with q, k and v, which are one tensor in the file, under separate names.
+
+    The classifier's pooling has other tensor names, and always the new order.
+    """
+    sources: dict[str, tuple[str, list[str]]] = {}  # {name: (name in the file, all names of this tensor)}
+    for source in tensors.shapes:
+        match = re.fullmatch(r"(.+)\.(?:qkv|qkv_proj)\.(weight|bias)", source)
+        names = [source.replace("out.2.c_proj.", "out.2.proj_out.")]
         if match:
-            joined |= {f"{match[1]}.{layer}.{match[2]}": name for layer in "qkv"}
-        else:
-            stored[name.replace("out.2.c_proj.", "out.2.proj_out.")] = name
+            names = [f"{match[1]}.{layer}.{match[2]}" for layer in "qkv"]
+        sources |= dict.fromkeys(names, (source, names))
     split: dict[str, np.ndarray] = {}  # slices of tensors that were read, but not used yet
 
     def read(name: str) -> np.ndarray:
-        if name in stored:
-            return tensors.read(stored[name])
+        source, names = sources[name]
+        if len(names) == 1:
+            return tensors.read(source)
         if name not in split:
-            value = tensors.read(joined[name])
-            channels = value.shape[0] // 3
-            if new_order or "qkv_proj" in joined[name]:
-                value = value.reshape(3, channels, *value.shape[1:])
-            else:  # (head, 3, d)
+            value = tensors.read(source)
+            channels, rest = value.shape[0] // 3, value.shape[1:]
+            heads = 1  # the rows are (head, 3, d), and in the new order (3, head, d)
+            if not (new_order or "qkv_proj" in source):
                 heads = split_heads(channels, model.num_heads, model.head_channels)
-                value = value.reshape(heads, 3, channels // heads, *value.shape[1:]).swapaxes(0, 1)
-                value = value.reshape(3, channels, *value.shape[3:])
-            stem, _, leaf = name.rsplit(".", 2)
-            split.update({f"{stem}.{layer}.{leaf}": part for layer, part in zip("qkv", value, strict=True)})
+            parts = value.reshape(heads, 3, channels // heads, *rest).swapaxes(0, 1).reshape(3, channels, *rest)
+            split.update(zip(names, parts, strict=True))
         return split.pop(name)
 
-    layers = dataclasses.replace(tensors, shapes=dict.fromkeys((*stored, *joined), ()), read=read)
-    return net.read_params(path, layers, NAMING)
+    return dataclasses.replace(tensors, shapes=dict.fromkeys(sources, ()), read=read)

@@ -192,31 +192,34 @@ def require_module(module: str, name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """Maps parameter names to another project's names.
+    """The names of parameters in another project's files.
 
-    at_level: ("down" or "up", level, "block", "attn" or "resample", number, is a single layer, network) -> name of a module
-    inside a level. modules: {name: name there} for other modules that are renamed. layers: {name: name there} for layers in a
-    block.
+    table: {name here: name there} of modules and of the layers in a block; other names are the same there. The modules of a
+    level are "block", "attn", "downsample" and "upsample", or "downsample_conv" and "upsample_conv" if they are convolutions.
+    Their names there are format strings of half ("input" or "output"), direction ("down" or "up"), level, order (the level,
+    counted in the order of computation), number (in the level), position (in the half; conv_in is the first in "input"), and
+    after_attention (2 if the level has attention, else 1).
     """
 
-    at_level: Callable[[str, int, str, str, bool, Network], str]
-    modules: Mapping[str, str]
-    layers: Mapping[str, str]
+    table: Mapping[str, str]
 
-    def __call__(self, path: Path, model: Network) -> str:
+    def __call__(self, path: Path, model: Any) -> str:
         """Returns the other project's name of a parameter in PyTorch's form, NAME.weight or NAME.bias."""
         module, *layers, leaf = path
         if layers and layers[-1] == "norm" and leaf in ("scale", "bias"):
             layers = layers[:-1]  # the layer inside `models.layers.GroupNorm`
-        name = self.modules.get(module, module)
-        match = re.fullmatch(r"(down|up)_(\d+)_(?:(block|attn)_(\d+)|(?:down|up)sample)", module)
-        if match:
-            name = self.at_level(match[1], int(match[2]), match[3] or "resample", match[4] or "", not layers, model)
-        if layers:
-            name += "." + self.layers.get(layers[0], layers[0])
-        if leaf == "position":
-            return f"{name}.positional_embedding"
-        return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+        fields: dict[str, Any] = {}
+        if match := re.fullmatch(r"(down|up)_(\d+)_(block|attn|downsample|upsample)_?(\d*)", module):
+            size, level, is_down = model.num_res_blocks + 1, int(match[2]), match[1] == "down"
+            number = int(match[4] or size - 1)  # a level ends with its resampling
+            order = level if is_down else len(model.channel_multipliers) - 1 - level
+            fields = {"direction": match[1], "level": level, "order": order, "number": number}
+            fields |= {"half": "input" if is_down else "output", "position": is_down + order * size + number}
+            fields["after_attention"] = 2 if level in model.attention_levels else 1
+            module = match[3] if layers else f"{match[3]}_conv"
+        names = [self.table.get(name, name).format(**fields) for name in (module, *layers)]
+        leaf = {"bias": "bias", "position": "positional_embedding"}.get(leaf, "weight")
+        return ".".join([*names, leaf])
 
 
 def channel_multipliers(widths: Sequence[int], channels: int) -> tuple[float, ...]:
@@ -237,33 +240,34 @@ def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple
     return flat_shapes(abstract_params(model, shape))
 
 
+def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
+    """Returns the axes of a parameter in PyTorch's order: HWIO to OIHW, [in, out] to [out, in]."""
+    if path[-1] not in ("kernel", "position"):
+        return tuple(range(ndim))
+    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
+
+
 def keep_layout(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Returns a tensor unchanged, because it is stored in Flax's layout."""
     return value
 
 
 def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Converts a PyTorch tensor to Flax's layout: OIHW to HWIO, [out, in] to [in, out], 1x1 convolutions to matrices."""
-    if path[-1] not in ("kernel", "position"):
-        return value
-    if len(shape) == 2 and value.size == math.prod(value.shape[:2]):
+    """Converts a PyTorch tensor to Flax's layout, a 1x1 convolution to a matrix. shape: in Flax's layout."""
+    if path[-1] in ("kernel", "position") and len(shape) == 2 and value.size == math.prod(value.shape[:2]):
         value = value.reshape(value.shape[:2])
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value.transpose(np.argsort(_torch_axes(path, value.ndim)))
 
 
 def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
     """The inverse of `from_torch`. In PyTorch, the 1x1 projection in a residual block is a convolution."""
-    if path[-1] == "kernel":
-        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        value = value[:, :, None, None] if path[-2] == "skip" else value
-    return np.ascontiguousarray(value)
+    value = value.transpose(_torch_axes(path, value.ndim))
+    return np.ascontiguousarray(value[:, :, None, None] if path[-2:] == ("skip", "kernel") else value)
 
 
 def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
     """Converts a shape from Flax's layout to PyTorch's, except for 1x1 convolutions."""
-    if path[-1] not in ("kernel", "position"):
-        return shape
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+    return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
 
 
 def build_params(

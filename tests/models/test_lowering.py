@@ -68,7 +68,7 @@ def gradient(model):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
 
     def loss(params, x_t):
-        return jnp.square(models.apply_network(model, params, **inputs | {"x_t": x_t})).sum()
+        return jnp.square(model.apply({"params": params}, **inputs | {"x_t": x_t})).sum()
 
     return jax.jit(jax.grad(loss, (0, 1))).lower(params, inputs["x_t"]).as_text()
 
@@ -111,7 +111,7 @@ def test_ode_likelihoods_use_full_float32_by_default():
 
     def bits(params, x_0):
         def network(x_t, time):
-            return models.apply_network(program.model, params, x_t, time)
+            return program.model.apply({"params": params}, x_t, time)
 
         return ode_likelihood.bits_per_dim(
             jax.random.key(0), program.schedule, network, x_0, dequantization="variational"

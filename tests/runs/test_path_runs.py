@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import coordinates, pretrained, sampling, training
-from diffusion_jax.models import apply_network
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, plan, sample, train
@@ -153,7 +152,7 @@ def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
     config = tiny_config(**EDM)
     net = pretrained.from_config(config, training.create(config)[0].params)
     x, time = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32), jnp.array([-1.0, 0.5])
-    network = lambda x, time: apply_network(net.model, net.params, x, time)  # noqa: E731
+    network = lambda x, time: net.model.apply({"params": net.params}, x, time)  # noqa: E731
     expected = coordinates.precondition(network, net.schedule.path, 0.5)(x, time)
     level = net.schedule.path.at(time, x)
     np.testing.assert_array_equal(net.denoiser().output(x, level), expected)

@@ -68,8 +68,8 @@ def test_labels_reach_a_conditional_network_and_dropped_ones_its_null_label():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"model.kind": "mlp"}, "an MLP does not fit data of shape .* need model.kind=unet"),
-        ({"data.image_size": ()}, "a UNet does not fit .*need model.kind=mlp"),
+        ({"model.kind": "mlp"}, "an MLP .* does not fit data of shape .* need model.kind=unet"),
+        ({"data.image_size": ()}, "a U-Net .* does not fit .*need model.kind=mlp"),
         ({"training.accumulation_steps": 3}, "nearest: 6 or 9"),
         ({"diffusion.schedule": "jsd"}, "diffusion.prediction=v"),
         ({"diffusion.variance": "learned_range"}, "untrained"),
