@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from diffusion_jax.metrics import Curves
 
-__all__ = ["draw_bound_terms", "draw_curves", "draw_rate_distortion", "make_figure", "note_shown"]
+__all__ = ["draw_bound_terms", "draw_curves", "draw_rate_distortion", "make_figure", "note_shown", "wrap"]
 
 _MIN_WIDTH = 4.8  # inches, wide enough for titles
 _PLOT_SIZE = (7.0, 4.0)  # inches, for a single plot
@@ -141,8 +141,7 @@ def make_figure(
 
     rows = -(-len(names) // columns)
     width = max(columns * size[0], _MIN_WIDTH)
-    letters = int(_LETTERS_PER_INCH * width)
-    lines = [line for text in (title, "; ".join(notes)) for line in textwrap.wrap(text, letters)]
+    lines = [line for text in (title, "; ".join(notes)) for line in wrap(text, width).split("\n") if line]
     entry_width = 0.45 + 0.07 * max((len(label) for label, _ in legend), default=0)
     legend_columns = max(1, min(len(legend), int(width / entry_width)))
     height = rows * size[1] + 0.16 * len(lines) + 0.2 * -(-len(legend) // legend_columns)
@@ -152,7 +151,7 @@ def make_figure(
     for panel in axes[len(names) :]:
         panel.remove()
     for i, (panel, name) in enumerate(zip(axes, names, strict=False)):
-        panel.set_title(name, fontsize=8)
+        panel.set_title(wrap(name, size[0]), fontsize=8)
         panel.tick_params(which="both", labelsize=7)
         panel.grid(alpha=0.3, linewidth=0.5)
         panel.set_xlabel(labels[0] if i + columns >= len(names) else "", fontsize=8)
@@ -161,3 +160,8 @@ def make_figure(
         handles = [Line2D([], [], label=label, **style) for label, style in legend]
         figure.legend(handles=handles, loc="outside lower left", ncols=legend_columns, fontsize=8, frameon=False)
     return figure, axes[: len(names)]
+
+
+def wrap(text: str, inches: float) -> str:
+    """Wraps each line of a text to a width."""
+    return "\n".join(textwrap.fill(line, int(_LETTERS_PER_INCH * inches)) for line in text.split("\n"))

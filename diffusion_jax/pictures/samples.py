@@ -8,7 +8,6 @@ infinite.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from diffusion_jax.images import is_of_images
 from diffusion_jax.metrics.of_arrays import as_examples, even_indices
 from diffusion_jax.pictures.channels import UNKNOWN, Channels, plain_text, to_plotted
-from diffusion_jax.pictures.figures import make_figure, note_shown
+from diffusion_jax.pictures.figures import make_figure, note_shown, wrap
 from diffusion_jax.pictures.grids import Block, Picture, draw_blocks, draw_grid, fill_cells
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ _MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
 _MAX_CLASSES = 20  # with rows of their own in a grid
 _MAX_LINES = 6  # in a panel of series
 _MAX_CHANNELS = 12  # channels of series with separate panels
+_MAX_CAPTION = 48  # letters
 _MAX_ROWS = 6  # rows of a trajectory, and channels of fields
 _MAX_VOLUME_CHANNELS = 3
 _MAX_TIMES = 10
@@ -207,19 +207,18 @@ def draw_trajectory(
     if x.ndim == 3:
         numbers = [list(range(shown.shape[-1]))] * len(shown)
         return _draw_vectors(title, notes, [[column] for column in shown], numbers, channels, ["samples"], headers, 5)
-    names, groups = _captions(captions, shown.shape[1], "sample"), [list(range(shown.shape[-1]))]
-    legend = list(map(channels.label, groups[0]))
-    if separate:
-        (_, names), groups = _rows_of_channels(names, shown.shape[-1], channels), [[c] for c in groups[0]]
-        legend = []
-    rows = [(shown[:, i][..., group], group) for i in range(shown.shape[1]) for group in groups]
+    names = _captions(captions, shown.shape[1], "sample")
     if x.ndim > 4:
-        numbers = [c for _, (c,) in rows]
-        return _draw_images(title, notes, [row[..., 0] for row, _ in rows], numbers, channels, headers, names)
+        rows = [shown[:, i, ..., c] for i in range(shown.shape[1]) for c in range(shown.shape[-1])]
+        numbers, names = _rows_of_channels(names, shown.shape[-1], channels)
+        return _draw_images(title, notes, rows, numbers, channels, headers, names)
+    groups = [[c] for c in range(shown.shape[-1])] if separate else [list(range(shown.shape[-1]))]
+    legend = [] if separate else list(map(channels.label, groups[0]))
     panels = [
-        _Lines(values, "" if i else headers[j], "" if j else f"{names[i]}\n({channels.unit(group[0])})", group)
-        for i, (row, group) in enumerate(rows)
-        for j, values in enumerate(row)
+        _Lines(values, "" if i or k else headers[j], "" if j else f"{name}\n{channels.axis_label(group)}", group)
+        for i, name in enumerate(names)
+        for k, group in enumerate(groups)
+        for j, values in enumerate(shown[:, i][..., group])
     ]
     return _draw_lines(title, notes, panels, channels, legend, len(headers), (1.6, 1.4))
 
@@ -265,8 +264,23 @@ def _names(examples: Examples, count: int, is_alone: bool) -> list[str]:
 
 def _captions(captions: Sequence[str] | None, count: int, word: str) -> list[str]:
     """Returns the first `count` captions as plain text; missing captions become "word i"."""
-    given = [plain_text(caption) for caption in list(captions or ())[:count]]
+    given = [plain_text(caption, _MAX_CAPTION) for caption in list(captions or ())[:count]]
     return given + [f"{word} {i}" for i in range(len(given), count)]
+
+
+def _name_lines(sets: Sequence[Examples], count: int) -> list[str]:
+    """Returns the caption of each sample; if different, also the caption of the example with the same color."""
+    examples, samples = sets[0], sets[-1]
+    names = _captions(samples.captions, count, samples.name.removesuffix("s"))
+    if len(sets) == 1:
+        return names
+    if not samples.captions:
+        return []
+    others = _captions(examples.captions, count, "")
+    return [
+        name if name == other or i >= len(examples.captions or ()) else f"{name} ({examples.name}: {other})"
+        for i, (name, other) in enumerate(zip(names, others, strict=True))
+    ]
 
 
 def _needs_panels(channels: Channels) -> bool:
@@ -364,7 +378,7 @@ def _draw_series(
         for c in numbers
         for each, (values, _) in zip(sets, drawn, strict=True)
     ]
-    legend = _names(sets[0], len(drawn[0][0]), is_alone) if is_alone else []
+    legend = _name_lines(sets, len(drawn[-1][0]))
     return _draw_lines(title, [*notes, *drawn[-1][1]], panels, channels, legend, columns, (6.5 / columns + 1, 1.6))
 
 
@@ -387,8 +401,9 @@ def _draw_lines(
     for panel, (values, _, y_label, numbers) in zip(axes, panels, strict=True):
         for line, style in zip(values.T, styles, strict=False):
             panel.plot(line, **style)
-        panel.set_ylabel(y_label, fontsize=8)
+        panel.set_ylabel(wrap(y_label, size[1]), fontsize=8)
         panel.set_ylim(channels.range(numbers))
+        panel.tick_params(labelbottom=bool(panel.get_xlabel()), labelleft=bool(y_label))  # panels beside share the axis
     return figure
 
 
@@ -422,8 +437,7 @@ def _draw_images(
     ratio = rows[0][0].shape[0] / rows[0][0].shape[1]
     columns = len(rows[0])
     width = min(max(9 / columns, 1.0), 2.6)
-    titles = [textwrap.fill(header, int(13 * width), replace_whitespace=False) for header in headers]
-    titles += [""] * (len(rows) * columns - len(headers))
+    titles = [*headers, *[""] * (len(rows) * columns - len(headers))]
     size = (width, 0.9 * width * min(max(ratio, 0.5), 2) + 0.1)
     figure, axes = make_figure(title, notes, titles, columns, size)
     for i, (row, number, name) in enumerate(zip(rows, numbers, names, strict=True)):
@@ -436,7 +450,7 @@ def _draw_images(
                 panel.set_aspect("equal")
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
-        panels[0].set_ylabel(name, fontsize=8)
+        panels[0].set_ylabel(wrap(name, size[1]), fontsize=8)
         exceeds = any(((image < low) | (image > high)).any() for image in row)
         bar = figure.colorbar(panels[0].get_images()[0], ax=panels, extend="both" if exceeds else "neither")
         bar.ax.tick_params(labelsize=7)

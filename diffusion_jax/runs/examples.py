@@ -99,7 +99,7 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
             if not setup.net.is_images and (count := len(setup.conditions["condition"])) < len(samples):
                 samples, pairs = samples[:count], pairs[:count]
                 title += "; the first sample of each condition"
-        examples = pictures.Examples(x, make_captions(y, conditions, setup.net.class_names), y, pairs=pairs)
+        examples = pictures.Examples(x, make_captions(setup.net, y, conditions), y, pairs=pairs)
     if low is not None:
         samples = _pair(low, samples)
     if height:
