@@ -176,7 +176,9 @@ def test_each_field_has_its_training_example_above():
     assert [axes.get_title() for axes in panels[:8]] == ["abc"[pairs[i]] for i in chosen]
     assert [axes.get_title() for axes in panels[8:16]] == [captions[i] for i in chosen]
     names = [f"channel {c}, {name}" for c in range(2) for name in ("training data", "samples")]
-    assert [" ".join(axes.get_ylabel().split()) for axes in panels[::8]] == names and "8 of 16 samples" in figure.get_suptitle()
+    assert [
+        " ".join(axes.get_ylabel().split()) for axes in panels[::8]
+    ] == names and "8 of 16 samples" in figure.get_suptitle()
 
 
 def test_each_image_has_its_training_example_in_the_same_cell():
