@@ -65,18 +65,17 @@ class Channels:
         limits = self.limits[list(channels)]
         return float(limits.min()), float(limits.max())
 
-    def share_axis(self) -> bool:
-        """Whether one axis suits all channels: they have one unit, and each spans at least a tenth of the axis."""
+    def share_axis(self, most: int) -> bool:
+        """Whether one axis suits all channels: at most `most`, of one unit, and each spans at least a tenth of the axis."""
         assert self.limits is not None
         spans = np.ptp(self.limits, axis=1)
-        return len(set(self.units)) < 2 and not (spans < 0.1 * np.ptp(self.limits)).any()
+        return len(spans) <= most and len(set(self.units)) < 2 and not (spans < 0.1 * np.ptp(self.limits)).any()
 
-    def note_beyond(self, x: np.ndarray) -> list[str]:
-        """Returns a note with the share of values in x [n, *spatial, C] outside the limits; [] if no value is outside."""
+    def share_outside(self, x: np.ndarray) -> float:
+        """Returns the share of values in x [n, *spatial, C] outside the limits."""
         assert self.limits is not None
         low, high = self.limits.T
-        share = float(((x < low) | (x > high)).mean())
-        return [f"{100 * share:.2g}% of the values are outside the limits"] if share else []
+        return float(((x < low) | (x > high)).mean())
 
     def colors(self, channel: int) -> tuple[str, float, float]:
         """Returns (color map, low, high): centered at 0 if both signs span at least a tenth of the limits."""

@@ -83,12 +83,12 @@ def draw_curves(curves: Curves, title: str, channels: Channels = UNKNOWN) -> Fig
     names = [f"{name}\n{note}" for name, note in zip(shown, curves.notes, strict=False)] or shown
     legend = [(name, {"color": color}) for name, color in zip(("data", "samples"), _COLORS, strict=True)]
     size = (5.5, 3.6) if len(shown) == 1 else (3.8, 2.6)
-    figure, axes = make_figure(title, notes, names, min(len(shown), 3), size, labels=curves.labels, legend=legend)
+    labels: Sequence[Any] = curves.labels
+    if channels.units:  # each panel has its own
+        units = [channels.unit(channel) or "1" for channel in range(len(shown))]
+        labels = [[label.replace("data units", unit) for unit in units] for label in labels]
+    figure, axes = make_figure(title, notes, names, min(len(shown), 3), size, labels=labels, legend=legend)
     for channel, panel in enumerate(axes):
-        if channels.units:  # each panel has its own
-            x_label, y_label = (label.replace("data units", channels.unit(channel) or "1") for label in curves.labels)
-            panel.set_xlabel(x_label, fontsize=8)
-            panel.set_ylabel(y_label, fontsize=8)
         drawn = []
         for measurement, color in zip((curves.reference, curves.samples), _COLORS, strict=True):
             value, error = measurement.value[:, channel], measurement.standard_error[:, channel]
@@ -126,23 +126,27 @@ def make_figure(
     columns: int,
     size: tuple[float, float],
     *,
-    labels: tuple[str, str] = ("", ""),
+    labels: Sequence[str | Sequence[str]] = ("", ""),
     legend: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> tuple[Figure, list[Axes]]:
     """Returns a figure and its panels, row by row.
 
     Args:
       notes: a second paragraph in the title. names: titles of the panels, as plain text. size: (width, height) of a panel
-        with labels, in inches. labels: x-axis labels at the bottom and y-axis labels at the left.
+        with labels, in inches.
+      labels: of the x-axes and the y-axes; a text for the panels at the bottom or left, or a text for each panel. Titles
+        and labels are wrapped to the size of a panel.
       legend: pairs (plain text, Matplotlib line style), shown below the panels.
     """
     from matplotlib.figure import Figure  # imported here because it takes half a second
     from matplotlib.lines import Line2D
 
+    def wrap(text: str, inches: float) -> str:
+        return "\n".join(textwrap.fill(line, int(_LETTERS_PER_INCH * inches)) for line in text.split("\n"))
+
     rows = -(-len(names) // columns)
     width = max(columns * size[0], _MIN_WIDTH)
-    letters = int(_LETTERS_PER_INCH * width)
-    lines = [line for text in (title, "; ".join(notes)) for line in textwrap.wrap(text, letters)]
+    lines = [line for text in (title, "; ".join(notes)) for line in wrap(text, width).split("\n") if line]
     entry_width = 0.45 + 0.07 * max((len(label) for label, _ in legend), default=0)
     legend_columns = max(1, min(len(legend), int(width / entry_width)))
     height = rows * size[1] + 0.16 * len(lines) + 0.2 * -(-len(legend) // legend_columns)
@@ -152,11 +156,16 @@ def make_figure(
     for panel in axes[len(names) :]:
         panel.remove()
     for i, (panel, name) in enumerate(zip(axes, names, strict=False)):
-        panel.set_title(name, fontsize=8)
+        panel.set_title(wrap(name, size[0]), fontsize=8)
         panel.tick_params(which="both", labelsize=7)
         panel.grid(alpha=0.3, linewidth=0.5)
-        panel.set_xlabel(labels[0] if i + columns >= len(names) else "", fontsize=8)
-        panel.set_ylabel(labels[1] if i % columns == 0 else "", fontsize=8)
+        is_at_edge = i + columns >= len(names), i % columns == 0
+        shown = [
+            (label if at_edge else "") if isinstance(label, str) else label[i]
+            for label, at_edge in zip(labels, is_at_edge, strict=True)
+        ]
+        panel.set_xlabel(wrap(shown[0], size[0]), fontsize=8)
+        panel.set_ylabel(wrap(shown[1], size[1]), fontsize=8)
     if legend:
         handles = [Line2D([], [], label=label, **style) for label, style in legend]
         figure.legend(handles=handles, loc="outside lower left", ncols=legend_columns, fontsize=8, frameon=False)

@@ -95,11 +95,8 @@ def draw_blocks(blocks: Sequence[Block], title: str = "", row_names: Sequence[st
     if title:
         missing = max(0, _MIN_TITLE_WIDTH - picture.shape[1])
         picture = np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=_BACKGROUND)
-        text_width = picture.shape[1] - GAP
-        lines = [_line(line, text_width) for line in textwrap.wrap(title, text_width // _LETTER_WIDTH)]
-        head = np.full((len(lines) * LINE, *picture.shape[1:]), _BACKGROUND, np.uint8)
-        head[:, GAP:] = np.concatenate(lines)[..., None]
-        picture = np.concatenate([head, picture])
+        for line in reversed(textwrap.wrap(title, (picture.shape[1] - GAP) // _LETTER_WIDTH)):
+            picture = np.concatenate([_line(line, *picture.shape[1:]), picture])
     return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=_BACKGROUND)
 
 
@@ -114,37 +111,37 @@ def _draw_block(block: Block, above: int, below: int) -> np.ndarray:
         if i >= 0:
             tile[GAP : height - below, GAP:] = block.images[i].repeat(scale, axis=0).repeat(scale, axis=1)
             if block.captions and i < len(block.captions):
-                tile[height - below :, GAP:] = _line(block.captions[i], width - GAP)[..., None]
+                tile[height - below :] = _line(block.captions[i], width, channels)
     picture = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
     head = np.full((above, *picture.shape[1:]), _BACKGROUND, np.uint8)
     for i, header in enumerate(block.headers or ()):
         width = picture.shape[1] // len(block.headers or ())
-        head[:, i * width + GAP : (i + 1) * width] = _line(header, width - GAP)[..., None]
+        head[:, i * width : (i + 1) * width] = _line(header, width, channels)
     return np.concatenate([head, picture])
 
 
 def _draw_row_names(names: Sequence[str], block: np.ndarray, above: int) -> np.ndarray:
     """Draws a text at the middle of each row of a drawn block, on as many pixels as the longest text needs."""
     font = ImageFont.load_default(LINE - 3)
-    width = min(_MAX_ROW_NAME, math.ceil(max(map(font.getlength, names))))
-    column = np.full((len(block), GAP + width, block.shape[-1]), _BACKGROUND, np.uint8)
+    width = GAP + min(_MAX_ROW_NAME, math.ceil(max(map(font.getlength, names))))
+    column = np.full((len(block), width, block.shape[-1]), _BACKGROUND, np.uint8)
     height = (len(block) - above) // len(names)
     for i, name in enumerate(names):
         top = above + i * height + (height - LINE) // 2
-        column[top : top + LINE, GAP:] = _line(name, width)[..., None]
+        column[top : top + LINE] = _line(name, *column.shape[1:])
     return column
 
 
-def _line(text: str, width: int) -> np.ndarray:
-    """Renders a line of text as uint8 [LINE, width]."""
+def _line(text: str, width: int, channels: int) -> np.ndarray:
+    """Renders a line of text after a gap as uint8 [LINE, width, channels]; a long text is shortened."""
     font, shown = ImageFont.load_default(LINE - 3), text
-    while len(shown) > 1 and font.getlength(shown) > width:
+    while len(shown) > 1 and font.getlength(shown) > width - GAP:
         text = text[:-1]
         shown = text + "..."
     image = Image.new("L", (width, LINE), _BACKGROUND)
-    ImageDraw.Draw(image).text((0, 0), shown, fill=_TEXT_GRAY, font=font)
-    return np.asarray(image)
+    ImageDraw.Draw(image).text((GAP, 0), shown, fill=_TEXT_GRAY, font=font)
+    return np.asarray(image)[..., None].repeat(channels, axis=-1)
 
 
 def as_text(images: np.ndarray, columns: int) -> str:

@@ -8,7 +8,6 @@ infinite.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +28,7 @@ _MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
 _MAX_CLASSES = 20  # with rows of their own in a grid
 _MAX_LINES = 6  # in a panel of series
 _MAX_CHANNELS = 12  # channels of series with separate panels
+_MAX_CAPTION = 48  # letters
 _MAX_ROWS = 6  # rows of a trajectory, and channels of fields
 _MAX_VOLUME_CHANNELS = 3
 _MAX_TIMES = 10
@@ -126,7 +126,8 @@ def draw_samples(
     if x.ndim > 5:
         raise ValueError(f"x has shape {x.shape}; pictures show at most three spatial axes: [n, D, H, W, C]")
     channels = channels.fit(*(each.x for each in sets))
-    notes = channels.note_beyond(x)
+    share = channels.share_outside(x)
+    notes = [f"{100 * share:.2g}% of the values are outside the limits"] if share else []
     if pairs is not None:
         most = {3: _MAX_SERIES // 2, 4: _MAX_FIELDS, 5: _MAX_VOLUMES // 2}.get(x.ndim, len(x))
         chosen = even_indices(len(x), most)
@@ -194,7 +195,7 @@ def draw_trajectory(
     times = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_TIMES)).round().astype(int))
     notes = [] if len(times) == len(x) else [f"{len(times)} of {len(x)} times"]
     x, headers = x[times], [headers[i] for i in times]
-    separate = x.ndim > 4 or (x.ndim == 4 and _needs_panels(channels))  # a row for each channel
+    separate = x.ndim > 4 or (x.ndim == 4 and not channels.share_axis(_MAX_LINES))  # a row for each channel
     num_channels = min(x.shape[-1], 3) if separate else _MAX_LINES
     num_samples = _MAX_ROWS // num_channels if separate else _MAX_ROWS
     if x.ndim == 3:
@@ -207,19 +208,18 @@ def draw_trajectory(
     if x.ndim == 3:
         numbers = [list(range(shown.shape[-1]))] * len(shown)
         return _draw_vectors(title, notes, [[column] for column in shown], numbers, channels, ["samples"], headers, 5)
-    names, groups = _captions(captions, shown.shape[1], "sample"), [list(range(shown.shape[-1]))]
-    legend = list(map(channels.label, groups[0]))
-    if separate:
-        (_, names), groups = _rows_of_channels(names, shown.shape[-1], channels), [[c] for c in groups[0]]
-        legend = []
-    rows = [(shown[:, i][..., group], group) for i in range(shown.shape[1]) for group in groups]
+    names = _captions(Examples(x[-1], captions, name="samples"), shown.shape[1])
     if x.ndim > 4:
-        numbers = [c for _, (c,) in rows]
-        return _draw_images(title, notes, [row[..., 0] for row, _ in rows], numbers, channels, headers, names)
+        rows = [shown[:, i, ..., c] for i in range(shown.shape[1]) for c in range(shown.shape[-1])]
+        numbers, names = _rows_of_channels(names, shown.shape[-1], channels)
+        return _draw_images(title, notes, rows, numbers, channels, headers, names)
+    groups = [[c] for c in range(shown.shape[-1])] if separate else [list(range(shown.shape[-1]))]
+    legend = [] if separate else list(map(channels.label, groups[0]))
     panels = [
-        _Lines(values, "" if i else headers[j], "" if j else f"{names[i]}\n({channels.unit(group[0])})", group)
-        for i, (row, group) in enumerate(rows)
-        for j, values in enumerate(row)
+        (values, "" if i or k else headers[j], "" if j else f"{name}\n{channels.axis_label(group)}", group)
+        for i, name in enumerate(names)
+        for k, group in enumerate(groups)
+        for j, values in enumerate(shown[:, i][..., group])
     ]
     return _draw_lines(title, notes, panels, channels, legend, len(headers), (1.6, 1.4))
 
@@ -251,28 +251,17 @@ def _join(
         count = left if each is sets[-1] else min(len(each.x), num_examples // len(sets))
         shown, notes = _select(each.x, count, num_channels, positions)
         joined.append(shown)
-        names += _names(each, len(shown), len(sets) == 1)
+        names += _captions(each, len(shown), with_name=len(sets) > 1)
         left -= count
     return np.concatenate(joined), names, notes
 
 
-def _names(examples: Examples, count: int, is_alone: bool) -> list[str]:
-    """Returns the first captions as plain text, with the name of the set unless the set is alone; or "NAME i"."""
-    names = _captions(examples.captions, count, examples.name.removesuffix("s"))
-    has_caption = len(examples.captions or ())
-    return [f"{examples.name}\n{name}" if i < has_caption and not is_alone else name for i, name in enumerate(names)]
-
-
-def _captions(captions: Sequence[str] | None, count: int, word: str) -> list[str]:
-    """Returns the first `count` captions as plain text; missing captions become "word i"."""
-    given = [plain_text(caption) for caption in list(captions or ())[:count]]
-    return given + [f"{word} {i}" for i in range(len(given), count)]
-
-
-def _needs_panels(channels: Channels) -> bool:
-    """Whether series have too many channels for one axis, or channels that do not share an axis."""
-    assert channels.limits is not None
-    return len(channels.limits) > _MAX_LINES or not channels.share_axis()
+def _captions(examples: Examples, count: int, with_name: bool = False) -> list[str]:
+    """Returns the first `count` captions as plain text; missing captions are "NAME i". with_name: puts the name above."""
+    names = [plain_text(caption, _MAX_CAPTION) for caption in list(examples.captions or ())[:count]]
+    if with_name:
+        names = [f"{examples.name}\n{name}" for name in names]
+    return names + [f"{examples.name.removesuffix('s')} {i}" for i in range(len(names), count)]
 
 
 def _rows_of_channels(names: Sequence[str], count: int, channels: Channels) -> tuple[list[int], list[str]]:
@@ -296,15 +285,6 @@ def _note_invalid(*arrays: np.ndarray) -> list[str]:
 
 
 # ---- Panels
-
-
-class _Lines(NamedTuple):
-    """A panel of lines [L, lines]. numbers: the channels whose limits the panel has."""
-
-    values: np.ndarray
-    title: str
-    y_label: str
-    numbers: Sequence[int]
 
 
 def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) -> np.ndarray:
@@ -345,14 +325,14 @@ def _draw_series(
     sets: Sequence[Examples], title: str, columns: int | None, channels: Channels, notes: list[str]
 ) -> Figure:
     """Draws a panel for each example, or panels for each channel with all examples."""
-    if not _needs_panels(channels):
+    if channels.share_axis(_MAX_LINES):
         shown, names, more = _join(sets, _MAX_SERIES, _MAX_LINES)
         numbers = list(range(shown.shape[-1]))
         columns = min(len(shown), columns or 3)
         size = (6.5, 3.0) if len(shown) == 1 else (3.0, 1.7)
         label = channels.axis_label(numbers)
         panels = [
-            _Lines(values, name, "" if i % columns else label, numbers)
+            (values, name, "" if i % columns else label, numbers)
             for i, (values, name) in enumerate(zip(shown, names, strict=True))
         ]
         return _draw_lines(title, [*notes, *more], panels, channels, list(map(channels.name, numbers)), columns, size)
@@ -360,35 +340,42 @@ def _draw_series(
     numbers, is_alone = range(drawn[0][0].shape[-1]), len(sets) == 1
     columns = 2 if not is_alone or len(numbers) > 3 else 1
     panels = [
-        _Lines(values[..., c].T, channels.name(c) + ("" if is_alone else f", {each.name}"), channels.label(c), [c])
+        (values[..., c].T, channels.name(c) + ("" if is_alone else f", {each.name}"), channels.label(c), [c])
         for c in numbers
         for each, (values, _) in zip(sets, drawn, strict=True)
     ]
-    legend = _names(sets[0], len(drawn[0][0]), is_alone) if is_alone else []
+    legend = _captions(sets[-1], len(drawn[-1][0])) if is_alone or sets[-1].captions else []
+    if not is_alone:  # an example with another condition has the same color
+        given = _captions(sets[0], min(len(sets[0].captions or ()), len(drawn[0][0])))
+        for i, (name, other) in enumerate(zip(legend, given, strict=False)):
+            legend[i] += f" ({sets[0].name}: {other})" * (name != other)
     return _draw_lines(title, [*notes, *drawn[-1][1]], panels, channels, legend, columns, (6.5 / columns + 1, 1.6))
 
 
 def _draw_lines(
     title: str,
     notes: Sequence[str],
-    panels: Sequence[_Lines],
+    panels: Sequence[tuple[np.ndarray, str, str, Sequence[int]]],
     channels: Channels,
     legend: Sequence[str],
     columns: int,
     size: tuple[float, float],
 ) -> Figure:
-    """Draws panels of series, which may contain NaN. legend: a name for each line of all panels."""
-    styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(max(panel.values.shape[-1] for panel in panels))]
+    """Draws panels of lines [L, lines], which may contain NaN. legend: a name for each line of all panels.
+
+    panels: (lines, title, y-axis label, the channels whose limits the panel has). Panels without a y-axis label share the
+    axis of the panel at the left.
+    """
+    lines, titles, y_labels, numbers = zip(*panels, strict=True)
+    styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(max(values.shape[-1] for values in lines))]
     entries = list(zip(legend, styles, strict=True)) if len(legend) > 1 else []
-    notes = [*notes, *_note_invalid(*(panel.values for panel in panels))]
-    figure, axes = make_figure(
-        title, notes, [panel.title for panel in panels], columns, size, labels=("position", ""), legend=entries
-    )
-    for panel, (values, _, y_label, numbers) in zip(axes, panels, strict=True):
+    notes = [*notes, *_note_invalid(*lines)]
+    figure, axes = make_figure(title, notes, titles, columns, size, labels=("position", y_labels), legend=entries)
+    for panel, values, shown in zip(axes, lines, numbers, strict=True):
         for line, style in zip(values.T, styles, strict=False):
             panel.plot(line, **style)
-        panel.set_ylabel(y_label, fontsize=8)
-        panel.set_ylim(channels.range(numbers))
+        panel.set_ylim(channels.range(shown))
+        panel.tick_params(labelbottom=bool(panel.get_xlabel()), labelleft=bool(panel.get_ylabel()))
     return figure
 
 
@@ -396,7 +383,7 @@ def _draw_pairs_of_fields(sets: Sequence[Examples], title: str, channels: Channe
     """Draws, for each channel, a row with the examples above a row with the samples."""
     count = len(sets[0].x)
     drawn = [_select(each.x, count, _MAX_ROWS // 2, _MAX_PIXELS) for each in sets]
-    headers = [header for each in sets for header in _captions(each.captions, count, each.name.removesuffix("s"))]
+    headers = [header for each in sets for header in _captions(each, count)]
     numbers = [c for c in range(drawn[0][0].shape[-1]) for _ in sets]
     rows = [shown[..., c] for c in numbers[::2] for shown, _ in drawn]
     names = [f"{channels.name(c)}, {each.name}" for c in numbers[::2] for each in sets]
@@ -422,11 +409,11 @@ def _draw_images(
     ratio = rows[0][0].shape[0] / rows[0][0].shape[1]
     columns = len(rows[0])
     width = min(max(9 / columns, 1.0), 2.6)
-    titles = [textwrap.fill(header, int(13 * width), replace_whitespace=False) for header in headers]
-    titles += [""] * (len(rows) * columns - len(headers))
+    titles = [*headers, *[""] * (len(rows) * columns - len(headers))]
+    labels = [text for name in names for text in (name, *[""] * (columns - 1))]
     size = (width, 0.9 * width * min(max(ratio, 0.5), 2) + 0.1)
-    figure, axes = make_figure(title, notes, titles, columns, size)
-    for i, (row, number, name) in enumerate(zip(rows, numbers, names, strict=True)):
+    figure, axes = make_figure(title, notes, titles, columns, size, labels=("", labels))
+    for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
         panels = axes[i * columns : (i + 1) * columns]
         color_map, low, high = channels.colors(number)
         colors = matplotlib.colormaps[color_map].with_extremes(bad="magenta")
@@ -436,7 +423,6 @@ def _draw_images(
                 panel.set_aspect("equal")
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
-        panels[0].set_ylabel(name, fontsize=8)
         exceeds = any(((image < low) | (image > high)).any() for image in row)
         bar = figure.colorbar(panels[0].get_images()[0], ax=panels, extend="both" if exceeds else "neither")
         bar.ax.tick_params(labelsize=7)
@@ -459,21 +445,20 @@ def _draw_vectors(
     numbers: the channels of each panel. set_names: the names of the samples, and of the examples if there are any.
     """
     notes = [*notes, *_note_invalid(*(panel[0] for panel in panels))]
-    columns = min(len(panels), columns)
     styles = [{"color": "C0", "linewidth": 6, "alpha": 0.6}, {"color": "black", "linewidth": 1}]
     legend = list(zip(set_names, styles, strict=True)) if len(set_names) > 1 else []
-    figure, axes = make_figure(title, notes, headers or [""] * len(panels), columns, (2.6, 2.2), legend=legend)
+    labels = [[channels.label(shown[0]) for shown in numbers]]
+    labels += [["density" if len(shown) == 1 else channels.label(shown[1]) for shown in numbers]]
+    titles, columns = headers or [""] * len(panels), min(len(panels), columns)
+    figure, axes = make_figure(title, notes, titles, columns, (2.6, 2.2), labels=labels, legend=legend)
     for panel, sets, shown in zip(axes, panels, numbers, strict=True):
         limits = channels.range(shown[:1])
         panel.set(xlim=limits)
-        panel.set_xlabel(channels.label(shown[0]), fontsize=8)
         if len(shown) == 2:
             panel.set(ylim=channels.range(shown[1:]))
-            panel.set_ylabel(channels.label(shown[1]), fontsize=8)
             for points, color in zip(sets[::-1], ("0.75", "C0")[-len(sets) :], strict=True):
                 panel.plot(*points[:_MAX_POINTS].T, ".", color=color, markersize=3, markeredgewidth=0)
             continue
-        panel.set_ylabel("density", fontsize=8)
         finite = [values[~np.isnan(values)] for values in sets]
         bins = int(np.clip(math.sqrt(max(map(len, finite))), 8, 60))
         edges = np.linspace(*limits, bins + 1)

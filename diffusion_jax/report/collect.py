@@ -20,7 +20,7 @@ from diffusion_jax import config as configs
 from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
-from diffusion_jax.metrics import format_value, reported_values
+from diffusion_jax.metrics import format_value, heading, reported_values
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, find_links
 from diffusion_jax.runs import status
@@ -28,13 +28,7 @@ from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
 from diffusion_jax.untrusted import read_json
 
-__all__ = [
-    "RunFiles",
-    "collect",
-    "sample_command",
-    "table_cells",
-    "train_command",
-]
+__all__ = ["RunFiles", "collect", "sample_command", "table_cells", "train_command"]
 
 _FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
 # What the metrics of a record depend on, besides the options of the sampler.
@@ -108,8 +102,8 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
 # ---- Tables
 
 
-def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]:
-    """Returns (columns, rows of text) for measurements: the settings that differ, and the metrics.
+def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[str], list[list[str]]]:
+    """Returns (columns, headings, rows of text) for measurements: the settings that differ, and the metrics.
 
     records: measurements, with a key "run" if they are of several runs.
     """
@@ -126,10 +120,9 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[list[str]]]
         for key, value in reported_values(record).items():
             row[key] = format_value(value, record.get(f"{key}_standard_error"))
         rows.append(row)
-    columns = [
-        key for key in names | dict.fromkeys(key for row in rows for key in row) if any(key in row for row in rows)
-    ]
-    return columns, [[row.get(key, "") for key in columns] for row in rows]
+    found = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in names | found if key in found]
+    return columns, list(map(heading, columns)), [[row.get(key, "") for key in columns] for row in rows]
 
 
 # ---- Settings and commands

@@ -6,6 +6,7 @@ Curves show the log of a run, reduced to intervals. Pictures show samples during
 from __future__ import annotations
 
 import base64
+import collections
 import io
 import math
 import pathlib
@@ -18,6 +19,7 @@ from PIL import Image
 from diffusion_jax import pictures
 from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.report.collect import RunFiles
+from diffusion_jax.runs.logging import SCALARS, describe_scalar
 from diffusion_jax.untrusted import open_npz, read_image
 
 __all__ = [
@@ -45,58 +47,31 @@ def even_subset(count: int, most: int) -> list[int]:
 Chart = dict[str, Any]  # as report.js draws it
 MAX_POINTS = 600  # points in a line
 
-# Title, unit, {name in the log: label}, whether the axis is logarithmic at first.
-_CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
-    ("Loss", "loss", {"loss": "loss"}, True),
-    (
-        "Loss by noise level",
-        "loss",
-        {
-            "loss_q1": "least noise",
-            "loss_q2": "less noise",
-            "loss_q3": "more noise",
-            "loss_q4": "most noise",
-        },
-        True,
-    ),
-    ("Squared error of the prediction", "mse", {"mse": "mse"}, True),
-    ("Terms of the variational bound", "bits per dimension", {"vlb": "vlb"}, True),
-    ("Accuracy of the classifier", "fraction", {"accuracy": "accuracy"}, False),
-    ("Learning rate", "learning rate", {"learning_rate": "learning rate"}, False),
-    ("Gradient norm", "L2 norm", {"grad_norm": "gradient"}, True),
-    ("Parameter norm", "L2 norm", {"param_norm": "parameters"}, False),
-    ("Speed", "examples per second", {"images_per_second": "examples per second"}, False),
-    ("Seconds per step", "seconds", {"step_seconds": "seconds per step"}, False),
-    (
-        "Where the time goes",
-        "fraction of the time",
-        {"compute": "train steps", "data_wait": "waiting for data", "logging": "lines, pictures and checkpoints"},
-        False,
-    ),
-    ("Goodput", "fraction of the wall time", {"goodput": "steps that count, since the first launch"}, False),
-)
-_NOT_DRAWN = {"step", "seconds_left"}
 _MAX_OTHER_CHARTS = 12
 
 
-def training_charts(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> list[Chart]:
-    """Returns the charts of a log. Each value that `_CHARTS` does not list gets its own chart."""
-    lines = sorted(lines, key=lambda line: line["step"])
-    known = {name for _, _, labels, _ in _CHARTS for name in labels}
-    others = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in known | _NOT_DRAWN]
-    wanted = [*_CHARTS, *((name.replace("_", " "), name, {name: name}, False) for name in others[:_MAX_OTHER_CHARTS])]
-    charts = []
-    for title, unit, labels, is_log in wanted:
-        drawn = []
-        for name, label in labels.items():
+def training_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]], max_points: int = MAX_POINTS) -> list[Chart]:
+    """Returns the charts of the logs of runs, {run: lines}: one for each chart in `SCALARS`, then of other numbers.
+
+    For several runs, each number has its own chart, with a line for each run.
+    """
+    logs = {run: sorted(lines, key=lambda line: line["step"]) for run, lines in logs.items()}
+    sizes = collections.Counter(scalar.chart for scalar in SCALARS.values())
+    found = dict.fromkeys(name for lines in logs.values() for line in lines for name in line if name != "step")
+    others = [name for name in found if name not in SCALARS][:_MAX_OTHER_CHARTS]
+    charts: dict[str, Chart] = {}
+    for name in [*(name for name, scalar in SCALARS.items() if scalar.chart), *others]:
+        scalar = describe_scalar(name)
+        title = f"{scalar.chart}: {scalar.label}" if len(logs) > 1 and sizes[scalar.chart] > 1 else scalar.chart
+        for run, lines in logs.items():
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-            finite = [point for point in points if math.isfinite(point[1])]
-            if finite:
-                x, y = np.array(finite, np.float64).T
-                drawn.append(make_series(label, x, y, max_points))
-        if drawn:
-            charts.append({"title": title, "x": "training step", "y": unit, "log": is_log, "series": drawn})
-    return charts
+            points = [point for point in points if math.isfinite(point[1])]
+            if points:
+                x, y = np.array(points, np.float64).T
+                empty = {"title": title, "x": "training step", "y": scalar.unit, "log": scalar.is_log, "series": []}
+                label = run if len(logs) > 1 else scalar.label
+                charts.setdefault(title, empty)["series"].append(make_series(label, x, y, max_points))
+    return list(charts.values())
 
 
 def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.metrics import heading
 from diffusion_jax.pretrained import Model, format_summary
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
@@ -73,18 +72,11 @@ def _metrics(run: RunFiles, net: Model) -> str:
     records = [record for record in run.measurements() if weights <= record.items()]
     if not records:
         return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
-    columns, rows = table_cells(records)
-    table = _table([heading(column) for column in columns], rows)
-    return f"## Metrics\n\nA row for each measurement, ± one standard error:\n\n{table}"
+    _, header, rows = table_cells(records)
+    return f"## Metrics\n\nA row for each measurement, ± one standard error:\n\n{_table(header, rows)}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in cells)
-
-
-def _cell(value: Any) -> str:
-    text = " ".join(str(value).split())
-    for symbol in "\\|<>*_`":  # names must not act as Markdown
-        text = text.replace(symbol, f"\\{symbol}")
-    return text
+    escaped = str.maketrans({symbol: f"\\{symbol}" for symbol in "\\|<>*_`"})  # names must not act as Markdown
+    cells = [[" ".join(str(cell).split()).translate(escaped) for cell in row] for row in [header, *rows]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(header), *cells[1:]])

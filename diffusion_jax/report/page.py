@@ -1,6 +1,6 @@
 """The page about one run, and the page that compares several runs.
 
-A section is (id, title, element), or None if the run has no content for the section.
+A section is a function that returns the content under a title; without content, the page omits the section.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ from typing import Any
 import diffusion_jax
 from diffusion_jax.config import SETTINGS, defaults, flatten
 from diffusion_jax.console import format_duration
-from diffusion_jax.errors import shorten
+from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.example_sets import sample_files
 from diffusion_jax.metrics import MEANINGS, find_meaning, format_value, heading
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import figures
-from diffusion_jax.report.collect import (
-    RunFiles,
-    sample_command,
-    table_cells,
-    train_command,
-)
-from diffusion_jax.report.figures import MAX_POINTS, Budget, Frames, Picture, even_subset, training_charts
+from diffusion_jax.report.collect import RunFiles, sample_command, table_cells, train_command
+from diffusion_jax.report.figures import MAX_POINTS, Budget, Chart, Frames, Picture, even_subset, training_charts
 
 __all__ = ["Markup", "comparison_page", "element", "json_script", "run_page", "table"]
 
@@ -94,47 +89,32 @@ def json_script(value: Any) -> Markup:
 
 # ---- Pages
 
-Section = tuple[str, str, Markup]
+Sections = Mapping[tuple[str, str], Callable[[], Any]]  # {(id, title): function that returns the content}
 PICTURE_BYTES = 3_000_000  # before base64, which adds a third
 _MAX_RECORDS, _NUMBERS_OF_A_CHART = 20, 12
-_NO_LINES = "Nothing is logged yet."
-_LIKELIHOOD_TERMS = (
-    "bits_per_dim",
-    "nats_per_dim",
-    "prior",
-    "transitions",
-    "decoder",
-    "ode_bits_per_dim",
-    "ode_nats_per_dim",
-)
 
 
 def run_page(run: RunFiles) -> str:
     """Returns the page of one run."""
     training, denoising, others = (Budget(int(PICTURE_BYTES * share), run.notes) for share in (0.4, 0.15, 0.45))
-    makers: list[Callable[[], Section | None]] = [
-        lambda: _curves(run),
-        lambda: _frames("training-samples", "Samples during training", figures.training_samples(run, training), -1),
-        lambda: _frames("denoising", "Denoising, step by step", figures.denoising(run, denoising), 0),
-        lambda: _likelihood(run),
-        lambda: _metrics({run.name: run}),
-        lambda: _pictures(run, others),
-        lambda: _launches(run),
-        lambda: _config(run),
-        lambda: _environment(run),
-        lambda: _command(run),
-    ]
-    sections = []
-    for make in makers:
-        try:
-            sections.append(make())
-        except Exception as error:  # a stranger's file may hold any values
-            run.notes.append(f"A section is left out, because a file holds invalid values ({shorten(str(error), 200)})")
-    status = [(name, value) for name, value in run.status.items() if name != "directory"]
-    head = definitions(status)
-    if not status:
+    sections: Sections = {
+        ("curves", "Curves"): lambda: _curves(run),
+        ("training-samples", "Samples during training"): lambda: _frames(
+            figures.training_samples(run, training), "training-samples", -1
+        ),
+        ("denoising", "Denoising, step by step"): lambda: _frames(figures.denoising(run, denoising), "denoising", 0),
+        ("likelihood", "Likelihood"): lambda: _likelihood(run),
+        ("metrics", "Metrics"): lambda: _metrics({run.name: run}),
+        ("pictures", "Pictures"): lambda: _pictures(run, others),
+        ("launches", "Launches"): lambda: _launches(run),
+        ("config", "Config"): lambda: _config(run),
+        ("environment", "Environment and data"): lambda: _environment(run),
+        ("reproduce", "Command to reproduce"): lambda: _command(run),
+    }
+    head = definitions((name, value) for name, value in run.status.items() if name != "directory")
+    if not run.status:
         head = element("p", "The directory holds no run yet: it has no config.json.")
-    return _page(f"Run {run.name}", [head, _notes(run)], sections)
+    return _page(f"Run {run.name}", head, {run.name: run}, sections)
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> str:
@@ -143,65 +123,81 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
     for run in runs:  # equal names get a number
         count = sum(name == run.name or name.startswith(f"{run.name} (") for name in named)
         named[f"{run.name} ({count + 1})" if count else run.name] = run
-    states = list(dict.fromkeys(key for run in runs for key in run.status if key != "directory"))
-    rows = [[name, *(run.status.get(key, "") for key in states)] for name, run in named.items()]
-    charts: dict[str, dict[str, Any]] = {}  # each chart has a line for each run
-    newest = []
-    for name, run in named.items():
-        for chart in training_charts(run.lines, max(MAX_POINTS // len(runs), 60)):
-            for series in chart["series"]:
-                title = f"{chart['title']}: {series['label']}" if len(chart["series"]) > 1 else chart["title"]
-                joint = charts.setdefault(title, chart | {"title": title, "series": []})
-                joint["series"].append(series | {"label": name})
-        frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs), run.notes), most=1)
-        for caption, (picture,) in frames.frames if frames else ():
-            newest.append(picture._replace(caption=f"{name}, {caption}"))
-    settings = [{} if run.config is None else flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for each in settings for key in each)
-    differing = [[key, *(str(each.get(key, "")) for each in settings)] for key in keys]
-    differing = [row for row in differing if len(set(row[1:])) > 1]
-    differing_table = table("Settings in which the runs differ", ["setting", *named], differing)
-    sections = [
-        _section("states", "Runs", table("The state of each run", ["run", *states], rows)),
-        _section("curves", "Curves", _chart_grid(charts.values()) if charts else element("p", _NO_LINES)),
-        _section("config", "Config", differing_table if differing else element("p", "The configs are equal.")),
-        _metrics(named),
-    ]
-    if newest:
-        sections.append(_section("samples", "Newest samples during training", _gallery(newest)))
-    notes = [_notes(run, f"{name}: ") for name, run in named.items()]
-    return _page(f"{len(runs)} runs: {', '.join(named)}", notes, sections)
+
+    def states():
+        keys = list(dict.fromkeys(key for run in runs for key in run.status if key != "directory"))
+        rows = [[name, *(run.status.get(key, "") for key in keys)] for name, run in named.items()]
+        return table("The state of each run", ["run", *keys], rows)
+
+    def config():
+        settings = [{} if run.config is None else flatten(run.config) for run in runs]
+        keys = dict.fromkeys(key for each in settings for key in each)
+        rows = [[key, *(str(each.get(key, "")) for each in settings)] for key in keys]
+        rows = [row for row in rows if len(set(row[1:])) > 1]
+        if not rows:
+            return element("p", "The configs are equal.")
+        return table("Settings in which the runs differ", ["setting", *named], rows)
+
+    def samples():
+        newest = []
+        for name, run in named.items():
+            frames = figures.training_samples(run, Budget(PICTURE_BYTES // len(runs), run.notes), most=1)
+            for caption, (picture,) in frames.frames if frames else ():
+                newest.append(picture._replace(caption=f"{name}, {caption}"))
+        return _gallery(newest) if newest else ""
+
+    def curves():
+        logs = {name: run.lines for name, run in named.items()}
+        return _chart_grid(training_charts(logs, max(MAX_POINTS // len(runs), 60)))
+
+    sections: Sections = {
+        ("states", "Runs"): states,
+        ("curves", "Curves"): curves,
+        ("config", "Config"): config,
+        ("metrics", "Metrics"): lambda: _metrics(named),
+        ("samples", "Newest samples during training"): samples,
+    }
+    return _page(f"{len(runs)} runs: {', '.join(named)}", "", named, sections)
 
 
-def _page(title: str, head: Sequence[Any], sections: Sequence[Section | None]) -> str:
+def _page(title: str, head: str, runs: Mapping[str, RunFiles], sections: Sections) -> str:
+    """Returns a page whose notes list the files that cannot be read, and the sections that fail on invalid values."""
+    links, shown, problems = [], [], []
+    for (identifier, name), make in sections.items():
+        try:
+            content = make()
+        except Exception as error:  # a stranger's file may hold any values
+            reason = shorten(str(error), 200)
+            problems.append(f"A section is left out, because a file holds invalid values ({reason})")
+            continue
+        if content:
+            title_id = f"{identifier}-title"  # the title makes the section a named region
+            shown.append(
+                element("section", element("h2", name, id=title_id), content, id=identifier, aria_labelledby=title_id)
+            )
+            links.append(element("li", element("a", name, href=f"#{identifier}")))
+    notes = [f"{name}: {note}" if len(runs) > 1 else note for name, run in runs.items() for note in run.notes]
     static = importlib.resources.files("diffusion_jax.report") / "static"
     files = {path.name.replace(".", "_"): path.read_text() for path in static.iterdir() if path.name != "model_card.md"}
-    shown = [section for section in sections if section is not None]
     return string.Template(files.pop("page_html")).substitute(
         files,
         title=_escape(title),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         version=diffusion_jax.__version__,
-        links=join(element("li", element("a", name, href=f"#{identifier}")) for identifier, name, _ in shown),
-        content=join([*head, *(content for _, _, content in shown)]),
+        links=join(links),
+        content=join([head, _notes([*notes, *problems], aria_label="Notes"), *shown]),
     )
 
 
-def _section(identifier: str, title: str, *content: Any) -> Section:
-    """Returns a section whose heading has an id, so that the element is a named region."""
-    heading = element("h2", title, id=f"{identifier}-title")
-    body = element("section", heading, *content, id=identifier, aria_labelledby=f"{identifier}-title")
-    return identifier, title, body
+def _notes(notes: Iterable[str], **attributes: str) -> Markup:
+    items = [element("li", note) for note in notes]
+    return element("ul", *items, class_="notes", **attributes) if items else Markup("")
 
 
-def _notes(run: RunFiles, prefix: str = "") -> Markup:
-    if not run.notes:
-        return Markup("")
-    return element("ul", *(element("li", f"{prefix}{note}") for note in run.notes), class_="notes", aria_label="Notes")
-
-
-def _chart_grid(charts: Iterable[Mapping[str, Any]]) -> Markup:
+def _chart_grid(charts: Sequence[Chart]) -> Markup:
     """Returns the values of charts, which report.js draws, and for screen readers some numbers of each chart as tables."""
+    if not charts:
+        return element("p", "Nothing is logged yet.")
     shown = []
     for chart in charts:
         tables = []
@@ -218,22 +214,21 @@ def _chart_grid(charts: Iterable[Mapping[str, Any]]) -> Markup:
 # ---- Sections of one run
 
 
-def _curves(run: RunFiles) -> Section:
-    charts = training_charts(run.lines)
-    if not charts:
-        return _section("curves", "Curves", element("p", _NO_LINES))
-    longest = max(series["values"] for chart in charts for series in chart["series"])
-    points = max(len(series["x"]) for chart in charts for series in chart["series"])
+def _curves(run: RunFiles) -> Markup:
+    charts = training_charts({run.name: run.lines})
+    drawn = [series for chart in charts for series in chart["series"]]
+    longest = max((series["values"] for series in drawn), default=0)
+    points = max((len(series["x"]) for series in drawn), default=0)
     text = f"{longest:,} lines of the log."
     if points < longest:
         text += f" They are shown as {points} means, with a band from the lowest to the highest value of each interval."
-    return _section("curves", "Curves", element("p", text), _chart_grid(charts))
+    return join([element("p", text) if charts else "", _chart_grid(charts)])
 
 
-def _frames(identifier: str, title: str, frames: Frames | None, start: int) -> Section | None:
+def _frames(frames: Frames | None, identifier: str, start: int) -> str:
     """Returns pictures with a slider. The first picture is an HTML element, so that it is visible without scripts, too."""
     if frames is None:
-        return None
+        return ""
     start %= len(frames.frames)
     shown_caption, shown = frames.frames[start]
     data = {
@@ -261,7 +256,7 @@ def _frames(identifier: str, title: str, frames: Frames | None, start: int) -> S
         json_script(data),
         class_="frames",
     )
-    return _section(identifier, title, slider, element("p", frames.note))
+    return join([slider, element("p", frames.note)])
 
 
 def _figure(picture: Picture, caption: str) -> Markup:
@@ -273,53 +268,46 @@ def _gallery(pictures: Iterable[Picture]) -> Markup:
     return element("div", *(_figure(picture, picture.caption) for picture in pictures), class_="gallery")
 
 
-def _likelihood(run: RunFiles) -> Section | None:
+def _likelihood(run: RunFiles) -> str:
     report = run.likelihood
     rows = [
-        [heading(name), format_value(report[name], report.get(f"{name}_standard_error")), MEANINGS[name].text]
-        for name in _LIKELIHOOD_TERMS
+        [heading(name), format_value(report[name], report.get(f"{name}_standard_error")), meaning.text]
+        for name, meaning in MEANINGS.items()
         if isinstance(report.get(name), int | float)
     ]
-    if not rows:
-        return None
     examples = " ".join(str(report[name]) for name in ("dataset", "split") if report.get(name))
     caption = f"{report.get('num_examples')} examples of {examples}, "
     caption += f"the {report.get('weights')} weights of step {report.get('step')}"
-    return _section("likelihood", "Likelihood", table(caption, ["quantity", "value ± standard error", "meaning"], rows))
+    return table(caption, ["quantity", "value ± standard error", "meaning"], rows) if rows else ""
 
 
-def _metrics(runs: Mapping[str, RunFiles]) -> Section | None:
+def _metrics(runs: Mapping[str, RunFiles]) -> str:
     """Returns a table of all metrics, with explanations. runs: {name: run}."""
     records: list[dict[str, Any]] = [
         {"run": name} | record for name, run in runs.items() for record in run.measurements()[-_MAX_RECORDS:]
     ]
     if not records:
-        return None
-    columns, rows = table_cells(records)
-    header = [heading(column) for column in columns]
+        return ""
+    columns, header, rows = table_cells(records)
     body = table("A row for each measurement, ± one standard error", header, rows, class_="numbers")
     notes = dict.fromkeys(
         f"{record['run']}, {name}: {note}" for record in records for name, note in record.get("notes", {}).items()
     )
-    warnings = [element("ul", *(element("li", note) for note in notes), class_="notes")] if notes else []
     meanings = {column: meaning for column in columns if (meaning := find_meaning(column))}
     explained = definitions((f"{m.name}, {key} in files", m.text) for key, m in meanings.items())
-    return _section("metrics", "Metrics", body, *warnings, explained)
+    return join([body, _notes(notes), explained])
 
 
-def _pictures(run: RunFiles, budget: Budget) -> Section | None:
+def _pictures(run: RunFiles, budget: Budget) -> str:
     shown, left_out = figures.other_pictures(run, budget)
-    if not shown and not left_out:
-        return None
-    names = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" if len(left_out) > 10 else "")
-    text = element("p", f"Left out, because this file stays small: {names}.") if names else ""
-    return _section("pictures", "Pictures", _gallery(shown), text)
+    text = f"Left out, because this file stays small: {list_names(left_out, 10)}."
+    return join([_gallery(shown), element("p", text) if left_out else ""]) if shown or left_out else ""
 
 
-def _launches(run: RunFiles) -> Section | None:
+def _launches(run: RunFiles) -> str:
     """Returns a table with a row for each launch, and a list of unused checkpoints."""
     if not run.launches:
-        return None
+        return ""
     rows = []
     continued_from = [launch["first_step"] for launch in run.launches[1:]] + [run.launches[-1]["last_step"]]
     for launch, following in zip(run.launches, continued_from, strict=True):
@@ -330,15 +318,13 @@ def _launches(run: RunFiles) -> Section | None:
     header = ["start (UTC)", "duration", "from step", "to step", "steps done again later", "stopped by"]
     checkpoints = run.directory / "checkpoints"
     unused = sorted(path.name for end in ("unreadable", "partial") for path in checkpoints.glob(f"*.{end}"))
-    text = (
-        element("p", f"Damaged or unfinished checkpoints, which are not used: {', '.join(unused)}.") if unused else ""
-    )
-    return _section("launches", "Launches", table("Launches", header, rows, "times"), text)
+    text = f"Damaged or unfinished checkpoints, which are not used: {', '.join(unused)}."
+    return join([table("Launches", header, rows, "times"), element("p", text) if unused else ""])
 
 
-def _config(run: RunFiles) -> Section | None:
+def _config(run: RunFiles) -> str:
     if run.config is None:
-        return None
+        return ""
     values = flatten(run.config)
     rows = [
         [name, str(values[name]), str(default), SETTINGS[name].description]
@@ -346,39 +332,32 @@ def _config(run: RunFiles) -> Section | None:
         if values[name] != default
     ]
     every = table("All settings", ["setting", "value"], [[name, str(value)] for name, value in values.items()])
-    return _section(
-        "config",
-        "Config",
-        table("Settings that differ from the defaults", ["setting", "value", "default", "meaning"], rows),
-        element("details", element("summary", "All settings"), every),
-    )
+    changed = table("Settings that differ from the defaults", ["setting", "value", "default", "meaning"], rows)
+    return join([changed, element("details", element("summary", "All settings"), every)])
 
 
-def _environment(run: RunFiles) -> Section | None:
+def _environment(run: RunFiles) -> str:
     """Describes the environment of the last launch, and the data."""
     rows: list[tuple[str, str]] = []
     environment = run.launches[-1].get("environment") if run.launches else None
     if environment:
-        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())))
+        rows.append(("system", "{system}, {cpus} CPUs".format(**environment)))
         devices = "{devices} x {device_kind} ({backend}), {processes} processes".format(**environment)
-        rows += [
-            ("versions", versions),
-            ("system", "{system}, {cpus} CPUs".format(**environment)),
-            ("devices", devices),
-        ]
+        rows.append(("devices", devices))
     if run.data:
         digest = run.data.get("sha256_of_some")
         rows.append(("data", f"{run.data.get('images', 0):,} examples, SHA-256 of some: {digest}"))
         if run.data.get("classes"):
             rows.append(("classes", ", ".join(map(str, run.data["classes"]))))
-    return _section("environment", "Environment and data", definitions(rows)) if rows else None
+    return definitions(rows) if rows else ""
 
 
-def _command(run: RunFiles) -> Section | None:
+def _command(run: RunFiles) -> str:
     if run.config is None:
-        return None
+        return ""
     text = f"# Train again, in a new directory DIR.\n{train_command(run.config)}"
     provenance = next(filter(None, map(Provenance.read, sample_files(run.directory))), None)
     if provenance is not None:
         text += f"\n# Draw the newest samples again.\n{sample_command(run.config, provenance)}"
-    return _section("reproduce", "Command to reproduce", element("pre", text, tabindex=0, aria_label="Command"))
+    return element("pre", text, tabindex=0, aria_label="Command")

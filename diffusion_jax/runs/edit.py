@@ -30,8 +30,7 @@ from diffusion_jax.untrusted import read_image
 
 __all__ = ["run"]
 
-_UNKNOWN = 127  # gray for pixels that the model paints
-_THRESHOLD = 127  # mask values above 127 of 255 mark known pixels
+_GRAY = 127  # for pixels that the model paints; mask values above 127 of 255 mark known pixels
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
@@ -49,11 +48,10 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     mask = files.read_mask() if "mask" in needed else None
     image = files.read("image", options.factor if "factor" in needed else None, mask)
     kind = "image" if net.is_images else "example"
-    given, captions = [image], [kind]
+    given = {kind: image}
     if mask is not None:  # unknown values may be NaN; the picture shows them gray
-        shown = np.where(mask, image, np.nan if net.levels is None else _UNKNOWN).astype(image.dtype)
+        given["known"] = np.where(mask, image, np.nan if net.levels is None else _GRAY).astype(image.dtype)
         image = np.where(mask, image, 0).astype(image.dtype)
-        given, captions = [given[0], shown], [kind, "known"]
     inputs: dict[str, Any] = {"image": files.to_model(image, options.num_samples), "mask": mask}
     if "other" in needed:
         for setting, rows in (("class", setup.labels), ("conditions", setup.conditions.get("condition"))):
@@ -61,15 +59,15 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
-        given, captions = [image, files.read("other")], [kind, "other"]
-        inputs["other"] = files.to_model(given[1])
+        given["other"] = files.read("other")
+        inputs["other"] = files.to_model(given["other"])
     arguments = {**options.to_dict(), **inputs}
     with as_user_error("config.editing"):
         edit = editing.EDITS[task](**{name: arguments[name] for name in needed})
     if edit.shown is not None:
         caption, measured = edit.shown
         measured = data.to_data_units(np.asarray(measured), net.normalizations.get("x"))
-        given, captions = [setup.to_examples(measured)[0]], [caption]
+        given = {caption: setup.to_examples(measured)[0]}
 
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, config.sampling.use_ema))
     if jax.process_index() != 0:
@@ -81,15 +79,16 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     with as_user_error("config.editing"):
         results = setup.to_examples(setup.generate(jax.random.key(config.sampling.seed), rows, algorithm=edit.draw))
     if net.levels is None and mask is not None:  # known values stay exactly as in the file, without rounding
-        results = np.where(mask, given[0], results).astype(results.dtype)
+        results = np.where(mask, given[kind], results).astype(results.dtype)
     check_finite(results)
-    provenance = make_provenance(setup, editing=to_dict(options), given_digest=array_digest(np.stack(given)))
+    shown = np.stack(list(given.values()))
+    provenance = make_provenance(setup, editing=to_dict(options), given_digest=array_digest(shown))
     title = f"Edit: {task.replace('_', ' ')}, {provenance.name}"
     provenance = dataclasses.replace(provenance, name=f"{task}_{provenance.name}_{provenance.digest[:6]}")
-    captions += [f"result {i}" for i in range(1, len(results) + 1)]
+    captions = [f"result {i}" for i in range(1, len(results) + 1)]
     if "other" in needed:
-        captions[2:] = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
-    picture = pictures.draw_edit(np.stack(given), results, captions, title, read_channels(config, workdir))
+        captions = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
+    picture = pictures.draw_edit(shown, results, [*given, *captions], title, read_channels(config, workdir))
     path = workdir / "samples" / "edits" / f"{provenance.name}.npz"
     write_samples(workdir, path, provenance, {"arr_0": results}, picture)
     noun = "images" if net.is_images else "examples"
@@ -173,7 +172,7 @@ class _Files:
                 )
             values, (height, width) = np.asarray(mask.convert("L")), self._size
             values = values * 255 if values.max() == 1 else values
-            known = data.fit(Image.fromarray(values), (height, width), 1) > _THRESHOLD
+            known = data.fit(Image.fromarray(values), (height, width), 1) > _GRAY
         else:
             allowed = [self._shape, (*self._size, 1), self._size] if self._size else [self._shape]
             if mask.dtype != bool or mask.shape not in allowed:

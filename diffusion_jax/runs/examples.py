@@ -24,6 +24,7 @@ _MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
 _MAX_CONDITIONED = 256  # enough to find an example near a requested condition
 _MAX_BYTES = 2**23
 _NUM_CANDIDATES = 128  # further examples that are read to find every class
+_FAR = 1e6  # standard deviations between an example with and an example without a condition
 _QUANTILE = 0.005  # share of the values of the examples beyond each limit of a channel
 
 
@@ -42,9 +43,7 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
     first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
     batch = source.read(even_indices(first_block, count + (_NUM_CANDIDATES if "label" in first else 0)))
     labels = np.asarray(batch.get("label", np.arange(len(batch_examples(batch)))))
-    order = np.argsort(labels, kind="stable")
-    place = np.empty(len(labels), int)  # among the candidates of its class
-    place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    place = [np.count_nonzero(labels[:i] == y) for i, y in enumerate(labels)]  # among the candidates of its class
     chosen = np.lexsort((labels, place))[: max(count, len(np.unique(labels)))]
     chosen = chosen[even_indices(len(chosen), count)]
     path = workdir / _FILE
@@ -70,12 +69,11 @@ def _read(workdir: RunDir) -> dict[str, np.ndarray]:
         return {}
 
 
-def read_channels(config: ConfigDict, workdir: RunDir) -> pictures.Channels:
-    """Returns the names and units of the config, with limits from the stored examples."""
-    return _make_channels(config, _read(workdir))
-
-
-def _make_channels(config: ConfigDict, stored: Mapping[str, np.ndarray]) -> pictures.Channels:
+def read_channels(
+    config: ConfigDict, workdir: RunDir, stored: Mapping[str, np.ndarray] | None = None
+) -> pictures.Channels:
+    """Returns the names and units of the config, with limits from the stored examples. stored: the file, if it was read."""
+    stored = _read(workdir) if stored is None else stored
     channels = pictures.Channels(tuple(config.data.channel_names), tuple(config.data.channel_units))
     return channels.fit(batch_examples(stored), quantile=_QUANTILE) if stored else channels
 
@@ -99,12 +97,12 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
             if not setup.net.is_images and (count := len(setup.conditions["condition"])) < len(samples):
                 samples, pairs = samples[:count], pairs[:count]
                 title += "; the first sample of each condition"
-        examples = pictures.Examples(x, make_captions(y, conditions, setup.net.class_names), y, pairs=pairs)
+        examples = pictures.Examples(x, make_captions(setup.net, y, conditions), y, pairs=pairs)
     if low is not None:
         samples = _pair(low, samples)
     if height:
         title += "; each image after its small image"
-    channels = _make_channels(setup.config, stored)
+    channels = read_channels(setup.config, workdir, stored)
     return pictures.draw_samples(samples, title, captions, labels=labels, examples=examples, channels=channels)
 
 
@@ -114,21 +112,22 @@ def _nearest(stored: Mapping[str, np.ndarray], requested: Mapping[str, np.ndarra
     Both have "condition" [n, F] and "condition_missing" bool [n], as `SamplingSetup.conditions`. Examples without a condition
     are nearest to each other.
     """
-
-    def split(conditions):
-        missing = conditions.get("condition_missing", np.zeros(len(conditions["condition"]), bool))
-        return np.where(missing[:, None], 0.0, conditions["condition"]), missing
-
-    (values, missing), (wanted, wants_none) = split(stored), split(requested)
+    values, missing = stored["condition"], _missing(stored)
     deviation = values[~missing].std(axis=0) if not missing.all() else np.ones(values.shape[1])
     scale = np.where(deviation > 0, deviation, 1)
-    distances = (np.square((values - each) / scale).sum(axis=1) for each in wanted)
-    return np.array(
-        [
-            np.where(missing == is_none, near, np.inf).argmin()
-            for near, is_none in zip(distances, wants_none, strict=True)
-        ]
-    )
+
+    def coordinates(conditions: Mapping[str, np.ndarray]) -> np.ndarray:
+        missing = _missing(conditions)[:, None]
+        return np.concatenate(
+            [np.where(missing, 0.0, np.float64(conditions["condition"]) / scale), _FAR * missing], axis=1
+        )
+
+    points = coordinates(stored)
+    return np.array([np.square(points - each).sum(axis=1).argmin() for each in coordinates(requested)])
+
+
+def _missing(conditions: Mapping[str, np.ndarray]) -> np.ndarray:
+    return conditions.get("condition_missing", np.zeros(len(conditions["condition"]), bool))
 
 
 def _pair(low: np.ndarray, x: np.ndarray) -> np.ndarray:

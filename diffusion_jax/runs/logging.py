@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -48,12 +49,13 @@ from diffusion_jax.untrusted import check_regular, parse_json, read_json
 
 __all__ = [
     "PARTS",
+    "SCALARS",
     "WRITERS",
-    "Goodput",
     "LaunchTimes",
     "RunMetrics",
     "check_writers",
-    "read_goodput",
+    "compute_goodput",
+    "describe_scalar",
     "read_launches",
     "read_metrics",
     "write_evaluation",
@@ -61,12 +63,51 @@ __all__ = [
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
 _SECONDS_BETWEEN_UPLOADS = 60.0  # lines and events, to a bucket
-_TENSORBOARD_GROUPS = {
-    **dict.fromkeys(("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "mse", "vlb", "accuracy"), "loss"),
-    **dict.fromkeys(("images_per_second", "seconds_left", "step_seconds", "goodput"), "time"),
-    **dict.fromkeys(("compute", "data_wait", "logging"), "time"),
-    **dict.fromkeys(("grad_norm", "param_norm", "learning_rate"), "optimizer"),
-}  # all other values are metrics of samples
+
+
+class Scalar(NamedTuple):
+    """How a number of the log is shown.
+
+    group: in TensorBoard. chart, unit: title and unit of the chart in the report, "" for no chart. label: the line in the
+    chart. is_log: whether the axis is logarithmic at first.
+    """
+
+    group: str
+    chart: str
+    unit: str
+    label: str
+    is_log: bool = False
+
+
+_BY_LEVEL, _TIME_SPENT = (
+    ("loss", "Loss by noise level", "loss"),
+    ("time", "Where the time goes", "fraction of the time"),
+)
+SCALARS: dict[str, Scalar] = {
+    "loss": Scalar("loss", "Loss", "loss", "loss", True),
+    "loss_q1": Scalar(*_BY_LEVEL, "least noise", True),
+    "loss_q2": Scalar(*_BY_LEVEL, "less noise", True),
+    "loss_q3": Scalar(*_BY_LEVEL, "more noise", True),
+    "loss_q4": Scalar(*_BY_LEVEL, "most noise", True),
+    "mse": Scalar("loss", "Squared error of the prediction", "mse", "mse", True),
+    "vlb": Scalar("loss", "Terms of the variational bound", "bits per dimension", "vlb", True),
+    "accuracy": Scalar("loss", "Accuracy of the classifier", "fraction", "accuracy"),
+    "learning_rate": Scalar("optimizer", "Learning rate", "learning rate", "learning rate"),
+    "grad_norm": Scalar("optimizer", "Gradient norm", "L2 norm", "gradient", True),
+    "param_norm": Scalar("optimizer", "Parameter norm", "L2 norm", "parameters"),
+    "images_per_second": Scalar("time", "Speed", "examples per second", "examples per second"),
+    "step_seconds": Scalar("time", "Seconds per step", "seconds", "seconds per step"),
+    "seconds_left": Scalar("time", "", "seconds", "time left"),
+    "compute": Scalar(*_TIME_SPENT, "train steps"),
+    "data_wait": Scalar(*_TIME_SPENT, "waiting for data"),
+    "logging": Scalar(*_TIME_SPENT, "lines, pictures and checkpoints"),
+    "goodput": Scalar("time", "Goodput", "fraction of the wall time", "steps that count, since the first launch"),
+}
+
+
+def describe_scalar(name: str) -> Scalar:
+    """Returns the entry of `SCALARS`; any other number is a metric of samples with a chart of its own."""
+    return SCALARS.get(name) or Scalar("metrics", name.replace("_", " "), name, name)
 
 
 def check_writers(config: ConfigDict) -> None:
@@ -122,16 +163,14 @@ class RunMetrics:
         self._workdir, self._last_flush = workdir, time.monotonic()
         self._in_bucket, self._is_writer = isinstance(workdir, BucketRunDir), jax.process_index() == 0
         self._waiting: list[dict[str, Any]] = []  # lines that are not written yet
-        self._writers = _Writers(config, {}, step)
-        if not self._is_writer:
-            return
         with self._write_errors():
-            for path in _files(workdir):
+            for path in _files(workdir) if self._is_writer else ():
                 text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
                 if text.encode() != path.read_bytes():
                     write_text(path, text)
                     workdir.upload(path)
-        self._writers = _Writers(config, dict.fromkeys(config.logging.writers, workdir), step)
+        names = config.logging.writers if self._is_writer else ()
+        self._writers = _Writers(config, dict.fromkeys(names, workdir), step)
 
     def __enter__(self) -> RunMetrics:
         return self
@@ -273,7 +312,7 @@ class _TensorBoard:
         self._write(step, summary=summary(value=[summary.Value(**value) for value in values]))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        tags = {name: name if "/" in name else f"{_TENSORBOARD_GROUPS.get(name, 'metrics')}/{name}" for name in scalars}
+        tags = {name: name if "/" in name else f"{describe_scalar(name).group}/{name}" for name in scalars}
         self._write_values(step, [{"tag": tags[name], "simple_value": value} for name, value in scalars.items()])
 
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
@@ -408,18 +447,6 @@ _SECONDS_BETWEEN_WRITES = 60.0
 PARTS: tuple[str, ...] = ("train", "start", "compile", "restore", "save", "input", "output")
 
 
-class Goodput(NamedTuple):
-    """fractions: {part: fraction of the wall time since the first launch}; they sum to 1.
-
-    train is the goodput: time in training steps that were kept. repeated: steps that a kill lost and a rerun computed again.
-    idle: time between launches.
-    """
-
-    fractions: dict[str, float]
-    wall_seconds: float
-    num_launches: int
-
-
 class LaunchTimes:
     """Measures how one launch spends its time, and writes goodput.json. clock: returns seconds since 1970.
 
@@ -461,9 +488,8 @@ class LaunchTimes:
 
     def lap(self) -> dict[str, float]:
         """Returns the seconds of each part since the last call."""
-        now, before = self.seconds(), self._last_lap
-        self._last_lap = now
-        return {part: now[part] - before[part] for part in now}
+        before, self._last_lap = self._last_lap, self.seconds()
+        return {part: seconds - before[part] for part, seconds in self._last_lap.items()}
 
     def record(self, step: int, is_last: bool = False) -> None:
         """Records a finished step. Process 0 writes the file at most once a minute, and always if `is_last`."""
@@ -479,7 +505,7 @@ class LaunchTimes:
     def goodput(self) -> float:
         """Returns the goodput of the run up to now."""
         this = self._launches[-1] | {"end": self._clock(), "seconds": self.seconds()}
-        return _goodput([*self._launches[:-1], this]).fractions["train"]
+        return compute_goodput([*self._launches[:-1], this])[0]["train"]
 
     def stop(self, error: BaseException) -> None:
         """Records the error that ends the launch, unless the bucket caused the error. Write errors are ignored."""
@@ -492,40 +518,36 @@ class LaunchTimes:
             self.record(self._launches[-1]["last_step"], is_last=True)
 
 
-def read_goodput(workdir: RunDir | pathlib.Path) -> Goodput | None:
-    """Returns a run's goodput, up to the end of the last launch; None if no launch wrote times."""
-    launches = read_launches(workdir)
-    return _goodput(launches) if launches else None
-
-
 def read_launches(workdir: RunDir | pathlib.Path) -> list[dict[str, Any]]:
     """Returns the entries of goodput.json: launches that finished a step or failed; [] if there are none."""
+
+    def is_complete(launch: Any) -> bool:
+        try:
+            numbers = [launch[name] for name in ("start", "end", "first_step", "last_step")]
+            return all(abs(number) < 2**53 for number in [*numbers, *(launch["seconds"][part] for part in PARTS)])
+        except (LookupError, TypeError):  # a stranger's file may hold any values
+            return False
+
     with contextlib.suppress(OSError, ValueError):
-        return [launch for launch in read_json(workdir / _GOODPUT, list) if _is_launch(launch)]
+        return list(filter(is_complete, read_json(workdir / _GOODPUT, list)))
     return []
 
 
-def _is_launch(value: Any) -> bool:
-    """Whether an entry of goodput.json has the numbers that `LaunchTimes` writes."""
-    seconds = value.get("seconds") if isinstance(value, dict) else None
-    if not isinstance(seconds, dict):
-        return False
-    numbers = [*map(value.get, ("start", "end", "first_step", "last_step")), *map(seconds.get, PARTS)]
-    return all(isinstance(number, int | float) and abs(number) < 2**53 for number in numbers)
+def compute_goodput(launches: list[dict[str, Any]]) -> tuple[dict[str, float], float]:
+    """Returns ({part: fraction of the wall time}, wall seconds from the first launch to the end of the last launch).
 
-
-def _goodput(launches: list[dict[str, Any]]) -> Goodput:
-    totals = dict.fromkeys([*PARTS, "repeated", "idle"], 0.0)
-    for launch, following in zip(launches, [*launches[1:], None], strict=True):
-        for part in PARTS:
-            totals[part] += launch["seconds"][part]
-        if following is None:
-            break
+    launches: the result of `read_launches`. The fractions sum to 1. train is the goodput: time in training steps that were
+    kept. repeated: steps that a kill lost and a rerun computed again. idle: time between launches.
+    """
+    totals = {part: sum(launch["seconds"][part] for launch in launches) for part in PARTS} | {
+        "repeated": 0.0,
+        "idle": 0.0,
+    }
+    for launch, following in itertools.pairwise(launches):
         totals["idle"] += max(following["start"] - launch["end"], 0.0)
-        steps = launch["last_step"] - launch["first_step"]
-        if steps:
+        if steps := launch["last_step"] - launch["first_step"]:
             lost = min(max(launch["last_step"] - following["first_step"], 0), steps)
             totals["repeated"] += launch["seconds"]["train"] * lost / steps
     totals["train"] -= totals["repeated"]
     wall = max(sum(totals.values()), 1e-9)
-    return Goodput({part: seconds / wall for part, seconds in totals.items()}, wall, len(launches))
+    return {part: seconds / wall for part, seconds in totals.items()}, wall

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _GUIDANCE = ("guidance_scale", "guidance_rescale", "classifier_scale", "classifier_form")  # same names in `denoiser`
-_MAX_SHOWN_NUMBERS = 4  # longer conditions are not shown in captions
+_MAX_SHOWN_NUMBERS = 4  # of a condition in a caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class SamplingSetup:
     def captions(self, count: int) -> list[str] | None:
         """Returns captions for the first samples, or None."""
         rows = np.arange(count)
-        return make_captions(_rows(self.labels, rows), read_conditions(self.rows(rows)), self.net.class_names)
+        return make_captions(self.net, _rows(self.labels, rows), read_conditions(self.rows(rows)))
 
 
 def keys_of_samples(seed: int, indices: np.ndarray) -> jax.Array:
@@ -261,19 +261,26 @@ def check_finite(samples: np.ndarray) -> None:
 
 
 def make_captions(
-    labels: np.ndarray | None, conditions: Mapping[str, np.ndarray], names: Sequence[str]
+    net: pretrained.Model, labels: np.ndarray | None, conditions: Mapping[str, np.ndarray]
 ) -> list[str] | None:
-    """Returns captions: classes, or conditions (as in `SamplingSetup`) of a few numbers; None without either."""
-    if labels is not None:
-        return class_captions(labels, names)
+    """Returns captions with classes and condition vectors, or None without either. conditions: as in `SamplingSetup`.
+
+    Captions of images are short: the class, or the numbers of the condition.
+    """
+    names = None if labels is None else class_captions(labels, net.class_names)
     values = conditions.get("condition")
-    if values is None or values.ndim != 2 or values.shape[1] > _MAX_SHOWN_NUMBERS:
-        return None
+    if values is None or values.ndim != 2:
+        return names
+    is_long = values.shape[1] > _MAX_SHOWN_NUMBERS
+    if net.is_images and (names or is_long):
+        return names
     missing = conditions.get("condition_missing", np.zeros(len(values), bool))
-    return [
-        "no condition" if is_missing else ", ".join(f"{number:.3g}" for number in row)
-        for row, is_missing in zip(values.tolist(), missing, strict=True)
+    word, end = "" if net.is_images else "condition ", ", ..." if is_long else ""
+    shown = [
+        "no condition" if is_missing else word + ", ".join(f"{number:.3g}" for number in row) + end
+        for row, is_missing in zip(values[:, :_MAX_SHOWN_NUMBERS].tolist(), missing, strict=True)
     ]
+    return [f"{name}, {condition}" for name, condition in zip(names, shown, strict=True)] if names else shown
 
 
 def class_captions(labels: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from diffusion_jax import data
 from diffusion_jax.console import format_duration
 from diffusion_jax.errors import UserError
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.runs.logging import Goodput, read_goodput, read_launches, read_metrics
+from diffusion_jax.runs.logging import compute_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
 
 __all__ = ["describe", "report", "sparkline"]
@@ -59,31 +59,24 @@ def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, A
         rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.3g} {data.noun(config.data)}/s"
         if step < num_steps:
             rows["time left"] = f"{format_duration((num_steps - step) * seconds)} at this speed"
-    rows["checkpoint"] = _checkpoint(workdir, saved)
+    rows["checkpoint"] = "none yet"
+    if saved:
+        written = (workdir / "checkpoints" / str(saved[-1]) / MANIFEST).stat().st_mtime
+        when = datetime.datetime.fromtimestamp(written)
+        rows["checkpoint"] = (
+            f"step {saved[-1]:,}, {when:%Y-%m-%d %H:%M:%S}, {format_duration(time.time() - written)} ago"
+        )
     losses = [line["loss"] for line in lines if "loss" in line]
     if losses:
         rows["loss"] = f"{losses[-1]:.4g}  {sparkline(losses)}"
-    goodput = read_goodput(workdir)
-    if goodput:
-        rows["goodput"] = _describe_goodput(goodput)
+    if launches:
+        fractions, wall_seconds = compute_goodput(launches)
+        spent = f"{format_duration(wall_seconds)} in {len(launches)} launch{'es' * (len(launches) != 1)}"
+        others = sorted(((share, part) for part, share in fractions.items() if part != "train"), reverse=True)
+        shown = [f"{part} {100 * share:.1f}%" for share, part in others if share >= 0.0005]
+        rows["goodput"] = f"{100 * fractions['train']:.1f}% of {spent} in training steps"
+        rows["goodput"] += f"; {', '.join(shown)}" if shown else ""
     return rows
-
-
-def _checkpoint(workdir: RunDir, saved: Sequence[int]) -> str:
-    if not saved:
-        return "none yet"
-    age = time.time() - (workdir / "checkpoints" / str(saved[-1]) / MANIFEST).stat().st_mtime
-    when = datetime.datetime.now() - datetime.timedelta(seconds=age)
-    return f"step {saved[-1]:,}, {when:%Y-%m-%d %H:%M:%S}, {format_duration(age)} ago"
-
-
-def _describe_goodput(goodput: Goodput) -> str:
-    """Formats the fraction of time in training steps, then the other fractions by size."""
-    others = sorted(((share, part) for part, share in goodput.fractions.items() if part != "train"), reverse=True)
-    shown = ", ".join(f"{part} {100 * share:.1f}%" for share, part in others if share >= 0.0005)
-    launches = f"{goodput.num_launches} launch{'es' * (goodput.num_launches != 1)}"
-    spent = f"{format_duration(goodput.wall_seconds)} in {launches}"
-    return f"{100 * goodput.fractions['train']:.1f}% of {spent} in training steps" + (f"; {shown}" if shown else "")
 
 
 def sparkline(values: Sequence[float]) -> str:

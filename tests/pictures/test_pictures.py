@@ -176,7 +176,9 @@ def test_each_field_has_its_training_example_above():
     assert [axes.get_title() for axes in panels[:8]] == ["abc"[pairs[i]] for i in chosen]
     assert [axes.get_title() for axes in panels[8:16]] == [captions[i] for i in chosen]
     names = [f"channel {c}, {name}" for c in range(2) for name in ("training data", "samples")]
-    assert [axes.get_ylabel() for axes in panels[::8]] == names and "8 of 16 samples" in figure.get_suptitle()
+    assert [
+        " ".join(axes.get_ylabel().split()) for axes in panels[::8]
+    ] == names and "8 of 16 samples" in figure.get_suptitle()
 
 
 def test_each_image_has_its_training_example_in_the_same_cell():
@@ -196,6 +198,36 @@ def test_each_channel_of_unlike_series_has_training_data_at_the_left():
     assert [axes.get_title() for axes in figure.axes] == names
     for i, axes in enumerate(figure.axes):
         np.testing.assert_array_equal(lines(axes), (examples, samples)[i % 2][..., i // 2])
+
+
+@pytest.mark.parametrize(
+    ("captions", "given", "legend"),
+    [
+        (["class 0: cat", "class 1"], ["class 0: cat", "class 1"], ["class 0: cat", "class 1"]),
+        (
+            ["condition 1", "condition 2"],
+            ["condition 1.1"],
+            ["condition 1 (training data: condition 1.1)", "condition 2"],
+        ),
+        (None, None, []),
+    ],
+)
+def test_a_legend_has_the_conditions_of_series_in_shared_panels(captions, given, legend):
+    x = drawn(39, 2, 40, 2) * np.float32([1, 1000])
+    figure = draw_samples(x, "x", captions, examples=Examples(x, given))
+    assert [text.get_text() for found in figure.legends for text in found.get_texts()] == legend
+
+
+def test_conditions_and_axes_of_series_being_denoised_are_at_the_edges():
+    """Only the lowest panel of each column has positions, and only the first panel of each row has values."""
+    channels = Channels(("u", "T"), ("m/s", "K"))
+    figure = draw_trajectory(drawn(40, 3, 2, 40, 2) * [1, 1000], [9, 1], "x", ["condition 1", "condition 2"], channels)
+    names = [f"condition {i}\n{channel}" for i in (1, 2) for channel in ("u (m/s)", "T (K)")]
+    assert [axes.get_ylabel() for axes in figure.axes] == [text for name in names for text in (name, "", "")]
+    assert [axes.get_xlabel() for axes in figure.axes] == 9 * [""] + 3 * ["position"]
+    for i, axes in enumerate(figure.axes):
+        assert axes.xaxis.get_tick_params()["labelbottom"] == (i >= 9)
+        assert axes.yaxis.get_tick_params()["labelleft"] == (i % 3 == 0)
 
 
 def cell(picture, row, column, left):

@@ -153,6 +153,16 @@ def test_runs_are_compared(tmp_path):
     assert "training.num_steps" in page.text and "optimizer.learning_rate" not in page.text
 
 
+def test_a_comparison_leaves_out_sections_with_invalid_values(tmp_path):
+    for name in "ab":
+        write_log(tmp_path / name)
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1000, "loss": 10**400}) + "\n")
+    write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert page.sections == ["states", "config"] and "A section is left out, because a file holds" in page.text
+
+
 def test_the_command_and_the_mode_write_a_page_and_nothing_else(tmp_path, capsys):
     write_run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
@@ -178,7 +188,8 @@ def test_intervals_have_their_mean_lowest_and_highest_value():
 
 
 def test_other_values_of_the_log_have_charts_of_their_own():
-    charts = training_charts([{"step": 2, "loss": 1.0}, {"step": 1, "loss": 2.0, "frechet_distance": 3.0, "note": "x"}])
+    lines = [{"step": 2, "loss": 1.0}, {"step": 1, "loss": 2.0, "frechet_distance": 3.0, "note": "x"}]
+    charts = training_charts({"run": lines})
     assert [chart["title"] for chart in charts] == ["Loss", "frechet distance"]
     assert charts[0]["series"][0]["x"] == [1, 2] and charts[0]["series"][0]["mean"] == [2, 1]
 

@@ -10,7 +10,7 @@ from diffusion_jax.config import ConfigError, identity_settings, override, resol
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import examples
 from diffusion_jax.runs.examples import draw_beside_examples, read_channels, write_examples
-from diffusion_jax.runs.sampling_setup import resolve_sampling
+from diffusion_jax.runs.sampling_setup import make_captions, resolve_sampling
 from helpers.array_configs import array_config
 from helpers.configs import conditional, upsampler_config
 
@@ -91,8 +91,30 @@ def test_samples_are_beside_the_examples_with_the_nearest_conditions(tmp_path):
     found = given["examples"]
     assert len(shown) == 4 and found.pairs.shape == (4,)
     np.testing.assert_allclose(found.x[found.pairs][:3, 0, 0, 0], requested[:3, 0], atol=0.011)
-    assert [float(found.captions[i].split(",")[0]) for i in found.pairs[:3]] == pytest.approx([0, 0.3, 1], abs=0.011)
+    assert [
+        float(found.captions[i].split(",")[0].removeprefix("condition ")) for i in found.pairs[:3]
+    ] == pytest.approx([0, 0.3, 1], abs=0.011)
     assert found.captions[found.pairs[3]] == "no condition"
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "width", "captions"),
+    [
+        ("series", None, 2, ["condition 0.123, -2", "no condition"]),
+        ("series", np.array([1, 0]), 1, ["class 1: dog, condition 0.123", "class 0: cat, no condition"]),
+        ("series", None, 5, ["condition 0.123, -2, 1e+06, 0, ...", "no condition"]),
+        ("series", None, 0, None),
+        ("images", None, 2, ["0.123, -2", "no condition"]),
+        ("images", None, 5, None),
+        ("images", np.array([1, 0]), 1, ["class 1: dog", "class 0: cat"]),
+    ],
+)
+def test_captions_are_classes_and_the_numbers_of_conditions(kind, labels, width, captions):
+    config = conditional() if kind == "images" else array_config(kind, "")
+    net = dataclasses.replace(pretrained.from_config(config), class_names=("cat", "dog"))
+    values = np.tile(np.array([0.12345, -2, 1e6, 0, 7], np.float32)[:width], (2, 1))
+    conditions = {"condition": values, "condition_missing": np.array([False, True])} if width else {}
+    assert make_captions(net, labels, conditions) == captions
 
 
 def test_an_upsampler_has_its_inputs_before_its_samples(tmp_path):
