@@ -32,7 +32,7 @@ from diffusion_jax.metrics import (
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
-__all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
+__all__ = ["add_record", "check_comparable", "check_count", "compare", "find_conditions", "read_records"]
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _WIDTHS = 41, 18  # of names and values in the log
@@ -70,6 +70,11 @@ def compare(
     names = _possible_metrics(reference, samples, extractor, metric_names)
     if not of_images:
         reference, samples = reference.limit(MAX_EXAMPLES), samples.limit(MAX_EXAMPLES)
+    conditions = {  # errors before features are computed
+        name: find_conditions(name, {"reference": reference.conditions, "samples": samples.conditions})
+        for name in names
+        if find_metric(name).conditions
+    }
     sets = []
     if pipeline and needs_features(names, of_images):
         sets = [pipeline.extract_set(reference), pipeline.extract_set(samples, "samples")]
@@ -95,7 +100,8 @@ def compare(
     results, values, notes = {}, {}, {}
     for name in names:
         metric = find_metric(name)
-        result = results[name] = metric.compute(*inputs(metric.needs), options)
+        own_options = options._replace(conditions=conditions.get(name, {}))
+        result = results[name] = metric.compute(*inputs(metric.needs), own_options)
         prefix = ""
         if metric.names and extractor:
             prefix = reported_name(name, extractor.published, extractor.resize)
@@ -165,6 +171,25 @@ def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
         minimum = find_metric(metric).minimum
         if count < minimum:
             raise ValueError(f"{name}: {count} examples are too few for {metric}, which needs {minimum}")
+
+
+def find_conditions(metric: str, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the labels and conditions that a user's function takes, by parameter.
+
+    sets: the arrays "label" and "condition" that the "reference" and the "samples" have.
+    Raises: ValueError if a set has no such array, unless the parameter has a default value.
+    """
+    found = {}
+    for parameter, is_required in find_metric(metric).conditions.items():
+        side, array = parameter.split("_")
+        if array in sets[side]:
+            found[parameter] = sets[side][array]
+        elif is_required:
+            raise ValueError(
+                f"metrics: {metric} takes {parameter}, but there is no {array} with the {side}; name a set that has one, "
+                "or give the parameter a default value"
+            )
+    return found
 
 
 def _possible_metrics(

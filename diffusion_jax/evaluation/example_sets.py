@@ -17,6 +17,7 @@ from diffusion_jax import data
 from diffusion_jax.data.sources import batch_examples, read_in_order
 from diffusion_jax.errors import DataError
 from diffusion_jax.images import is_of_images
+from diffusion_jax.metrics import MAX_EXAMPLES
 from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
 from diffusion_jax.metrics.of_features import Moments
 from diffusion_jax.run_dir import ChunkStore
@@ -26,6 +27,7 @@ from diffusion_jax.untrusted import leads_out, open_npz
 __all__ = [
     "ExampleSet",
     "SetFeatures",
+    "open_file",
     "open_set",
     "read_all",
     "read_examples",
@@ -80,6 +82,21 @@ class ExampleSet:
         """Whether the examples are images, also for statistics, which always describe images."""
         return self.examples is None or is_of_images(self.first)
 
+    @functools.cached_property
+    def conditions(self) -> dict[str, np.ndarray]:
+        """The "label", integers [n], and the "condition" in data units, [n, D] or [n, *spatial, K], that the examples have.
+
+        n is at most 50,000, evenly spread over the set. An example without a condition has NaN.
+        """
+        names = self.source.read(np.arange(1)).keys() & {"label", "condition", "condition_missing"}
+        batches = read_in_order(self.limit(MAX_EXAMPLES).source, _BLOCK)
+        rows = [{name: batch[name] for name in names} for batch in batches]
+        found = {name: np.concatenate([each[name] for each in rows]) for name in names}
+        if (missing := found.pop("condition_missing", None)) is not None:
+            condition = found["condition"]
+            found["condition"] = np.where(missing.reshape(-1, *[1] * (condition.ndim - 1)), np.nan, condition)
+        return found
+
     def limit(self, count: int) -> ExampleSet:
         """Returns at most `count` examples, evenly spread, because neighbors may be similar."""
         chosen = even_indices(len(self.source), count)
@@ -113,14 +130,13 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
     if path.is_dir() and path.suffix != ".zarr":
         files = sample_files(path)
         if files:
-            return ExampleSet(str(files[0]), _open_file(files[0]))
+            return open_file(files[0], str(files[0]))
         if (path / "config.json").is_file():
             raise ValueError(f"{path} is a run without samples; draw some with --mode=sample")
         size = (image_size, image_size) if image_size else None  # an implicit resize would change the metrics
         return ExampleSet(location, data.Folder(str(path), size, 3))
     if path.exists():
-        statistics, has_examples = _read_statistics(path)
-        return ExampleSet(location, _open_file(path) if has_examples or not statistics else None, statistics)
+        return open_file(path, location)
     if path.suffix:
         raise ValueError(f"{location}: no such file")
     name, _, split = location.partition(":")
@@ -134,35 +150,35 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
     return ExampleSet(f"{name}:{config['split']}", data.load(config | {"image_size": image_size or size}))
 
 
-def _open_file(path: pathlib.Path) -> data.Source:
-    """Opens the examples in a file. Raises: ValueError."""
+def open_file(path: pathlib.Path, name: str) -> ExampleSet:
+    """Opens the examples and statistics in a file, for samples with their labels (arr_1). Raises: ValueError."""
+    statistics, labels, has_examples = None, None, True
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            with open_npz(path, limit=math.inf) as arrays:
+                pairs = [
+                    (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
+                    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+                ]
+                has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
+                labels = arrays["arr_1"] if "arr_1" in arrays else None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as .npz: {error}") from None
+        moments, spatial = (pair and Moments(*pair, 0) for pair in pairs)
+        if moments:
+            digest = hashlib.sha256(b"".join(array.tobytes() for pair in pairs for array in pair or ()))
+            statistics = SetFeatures(None, moments, spatial, digest.hexdigest())
+    if statistics and not has_examples:
+        return ExampleSet(name, None, statistics)
     try:
         examples = data.ArrayFiles(str(path))
     except DataError as error:
         raise ValueError(str(error).replace("data.data_dir=", "")) from error
     if not len(examples):
         raise ValueError(f"{path} has no examples")
-    return examples
-
-
-def _read_statistics(path: pathlib.Path) -> tuple[SetFeatures | None, bool]:
-    """Reads (statistics of an .npz or None, whether the .npz contains examples)."""
-    if not (path.is_file() and zipfile.is_zipfile(path)):
-        return None, True
-    try:
-        with open_npz(path, limit=math.inf) as arrays:
-            pairs = [
-                (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
-                for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
-            ]
-            has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as .npz: {error}") from None
-    moments, spatial = (pair and Moments(*pair, 0) for pair in pairs)
-    if not moments:
-        return None, has_examples
-    digest = hashlib.sha256(b"".join(array.tobytes() for pair in pairs for array in pair or ()))
-    return SetFeatures(None, moments, spatial, digest.hexdigest()), has_examples
+    if labels is not None and labels.shape == (len(examples),) and labels.dtype.kind in "iu":
+        examples.arrays.setdefault("label", labels)
+    return ExampleSet(name, examples, statistics)
 
 
 def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import NormalDist
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 MAX_EXAMPLES = 50_000  # in a set of arrays, as in the image metrics
+# The parameters of a user's function that take the labels and conditions of a set.
+_CONDITIONS = ("reference_label", "samples_label", "reference_condition", "samples_condition")
 _KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
 _IS_SPLIT_SIZE = 5000
 _FEW_PER_DIMENSION = 10  # with fewer samples per dimension, the bias of the Frechet distance is noticeable
@@ -70,11 +73,13 @@ class Options(NamedTuple):
 
     seed: for random directions. normalization: maps standardized examples to data units,
     examples * scale + offset; None if they have these units already. periodic: whether series are periodic.
+    conditions: the arrays for a user's function by parameter (`Metric.conditions`), a row for each of its examples.
     """
 
     seed: int = 0
     normalization: Any = None
     periodic: bool = False
+    conditions: Mapping[str, np.ndarray] = {}
 
     def units(self, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (offset, scale) for each channel [C]."""
@@ -125,7 +130,7 @@ class Metric:
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
     records, with features from the published Inception and from other extractors; the result's names are then endings of
-    this name.
+    this name. conditions: the parameters of a user's function that take labels or conditions, {name: whether it is required}.
     """
 
     compute: Callable[[Any, Any, Options], Result]
@@ -133,18 +138,26 @@ class Metric:
     minimum: int
     spatial_axes: tuple[int, ...] = (0, 1, 2, 3)
     names: tuple[str, str] | None = None
+    conditions: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 def find_metric(name: str) -> Metric:
     """Returns the entry of `METRICS`, or the metric of a user's function "module:function". Raises: ValueError."""
     if ":" not in name:
         return METRICS[name]
-    return Metric(functools.partial(_own_metric, name, find_function(name, "evaluation.metrics")), "data", 1)
+    function = find_function(name, "evaluation.metrics")
+    parameters = inspect.signature(function).parameters
+    conditions = {key: parameters[key].default is inspect.Parameter.empty for key in _CONDITIONS if key in parameters}
+    return Metric(functools.partial(_own_metric, name, function), "data", 1, conditions=conditions)
 
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Calls function(reference, samples) with at most 50,000 examples each; it returns a number or {name: number}."""
-    value = function(*(np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples)))
+    """Calls function(reference, samples, **conditions) with at most 50,000 examples each.
+
+    The function returns a number or {name: number}.
+    """
+    sets = (np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples))
+    value = function(*sets, **options.conditions)
     found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
     values = {}
     for key, number in found.items():

@@ -19,8 +19,8 @@ from diffusion_jax.data.sources import read_conditions, read_in_order
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import features
-from diffusion_jax.evaluation.compare import check_count, compare, read_records
-from diffusion_jax.evaluation.example_sets import ExampleSet
+from diffusion_jax.evaluation.compare import check_count, compare, find_conditions, read_records
+from diffusion_jax.evaluation.example_sets import ExampleSet, open_file
 from diffusion_jax.evaluation.features import FeaturePipeline
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features, reported_values
 from diffusion_jax.run_dir import RunDir, open_run_dir
@@ -86,12 +86,18 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
             batches = list(map(read_conditions, read_in_order(reference.limit(options.num_samples).source, 1024)))
             conditions = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     file = SampleFile(sampling_config, workdir, conditions)
+    drawn_with = file.setup.rows(np.arange(1))
+    labels = {} if drawn_with["y"] is None else {"label": drawn_with["y"]}
+    sets = {"reference": reference.source.read([0]), "samples": labels | read_conditions(drawn_with)}
+    with as_user_error("config.evaluation"):
+        for name in names:
+            find_conditions(name, sets)
     file.write(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
     is_periodic = config.model.get("padding") == "periodic"
     metric_options = Options(options.seed, file.setup.net.normalizations.get("x"), is_periodic)
     try:
+        samples = open_file(workdir.fetch(file.path), str(file.path))
         output, channels = workdir / "metrics.json", read_channels(config, workdir)
         written = compare(reference, samples, names, output, pipeline, metric_options, settings, channels)
     except ValueError as error:

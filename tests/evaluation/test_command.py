@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax import metrics
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import example_sets
 from diffusion_jax.evaluation.example_sets import open_set
@@ -104,6 +105,29 @@ def test_a_metric_of_the_user_gets_every_digit_of_narrow_data(max_bytes, tmp_pat
         record = json.loads((tmp_path / "own.json").read_text())[-1]
         expected = [len(np.unique(x if mean == 1e6 else x.astype(np.float32))) for x in drawn]
         assert [record["in_reference"], record["in_samples"]] == expected and expected[0] > 45
+
+
+def test_a_metric_of_the_user_gets_the_labels_and_conditions_of_its_examples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_EXAMPLES", 40)  # the same rows of every array
+    monkeypatch.setattr(example_sets, "MAX_EXAMPLES", 40)
+    x, labels = all_digits()[:100], np.arange(100) % 10
+    condition, missing = labels[:, None] * np.float32([1, 2]), labels == 3
+    one = save(tmp_path / "one.npz", x, arr_1=labels)
+    other = save(
+        tmp_path / "other.npz", x[:50], arr_1=labels[:50], condition=condition[:50], condition_missing=missing[:50]
+    )
+    own = "--metrics=helpers.own_networks:by_class,helpers.own_networks:by_condition"
+    command.main([one, other, own, "--output=own.json"])
+    (record,) = json.loads((tmp_path / "own.json").read_text())
+    means, rows = (x.mean(axis=(1, 2, 3)) / (labels + 1), [np.arange(40) * n // 40 for n in (100, 50)])
+    assert [record["one"], record["other"]] == pytest.approx([means[i].mean() for i in rows], rel=1e-6)
+    assert record["condition"] == pytest.approx(condition[rows[1]][~missing[rows[1]]].mean())
+    assert record["has_label"] == 1
+    bare = save(tmp_path / "bare.npz", x)
+    line = refused(capsys, one, bare, own)
+    assert "helpers.own_networks:by_class takes samples_label, but there is no label with the samples" in line
+    command.main([bare, other, own.replace("by_class", "mean_shift"), "--output=bare.json"])
+    assert json.loads((tmp_path / "bare.json").read_text())[0]["has_label"] == 0
 
 
 def refused(capsys, *arguments):

@@ -178,7 +178,8 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     write_arrays("vectors", "x.npz", 50, **arrays)
     config = config_of("vectors", **{"data.data_dir": "x.npz", "sampling.conditions": given})
     config.model.update(condition_features=2, condition_dropout=0.1)
-    config.evaluation.update(num_samples=40, metrics=("energy_distance",))
+    own = "helpers.own_networks:by_condition"
+    config.evaluation.update(num_samples=40, metrics=("energy_distance", own))
     run = untrained(tmp_path / "run", config, rows_of(examples("vectors", 50), **arrays))
     evaluate.measure_samples(config, run)
     (path,) = (run / "samples").glob("*.npz")
@@ -186,6 +187,13 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     for name in ("condition",) if given else arrays:
         np.testing.assert_array_equal(drawn_with[name], arrays[name][rows % 5 if given else rows * 50 // 40])
     assert record(run)["conditions"].startswith(expected)
+    shown = ~arrays["condition_missing"][rows * 50 // 40] | bool(given)
+    assert record(run)["condition"] == pytest.approx(drawn_with["condition"][shown].mean(), rel=1e-5)
+    config.evaluation.metrics = ("helpers.own_networks:by_class",)
+    config.sampling.seed = 5
+    with pytest.raises(UserError, match="by_class takes reference_label, but there is no label with the reference"):
+        evaluate.measure_samples(config, run)
+    assert list((run / "samples").glob("*.npz")) == [path]  # nothing was drawn
 
 
 @pytest.mark.parametrize(
