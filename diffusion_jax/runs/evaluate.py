@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 from diffusion_jax import data
 from diffusion_jax.config import resolve
 from diffusion_jax.console import log
-from diffusion_jax.data.sources import read_conditions, read_in_order
+from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.compare import check_count, compare, find_conditions, read_records
-from diffusion_jax.evaluation.example_sets import ExampleSet, open_file
-from diffusion_jax.evaluation.features import FeaturePipeline
+from diffusion_jax.evaluation.features import ExampleSet, FeaturePipeline, open_file
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features, reported_values
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
@@ -69,8 +68,6 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
                 "and evaluation.num_samples=0 leaves the metrics out."
             )
         pipeline = load_pipeline(config, workdir)
-        with as_user_error("config.evaluation"):
-            features.check_shape(pipeline.extractor, data.example_shape(config.data))
     reference = load_reference(config, source)
     with as_user_error("config.evaluation"):
         check_count(reference.name, len(reference.source), names)
@@ -83,12 +80,13 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"conditions of {reference.name}"
         if not config.sampling.conditions:  # one for each sample, from evenly spread examples
-            batches = list(map(read_conditions, read_in_order(reference.limit(options.num_samples).source, 1024)))
-            conditions = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            conditions = read_conditions(reference.limit(options.num_samples).conditions)
     file = SampleFile(sampling_config, workdir, conditions)
     drawn_with = file.setup.rows(np.arange(1))
-    labels = {} if drawn_with["y"] is None else {"label": drawn_with["y"]}
-    sets = {"reference": reference.source.read([0]), "samples": labels | read_conditions(drawn_with)}
+    sets = {
+        "reference": reference.source.read([0]),
+        "samples": {"label": drawn_with["y"], **read_conditions(drawn_with)},
+    }
     with as_user_error("config.evaluation"):
         for name in names:
             find_conditions(name, sets)
@@ -128,6 +126,9 @@ def load_pipeline(config: ConfigDict, workdir: RunDir) -> FeaturePipeline:
         raise UserError("these data have no features: set evaluation.features=module:function")
     with as_user_error("config.evaluation"):
         extractor = features.from_name(name, options.inception, of_images=data.is_of_images(config.data))
+        if extractor.params is not None:  # refuses other sizes before anything is drawn
+            image = jax.ShapeDtypeStruct((1, *data.example_shape(config.data)), np.uint8)
+            jax.eval_shape(extractor.function, extractor.params, image)
     return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, workdir)
 
 

@@ -8,7 +8,6 @@ reported in nats per dimension, too.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -25,9 +24,10 @@ from diffusion_jax.config import is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.evaluation.compare import log_values
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
-from diffusion_jax.metrics import format_value, reported_values
+from diffusion_jax.metrics import find_meaning, reported_values
 from diffusion_jax.models import mark_missing
 from diffusion_jax.pretrained import load_weights
 from diffusion_jax.pretrained.model import format_schedule
@@ -143,10 +143,8 @@ class LikelihoodRun:
         if is_continuous(config) and "x" in self.net.normalizations:
             scale = self.net.normalizations["x"].scale
             self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # in float64, unlike the core's function
-        options = to_dict(options) | {
-            "clip": resolve_clip(config, "evaluation"),
-            "ode_dequantization": self.dequantization,
-        }
+        self.clip = bool(resolve_clip(config, "evaluation"))
+        options = to_dict(options) | {"clip": self.clip, "ode_dequantization": self.dequantization}
         constants = {name: value.to_json() for name, value in self.net.normalizations.items()}
         given = None if source is None else [len(self.source), digest_of_some(self.source)]
         sizes = (self.net.step, self.num_examples, self.batch_size)
@@ -163,11 +161,11 @@ class LikelihoodRun:
         if "image" in batch:
             data.check_levels(batch["image"], self.config.data.levels)
         batch.setdefault("label", np.zeros(len(indices), np.int32))
+        missing = batch.pop("condition_missing", None)
         if self.net.condition_shape is None:
             batch.pop("condition", None)
-        elif "condition_missing" in batch:
-            batch["condition"] = np.asarray(mark_missing(batch["condition"], batch["condition_missing"]))
-        batch.pop("condition_missing", None)
+        elif missing is not None:
+            batch["condition"] = np.asarray(mark_missing(batch["condition"], missing))
         return batch
 
     def bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
@@ -176,7 +174,7 @@ class LikelihoodRun:
         key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
         x_0 = batch["x"] if "x" in batch else to_model_range(batch["image"])
         denoiser = self.net.with_params(params).denoiser(y=batch["label"], condition=batch.get("condition"))
-        denoiser = dataclasses.replace(denoiser, clip=bool(resolve_clip(self.config, "evaluation")))
+        denoiser = dataclasses.replace(denoiser, clip=self.clip)
         bits = likelihood.bits_per_dim(
             key_bound, self.schedule, denoiser, x_0, gray_levels=gray_levels, cdf=options.cdf, strata=options.strata
         )
@@ -208,17 +206,16 @@ def _load_source(
     if source is not None:
         return load_examples(title, dict(config.data), {}, source), None
     location, split = {**config.data, "split": options.split}, options.split
-    own, other = (
-        path and os.path.realpath(os.path.expanduser(path)) for path in (config.data.data_dir, options.data_dir)
-    )
-    is_elsewhere = other and other != own
-    if is_elsewhere:
+    paths = (config.data.data_dir, options.data_dir)
+    own, other = (path and os.path.realpath(os.path.expanduser(path)) for path in paths)
+    if other and other != own:
+        is_trained_here = False
         location |= {"data_dir": options.data_dir, "holdout": 0.0}
         renamed["data.data_dir"] = "evaluation.data_dir"
     if not data.has_splits(location):  # all examples are measured
-        location["split"], split = "train", "train" if is_trained_here and not is_elsewhere else None
+        location["split"], split = "train", "train" if is_trained_here else None
     loaded = load_examples(title, location, renamed, None)
-    if is_trained_here and not is_elsewhere and split == config.data.split:
+    if is_trained_here and split == config.data.split:
         log(
             f"Note: the model was trained on these {noun} (split {split!r}); to measure other {noun}, "
             "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
@@ -245,13 +242,10 @@ def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str,
     x_0_mse refer to standardized data. Means and standard errors are NaN for too few examples.
     density_bits: added to the terms that contain a density of x_0: the decoder and the ODE.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for key in chunks[0]:
         batches = [chunk[key] for chunk in chunks]
-        is_of_examples = key.startswith("example_")
-        arrays[key] = (
-            np.concatenate(batches).astype(np.float64) if is_of_examples else functools.reduce(np.add, batches)
-        )
+        arrays[key] = np.concatenate(batches).astype(np.float64) if key.startswith("example_") else sum(batches)
     for key in arrays.keys() & {"example_total", "example_decoder", "example_ode"}:
         arrays[key] += density_bits
     count = arrays["count"]
@@ -264,20 +258,21 @@ def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str,
     return arrays
 
 
-def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the contents of likelihood.json."""
-    config, net, options = measured.config, measured.net, measured.config.evaluation
+def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
+    """Writes all files and logs the result."""
+    config, workdir, net, options = measured.config, measured.workdir, measured.net, measured.config.evaluation
+    continuous = is_continuous(config)
     numbers = {name: arrays[f"example_{name}"] for name in _EXAMPLE_TERMS if f"example_{name}" in arrays}
     numbers["transitions"] = numbers["total"] - numbers["prior"] - numbers["decoder"]
     numbers = {_REPORTED.get(name, name): values for name, values in numbers.items()}
-    if is_continuous(config):
+    if continuous:
         bits = {key: values for key, values in numbers.items() if key in _REPORTED.values()}
         numbers |= {key.replace("bits", "nats"): values * math.log(2) for key, values in bits.items()}
     report: dict[str, Any] = {}
     for key, values in numbers.items():
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         report |= {key: float(values.mean()), f"{key}_standard_error": error}
-    if is_continuous(config):
+    if continuous:
         # bits_per_dim and decoder already include these bits; the density of standardized data does not.
         report["standardization_bits"] = measured.standardization_bits
     report |= {
@@ -291,20 +286,13 @@ def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[s
         "num_timesteps": net.schedule.num_timesteps,
         "prediction": config.diffusion.prediction,
         "variance": config.diffusion.variance,
-        "clip": resolve_clip(config, "evaluation"),
+        "clip": measured.clip,
         "batch_size": measured.batch_size,  # the noise depends on it
         **{key: options[key] for key in ("data_dir", "strata", "cdf", "seed")},
     }
     if options.ode:
         report |= {key: options[key] for key in ("ode_trace", "ode_tolerance")}
         report["ode_dequantization"] = measured.dequantization
-    return report
-
-
-def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
-    """Writes all files and logs the result."""
-    workdir, net, continuous = measured.workdir, measured.net, is_continuous(measured.config)
-    report = _report(measured, arrays)
     # Timesteps without examples are interpolated. The distortion is the root mean squared error of x_0.
     filled, all_steps = np.flatnonzero(arrays["count"]), np.arange(len(arrays["count"]))
     vlb, x_0_mse = (np.interp(all_steps, filled, arrays[name][filled]) for name in ("vlb", "x_0_mse"))
@@ -326,16 +314,8 @@ def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
         pictures.save(workdir / name, picture)
     files = ("likelihood.json", "likelihood.npz", *drawn)
     workdir.upload(*(workdir / name for name in files))
-
-    def text(key: str, factor: float = 1.0) -> str:
-        error = report[f"{key}_standard_error"]
-        return format_value(factor * report[key], None if error is None else factor * error)
-
-    parts = ", ".join(f"{name} {text(name, scale)}" for name in ("prior", "transitions", "decoder"))
-    units = f"{unit} per dimension{' in data units' if continuous else ''}"
-    bound = f"an upper bound with the variance {report['variance']}"
-    log(f"{text(f'{unit}_per_dim')} {units}, {bound}, lower is better; its terms: {parts}")
-    if f"ode_{unit}_per_dim" in report:
-        log(f"{text(f'ode_{unit}_per_dim')} {units} by the probability-flow ODE, lower is better")
+    where = f"{data.noun(config.data)}{' in data units' if continuous else ''}"
+    log(f"Likelihood of {measured.num_examples:,} {where}, bounded with the variance {report['variance']}:")
+    log_values({key: value for key, value in report.items() if find_meaning(key.removesuffix("_standard_error"))})
     log(f"Written to {workdir}: {', '.join(files)}")
-    write_evaluation(measured.config, workdir, net.step, reported_values(report))
+    write_evaluation(config, workdir, net.step, reported_values(report))

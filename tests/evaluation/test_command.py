@@ -9,8 +9,8 @@ from PIL import Image
 
 from diffusion_jax import metrics
 from diffusion_jax.evaluation import __main__ as command
-from diffusion_jax.evaluation import example_sets
-from diffusion_jax.evaluation.example_sets import open_set
+from diffusion_jax.evaluation import compare, features
+from diffusion_jax.evaluation.features import open_set
 from diffusion_jax.metrics import of_arrays, of_features
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
@@ -96,7 +96,7 @@ def test_the_command_compares_arrays_and_images_by_their_values(tmp_path):
 @pytest.mark.parametrize("max_bytes", [0, 2**30])
 def test_a_metric_of_the_user_gets_every_digit_of_narrow_data(max_bytes, tmp_path, monkeypatch):
     """Values of 1e6 plus or minus 0.1 have 14 different numbers in float32; other data are float32 in both sets."""
-    monkeypatch.setattr(example_sets, "_MAX_BYTES_IN_MEMORY", max_bytes)
+    monkeypatch.setattr(features, "_MAX_BYTES_IN_MEMORY", max_bytes)
     rng = np.random.default_rng(0)
     for mean, deviation in ((1e6, 0.1), (300.0, 10.0)):
         drawn = [mean + deviation * rng.standard_normal((50, 1)) for _ in range(2)]
@@ -108,8 +108,8 @@ def test_a_metric_of_the_user_gets_every_digit_of_narrow_data(max_bytes, tmp_pat
 
 
 def test_a_metric_of_the_user_gets_the_labels_and_conditions_of_its_examples(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "MAX_EXAMPLES", 40)  # the same rows of every array
-    monkeypatch.setattr(example_sets, "MAX_EXAMPLES", 40)
+    for module in (metrics, compare):
+        monkeypatch.setattr(module, "MAX_EXAMPLES", 40)  # the same rows of every array
     x, labels = all_digits()[:100], np.arange(100) % 10
     condition, missing = labels[:, None] * np.float32([1, 2]), labels == 3
     one = save(tmp_path / "one.npz", x, arr_1=labels)
@@ -149,7 +149,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
     for arguments, words in (
         (("digits", floats), r"float32 \[20, 8, 8, 1\], but digits.* has images, uint8 .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
-        ((wide, good, "--features=digits"), "the moments have 3 and 64 dimensions"),
+        ((wide, good, "--features=digits"), "the features have 3 and 64 dimensions"),
         ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
