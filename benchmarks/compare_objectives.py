@@ -123,7 +123,7 @@ def digit_features() -> tuple[features.FeatureExtractor, of_features.Moments]:
     """Returns the extractor, and the moments of the training digits."""
     extractor, source = features.digits(), data.Digits("train", (8, 8), 1)
     images = batch_examples(source.read(np.arange(len(source))))
-    return extractor, of_features.moments(np.asarray(extractor.function(extractor.params, jnp.asarray(images)).pool))
+    return extractor, of_features.moments(np.asarray(extractor.function(extractor.params, jnp.asarray(images))["pool"]))
 
 
 @functools.cache
@@ -141,7 +141,7 @@ def quality(net: pretrained.Model, samples: np.ndarray) -> dict[str, float]:
         return {"energy distance": float(distance.value), "samples beyond 99% of the data": float(outside)}
     images = np.asarray(np.clip(np.round((samples + 1) * 127.5), 0, 255), np.uint8)
     extractor, moments = digit_features()
-    found = of_features.moments(np.asarray(extractor.function(extractor.params, jnp.asarray(images)).pool))
+    found = of_features.moments(np.asarray(extractor.function(extractor.params, jnp.asarray(images))["pool"]))
     measured = digits_quality.quality(images)
     return {"Frechet distance": of_features.frechet_distance(moments, found)} | {
         name: measured[key] for name, key in (("sure digits", "confident"), ("distance ratio", "distance"))

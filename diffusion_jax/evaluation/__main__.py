@@ -24,19 +24,15 @@ def main(argv: list[str] | None = None) -> None:
         from diffusion_jax import data  # imports TensorFlow, which `program` has silenced
         from diffusion_jax.evaluation import features
         from diffusion_jax.evaluation.compare import check_comparable, compare
-        from diffusion_jax.evaluation.example_sets import open_set
 
         requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
-        unknown = sorted(name for name in requested if name not in METRICS and ":" not in name)
-        if unknown:
-            raise UserError(f"--metrics: {unknown[0]!r} is unknown; known: {', '.join(METRICS)}, or module:function")
         if arguments.batch_size < 1:
             raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
         output = pathlib.Path(arguments.output).expanduser()
         output = output if output.suffix == ".json" else output / "metrics.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         reference, samples = (
-            open_set(location, arguments.data_dir, arguments.image_size)
+            features.open_set(location, arguments.data_dir, arguments.image_size)
             for location in (arguments.reference, arguments.samples)
         )
         check_comparable(reference, samples)
@@ -46,15 +42,13 @@ def main(argv: list[str] | None = None) -> None:
             normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
         spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
         names = choose_metrics(requested, spatial_axes, of_images, bool(name))
-        extractor = pipeline = None
+        devices.start()
+        pipeline = None
         if needs_features(names, of_images):
             extractor = features.from_name(name, arguments.inception, arguments.resize, of_images)
-        devices.start()
-        if extractor:
             mesh = sharding.make_mesh({"data": -1, "fsdp": 1})
             pipeline = features.FeaturePipeline(extractor, mesh, arguments.batch_size)
-        options = Options(normalization=normalization)
-        compare(reference, samples, names, output, pipeline, options, {})
+        compare(reference, samples, names, output, pipeline, Options(normalization=normalization), {})
 
 
 def make_parser() -> Parser:

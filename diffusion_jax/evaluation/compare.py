@@ -15,11 +15,18 @@ import numpy as np
 import diffusion_jax
 from diffusion_jax import pictures
 from diffusion_jax.distributed.processes import log
-from diffusion_jax.evaluation.example_sets import ExampleSet, read_all, read_examples, value_digest
-from diffusion_jax.evaluation.features import FeatureExtractor, FeaturePipeline
+from diffusion_jax.evaluation.features import (
+    ExampleSet,
+    FeatureExtractor,
+    FeaturePipeline,
+    read_all,
+    read_examples,
+    value_digest,
+)
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.metrics import (
     MAX_EXAMPLES,
+    Meaning,
     Options,
     Result,
     find_meaning,
@@ -32,13 +39,11 @@ from diffusion_jax.metrics import (
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
-__all__ = ["add_record", "check_comparable", "check_count", "compare", "read_records"]
+__all__ = ["add_record", "check_comparable", "check_count", "compare", "find_conditions", "log_values", "read_records"]
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _WIDTHS = 41, 18  # of names and values in the log
-_Z_LIMITS: dict[str, str] = dict.fromkeys(
-    ("mean_z", "covariance_z"), "mean_and_covariance_z_limit"
-)  # other limits are NAME_limit
+_Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # other limits: NAME_limit
 # Entries of a record besides metrics, which no metric of the user may replace.
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
 _RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
@@ -70,6 +75,11 @@ def compare(
     names = _possible_metrics(reference, samples, extractor, metric_names)
     if not of_images:
         reference, samples = reference.limit(MAX_EXAMPLES), samples.limit(MAX_EXAMPLES)
+    conditions: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if own := [name for name in names if find_metric(name).conditions]:
+        one, other = (each.limit(MAX_EXAMPLES).conditions for each in (reference, samples))
+        arrays = {"reference": one, "samples": other}
+        conditions |= {name: find_conditions(name, arrays) for name in own}  # errors before features are computed
     sets = []
     if pipeline and needs_features(names, of_images):
         sets = [pipeline.extract_set(reference), pipeline.extract_set(samples, "samples")]
@@ -80,8 +90,6 @@ def compare(
     @functools.cache
     def inputs(needs: str) -> tuple[Any, Any]:
         """Returns the metrics' inputs for the reference and for the samples."""
-        if needs == "data" and options.normalization is None:
-            return inputs("examples")
         if needs in ("examples", "data"):
             read = functools.partial(read_all, normalization=options.normalization, in_data_units=needs == "data")
             return read(reference.source), read(samples.source)
@@ -95,10 +103,9 @@ def compare(
     results, values, notes = {}, {}, {}
     for name in names:
         metric = find_metric(name)
-        result = results[name] = metric.compute(*inputs(metric.needs), options)
-        prefix = ""
-        if metric.names and extractor:
-            prefix = reported_name(name, extractor.published, extractor.resize)
+        result = metric.compute(*inputs(metric.needs), options._replace(conditions=conditions[name]))
+        results[name] = result
+        prefix = reported_name(name, extractor.published, extractor.resize) if metric.names and extractor else ""
         found = {f"{prefix}{key}": value for key, value in result.values.items()}
         if taken := sorted(found.keys() & (values.keys() | _RECORD_KEYS)) if ":" in name else []:
             raise ValueError(f"{name} returned {taken[0]}, which the record already has; choose another name")
@@ -106,14 +113,29 @@ def compare(
         if result.note:
             notes[prefix or name] = result.note
     digests = [each.digest for each in sets] or [value_digest(each.source) for each in (reference, samples)]
-    used = {
-        "features": extractor.name if extractor else None,
-        "features_digest": extractor.digest if extractor else None,
-        "resize": extractor.resize if extractor else None,
-    }
+    used = (extractor.name, extractor.digest, extractor.resize) if extractor else (None, None, None)
+    used = dict(zip(("features", "features_digest", "resize"), used, strict=True))
     suffix = hashlib.sha256(json.dumps([*digests, *used.values()]).encode()).hexdigest()[:6]
     suffix = f"{pathlib.Path(samples.name).stem}_{suffix}"
-    files = _write_files(output.parent, suffix, reference, samples, results, extractor, channels)
+    files: dict[str, str] = {}
+    for name, result in results.items():
+        picture = None
+        if result.curves is not None:
+            name, title = result.curves.name, f"Samples of {pathlib.Path(samples.name).stem} and "
+            picture = pictures.draw_curves(result.curves, title + pathlib.Path(reference.name).name, channels)
+        elif result.neighbors is not None and samples.first.ndim > 2:  # vectors have no picture
+            space = f"{extractor.name} features" if extractor and of_images else "standardized examples"
+            picture = _draw_neighbors(reference, samples, result, space, channels)
+        if picture is not None:
+            files[name] = f"{name}_{suffix}.png"
+            pictures.save(output.with_name(files[name]), picture)
+    if arrays := {name: array for result in results.values() for name, array in result.arrays.items()}:
+        files["statistics"] = f"statistics_{suffix}.npz"
+        path = output.with_name(files["statistics"])
+        if path.exists():  # earlier statistics of the same two sets
+            with open_npz(path) as stored:
+                arrays = dict(stored) | arrays
+        save_npz(path, arrays)
     record = {
         **values,
         "notes": notes,
@@ -133,7 +155,9 @@ def compare(
     add_record(output, record)
     if sets and sets[1].chunks:  # the same samples are rarely compared again
         sets[1].chunks.delete()
-    _log_values(record)
+    counts = ["statistics" if record[key] is None else f"{record[key]:,}" for key in ("num_samples", "num_reference")]
+    log(f"Metrics of {counts[0]} samples, compared with {counts[1]} of {record['reference']}:")
+    log_values(record)
     for name, note in notes.items():
         log(f"Note: {name}: {note}.")
     log(f"Written to {output}" + (f", and beside it: {', '.join(files.values())}" if files else ""))
@@ -165,6 +189,28 @@ def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
         minimum = find_metric(metric).minimum
         if count < minimum:
             raise ValueError(f"{name}: {count} examples are too few for {metric}, which needs {minimum}")
+
+
+def find_conditions(metric: str, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the labels and conditions that a user's function takes, by parameter; NaN for a missing condition.
+
+    sets: the arrays "label", "condition" and "condition_missing" of the "reference" and the "samples", if they have them.
+    Raises: ValueError if a set has no such array, unless the parameter has a default value.
+    """
+    found = {}
+    for parameter, is_required in find_metric(metric).conditions.items():
+        side, name = parameter.split("_")
+        if sets[side].get(name) is not None:
+            found[parameter] = array = np.asarray(sets[side][name])
+            if name == "condition" and "condition_missing" in sets[side]:
+                missing = sets[side]["condition_missing"]
+                found[parameter] = np.where(missing.reshape(-1, *[1] * (array.ndim - 1)), np.nan, array)
+        elif is_required:
+            raise ValueError(
+                f"metrics: {metric} takes {parameter}, but there is no {name} with the {side}; name a set that has one, "
+                "or give the parameter a default value"
+            )
+    return found
 
 
 def _possible_metrics(
@@ -225,51 +271,18 @@ def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
 # ---- Outputs
 
 
-def _write_files(
-    folder: pathlib.Path,
-    suffix: str,
-    reference: ExampleSet,
-    samples: ExampleSet,
-    results: Mapping[str, Result],
-    extractor: FeatureExtractor | None,
-    channels: pictures.Channels,
-) -> dict[str, str]:
-    """Writes the pictures, and the statistics as an .npz. Returns: {content: file name}."""
-    files: dict[str, str] = {}
-    one, other = (pathlib.Path(each.name) for each in (reference, samples))
-    for name, result in results.items():
-        picture, curves = None, result.curves
-        if curves is not None:
-            name = curves.name
-            picture = pictures.draw_curves(curves, f"Samples of {other.stem} and {one.name}", channels)
-        elif result.neighbors is not None and samples.first.ndim > 2:  # vectors have no picture
-            limit = result.values[name]["close_distance"]
-            space = (
-                f"of {extractor.name} features" if extractor and samples.is_of_images else "of standardized examples"
-            )
-            title = f"Samples of {other.name} and their nearest examples in {one.name}; "
-            title += f"Euclidean distances {space}; at most {limit:.3g} is close"
-            picture = _draw_neighbors(reference, samples, result, title, channels)
-        if picture is not None:
-            files[name] = f"{name}_{suffix}.png"
-            pictures.save(folder / files[name], picture)
-    arrays = {name: array for result in results.values() for name, array in result.arrays.items()}
-    if arrays:
-        files["statistics"] = f"statistics_{suffix}.npz"
-        path = folder / files["statistics"]
-        if path.exists():  # earlier statistics of the same two sets
-            with open_npz(path) as stored:
-                arrays = dict(stored) | arrays
-        save_npz(path, arrays)
-    return files
-
-
 def _draw_neighbors(
-    reference: ExampleSet, samples: ExampleSet, result: Result, title: str, channels: pictures.Channels
+    reference: ExampleSet, samples: ExampleSet, result: Result, space: str, channels: pictures.Channels
 ) -> pictures.Picture:
-    """Draws the samples that are nearest to reference examples: one row for each sample with its nearest examples."""
+    """Draws the samples that are nearest to reference examples: one row for each sample with its nearest examples.
+
+    space: what the distances compare.
+    """
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
+    one, other = (pathlib.Path(each.name).name for each in (reference, samples))
+    title = f"Samples of {other} and their nearest examples in {one}; Euclidean distances of {space}; at most "
+    title += f"{result.values['memorization']['close_distance']:.3g} is close"
     count, nearest = (10, indices.shape[1]) if samples.is_of_images else (4, 1)
     suspects = np.argsort(distances[:, 0], kind="stable")[:count]
     examples = np.stack([read_examples(reference.source, indices[i, :nearest]) for i in suspects])
@@ -282,13 +295,10 @@ def _draw_neighbors(
     )
 
 
-def _log_values(record: Mapping[str, Any]) -> None:
+def log_values(record: Mapping[str, Any]) -> None:
     """Logs each metric with its standard error, its better direction, and its value for equal distributions."""
-    counts = ["statistics" if record[key] is None else f"{record[key]:,}" for key in ("num_samples", "num_reference")]
-    log(f"Metrics of {counts[0]} samples, compared with {counts[1]} of {record['reference']}:")
     for key, value in reported_values(record).items():
-        meaning = find_meaning(key)
-        name, better = (meaning.name, meaning.better) if meaning else (key, "")
+        name, better, _ = find_meaning(key) or Meaning(key, "", "")
         line = f"  {name:{_WIDTHS[0]}} {format_value(value, record.get(f'{key}_standard_error')):{_WIDTHS[1]}}"
         remarks = [f"{better} is better"] * bool(better)
         expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")

@@ -1,15 +1,19 @@
-"""Computes features of examples on all devices: with FID's Inception, a small digits classifier, or a user's function.
+"""Example sets to compare, and their features: by FID's Inception, a small digits classifier, or a user's function.
 
-Features are cached in chunks, so that an interrupted launch can resume, and the features of a reference are computed once for
-all comparisons.
+A set is a file with samples or arrays, a folder, a run, a data set, or statistics of features. Features are cached in chunks,
+so that an interrupted launch can resume, and the features of a reference are computed once for all comparisons.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import math
 import os
 import pathlib
 import sys
+import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -21,32 +25,24 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from diffusion_jax import data
 from diffusion_jax.console import ProgressBar
+from diffusion_jax.data.sources import batch_examples, read_in_order
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.sharding import BatchFunction
-from diffusion_jax.evaluation.example_sets import ExampleSet, SetFeatures, read_examples, value_digest
+from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation.inception import DOWNLOAD_SOURCES, RESIZES, Inception, load_inception, to_inception
 from diffusion_jax.files import user_cache
 from diffusion_jax.functions import find_function
-from diffusion_jax.images import to_model_range
+from diffusion_jax.images import is_of_images, to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES
-from diffusion_jax.metrics.of_features import moments_of_chunks
+from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
+from diffusion_jax.metrics.of_features import Moments, moments_of_chunks
 from diffusion_jax.run_dir import ChunkStore, RunDir
+from diffusion_jax.storage.downloads import local_path
+from diffusion_jax.untrusted import leads_out, open_npz
 
-__all__ = [
-    "CHUNK",
-    "DIGITS_PATH",
-    "NEEDS_INCEPTION",
-    "BatchFeatures",
-    "DigitsNetwork",
-    "FeatureExtractor",
-    "FeaturePipeline",
-    "check_shape",
-    "default_name",
-    "digits",
-    "from_name",
-    "inception",
-]
+__all__ = ["ExampleSet", "FeatureExtractor", "FeaturePipeline", "from_name", "open_file", "open_set", "sample_files"]
 
 CHUNK = 1024  # examples; sums run over chunks, so that metrics do not depend on the batch size
 NEEDS_INCEPTION = (
@@ -54,23 +50,184 @@ NEEDS_INCEPTION = (
     "features=module:function"
 )
 DIGITS_PATH = pathlib.Path(__file__).with_name("digits.safetensors")
+_MAX_BYTES_IN_MEMORY = 2**30
+
+
+# ---- Sets
+
+
+class SetFeatures(NamedTuple):
+    """An example set's features.
+
+    pool: float32 [N, D], features of the first 50,000 examples; None for sets that have only statistics. moments: feature
+    moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the examples or
+    statistics. chunks: the cached features.
+    """
+
+    pool: np.ndarray | None
+    moments: Moments
+    spatial: Moments | None
+    digest: str
+    chunks: ChunkStore | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """A set of examples, or feature statistics, which may come from more examples than the file has.
+
+    statistics: ADM's (mu, sigma, mu_s, sigma_s) or pytorch-fid's (mu, sigma). Statistics files do not store the number of
+    examples, so `count` is 0.
+    """
+
+    name: str
+    examples: data.Source | None = None
+    statistics: SetFeatures | None = None
+
+    @property
+    def source(self) -> data.Source:
+        """The examples, if the set has more than statistics."""
+        assert self.examples is not None
+        return self.examples
+
+    @functools.cached_property
+    def first(self) -> np.ndarray:
+        """The first example [1, *spatial, C]."""
+        return read_examples(self.source, np.arange(1))
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether the examples are images, also for statistics, which always describe images."""
+        return self.examples is None or is_of_images(self.first)
+
+    @functools.cached_property
+    def conditions(self) -> dict[str, np.ndarray]:
+        """The arrays of `data.Source.read` besides the examples: "label", "condition" in data units, "condition_missing"."""
+        batches = read_in_order(self.source, CHUNK)
+        rows = [{name: batch[name] for name in batch if name not in ("x", "image")} for batch in batches]
+        return {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
+
+    def limit(self, count: int) -> ExampleSet:
+        """Returns at most `count` examples, evenly spread, because neighbors may be similar."""
+        chosen = even_indices(len(self.source), count)
+        return dataclasses.replace(self, examples=data.SelectedExamples(self.source, chosen))
+
+
+def sample_files(workdir: pathlib.Path, pattern: str = "samples/*.npz") -> list[pathlib.Path]:
+    """Returns a run's files of samples, newest first, without unfinished files and without links out of the run."""
+    paths = [path for path in workdir.glob(pattern) if ".partial." not in path.name and not leads_out(path, workdir)]
+    return sorted(paths, key=lambda path: (-path.stat().st_mtime, path.name))
+
+
+def open_set(location: str, data_dir: str = "", image_size: int | None = None) -> ExampleSet:
+    """Opens a set of images or other arrays.
+
+    location: a file of arrays as `data.ArrayFiles` takes it, or with samples (arr_0) or statistics (mu, sigma); a folder,
+    whose images are read in color; a work directory (newest samples); or a data set and split ("cifar10:train",
+    "digits:test"). image_size: images of a folder or data set are resized to cover this size, as in training; required if
+    images differ in size.
+    Raises: ValueError, DataError, OSError, each with a one-line message.
+    """
+    path = local_path(location)
+    if path.is_dir() and path.suffix != ".zarr":
+        files = sample_files(path)
+        if files:
+            return open_file(files[0], str(files[0]))
+        if (path / "config.json").is_file():
+            raise ValueError(f"{path} is a run without samples; draw some with --mode=sample")
+        size = (image_size, image_size) if image_size else None  # an implicit resize would change the metrics
+        return ExampleSet(location, data.Folder(str(path), size, 3))
+    if path.exists():
+        return open_file(path, location)
+    if path.suffix:
+        raise ValueError(f"{location}: no such file")
+    name, _, split = location.partition(":")
+    try:
+        size, channels = ((8, 8), 1) if name == "digits" else data.natural_shape(name, data_dir or None)
+    except DataError as error:
+        raise ValueError(f"{location}: no such file or folder, and as a data set: {error}") from None
+    if not image_size and not size:
+        raise ValueError(f"the images of {name!r} have different sizes; give image_size, the pixels to resize them to")
+    config = {"dataset": name, "split": split or "train", "data_dir": data_dir, "memory_mb": 0, "channels": channels}
+    return ExampleSet(f"{name}:{config['split']}", data.load(config | {"image_size": image_size or size}))
+
+
+def open_file(path: pathlib.Path, name: str) -> ExampleSet:
+    """Opens the examples and statistics in a file, for samples with their labels (arr_1). Raises: ValueError."""
+    statistics, labels, has_examples = None, None, True
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            with open_npz(path, limit=math.inf) as arrays:
+                pairs = [
+                    (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
+                    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+                ]
+                has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
+                labels = arrays["arr_1"] if "arr_1" in arrays else None
+            moments, spatial = (pair and Moments(*pair, 0) for pair in pairs)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as .npz: {error}") from None
+        if moments:
+            digest = hashlib.sha256(b"".join(array.tobytes() for pair in pairs for array in pair or ()))
+            statistics = SetFeatures(None, moments, spatial, digest.hexdigest())
+    if statistics and not has_examples:
+        return ExampleSet(name, None, statistics)
+    try:
+        examples = data.ArrayFiles(str(path))
+    except DataError as error:
+        raise ValueError(str(error).replace("data.data_dir=", "")) from error
+    if not len(examples):
+        raise ValueError(f"{path} has no examples")
+    if labels is not None and labels.shape == (len(examples),) and labels.dtype.kind in "iu":
+        examples.arrays.setdefault("label", labels)
+    return ExampleSet(name, examples, statistics)
+
+
+def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:
+    """Reads examples of a source: uint8 images, or float32 arrays in data units."""
+    x = batch_examples(source.read(indices))
+    return x if x.dtype == np.uint8 else np.asarray(x, np.float32)
+
+
+def value_digest(source: data.Source, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Returns the SHA-256 of a source's values. progress: called with the number of examples read so far."""
+    digest = hashlib.sha256()
+    for start in range(0, len(source), CHUNK):
+        stop = min(start + CHUNK, len(source))
+        values = read_examples(source, np.arange(start, stop))
+        digest.update(repr(values.shape[1:]).encode())
+        digest.update(np.ascontiguousarray(values).data)
+        progress(stop)
+    return digest.hexdigest()
+
+
+def read_all(
+    source: data.Source, normalization: data.Normalization | None, in_data_units: bool = False
+) -> np.ndarray | LazyExamples:
+    """Returns all examples, standardized, float32 [n, *spatial, C]: in memory up to 1 GiB, otherwise read when needed.
+
+    normalization: None leaves the values unchanged. in_data_units: not standardized, as `normalization.data_dtype`.
+    """
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        x = batch_examples(source.read(indices))
+        if in_data_units and normalization is not None:
+            return x.astype(normalization.data_dtype)
+        return data.to_model_units(x, normalization)
+
+    first = read(np.arange(1))
+    examples = LazyExamples(read, (len(source), *first.shape[1:]))
+    return examples if len(source) * first.nbytes > _MAX_BYTES_IN_MEMORY else examples[:]
 
 
 # ---- Extractors
-
-
-class BatchFeatures(NamedTuple):
-    """Features of a batch. pool: [B, D], used by most metrics. spatial: [B, S] for sFID, or None."""
-
-    pool: Any
-    spatial: Any = None
 
 
 class FeatureExtractor(NamedTuple):
     """A function from images to features, with its parameters.
 
     name: for reports. digest: changes with everything that changes the features. function: (params, uint8 images
-    [B, H, W, C]) -> BatchFeatures, compiled unless params is None. head: [D, classes], from features to logits, or None.
+    [B, H, W, C]) -> {"pool": [B, D]}, and "spatial" [B, S] for sFID; compiled unless params is None. head: [D, classes],
+    from features to logits, or None.
     resize: Inception's resize method, one of RESIZES. published: whether the Frechet distance may be called FID.
     """
 
@@ -96,7 +253,7 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
 
     def function(params, images):
         images = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
-        return BatchFeatures(*Inception().apply({"params": params}, to_inception(images, resize)))
+        return Inception().apply({"params": params}, to_inception(images, resize))
 
     head = np.asarray(params["fc"]["kernel"])
     return FeatureExtractor("inception", f"{digest}_{resize}", function, params, head, resize, published)
@@ -115,7 +272,7 @@ def digits() -> FeatureExtractor:
 
     def function(params, images):
         features, _ = cast(tuple, DigitsNetwork().apply({"params": params}, images))
-        return BatchFeatures(features)
+        return {"pool": features}
 
     params = flax.traverse_util.unflatten_dict(flat)
     return FeatureExtractor("digits", hashlib.sha256(content).hexdigest(), function, params)
@@ -150,13 +307,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
     function = find_function(name, "features")
     source = pathlib.Path(str(sys.modules[function.__module__].__file__))
     content = hashlib.sha256(source.read_bytes()).hexdigest()  # approximates the function's identity
-    return FeatureExtractor(name, f"{content}_{name}", lambda _, images: BatchFeatures(function(images)))
-
-
-def check_shape(extractor: FeatureExtractor, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError for images that the extractor does not support, before it computes any."""
-    if extractor.params is not None:
-        jax.eval_shape(extractor.function, extractor.params, jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8))
+    return FeatureExtractor(name, f"{content}_{name}", lambda _, images: {"pool": function(images)})
 
 
 # ---- The classifier of digits
@@ -183,7 +334,7 @@ class DigitsNetwork(nn.Module):
         return features, nn.Dense(10, name="logits")(features)
 
 
-# ---- Sets
+# ---- Features of sets
 
 
 class FeaturePipeline:
@@ -201,29 +352,30 @@ class FeaturePipeline:
             self._compute = BatchFunction(extractor.function, extractor.params, mesh, batch_size)
             self._batch_size = self._compute.batch_size
 
-    def __call__(self, images: np.ndarray) -> BatchFeatures:
-        """Computes features of uint8 images [N, H, W, C] or float32 arrays [N, *spatial, C], equal on every process.
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Computes "pool" [N, D], and with Inception "spatial" [N, S], equal on every process.
 
+        images: uint8 [N, H, W, C], or float32 arrays [N, *spatial, C].
         Raises: ValueError for features that are not finite, or not [N, D].
         """
         return self._extract(images.__getitem__, len(images))
 
-    def _extract(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> BatchFeatures:
+    def _extract(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, np.ndarray]:
         """Computes features of `count` images. read: (indices) -> images."""
-        batches: list[BatchFeatures] = []
+        batches = []
         for start in range(0, count, self._batch_size):
             if self._compute:
                 out = self._compute(read, start, count)
             else:  # the last batch is padded, too
                 out = self.extractor.function(None, read(np.minimum(start + np.arange(self._batch_size), count - 1)))
-                shape = np.shape(out.pool)
+                shape = np.shape(out["pool"])
                 if len(shape) != 2 or shape[0] != self._batch_size:
                     raise ValueError(
                         f"{self.extractor.name} returns features of shape {shape} for {self._batch_size} images, not "
                         f"[{self._batch_size}, D]"
                     )
             batches.append(jax.tree.map(lambda rows, start=start: np.asarray(rows, np.float32)[: count - start], out))
-        features: BatchFeatures = jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+        features = jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
         if not all(np.isfinite(rows).all() for rows in jax.tree.leaves(features)):
             raise ValueError(f"the features of {self.extractor.name} are not finite")
         return features
@@ -247,8 +399,7 @@ class FeaturePipeline:
 
         def compute(i: int) -> dict[str, np.ndarray]:
             first = i * CHUNK
-            features = self._extract(lambda rows: read_examples(source, first + rows), min(CHUNK, count - first))
-            return {kind: rows for kind, rows in features._asdict().items() if rows is not None}
+            return self._extract(lambda rows: read_examples(source, first + rows), min(CHUNK, count - first))
 
         num_chunks = chunks.fill(f"Features of {name}", count, CHUNK, compute)
         num_in_pool = min(num_chunks, -(-MAX_EXAMPLES // CHUNK))

@@ -7,6 +7,7 @@ there are 1008 classes. Layer names are from the PyTorch port. Weights are read 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -38,19 +39,15 @@ DOWNLOAD_SOURCES = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth, or "
     "classify_image_graph_def.pb, out of TensorFlow's inception-2015-12-05.tgz"
 )
-_LEAVES = {
-    "kernel": "conv.weight",
-    "scale": "bn.weight",
-    "bias": "bn.bias",
-    "mean": "bn.running_mean",
-    "var": "bn.running_var",
-}
-_GRAPH_LEAVES = {
-    "kernel": "conv2d_params",
-    "scale": "batchnorm/gamma",
-    "bias": "batchnorm/beta",
-    "mean": "batchnorm/moving_mean",
-    "var": "batchnorm/moving_variance",
+# The names of parameters in the PyTorch port and in the TensorFlow graph.
+_NAMES = {
+    "kernel": ("conv.weight", "conv2d_params"),
+    "scale": ("bn.weight", "batchnorm/gamma"),
+    "bias": ("bn.bias", "batchnorm/beta"),
+    "mean": ("bn.running_mean", "batchnorm/moving_mean"),
+    "var": ("bn.running_var", "batchnorm/moving_variance"),
+    "fc": ("fc.weight", "softmax/weights"),
+    "fc_bias": ("fc.bias", "softmax/biases"),
 }
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 
@@ -106,18 +103,10 @@ class Conv(nn.Module):
         return nn.relu(x + (bias - mean * factor))
 
 
-def _average_pool(x):
-    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
-
-
-def _max_pool(x, strides: int = 1, padding: str = "SAME"):
-    return nn.max_pool(x, (3, 3), (strides, strides), padding)
-
-
-def _shrink(x):
-    return _max_pool(x, 2, "VALID")
-
-
+_WINDOW = {"window_shape": (3, 3), "strides": (1, 1), "padding": "SAME"}
+_average_pool = functools.partial(nn.avg_pool, **_WINDOW, count_include_pad=False)
+_max_pool = functools.partial(nn.max_pool, **_WINDOW)
+_shrink = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding="VALID")
 _POINT, _ROW, _COLUMN, _FORK = (1, 1), (1, 7), (7, 1), (384, "fork")
 
 
@@ -183,10 +172,8 @@ class Block(nn.Module):
                 number += 1
                 conv = f"{name}_{number}" if count > 1 else name
                 if layer == _FORK:
-                    ends = {"a": (1, 3), "b": (3, 1)}
-                    y = jnp.concatenate(
-                        [Conv(384, kernel, name=conv + end)(y) for end, kernel in ends.items()], axis=-1
-                    )
+                    pair = [Conv(384, kernel, name=conv + end)(y) for end, kernel in (("a", (1, 3)), ("b", (3, 1)))]
+                    y = jnp.concatenate(pair, axis=-1)
                 else:
                     y = Conv(*layer, name=conv)(y)
             outputs.append(y)
@@ -194,20 +181,20 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """Computes features (pool, spatial) of images, float32 [B, 299, 299, 3], scaled to about [-1, 1].
+    """Computes the features "pool" and "spatial" of images, float32 [B, 299, 299, 3], scaled to about [-1, 1].
 
     pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of TensorFlow's mixed_6/conv at 17x17
     positions. The last layer, from pool to 1008 classes, is only a parameter.
     """
 
     @nn.compact
-    def __call__(self, x) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x) -> dict[str, jax.Array]:
         """x: float32 [B, 299, 299, 3]."""
         x = Conv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = Conv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
-        x = _max_pool(Conv(64, (3, 3), name="Conv2d_2b_3x3")(x), 2, "VALID")
+        x = _shrink(Conv(64, (3, 3), name="Conv2d_2b_3x3")(x))
         x = Conv(80, (1, 1), name="Conv2d_3b_1x1")(x)
-        x = _max_pool(Conv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x), 2, "VALID")
+        x = _shrink(Conv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x))
         outputs = {}
         for name, branches in _BLOCKS.items():
             x = outputs[name] = Block(branches, name=name)(x)
@@ -215,7 +202,7 @@ class Inception(nn.Module):
         pool = x.mean(axis=(1, 2))
         nn.Dense(1008, use_bias=False, name="fc")(pool)
         self.param("fc_bias", nn.initializers.zeros, (1008,))
-        return pool, spatial
+        return {"pool": pool, "spatial": spatial}
 
 
 # ---- Weights
@@ -247,23 +234,20 @@ def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
 
 
 def _torch_name(path: parameters.Path) -> str:
-    if path[0].startswith("fc"):
-        return "fc.bias" if path == ("fc_bias",) else "fc.weight"
-    *module, leaf = path
-    return ".".join((*module, _LEAVES[leaf]))
+    return _NAMES[path[0]][0] if path[0] in _NAMES else ".".join((*path[:-1], _NAMES[path[-1]][0]))
 
 
 def _graph_name(path: parameters.Path) -> str:
     """Returns a parameter's name in the graph, where TensorFlow numbers layers (conv, conv_1 ...), towers and blocks."""
-    if path[0].startswith("fc"):
-        return "softmax/biases" if path == ("fc_bias",) else "softmax/weights"
+    if path[0] in _NAMES:
+        return _NAMES[path[0]][1]
     module, *branch, leaf = path
     if not branch:
         scope = _numbered("conv", _STEM.index(module))
     else:
         towers = [name for name, *layers in _BLOCKS[module] if len(layers) > 1]  # branches with several layers
         scope = f"{_numbered('mixed', list(_BLOCKS).index(module))}/{_tower(branch[0], towers)}"
-    return f"{scope}/{_GRAPH_LEAVES[leaf]}"
+    return f"{scope}/{_NAMES[leaf][1]}"
 
 
 def _numbered(name: str, i: int) -> str:
@@ -289,7 +273,7 @@ def _read_graph(path: pathlib.Path, content: bytes) -> parameters.Tensors:
         graph.ParseFromString(content)
     except Exception as error:  # protobuf's errors have no common public class
         raise PretrainedError(f"{path} cannot be read as a TensorFlow graph ({error}); download it again") from None
-    ends = (*_GRAPH_LEAVES.values(), "softmax/weights", "softmax/biases")
+    ends = tuple(name for _, name in _NAMES.values())
     nodes = {n.name: n.attr["value"].tensor for n in graph.node if n.op == "Const" and n.name.endswith(ends)}
     shapes = {name: tuple(dim.size for dim in tensor.tensor_shape.dim) for name, tensor in nodes.items()}
     return parameters.Tensors("TensorFlow", shapes, lambda name: tf.make_ndarray(nodes[name]))

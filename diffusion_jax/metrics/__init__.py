@@ -9,8 +9,8 @@ function.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import NormalDist
@@ -21,14 +21,6 @@ import numpy as np
 
 from diffusion_jax.functions import find_function
 from diffusion_jax.metrics import of_arrays, of_features
-from diffusion_jax.metrics.meanings import (
-    MEANINGS,
-    Meaning,
-    find_meaning,
-    format_value,
-    heading,
-    reported_values,
-)
 from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, Measurement, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
@@ -53,10 +45,11 @@ __all__ = [
 ]
 
 MAX_EXAMPLES = 50_000  # in a set of arrays, as in the image metrics
-_KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
+# The parameters of a user's function that take the labels and conditions of a set.
+_CONDITIONS = ("reference_label", "samples_label", "reference_condition", "samples_condition")
+_KID_SUBSET_SIZE = 1000
 _IS_SPLIT_SIZE = 5000
 _FEW_PER_DIMENSION = 10  # with fewer samples per dimension, the bias of the Frechet distance is noticeable
-_MANIFOLD_K, _DENSITY_K = 3, 5
 _GROUPS = 20  # for the jackknives
 _ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # examples per set; products in all distances
 _NEIGHBORS, _NEIGHBOR_PRODUCTS, _NEIGHBOR_BYTES = 5, 1e13, 2**31
@@ -70,11 +63,13 @@ class Options(NamedTuple):
 
     seed: for random directions. normalization: maps standardized examples to data units,
     examples * scale + offset; None if they have these units already. periodic: whether series are periodic.
+    conditions: the arrays for a user's function by parameter (`Metric.conditions`), a row for each of its examples.
     """
 
     seed: int = 0
     normalization: Any = None
     periodic: bool = False
+    conditions: Mapping[str, np.ndarray] = {}
 
     def units(self, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (offset, scale) for each channel [C]."""
@@ -114,8 +109,7 @@ class Result(NamedTuple):
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A metric that compares samples with a reference.
 
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
@@ -125,7 +119,7 @@ class Metric:
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
     records, with features from the published Inception and from other extractors; the result's names are then endings of
-    this name.
+    this name. conditions: the parameters of a user's function that take labels or conditions, {name: whether it is required}.
     """
 
     compute: Callable[[Any, Any, Options], Result]
@@ -133,18 +127,28 @@ class Metric:
     minimum: int
     spatial_axes: tuple[int, ...] = (0, 1, 2, 3)
     names: tuple[str, str] | None = None
+    conditions: Mapping[str, bool] = {}
 
 
 def find_metric(name: str) -> Metric:
     """Returns the entry of `METRICS`, or the metric of a user's function "module:function". Raises: ValueError."""
-    if ":" not in name:
+    if name in METRICS:
         return METRICS[name]
-    return Metric(functools.partial(_own_metric, name, find_function(name, "evaluation.metrics")), "data", 1)
+    if ":" not in name:
+        raise ValueError(f"metrics: {name!r} is unknown; known: {', '.join(METRICS)}, or module:function")
+    function = find_function(name, "evaluation.metrics")
+    parameters = inspect.signature(function).parameters
+    conditions = {key: parameters[key].default is inspect.Parameter.empty for key in _CONDITIONS if key in parameters}
+    return Metric(functools.partial(_own_metric, name, function), "data", 1, conditions=conditions)
 
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Calls function(reference, samples) with at most 50,000 examples each; it returns a number or {name: number}."""
-    value = function(*(np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples)))
+    """Calls function(reference, samples, **conditions) with at most 50,000 examples each.
+
+    The function returns a number or {name: number}.
+    """
+    sets = (np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples))
+    value = function(*sets, **options.conditions)
     found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
     values = {}
     for key, number in found.items():
@@ -188,9 +192,8 @@ def choose_metrics(
         if spatial_axes in metric.spatial_axes and (has_features or not needs_features([name], of_images))
     ]
     for name in requested or ():
-        if ":" in name:
-            find_metric(name)
-        elif name not in suitable:
+        find_metric(name)
+        if ":" not in name and name not in suitable:
             what = f"data with {spatial_axes} spatial axes"
             if needs_features([name], of_images):
                 what += " and without features=module:function"
@@ -214,9 +217,10 @@ def _frechet_distance(reference: Moments, samples: Moments, options: Options) ->
 def _kid(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
     # A quarter of small sets, because the variance over subsets that are nearly a whole set is not informative.
     size = min(_KID_SUBSET_SIZE, min(len(reference), len(samples)) // 4)
-    kid = of_features.kid(reference, samples, _KID_SUBSETS, size, _KID_SEED)
-    settings = {"_subsets": _KID_SUBSETS, "_subset_size": size, "_seed": _KID_SEED}
-    return Result({"": kid.mean, "_standard_error": kid.standard_error, "_std": kid.std, **settings})
+    settings = {"subsets": 100, "subset_size": size, "seed": 2020}
+    kid = of_features.kid(reference, samples, **settings)
+    numbers = {"": kid.mean, "_standard_error": kid.standard_error, "_std": kid.std}
+    return Result(numbers | {f"_{name}": value for name, value in settings.items()})
 
 
 def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
@@ -224,11 +228,14 @@ def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Option
     return Result({"": score.mean, "_std": score.std, "_split_size": _IS_SPLIT_SIZE})
 
 
-def _shares(
-    function: Callable, name: str, k: int, reference: np.ndarray, samples: np.ndarray, options: Options
-) -> Result:
-    """Returns the shares from a function of the k-neighbor manifolds."""
-    return Result(function(reference, samples, k)._asdict() | {f"{name}_k": k})
+def _shares(function: Callable, k: int) -> Metric:
+    """Returns a metric of two numbers, which the function's name joins, from manifolds of k neighbors."""
+    name = function.__name__
+
+    def compute(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
+        return Result(dict(zip(name.split("_"), function(reference, samples, k), strict=True)) | {f"{name}_k": k})
+
+    return Metric(compute, "pool", k + 1)
 
 
 def _memorization(reference: _Examples, samples: _Examples, options: Options) -> Result:
@@ -251,16 +258,15 @@ def _energy_distance(reference: _Examples, samples: _Examples, options: Options)
     # Time is quadratic in the number of examples.
     count = int(min(_ENERGY_EXAMPLES, max(math.sqrt(_ENERGY_PRODUCTS / math.prod(reference.shape[1:])), 500)))
     sets = [select(x, count) for x in (reference, samples)]
-    values = _named("energy_distance", of_arrays.energy_distance(*sets))
-    return Result(values | {"energy_distance_num_examples": [len(x) for x in sets]})
+    distance = of_arrays.energy_distance(*sets)
+    return Result(_named("energy_distance", distance, num_examples=[len(x) for x in sets]))
 
 
 def _sliced_wasserstein(reference: _Examples, samples: _Examples, options: Options) -> Result:
     sets, key = [select(x, _SLICED_EXAMPLES) for x in (reference, samples)], jax.random.key(options.seed)
     distance = of_arrays.sliced_wasserstein(key, *sets, projections=_PROJECTIONS, groups=_GROUPS)
     settings = {"projections": _PROJECTIONS, "num_examples": [len(x) for x in sets], "seed": options.seed}
-    settings = {f"sliced_wasserstein_{name}": value for name, value in settings.items()}
-    return Result(_named("sliced_wasserstein", distance) | settings)
+    return Result(_named("sliced_wasserstein", distance, **settings))
 
 
 def _marginal_histograms(reference: _Examples, samples: _Examples, options: Options) -> Result:
@@ -270,8 +276,7 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
     distance = histograms.distance
     channel = int(np.argmax(distance.value))
     of_channel = Measurement(*(None if x is None else float(x[channel]) for x in distance))
-    values = _named("histogram_distance", of_channel)
-    values |= {"histogram_distance_channel": channel, "histogram_distance_bins": _BINS}
+    values = _named("histogram_distance", of_channel, channel=channel, bins=_BINS)
     offset, scale = options.units(reference.shape[-1])
     pair, edges = (histograms.reference, histograms.samples), histograms.edges * scale[:, None] + offset[:, None]
     arrays = {"histogram_edges": edges, **_named("histogram_distance", distance), **_both("histogram", pair)}
@@ -333,14 +338,13 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
     values["autocorrelation_channel"] = channel
     values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
     arrays = {"autocorrelation_lags": found[0].x, **_both("autocorrelation", found)}
-    one, other = found
-    labels = "lag (positions)", "autocorrelation"
-    return Result(values, arrays, Curves("autocorrelation", one.x, one, other, labels))
+    curves = Curves("autocorrelation", found[0].x, *found, labels=("lag (positions)", "autocorrelation"))
+    return Result(values, arrays, curves)
 
 
-def _named(name: str, distance: Measurement) -> dict[str, Any]:
-    """Returns {name: value, name_standard_error: ...} for a distance."""
-    numbers = {field: x for field, x in distance._asdict().items() if x is not None}
+def _named(name: str, distance: Measurement, **settings: Any) -> dict[str, Any]:
+    """Returns {name: value, name_standard_error: ...} for a distance, and the settings."""
+    numbers = {field: x for field, x in distance._asdict().items() if x is not None} | settings
     return {name if field == "value" else f"{name}_{field}": x for field, x in numbers.items()}
 
 
@@ -393,14 +397,8 @@ METRICS: dict[str, Metric] = {
     "sfid": Metric(_frechet_distance, "spatial", 2, names=("sfid", "spatial_frechet_distance")),
     "kid": Metric(_kid, "pool", 8, names=("kid", "kernel_distance")),
     "is": Metric(_inception_score, "logits", 1, names=("inception_score", "inception_score")),
-    "precision_recall": Metric(
-        functools.partial(_shares, of_features.precision_recall, "precision_recall", _MANIFOLD_K),
-        "pool",
-        _MANIFOLD_K + 1,
-    ),
-    "density_coverage": Metric(
-        functools.partial(_shares, of_features.density_coverage, "density_coverage", _DENSITY_K), "pool", _DENSITY_K + 1
-    ),
+    "precision_recall": _shares(of_features.precision_recall, k=3),
+    "density_coverage": _shares(of_features.density_coverage, k=5),
     "energy_distance": Metric(_energy_distance, "examples", 4),
     "sliced_wasserstein": Metric(_sliced_wasserstein, "examples", 2 * _GROUPS),
     "marginal_histograms": Metric(_marginal_histograms, "examples", 2 * _GROUPS),
@@ -409,3 +407,139 @@ METRICS: dict[str, Metric] = {
     "autocorrelation": Metric(_autocorrelation, "examples", 2, spatial_axes=(1,)),
     "memorization": Metric(_memorization, "vectors", 2),
 }
+
+
+# ---- Names, directions and meanings of the numbers in records: every text that people read uses this table
+
+
+class Meaning(NamedTuple):
+    """A number of a record, for people.
+
+    name: with the unit. better: "lower", "higher" or "closer to 0"; "" for a number that does not rank models. text: the
+    definition.
+    """
+
+    name: str
+    better: str
+    text: str
+
+
+_DISTANCE = "distance between Gaussians with the mean and covariance of each set's features; 0 for equal Gaussians"
+_FALLS = "it falls with the number of samples"
+_MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
+_Z = "z-score of the deviation; |z| is below the limit in 19 of 20 measurements of equal distributions"
+
+# By the name in a record, without a resize.
+MEANINGS = {
+    "fid": Meaning("Frechet Inception distance (FID)", "lower", f"{_DISTANCE}; {_FALLS}"),
+    "frechet_distance": Meaning("Frechet distance", "lower", f"{_DISTANCE}; {_FALLS}"),
+    "sfid": Meaning("spatial FID (sFID)", "lower", f"the same for Inception's spatial features: {_DISTANCE}"),
+    "spatial_frechet_distance": Meaning(
+        "spatial Frechet distance", "lower", f"the same for spatial features: {_DISTANCE}"
+    ),
+    "kid": Meaning("kernel Inception distance (KID)", "lower", _MMD),
+    "kernel_distance": Meaning("kernel distance", "lower", _MMD),
+    "inception_score": Meaning(
+        "Inception Score", "higher", "exp(mean KL(p(class | image) || p(class))), by Inception's class probabilities"
+    ),
+    "precision": Meaning(
+        "precision", "higher", "fidelity: share of samples inside the reference's manifold (nearest-neighbor balls)"
+    ),
+    "recall": Meaning("recall", "higher", "diversity: share of reference images inside the samples' manifold"),
+    "density": Meaning(
+        "density",
+        "higher",
+        "fidelity: mean number of reference balls that contain a sample, divided by k; 1 for equal distributions",
+    ),
+    "coverage": Meaning("coverage", "higher", "diversity: share of reference images whose ball contains a sample"),
+    "close_share": Meaning(
+        "share of near copies",
+        "lower",
+        "share of samples nearer to a reference image than 99% of the reference images are to each other: about "
+        "0.01 for new images, near 1 for copies",
+    ),
+    "energy_distance": Meaning(
+        "energy distance",
+        "lower",
+        "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal distributions, within "
+        "a few same_distribution_std",
+    ),
+    "sliced_wasserstein": Meaning(
+        "sliced Wasserstein distance",
+        "lower",
+        "root of the mean W_2^2 over directions, for standardized data; for equal distributions about same_distribution",
+    ),
+    "histogram_distance": Meaning(
+        "histogram distance",
+        "lower",
+        "total variation between a channel's histograms, the largest over all channels; for equal distributions about "
+        "same_distribution",
+    ),
+    "mean_deviation": Meaning(
+        "deviation of the mean", "closer to 0", "samples minus data, for standardized channels, where |z| is largest"
+    ),
+    "mean_z": Meaning("z of the mean", "closer to 0", _Z),
+    "covariance_deviation": Meaning(
+        "deviation of the covariance",
+        "closer to 0",
+        "samples minus data, for standardized channels at one position, where |z| is largest",
+    ),
+    "covariance_z": Meaning("z of the covariance", "closer to 0", _Z),
+    "power_spectrum_deviation": Meaning(
+        "relative deviation of the power spectrum",
+        "closer to 0",
+        "samples / data - 1, at the frequency and channel where |z| is largest",
+    ),
+    "power_spectrum_z": Meaning("z of the power spectrum", "closer to 0", _Z),
+    "autocorrelation_deviation": Meaning(
+        "deviation of the autocorrelation",
+        "closer to 0",
+        "samples minus data, at the lag and channel where |z| is largest",
+    ),
+    "autocorrelation_z": Meaning("z of the autocorrelation", "closer to 0", _Z),
+    "bits_per_dim": Meaning("bits per dimension", "lower", "total bound, upper bound of the negative log-likelihood"),
+    "nats_per_dim": Meaning("nats per dimension", "lower", "the same in nats"),
+    "prior": Meaning("prior (bits per dimension)", "", "KL of q(x_T | x_0) from the standard normal"),
+    "transitions": Meaning("transitions (bits per dimension)", "", "sum of the terms for the steps between"),
+    "decoder": Meaning("decoder (bits per dimension)", "", "L_0, the code of x_0 given x_1"),
+    "ode_bits_per_dim": Meaning("bits per dimension of the ODE", "lower", "by the probability-flow ODE, no bound"),
+    "ode_nats_per_dim": Meaning("nats per dimension of the ODE", "lower", "the same in nats"),
+}
+_RESIZES = ("_pytorch", "_clean")
+# Suffixes of entries that describe another number.
+_DETAILS = ("_std", "_standard_error", "_same_distribution", "_limit", "_frequency")
+
+
+def find_meaning(key: str) -> Meaning | None:
+    """Returns the meaning of a record's entry, also for a resize such as "fid_clean"; None for an unknown entry."""
+    if key in MEANINGS:
+        return MEANINGS[key]
+    for resize in _RESIZES:
+        if (found := MEANINGS.get(key.removesuffix(resize))) is not None:
+            return found._replace(name=f"{found.name}, {resize[1:]} resize")
+    return None
+
+
+def heading(key: str) -> str:
+    """Returns the name and direction of an entry, such as "Frechet distance, lower is better"; other keys unchanged."""
+    name, better, _ = find_meaning(key) or Meaning(key, "", "")
+    return f"{name}, {better} is better" if better else name
+
+
+def reported_values(record: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of a record, without the entries that describe a metric."""
+    values = {key: value for key, value in record.items() if isinstance(value, float) and not key.endswith(_DETAILS)}
+    if "memorization" in record:
+        values["close_share"] = record["memorization"]["close_share"]
+    return values
+
+
+def format_value(value: float, error: float | None = None) -> str:
+    """Formats a number; with an error, rounds both to the first digit of the error, or to two if the first is 1."""
+    if not error or not math.isfinite(error):
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    first = math.floor(math.log10(error))  # the place of the error's first digit
+    decimals = max(0, -first + (error < 2 * 10**first))  # two digits of an error that begins with 1
+    if decimals > 6 or abs(value) >= 1e6:
+        return f"{value:.4g} ± {error:.2g}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"

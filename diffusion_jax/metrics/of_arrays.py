@@ -22,7 +22,6 @@ __all__ = [
     "MarginalHistograms",
     "MeanAndCovariance",
     "Measurement",
-    "as_example_pair",
     "as_examples",
     "autocorrelation",
     "energy_distance",
@@ -30,9 +29,7 @@ __all__ = [
     "marginal_histograms",
     "mean_and_covariance",
     "power_spectrum",
-    "read_blocks",
     "relative_rounding",
-    "select",
     "sliced_wasserstein",
     "value_range",
 ]
@@ -71,9 +68,8 @@ class LazyExamples:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
-        indices = np.arange(len(self))[key]
-        return self._read(indices) if indices.ndim else self._read(indices[None])[0]
+    def __getitem__(self, key: slice | np.ndarray) -> np.ndarray:
+        return self._read(np.arange(len(self))[key])
 
 
 def as_examples(name: str, x: Any, minimum: int) -> np.ndarray:
@@ -354,7 +350,7 @@ def sliced_wasserstein(
     Raises: ValueError for too few examples for the groups, different example shapes, or values that are not finite.
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)
-    n, m = len(reference), len(samples)
+    n, m, dimensions = len(reference), len(samples), math.prod(reference.shape[1:])
     key_directions, key_groups, key_permutations = jax.random.split(key, 3)
     is_sample = np.arange(n + m) >= n
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_groups, (4,))))
@@ -364,12 +360,17 @@ def sliced_wasserstein(
     assignments += [np.where(group == g, -1, is_sample) for g in range(groups)]
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_permutations, (4,))))
     assignments += [rng.permutation(is_sample).astype(int) for _ in range(permutations)]
+
+    def draw(i):  # a direction, a function of the key and its index
+        return jax.random.normal(jax.random.fold_in(key_directions, i), (dimensions,), jnp.float32)
+
     powers = np.empty((len(assignments), projections))  # W_2^2 for every assignment and direction
-    width = max(reference[0].size, n + m)
+    width = max(dimensions, n + m)
     size = max(_MAX_PROJECTED_BYTES // (8 * width), 1)
     for start in range(0, projections, size):
         indices = np.arange(start, min(start + size, projections))
-        directions = _directions(key_directions, indices, reference[0].size)
+        directions = np.asarray(jax.vmap(draw)(indices), np.float64).T
+        directions = directions / np.linalg.norm(directions, axis=0)
         blocks = (block.reshape(len(block), -1) for x in (reference, samples) for _, block in read_blocks(x))
         projected = np.concatenate([block @ directions for block in blocks])
         order_of_values = projected.argsort(axis=0)
@@ -384,16 +385,6 @@ def sliced_wasserstein(
         direction_error /= 2 * value
     error = np.sqrt(data_variance + direction_error**2)
     return Measurement(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
-
-
-def _directions(key: jax.Array, indices: np.ndarray, dimensions: int) -> np.ndarray:
-    """Returns unit vectors [D, len(indices)], each a function of the key and its index."""
-
-    def draw(i):
-        return jax.random.normal(jax.random.fold_in(key, i), (dimensions,), jnp.float32)
-
-    vectors = np.asarray(jax.vmap(draw)(indices), np.float64).T
-    return vectors / np.linalg.norm(vectors, axis=0)
 
 
 def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
@@ -439,14 +430,24 @@ def marginal_histograms(
     """
     reference, samples = as_example_pair(reference, samples, 2 * groups)
     low, high = (np.broadcast_to(np.asarray(edge, np.float64), reference.shape[-1:]) for edge in limits)
+    channels = reference.shape[-1]
     counts, histograms, sums = [], [], []
     for x in (reference, samples):
-        total, squares, count = _group_shares(x, low, high, bins, groups)
+        group = np.arange(len(x)) % groups
+        total, squares = np.zeros((groups, channels, bins)), np.zeros((channels, bins))
+        for start, block in read_blocks(x, channels * bins):
+            values = block.reshape(len(block), -1, channels)
+            index = np.clip(np.floor((values - low) / (high - low) * bins), 0, bins - 1).astype(np.int64)
+            index += bins * (np.arange(channels) + channels * np.arange(len(block))[:, None, None])
+            counted = np.bincount(index.reshape(-1), minlength=len(block) * channels * bins)
+            shares = counted.reshape(len(block), channels, bins) / values.shape[1]
+            np.add.at(total, group[start : start + len(block)], shares)
+            squares += np.square(shares).sum(axis=0)
         mean = total.sum(axis=0) / len(x)
         variance = np.maximum(squares / len(x) - mean**2, 0) / (len(x) - 1)
         histograms.append(Measurement(mean, np.sqrt(variance)))
         sums.append(total)
-        counts.append(count)
+        counts.append(np.bincount(group, minlength=groups))
 
     def distance(one, other):
         return 0.5 * np.abs(one - other).sum(axis=-1)
@@ -472,20 +473,3 @@ def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:
     low, high = ranges[:, 0].min(axis=0), ranges[:, 1].max(axis=0)
     constant = low == high
     return np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
-
-
-def _group_shares(
-    x: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int, groups: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the summed shares in each bin by group [G, C, bins], their summed squares [C, bins], and counts [G]."""
-    channels = x.shape[-1]
-    total, squares = np.zeros((groups, channels, bins)), np.zeros((channels, bins))
-    for start, block in read_blocks(x, channels * bins):
-        values = block.reshape(len(block), -1, channels)
-        index = np.clip(np.floor((values - low) / (high - low) * bins), 0, bins - 1).astype(np.int64)
-        index += bins * (np.arange(channels) + channels * np.arange(len(block))[:, None, None])
-        counted = np.bincount(index.reshape(-1), minlength=len(block) * channels * bins)
-        shares = counted.reshape(len(block), channels, bins) / values.shape[1]
-        np.add.at(total, np.arange(start, start + len(block)) % groups, shares)
-        squares += np.square(shares).sum(axis=0)
-    return total, squares, np.bincount(np.arange(len(x)) % groups, minlength=groups)

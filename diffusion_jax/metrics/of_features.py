@@ -19,11 +19,9 @@ import numpy as np
 from diffusion_jax.metrics.of_arrays import as_examples
 
 __all__ = [
-    "DensityCoverage",
     "Estimate",
     "Moments",
     "Neighbors",
-    "PrecisionRecall",
     "density_coverage",
     "frechet_distance",
     "inception_score",
@@ -40,11 +38,22 @@ _BLOCK = 512  # rows whose distances are on the device at once
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean [D] and covariance [D, D] (unbiased) of `count` features, float64."""
+    """Mean [D] and covariance [D, D] (unbiased) of `count` features, float64.
+
+    Raises: ValueError for other shapes, or numbers that are not finite.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
     count: int
+
+    def __post_init__(self):
+        if self.mean.ndim != 1 or self.covariance.shape != self.mean.shape * 2:
+            raise ValueError(
+                f"a mean {list(self.mean.shape)} and a covariance {list(self.covariance.shape)} are not [D] and [D, D]"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("moments are not finite; check the features")
 
 
 def moments(features) -> Moments:
@@ -54,7 +63,7 @@ def moments(features) -> Moments:
 
 def _merge(one: Moments, other: Moments) -> Moments:
     """Merges the moments of two sets into their union's moments (Chan et al. 1979)."""
-    _check_moments(one, other)
+    _check_widths(one.mean, other.mean)
     count, shift = one.count + other.count, other.mean - one.mean
     scatter = one.covariance * (one.count - 1) + other.covariance * (other.count - 1)
     scatter += np.outer(shift, shift) * (one.count * other.count / count)
@@ -82,27 +91,13 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
     tr (C_1 C_2)^(1/2) sums the singular values of C_1^(1/2) C_2^(1/2). The singular values are exact up to rounding even for
     singular covariances (fewer images than dimensions); the eigenvalues of C_1 C_2, their squares, lose half the digits.
-    Raises: ValueError for moments with different dimensions, or that are not finite or no covariances.
+    Raises: ValueError for moments with different dimensions, or matrices that are no covariances.
     """
-    _check_moments(one, other)
+    _check_widths(one.mean, other.mean)
     shift = one.mean - other.mean
     cross = np.linalg.svd(_root(one.covariance).T @ _root(other.covariance), compute_uv=False).sum()
     distance = shift @ shift + np.trace(one.covariance) + np.trace(other.covariance) - 2 * cross
     return max(float(distance), 0.0)  # rounding may give a number below 0 for equal moments
-
-
-def _check_moments(one: Moments, other: Moments) -> None:
-    if one.mean.shape != other.mean.shape:
-        raise ValueError(
-            f"the moments have {len(one.mean)} and {len(other.mean)} dimensions; use features of one extractor"
-        )
-    for mean, covariance in ((one.mean, one.covariance), (other.mean, other.covariance)):
-        if covariance.shape != mean.shape * 2:
-            raise ValueError(
-                f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} are not [D] and [D, D]"
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("moments are not finite; check the features")
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -168,15 +163,8 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
     return Estimate(float(np.mean(scores)), float(np.std(scores)), float(np.std(scores) / np.sqrt(len(scores))))
 
 
-class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1]."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(reference, samples, k: int = 3) -> PrecisionRecall:
-    """Precision, the share of samples in the reference's manifold, and recall, with the sets exchanged.
+def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
+    """Precision, the share of samples in the reference's manifold, and recall, with the sets exchanged; both in [0, 1].
 
     Kynkaanniemi et al. 2019. A set's manifold is the union of balls around the members; a ball's radius is the distance to
     the k-th nearest other member. Distances that are equal up to rounding count as equal, so that repeated points and
@@ -184,30 +172,21 @@ def precision_recall(reference, samples, k: int = 3) -> PrecisionRecall:
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     inside = functools.partial(_compare, lambda d, slack, radii: (d <= radii + slack).any())
-    return PrecisionRecall(
-        float(np.mean(inside(samples, reference, _radii(reference, k)))),
-        float(np.mean(inside(reference, samples, _radii(samples, k)))),
-    )
+    precise = inside(samples, reference, _radii(reference, k))
+    return float(np.mean(precise)), float(np.mean(inside(reference, samples, _radii(samples, k))))
 
 
-class DensityCoverage(NamedTuple):
-    """density >= 0, about 1 if samples follow the reference's distribution; coverage in [0, 1]."""
-
-    density: float
-    coverage: float
-
-
-def density_coverage(reference, samples, k: int = 5) -> DensityCoverage:
+def density_coverage(reference, samples, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, eq. 4 and 6).
 
-    density: the mean number of reference balls that contain a sample, divided by k. coverage: the share of reference balls
-    that contain a sample. Arguments and errors: as `precision_recall`.
+    density: the mean number of reference balls that contain a sample, divided by k; about 1 for equal distributions.
+    coverage: the share of reference balls that contain a sample. Arguments and errors: as `precision_recall`.
     """
     reference, samples, _ = _for_distances(reference, samples, k)
     radii = _radii(reference, k)
     balls = _compare(lambda d, slack, radii: (d <= radii + slack).sum(), samples, reference, radii)
     is_covered = _compare(lambda d, slack, _, r: (d <= r + slack).any(), reference, samples, np.zeros(1), radii)
-    return DensityCoverage(float(np.mean(balls) / k), float(np.mean(is_covered)))
+    return float(np.mean(balls) / k), float(np.mean(is_covered))
 
 
 class Neighbors(NamedTuple):
@@ -323,7 +302,7 @@ def _checked(features, minimum: int) -> np.ndarray:
 
 
 def _check_widths(one: np.ndarray, other: np.ndarray) -> None:
-    if one.shape[1] != other.shape[1]:
+    if one.shape[-1] != other.shape[-1]:
         raise ValueError(
-            f"the features have {one.shape[1]} and {other.shape[1]} dimensions; use one extractor for both"
+            f"the features have {one.shape[-1]} and {other.shape[-1]} dimensions; use one extractor for both sets"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import pictures
-from diffusion_jax.evaluation.example_sets import sample_files
+from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.runs.logging import SCALARS, describe_scalar
 from diffusion_jax.untrusted import open_npz, read_image

@@ -17,7 +17,7 @@ import diffusion_jax
 from diffusion_jax.config import SETTINGS, defaults, flatten
 from diffusion_jax.console import format_duration
 from diffusion_jax.errors import list_names, shorten
-from diffusion_jax.evaluation.example_sets import sample_files
+from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.metrics import MEANINGS, find_meaning, format_value, heading
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import figures

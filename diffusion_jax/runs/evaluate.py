@@ -1,78 +1,36 @@
-"""`--mode=evaluate`: measures the likelihood of held-out examples, and computes sample metrics.
+"""`--mode=evaluate`: measures the likelihood of held-out examples, and compares samples with a reference.
 
-The likelihood is written to likelihood.json (bits per dimension, its terms and standard errors), likelihood.npz (the terms at
-every timestep), likelihood_terms.png and rate_distortion.png. For continuous data, it is a density in data units, reported in
-nats per dimension, too. The metrics are added to metrics.json.
+`runs.likelihood` describes the files of the likelihood. The metrics of samples are added to metrics.json.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
-import math
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, likelihood, pictures
-from diffusion_jax.config import is_continuous, resolve, resolve_clip
-from diffusion_jax.console import log, progress_over
-from diffusion_jax.data.sources import read_conditions, read_in_order
+from diffusion_jax import data
+from diffusion_jax.config import resolve
+from diffusion_jax.console import log
+from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import features
-from diffusion_jax.evaluation.compare import check_count, compare, read_records
-from diffusion_jax.evaluation.example_sets import ExampleSet
-from diffusion_jax.evaluation.features import FeaturePipeline
-from diffusion_jax.files import save_npz, write_text
-from diffusion_jax.images import to_model_range
-from diffusion_jax.metrics import (
-    MAX_EXAMPLES,
-    Options,
-    choose_metrics,
-    format_value,
-    needs_features,
-    reported_values,
-)
-from diffusion_jax.models import mark_missing
-from diffusion_jax.pretrained import load_weights
-from diffusion_jax.pretrained.model import format_schedule
-from diffusion_jax.provenance import params_digest, settings_digest
-from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
+from diffusion_jax.evaluation.compare import check_count, compare, find_conditions, read_records
+from diffusion_jax.evaluation.features import ExampleSet, FeaturePipeline, open_file
+from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features, reported_values
+from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
+from diffusion_jax.runs.likelihood import measure_likelihood
 from diffusion_jax.runs.logging import write_evaluation
 from diffusion_jax.runs.sample import SampleFile
-from diffusion_jax.runs.workdir import (
-    check_source,
-    digest_of_some,
-    normalize,
-    open_model,
-    rename_settings_in_errors,
-    to_dict,
-    write_config_if_untrained,
-)
-from diffusion_jax.schedules import Schedule, respace
+from diffusion_jax.runs.workdir import load_examples, to_dict, write_config_if_untrained
 from diffusion_jax.training import condition_shape
 
-__all__ = [
-    "LikelihoodRun",
-    "load_pipeline",
-    "load_reference",
-    "measure_likelihood",
-    "measure_samples",
-    "run",
-]
-
-
-_TABLES = ("vlb", "mse", "x_0_mse")
-_EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
-_REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in likelihood.json that differ
+__all__ = ["load_pipeline", "load_reference", "measure_samples", "run"]
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
@@ -94,45 +52,6 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
         measure_samples(config, workdir)
 
 
-def measure_likelihood(
-    config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None
-) -> None:
-    """Measures the bits per dimension of `evaluation.split`.
-
-    The results of each batch are stored until all files are written, so that a rerun continues after the last batch.
-    source: examples in data units that replace the split.
-    Raises: UserError, also if the ODE solver fails; DataError, PretrainedError.
-    """
-    config, workdir = resolve(config), open_run_dir(workdir)
-    measured, options = LikelihoodRun(config, workdir, source), config.evaluation
-    net, count, size = measured.net, measured.num_examples, measured.batch_size
-    log(f"Measuring the bound of {count:,} {data.noun(config.data)} with the {net.weights} weights of step {net.step}.")
-    with as_user_error("config.evaluation"):
-        jax.eval_shape(measured.bound, net.params, np.uint32(0), np.int32(0), measured.read(np.zeros(size, int)))
-    assert net.mesh is not None
-    compute = sharding.BatchFunction(measured.bound, net.params, net.mesh, size)
-    chunks = ChunkStore(workdir.subdirectory(f".likelihood_{measured.digest}"))
-
-    def measure_batch(i: int) -> dict[str, np.ndarray]:
-        out = compute(measured.read, i * size, count, np.uint32(options.seed), np.int32(i))
-        return _sum_over_examples(out, net.schedule.num_timesteps)
-
-    num_batches = chunks.fill("Evaluating", count, size, measure_batch, config.training.stall_timeout)
-    arrays = _join([chunks.load(i) for i in range(num_batches)], measured.standardization_bits)
-    multihost_utils.sync_global_devices("likelihood chunks read")
-    num_failed = (~np.isfinite(arrays.get("example_ode", np.zeros(1)))).sum()
-    if jax.process_index() == 0:
-        if not num_failed:
-            _write(measured, arrays)
-        chunks.delete()  # after a failure, a rerun would only read the same numbers again
-    if num_failed:
-        raise UserError(
-            f"evaluation.ode_tolerance={options.ode_tolerance}: the solver of the probability-flow ODE did not converge "
-            f"for {num_failed} of {count} {data.noun(config.data)}; try a larger tolerance"
-        )
-    write_config_if_untrained(config, workdir)
-
-
 def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.Source | None = None) -> None:
     """Compares `evaluation.num_samples` samples with the reference; draws the samples unless they exist already.
 
@@ -149,8 +68,6 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
                 "and evaluation.num_samples=0 leaves the metrics out."
             )
         pipeline = load_pipeline(config, workdir)
-        with as_user_error("config.evaluation"):
-            features.check_shape(pipeline.extractor, data.example_shape(config.data))
     reference = load_reference(config, source)
     with as_user_error("config.evaluation"):
         check_count(reference.name, len(reference.source), names)
@@ -163,15 +80,22 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"conditions of {reference.name}"
         if not config.sampling.conditions:  # one for each sample, from evenly spread examples
-            batches = list(map(read_conditions, read_in_order(reference.limit(options.num_samples).source, 1024)))
-            conditions = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            conditions = read_conditions(reference.limit(options.num_samples).conditions)
     file = SampleFile(sampling_config, workdir, conditions)
+    drawn_with = file.setup.rows(np.arange(1))
+    sets = {
+        "reference": reference.source.read([0]),
+        "samples": {"label": drawn_with["y"], **read_conditions(drawn_with)},
+    }
+    with as_user_error("config.evaluation"):
+        for name in names:
+            find_conditions(name, sets)
     file.write(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
-    samples = ExampleSet(str(file.path), data.ArrayFiles(str(workdir.fetch(file.path))))
     is_periodic = config.model.get("padding") == "periodic"
     metric_options = Options(options.seed, file.setup.net.normalizations.get("x"), is_periodic)
     try:
+        samples = open_file(workdir.fetch(file.path), str(file.path))
         output, channels = workdir / "metrics.json", read_channels(config, workdir)
         written = compare(reference, samples, names, output, pipeline, metric_options, settings, channels)
     except ValueError as error:
@@ -202,6 +126,9 @@ def load_pipeline(config: ConfigDict, workdir: RunDir) -> FeaturePipeline:
         raise UserError("these data have no features: set evaluation.features=module:function")
     with as_user_error("config.evaluation"):
         extractor = features.from_name(name, options.inception, of_images=data.is_of_images(config.data))
+        if extractor.params is not None:  # refuses other sizes before anything is drawn
+            image = jax.ShapeDtypeStruct((1, *data.example_shape(config.data)), np.uint8)
+            jax.eval_shape(extractor.function, extractor.params, image)
     return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, workdir)
 
 
@@ -213,266 +140,5 @@ def load_reference(config: ConfigDict, source: data.Source | None = None) -> Exa
     own_split = config.evaluation.reference_split
     location = {**config.data, "split": own_split or config.data.split}
     renamed = {"data.split": "evaluation.reference_split"} if own_split else {}
-    loaded = _load("Reading the reference", location, renamed, source)
+    loaded = load_examples("Reading the reference", location, renamed, source)
     return ExampleSet(data.origin(location) if source is None else type(source).__name__, loaded)
-
-
-def _load(title: str, location: dict, renamed: Mapping[str, str], source: data.Source | None) -> data.Source:
-    """Loads the examples of `location`, a complete `config.data`, or the caller's source. renamed: settings in errors."""
-    if source is not None:
-        location = location | {"holdout": 0.0}
-    with rename_settings_in_errors(renamed):
-        return data.load(location, progress_over(title), source=source)
-
-
-# ---- The likelihood of examples
-
-
-def bound_schedule(diffusion: Mapping[str, Any], schedule: Schedule) -> Schedule:
-    """Returns the schedule for the bound of `config.diffusion`: on a path with fixed_small, steps even in the log SNR.
-
-    The cleanest of the training schedule's steps, which are even in network time, divide sigma by large factors. The excess
-    of the bound with fixed_small grows with these factors (76 bits for 1,000 steps of vp_linear and N(0, 1); 0.1 bits here).
-    """
-    if diffusion["path"] and diffusion["variance"] == "fixed_small":
-        return respace(schedule, schedule.num_timesteps, "log_snr")
-    return schedule
-
-
-class LikelihoodRun:
-    """A run's newest weights and the examples of `evaluation.split`, to measure the likelihood.
-
-    source: the examples, normalized. dataset, split: the origin of the examples; split is None for the source of a caller and
-    for a folder or file in `evaluation.data_dir`.
-    standardization_bits: bits per dimension that standardization adds for continuous data. dequantization: for the ODE
-    likelihood, else None. digest: a hash over everything that the numbers depend on.
-    """
-
-    def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
-        """source: examples that replace `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
-        options = config.evaluation
-        self.config, self.workdir = config, open_run_dir(workdir)
-        self.dequantization = self._ode_likelihood = None
-        if options.ode:
-            try:
-                from diffusion_jax.evaluation import ode_likelihood
-            except ImportError as error:
-                raise UserError(f"evaluation.ode needs diffrax ({error}); pip install '.[ode]'") from error
-            self._ode_likelihood = ode_likelihood
-            self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
-            if is_continuous(config) and self.dequantization != "none":
-                raise UserError(
-                    f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
-                    "for continuous data (data.levels=None)"
-                )
-        net = open_model(config, self.workdir)
-        self.net = load_weights(net, config, self.workdir, options.use_ema)
-        self.schedule = bound_schedule(config.diffusion, self.net.schedule)
-        is_trained_here = "init_from" not in self.net.provenance.details
-        loaded, self.split = _load_source(config, source, is_trained_here)
-        check_source(config, loaded)
-        self.dataset = config.data.dataset if source is None else type(source).__name__
-        self.source = normalize(config, loaded, self.net.normalizations)
-        self.num_examples = min(options.num_examples or len(self.source), len(self.source))
-        devices = self.net.num_devices
-        self.batch_size = -(-min(options.batch_size, self.num_examples) // devices) * devices
-        self.standardization_bits = 0.0
-        if is_continuous(config) and "x" in self.net.normalizations:
-            scale = self.net.normalizations["x"].scale
-            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # in float64, unlike the core's function
-        options = to_dict(options) | {
-            "clip": resolve_clip(config, "evaluation"),
-            "ode_dequantization": self.dequantization,
-        }
-        constants = {name: value.to_json() for name, value in self.net.normalizations.items()}
-        given = None if source is None else [len(self.source), digest_of_some(self.source)]
-        sizes = (self.net.step, self.num_examples, self.batch_size)
-        self.digest = settings_digest(
-            constants, given, options, to_dict(config.data), params_digest(self.net.params), *sizes
-        )
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads a batch: "image" or "x", "label", and "condition" for a conditional network.
-
-        Raises: DataError for images with other gray levels than `data.levels`, or values that are not finite.
-        """
-        batch = dict(self.source.read(indices))
-        if "image" in batch:
-            data.check_levels(batch["image"], self.config.data.levels)
-        batch.setdefault("label", np.zeros(len(indices), np.int32))
-        if self.net.condition_shape is None:
-            batch.pop("condition", None)
-        elif "condition_missing" in batch:
-            batch["condition"] = np.asarray(mark_missing(batch["condition"], batch["condition_missing"]))
-        batch.pop("condition_missing", None)
-        return batch
-
-    def bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
-        """Returns {"total", ..., "t", the tables, "ode"} for batch number `index`; a pure function."""
-        options, gray_levels = self.config.evaluation, self.config.data.levels
-        key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
-        x_0 = batch["x"] if "x" in batch else to_model_range(batch["image"])
-        denoiser = self.net.with_params(params).denoiser(y=batch["label"], condition=batch.get("condition"))
-        denoiser = dataclasses.replace(denoiser, clip=bool(resolve_clip(self.config, "evaluation")))
-        bits = likelihood.bits_per_dim(
-            key_bound, self.schedule, denoiser, x_0, gray_levels=gray_levels, cdf=options.cdf, strata=options.strata
-        )
-        out = {name: getattr(bits, name) for name in ("total", "prior", "decoder", "t", *_TABLES)}
-        if self._ode_likelihood is not None:
-            out["ode"], _ = self._ode_likelihood.bits_per_dim(
-                key_ode,
-                self.schedule,
-                denoiser,
-                x_0,
-                dequantization=self.dequantization or "none",
-                gray_levels=gray_levels,
-                trace=options.ode_trace,
-                tolerance=options.ode_tolerance,
-            )
-        return out
-
-
-def _load_source(
-    config: ConfigDict, source: data.Source | None, is_trained_here: bool
-) -> tuple[data.Source, str | None]:
-    """Loads the examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError.
-
-    is_trained_here: whether the model was trained on `config.data`. If the examples are the training examples, a note is
-    logged. Returns: (examples, split).
-    """
-    options, noun, renamed = config.evaluation, data.noun(config.data), {"data.split": "evaluation.split"}
-    title = f"Reading the {noun}"
-    if source is not None:
-        return _load(title, dict(config.data), {}, source), None
-    location, split = {**config.data, "split": options.split}, options.split
-    own, other = (
-        path and os.path.realpath(os.path.expanduser(path)) for path in (config.data.data_dir, options.data_dir)
-    )
-    is_elsewhere = other and other != own
-    if is_elsewhere:
-        location |= {"data_dir": options.data_dir, "holdout": 0.0}
-        renamed["data.data_dir"] = "evaluation.data_dir"
-    if not data.has_splits(location):  # all examples are measured
-        location["split"], split = "train", "train" if is_trained_here and not is_elsewhere else None
-    loaded = _load(title, location, renamed, None)
-    if is_trained_here and not is_elsewhere and split == config.data.split:
-        log(
-            f"Note: the model was trained on these {noun} (split {split!r}); to measure other {noun}, "
-            "set evaluation.data_dir or evaluation.split, or train with data.holdout (a folder or file)."
-        )
-    return loaded, split
-
-
-def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
-    """Returns the results of a batch, with the tables summed over the examples: float64 [T]."""
-    chunk = {f"example_{name}": out[name] for name in _EXAMPLE_TERMS if name in out}
-    t = out["t"].ravel()
-    chunk["count"] = np.bincount(t, minlength=num_timesteps)
-    for table in _TABLES:
-        values = out[table].ravel().astype(np.float64)
-        chunk[table] = np.bincount(t, values, num_timesteps)
-        chunk[f"{table}_squares"] = np.bincount(t, values**2, num_timesteps)
-    return chunk
-
-
-def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str, np.ndarray]:
-    """Returns the arrays of likelihood.npz except t, time, rate and distortion.
-
-    Likelihood terms are in bits per dimension; for continuous data, they describe the density in data units, while mse and
-    x_0_mse refer to standardized data. Means and standard errors are NaN for too few examples.
-    density_bits: added to the terms that contain a density of x_0: the decoder and the ODE.
-    """
-    arrays = {}
-    for key in chunks[0]:
-        batches = [chunk[key] for chunk in chunks]
-        is_of_examples = key.startswith("example_")
-        arrays[key] = (
-            np.concatenate(batches).astype(np.float64) if is_of_examples else functools.reduce(np.add, batches)
-        )
-    for key in arrays.keys() & {"example_total", "example_decoder", "example_ode"}:
-        arrays[key] += density_bits
-    count = arrays["count"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for table in _TABLES:
-            mean = arrays[table] = arrays[table] / count
-            variance = np.maximum(arrays.pop(f"{table}_squares") / count - mean**2, 0) * count / (count - 1)
-            arrays[f"{table}_standard_error"] = np.where(count > 1, np.sqrt(variance / count), np.nan)
-    arrays["vlb"][0] += density_bits
-    return arrays
-
-
-def _report(measured: LikelihoodRun, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the contents of likelihood.json."""
-    config, net, options = measured.config, measured.net, measured.config.evaluation
-    numbers = {name: arrays[f"example_{name}"] for name in _EXAMPLE_TERMS if f"example_{name}" in arrays}
-    numbers["transitions"] = numbers["total"] - numbers["prior"] - numbers["decoder"]
-    numbers = {_REPORTED.get(name, name): values for name, values in numbers.items()}
-    if is_continuous(config):
-        bits = {key: values for key, values in numbers.items() if key in _REPORTED.values()}
-        numbers |= {key.replace("bits", "nats"): values * math.log(2) for key, values in bits.items()}
-    report: dict[str, Any] = {}
-    for key, values in numbers.items():
-        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-        report |= {key: float(values.mean()), f"{key}_standard_error": error}
-    if is_continuous(config):
-        # bits_per_dim and decoder already include these bits; the density of standardized data does not.
-        report["standardization_bits"] = measured.standardization_bits
-    report |= {
-        "weights": net.weights,
-        "step": net.step,
-        "dataset": measured.dataset,
-        "split": measured.split,
-        "num_examples": measured.num_examples,
-        "levels": config.data.levels,
-        "schedule": format_schedule(config.diffusion),
-        "num_timesteps": net.schedule.num_timesteps,
-        "prediction": config.diffusion.prediction,
-        "variance": config.diffusion.variance,
-        "clip": resolve_clip(config, "evaluation"),
-        "batch_size": measured.batch_size,  # the noise depends on it
-        **{key: options[key] for key in ("data_dir", "strata", "cdf", "seed")},
-    }
-    if options.ode:
-        report |= {key: options[key] for key in ("ode_trace", "ode_tolerance")}
-        report["ode_dequantization"] = measured.dequantization
-    return report
-
-
-def _write(measured: LikelihoodRun, arrays: dict[str, np.ndarray]) -> None:
-    """Writes all files and logs the result."""
-    workdir, net, continuous = measured.workdir, measured.net, is_continuous(measured.config)
-    report = _report(measured, arrays)
-    # Timesteps without examples are interpolated. The distortion is the root mean squared error of x_0.
-    filled, all_steps = np.flatnonzero(arrays["count"]), np.arange(len(arrays["count"]))
-    vlb, x_0_mse = (np.interp(all_steps, filled, arrays[name][filled]) for name in ("vlb", "x_0_mse"))
-    rate, distortion = map(np.asarray, likelihood.rate_distortion(arrays["example_prior"].mean(), vlb, x_0_mse))
-    if continuous:  # in standardized units; otherwise on the scale 0-255
-        distortion = np.sqrt(x_0_mse)
-    arrays = {"t": all_steps, "time": measured.schedule.timesteps, **arrays, "rate": rate, "distortion": distortion}
-    save_npz(workdir / "likelihood.npz", arrays)
-    write_text(workdir / "likelihood.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    # Continuous data have no lossless code; their density is shown in nats.
-    unit, scale, lossless = ("nats", math.log(2), None) if continuous else ("bits", 1.0, report["bits_per_dim"])
-    units = f"{unit} per dimension", "standardized data" if continuous else "pixel values of 0 to 255"
-    title = f"{measured.dataset} {measured.split or ''}".strip() + f", step {net.step}, {net.weights} weights"
-    drawn = {
-        "likelihood_terms.png": pictures.draw_bound_terms(scale * arrays["vlb"], title, units[0]),
-        "rate_distortion.png": pictures.draw_rate_distortion(scale * rate, distortion, lossless, title, units),
-    }
-    for name, picture in drawn.items():
-        pictures.save(workdir / name, picture)
-    files = ("likelihood.json", "likelihood.npz", *drawn)
-    workdir.upload(*(workdir / name for name in files))
-
-    def text(key: str, factor: float = 1.0) -> str:
-        error = report[f"{key}_standard_error"]
-        return format_value(factor * report[key], None if error is None else factor * error)
-
-    parts = ", ".join(f"{name} {text(name, scale)}" for name in ("prior", "transitions", "decoder"))
-    units = f"{unit} per dimension{' in data units' if continuous else ''}"
-    bound = f"an upper bound with the variance {report['variance']}"
-    log(f"{text(f'{unit}_per_dim')} {units}, {bound}, lower is better; its terms: {parts}")
-    if f"ode_{unit}_per_dim" in report:
-        log(f"{text(f'ode_{unit}_per_dim')} {units} by the probability-flow ODE, lower is better")
-    log(f"Written to {workdir}: {', '.join(files)}")
-    write_evaluation(measured.config, workdir, net.step, reported_values(report))

@@ -528,7 +528,7 @@ def _make_frechet_distance(
     def frechet_distance(params: Any) -> dict[str, float]:
         num_batches = -(-num_samples // batches.batch_size)
         samples = np.concatenate([batches(params, i) for i in range(num_batches)])[:num_samples]
-        chunks = (pipeline(samples[i : i + CHUNK]).pool for i in range(0, num_samples, CHUNK))
+        chunks = (pipeline(samples[i : i + CHUNK])["pool"] for i in range(0, num_samples, CHUNK))
         return {name: METRICS["fid"].compute(moments, of_features.moments_of_chunks(chunks), Options()).values[""]}
 
     return frechet_distance

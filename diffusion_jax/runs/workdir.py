@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,9 @@ __all__ = [
     "config_from_weights",
     "digest_of_some",
     "load_config",
+    "load_examples",
     "normalize",
     "open_model",
-    "rename_settings_in_errors",
     "run_normalizations",
     "to_dict",
     "write_config",
@@ -269,14 +268,19 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
         )
 
 
-@contextlib.contextmanager
-def rename_settings_in_errors(settings: Mapping[str, str]) -> Iterator[None]:
-    """Replaces setting names in a DataError's message, such as {"data.split": "evaluation.split"}."""
+def load_examples(title: str, location: dict, renamed: Mapping[str, str], source: Source | None) -> Source:
+    """Loads the examples of `location`, a complete `config.data`, or checks the caller's source.
+
+    title: of the progress bar. renamed: setting names in errors, such as {"data.split": "evaluation.split"}.
+    Raises: DataError.
+    """
+    if source is not None:
+        location = location | {"holdout": 0.0}
     try:
-        yield
+        return data.load(location, progress_over(title), source=source)
     except DataError as error:
         message = str(error)
-        for old, new in settings.items():
+        for old, new in renamed.items():
             message = message.replace(f"{old}=", f"{new}=")
         raise DataError(message) from error
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax import metrics
 from diffusion_jax.evaluation import __main__ as command
-from diffusion_jax.evaluation import example_sets
-from diffusion_jax.evaluation.example_sets import open_set
+from diffusion_jax.evaluation import compare, features
+from diffusion_jax.evaluation.features import open_set
 from diffusion_jax.metrics import of_arrays, of_features
 from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
@@ -95,7 +96,7 @@ def test_the_command_compares_arrays_and_images_by_their_values(tmp_path):
 @pytest.mark.parametrize("max_bytes", [0, 2**30])
 def test_a_metric_of_the_user_gets_every_digit_of_narrow_data(max_bytes, tmp_path, monkeypatch):
     """Values of 1e6 plus or minus 0.1 have 14 different numbers in float32; other data are float32 in both sets."""
-    monkeypatch.setattr(example_sets, "_MAX_BYTES_IN_MEMORY", max_bytes)
+    monkeypatch.setattr(features, "_MAX_BYTES_IN_MEMORY", max_bytes)
     rng = np.random.default_rng(0)
     for mean, deviation in ((1e6, 0.1), (300.0, 10.0)):
         drawn = [mean + deviation * rng.standard_normal((50, 1)) for _ in range(2)]
@@ -104,6 +105,29 @@ def test_a_metric_of_the_user_gets_every_digit_of_narrow_data(max_bytes, tmp_pat
         record = json.loads((tmp_path / "own.json").read_text())[-1]
         expected = [len(np.unique(x if mean == 1e6 else x.astype(np.float32))) for x in drawn]
         assert [record["in_reference"], record["in_samples"]] == expected and expected[0] > 45
+
+
+def test_a_metric_of_the_user_gets_the_labels_and_conditions_of_its_examples(tmp_path, capsys, monkeypatch):
+    for module in (metrics, compare):
+        monkeypatch.setattr(module, "MAX_EXAMPLES", 40)  # the same rows of every array
+    x, labels = all_digits()[:100], np.arange(100) % 10
+    condition, missing = labels[:, None] * np.float32([1, 2]), labels == 3
+    one = save(tmp_path / "one.npz", x, arr_1=labels)
+    other = save(
+        tmp_path / "other.npz", x[:50], arr_1=labels[:50], condition=condition[:50], condition_missing=missing[:50]
+    )
+    own = "--metrics=helpers.own_networks:by_class,helpers.own_networks:by_condition"
+    command.main([one, other, own, "--output=own.json"])
+    (record,) = json.loads((tmp_path / "own.json").read_text())
+    means, rows = (x.mean(axis=(1, 2, 3)) / (labels + 1), [np.arange(40) * n // 40 for n in (100, 50)])
+    assert [record["one"], record["other"]] == pytest.approx([means[i].mean() for i in rows], rel=1e-6)
+    assert record["condition"] == pytest.approx(condition[rows[1]][~missing[rows[1]]].mean())
+    assert record["has_label"] == 1
+    bare = save(tmp_path / "bare.npz", x)
+    line = refused(capsys, one, bare, own)
+    assert "helpers.own_networks:by_class takes samples_label, but there is no label with the samples" in line
+    command.main([bare, other, own.replace("by_class", "mean_shift"), "--output=bare.json"])
+    assert json.loads((tmp_path / "bare.json").read_text())[0]["has_label"] == 0
 
 
 def refused(capsys, *arguments):
@@ -125,7 +149,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
     for arguments, words in (
         (("digits", floats), r"float32 \[20, 8, 8, 1\], but digits.* has images, uint8 .*round\(\(x \+ 1\) \* 127.5\)"),
         (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
-        ((wide, good, "--features=digits"), "the moments have 3 and 64 dimensions"),
+        ((wide, good, "--features=digits"), "the features have 3 and 64 dimensions"),
         ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),

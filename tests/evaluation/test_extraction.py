@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data, metrics
-from diffusion_jax.evaluation import compare, example_sets, features
+from diffusion_jax.evaluation import compare, features
 from diffusion_jax.files import user_cache
 from diffusion_jax.metrics import METRICS, of_features
 from helpers.digits_features import by_hand
@@ -28,7 +28,7 @@ def test_the_digits_network_classifies_digits():
 def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 50)
     extraction = features.FeaturePipeline(features.digits(), single_mesh(), batch_size)
-    source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:151]))
+    source = features.open_set(save(tmp_path / "x.npz", all_digits()[:151]))
     found = extraction.extract_set(source)
     expected = by_hand(all_digits()[:151])
     np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
@@ -37,7 +37,7 @@ def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypa
 
 
 def extractor_of(function):
-    return features.FeatureExtractor("mine", "1", lambda _, x: features.BatchFeatures(function(x)))
+    return features.FeatureExtractor("mine", "1", lambda _, x: {"pool": function(x)})
 
 
 def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
         return batch.reshape(len(batch), -1)[:, :5].astype(np.float32)
 
     extraction = features.FeaturePipeline(extractor_of(judge_images), single_mesh(), 20)
-    source = example_sets.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
+    source = features.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_set(source)
     found = extraction.extract_set(source)
@@ -76,8 +76,8 @@ def test_invalid_features_are_refused(tmp_path):
 def test_published_inception_has_all_metrics_and_others_have_fewer():
     published = features.FeatureExtractor("inception", "0", None, resize="tf1", published=True)
     moments = of_features.Moments(np.zeros(2), np.eye(2), 9)
-    statistics = example_sets.ExampleSet("x", None, example_sets.SetFeatures(None, moments, None, "0"))
-    images = example_sets.ExampleSet("x", data.Digits("test", (8, 8), 1))
+    statistics = features.ExampleSet("x", None, features.SetFeatures(None, moments, None, "0"))
+    images = features.ExampleSet("x", data.Digits("test", (8, 8), 1))
     without_images = ["sfid", "kid", "precision_recall", "density_coverage", "memorization"]
     names = [name for name in METRICS if metrics.needs_features([name], True)]
     assert [metrics.reported_name(name, True, "tf1") for name in ("fid", "sfid", "is")] == [
@@ -116,11 +116,11 @@ def test_a_folder_is_read_without_resizing(tmp_path):
     drawn = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
     for i, image in enumerate(drawn):
         Image.fromarray(image).save(folder / f"{i}.png")
-    np.testing.assert_array_equal(example_sets.open_set(str(folder)).examples.read(np.arange(3))["image"], drawn)
+    np.testing.assert_array_equal(features.open_set(str(folder)).examples.read(np.arange(3))["image"], drawn)
     Image.fromarray(drawn[0, :5]).save(folder / "z.png")
     with pytest.raises(data.DataError, match="z.png is 9x5, but the first image is 9x6"):
-        example_sets.open_set(str(folder)).examples.read(np.arange(4))
-    resized = example_sets.open_set(str(folder), image_size=8).examples.read(np.arange(4))["image"]
+        features.open_set(str(folder)).examples.read(np.arange(4))
+    resized = features.open_set(str(folder), image_size=8).examples.read(np.arange(4))["image"]
     assert resized.shape == (4, 8, 8, 3)
 
 
@@ -129,9 +129,9 @@ def test_a_work_directory_stands_for_its_newest_samples(tmp_path):
     run.mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a run without samples"):
-        example_sets.open_set(str(run.parent))
+        features.open_set(str(run.parent))
     (run / "edits").mkdir()
     for i, name in enumerate(("b.npz", "a.npz", "edits/inpaint.npz", "c.partial.npz")):
         save(run / name, all_digits()[:2])
         os.utime(run / name, (i, i))
-    assert example_sets.open_set(str(run.parent)).name == str(run / "a.npz")
+    assert features.open_set(str(run.parent)).name == str(run / "a.npz")

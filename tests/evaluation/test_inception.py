@@ -115,12 +115,12 @@ def test_features_of_inception_equal_those_of_torch_fidelity(port):
     extraction = features.FeaturePipeline(extractor, single_mesh(), 2)
     found = extraction(stored["images"])
     for ours, theirs in (
-        (found.pool, stored["pool"]),
-        (found.spatial, stored["spatial"]),
-        (found.pool @ extractor.head, stored["logits"]),
+        (found["pool"], stored["pool"]),
+        (found["spatial"], stored["spatial"]),
+        (found["pool"] @ extractor.head, stored["logits"]),
     ):
         assert theirs.std() > 1e-3 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     gray = stored["images"][..., :1]
-    one, three = extraction(gray).pool, extraction(gray.repeat(3, axis=-1)).pool
+    one, three = extraction(gray)["pool"], extraction(gray.repeat(3, axis=-1))["pool"]
     np.testing.assert_allclose(one, three, atol=1e-5 * three.max())  # two programs, as above

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data, metrics
-from diffusion_jax.evaluation import example_sets
+from diffusion_jax.evaluation import features
 from diffusion_jax.metrics import of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import LazyExamples
 from diffusion_jax.pictures import draw_curves
@@ -116,9 +116,9 @@ def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
     monkeypatch.setattr(metrics, "_NEIGHBOR_BYTES", 100 * 4 * 32)
     monkeypatch.setattr(metrics, "_MAX_COVARIANCE_CHANNELS", 1)
     sources = [data.InMemory({"x": part}) for part in (x, y)]
-    in_memory = [example_sets.read_all(source, constants) for source in sources]
-    monkeypatch.setattr(example_sets, "_MAX_BYTES_IN_MEMORY", 1000)
-    lazy = [example_sets.read_all(source, constants) for source in sources]
+    in_memory = [features.read_all(source, constants) for source in sources]
+    monkeypatch.setattr(features, "_MAX_BYTES_IN_MEMORY", 1000)
+    lazy = [features.read_all(source, constants) for source in sources]
     assert all(isinstance(part, LazyExamples) for part in lazy)
     np.testing.assert_allclose(in_memory[0], series(1), atol=1e-4)
     found = [Found(*sets, ARRAY_METRICS, constants).values for sets in (in_memory, lazy)]

@@ -64,10 +64,10 @@ def test_precision_and_recall(pair):
     theirs = metric_prc.prc_features_to_metric(
         *tensors(samples, reference), prc_neighborhood=3, prc_batch_size=256, save_cpu_ram=False, verbose=False
     )
-    ours = of_features.precision_recall(reference, samples, k=3)
-    assert ours.precision == pytest.approx(theirs[metric_prc.KEY_METRIC_PRECISION], rel=1e-6)
-    assert ours.recall == pytest.approx(theirs[metric_prc.KEY_METRIC_RECALL], rel=1e-6)
-    assert 0.1 < ours.precision < 0.99
+    precision, recall = of_features.precision_recall(reference, samples, k=3)
+    assert precision == pytest.approx(theirs[metric_prc.KEY_METRIC_PRECISION], rel=1e-6)
+    assert recall == pytest.approx(theirs[metric_prc.KEY_METRIC_RECALL], rel=1e-6)
+    assert 0.1 < precision < 0.99
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_pytorch_fid(weights_file, size, monkeypatch):
         logits = made[0].fc(pool)
     extractor = inception(weights_file, "pytorch")
     found = extractor.function(extractor.params, images)
-    close(found.pool, pool)
-    close(np.asarray(found.pool) @ extractor.head + made[0].fc.bias.detach().numpy(), logits)
+    close(found["pool"], pool)
+    close(np.asarray(found["pool"]) @ extractor.head + made[0].fc.bias.detach().numpy(), logits)
     spatial = seen["spatial"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1)
-    close(found.spatial, spatial)
+    close(found["spatial"], spatial)

@@ -243,6 +243,16 @@ def distinct_values(reference, samples):
     return {"in_reference": len(np.unique(reference)), "in_samples": len(np.unique(samples))}
 
 
+def by_class(reference, samples, reference_label, samples_label):
+    """The mean of each set, after each example is divided by its label + 1."""
+    sets = ((reference, reference_label), (samples, samples_label))
+    return dict(zip(("one", "other"), [float((x.mean(axis=(1, 2, 3)) / (y + 1)).mean()) for x, y in sets], strict=True))
+
+
+def by_condition(reference, samples, samples_condition, reference_label=None):
+    return {"condition": np.nanmean(samples_condition), "has_label": reference_label is not None}
+
+
 def several_numbers(reference, samples):
     return {"one": np.float32(0.5), "other": samples.sum(dtype=np.float64)}
 

@@ -10,8 +10,8 @@ import pytest
 from diffusion_jax import Denoiser, data, metrics, pretrained, training
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import of_arrays
-from diffusion_jax.runs import evaluate, train
-from diffusion_jax.runs.evaluate import LikelihoodRun
+from diffusion_jax.runs import evaluate, likelihood, train
+from diffusion_jax.runs.likelihood import LikelihoodRun, measure_likelihood
 from helpers.array_configs import array_config, examples, write_arrays
 from helpers.work_directories import untrained
 
@@ -64,7 +64,7 @@ def test_nats_of_gaussian_data_are_those_of_the_closed_form(kind, tmp_path, exac
     overrides = {"evaluation.ode": True, "evaluation.ode_trace": "exact", "diffusion.variance": "fixed_large"}
     config = config_of(kind, **overrides)
     run = untrained(tmp_path / "run", config, source)
-    evaluate.measure_likelihood(config, run, source)
+    measure_likelihood(config, run, source)
     got, channels = report(run), x.reshape(-1, x.shape[-1]).astype(np.float64)
     scale = channels.std(axis=0)
     squares = np.square((x - channels.mean(axis=0)) / scale).reshape(len(x), -1).mean(axis=1)
@@ -96,7 +96,7 @@ def test_a_table_is_the_mean_over_examples_in_data_units():
         | {"t": rng.permuted(np.tile(np.arange(4), (size, 1)), axis=1)}
         for size in (3, 2)
     ]
-    arrays = evaluate._join([evaluate._sum_over_examples(out, 4) for out in outs], bits)
+    arrays = likelihood._join([likelihood._sum_over_examples(out, 4) for out in outs], bits)
     t = np.concatenate([out["t"] for out in outs])
     for name, added in (("vlb", bits * (np.arange(4) == 0)), ("mse", 0), ("x_0_mse", 0)):
         values = np.concatenate([out[name] for out in outs])
@@ -114,7 +114,7 @@ def test_without_a_normalization_conditions_reach_the_network_as_they_are(tmp_pa
     model = {"model.condition_features": 2, "model.condition_dropout": 0.1}
     config = config_of("series", **{"data.normalization": "none", **model})
     run = untrained(tmp_path / "run", config, source)
-    evaluate.measure_likelihood(config, run, source)
+    measure_likelihood(config, run, source)
     got, batch = report(run), LikelihoodRun(config, run, source).read(np.arange(5))
     assert got["standardization_bits"] == 0 and "normalization" not in json.loads((run / "data.json").read_text())
     np.testing.assert_array_equal(batch["x"], source.arrays["x"][:5].astype(np.float32))
@@ -122,14 +122,14 @@ def test_without_a_normalization_conditions_reach_the_network_as_they_are(tmp_pa
         batch["condition"], np.where(missing[:, None], np.nan, conditions)[:5].astype(np.float32)
     )
     other = rows_of(source.arrays["x"], condition=conditions[::-1])
-    evaluate.measure_likelihood(config, run, other)
+    measure_likelihood(config, run, other)
     assert report(run)["bits_per_dim"] != got["bits_per_dim"]
 
 
 def test_dequantization_of_data_without_gray_levels_is_refused(tmp_path):
     config = config_of("vectors", **{"evaluation.ode_dequantization": "uniform", "evaluation.ode": True})
     with pytest.raises(UserError, match="'uniform' is for data of gray levels; use None or 'none'"):
-        evaluate.measure_likelihood(config, tmp_path, rows_of(examples("vectors")))
+        measure_likelihood(config, tmp_path, rows_of(examples("vectors")))
 
 
 @pytest.mark.whole
@@ -178,7 +178,8 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     write_arrays("vectors", "x.npz", 50, **arrays)
     config = config_of("vectors", **{"data.data_dir": "x.npz", "sampling.conditions": given})
     config.model.update(condition_features=2, condition_dropout=0.1)
-    config.evaluation.update(num_samples=40, metrics=("energy_distance",))
+    own = "helpers.own_networks:by_condition"
+    config.evaluation.update(num_samples=40, metrics=("energy_distance", own))
     run = untrained(tmp_path / "run", config, rows_of(examples("vectors", 50), **arrays))
     evaluate.measure_samples(config, run)
     (path,) = (run / "samples").glob("*.npz")
@@ -186,6 +187,13 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     for name in ("condition",) if given else arrays:
         np.testing.assert_array_equal(drawn_with[name], arrays[name][rows % 5 if given else rows * 50 // 40])
     assert record(run)["conditions"].startswith(expected)
+    shown = ~arrays["condition_missing"][rows * 50 // 40] | bool(given)
+    assert record(run)["condition"] == pytest.approx(drawn_with["condition"][shown].mean(), rel=1e-5)
+    config.evaluation.metrics = ("helpers.own_networks:by_class",)
+    config.sampling.seed = 5
+    with pytest.raises(UserError, match="by_class takes reference_label, but there is no label with the reference"):
+        evaluate.measure_samples(config, run)
+    assert list((run / "samples").glob("*.npz")) == [path]  # nothing was drawn
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from diffusion_jax import coordinates, pretrained, sampling, training
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
-from diffusion_jax.runs import evaluate, plan, sample, train
+from diffusion_jax.runs import evaluate, likelihood, plan, sample, train
 from diffusion_jax.training.step import make_draw
 from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
@@ -119,7 +119,7 @@ def test_the_bound_with_the_fixed_small_variance_has_levels_even_in_the_log_snr(
     for variance, is_even in (("fixed_small", True), ("fixed_large", False)):
         diffusion = tiny_config(**settings, **{"diffusion.variance": variance}).diffusion
         schedule = training.schedule_from_config(diffusion)
-        used = evaluate.bound_schedule(diffusion, schedule)
+        used = likelihood.bound_schedule(diffusion, schedule)
         np.testing.assert_allclose(used.alpha_bar[[0, -1]], schedule.alpha_bar[[0, -1]], rtol=1e-12)
         steps = -np.diff(np.log(used.snr[: -1 if used.zero_terminal_snr else None]))
         assert (abs(steps / steps.mean() - 1).max() < 1e-6) == is_even

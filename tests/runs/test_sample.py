@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import errors, schedules
-from diffusion_jax.evaluation import example_sets
+from diffusion_jax.evaluation import features
 from diffusion_jax.provenance import Provenance, params_digest
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sample import picture_steps
@@ -44,7 +44,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert frames["samples"].shape == (2, 8, 8, 1) and frames["times"].shape == (1,)
         assert all(trajectory.with_name(f"{path.stem}{of}.png").exists() for of in ("", "_x_0"))
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
-    assert example_sets.open_set(str(trained)).name == str(path)  # not the newer trajectory
+    assert features.open_set(str(trained)).name == str(path)  # not the newer trajectory
 
 
 def test_single_images_of_other_arrays_are_refused(tmp_path):
