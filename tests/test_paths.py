@@ -204,6 +204,8 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: schedules.path(lambda t: -8 * t, lambda v: v / 8, interval=(-1, 1)), "inverse"),
         (lambda: schedules.path(lambda t: -8 * t, lambda v: v * jnp.nan, interval=(-1, 1)), "inverse"),
         (lambda: schedules.edm(80, 0.002), "0 < sigma_min"),
+        (lambda: schedules.edm_steps(1), "num_steps must be a whole number of at least 2, got 1"),
+        (lambda: schedules.edm_steps(18, rho=0.0), "rho must be above 0"),
         *(
             (lambda make=make, ends=ends: make(interval=ends), "in 0 ... 1000")
             for make in (schedules.rectified_flow, schedules.vp_linear, schedules.vp_cosine)
@@ -588,11 +590,15 @@ def test_others_coordinates_give_the_same_samples():
     d2 = 0.3
     sigma = rho_levels(18)[::-1]
     start = np.random.default_rng(0).normal(size=(6, 1))
+    schedule = schedules.edm_steps(18)
+    ratio = schedule.transitions.level.sigma / schedule.transitions.level.alpha
+    np.testing.assert_allclose(ratio[::-1], sigma, rtol=1e-9)  # eq. 5
+    steeper = schedules.edm_steps(5, sigma_min=0.01, sigma_max=10.0, rho=3.0)
+    np.testing.assert_allclose(steeper.snr**-0.5, np.linspace(0.01 ** (1 / 3), 10 ** (1 / 3), 5) ** 3, rtol=1e-9)
 
     # EDM's Algorithm 2 with D(y; s) for N(0, d2), which ends at s = 0.
     denoiser = lambda y, s: d2 / (d2 + s**2) * y  # noqa: E731
-    y = start * np.hypot(1, sigma[0])
-    y_0 = y
+    y = sigma[0] * start
     for s, s_next in zip(sigma, np.append(sigma[1:], 0), strict=True):
         slope = (y - denoiser(y, s)) / s
         end = y + (s_next - s) * slope
@@ -600,9 +606,8 @@ def test_others_coordinates_give_the_same_samples():
             end = y + (s_next - s) * (slope + (end - denoiser(end, s_next)) / s_next) / 2
         y = end
     edm_fn = coordinates.from_edm(lambda y, s: d2 / (d2 + s[:, None] ** 2) * y, EDM)
-    schedule = levels(EDM, sigma[::-1])
     with jax.enable_x64(True):
-        x_T = jnp.asarray(y_0 * schedule.transitions.level.alpha[-1])
+        x_T = jnp.asarray(schedule.transitions.level.sigma[-1] * start)
         ours = sampling.sample(KEY, schedule, Denoiser(edm_fn, "x_0", clip=False), x_T, sampling.heun())
     np.testing.assert_allclose(ours, y, rtol=1e-7)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Num
 
-from diffusion_jax.schedules.paths import Interpolated, Path
-from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_tables
+from diffusion_jax.schedules.paths import Interpolated, Path, edm
+from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_path, from_tables
 
-__all__ = ["DATA_STD", "SPACINGS", "respace"]
+__all__ = ["DATA_STD", "SPACINGS", "edm_steps", "respace"]
 
 
 def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
@@ -57,8 +57,8 @@ _INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 DATA_STD = 0.5  # standard deviation of images in [-1, 1], roughly (EDM's sigma_data)
 
 
-def _karras(position, sigma_min, sigma_max):
-    return (sigma_max ** (1 / 7) + position * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+def _karras(position, sigma_min, sigma_max, rho=7.0):
+    return (sigma_max ** (1 / rho) + position * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
 def _uniform_log_snr(position, sigma_min, sigma_max):
@@ -223,3 +223,22 @@ def respace(
     with np.errstate(divide="ignore"):  # the logarithm of 0 in pure noise
         betas = -np.expm1(np.diff(np.log1p(-noise), prepend=0.0))
     return from_tables(alpha_bar, noise, betas, timesteps, schedule.path)
+
+
+def edm_steps(num_steps: int = 18, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """Returns EDM's sampling steps (Karras et al. 2022, eq. 5), for `sampling.heun()`: sigma^(1/rho) is evenly spaced.
+
+    EDM's sigma is the ratio sigma / alpha of a level. The schedule is variance preserving: x_T is N(0, I), which is
+    sqrt(1 + sigma_max^2) times N(0, I) in EDM's units, x_t / alpha. EDM starts from sigma_max times N(0, I), which is
+    x_T = sigma_max / sqrt(1 + sigma_max^2) * noise, 0.99992 * noise at 80. `coordinates.from_edm` converts EDM's networks.
+
+    The network time is log(sigma) / 4, as on the path `edm(sigma_min, sigma_max)`.
+    Raises: ValueError for less than 2 steps, a rho that is not above 0, or levels that are not 0 < sigma_min < sigma_max.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 2:
+        raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
+    if not rho > 0:
+        raise ValueError(f"rho must be above 0, got {rho}")
+    path = edm(sigma_min, sigma_max)
+    sigma = _karras(np.linspace(1, 0, int(num_steps)), sigma_min, sigma_max, rho)
+    return from_path(path, path.time_on_host(-2 * np.log(sigma)))
