@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_jax import Denoiser, coordinates, draws, likelihood, losses, process, sampling, schedules
+from diffusion_jax import Denoiser, coordinates, draws, likelihood, losses, process, sampling, schedules, timesteps
 from diffusion_jax.denoiser import convert
 from helpers.decoder import scipy_log_prob
 
@@ -186,12 +186,12 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, prediction="x_prev"), "from_path"),
         (lambda: losses.vlb(KEY, EDM, learned, x), "from_path"),
         (lambda: losses.hybrid(KEY, EDM, learned, x), "from_path"),
-        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="uniform"), "use draw="),
-        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="uniform"), "use timestep_sampler="),
-        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown draw 'gaussian'"),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="antithetic"), "on a path use stratified"),
+        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="log_normal"), "log_normal draws levels of a path"),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown timestep_sampler 'gaussian'"),
         (lambda: losses.continuous_vlb(KEY, chain, gaussian(chain), x), "needs a path"),
         (lambda: losses.continuous_vlb(KEY, schedules.rectified_flow(), gaussian(EDM), x), "interval="),
-        (lambda: draws.uniform_log_snr()(KEY, 4, schedules.rectified_flow()), "interval="),
+        (lambda: timesteps.uniform_log_snr()(KEY, 4, schedules.rectified_flow()), "interval="),
         (lambda: likelihood.bits_per_dim(KEY, EDM, gaussian(EDM), x), "from_path"),
         (lambda: sampling.sample(KEY, EDM, gaussian(EDM), x, sampling.ddim()), "from_path"),
         (lambda: sampling.encode(EDM, gaussian(EDM), x), "from_path"),
@@ -211,7 +211,7 @@ def test_bad_arguments_are_refused(unchecked_annotations):
             for make in (schedules.rectified_flow, schedules.vp_linear, schedules.vp_cosine)
             for ends in ((0.0, 1001.0), (-0.5, 1000.0))
         ),
-        (lambda: draws.log_normal(std=0.0), "std must be above 0"),
+        (lambda: timesteps.log_normal(std=0.0), "std must be above 0"),
         (
             lambda: losses.simple(KEY, schedules.rectified_flow(), gaussian(EDM), x, weighting="edm"),
             "ends in pure noise",
@@ -369,11 +369,11 @@ def test_eps_determines_x_0_except_at_pure_noise():
     ],
     ids=FINITE,
 )
-@pytest.mark.parametrize("name", [name for name in draws.DRAWS if name != "logit_normal"])
+@pytest.mark.parametrize("name", ["uniform", "log_normal", "uniform_log_snr"])
 def test_draws_have_the_density_that_they_return(name, path):
     """E[1 / p(l)] is the length of l's range, and E[l / p(l)] is the integral of l."""
     # A wide normal draw, so that the weights have finite variance; logit_normal would be the same draw.
-    draw = draws.log_normal(-0.5, 2.5) if name == "log_normal" else draws.DRAWS[name]()
+    draw = timesteps.log_normal(-0.5, 2.5) if name == "log_normal" else getattr(draws, name)()
     time, log_density = jax.jit(lambda key, path: draw(key, 20_000, path))(KEY, path)
     first, last = path.interval
     assert time.dtype == log_density.dtype == jnp.float32 and (first <= time).all() and (time <= last).all()
@@ -381,32 +381,31 @@ def test_draws_have_the_density_that_they_return(name, path):
     inner = (path.log_snr(time) < 6) & (path.log_snr(time) > -6)
     weight = np.where(inner, np.exp(-np.asarray(log_density, np.float64)), 0)
     np.testing.assert_allclose(weight.mean(), min(high, 6) - max(low, -6), rtol=0.01)
-    independent, _ = jax.jit(dataclasses.replace(draw, stratified=False), static_argnums=1)(
-        jax.random.key(1), 20_000, path
-    )
+    alone = timesteps.uniform if name == "uniform" else dataclasses.replace(draw, stratified=False)
+    independent, _ = jax.jit(alone, static_argnums=1)(jax.random.key(1), 20_000, path)
     assert stats.ks_2samp(np.asarray(time), np.asarray(independent)).pvalue > 1e-3
 
 
 def test_an_inexact_inverse_draws_no_time_outside_the_interval():
     """An inverse with an error of 0.04%, which is accepted, maps log SNRs near the last to times above it."""
     path = schedules.path(lambda time: -8 * time, inverse=lambda log_snr: -1.0004 * log_snr / 8, interval=(0.5, 1.0))
-    time, _ = draws.uniform_log_snr()(KEY, 10_000, path)
+    time, _ = timesteps.uniform_log_snr()(KEY, 10_000, path)
     assert time.min() >= 0.5 and time.max() == 1.0
 
 
 def test_the_draws_of_the_papers():
-    time, log_density = draws.log_normal()(KEY, 10_000, EDM)
+    time, log_density = timesteps.log_normal()(KEY, 10_000, EDM)
     log_sigma = 4 * np.asarray(time, np.float64)
     assert stats.kstest((log_sigma + 1.2) / 1.2, "norm").pvalue > 0.01
     np.testing.assert_allclose(log_density, stats.norm(-1.2, 1.2).logpdf(log_sigma) - np.log(2), atol=1e-3)
-    tau = np.asarray(draws.logit_normal()(KEY, 10_000, schedules.rectified_flow())[0], np.float64) / 1000
+    tau = np.asarray(timesteps.logit_normal()(KEY, 10_000, schedules.rectified_flow())[0], np.float64) / 1000
     assert stats.kstest(np.log(tau / (1 - tau)), "norm").pvalue > 0.01
     # Every stratum of a batch has one level.
-    time, _ = draws.uniform()(KEY, 64, FLOW)
+    time, _ = timesteps.stratified(KEY, 64, FLOW)
     assert sorted(((time - 1) / 998 * 64).astype(int).tolist()) == list(range(64))
     # A narrow interval truncates the distribution, and its density stays normalized.
     narrow = schedules.edm(0.1, 0.5)
-    time, log_density = draws.log_normal()(KEY, 10_000, narrow)
+    time, log_density = timesteps.log_normal()(KEY, 10_000, narrow)
     truncated = stats.truncnorm(*((np.log([0.1, 0.5]) + 1.2) / 1.2), -1.2, 1.2)
     assert stats.kstest(4 * np.asarray(time, np.float64), truncated.cdf).pvalue > 0.01
     np.testing.assert_allclose(log_density, truncated.logpdf(4 * np.asarray(time)) - np.log(2), atol=1e-3)
@@ -427,7 +426,7 @@ SAME_ENDS = {
     [SAME_ENDS["edm"], SAME_ENDS["custom"], pytest.param(SAME_ENDS["flow"], marks=pytest.mark.whole)],
     ids=SAME_ENDS,
 )
-@pytest.mark.parametrize("draw", ["uniform_log_snr", "uniform", draws.log_normal(0.0, 3.0)])
+@pytest.mark.parametrize("draw", ["uniform_log_snr", "uniform", timesteps.log_normal(0.0, 3.0)])
 def test_the_continuous_bound_depends_on_the_ends_of_the_path_only(path, draw):
     """On N(0, c^2) with the exact network the bound is 1/2 ln[(1 + c^2 e^-g0) / (1 + c^2 e^-g1)] nats."""
     c2 = 0.7

@@ -13,7 +13,7 @@ from diffusion_jax.models import apply_network
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, plan, sample, train
-from diffusion_jax.training.step import make_draw
+from diffusion_jax.training.step import make_timestep_sampler
 from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
 
@@ -93,7 +93,7 @@ def test_a_shift_moves_the_levels_of_training(settings):
     for shift in (0.0, -2.0):
         config = tiny_config(**settings, **{"diffusion.log_snr_shift": shift})
         path = training.schedule_from_config(config.diffusion).path
-        time, _ = make_draw(config.diffusion)(jax.random.key(0), 2000, path)
+        time, _ = make_timestep_sampler(config.diffusion)(jax.random.key(0), 2000, path)
         means.append(np.median(path.log_snr(time)))
     assert abs(means[1] - means[0] + 2) < 0.15
 

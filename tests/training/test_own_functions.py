@@ -11,7 +11,7 @@ from diffusion_jax import config as configs
 from diffusion_jax import schedules, training
 from diffusion_jax.config import ConfigError
 from diffusion_jax.training.optimizer import from_config
-from diffusion_jax.training.step import make_draw
+from diffusion_jax.training.step import make_timestep_sampler
 from helpers import own_networks
 from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
@@ -51,7 +51,7 @@ def test_betas_for_another_number_of_timesteps():
 
 def test_a_draw():
     config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
-    assert make_draw(config.diffusion) is own_networks.draw
+    assert make_timestep_sampler(config.diffusion) is own_networks.draw
     words = r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"
     with pytest.raises(ValueError, match=words):
         training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
