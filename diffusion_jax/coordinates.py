@@ -58,13 +58,7 @@ def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Pa
 
     denoiser: called with y [B, ...] and s [B]. The path must not reach pure noise, where y is not finite.
     """
-
-    def denoise_fn(x_t, time):
-        x_t = as_float("x_t", x_t)
-        level = _level_at(path, time, x_t)
-        return denoiser(x_t / level.alpha, (level.sigma / level.alpha).reshape(-1))
-
-    return denoise_fn
+    return _rescaled(denoiser, path, lambda level: level.alpha)
 
 
 def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
@@ -73,11 +67,16 @@ def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: P
     velocity: called with z [B, ...] and tau [B]. For a network whose time runs from noise (0) to data (1), pass
     `lambda z, tau: -network(z, 1 - tau)`.
     """
+    return _rescaled(velocity, path, lambda level: level.alpha + level.sigma)
+
+
+def _rescaled(function, path, scale) -> DenoiseFn:
+    """Returns the denoise_fn that calls function(x_t / scale, sigma / scale)."""
 
     def denoise_fn(x_t, time):
         x_t = as_float("x_t", x_t)
         level = _level_at(path, time, x_t)
-        total = level.alpha + level.sigma
-        return velocity(x_t / total, (level.sigma / total).reshape(-1))
+        unit = scale(level)
+        return function(x_t / unit, (level.sigma / unit).reshape(-1))
 
     return denoise_fn

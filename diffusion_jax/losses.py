@@ -293,7 +293,8 @@ def classify(
     Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
       that are not int or out of range.
     """
-    _, t, level, importance, _, _, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    _, level, aux = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    x_t = aux.x_t
     logits = as_float("the output of logits_fn", logits_fn(x_t, level.time)).astype(x_t.dtype)
     if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
         raise ValueError(
@@ -301,7 +302,7 @@ def classify(
         )
     loss = -labels.log_prob(logits, y)
     accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
-    return importance * loss, ClassifyAux(t, importance, accuracy, x_t, logits)
+    return aux.importance * loss, ClassifyAux(aux.t, aux.importance, accuracy, x_t, logits)
 
 
 # The losses by config name. A setting, such as `weighting`, sets the argument with the same name.
@@ -321,20 +322,8 @@ def _per_example(name, x, batch_size):
     return jnp.broadcast_to(x, batch_size)
 
 
-class _Drawn(NamedTuple):
-    """Drawn noise and noise levels; t, importance and log_density as in `LossAux`."""
-
-    x_0: Batch
-    t: Int[Array, "B"] | Float[Array, "B"]
-    level: NoiseLevel
-    importance: Float[Array, "B"]
-    log_density: Float[Array, "B"] | None
-    eps: Batch
-    x_t: Batch
-
-
-def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
-    """Draws eps, and steps on a schedule or times on a path."""
+def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch, NoiseLevel, LossAux]:
+    """Draws eps and the noise levels. Returns (x_0, level, a `LossAux` without the network's output and error)."""
     x_0, is_path = as_batch("x_0", x_0), isinstance(schedule, Path)
     batch_size, dtype = x_0.shape[0], x_0.dtype
     key_t, key_eps = jax.random.split(key)
@@ -349,7 +338,8 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
     t = t.astype(dtype) if is_path else t
     level = schedule.at(t, x_0)
     eps = jax.random.normal(key_eps, x_0.shape, dtype)
-    return _Drawn(x_0, t, level, importance, log_density, eps, level.alpha * x_0 + level.sigma * eps)
+    x_t, none = level.alpha * x_0 + level.sigma * eps, jnp.zeros(0, dtype)
+    return x_0, level, LossAux(t, importance, none, None, eps, x_t, none, log_density)
 
 
 def _denoiser(network: Denoiser | DenoiseFn, prediction: str | None, **defaults: Any) -> Denoiser:
@@ -372,13 +362,13 @@ def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_st
     """Draws t and eps, calls the network and computes the prediction's error."""
     if needs_steps and schedule.num_timesteps:  # raises for a path
         process.check_terminal_snr(schedule, denoiser.prediction)
-    x_0, t, level, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    x_0, level, aux = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     if denoiser.corrections or denoiser.limits:
         raise ValueError(
             "a loss trains the network's output, which corrections and limits do not change; leave them out"
         )
-    at = _at(schedule, denoiser.prediction, t, x_0)
-    target = quantity(denoiser.prediction, at).value(x_0, eps, x_t, at)
+    at, x_t = _at(schedule, denoiser.prediction, aux.t, x_0), aux.x_t
+    target = quantity(denoiser.prediction, at).value(x_0, aux.eps, x_t, at)
     output = denoiser.output(x_t, level)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
@@ -387,7 +377,7 @@ def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_st
             "channels for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
-    return LossAux(t, importance, mse, None, eps, x_t, output, log_density)
+    return aux._replace(mse=mse, output=output)
 
 
 def _bound(schedule, denoiser, aux, x_0, gray_levels):

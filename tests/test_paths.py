@@ -51,14 +51,14 @@ def exact_denoiser(path, data_variance, **fields):
 
 def levels(path, sigmas):
     """The schedule with these sigma / alpha, in increasing order."""
-    return schedules.from_path(path, path.time_on_host(-2 * np.log(sigmas)))
+    return schedules.from_path(path, path.time_at_log_snr(-2 * np.log(sigmas)))
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_inverse_of_the_log_snr(path):
     times = inner_times(path)
-    exact = path.log_snr_on_host(times)
-    np.testing.assert_allclose(path.time_on_host(exact), times, rtol=1e-12)
+    exact = path.log_snr(times)
+    np.testing.assert_allclose(path.time_at_log_snr(exact), times, rtol=1e-12)
     np.testing.assert_allclose(path.log_snr(times.astype(np.float32)), exact, rtol=1e-5, atol=1e-5)
     span = float(path.interval[1] - path.interval[0])
     np.testing.assert_allclose(path.time_at_log_snr(exact.astype(np.float32)), times, atol=1e-6 * span)
@@ -76,8 +76,7 @@ def test_the_gradient_of_an_inverse_by_bisection():
 def test_the_levels_of_the_papers():
     u = np.linspace(0.01, 0.99, 7)
     ratio = {
-        name: np.exp(-0.5 * PATHS[name].log_snr_on_host(1000 * u))
-        for name in ("vp_linear", "vp_cosine", "rectified_flow")
+        name: np.exp(-0.5 * PATHS[name].log_snr(1000 * u)) for name in ("vp_linear", "vp_cosine", "rectified_flow")
     }
     alpha_bar = np.exp(-(0.1 * u + (20 - 0.1) * u**2 / 2))
     np.testing.assert_allclose(ratio["vp_linear"], np.sqrt(1 / alpha_bar - 1), rtol=1e-10)
@@ -87,7 +86,7 @@ def test_the_levels_of_the_papers():
     np.testing.assert_allclose(np.exp(4 * np.array(EDM.interval)), [0.002, 80])
     shifted = schedules.shifted(schedules.rectified_flow(), -2 * np.log(3.0))
     tau = 3 * u / (1 + 2 * u)  # SD3's shift by 3
-    np.testing.assert_allclose(shifted.log_snr_on_host(1000 * u), 2 * np.log((1 - tau) / tau), rtol=1e-12)
+    np.testing.assert_allclose(shifted.log_snr(1000 * u), 2 * np.log((1 - tau) / tau), rtol=1e-12)
 
 
 def test_a_path_gives_the_tables_of_the_discrete_schedule():
@@ -110,7 +109,7 @@ def test_a_schedule_keeps_its_path():
     np.testing.assert_allclose(schedule.timesteps, np.log(sigmas) / 4, atol=1e-12)
     np.testing.assert_allclose(schedule.snr, sigmas**-2, rtol=1e-9)
     between = np.geomspace(0.0021, 79, 50)
-    np.testing.assert_allclose(schedule.time_at_log_snr(-2 * np.log(between)), np.log(between) / 4, atol=1e-6)
+    np.testing.assert_allclose(schedule.path.time_at_log_snr(-2 * np.log(between)), np.log(between) / 4, atol=1e-6)
     half = schedules.respace(schedule, 9, "log_snr")
     np.testing.assert_allclose(half.timesteps, np.log(np.geomspace(0.002, 80, 9)) / 4, atol=1e-9)
     assert schedules.respace(schedule, [-1.0, 0.0, 1.0]).path is EDM
@@ -377,7 +376,7 @@ def test_draws_have_the_density_that_they_return(name, path):
     time, log_density = jax.jit(lambda key, path: draw(key, 20_000, path))(KEY, path)
     first, last = path.interval
     assert time.dtype == log_density.dtype == jnp.float32 and (first <= time).all() and (time <= last).all()
-    high, low = path.log_snr_on_host(np.array([first, last]))
+    high, low = path.log_snr(np.array([first, last]))
     inner = (path.log_snr(time) < 6) & (path.log_snr(time) > -6)
     weight = np.where(inner, np.exp(-np.asarray(log_density, np.float64)), 0)
     np.testing.assert_allclose(weight.mean(), min(high, 6) - max(low, -6), rtol=0.01)
@@ -416,7 +415,7 @@ SAME_ENDS = {
     "edm": schedules.edm(np.exp(-ENDS[1] / 2), np.exp(-ENDS[0] / 2)),
     "custom": schedules.path(lambda u: ENDS[1] - 6 * u - 15 * u**2, interval=(0.0, 1.0)),
     "flow": schedules.rectified_flow(
-        interval=tuple(schedules.rectified_flow().time_on_host(np.array(ENDS[::-1])).tolist())
+        interval=tuple(schedules.rectified_flow().time_at_log_snr(np.array(ENDS[::-1])).tolist())
     ),
 }
 
@@ -468,7 +467,7 @@ ENTROPY = 0.5 * np.log2(2 * np.pi * np.e * STD**2)
 def chain_on(path, steps, is_even_in_log_snr):
     """Levels between the ends of the path, without the first time of rectified flow, where there is no noise."""
     first, last = path.interval
-    times = np.linspace(first, last, steps + 1)[1:] if path.log_snr_on_host(first) == np.inf else None
+    times = np.linspace(first, last, steps + 1)[1:] if path.log_snr(first) == np.inf else None
     schedule = schedules.from_path(path, np.linspace(first, last, steps) if times is None else times)
     return schedules.respace(schedule, steps, "log_snr") if is_even_in_log_snr else schedule
 

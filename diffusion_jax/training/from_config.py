@@ -138,7 +138,7 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
         path = schedules.shifted(path, config["log_snr_shift"])
     (first, last), count = path.interval, config["num_timesteps"]
     times = np.linspace(first, last, count) if count > 1 else np.array([last])
-    if not np.isfinite(path.log_snr_on_host(times[0])) and count > 1:
+    if not np.isfinite(path.log_snr(times[0])) and count > 1:
         times = np.linspace(first, last, count + 1)[1:]
     return schedules.from_path(path, times)
 
@@ -225,7 +225,7 @@ def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None
     diffusion, normalization = config["diffusion"], config["data"]["normalization"]
     if diffusion["path"]:
         needs_ends = diffusion["loss"] == "continuous_vlb" or diffusion[sampler_setting(diffusion)] == "uniform_log_snr"
-        if needs_ends and not np.isfinite(path.log_snr_on_host(np.array(path.interval))).all():
+        if needs_ends and not np.isfinite(path.log_snr(np.array(path.interval))).all():
             setting = "loss" if diffusion["loss"] == "continuous_vlb" else sampler_setting(diffusion)
             raise ValueError(
                 f"diffusion.{setting}={diffusion[setting]!r} needs a finite log SNR at both ends of the path, and "
