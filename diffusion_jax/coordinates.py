@@ -12,12 +12,13 @@ variance, is unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax.arrays import as_float
-from diffusion_jax.denoiser import precondition_at
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
 from diffusion_jax.types import Batch, DenoiseFn
 
@@ -38,17 +39,11 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
       keyword arguments of the result.
     sigma_data: the standard deviation of x_0. Raises: ValueError for a sigma_data that is not positive.
     """
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-    sigma_data = float(sigma_data)  # a float64 scalar would make the output float64 under x64
+    denoiser = Denoiser(network, "x_0", sigma_data=sigma_data)
 
     def denoise_fn(x_t, time, **inputs):
         x_t = as_float("x_t", x_t)
-
-        def call(x):
-            return as_float("the output of the network", network(x, time, **inputs)).astype(x_t.dtype)
-
-        return precondition_at(call, x_t, _level_at(path, time, x_t), sigma_data)
+        return dataclasses.replace(denoiser, inputs=inputs).output(x_t, _level_at(path, time, x_t))
 
     return denoise_fn
 

@@ -323,7 +323,7 @@ def rate_distortion(
 
 
 def _draw_pairs(key, total_steps: int, strata: int, batch: int):
-    """Draws two steps in each stratum of 1 ... T - 1. Returns t int32 [S, 2, B] and the numbers of steps in the strata [S]."""
+    """Draws two steps in each stratum of 1 ... T - 1. Returns t int32 [S, 2, B] and the sizes of the strata [S]."""
     if not 1 <= strata <= total_steps - 1:
         raise ValueError(f"strata={strata} must lie in 1 ... {total_steps - 1}, or be None for all steps")
     # Terms decrease roughly as 1 / t, so strata with equal ratios, not equal lengths, have similar sums.

@@ -198,7 +198,7 @@ def vlb(
       at 0, and for an x_0 outside [-1, 1] with gray levels or a clip to this range.
     """
     denoiser = _denoiser(denoiser, prediction, variance="learned_range", clip=False)
-    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, needs_steps=True)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler)
     bound = _bound(schedule, denoiser.with_output(aux.output), aux, x_0, gray_levels)
     return aux.importance * bound, aux._replace(vlb=bound)
 
@@ -230,7 +230,7 @@ def hybrid(
         raise ValueError(
             f"variance={denoiser.variance!r}: the hybrid loss trains a learned variance; use losses.simple, or learned_range"
         )
-    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, needs_steps=True)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler)
     mean, values = split_variance(aux.output, aux.x_t, denoiser.variance)
     assert values is not None  # the variance is learned
     detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
@@ -293,8 +293,8 @@ def classify(
     Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
       that are not int or out of range.
     """
-    _, level, aux = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
-    x_t = aux.x_t
+    _, level, drawn = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    t, importance, x_t = (drawn[name] for name in ("t", "importance", "x_t"))
     logits = as_float("the output of logits_fn", logits_fn(x_t, level.time)).astype(x_t.dtype)
     if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
         raise ValueError(
@@ -302,7 +302,7 @@ def classify(
         )
     loss = -labels.log_prob(logits, y)
     accuracy = (logits.argmax(axis=1) == y).astype(loss.dtype)
-    return aux.importance * loss, ClassifyAux(aux.t, aux.importance, accuracy, x_t, logits)
+    return importance * loss, ClassifyAux(t, importance, accuracy, x_t, logits)
 
 
 # The losses by config name. A setting, such as `weighting`, sets the argument with the same name.
@@ -322,8 +322,8 @@ def _per_example(name, x, batch_size):
     return jnp.broadcast_to(x, batch_size)
 
 
-def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch, NoiseLevel, LossAux]:
-    """Draws eps and the noise levels. Returns (x_0, level, a `LossAux` without the network's output and error)."""
+def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch, NoiseLevel, dict[str, Any]]:
+    """Draws eps and the noise levels. Returns (x_0, level, the fields of `LossAux` that do not need the network)."""
     x_0, is_path = as_batch("x_0", x_0), isinstance(schedule, Path)
     batch_size, dtype = x_0.shape[0], x_0.dtype
     key_t, key_eps = jax.random.split(key)
@@ -338,8 +338,8 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch,
     t = t.astype(dtype) if is_path else t
     level = schedule.at(t, x_0)
     eps = jax.random.normal(key_eps, x_0.shape, dtype)
-    x_t, none = level.alpha * x_0 + level.sigma * eps, jnp.zeros(0, dtype)
-    return x_0, level, LossAux(t, importance, none, None, eps, x_t, none, log_density)
+    x_t = level.alpha * x_0 + level.sigma * eps
+    return x_0, level, {"t": t, "importance": importance, "eps": eps, "x_t": x_t, "log_density": log_density}
 
 
 def _denoiser(network: Denoiser | DenoiseFn, prediction: str | None, **defaults: Any) -> Denoiser:
@@ -358,17 +358,15 @@ def _at(schedule, prediction, t, like):
     return schedule.transition(t, like) if prediction == "x_prev" else schedule.at(t, like)
 
 
-def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_steps=False) -> LossAux:
+def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None) -> LossAux:
     """Draws t and eps, calls the network and computes the prediction's error."""
-    if needs_steps and schedule.num_timesteps:  # raises for a path
-        process.check_terminal_snr(schedule, denoiser.prediction)
-    x_0, level, aux = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    x_0, level, drawn = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     if denoiser.corrections or denoiser.limits:
         raise ValueError(
             "a loss trains the network's output, which corrections and limits do not change; leave them out"
         )
-    at, x_t = _at(schedule, denoiser.prediction, aux.t, x_0), aux.x_t
-    target = quantity(denoiser.prediction, at).value(x_0, aux.eps, x_t, at)
+    at, x_t = _at(schedule, denoiser.prediction, drawn["t"], x_0), drawn["x_t"]
+    target = quantity(denoiser.prediction, at).value(x_0, drawn["eps"], x_t, at)
     output = denoiser.output(x_t, level)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
@@ -377,13 +375,15 @@ def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_st
             "channels for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
-    return aux._replace(mse=mse, output=output)
+    return LossAux(**drawn, mse=mse, vlb=None, output=output)
 
 
 def _bound(schedule, denoiser, aux, x_0, gray_levels):
     """Returns T times the bound's term at the drawn steps, [B]."""
+    total = schedule.num_timesteps  # raises for a path
+    process.check_terminal_snr(schedule, denoiser.prediction)
     term, _ = likelihood.bound_term(schedule, denoiser, x_0, aux.x_t, aux.t, gray_levels=gray_levels)
-    return schedule.num_timesteps * term
+    return total * term
 
 
 def _weight_of_target(schedule, aux, prediction, weighting):

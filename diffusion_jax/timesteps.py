@@ -21,7 +21,6 @@ Results are int32 and float32, with x64 on or off.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -58,20 +57,18 @@ Drawn: TypeAlias = tuple[Int32[Array, "B"] | Float[Array, "B"], Float[Array, "B"
 
 
 def _positions(key, batch_size, stratified):
-    """Returns uniform numbers in [0, 1), float32 [B]; stratified: one shared offset and B equal strides, modulo 1."""
-    if not stratified:
-        return jax.random.uniform(key, (batch_size,), jnp.float32)
-    strides = jnp.arange(batch_size, dtype=jnp.float32) / batch_size
-    return (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
-
-
-def _interior(position):
+    """Returns uniform numbers in (0, 1), float32 [B]; stratified: one shared offset and B equal strides, modulo 1."""
+    if stratified:
+        strides = jnp.arange(batch_size, dtype=jnp.float32) / batch_size
+        position = (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
+    else:
+        position = jax.random.uniform(key, (batch_size,), jnp.float32)
     return jnp.clip(position, _SMALLEST, 1 - _SMALLEST)
 
 
 def _uniform_times(path, position):
     first, last = (jnp.asarray(end, jnp.float32) for end in path.interval)
-    time = first + (last - first) * _interior(position)
+    time = first + (last - first) * position
     _, slope = jax.jvp(path.log_snr, (time,), (jnp.ones_like(time),))
     return time, -jnp.log(last - first) - jnp.log(-slope)
 
@@ -112,7 +109,7 @@ class _OnPath:
     def __call__(self, key: Key[Array, ""], batch_size: int, levels: Path) -> Drawn:
         if not isinstance(levels, Path):
             raise ValueError(f"{type(self).__name__} draws levels of a path; for the steps of a schedule use uniform")
-        log_snr, log_density = self._draw(levels, _interior(_positions(key, batch_size, self.stratified)))
+        log_snr, log_density = self._draw(levels, _positions(key, batch_size, self.stratified))
         first, last = (jnp.asarray(end, jnp.float32) for end in levels.interval)
         return jnp.clip(levels.time_at_log_snr(log_snr), first, last), log_density
 
@@ -243,7 +240,7 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., Any]] = {
 
 def needs_history(name: str) -> bool:
     """Whether the timestep sampler with a name in `TIMESTEP_SAMPLERS` draws from a `LossHistory`."""
-    return "history" in inspect.signature(TIMESTEP_SAMPLERS[name]).parameters
+    return name == "loss_second_moment"
 
 
 def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSampler:

@@ -50,18 +50,11 @@ class DenoiseFn(Protocol):
     def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> ArrayLike: ...
 
 
-@runtime_checkable
-class LogitsFn(Protocol):
-    """A classifier of noisy images: (x_t float [B, ...], network time float [B]) -> logits float [B, K]."""
+# A classifier of noisy images: (x_t float [B, ...], network time float [B]) -> logits float [B, K].
+LogitsFn: TypeAlias = DenoiseFn
 
-    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> ArrayLike: ...
-
-
-@runtime_checkable
-class LogProbFn(Protocol):
-    """log p(y | x_t) of a condition y: (x_t float [B, ...], network time float [B]) -> float [B], differentiable in x_t."""
-
-    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> Float[Array, "B"]: ...
+# log p(y | x_t) of a condition y: (x_t float [B, ...], network time float [B]) -> float [B], differentiable in x_t.
+LogProbFn: TypeAlias = Callable[[Batch, Float[Array, "B"]], Float[Array, "B"]]
 
 
 @runtime_checkable

@@ -63,6 +63,11 @@ def check_train_step(config, batch):
         ({"diffusion.path": "edm", "diffusion.prediction": "x_prev"}, "needs the steps of a schedule"),
         ({"diffusion.path": "rectified_flow"}, "use diffusion.prediction=flow"),
         ({"diffusion.draw": "log_normal"}, "diffusion.draw='log_normal' is for a path"),
+        ({"diffusion.timestep_sampler": "log_normal"}, "diffusion.timestep_sampler='log_normal' is for a path"),
+        (
+            FLOW | {"diffusion.timestep_sampler": "log_normal"},
+            "draw='logit_normal' has no effect with diffusion.timestep_sampler='log_normal'",
+        ),
         ({"diffusion.loss": "continuous_vlb"}, "is for a path"),
         ({"diffusion.path": "edm", "diffusion.draw_mean": 0.5}, "is for the draws log_normal and logit_normal"),
         ({"diffusion.preconditioning": "edm"}, "predict x_0, but diffusion.prediction='eps'; use x_0"),

@@ -72,6 +72,15 @@ def test_a_loss():
     np.testing.assert_allclose(found["loss"], plain_metrics()["loss"] / 2, rtol=1e-6)
 
 
+def test_a_loss_on_a_path_gets_the_timestep_sampler():
+    """`draw` is the sampler's name in 0.3."""
+    sampler = {"diffusion__timestep_sampler": "log_normal", "diffusion__loss": own_networks.half_loss}
+    found = metrics_of(config_with(diffusion__path="edm", **sampler))
+    earlier = {"diffusion__timestep_sampler": "stratified", "diffusion__draw": "log_normal"}
+    plain = metrics_of(config_with(diffusion__path="edm", **earlier))
+    np.testing.assert_allclose(found["loss"], plain["loss"] / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
