@@ -16,7 +16,7 @@ Results are float32, or float64 for float64 arrays under x64; lower precisions a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -272,7 +272,7 @@ def bits_per_dim(
         # The sum over a stratum is estimated as its size times the mean of its pair.
         sizes = jnp.asarray(np.append(1.0, np.repeat(pair_sizes / 2, 2)), x_0.dtype)
 
-    def step(carry, row):
+    def step(carry, row) -> tuple[Any, Any]:
         total, decoder = carry
         i, t, size = row
         eps = jax.random.normal(jax.random.fold_in(key_eps, i), x_0.shape, x_0.dtype)

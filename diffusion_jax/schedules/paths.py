@@ -70,8 +70,8 @@ class Path:
         return self._evaluate(self._time, log_snr)
 
     def _evaluate(self, function, x):
-        is_float64 = isinstance(x, np.ndarray | np.generic) and x.dtype == np.float64
-        if not is_float64 or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)):
+        is_on_host = getattr(x, "dtype", None) == np.float64 and not isinstance(x, jax.Array)
+        if not is_on_host or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)):
             return function(as_time(x), jnp)
         with np.errstate(divide="ignore", over="ignore"):  # infinite where there is no signal or no noise
             return np.asarray(function(x, np), np.float64)
@@ -79,7 +79,7 @@ class Path:
     def _log_snr_at_ends(self) -> list[Float[Array, ""]]:
         """Returns the log SNR at both ends of `interval`, float32; traced for a traced path only."""
         with jax.ensure_compile_time_eval():
-            return [self.log_snr(jnp.asarray(end, jnp.float32)) for end in self.interval]
+            return [self._log_snr(jnp.asarray(end, jnp.float32), jnp) for end in self.interval]
 
     def at(self, time: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> NoiseLevel:
         """Returns the noise level at network times, one for each row or one for all rows, in a shape that multiplies `like`.

@@ -87,7 +87,7 @@ def _read_text(text: str) -> tuple[int | list[int], str]:
     return (counts[0], "openai_ddim") if is_ddim else (counts, "openai")
 
 
-def _spaced(schedule: Schedule, count: int, spacing: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+def _spaced(schedule: Schedule, count, spacing: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns `count` steps with a named spacing: indices, or (network times, log SNR) between indices.
 
     If the schedule ends in pure noise, levels between indices do, too, and sigma is spaced up to the last step with signal.
@@ -126,7 +126,7 @@ def _chosen(schedule: Schedule, steps) -> np.ndarray | tuple[np.ndarray, np.ndar
     if not (low <= times[0] and times[-1] <= high):
         name = "network times" if is_time else "steps"
         raise ValueError(f"{name} must lie in {low:g} ... {high:g}, got {times[0]:g} ... {times[-1]:g}")
-    return (times, schedule.path.log_snr(times)) if is_time else steps
+    return (times, np.asarray(schedule.path.log_snr(times))) if is_time else steps
 
 
 def respace(

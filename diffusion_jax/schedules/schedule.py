@@ -271,7 +271,7 @@ def from_path(path: Path, times: Sequence[float] | Num[ArrayLike, "T"]) -> Sched
         raise ValueError(
             f"times must be a one-dimensional array of finite, increasing numbers, got shape {times.shape}"
         )
-    log_snr, (first, last) = path.log_snr(times), path.interval
+    log_snr, (first, last) = np.asarray(path.log_snr(times)), path.interval
     # An interpolated path has log alpha_bar = log of the smallest float64 instead of -inf.
     inner = times[: -1 if log_snr[-1] < -700 else None]
     rounding = 1e-6 * (last - first)
