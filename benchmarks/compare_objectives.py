@@ -98,7 +98,7 @@ def likelihoods(net: pretrained.Model, source: data.Source) -> dict[str, float]:
 
     denoiser = net.denoiser()
     if net.levels is None:
-        options = {"trace": "exact", "time": float(net.schedule.time_at_log_snr(9.0))}
+        options = {"trace": "exact", "time": float(net.schedule.path.time_at_log_snr(9.0))}
         density = jax.jit(lambda key, x_0: log_density(key, net.schedule, denoiser, x_0, **options).log_density)(
             jax.random.key(0), x_0
         )

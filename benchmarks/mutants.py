@@ -49,7 +49,6 @@ CORE = {
     "losses.py": ("test_losses.py", "test_paths.py", "test_refusals.py", "test_dtypes.py", "models/test_classifier.py"),
     "likelihood.py": ("test_decoder.py", "test_likelihood.py", "test_data_range.py", "test_refusals.py"),
     "guidance.py": ("test_guidance.py", "test_refusals.py"),
-    "draws.py": ("test_paths.py",),
     "coordinates.py": ("test_paths.py", "runs/test_path_runs.py"),
     "timesteps.py": ("test_timesteps.py", "test_refusals.py", "test_losses.py"),
     "labels.py": ("test_losses.py", "test_guidance.py", "test_refusals.py"),

@@ -12,12 +12,13 @@ variance, is unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax.arrays import as_float
-from diffusion_jax.denoiser import precondition_at
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
 from diffusion_jax.types import Batch, DenoiseFn
 
@@ -38,17 +39,11 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
       keyword arguments of the result.
     sigma_data: the standard deviation of x_0. Raises: ValueError for a sigma_data that is not positive.
     """
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-    sigma_data = float(sigma_data)  # a float64 scalar would make the output float64 under x64
+    denoiser = Denoiser(network, "x_0", sigma_data=sigma_data)
 
     def denoise_fn(x_t, time, **inputs):
         x_t = as_float("x_t", x_t)
-
-        def call(x):
-            return as_float("the output of the network", network(x, time, **inputs)).astype(x_t.dtype)
-
-        return precondition_at(call, x_t, _level_at(path, time, x_t), sigma_data)
+        return dataclasses.replace(denoiser, inputs=inputs).output(x_t, _level_at(path, time, x_t))
 
     return denoise_fn
 
@@ -58,13 +53,7 @@ def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Pa
 
     denoiser: called with y [B, ...] and s [B]. The path must not reach pure noise, where y is not finite.
     """
-
-    def denoise_fn(x_t, time):
-        x_t = as_float("x_t", x_t)
-        level = _level_at(path, time, x_t)
-        return denoiser(x_t / level.alpha, (level.sigma / level.alpha).reshape(-1))
-
-    return denoise_fn
+    return _rescaled(denoiser, path, lambda level: level.alpha)
 
 
 def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
@@ -73,11 +62,16 @@ def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: P
     velocity: called with z [B, ...] and tau [B]. For a network whose time runs from noise (0) to data (1), pass
     `lambda z, tau: -network(z, 1 - tau)`.
     """
+    return _rescaled(velocity, path, lambda level: level.alpha + level.sigma)
+
+
+def _rescaled(function, path, scale) -> DenoiseFn:
+    """Returns the denoise_fn that calls function(x_t / scale, sigma / scale)."""
 
     def denoise_fn(x_t, time):
         x_t = as_float("x_t", x_t)
         level = _level_at(path, time, x_t)
-        total = level.alpha + level.sigma
-        return velocity(x_t / total, (level.sigma / total).reshape(-1))
+        unit = scale(level)
+        return function(x_t / unit, (level.sigma / unit).reshape(-1))
 
     return denoise_fn

@@ -43,7 +43,6 @@ __all__ = [
     "clip_x_0",
     "convert",
     "dynamic_threshold",
-    "precondition_at",
     "split_variance",
 ]
 
@@ -278,13 +277,18 @@ class Denoiser:
         return evaluate(x_t, at.level, self.inputs)
 
     def _evaluate(self, x_t: Batch, level: NoiseLevel, inputs: Mapping[str, Any]) -> Float[Array, "B *output_shape"]:
-        """Calls the network."""
+        """Calls the network, with `sigma_data` in EDM's scaling (Karras et al. 2022, table 1)."""
         time = level.times(x_t)
 
         def call(x):
             return as_float("the output of the network", self.network(x, time, **inputs)).astype(x_t.dtype)
 
-        return call(x_t) if self.sigma_data is None else precondition_at(call, x_t, level, self.sigma_data)
+        if (d := self.sigma_data) is None:
+            return call(x_t)
+        r = jnp.sqrt(level.sigma**2 + (d * level.alpha) ** 2)
+        output = call(x_t / r)
+        channels, skip = x_t.shape[-1], d**2 * level.alpha / r**2 * x_t
+        return jnp.concatenate([skip + d * level.sigma / r * output[..., :channels], output[..., channels:]], axis=-1)
 
     def with_output(self, output: Float[Array, "B *output_shape"]) -> Denoiser:
         """Returns the denoiser with a network and guidance whose output is known, to compute what else depends on it."""
@@ -310,18 +314,6 @@ def as_node(function: Any) -> Any:
     """Makes a plain function a pytree without arrays, so that it can be a part of a pytree; others stay as they are."""
     is_leaf = callable(function) and jax.tree_util.all_leaves([function])
     return jax.tree_util.Partial(function) if is_leaf else function
-
-
-def precondition_at(
-    call: Callable[[Batch], Array], x_t: Batch, level: NoiseLevel, sigma_data: float
-) -> Float[Array, "B *output_shape"]:
-    """EDM's preconditioning (Karras et al. 2022, table 1) at a noise level, as `coordinates.precondition`."""
-    r = jnp.sqrt(level.sigma**2 + (sigma_data * level.alpha) ** 2)
-    output, channels = call(x_t / r), x_t.shape[-1]
-    skip = sigma_data**2 * level.alpha / r**2 * x_t
-    return jnp.concatenate(
-        [skip + sigma_data * level.sigma / r * output[..., :channels], output[..., channels:]], axis=-1
-    )
 
 
 def split_variance(

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
-from diffusion_jax.arrays import as_float, promote
+from diffusion_jax.arrays import as_float, check_same_shape, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser
 from diffusion_jax.sampling import Sampler, Stability, Step
 from diffusion_jax.sampling.driver import check_sampler, fold_in
@@ -89,8 +89,7 @@ def sdedit(
 
 def _add_noise(key, schedule, x_0, t):
     x_0 = as_float("x_0", x_0)
-    index = jnp.full(x_0.shape[:1], t, jnp.int32)
-    return process.q_sample(schedule, x_0, index, jax.random.normal(key, x_0.shape, x_0.dtype))
+    return process.q_sample(schedule, x_0, jnp.int32(t), jax.random.normal(key, x_0.shape, x_0.dtype))
 
 
 def _as_mask_for(mask, x_0, several=False):
@@ -338,8 +337,7 @@ def interpolate(
             "interpolate mixes the encodings of both images, which only a deterministic sampler decodes: use the sampler "
             "ddim (eta 0) or heun, or give an index t (editing.level)"
         )
-    if jnp.shape(x) != jnp.shape(y):
-        raise ValueError(f"x has shape {jnp.shape(x)} but y has {jnp.shape(y)}; they must be equal")
+    check_same_shape("x", x, "y", y)
     denoiser, (x, y) = as_denoiser(denoiser), promote(x=x, y=y)
     key_x, key_y, key_sample = jax.random.split(key, 3)
     if t is None:

@@ -69,7 +69,7 @@ def classifier_free(
         null conditions. An array of y that null_y repeats is not guided.
       scale: s, one number or one per row: [B] or [B, 1, ..., 1].
       interval: (low, high), the network times from low to high at which s applies; at other times s is 1 (Kynkaanniemi et
-        al. 2024). For levels sigma / alpha: `schedule.time_at_log_snr(-2 * jnp.log(levels))`.
+        al. 2024). For levels sigma / alpha: `schedule.path.time_at_log_snr(-2 * jnp.log(levels))`.
       rescale: phi from Lin et al. 2024 section 3.4, in 0 ... 1, against the overexposure that a large s causes: 1 rescales
         each example to the standard deviation of the conditional output; 0 does nothing.
     Returns: the denoiser, with the learned variance of the conditional output.

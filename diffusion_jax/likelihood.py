@@ -16,7 +16,7 @@ Results are float32, or float64 for float64 arrays under x64; lower precisions a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,10 +150,7 @@ def decoder_log_prob(
       gray levels (NaN if x_0 is traced).
     """
     x_0, mean, log_variance = promote(x_0=x_0, mean=mean, log_variance=log_variance)
-    return _decoder_log_prob(in_model_range(x_0, gray_levels), mean, log_variance, gray_levels, cdf)
-
-
-def _decoder_log_prob(x_0, mean, log_variance, gray_levels: int | None, cdf: str):
+    x_0 = in_model_range(x_0, gray_levels)
     if gray_levels is None:
         return -0.5 * jnp.square(x_0 - mean) * jnp.exp(-log_variance) - 0.5 * log_variance - _LOG_SQRT_2_PI
     if gray_levels < 2:
@@ -226,7 +223,7 @@ def bound_term(
     # The exponential of a small learned log variance can underflow to 0 in float32, even in the branch that is not taken.
     log_variance = jnp.maximum(reverse.log_variance, _MIN_LOG_VARIANCE)
     kl = gaussian_kl(posterior.mean, posterior.log_variance, reverse.mean, log_variance)
-    decoder = -_decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
+    decoder = -decoder_log_prob(x_0, reverse.mean, log_variance, gray_levels, cdf)
     return jnp.where(t == 0, _bits(decoder), _bits(kl)), reverse
 
 
@@ -268,33 +265,33 @@ def bits_per_dim(
     key_t, key_eps = jax.random.split(key)
     if strata is None:
         steps = jnp.broadcast_to(jnp.arange(total_steps, dtype=jnp.int32)[:, None], (total_steps, batch))
-        sizes = jnp.ones(total_steps)
+        sizes = jnp.ones(total_steps, x_0.dtype)
     else:
-        steps, sizes = _draw_stratified_steps(key_t, total_steps, strata, batch)
+        pairs, pair_sizes = _draw_pairs(key_t, total_steps, strata, batch)
+        steps = jnp.concatenate([jnp.zeros((1, batch), jnp.int32), pairs.reshape(-1, batch)])
+        # The sum over a stratum is estimated as its size times the mean of its pair.
+        sizes = jnp.asarray(np.append(1.0, np.repeat(pair_sizes / 2, 2)), x_0.dtype)
 
-    def step(carry, row):
-        total, squared_error, decoder, previous = carry
+    def step(carry, row) -> tuple[Any, Any]:
+        total, decoder = carry
         i, t, size = row
         eps = jax.random.normal(jax.random.fold_in(key_eps, i), x_0.shape, x_0.dtype)
         x_t = process.q_sample(schedule, x_0, t, eps)
         term, reverse = bound_term(schedule, denoiser, x_0, x_t, t, gray_levels=gray_levels, cdf=cdf)
         eps_hat = convert(reverse.x_0, x_t, schedule.at(t, x_t), "x_0", "eps")
-        # Rows 1 and 2, 3 and 4, ... are the pairs in each stratum, whose sum is estimated as size (first + second) / 2.
-        second = (i > 0) & (i % 2 == 0)
-        squared_error += jnp.where(second, jnp.square(size * (term - previous)), 0.0)
-        carry = (total + size * term, squared_error, jnp.where(i == 0, term, decoder), term)
+        carry = total + size * term, jnp.where(i == 0, term, decoder)
         errors = [jnp.mean(jnp.square(e), axis=range(1, x_0.ndim)) for e in (eps_hat - eps, reverse.x_0 - x_0)]
-        return carry, (term, *errors) if tables else None
+        return carry, (term, *errors) if tables or strata else None
 
     zeros = jnp.zeros(batch, x_0.dtype)
-    rows = (jnp.arange(len(sizes)), steps, sizes.astype(x_0.dtype))
-    (total, squared_error, decoder, _), columns = jax.lax.scan(step, (zeros,) * 4, rows)
+    (total, decoder), columns = jax.lax.scan(step, (zeros, zeros), (jnp.arange(len(sizes)), steps, sizes))
+    standard_error = None
+    if strata is not None:
+        first, second = jnp.moveaxis(columns[0][1:].reshape(strata, 2, batch), 1, 0)
+        standard_error = jnp.linalg.norm(sizes[1::2, None] * (second - first), axis=0)
     prior = prior_term(schedule, x_0)
-    standard_error = None if strata is None else jnp.sqrt(squared_error)
-    if columns is None:
-        return BitsPerDim(prior + total, prior, decoder, standard_error, None, None, None, None)
-    vlb, mse, x_0_mse = (column.T for column in columns)
-    return BitsPerDim(prior + total, prior, decoder, standard_error, steps.T, vlb, mse, x_0_mse)
+    in_rows = [steps.T, *(column.T for column in columns)] if tables else [None] * 4
+    return BitsPerDim(prior + total, prior, decoder, standard_error, *in_rows)
 
 
 def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]:
@@ -325,8 +322,8 @@ def rate_distortion(
     return prior[..., None] + after, 127.5 * jnp.sqrt(x_0_mse)
 
 
-def _draw_stratified_steps(key, total_steps: int, strata: int, batch: int):
-    """Draws index 0 and two steps in each stratum of 1 ... T - 1. Returns t int32 [1 + 2 S, B] and the weight of each row."""
+def _draw_pairs(key, total_steps: int, strata: int, batch: int):
+    """Draws two steps in each stratum of 1 ... T - 1. Returns t int32 [S, 2, B] and the sizes of the strata [S]."""
     if not 1 <= strata <= total_steps - 1:
         raise ValueError(f"strata={strata} must lie in 1 ... {total_steps - 1}, or be None for all steps")
     # Terms decrease roughly as 1 / t, so strata with equal ratios, not equal lengths, have similar sums.
@@ -334,6 +331,5 @@ def _draw_stratified_steps(key, total_steps: int, strata: int, batch: int):
     for remaining in range(strata, 0, -1):
         ratio = (total_steps / edges[-1]) ** (1 / remaining)
         edges.append(max(edges[-1] + 1, round(edges[-1] * ratio)))
-    low, size = np.repeat(edges[:-1], 2), np.repeat(np.diff(edges), 2)
-    drawn = jax.random.randint(key, (2 * strata, batch), low[:, None], (low + size)[:, None], jnp.int32)
-    return jnp.concatenate([jnp.zeros((1, batch), jnp.int32), drawn]), jnp.asarray(np.append(1.0, size / 2))
+    low, high = (np.asarray(ends)[:, None, None] for ends in (edges[:-1], edges[1:]))
+    return jax.random.randint(key, (strata, 2, batch), low, high, jnp.int32), np.diff(edges)

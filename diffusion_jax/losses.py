@@ -1,9 +1,12 @@
 """Training losses, as pure functions of a key, a schedule or path, and a `Denoiser` or any callable (x_t, time) -> output.
 
-Each loss draws one timestep per example and returns one loss per example, so that the caller chooses the mean, and a
+Each loss draws one noise level per example and returns one loss per example, so that the caller chooses the mean, and a
 `LossAux` with intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
 sum of both, which trains a learned variance), and for paths `continuous_vlb` (VDM's bound). `simple` and `classify` also take
-a path, where they draw a network time per example. `classify` trains a classifier of noisy images from labels.
+a path. `classify` trains a classifier of noisy images from labels.
+
+`timestep_sampler`, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`, draws the levels: by default "uniform" for
+the steps of a schedule and "stratified" on a path. `draw` is its name in 0.3 on a path, where "uniform" was stratified.
 
 `LOSSES` maps config names to losses.
 
@@ -23,11 +26,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
-from diffusion_jax import draws, labels, likelihood, process, timesteps
+from diffusion_jax import labels, likelihood, process, timesteps
 from diffusion_jax.arrays import as_batch, as_float
 from diffusion_jax.denoiser import Denoiser, as_denoiser, quantity, split_variance
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
-from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LevelDraw, LogitsFn, TimestepSampler
+from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LogitsFn, TimestepSampler
 
 __all__ = [
     "LOSSES",
@@ -51,11 +54,11 @@ __all__ = [
 class LossAux(NamedTuple):
     """The intermediate values of a loss.
 
-    t: the drawn indices, or on a path the network times. importance: the weight from the timestep sampler, already in the
-    loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits per
-    dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the network's
-    output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR. scalars: numbers
-    of a loss of your own that training logs, by name; their means are weighted by the importance.
+    t: the drawn levels, as `at` of the schedule or path takes them. importance: the weight from the timestep sampler, already
+    in the loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits
+    per dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the
+    network's output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR. scalars:
+    numbers of a loss of your own that training logs, by name; their means are weighted by the importance.
     """
 
     t: Int[Array, "B"] | Float[Array, "B"]
@@ -140,7 +143,7 @@ def simple(
     prediction: str | None = None,
     weighting: str | WeightFn | None = None,
     timestep_sampler: str | TimestepSampler | None = None,
-    draw: str | LevelDraw | None = None,
+    draw: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
     """L_simple (DDPM eq. 14): E || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2.
 
@@ -158,12 +161,11 @@ def simple(
         L_simple. Otherwise a weight on the **eps error** for any prediction: a name in `WEIGHTINGS` (the functions above,
         with their published constants) or a function SNR [B] -> weight [B]. The eps error is SNR times the x_0 error,
         SNR / (1 + SNR) times the v error and SNR / (1 + sqrt(SNR))^2 times the flow error.
-      timestep_sampler: for a schedule, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`; by default "uniform".
-      draw: for a path, a name in `draws.DRAWS` or a `LevelDraw`; the default is "uniform". The draw is part of the objective.
+      timestep_sampler, draw: as in the module's docstring. On a path, the sampler is part of the objective.
     Returns: (loss [B], LossAux).
-    Raises: ValueError for an unknown prediction, weighting, timestep sampler or draw; a timestep sampler with a path, or a
-      draw with a schedule; an output of the wrong shape; weights that are not [B]; an x_0 that is not float [B, ..., C]; or
-      a "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
+    Raises: ValueError for an unknown prediction, weighting or timestep sampler; a timestep sampler for the other of schedule
+      and path; an output of the wrong shape; weights that are not [B]; an x_0 that is not float [B, ..., C]; or a
+      "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
     """
     denoiser = _denoiser(denoiser, prediction)
     if weighting in ("truncated_snr", "edm"):
@@ -198,7 +200,7 @@ def vlb(
       at 0, and for an x_0 outside [-1, 1] with gray levels or a clip to this range.
     """
     denoiser = _denoiser(denoiser, prediction, variance="learned_range", clip=False)
-    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, needs_steps=True)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler)
     bound = _bound(schedule, denoiser.with_output(aux.output), aux, x_0, gray_levels)
     return aux.importance * bound, aux._replace(vlb=bound)
 
@@ -230,7 +232,7 @@ def hybrid(
         raise ValueError(
             f"variance={denoiser.variance!r}: the hybrid loss trains a learned variance; use losses.simple, or learned_range"
         )
-    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler, needs_steps=True)
+    aux = _predict(key, schedule, denoiser, x_0, timestep_sampler)
     mean, values = split_variance(aux.output, aux.x_t, denoiser.variance)
     assert values is not None  # the variance is learned
     detached = jnp.concatenate([jax.lax.stop_gradient(mean), values], axis=-1)
@@ -246,7 +248,8 @@ def continuous_vlb(
     x_0: BatchLike,
     *,
     prediction: str | None = None,
-    draw: str | LevelDraw = "uniform_log_snr",
+    timestep_sampler: str | TimestepSampler = "uniform_log_snr",
+    draw: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
     """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
 
@@ -256,7 +259,7 @@ def continuous_vlb(
 
     Args:
       key, denoiser, x_0, prediction: as `simple`.
-      draw: a name in `draws.DRAWS` or a `LevelDraw`; it changes the variance of the estimate, not the mean.
+      timestep_sampler, draw: as `simple`; it changes the variance of the estimate, not the mean.
     Returns: (loss [B], LossAux).
     Raises: ValueError as `simple`, for a schedule, and for a path whose log SNR is infinite at an end of the interval.
     """
@@ -264,7 +267,7 @@ def continuous_vlb(
         raise ValueError("continuous_vlb needs a path; for the steps of a schedule use losses.vlb, or schedule.path")
     path.check_finite_ends("the variational bound")
     denoiser = _denoiser(denoiser, prediction)
-    aux = _predict(key, path, denoiser, x_0, None, draw)
+    aux = _predict(key, path, denoiser, x_0, timestep_sampler, draw)
     eps_error = _weight_of_target(path, aux, denoiser.prediction, snr_weight) * aux.mse
     assert aux.log_density is not None  # drawn on a path
     bound = 0.5 * eps_error * jnp.exp(-aux.log_density) / math.log(2)
@@ -279,7 +282,7 @@ def classify(
     y: Integer[ArrayLike, "B"],
     *,
     timestep_sampler: str | TimestepSampler | None = None,
-    draw: str | LevelDraw | None = None,
+    draw: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], ClassifyAux]:
     """-log p(y | x_t, t), in nats, at a drawn timestep: trains the classifier of classifier guidance (ADM section 4).
 
@@ -292,7 +295,8 @@ def classify(
     Raises: ValueError for logits of another shape, an x_0 that is not float [B, ..., C], weights that are not [B], or labels
       that are not int or out of range.
     """
-    _, t, level, importance, _, _, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    _, level, drawn = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    t, importance, x_t = (drawn[name] for name in ("t", "importance", "x_t"))
     logits = as_float("the output of logits_fn", logits_fn(x_t, level.time)).astype(x_t.dtype)
     if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
         raise ValueError(
@@ -320,43 +324,24 @@ def _per_example(name, x, batch_size):
     return jnp.broadcast_to(x, batch_size)
 
 
-class _Drawn(NamedTuple):
-    """Drawn noise and noise levels; t, importance and log_density as in `LossAux`."""
-
-    x_0: Batch
-    t: Int[Array, "B"] | Float[Array, "B"]
-    level: NoiseLevel
-    importance: Float[Array, "B"]
-    log_density: Float[Array, "B"] | None
-    eps: Batch
-    x_t: Batch
-
-
-def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> _Drawn:
-    """Draws eps, and steps on a schedule or times on a path."""
-    x_0 = as_batch("x_0", x_0)
-    batch_size = x_0.shape[0]
+def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch, NoiseLevel, dict[str, Any]]:
+    """Draws eps and the noise levels. Returns (x_0, level, the fields of `LossAux` that do not need the network)."""
+    x_0, is_path = as_batch("x_0", x_0), isinstance(schedule, Path)
+    batch_size, dtype = x_0.shape[0], x_0.dtype
     key_t, key_eps = jax.random.split(key)
-    if isinstance(schedule, Path):
-        if timestep_sampler is not None:
-            raise ValueError("timestep_sampler is for the steps of a schedule; on a path use draw=")
-        draw = "uniform" if draw is None else draw
-        draw = draws.draw_by_name(draw) if isinstance(draw, str) else draw
-        t, log_density = draw(key_t, batch_size, schedule)
-        t = _per_example("the times of draw", t, batch_size).astype(x_0.dtype)
-        log_density = _per_example("the log densities of draw", log_density, batch_size).astype(x_0.dtype)
-        importance = jnp.ones_like(log_density)
-    else:
-        if draw is not None:
-            raise ValueError("draw is for a path; for the steps of a schedule use timestep_sampler=")
-        sampler = timesteps.uniform if timestep_sampler is None else timestep_sampler
-        sampler = timesteps.sampler_by_name(sampler) if isinstance(sampler, str) else sampler
-        t, importance = sampler(key_t, batch_size, schedule.num_timesteps)
-        t, log_density = _per_example("the timesteps of timestep_sampler", t, batch_size), None
-        importance = jnp.asarray(_per_example("the weights of timestep_sampler", importance, batch_size), x_0.dtype)
+    sampler = timestep_sampler if draw is None else draw
+    if sampler is None or draw == "uniform":
+        sampler = "stratified" if is_path else "uniform"
+    sampler = timesteps.sampler_by_name(sampler) if isinstance(sampler, str) else sampler
+    t, density = sampler(key_t, batch_size, schedule if is_path else schedule.num_timesteps)
+    t = _per_example("the times of timestep_sampler", t, batch_size)
+    density = jnp.asarray(_per_example("the weights of timestep_sampler", density, batch_size), dtype)
+    importance, log_density = (jnp.ones_like(density), density) if is_path else (density, None)
+    t = t.astype(dtype) if is_path else t
     level = schedule.at(t, x_0)
-    eps = jax.random.normal(key_eps, x_0.shape, x_0.dtype)
-    return _Drawn(x_0, t, level, importance, log_density, eps, level.alpha * x_0 + level.sigma * eps)
+    eps = jax.random.normal(key_eps, x_0.shape, dtype)
+    x_t = level.alpha * x_0 + level.sigma * eps
+    return x_0, level, {"t": t, "importance": importance, "eps": eps, "x_t": x_t, "log_density": log_density}
 
 
 def _denoiser(network: Denoiser | DenoiseFn, prediction: str | None, **defaults: Any) -> Denoiser:
@@ -375,17 +360,15 @@ def _at(schedule, prediction, t, like):
     return schedule.transition(t, like) if prediction == "x_prev" else schedule.at(t, like)
 
 
-def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_steps=False) -> LossAux:
+def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None) -> LossAux:
     """Draws t and eps, calls the network and computes the prediction's error."""
-    if needs_steps and schedule.num_timesteps:  # raises for a path
-        process.check_terminal_snr(schedule, denoiser.prediction)
-    x_0, t, level, importance, log_density, eps, x_t = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
+    x_0, level, drawn = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     if denoiser.corrections or denoiser.limits:
         raise ValueError(
             "a loss trains the network's output, which corrections and limits do not change; leave them out"
         )
-    at = _at(schedule, denoiser.prediction, t, x_0)
-    target = quantity(denoiser.prediction, at).value(x_0, eps, x_t, at)
+    at, x_t = _at(schedule, denoiser.prediction, drawn["t"], x_0), drawn["x_t"]
+    target = quantity(denoiser.prediction, at).value(x_0, drawn["eps"], x_t, at)
     output = denoiser.output(x_t, level)
     predicted = output[..., : x_t.shape[-1]]
     if output.shape[-1] not in (x_0.shape[-1], 2 * x_0.shape[-1]) or predicted.shape != target.shape:
@@ -394,13 +377,15 @@ def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None, needs_st
             "channels for a learned variance"
         )
     mse = jnp.mean(jnp.square(target - predicted), axis=range(1, x_0.ndim))
-    return LossAux(t, importance, mse, None, eps, x_t, output, log_density)
+    return LossAux(**drawn, mse=mse, vlb=None, output=output)
 
 
 def _bound(schedule, denoiser, aux, x_0, gray_levels):
     """Returns T times the bound's term at the drawn steps, [B]."""
+    total = schedule.num_timesteps  # raises for a path
+    process.check_terminal_snr(schedule, denoiser.prediction)
     term, _ = likelihood.bound_term(schedule, denoiser, x_0, aux.x_t, aux.t, gray_levels=gray_levels)
-    return schedule.num_timesteps * term
+    return total * term
 
 
 def _weight_of_target(schedule, aux, prediction, weighting):

@@ -1,31 +1,45 @@
-"""Timestep samplers: which timesteps a batch trains on.
+"""Timestep samplers: which noise levels a batch trains on.
 
-A timestep sampler is a function `(key, batch_size, num_timesteps) -> (t, weight)`: t int32 [B], the indices, and weight float
-[B], which multiplies the losses so that their mean estimates the mean over all T steps. `TIMESTEP_SAMPLERS` maps config names
-to timestep samplers. `uniform`, `antithetic` and `stratified` draw each t uniformly, so their weights are 1; they differ in
-the variance of the batch mean. `loss_second_moment` draws steps with large losses more often, using a `LossHistory` that the
-caller updates.
+A timestep sampler is a function `(key, batch_size, levels) -> (t, density)`:
 
-t is int32 and the weights are float32, with x64 on or off.
+| `levels` | t [B] | density [B] |
+|---|---|---|
+| T, the number of a schedule's steps | indices, int32 | the weight 1 / (T p(t)), which multiplies the loss |
+| a `Path` | network times | log p(log SNR), the log density with which the log SNR of each time is drawn |
+
+With the weight, the mean of the losses estimates the mean over all T steps, for every sampler. On a path, the sampler is part
+of the objective: `losses.simple` does not divide by the density, so levels that are drawn more often have more weight in the
+loss. `losses.continuous_vlb` divides by the density, and has the same mean for every sampler.
+
+`uniform` and `stratified` are for both, `antithetic` and `loss_second_moment` for the steps of a schedule, and `log_normal`,
+`logit_normal` and `uniform_log_snr` for a path. Levels outside of a path's interval are never drawn; the density accounts for
+it. `TIMESTEP_SAMPLERS` maps config names to timestep samplers.
+
+Results are int32 and float32, with x64 on or off.
 """
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, Int32, Integer, Key
 
+from diffusion_jax.schedules import Path
 from diffusion_jax.types import TimestepSampler
 
 __all__ = [
     "TIMESTEP_SAMPLERS",
     "LossHistory",
     "antithetic",
+    "log_normal",
+    "logit_normal",
     "loss_history",
     "loss_second_moment",
     "needs_history",
@@ -34,37 +48,121 @@ __all__ = [
     "step_probabilities",
     "stratified",
     "uniform",
+    "uniform_log_snr",
 ]
 
-
-def _uniform(key, count, num_timesteps):
-    return jax.random.randint(key, (count,), 0, num_timesteps, jnp.int32)
-
-
-def _ones(batch_size):
-    return jnp.ones(batch_size, jnp.float32)
+_SMALLEST = 2.0**-24  # half the float32 spacing below 1, so that no time is at a distribution's infinite end
+# t and the density, as in the table above
+Drawn: TypeAlias = tuple[Int32[Array, "B"] | Float[Array, "B"], Float[Array, "B"]]
 
 
-def uniform(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
-    """Independent uniform timesteps (DDPM Algorithm 1). Returns (t, weights of 1)."""
-    return _uniform(key, batch_size, num_timesteps), _ones(batch_size)
+def _positions(key, batch_size, stratified):
+    """Returns uniform numbers in (0, 1), float32 [B]; stratified: one shared offset and B equal strides, modulo 1."""
+    if stratified:
+        strides = jnp.arange(batch_size, dtype=jnp.float32) / batch_size
+        position = (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
+    else:
+        position = jax.random.uniform(key, (batch_size,), jnp.float32)
+    return jnp.clip(position, _SMALLEST, 1 - _SMALLEST)
 
 
-def antithetic(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
-    """Draws half of the batch uniformly and mirrors it, T - 1 - t, for the other half (DDIM's code). Returns as `uniform`."""
-    half = _uniform(key, (batch_size + 1) // 2, num_timesteps)
-    return jnp.concatenate([half, num_timesteps - 1 - half])[:batch_size], _ones(batch_size)
+def _uniform_times(path, position):
+    first, last = (jnp.asarray(end, jnp.float32) for end in path.interval)
+    time = first + (last - first) * position
+    _, slope = jax.jvp(path.log_snr, (time,), (jnp.ones_like(time),))
+    return time, -jnp.log(last - first) - jnp.log(-slope)
 
 
-def stratified(key: Key[Array, ""], batch_size: int, num_timesteps: int) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
-    """One shared uniform offset and B equal strides, modulo T (Kingma et al. 2021, appendix I.1).
+def uniform(key: Key[Array, ""], batch_size: int, levels: int | Path) -> Drawn:
+    """Independent uniform steps (DDPM Algorithm 1), or network times that are uniform over a path's interval."""
+    if isinstance(levels, Path):
+        return _uniform_times(levels, _positions(key, batch_size, stratified=False))
+    return jax.random.randint(key, (batch_size,), 0, levels, jnp.int32), jnp.ones(batch_size, jnp.float32)
 
-    Each t is uniform, and together they cover all steps evenly. Returns as `uniform`.
+
+def stratified(key: Key[Array, ""], batch_size: int, levels: int | Path) -> Drawn:
+    """`uniform` for each t alone, but the batch covers all levels evenly (Kingma et al. 2021, appendix I.1).
+
+    The batch shares one uniform offset, which reduces the variance of the batch mean.
     """
-    strides = jnp.arange(batch_size, dtype=jnp.float32) / batch_size
-    position = (jax.random.uniform(key, dtype=jnp.float32) + strides) % 1.0
-    t = jnp.floor(position * num_timesteps).astype(jnp.int32)
-    return jnp.minimum(t, num_timesteps - 1), _ones(batch_size)
+    position = _positions(key, batch_size, stratified=True)
+    if isinstance(levels, Path):
+        return _uniform_times(levels, position)
+    t = jnp.floor(position * levels).astype(jnp.int32)
+    return jnp.minimum(t, levels - 1), jnp.ones(batch_size, jnp.float32)
+
+
+def antithetic(key: Key[Array, ""], batch_size: int, levels: int) -> Drawn:
+    """Draws half of the batch uniformly and mirrors it, T - 1 - t, for the other half (DDIM's code)."""
+    if isinstance(levels, Path):
+        raise ValueError("antithetic draws steps of a schedule; on a path use stratified")
+    half, _ = uniform(key, (batch_size + 1) // 2, levels)
+    return jnp.concatenate([half, levels - 1 - half])[:batch_size], jnp.ones(batch_size, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OnPath:
+    """stratified: as the function `stratified`; False draws each level independently."""
+
+    stratified: bool = True
+
+    def __call__(self, key: Key[Array, ""], batch_size: int, levels: Path) -> Drawn:
+        if not isinstance(levels, Path):
+            raise ValueError(f"{type(self).__name__} draws levels of a path; for the steps of a schedule use uniform")
+        log_snr, log_density = self._draw(levels, _positions(key, batch_size, self.stratified))
+        first, last = (jnp.asarray(end, jnp.float32) for end in levels.interval)
+        return jnp.clip(levels.time_at_log_snr(log_snr), first, last), log_density
+
+    def _draw(self, path, probability):
+        """Returns the log SNRs with these probabilities [B] of less noise, and their log densities."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class uniform_log_snr(_OnPath):
+    """Log SNRs that are uniform between the ends of the path's interval (Kingma & Gao 2023).
+
+    Raises: ValueError, when called, for a path with an infinite log SNR at an end.
+    """
+
+    def _draw(self, path, probability):
+        first, last = path.check_finite_ends("a uniform draw of the log SNR")
+        return first - (first - last) * probability, jnp.full(probability.shape, -jnp.log(first - last))
+
+
+@dataclasses.dataclass(frozen=True)
+class log_normal(_OnPath):
+    """log(sigma / alpha) is normal: EDM's levels (Karras et al. 2022, table 1), with its constants for images.
+
+    mean, std: of log(sigma / alpha). EDM's -1.2 is for data with standard deviation 0.5; the same levels for another standard
+    deviation d have the mean -1.2 + log(d / 0.5), which is -0.51 for standardized data.
+    Raises: ValueError for a standard deviation that is not positive.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self):
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std must be above 0, got {self.std}")
+
+    def _draw(self, path, probability):
+        # log(sigma / alpha) at the ends, in standard deviations; infinite where the log SNR is.
+        low, high = (
+            (-0.5 * path.log_snr(jnp.asarray(end, jnp.float32)) - self.mean) / self.std for end in path.interval
+        )
+        inside = ndtr(high) - ndtr(low)
+        z = ndtri(ndtr(low) + inside * probability)
+        log_density = -0.5 * z**2 - 0.5 * math.log(2 * math.pi) - jnp.log(2 * self.std * inside)
+        return -2 * (self.mean + self.std * z), log_density
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0, *, stratified: bool = True) -> log_normal:
+    """logit(tau) is normal, tau = sigma / (alpha + sigma) the time of flow matching: SD3's (Esser et al. 2024, eq. 19).
+
+    The same family as `log_normal`, because logit(tau) = log(sigma / alpha).
+    """
+    return log_normal(mean, std, stratified=stratified)
 
 
 class LossHistory(NamedTuple):
@@ -111,37 +209,38 @@ def step_probabilities(history: LossHistory, uniform_probability: float = 0.001)
 
 
 def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001) -> TimestepSampler:
-    """Returns a timestep sampler that draws from `step_probabilities` with weights 1 / (T p_t), so that means are unbiased.
+    """Returns a timestep sampler that draws steps with large losses more often, from `step_probabilities`.
 
     After each batch, the caller passes `record(history, aux.t, unweighted_loss)` to the next `loss_second_moment`. Raises:
     ValueError, when called, if the history and the schedule differ in length.
     """
 
-    def sampler(
-        key: Key[Array, ""], batch_size: int, num_timesteps: int
-    ) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
-        if history.counts.shape[0] != num_timesteps:
-            raise ValueError(f"the loss history has {history.counts.shape[0]} steps, the schedule {num_timesteps}")
+    def sampler(key: Key[Array, ""], batch_size: int, levels: int) -> Drawn:
+        if history.counts.shape[0] != levels:
+            raise ValueError(f"the loss history has {history.counts.shape[0]} steps, the schedule {levels}")
         p = step_probabilities(history, uniform_probability)
         # `choice` would lose the smallest probabilities in the cumulative sums of float32; mode "high" draws exact tails.
         t = jax.random.categorical(key, jnp.log(p), shape=(batch_size,), mode="high").astype(jnp.int32)
-        return t, 1 / (num_timesteps * p[t])
+        return t, 1 / (levels * p[t])
 
     return sampler
 
 
-# An entry is a timestep sampler, or a function: history -> timestep sampler.
+# name -> timestep sampler with the published constants, or a function: history -> timestep sampler
 TIMESTEP_SAMPLERS: dict[str, Callable[..., Any]] = {
     "uniform": uniform,
     "antithetic": antithetic,
     "stratified": stratified,
     "loss_second_moment": loss_second_moment,
+    "log_normal": log_normal(),
+    "logit_normal": logit_normal(),
+    "uniform_log_snr": uniform_log_snr(),
 }
 
 
 def needs_history(name: str) -> bool:
     """Whether the timestep sampler with a name in `TIMESTEP_SAMPLERS` draws from a `LossHistory`."""
-    return "history" in inspect.signature(TIMESTEP_SAMPLERS[name]).parameters
+    return name == "loss_second_moment"
 
 
 def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSampler:
@@ -152,7 +251,7 @@ def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSa
     if name not in TIMESTEP_SAMPLERS:
         raise ValueError(
             f"unknown timestep_sampler {name!r}; known: {', '.join(TIMESTEP_SAMPLERS)}, or a function "
-            "(key, batch_size, num_timesteps) -> (t, weight)"
+            "(key, batch_size, number of steps or path) -> (t, weight or log density)"
         )
     if not needs_history(name):
         return TIMESTEP_SAMPLERS[name]

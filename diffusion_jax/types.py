@@ -50,36 +50,23 @@ class DenoiseFn(Protocol):
     def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> ArrayLike: ...
 
 
-@runtime_checkable
-class LogitsFn(Protocol):
-    """A classifier of noisy images: (x_t float [B, ...], network time float [B]) -> logits float [B, K]."""
+# A classifier of noisy images: (x_t float [B, ...], network time float [B]) -> logits float [B, K].
+LogitsFn: TypeAlias = DenoiseFn
 
-    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> ArrayLike: ...
-
-
-@runtime_checkable
-class LogProbFn(Protocol):
-    """log p(y | x_t) of a condition y: (x_t float [B, ...], network time float [B]) -> float [B], differentiable in x_t."""
-
-    def __call__(self, x_t: Batch, time: Float[Array, "B"], /) -> Float[Array, "B"]: ...
+# log p(y | x_t) of a condition y: (x_t float [B, ...], network time float [B]) -> float [B], differentiable in x_t.
+LogProbFn: TypeAlias = Callable[[Batch, Float[Array, "B"]], Float[Array, "B"]]
 
 
 @runtime_checkable
 class TimestepSampler(Protocol):
-    """Which timesteps a batch trains on: (key, batch_size, num_timesteps) -> (t int32 [B], weight float [B]).
+    """Which noise levels a batch trains on: (key, batch_size, levels) -> (t [B], density [B]), as in `timesteps`.
 
-    The weights multiply the losses, so that the mean over the batch estimates the mean over all T steps.
+    levels: the number of a schedule's steps, for indices t and weights; or a `Path`, for network times and log densities.
     """
 
     def __call__(
-        self, key: Key[Array, ""], batch_size: int, num_timesteps: int, /
-    ) -> tuple[Int[Array, "B"], Float[ArrayLike, "B"]]: ...
+        self, key: Key[Array, ""], batch_size: int, levels: Any, /
+    ) -> tuple[Int[Array, "B"] | Float[Array, "B"], Float[ArrayLike, "B"]]: ...
 
 
-@runtime_checkable
-class LevelDraw(Protocol):
-    """Which noise levels a batch trains on: (key, batch_size, path) -> (network time [B], log density of the log SNR [B])."""
-
-    def __call__(
-        self, key: Key[Array, ""], batch_size: int, path: Any, /
-    ) -> tuple[Float[Array, "B"], Float[Array, "B"]]: ...
+LevelDraw = TimestepSampler  # its name in 0.3, on a path

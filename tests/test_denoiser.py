@@ -341,7 +341,7 @@ def deviation_of_errors(schedule, n=20_000):
 
     def score(x, time, error):
         noise = jax.random.normal(jax.random.fold_in(KEY, (16 * time[0]).astype(int)), x.shape)
-        return -x + jnp.where(schedule.log_snr(time[0]) < 0, error, 0.0) * noise
+        return -x + jnp.where(schedule.path.log_snr(time[0]) < 0, error, 0.0) * noise
 
     @jax.jit
     def draw(x_T, error):

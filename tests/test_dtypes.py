@@ -107,8 +107,8 @@ CASES = {
     "denoiser.split_variance": lambda x: split_variance(jnp.concatenate([x, x], -1), x, "learned"),
     "denoiser.clip_x_0": lambda x: [clip_x_0(x, clip) for clip in (True, False, lambda x: low(x))],
     "denoiser.dynamic_threshold": lambda x: dynamic_threshold()(x),
-    "schedules.Schedule.log_snr": lambda x: FULL.log_snr(alone(x)),
-    "schedules.Schedule.time_at_log_snr": lambda x: FULL.time_at_log_snr(alone(x)),
+    "schedules.Path.log_snr": lambda x: FULL.path.log_snr(alone(x)),
+    "schedules.Path.time_at_log_snr": lambda x: FULL.path.time_at_log_snr(alone(x)),
     **{f"losses, weighting {name}": lambda x, f=f: f(alone(x)) for name, f in losses.WEIGHTINGS.items()},
     "losses.simple": lambda x: [
         losses.simple(KEY, FULL, f, x, prediction=prediction, weighting=weighting, timestep_sampler=timestep_sampler)
@@ -218,7 +218,8 @@ def test_x64_changes_no_draw():
     for x64 in (False, True):
         with jax.enable_x64(x64):
             samplers = [
-                timesteps.sampler_by_name(name, timesteps.loss_history(20)) for name in timesteps.TIMESTEP_SAMPLERS
+                timesteps.sampler_by_name(name, timesteps.loss_history(20))
+                for name in ("uniform", "antithetic", "stratified", "loss_second_moment")
             ]
             for t, weight in jax.eval_shape(lambda s=samplers: [sampler(KEY, 5, 20) for sampler in s]):
                 assert (t.dtype, weight.dtype) == (jnp.int32, jnp.float32)

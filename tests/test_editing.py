@@ -18,7 +18,7 @@ pixels = Denoiser(gaussian(mean=0.0, variance=S2), clip=False)  # the exact eps 
 
 def correlated_eps(x, time):
     """The exact eps of N(0, COVARIANCE); x [..., 2]."""
-    log_snr = FULL.log_snr(time)[0]
+    log_snr = FULL.path.log_snr(time)[0]
     a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
     return jnp.sqrt(s2) * jnp.linalg.solve(a * COVARIANCE + s2 * jnp.eye(2), x[..., None])[..., 0]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_jax import Denoiser, coordinates, draws, likelihood, losses, process, sampling, schedules
+from diffusion_jax import Denoiser, coordinates, draws, likelihood, losses, process, sampling, schedules, timesteps
 from diffusion_jax.denoiser import convert
 from helpers.decoder import scipy_log_prob
 
@@ -51,14 +51,14 @@ def exact_denoiser(path, data_variance, **fields):
 
 def levels(path, sigmas):
     """The schedule with these sigma / alpha, in increasing order."""
-    return schedules.from_path(path, path.time_on_host(-2 * np.log(sigmas)))
+    return schedules.from_path(path, path.time_at_log_snr(-2 * np.log(sigmas)))
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_inverse_of_the_log_snr(path):
     times = inner_times(path)
-    exact = path.log_snr_on_host(times)
-    np.testing.assert_allclose(path.time_on_host(exact), times, rtol=1e-12)
+    exact = path.log_snr(times)
+    np.testing.assert_allclose(path.time_at_log_snr(exact), times, rtol=1e-12)
     np.testing.assert_allclose(path.log_snr(times.astype(np.float32)), exact, rtol=1e-5, atol=1e-5)
     span = float(path.interval[1] - path.interval[0])
     np.testing.assert_allclose(path.time_at_log_snr(exact.astype(np.float32)), times, atol=1e-6 * span)
@@ -76,8 +76,7 @@ def test_the_gradient_of_an_inverse_by_bisection():
 def test_the_levels_of_the_papers():
     u = np.linspace(0.01, 0.99, 7)
     ratio = {
-        name: np.exp(-0.5 * PATHS[name].log_snr_on_host(1000 * u))
-        for name in ("vp_linear", "vp_cosine", "rectified_flow")
+        name: np.exp(-0.5 * PATHS[name].log_snr(1000 * u)) for name in ("vp_linear", "vp_cosine", "rectified_flow")
     }
     alpha_bar = np.exp(-(0.1 * u + (20 - 0.1) * u**2 / 2))
     np.testing.assert_allclose(ratio["vp_linear"], np.sqrt(1 / alpha_bar - 1), rtol=1e-10)
@@ -87,7 +86,7 @@ def test_the_levels_of_the_papers():
     np.testing.assert_allclose(np.exp(4 * np.array(EDM.interval)), [0.002, 80])
     shifted = schedules.shifted(schedules.rectified_flow(), -2 * np.log(3.0))
     tau = 3 * u / (1 + 2 * u)  # SD3's shift by 3
-    np.testing.assert_allclose(shifted.log_snr_on_host(1000 * u), 2 * np.log((1 - tau) / tau), rtol=1e-12)
+    np.testing.assert_allclose(shifted.log_snr(1000 * u), 2 * np.log((1 - tau) / tau), rtol=1e-12)
 
 
 def test_a_path_gives_the_tables_of_the_discrete_schedule():
@@ -110,7 +109,7 @@ def test_a_schedule_keeps_its_path():
     np.testing.assert_allclose(schedule.timesteps, np.log(sigmas) / 4, atol=1e-12)
     np.testing.assert_allclose(schedule.snr, sigmas**-2, rtol=1e-9)
     between = np.geomspace(0.0021, 79, 50)
-    np.testing.assert_allclose(schedule.time_at_log_snr(-2 * np.log(between)), np.log(between) / 4, atol=1e-6)
+    np.testing.assert_allclose(schedule.path.time_at_log_snr(-2 * np.log(between)), np.log(between) / 4, atol=1e-6)
     half = schedules.respace(schedule, 9, "log_snr")
     np.testing.assert_allclose(half.timesteps, np.log(np.geomspace(0.002, 80, 9)) / 4, atol=1e-9)
     assert schedules.respace(schedule, [-1.0, 0.0, 1.0]).path is EDM
@@ -186,12 +185,12 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, prediction="x_prev"), "from_path"),
         (lambda: losses.vlb(KEY, EDM, learned, x), "from_path"),
         (lambda: losses.hybrid(KEY, EDM, learned, x), "from_path"),
-        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="uniform"), "use draw="),
-        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="uniform"), "use timestep_sampler="),
-        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown draw 'gaussian'"),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="antithetic"), "on a path use stratified"),
+        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="log_normal"), "log_normal draws levels of a path"),
+        (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown timestep_sampler 'gaussian'"),
         (lambda: losses.continuous_vlb(KEY, chain, gaussian(chain), x), "needs a path"),
         (lambda: losses.continuous_vlb(KEY, schedules.rectified_flow(), gaussian(EDM), x), "interval="),
-        (lambda: draws.uniform_log_snr()(KEY, 4, schedules.rectified_flow()), "interval="),
+        (lambda: timesteps.uniform_log_snr()(KEY, 4, schedules.rectified_flow()), "interval="),
         (lambda: likelihood.bits_per_dim(KEY, EDM, gaussian(EDM), x), "from_path"),
         (lambda: sampling.sample(KEY, EDM, gaussian(EDM), x, sampling.ddim()), "from_path"),
         (lambda: sampling.encode(EDM, gaussian(EDM), x), "from_path"),
@@ -204,12 +203,14 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: schedules.path(lambda t: -8 * t, lambda v: v / 8, interval=(-1, 1)), "inverse"),
         (lambda: schedules.path(lambda t: -8 * t, lambda v: v * jnp.nan, interval=(-1, 1)), "inverse"),
         (lambda: schedules.edm(80, 0.002), "0 < sigma_min"),
+        (lambda: schedules.edm_steps(1), "num_steps must be a whole number of at least 2, got 1"),
+        (lambda: schedules.edm_steps(18, rho=0.0), "rho must be above 0"),
         *(
             (lambda make=make, ends=ends: make(interval=ends), "in 0 ... 1000")
             for make in (schedules.rectified_flow, schedules.vp_linear, schedules.vp_cosine)
             for ends in ((0.0, 1001.0), (-0.5, 1000.0))
         ),
-        (lambda: draws.log_normal(std=0.0), "std must be above 0"),
+        (lambda: timesteps.log_normal(std=0.0), "std must be above 0"),
         (
             lambda: losses.simple(KEY, schedules.rectified_flow(), gaussian(EDM), x, weighting="edm"),
             "ends in pure noise",
@@ -367,44 +368,43 @@ def test_eps_determines_x_0_except_at_pure_noise():
     ],
     ids=FINITE,
 )
-@pytest.mark.parametrize("name", [name for name in draws.DRAWS if name != "logit_normal"])
+@pytest.mark.parametrize("name", ["uniform", "log_normal", "uniform_log_snr"])
 def test_draws_have_the_density_that_they_return(name, path):
     """E[1 / p(l)] is the length of l's range, and E[l / p(l)] is the integral of l."""
     # A wide normal draw, so that the weights have finite variance; logit_normal would be the same draw.
-    draw = draws.log_normal(-0.5, 2.5) if name == "log_normal" else draws.DRAWS[name]()
+    draw = timesteps.log_normal(-0.5, 2.5) if name == "log_normal" else getattr(draws, name)()
     time, log_density = jax.jit(lambda key, path: draw(key, 20_000, path))(KEY, path)
     first, last = path.interval
     assert time.dtype == log_density.dtype == jnp.float32 and (first <= time).all() and (time <= last).all()
-    high, low = path.log_snr_on_host(np.array([first, last]))
+    high, low = path.log_snr(np.array([first, last]))
     inner = (path.log_snr(time) < 6) & (path.log_snr(time) > -6)
     weight = np.where(inner, np.exp(-np.asarray(log_density, np.float64)), 0)
     np.testing.assert_allclose(weight.mean(), min(high, 6) - max(low, -6), rtol=0.01)
-    independent, _ = jax.jit(dataclasses.replace(draw, stratified=False), static_argnums=1)(
-        jax.random.key(1), 20_000, path
-    )
+    alone = timesteps.uniform if name == "uniform" else dataclasses.replace(draw, stratified=False)
+    independent, _ = jax.jit(alone, static_argnums=1)(jax.random.key(1), 20_000, path)
     assert stats.ks_2samp(np.asarray(time), np.asarray(independent)).pvalue > 1e-3
 
 
 def test_an_inexact_inverse_draws_no_time_outside_the_interval():
     """An inverse with an error of 0.04%, which is accepted, maps log SNRs near the last to times above it."""
     path = schedules.path(lambda time: -8 * time, inverse=lambda log_snr: -1.0004 * log_snr / 8, interval=(0.5, 1.0))
-    time, _ = draws.uniform_log_snr()(KEY, 10_000, path)
+    time, _ = timesteps.uniform_log_snr()(KEY, 10_000, path)
     assert time.min() >= 0.5 and time.max() == 1.0
 
 
 def test_the_draws_of_the_papers():
-    time, log_density = draws.log_normal()(KEY, 10_000, EDM)
+    time, log_density = timesteps.log_normal()(KEY, 10_000, EDM)
     log_sigma = 4 * np.asarray(time, np.float64)
     assert stats.kstest((log_sigma + 1.2) / 1.2, "norm").pvalue > 0.01
     np.testing.assert_allclose(log_density, stats.norm(-1.2, 1.2).logpdf(log_sigma) - np.log(2), atol=1e-3)
-    tau = np.asarray(draws.logit_normal()(KEY, 10_000, schedules.rectified_flow())[0], np.float64) / 1000
+    tau = np.asarray(timesteps.logit_normal()(KEY, 10_000, schedules.rectified_flow())[0], np.float64) / 1000
     assert stats.kstest(np.log(tau / (1 - tau)), "norm").pvalue > 0.01
     # Every stratum of a batch has one level.
-    time, _ = draws.uniform()(KEY, 64, FLOW)
+    time, _ = timesteps.stratified(KEY, 64, FLOW)
     assert sorted(((time - 1) / 998 * 64).astype(int).tolist()) == list(range(64))
     # A narrow interval truncates the distribution, and its density stays normalized.
     narrow = schedules.edm(0.1, 0.5)
-    time, log_density = draws.log_normal()(KEY, 10_000, narrow)
+    time, log_density = timesteps.log_normal()(KEY, 10_000, narrow)
     truncated = stats.truncnorm(*((np.log([0.1, 0.5]) + 1.2) / 1.2), -1.2, 1.2)
     assert stats.kstest(4 * np.asarray(time, np.float64), truncated.cdf).pvalue > 0.01
     np.testing.assert_allclose(log_density, truncated.logpdf(4 * np.asarray(time)) - np.log(2), atol=1e-3)
@@ -415,7 +415,7 @@ SAME_ENDS = {
     "edm": schedules.edm(np.exp(-ENDS[1] / 2), np.exp(-ENDS[0] / 2)),
     "custom": schedules.path(lambda u: ENDS[1] - 6 * u - 15 * u**2, interval=(0.0, 1.0)),
     "flow": schedules.rectified_flow(
-        interval=tuple(schedules.rectified_flow().time_on_host(np.array(ENDS[::-1])).tolist())
+        interval=tuple(schedules.rectified_flow().time_at_log_snr(np.array(ENDS[::-1])).tolist())
     ),
 }
 
@@ -425,7 +425,7 @@ SAME_ENDS = {
     [SAME_ENDS["edm"], SAME_ENDS["custom"], pytest.param(SAME_ENDS["flow"], marks=pytest.mark.whole)],
     ids=SAME_ENDS,
 )
-@pytest.mark.parametrize("draw", ["uniform_log_snr", "uniform", draws.log_normal(0.0, 3.0)])
+@pytest.mark.parametrize("draw", ["uniform_log_snr", "uniform", timesteps.log_normal(0.0, 3.0)])
 def test_the_continuous_bound_depends_on_the_ends_of_the_path_only(path, draw):
     """On N(0, c^2) with the exact network the bound is 1/2 ln[(1 + c^2 e^-g0) / (1 + c^2 e^-g1)] nats."""
     c2 = 0.7
@@ -467,7 +467,7 @@ ENTROPY = 0.5 * np.log2(2 * np.pi * np.e * STD**2)
 def chain_on(path, steps, is_even_in_log_snr):
     """Levels between the ends of the path, without the first time of rectified flow, where there is no noise."""
     first, last = path.interval
-    times = np.linspace(first, last, steps + 1)[1:] if path.log_snr_on_host(first) == np.inf else None
+    times = np.linspace(first, last, steps + 1)[1:] if path.log_snr(first) == np.inf else None
     schedule = schedules.from_path(path, np.linspace(first, last, steps) if times is None else times)
     return schedules.respace(schedule, steps, "log_snr") if is_even_in_log_snr else schedule
 
@@ -588,11 +588,15 @@ def test_others_coordinates_give_the_same_samples():
     d2 = 0.3
     sigma = rho_levels(18)[::-1]
     start = np.random.default_rng(0).normal(size=(6, 1))
+    schedule = schedules.edm_steps(18)
+    ratio = schedule.transitions.level.sigma / schedule.transitions.level.alpha
+    np.testing.assert_allclose(ratio[::-1], sigma, rtol=1e-9)  # eq. 5
+    steeper = schedules.edm_steps(5, sigma_min=0.01, sigma_max=10.0, rho=3.0)
+    np.testing.assert_allclose(steeper.snr**-0.5, np.linspace(0.01 ** (1 / 3), 10 ** (1 / 3), 5) ** 3, rtol=1e-9)
 
     # EDM's Algorithm 2 with D(y; s) for N(0, d2), which ends at s = 0.
     denoiser = lambda y, s: d2 / (d2 + s**2) * y  # noqa: E731
-    y = start * np.hypot(1, sigma[0])
-    y_0 = y
+    y = sigma[0] * start
     for s, s_next in zip(sigma, np.append(sigma[1:], 0), strict=True):
         slope = (y - denoiser(y, s)) / s
         end = y + (s_next - s) * slope
@@ -600,9 +604,8 @@ def test_others_coordinates_give_the_same_samples():
             end = y + (s_next - s) * (slope + (end - denoiser(end, s_next)) / s_next) / 2
         y = end
     edm_fn = coordinates.from_edm(lambda y, s: d2 / (d2 + s[:, None] ** 2) * y, EDM)
-    schedule = levels(EDM, sigma[::-1])
     with jax.enable_x64(True):
-        x_T = jnp.asarray(y_0 * schedule.transitions.level.alpha[-1])
+        x_T = jnp.asarray(schedule.transitions.level.sigma[-1] * start)
         ours = sampling.sample(KEY, schedule, Denoiser(edm_fn, "x_0", clip=False), x_T, sampling.heun())
     np.testing.assert_allclose(ours, y, rtol=1e-7)
 

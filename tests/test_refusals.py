@@ -152,7 +152,7 @@ REFUSED = [
     case(r"\(0, 1\]", schedules.betas, "linear", 10, beta_start=0.0),
     # respacing
     case("use ddim334 or ddim250", RESPACE, "ddim300"),
-    case("no integer stride", RESPACE, "ddim0"),
+    case(r"whole number in 1 \.\.\. 1000, got 0", RESPACE, "ddim0"),
     *(case("write", RESPACE, steps) for steps in ("10,,5", "")),
     case("must lie in 1", RESPACE, "2000"),
     case("section 1 has 333 steps; its count must lie in 1 ... 333, got 0", RESPACE, "10,0,5"),
@@ -408,7 +408,7 @@ def test_the_bound_is_refused_for_eps_at_zero_terminal_snr(loss):
     assert np.isfinite(run(KEY)).all()
 
 
-@pytest.mark.parametrize("name", timesteps.TIMESTEP_SAMPLERS)
+@pytest.mark.parametrize("name", ("uniform", "antithetic", "stratified", "loss_second_moment"))
 def test_a_timestep_sampler_by_name(name):
     if timesteps.needs_history(name):
         with pytest.raises(ValueError, match=rf"needs a history of the losses; use timesteps.{name}\(history\)"):
@@ -423,7 +423,7 @@ def test_weights_that_are_not_one_for_each_example(shape):
     """A weight [B, 1] would broadcast a loss [B] to [B, B]."""
     for words, options in {
         "the weights of timestep_sampler": {"timestep_sampler": lambda key, batch, total: (T, jnp.full(shape, 2.0))},
-        "the timesteps": {"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)},
+        "the times of timestep_sampler": {"timestep_sampler": lambda key, batch, total: (jnp.zeros(shape, int), 1.0)},
         "the result of weighting": {"weighting": lambda snr: jnp.full(shape, 2.0)},
     }.items():
         with pytest.raises(ValueError, match=rf"{words}.* must have shape \[2\].*got \[{shape[0]}"):

@@ -141,7 +141,7 @@ def test_spacings_of_the_noise_level():
             np.testing.assert_allclose(schedule.timesteps[[0, -1]], [0, 999], atol=1e-9)
             np.testing.assert_allclose(np.cumprod(1 - schedule.betas), schedule.alpha_bar, rtol=1e-12)
             # The network's time is the time at which the training grid has this level.
-            np.testing.assert_allclose(schedule.log_snr(schedule.timesteps), np.log(schedule.snr), atol=2e-5)
+            np.testing.assert_allclose(schedule.path.log_snr(schedule.timesteps), np.log(schedule.snr), atol=2e-5)
         rho = np.linspace(last ** (1 / 7), first ** (1 / 7), count)[::-1] ** 7  # Karras et al. 2022 eq. 5
         np.testing.assert_allclose(sigmas(spaced["karras"]), rho, rtol=1e-9)
         assert np.ptp(np.diff(np.log(spaced["log_snr"].snr))) < 1e-8
@@ -173,15 +173,15 @@ def test_respacing_keeps_alpha_bar(name):
 
 
 def test_log_snr_extends_the_table_and_is_invertible(x64):
-    np.testing.assert_allclose(THOUSAND.log_snr(THOUSAND.timesteps), np.log(THOUSAND.snr), rtol=1e-12)
+    np.testing.assert_allclose(THOUSAND.path.log_snr(THOUSAND.timesteps), np.log(THOUSAND.snr), rtol=1e-12)
     short = schedules.respace(THOUSAND, "ddim25")
     time = jnp.array([0.0, 17.25, 500.5, 998.9])
-    np.testing.assert_allclose(short.log_snr(time), THOUSAND.log_snr(time), rtol=1e-12)
-    np.testing.assert_allclose(THOUSAND.time_at_log_snr(THOUSAND.log_snr(time)), time, atol=1e-8)
+    np.testing.assert_allclose(short.path.log_snr(time), THOUSAND.path.log_snr(time), rtol=1e-12)
+    np.testing.assert_allclose(THOUSAND.path.time_at_log_snr(THOUSAND.path.log_snr(time)), time, atol=1e-8)
     long = schedules.from_betas(schedules.betas("linear", 10_000))  # alpha_bar ends near 1e-44
-    np.testing.assert_allclose(long.log_snr(long.timesteps), np.log(long.snr), rtol=1e-9)
+    np.testing.assert_allclose(long.path.log_snr(long.timesteps), np.log(long.snr), rtol=1e-9)
     middle = np.exp(np.log(THOUSAND.alpha_bar[[500, 501]]).mean())
-    np.testing.assert_allclose(THOUSAND.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
+    np.testing.assert_allclose(THOUSAND.path.log_snr(500.5), np.log(middle / (1 - middle)), rtol=1e-12)
 
 
 def test_the_levels_of_a_step(x64):

@@ -56,7 +56,7 @@ def test_a_program_checks_nothing():
     code = (
         "from diffusion_jax import schedules\n"
         "schedule = schedules.from_betas([0.1, 0.2], timesteps=[0, 5])\n"
-        "print(schedule.log_snr([[0.0, 5.0]]).shape)\n"  # a list, which the annotation does not allow
+        "print(schedule.path.log_snr([[0.0, 5.0]]).shape)\n"  # a list, which the annotation does not allow
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "(1, 2)"

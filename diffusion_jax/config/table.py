@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion_jax import draws, editing, likelihood, losses, sampling, schedules, timesteps
+from diffusion_jax import editing, likelihood, losses, sampling, schedules, timesteps
 from diffusion_jax.config.presets import CLASSIFIER_PRESETS
 from diffusion_jax.config.values import (
     Boolean,
@@ -257,19 +257,20 @@ DIFFUSION: dict[str, Setting] = {
     ),
     "draw": Setting(
         "uniform",
-        OneOf(Choice(*draws.DRAWS), FunctionName()),
-        "Distribution of a batch's noise levels on a path, or a function (key, batch size, path) -> (time, log density).",
+        OneOf(Choice("uniform", "log_normal", "logit_normal", "uniform_log_snr"), FunctionName()),
+        "Distribution of a batch's noise levels on a path, in place of `timestep_sampler`, or a function (key, batch size, "
+        "path) -> (time, log density); uniform leaves the choice to `timestep_sampler`.",
     ),
     "draw_mean": Setting(
         None,
         optional(Number()),
-        "Mean of the draws log_normal and logit_normal; None for the published -1.2 (EDM, for data with standard deviation "
+        "Mean of log_normal and logit_normal; None for the published -1.2 (EDM, for data with standard deviation "
         "0.5; -0.51 for standardized data) and 0.",
     ),
     "draw_std": Setting(
         None,
         optional(Number(above=0)),
-        "Standard deviation of the draws log_normal and logit_normal; None as published.",
+        "Standard deviation of log_normal and logit_normal; None as published.",
     ),
     "preconditioning": Setting(
         "none",
@@ -309,8 +310,8 @@ DIFFUSION: dict[str, Setting] = {
     "timestep_sampler": Setting(
         "uniform",
         OneOf(Choice(*timesteps.TIMESTEP_SAMPLERS), FunctionName()),
-        "Distribution of a batch's timesteps, or a function (key, batch size, T) -> (t, weight). On a path: uniform or "
-        "stratified.",
+        "Distribution of a batch's noise levels, or a function (key, batch size, T) -> (t, weight) or, on a path, (key, "
+        "batch size, path) -> (time, log density). stratified also makes `draw` cover all levels evenly in each batch.",
     ),
 }
 

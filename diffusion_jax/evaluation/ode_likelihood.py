@@ -107,7 +107,7 @@ def log_density(
         return sigma * (eps - sigma * x), sigma * eps_trace - sigma**2 * dimensions
 
     start, end = _finite_ends(schedule, x.dtype)
-    start = start if time is None else -0.5 * schedule.log_snr(jnp.asarray(time, x.dtype))
+    start = start if time is None else -0.5 * schedule.path.log_snr(jnp.asarray(time, x.dtype))
     with jax.default_matmul_precision("highest"):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(derivative),
@@ -132,8 +132,8 @@ def _finite_ends(schedule: Schedule, dtype) -> list[jax.Array]:
     steps = schedule.timesteps[0], schedule.timesteps[-2:][0] if schedule.zero_terminal_snr else schedule.timesteps[-1]
     ends = []
     for end, step in zip(schedule.path.interval, steps, strict=True):
-        log_snr = schedule.log_snr(jnp.asarray(end, dtype))
-        ends.append(-0.5 * jnp.where(jnp.isinf(log_snr), schedule.log_snr(jnp.asarray(step, dtype)), log_snr))
+        log_snr = schedule.path.log_snr(jnp.asarray(end, dtype))
+        ends.append(-0.5 * jnp.where(jnp.isinf(log_snr), schedule.path.log_snr(jnp.asarray(step, dtype)), log_snr))
     return ends
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, draws, models, training
+from diffusion_jax import data, models, timesteps, training
 from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
@@ -295,8 +295,9 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
             )
         std = training.sigma_data(diffusion, is_continuous(config))
         is_known = diffusion.sigma_data is not None or config.data.normalization == "auto"
-        if diffusion.draw == "log_normal" and diffusion.draw_mean is None and std != DATA_STD and is_known:
-            mean = draws.log_normal.mean
+        is_default = diffusion[training.sampler_setting(diffusion)] == "log_normal" and diffusion.draw_mean is None
+        if is_default and std != DATA_STD and is_known:
+            mean = timesteps.log_normal.mean
             found.append(
                 f"diffusion.draw_mean=None is EDM's {mean:g} for data with standard deviation {DATA_STD:g}, but these data "
                 f"have {std:g}, so the drawn noise is relatively faint; in a new run, "

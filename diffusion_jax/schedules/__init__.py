@@ -24,7 +24,7 @@ from diffusion_jax.schedules.paths import (
     vp_cosine,
     vp_linear,
 )
-from diffusion_jax.schedules.respacing import SPACINGS, respace
+from diffusion_jax.schedules.respacing import SPACINGS, edm_steps, respace
 from diffusion_jax.schedules.schedule import (
     SCHEDULES,
     Schedule,
@@ -45,6 +45,7 @@ __all__ = [
     "betas",
     "cast_table",
     "edm",
+    "edm_steps",
     "from_betas",
     "from_path",
     "path",

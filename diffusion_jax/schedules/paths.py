@@ -57,23 +57,29 @@ class Path:
         """The inverse function of `_log_snr`."""
         raise NotImplementedError
 
-    def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-        """Returns log(alpha^2 / sigma^2) at any network time; float32, or float64 for a float64 time with x64 on."""
-        return self._log_snr(as_time(time), jnp)
+    def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
+        """Returns log(alpha^2 / sigma^2) at any network time.
 
-    def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-        """Returns the network time at which `log_snr(time)` has a given value."""
-        return self._time(as_time(log_snr), jnp)
+        For float64 NumPy arrays, NumPy computes it in float64, unless the path is traced; other times give JAX arrays,
+        float32, or float64 for a float64 time with x64 on.
+        """
+        return self._evaluate(self._log_snr, time)
 
-    def log_snr_on_host(self, time: Num[ArrayLike, "*shape"]) -> Float64[np.ndarray, "*shape"]:
-        """`log_snr` in float64, computed by NumPy for the tables of a schedule; for a path that is not traced."""
+    def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
+        """Returns the network time at which `log_snr(time)` has a given value; dtypes as `log_snr`."""
+        return self._evaluate(self._time, log_snr)
+
+    def _evaluate(self, function, x):
+        is_on_host = getattr(x, "dtype", None) == np.float64 and not isinstance(x, jax.Array)
+        if not is_on_host or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self)):
+            return function(as_time(x), jnp)
         with np.errstate(divide="ignore", over="ignore"):  # infinite where there is no signal or no noise
-            return np.asarray(self._log_snr(np.asarray(time, np.float64), np), np.float64)
+            return np.asarray(function(x, np), np.float64)
 
-    def time_on_host(self, log_snr: Num[ArrayLike, "*shape"]) -> Float64[np.ndarray, "*shape"]:
-        """`time_at_log_snr` in float64, computed by NumPy, as `log_snr_on_host`."""
-        with np.errstate(divide="ignore", over="ignore"):
-            return np.asarray(self._time(np.asarray(log_snr, np.float64), np), np.float64)
+    def _log_snr_at_ends(self) -> list[Float[Array, ""]]:
+        """Returns the log SNR at both ends of `interval`, float32; traced for a traced path only."""
+        with jax.ensure_compile_time_eval():
+            return [self._log_snr(jnp.asarray(end, jnp.float32), jnp) for end in self.interval]
 
     def at(self, time: Shaped[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> NoiseLevel:
         """Returns the noise level at network times, one for each row or one for all rows, in a shape that multiplies `like`.
@@ -109,8 +115,7 @@ class Path:
     @property
     def zero_terminal_snr(self) -> bool:
         """Whether the path ends in pure noise; False for a traced path."""
-        with jax.ensure_compile_time_eval():
-            last = self.log_snr(jnp.asarray(self.interval[1], jnp.float32))
+        _, last = self._log_snr_at_ends()
         return not isinstance(last, Tracer) and bool(np.isneginf(last))
 
     def check_finite_ends(self, purpose: str) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -118,8 +123,7 @@ class Path:
 
         purpose: the start of the error message. Raises: ValueError for an infinite log SNR at an end, unless it is traced.
         """
-        with jax.ensure_compile_time_eval():
-            first, last = (self.log_snr(jnp.asarray(end, jnp.float32)) for end in self.interval)
+        first, last = self._log_snr_at_ends()
         for end, value in zip(self.interval, (first, last), strict=True):
             if not isinstance(value, Tracer) and not np.isfinite(value):
                 raise ValueError(
@@ -309,7 +313,7 @@ def _call(function, x, xp):
     """Calls a function of JAX arrays, also for NumPy arrays, in float64."""
     if xp is jnp:
         return function(x)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
         return np.asarray(function(jnp.asarray(x)))
 
 
@@ -398,7 +402,7 @@ def path(
         raise ValueError("log_snr must decrease strictly over the interval: the noise increases with the network time")
     if inverse is not None and not isinstance(values, Tracer):
         times = np.linspace(*new.interval, 64)[1:-1]
-        found = new.time_on_host(new.log_snr_on_host(times))
+        found = new.time_at_log_snr(new.log_snr(times))
         error = np.abs(found - times)
         worst = int(np.argmax(np.nan_to_num(error, nan=np.inf)))
         if not error[worst] <= 1e-3 * (new.interval[1] - new.interval[0]):

@@ -7,19 +7,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Num
 
-from diffusion_jax.schedules.paths import Interpolated, Path
-from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_tables
+from diffusion_jax.schedules.paths import Interpolated, Path, edm
+from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_path, from_tables
 
-__all__ = ["DATA_STD", "SPACINGS", "respace"]
+__all__ = ["DATA_STD", "SPACINGS", "edm_steps", "respace"]
 
 
 def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
     """OpenAI's "ddimN": the integer stride that visits exactly N steps from 0 (DDIM section 4.2)."""
-    for stride in range(1, num_timesteps + 1):
-        if len(range(0, num_timesteps, stride)) == count:
-            return np.arange(0, num_timesteps, stride)
-    reachable = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps + 1)}
-    nearest = sorted(reachable, key=lambda n: abs(n - count))[:2]
+    stride_of = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
+    if count in stride_of:
+        return np.arange(0, num_timesteps, stride_of[count])
+    nearest = sorted(stride_of, key=lambda n: (abs(n - count), n))[:2]
     raise ValueError(
         f"no integer stride visits {count} of {num_timesteps} steps; use {' or '.join(f'ddim{n}' for n in nearest)}"
     )
@@ -57,12 +56,8 @@ _INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 DATA_STD = 0.5  # standard deviation of images in [-1, 1], roughly (EDM's sigma_data)
 
 
-def _karras(position, sigma_min, sigma_max):
-    return (sigma_max ** (1 / 7) + position * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
-
-
-def _uniform_log_snr(position, sigma_min, sigma_max):
-    return sigma_max * (sigma_min / sigma_max) ** position
+def _karras(position, sigma_min, sigma_max, rho=7.0):
+    return (sigma_max ** (1 / rho) + position * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
 def _uniform_angle(position, sigma_min, sigma_max):
@@ -73,7 +68,7 @@ def _uniform_angle(position, sigma_min, sigma_max):
 # Spacings of sigma = sqrt((1 - alpha_bar) / alpha_bar), from the noisiest (position 0) to the cleanest (position 1).
 _SIGMA_SPACINGS: dict[str, Callable[[np.ndarray, np.float64, np.float64], np.ndarray]] = {
     "karras": _karras,
-    "log_snr": _uniform_log_snr,
+    "log_snr": lambda position, sigma_min, sigma_max: sigma_max * (sigma_min / sigma_max) ** position,
     "gaussian": _uniform_angle,
 }
 
@@ -81,76 +76,57 @@ _SIGMA_SPACINGS: dict[str, Callable[[np.ndarray, np.float64, np.float64], np.nda
 SPACINGS = (*_INDEX_SPACINGS, *_SIGMA_SPACINGS)  # the names that `respace` accepts
 
 
-def _check_count(steps, total):
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
-        raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {steps!r}")
+def _read_text(text: str) -> tuple[int | list[int], str]:
+    """Returns the steps and the spacing of OpenAI's strings "ddimN", "N" and "a,b,c"."""
+    numbers = text.removeprefix("ddim")
+    counts = numbers.split(",")
+    is_ddim = numbers != text
+    if not all(count.strip().isdecimal() for count in counts) or (is_ddim and len(counts) > 1):
+        raise ValueError(f"cannot read the spacing {text!r}; write 'ddim50', '250' or '10,15,20'")
+    counts = [int(count) for count in counts]
+    return (counts[0], "openai_ddim") if is_ddim else (counts, "openai")
 
 
-def _select_indices(steps, spacing: str, total: int) -> np.ndarray:
-    """Returns the sorted indices that `steps` describes."""
-    if isinstance(steps, str):
-        text = steps.removeprefix("ddim")
-        counts = text.split(",")
-        if not all(count.strip().isdecimal() for count in counts) or (text != steps and len(counts) > 1):
-            raise ValueError(f"cannot read the spacing {steps!r}; write 'ddim50', '250' or '10,15,20'")
-        if text != steps:
-            return _ddim_indices(int(text), total)
-        return _section_indices([int(count) for count in counts], total)
-    if np.ndim(steps) == 0:
-        _check_count(steps, total)
-        if steps == 1 < total and spacing in ("leading", "linspace", "quadratic"):
-            raise ValueError(
-                f"one step of spacing {spacing!r} would be index 0, which is almost without noise; use 'trailing'"
-            )
-        return _INDEX_SPACINGS[spacing](int(steps), total)
-    if spacing == "openai":
-        return _section_indices(np.asarray(steps).tolist(), total)
-    indices = np.asarray(steps)
-    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+def _spaced(schedule: Schedule, count, spacing: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Returns `count` steps with a named spacing: indices, or (network times, log SNR) between indices.
+
+    If the schedule ends in pure noise, levels between indices do, too, and sigma is spaced up to the last step with signal.
+    """
+    total = schedule.num_timesteps
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= total:
+        raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {count!r}")
+    if count == 1 < total and spacing in ("leading", "linspace", "quadratic"):
+        raise ValueError(
+            f"one step of spacing {spacing!r} would be index 0, which is almost without noise; use 'trailing'"
+        )
+    if spacing in _INDEX_SPACINGS:
+        return _INDEX_SPACINGS[spacing](int(count), total)
+    is_noise = schedule.zero_terminal_snr and total > 1
+    number = int(count) - is_noise
+    alpha_bar = schedule.alpha_bar[[0, -1 - is_noise]]
+    ends = np.sqrt((1 - alpha_bar) / alpha_bar)
+    sigma = _SIGMA_SPACINGS[spacing](np.arange(number) / max(number - 1, 1), *ends)[::-1]
+    log_snr = np.append(-2 * np.log(sigma), [-np.inf] * is_noise)
+    return np.where(np.isfinite(log_snr), schedule.path.time_at_log_snr(log_snr), schedule.timesteps[-1]), log_snr
+
+
+def _chosen(schedule: Schedule, steps) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Returns explicit steps in increasing order: indices, or (network times, log SNR)."""
+    steps = np.sort(np.asarray(steps))
+    if steps.ndim != 1 or steps.size == 0 or steps.dtype.kind not in "iuf":
         raise ValueError(
             "explicit steps must be a one-dimensional array of indices (int) or network times (float), got shape "
-            f"{indices.shape} of {indices.dtype}"
+            f"{steps.shape} of {steps.dtype}"
         )
-    return np.sort(indices)
-
-
-def _spaced_log_snr(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
-    """Returns the log SNR [count], noisiest last, with sigma spaced as named.
-
-    If the schedule ends in pure noise, so does the result, and sigma is spaced up to the last step with signal.
-    """
-    _check_count(count, schedule.num_timesteps)
-    is_noise = schedule.zero_terminal_snr and schedule.num_timesteps > 1
-    number = count - is_noise
-    alpha_bar = schedule.alpha_bar[[0, -1 - is_noise]]
-    sigma_min, sigma_max = np.sqrt((1 - alpha_bar) / alpha_bar)
-    sigma = _SIGMA_SPACINGS[spacing](np.arange(number) / max(number - 1, 1), sigma_min, sigma_max)[::-1]
-    return np.append(-2 * np.log(sigma), [-np.inf] * is_noise)
-
-
-def _levels_between_steps(schedule: Schedule, steps, spacing: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns (timesteps, log SNR), float64 [S], if `steps` lie between indices; None if `steps` are indices."""
-    if spacing in _SIGMA_SPACINGS and np.ndim(steps) == 0 and not isinstance(steps, str):
-        log_snr = _spaced_log_snr(schedule, steps, spacing)
-        times = schedule.path.time_on_host(log_snr)
-        return np.where(np.isfinite(log_snr), times, schedule.timesteps[-1]), log_snr
-    if spacing != "openai" and np.ndim(steps) == 1 and np.size(steps) and np.asarray(steps).dtype.kind == "f":
-        timesteps = np.sort(np.asarray(steps, np.float64))
-        first, last = schedule.path.interval[0], max(schedule.path.interval[1], schedule.timesteps[-1])
-        if not (first <= timesteps[0] and timesteps[-1] <= last):
-            raise ValueError(
-                f"network times must lie in {first:g} ... {last:g}, got {timesteps[0]:g} ... {timesteps[-1]:g}"
-            )
-        return timesteps, schedule.path.log_snr_on_host(timesteps)
-    return None
-
-
-def _check_repeated(timesteps: np.ndarray, steps, spacing: str) -> None:
-    repeated = timesteps[1:][np.diff(timesteps) <= 0]
-    if repeated.size:
-        raise ValueError(
-            f"{steps!r} (spacing {spacing!r}) visits step {repeated[0]:g} twice; use fewer steps or another spacing"
-        )
+    times = steps.astype(np.float64)
+    is_time = steps.dtype.kind == "f"
+    low, high = 0, schedule.num_timesteps - 1
+    if is_time:
+        low, high = schedule.path.interval[0], max(schedule.path.interval[1], schedule.timesteps[-1])
+    if not (low <= times[0] and times[-1] <= high):
+        name = "network times" if is_time else "steps"
+        raise ValueError(f"{name} must lie in {low:g} ... {high:g}, got {times[0]:g} ... {times[-1]:g}")
+    return (times, np.asarray(schedule.path.log_snr(times))) if is_time else steps
 
 
 def respace(
@@ -202,24 +178,46 @@ def respace(
         raise ValueError(
             f"spacing {spacing!r} is for a number of steps, but {steps!r} defines its own spacing; leave it out"
         )
-    spacing = spacing or "trailing"
-    levels = _levels_between_steps(schedule, steps, spacing)
-    if levels is not None:
-        timesteps, log_snr = levels
-        _check_repeated(timesteps, steps, spacing)
-        return at_log_snr(schedule.path, timesteps, log_snr)
-    total = schedule.num_timesteps
-    indices = _select_indices(steps, spacing, total)
-    if indices[0] < 0 or indices[-1] >= total:
-        raise ValueError(f"steps must lie in 0 ... {total - 1}, got {indices[0]} ... {indices[-1]}")
-    timesteps, alpha_bar = schedule.timesteps[indices], schedule.alpha_bar[indices]
-    _check_repeated(timesteps, steps, spacing)
+    described = f"{steps!r} (spacing {spacing or 'trailing'!r})"
+    if isinstance(steps, str):
+        steps, spacing = _read_text(steps)
+    if np.ndim(steps) == 0:
+        found = _spaced(schedule, steps, spacing or "trailing")
+    elif spacing == "openai":
+        found = _section_indices(np.asarray(steps).tolist(), schedule.num_timesteps)
+    else:
+        found = _chosen(schedule, steps)
+    timesteps = found[0] if isinstance(found, tuple) else schedule.timesteps[found]
+    repeated = timesteps[1:][np.diff(timesteps) <= 0]
+    if repeated.size:
+        raise ValueError(f"{described} visits step {repeated[0]:g} twice; use fewer steps or another spacing")
+    if isinstance(found, tuple):
+        return at_log_snr(schedule.path, *found)
+    alpha_bar = schedule.alpha_bar[found]
     if isinstance(schedule.path, Interpolated):
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
         return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)
-    noise = (
-        np.asarray(schedule.transitions.level.sigma)[indices] ** 2
-    )  # 1 - alpha_bar has no digits where a path is almost clean
+    # 1 - alpha_bar has no digits where a path is almost clean.
+    noise = np.asarray(schedule.transitions.level.sigma)[found] ** 2
     with np.errstate(divide="ignore"):  # the logarithm of 0 in pure noise
         betas = -np.expm1(np.diff(np.log1p(-noise), prepend=0.0))
     return from_tables(alpha_bar, noise, betas, timesteps, schedule.path)
+
+
+def edm_steps(num_steps: int = 18, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """Returns EDM's sampling steps (Karras et al. 2022, eq. 5), for `sampling.heun()`: sigma^(1/rho) is evenly spaced.
+
+    EDM's sigma is the ratio sigma / alpha of a level. The schedule is variance preserving: x_T is N(0, I), which is
+    sqrt(1 + sigma_max^2) times N(0, I) in EDM's units, x_t / alpha. EDM starts from sigma_max times N(0, I), which is
+    x_T = sigma_max / sqrt(1 + sigma_max^2) * noise, 0.99992 * noise at 80. `coordinates.from_edm` converts EDM's networks.
+
+    The network time is log(sigma) / 4, as on the path `edm(sigma_min, sigma_max)`.
+    Raises: ValueError for less than 2 steps, a rho that is not above 0, or levels that are not 0 < sigma_min < sigma_max.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 2:
+        raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
+    if not rho > 0:
+        raise ValueError(f"rho must be above 0, got {rho}")
+    path = edm(sigma_min, sigma_max)
+    sigma = _karras(np.linspace(1, 0, int(num_steps)), sigma_min, sigma_max, rho)
+    return from_path(path, path.time_at_log_snr(-2 * np.log(sigma)))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Float64, Num, Shaped
+from jaxtyping import ArrayLike, Float64, Num, Shaped
 
 from diffusion_jax.schedules.levels import NoiseLevel, Transition
 from diffusion_jax.schedules.paths import Interpolated, Path, cast_table, row_shape
@@ -24,26 +24,6 @@ __all__ = [
     "from_tables",
     "rescale_zero_terminal_snr",
 ]
-
-
-def _linear(num_timesteps, beta_start, beta_end):
-    return np.linspace(beta_start, beta_end, num_timesteps)
-
-
-def _quadratic(num_timesteps, beta_start, beta_end):
-    return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
-
-
-def _sigmoid(num_timesteps, beta_start, beta_end):
-    return beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, num_timesteps)))
-
-
-def _constant(num_timesteps, beta_start, beta_end):
-    return np.full(num_timesteps, beta_end)
-
-
-def _jsd(num_timesteps, beta_start, beta_end):
-    return 1 / np.linspace(num_timesteps, 1, num_timesteps)
 
 
 def _warmup(fraction):
@@ -61,12 +41,12 @@ def _cosine(num_timesteps, beta_start, beta_end):
 
 # name -> (number of timesteps, beta_start, beta_end) -> betas float64 [T]
 SCHEDULES: dict[str, Callable[[int, float, float], np.ndarray]] = {
-    "linear": _linear,
+    "linear": lambda count, start, end: np.linspace(start, end, count),
     "cosine": _cosine,
-    "quadratic": _quadratic,
-    "sigmoid": _sigmoid,
-    "constant": _constant,
-    "jsd": _jsd,
+    "quadratic": lambda count, start, end: np.linspace(start**0.5, end**0.5, count) ** 2,
+    "sigmoid": lambda count, start, end: start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, count))),
+    "constant": lambda count, start, end: np.full(count, end),
+    "jsd": lambda count, start, end: 1 / np.linspace(count, 1, count),
     "warmup10": _warmup(0.1),
     "warmup50": _warmup(0.5),
 }
@@ -190,17 +170,6 @@ class Schedule:
 
         return jax.tree_util.tree_map_with_path(read, tables)
 
-    def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-        """Returns log(alpha_bar / (1 - alpha_bar)) at any network time, as `Path.log_snr`; equals log(snr) at `timesteps`.
-
-        On the path of `from_betas`, log alpha_bar is linear in time between the steps and constant outside of the steps.
-        """
-        return self.path.log_snr(time)
-
-    def time_at_log_snr(self, log_snr: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-        """Returns the network time at which `log_snr(time)` has a given value, the inverse of `log_snr`."""
-        return self.path.time_at_log_snr(log_snr)
-
 
 def _noise_levels(alpha_bar: np.ndarray, one_minus_alpha_bar: np.ndarray, time: np.ndarray) -> NoiseLevel:
     alpha, sigma = np.sqrt(alpha_bar), np.sqrt(one_minus_alpha_bar)
@@ -302,7 +271,7 @@ def from_path(path: Path, times: Sequence[float] | Num[ArrayLike, "T"]) -> Sched
         raise ValueError(
             f"times must be a one-dimensional array of finite, increasing numbers, got shape {times.shape}"
         )
-    log_snr, (first, last) = path.log_snr_on_host(times), path.interval
+    log_snr, (first, last) = np.asarray(path.log_snr(times)), path.interval
     # An interpolated path has log alpha_bar = log of the smallest float64 instead of -inf.
     inner = times[: -1 if log_snr[-1] < -700 else None]
     rounding = 1e-6 * (last - first)

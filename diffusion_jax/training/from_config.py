@@ -24,7 +24,14 @@ from diffusion_jax.training.batches import abstract_batch, condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state
-from diffusion_jax.training.step import TrainStep, find_terms, make_draw, make_train_step, scan_steps
+from diffusion_jax.training.step import (
+    TrainStep,
+    find_terms,
+    make_timestep_sampler,
+    make_train_step,
+    sampler_setting,
+    scan_steps,
+)
 from diffusion_jax.untrusted import read_json
 
 __all__ = [
@@ -131,7 +138,7 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
         path = schedules.shifted(path, config["log_snr_shift"])
     (first, last), count = path.interval, config["num_timesteps"]
     times = np.linspace(first, last, count) if count > 1 else np.array([last])
-    if not np.isfinite(path.log_snr_on_host(times[0])) and count > 1:
+    if not np.isfinite(path.log_snr(times[0])) and count > 1:
         times = np.linspace(first, last, count + 1)[1:]
     return schedules.from_path(path, times)
 
@@ -159,13 +166,14 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
 def check_loss(config: Mapping[str, Any]) -> None:
     """Raises: ValueError if the loss of `config.diffusion` contradicts its variance, weighting, path or prediction."""
     path, loss, draw, variance = (config[name] for name in ("path", "loss", "draw", "variance"))
+    sampler = config["timestep_sampler"]
     is_learned, is_edm = variance.startswith("learned"), config["preconditioning"] == "edm"
     if path:
         _check_continuous(config)
     needs_path = f" is for a path; set diffusion.path to one of {', '.join(schedules.PATHS)}"
-    has_own_draw = f" has no effect on {draw}, which draws the levels itself; use uniform"
+    has_two_samplers = f" has no effect with diffusion.timestep_sampler={sampler!r}; use uniform for one of both"
     needs_normal_draw = " is for the draws log_normal and logit_normal; use None"
-    is_other_draw = draw not in ("log_normal", "logit_normal")
+    is_other_draw = config[sampler_setting(config)] not in ("log_normal", "logit_normal")
     needs_x_0 = f" makes the network predict x_0, but diffusion.prediction={config['prediction']!r}; use x_0"
     needs_simple = f" is for the loss simple, not {loss}; use none"
     needs_edm = " is for diffusion.preconditioning=edm or weighting=edm; use None"
@@ -177,7 +185,8 @@ def check_loss(config: Mapping[str, Any]) -> None:
         ("loss", loss == "continuous_vlb" and not path, needs_path),
         ("draw", draw != "uniform" and not path, needs_path),
         ("log_snr_shift", config["log_snr_shift"] != 0 and not path, needs_path),
-        ("timestep_sampler", ":" in draw and config["timestep_sampler"] != "uniform", has_own_draw),
+        ("timestep_sampler", sampler in ("log_normal", "logit_normal", "uniform_log_snr") and not path, needs_path),
+        ("draw", draw != "uniform" and sampler not in ("uniform", "stratified"), has_two_samplers),
         ("draw_mean", config["draw_mean"] is not None and is_other_draw, needs_normal_draw),
         ("draw_std", config["draw_std"] is not None and is_other_draw, needs_normal_draw),
         ("preconditioning", is_edm and loss == "classify", " is for diffusion models, not for classifiers; use none"),
@@ -198,7 +207,7 @@ def _check_continuous(config: Mapping[str, Any]) -> None:
         "loss": (config["loss"] in ("vlb", "hybrid"), "simple"),
         "variance": (config["variance"].startswith("learned"), "fixed_large"),
         "prediction": (config["prediction"] == "x_prev", "v"),
-        "timestep_sampler": (config["timestep_sampler"] not in ("uniform", "stratified"), "uniform"),
+        "timestep_sampler": (config["timestep_sampler"] in ("antithetic", "loss_second_moment"), "uniform"),
         "rescale_timesteps": (config["rescale_timesteps"], False),
     }
     allowed = {name: value for name, (needs_steps, value) in of_a_chain.items() if needs_steps}
@@ -215,18 +224,19 @@ def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None
     """Raises: ValueError for a draw or a loss that the path does not allow, or an unknown standard deviation of x_0."""
     diffusion, normalization = config["diffusion"], config["data"]["normalization"]
     if diffusion["path"]:
-        needs_ends = diffusion["loss"] == "continuous_vlb" or diffusion["draw"] == "uniform_log_snr"
-        if needs_ends and not np.isfinite(path.log_snr_on_host(np.array(path.interval))).all():
-            setting = "loss" if diffusion["loss"] == "continuous_vlb" else "draw"
+        needs_ends = diffusion["loss"] == "continuous_vlb" or diffusion[sampler_setting(diffusion)] == "uniform_log_snr"
+        if needs_ends and not np.isfinite(path.log_snr(np.array(path.interval))).all():
+            setting = "loss" if diffusion["loss"] == "continuous_vlb" else sampler_setting(diffusion)
             raise ValueError(
                 f"diffusion.{setting}={diffusion[setting]!r} needs a finite log SNR at both ends of the path, and "
                 f"diffusion.path={diffusion['path']!r} has none; use vp_linear, vp_cosine or edm"
             )
-        _, log_density = make_draw(diffusion)(jax.random.key(0), 16, path)
+        _, log_density = make_timestep_sampler(diffusion)(jax.random.key(0), 16, path)
         if not np.isfinite(log_density).all():
-            if ":" in diffusion["draw"]:
+            setting = sampler_setting(diffusion)
+            if ":" in diffusion[setting]:
                 raise ValueError(
-                    f"{diffusion['draw']} (diffusion.draw) must return the log density of each log SNR; it returned "
+                    f"{diffusion[setting]} (diffusion.{setting}) must return the log density of each log SNR; it returned "
                     f"{np.asarray(log_density)[~np.isfinite(log_density)][0]:g}"
                 )
             raise ValueError(

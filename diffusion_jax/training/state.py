@@ -126,7 +126,7 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
     if jnp.issubdtype(t.dtype, jnp.integer):
         quarter = t * 4 // schedule.num_timesteps
     else:
-        quarter = jnp.sum(schedule.log_snr(t)[:, None] < jnp.array([4.0, 0.0, -4.0]), axis=1)
+        quarter = jnp.sum(schedule.path.log_snr(t)[:, None] < jnp.array([4.0, 0.0, -4.0]), axis=1)
     in_quarter = quarter[:, None] == jnp.arange(4)
     totals, counts = ((examples[name][:, None] * in_quarter).sum(0) for name in ("loss", "importance"))
     return {name: make_average(totals[i], counts[i]) for i, name in enumerate(QUARTERS)}

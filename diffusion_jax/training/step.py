@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax import coordinates, data, draws, losses, timesteps
+from diffusion_jax import coordinates, data, losses, timesteps
 from diffusion_jax.config import is_continuous
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.functions import find_function
@@ -33,16 +33,17 @@ from diffusion_jax.training.state import (
     quarter_averages,
     update_averages,
 )
-from diffusion_jax.types import LevelDraw
+from diffusion_jax.types import TimestepSampler
 
 __all__ = [
     "Microbatch",
     "Objective",
     "TrainStep",
     "find_terms",
-    "make_draw",
     "make_objective",
+    "make_timestep_sampler",
     "make_train_step",
+    "sampler_setting",
     "scan_steps",
     "sigma_data",
 ]
@@ -103,8 +104,7 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     """
     diffusion = config["diffusion"]
     loss = find_function(diffusion["loss"], "diffusion.loss", losses.LOSSES)
-    draw = make_draw(diffusion) if diffusion["path"] else None
-    settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": draw}
+    settings = {**diffusion, "gray_levels": config["data"]["levels"], "draw": None}
     if ":" in diffusion["weighting"]:
         settings["weighting"] = find_function(diffusion["weighting"], "diffusion.weighting")
     elif diffusion["weighting"] == "edm":
@@ -113,8 +113,9 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
         )
     names = set(list(inspect.signature(loss).parameters)[4:])  # after key, schedule, the network and x_0
     if ":" in diffusion["loss"]:
-        for name, default in (("weighting", "none"), ("timestep_sampler", "uniform"), ("draw", "uniform")):
-            if name not in names and diffusion[name] != default:
+        sampler = sampler_setting(diffusion), "uniform", _sampler_arguments(diffusion)
+        for name, default, arguments in (("weighting", "none", {"weighting"}), sampler):
+            if not names & arguments and diffusion[name] != default:
                 raise ValueError(
                     f"diffusion.{name}={diffusion[name]} has no effect on {diffusion['loss']}, which has no argument {name}; "
                     f"use {default}"
@@ -124,16 +125,32 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
-def make_draw(diffusion: Mapping[str, Any]) -> LevelDraw:
-    """Builds the draw of noise levels for a path, from `config.diffusion`."""
-    if ":" in diffusion["draw"]:
-        return find_function(diffusion["draw"], "diffusion.draw")
-    options: dict[str, Any] = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
+def sampler_setting(diffusion: Mapping[str, Any]) -> str:
+    """Returns the setting of `config.diffusion` that names the timestep sampler; on a path, `draw` may replace it."""
+    return "draw" if diffusion["path"] and diffusion["draw"] != "uniform" else "timestep_sampler"
+
+
+def _sampler_arguments(diffusion: Mapping[str, Any]) -> set[str]:
+    """Returns the arguments of a loss that take the timestep sampler; losses of 0.3 have `draw` for a path."""
+    return {"timestep_sampler", "draw"} if diffusion["path"] else {"timestep_sampler"}
+
+
+def make_timestep_sampler(
+    diffusion: Mapping[str, Any], history: timesteps.LossHistory | None = None
+) -> TimestepSampler:
+    """Builds the timestep sampler of `config.diffusion`. history: for a sampler that draws by the size of recent losses."""
+    setting = sampler_setting(diffusion)
+    if ":" in diffusion[setting]:
+        return find_function(diffusion[setting], f"diffusion.{setting}")
+    sampler = timesteps.sampler_by_name(diffusion[setting], history)
+    if not dataclasses.is_dataclass(sampler):
+        return sampler
+    options = {"mean": diffusion["draw_mean"], "std": diffusion["draw_std"]}
     options = {name: value for name, value in options.items() if value is not None}
-    draw = draws.DRAWS[diffusion["draw"]](**options, stratified=diffusion["timestep_sampler"] == "stratified")
-    if isinstance(draw, draws.log_normal):  # its levels do not depend on the path, so a shift moves the mean
-        draw = dataclasses.replace(draw, mean=draw.mean - diffusion["log_snr_shift"] / 2)
-    return draw
+    sampler = dataclasses.replace(sampler, **options, stratified=diffusion["timestep_sampler"] != "uniform")
+    if isinstance(sampler, timesteps.log_normal):  # its levels do not depend on the path, so a shift moves the mean
+        sampler = dataclasses.replace(sampler, mean=sampler.mean - diffusion["log_snr_shift"] / 2)
+    return sampler
 
 
 def sigma_data(diffusion: Mapping[str, Any], is_continuous: bool) -> float:
@@ -163,7 +180,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     schedule_or_path = schedule.path if is_path else schedule
     d = sigma_data(diffusion, is_continuous(config)) if diffusion["preconditioning"] == "edm" else None
     is_conditional = bool(model.num_classes) and not classifies
-    sampler_name = diffusion["timestep_sampler"]
+    sampler_arguments = inspect.signature(loss).parameters.keys() & _sampler_arguments(diffusion)
     low_resolution, max_noise = config["data"]["low_resolution"], diffusion["conditioning_noise"]
 
     def objective(params, history, key, examples: Examples, microbatch=_WHOLE_BATCH):
@@ -171,14 +188,9 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
         key_loss, key_dropout, key_low = jax.random.split(key, 3)
         if low_resolution:
             condition = _small_image(key_low, x_0, low_resolution, max_noise)
-        chain_options: dict[str, Any] = {}
-        if not is_path and "timestep_sampler" in inspect.signature(loss).parameters:
-            sampler = (
-                find_function(sampler_name, "diffusion.timestep_sampler")
-                if ":" in sampler_name
-                else timesteps.sampler_by_name(sampler_name, history)
-            )
-            chain_options["timestep_sampler"] = sampler
+        with_sampler = dict(options)
+        if sampler_arguments:
+            with_sampler |= dict.fromkeys(sampler_arguments, make_timestep_sampler(diffusion, history))
 
         def network(x_t, time, extra=None):
             labels = (microbatch.take(y),) if is_conditional else ()
@@ -199,7 +211,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             denoiser = network
         else:
             denoiser = Denoiser(network, diffusion["prediction"], diffusion["variance"], clip=False, sigma_data=d)
-        result = loss(key_loss, schedule_or_path, denoiser, *arrays, **chain_options, **options)
+        result = loss(key_loss, schedule_or_path, denoiser, *arrays, **with_sampler)
         return _loss_and_values(diffusion["loss"], result, len(x_0))
 
     return objective

@@ -63,7 +63,7 @@ def test_arrays_of_every_shape_in_the_units_of_the_data(shape, trace):
     np.testing.assert_allclose(expected, of_data, atol=5e-3)
 
     def network(x, time):
-        log_snr = SCHEDULE.log_snr(time)[0]
+        log_snr = SCHEDULE.path.log_snr(time)[0]
         a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
         return jnp.sqrt(s2) * ((x @ basis) / (a * eigenvalues + s2)) @ basis.T
 

@@ -21,7 +21,7 @@ def as_prediction(eps, x, alpha, sigma, prediction, x_0=None):
 
 def levels(time, schedule=FULL, ndim=2):
     """(alpha, sigma) at network times [B], for an x with ndim axes."""
-    log_snr = schedule.log_snr(time)[(...,) + (None,) * (ndim - 1)]
+    log_snr = schedule.path.log_snr(time)[(...,) + (None,) * (ndim - 1)]
     return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 

@@ -12,7 +12,7 @@ from diffusion_jax import coordinates, pretrained, sampling, training
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, likelihood, plan, sample, train
-from diffusion_jax.training.step import make_draw
+from diffusion_jax.training.step import make_timestep_sampler
 from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
 
@@ -62,6 +62,11 @@ def check_train_step(config, batch):
         ({"diffusion.path": "edm", "diffusion.prediction": "x_prev"}, "needs the steps of a schedule"),
         ({"diffusion.path": "rectified_flow"}, "use diffusion.prediction=flow"),
         ({"diffusion.draw": "log_normal"}, "diffusion.draw='log_normal' is for a path"),
+        ({"diffusion.timestep_sampler": "log_normal"}, "diffusion.timestep_sampler='log_normal' is for a path"),
+        (
+            FLOW | {"diffusion.timestep_sampler": "log_normal"},
+            "draw='logit_normal' has no effect with diffusion.timestep_sampler='log_normal'",
+        ),
         ({"diffusion.loss": "continuous_vlb"}, "is for a path"),
         ({"diffusion.path": "edm", "diffusion.draw_mean": 0.5}, "is for the draws log_normal and logit_normal"),
         ({"diffusion.preconditioning": "edm"}, "predict x_0, but diffusion.prediction='eps'; use x_0"),
@@ -92,7 +97,7 @@ def test_a_shift_moves_the_levels_of_training(settings):
     for shift in (0.0, -2.0):
         config = tiny_config(**settings, **{"diffusion.log_snr_shift": shift})
         path = training.schedule_from_config(config.diffusion).path
-        time, _ = make_draw(config.diffusion)(jax.random.key(0), 2000, path)
+        time, _ = make_timestep_sampler(config.diffusion)(jax.random.key(0), 2000, path)
         means.append(np.median(path.log_snr(time)))
     assert abs(means[1] - means[0] + 2) < 0.15
 

@@ -49,7 +49,7 @@ def test_pndm_is_the_recursion_of_its_paper(runge_kutta, start, last, x64):
             mean = e  # to x_0 by DDIM
         elif runge_kutta and len(seen) < 3:
             time = (TIMES[t] + TIMES[t - 1]) / 2
-            log_snr = float(SCHEDULE.log_snr(time))
+            log_snr = float(SCHEDULE.path.log_snr(time))
             middle = (1 / (1 + np.exp(-log_snr))) ** 0.5, (1 / (1 + np.exp(log_snr))) ** 0.5
             e_2 = eps_of(move(x, e, t, middle), time)
             e_3 = eps_of(move(x, e_2, t, middle), time)

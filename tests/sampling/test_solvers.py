@@ -43,8 +43,8 @@ TOP, LOW = 800.0, 100.0  # two noise levels; x_0 itself would hide the order
 
 def between(steps):
     """The schedule from TOP to LOW, with steps even in log SNR."""
-    ends = np.asarray(FULL.log_snr(np.array([LOW, TOP])))
-    return schedules.respace(FULL, np.asarray(FULL.time_at_log_snr(np.linspace(*ends, steps + 1))))
+    ends = np.asarray(FULL.path.log_snr(np.array([LOW, TOP])))
+    return schedules.respace(FULL, np.asarray(FULL.path.time_at_log_snr(np.linspace(*ends, steps + 1))))
 
 
 def walk(sampler, x, steps):

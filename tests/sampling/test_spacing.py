@@ -163,7 +163,7 @@ def deviation_by_ddim(schedule, error):
 
 def deviation_of_samples(sampler, schedule, error, n=40_000):
     def inexact(x, time):
-        log_snr = schedule.log_snr(time[:1])
+        log_snr = schedule.path.log_snr(time[:1])
         noise = jax.random.normal(jax.random.fold_in(KEY, (16 * time[0]).astype(int)), x.shape)
         return jnp.sqrt(jax.nn.sigmoid(-log_snr)) * x + jnp.where(log_snr < 0, error, 0.0) * noise
 

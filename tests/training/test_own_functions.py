@@ -11,7 +11,7 @@ from diffusion_jax import config as configs
 from diffusion_jax import schedules, training
 from diffusion_jax.config import ConfigError
 from diffusion_jax.training.optimizer import from_config
-from diffusion_jax.training.step import make_draw
+from diffusion_jax.training.step import make_timestep_sampler
 from helpers import own_networks
 from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
@@ -51,7 +51,7 @@ def test_betas_for_another_number_of_timesteps():
 
 def test_a_draw():
     config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
-    assert make_draw(config.diffusion) is own_networks.draw
+    assert make_timestep_sampler(config.diffusion) is own_networks.draw
     words = r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"
     with pytest.raises(ValueError, match=words):
         training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
@@ -70,6 +70,15 @@ def plain_metrics():
 def test_a_loss():
     found = metrics_of(config_with(diffusion__loss=own_networks.half_loss))
     np.testing.assert_allclose(found["loss"], plain_metrics()["loss"] / 2, rtol=1e-6)
+
+
+def test_a_loss_on_a_path_gets_the_timestep_sampler():
+    """`draw` is the sampler's name in 0.3."""
+    sampler = {"diffusion__timestep_sampler": "log_normal", "diffusion__loss": own_networks.half_loss}
+    found = metrics_of(config_with(diffusion__path="edm", **sampler))
+    earlier = {"diffusion__timestep_sampler": "stratified", "diffusion__draw": "log_normal"}
+    plain = metrics_of(config_with(diffusion__path="edm", **earlier))
+    np.testing.assert_allclose(found["loss"], plain["loss"] / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
