@@ -2,7 +2,8 @@
 
     inpainting           `repaint`, `replacement` (wraps a sampler), `project` with `masked`
     image to image       `sdedit`
-    linear measurements  `project`: colorization, super-resolution, any y = A x_0, for any sampler
+    linear measurements  `project`: colorization, super-resolution, any y = A x_0 without noise, for any sampler; the
+                         operators of `measurements`, and `posterior` for y with noise
     between two images   `interpolate`
 
 `EDITS` maps the names of `--mode=edit` to edits.
@@ -17,17 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree, Real, Shaped
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Real, Shaped
 
 from diffusion_jax import process, sampling
 from diffusion_jax.arrays import as_float, check_same_shape, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser
+from diffusion_jax.measurements import LinearOperator, as_mask, average_pool, gray, masked
 from diffusion_jax.sampling import Sampler, Stability, Step
 from diffusion_jax.sampling.driver import check_sampler, fold_in
 from diffusion_jax.schedules import Schedule, Transition
@@ -36,7 +37,6 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 __all__ = [
     "EDITS",
     "Edit",
-    "LinearMap",
     "LinearOperator",
     "as_mask",
     "average_pool",
@@ -49,18 +49,6 @@ __all__ = [
     "sdedit",
     "slerp",
 ]
-
-
-def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
-    """Converts a mask to bool. Raises: ValueError for values other than 0 and 1, unless the mask is traced."""
-    if not isinstance(mask, Tracer):
-        values = np.asarray(mask)
-        other = values[(values != 0) & (values != 1)]
-        if other.size:
-            raise ValueError(
-                f"a mask holds 1 where pixels are known and 0 elsewhere, got {other.flat[0]}; use image > 127"
-            )
-    return jnp.asarray(mask, bool)
 
 
 def sdedit(
@@ -220,49 +208,6 @@ def repaint(
     return x
 
 
-LinearMap: TypeAlias = Callable[[BatchLike], Float[Array, "B *result_shape"]]
-
-
-class LinearOperator(NamedTuple):
-    """A linear measurement A (`measure`) and a right inverse A+ (`invert`), with A A+ = I on the range of A."""
-
-    measure: LinearMap
-    invert: LinearMap
-
-
-def gray(channels: int = 3) -> LinearOperator:
-    """Colorization: measures the mean over the channels. y: [B, H, W, 1]."""
-    return LinearOperator(
-        lambda x: jnp.mean(as_float("x", x), axis=-1, keepdims=True),
-        lambda y: jnp.broadcast_to(as_float("y", y), (*jnp.shape(y)[:-1], channels)),
-    )
-
-
-def average_pool(factor: int) -> LinearOperator:
-    """Super-resolution: measures the mean over squares of `factor` pixels. y: [B, H / factor, W / factor, C]."""
-
-    def measure(x):
-        x = as_float("x", x)
-        b, h, w, c = x.shape
-        if h % factor or w % factor:
-            raise ValueError(f"images of {h}x{w} cannot be divided into squares of {factor} pixels")
-        return x.reshape(b, h // factor, factor, w // factor, factor, c).mean(axis=(2, 4))
-
-    def invert(y):
-        return jnp.repeat(jnp.repeat(as_float("y", y), factor, axis=1), factor, axis=2)
-
-    return LinearOperator(measure, invert)
-
-
-def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
-    """Inpainting: measures the known pixels. y: shaped like the image, 0 where pixels are unknown."""
-    mask = as_mask(mask)
-    return LinearOperator(
-        lambda x: jnp.where(mask, as_float("x", x), 0.0),
-        lambda y: jnp.where(mask, as_float("y", y), 0.0),
-    )
-
-
 def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"]) -> Denoiser:
     """Projects x_0 on A x_0 = y: x_0 + A+ (y - A x_0) (DDNM, Wang et al. 2023 eq. 12), after the denoiser's clip.
 
@@ -278,7 +223,7 @@ def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[A
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Projection:
     y: Any
-    operator: LinearOperator = dataclasses.field(metadata={"static": True})
+    operator: LinearOperator
 
     def __call__(self, x_0):
         return x_0 + self.operator.invert(self.y.astype(x_0.dtype) - self.operator.measure(x_0))
