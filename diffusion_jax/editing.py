@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Real, Shaped
+from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 
 from diffusion_jax import process, sampling
 from diffusion_jax.arrays import as_float, check_same_shape, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser
 from diffusion_jax.measurements import LinearOperator, as_mask, average_pool, gray, masked
-from diffusion_jax.sampling import Sampler, Stability, Step
+from diffusion_jax.sampling import Sampler, Step, WrappedSampler
 from diffusion_jax.sampling.driver import check_sampler, fold_in
 from diffusion_jax.schedules import Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
@@ -100,32 +100,24 @@ def _replace_known(key, transition, x_prev, x_0, mask):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class replacement(Sampler):
+class replacement(WrappedSampler):
     """Inpainting by replacement (Song et al. 2021, appendix I.2): each step draws the known pixels from q(x_{t-1} | x_0).
 
     Wraps any other sampler. Known pixels are returned exactly. The network alone connects unknown pixels to known pixels, so
     borders may be visible; `repaint` reduces them.
     """
 
-    sampler: Sampler
     x_0: BatchLike
     mask: Shaped[ArrayLike, "..."]
 
     def __post_init__(self):
-        check_sampler(self.sampler)
+        super().__post_init__()
         object.__setattr__(self, "x_0", as_float("x_0", self.x_0))
         object.__setattr__(self, "mask", _as_mask_for(self.mask, self.x_0, several=True))
 
     @property
     def is_stochastic(self) -> bool:
         return True
-
-    @property
-    def stability(self) -> Stability | None:
-        return self.sampler.stability
-
-    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
-        return self.sampler.init_state(schedule, x_T, num_steps)
 
     def step(self, key, denoiser, x_t, transition, state) -> Step:
         new = self.sampler.step(key, denoiser, x_t, transition, state)

@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from diffusion_jax import process
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.measurements import Measurement
-from diffusion_jax.sampling import Sampler, Stability, Step
-from diffusion_jax.sampling.driver import check_sampler
+from diffusion_jax.sampling import Step, WrappedSampler
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
@@ -172,7 +171,7 @@ def _conjugate_gradients(times_matrix, b, diagonal, iterations):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class dps(Sampler):
+class dps(WrappedSampler):
     """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): after each step, minus zeta grad |y - A D|.
 
     Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is of one example. Samples fit y, but are not
@@ -180,24 +179,8 @@ class dps(Sampler):
     zeta: the paper uses 0.3 to 1.
     """
 
-    sampler: Sampler
     measurement: Measurement
     zeta: float | np.floating = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_sampler(self.sampler)
-
-    @property
-    def is_stochastic(self) -> bool:
-        return self.sampler.is_stochastic
-
-    @property
-    def stability(self) -> Stability | None:
-        return self.sampler.stability
-
-    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
-        return self.sampler.init_state(schedule, x_T, num_steps)
 
     def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
         new = self.sampler.step(key, denoiser, x_t, transition, state)

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 
 from diffusion_jax.sampling.ancestral import ddim, ddpm, encode, euler, euler_ancestral
-from diffusion_jax.sampling.driver import Sampler, Stability, Step, Trajectory, normal, sample
+from diffusion_jax.sampling.driver import Sampler, Stability, Step, Trajectory, WrappedSampler, normal, sample
 from diffusion_jax.sampling.solvers import deis, dpm_solver_pp, heun, plms, pndm, unipc
 from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_error_growth, find_problem
 
@@ -18,6 +18,7 @@ __all__ = [
     "Stability",
     "Step",
     "Trajectory",
+    "WrappedSampler",
     "ddim",
     "ddpm",
     "default_spacing",

@@ -27,6 +27,7 @@ __all__ = [
     "Stability",
     "Step",
     "Trajectory",
+    "WrappedSampler",
     "check_sampler",
     "ddim_step",
     "first_index",
@@ -130,6 +131,28 @@ class Sampler:
         The levels hold for all rows, or one for each row. The step to `target.sigma == 0` ends at x_0.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no step(key, denoiser, x_t, transition, state)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WrappedSampler(Sampler):
+    """A sampler that changes the steps of another one; derive a class, and define `step` with `self.sampler.step`."""
+
+    sampler: Sampler
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sampler(self.sampler)
+
+    @property
+    def is_stochastic(self) -> bool:
+        return self.sampler.is_stochastic
+
+    @property
+    def stability(self) -> Stability | None:
+        return self.sampler.stability
+
+    def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
+        return self.sampler.init_state(schedule, x_T, num_steps)
 
 
 def is_batch_of_keys(key: Key[Array, "..."]) -> bool:
