@@ -27,7 +27,7 @@ from diffusion_jax.untrusted import read_image
 
 __all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
 
-_ANSWER_SECONDS = 10.0  # for the connection, and for a server's answer
+_ANSWER_SECONDS = 10.0  # for name resolution, connection and a server's answer
 _RECORD_HEADER = struct.Struct("<Q4x")  # a TFRecord's header: data length and checksum
 _CHECKSUM_BYTES = 4  # after the data
 _SHARDS_LOCK = threading.Lock()
@@ -148,12 +148,23 @@ def _unanswered_host(builder: Any) -> str:
     """Names a data set's server that does not answer, and why; "" if the first answers. TFDS would try for minutes."""
     import requests
 
-    for url in [url for url in builder.url_infos or () if url.startswith("http")][:1]:
+    url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
+    failures = []
+
+    def request():
         try:
-            requests.head(url, timeout=_ANSWER_SECONDS)
+            requests.head(url or "", timeout=_ANSWER_SECONDS)
+            failures.append("")
         except requests.RequestException as error:
-            return f"{urlsplit(url).netloc} does not answer ({type(error).__name__})"
-    return ""
+            failures.append(type(error).__name__)
+
+    if url is None:
+        return ""
+    thread = threading.Thread(target=request, daemon=True)  # because name resolution has no timeout
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    reason = failures[0] if failures else f"nothing in {_ANSWER_SECONDS:.0f} s"
+    return f"{urlsplit(url).netloc} does not answer ({reason})" if reason else ""
 
 
 class Tfds(EncodedImages):

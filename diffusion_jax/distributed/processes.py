@@ -76,8 +76,10 @@ def exit_if_output_is_closed() -> Iterator[None]:
     try:
         try:
             yield
-        finally:  # also after --help, which raises SystemExit
+        except SystemExit:  # raised by --help
             sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except BrokenPipeError:
         try:
             print(flush=True)  # also fails, unless another pipe broke

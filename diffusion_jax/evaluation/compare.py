@@ -90,6 +90,8 @@ def compare(
     @functools.cache
     def inputs(needs: str) -> tuple[Any, Any]:
         """Returns the metrics' inputs for the reference and for the samples."""
+        if needs == "data" and options.normalization is None:
+            return inputs("examples")
         if needs in ("examples", "data"):
             read = functools.partial(read_all, normalization=options.normalization, in_data_units=needs == "data")
             return read(reference.source), read(samples.source)

@@ -40,7 +40,7 @@ from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
 from diffusion_jax.metrics.of_features import Moments, moments_of_chunks
 from diffusion_jax.run_dir import ChunkStore, RunDir
 from diffusion_jax.storage.downloads import local_path
-from diffusion_jax.untrusted import leads_out, open_npz
+from diffusion_jax.untrusted import leads_out, open_npz, read_header
 
 __all__ = ["ExampleSet", "FeatureExtractor", "FeaturePipeline", "from_name", "open_file", "open_set", "sample_files"]
 
@@ -115,7 +115,15 @@ class ExampleSet:
 def sample_files(workdir: pathlib.Path, pattern: str = "samples/*.npz") -> list[pathlib.Path]:
     """Returns a run's files of samples, newest first, without unfinished files and without links out of the run."""
     paths = [path for path in workdir.glob(pattern) if ".partial." not in path.name and not leads_out(path, workdir)]
-    return sorted(paths, key=lambda path: (-path.stat().st_mtime, path.name))
+    return sorted(paths, key=lambda path: (-_modified_time(path), path.name))
+
+
+def _modified_time(path: pathlib.Path) -> float:
+    """Returns when a file was last written; 0 for a file that was removed meanwhile, or a link to none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def open_set(location: str, data_dir: str = "", image_size: int | None = None) -> ExampleSet:
@@ -153,8 +161,8 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
 
 def open_file(path: pathlib.Path, name: str) -> ExampleSet:
     """Opens the examples and statistics in a file, for samples with their labels (arr_1). Raises: ValueError."""
-    statistics, labels, has_examples = None, None, True
-    if path.is_file() and zipfile.is_zipfile(path):
+    statistics, has_examples = None, True
+    if is_npz := path.is_file() and zipfile.is_zipfile(path):
         try:
             with open_npz(path, limit=math.inf) as arrays:
                 pairs = [
@@ -162,7 +170,6 @@ def open_file(path: pathlib.Path, name: str) -> ExampleSet:
                     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
                 ]
                 has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
-                labels = arrays["arr_1"] if "arr_1" in arrays else None
             moments, spatial = (pair and Moments(*pair, 0) for pair in pairs)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as .npz: {error}") from None
@@ -177,9 +184,22 @@ def open_file(path: pathlib.Path, name: str) -> ExampleSet:
         raise ValueError(str(error).replace("data.data_dir=", "")) from error
     if not len(examples):
         raise ValueError(f"{path} has no examples")
-    if labels is not None and labels.shape == (len(examples),) and labels.dtype.kind in "iu":
+    if is_npz and (labels := _read_labels(path, len(examples))) is not None:
         examples.arrays.setdefault("label", labels)
     return ExampleSet(name, examples, statistics)
+
+
+def _read_labels(path: pathlib.Path, count: int) -> np.ndarray | None:
+    """Returns the labels of samples in an .npz, arr_1; None if it does not hold an integer for each of `count` examples."""
+    with zipfile.ZipFile(path) as archive:
+        if "arr_1.npy" not in archive.namelist():
+            return None
+        with archive.open("arr_1.npy") as file:  # its size is not known to be small
+            shape, _, dtype = read_header(file, archive.getinfo("arr_1.npy").file_size)
+    if shape != (count,) or dtype.kind not in "iu":
+        return None
+    with open_npz(path, limit=math.inf) as arrays:
+        return arrays["arr_1"]
 
 
 def read_examples(source: data.Source, indices: np.ndarray) -> np.ndarray:
@@ -216,7 +236,10 @@ def read_all(
 
     first = read(np.arange(1))
     examples = LazyExamples(read, (len(source), *first.shape[1:]))
-    return examples if len(source) * first.nbytes > _MAX_BYTES_IN_MEMORY else examples[:]
+    if len(source) * first.nbytes > _MAX_BYTES_IN_MEMORY:
+        return examples
+    starts = range(0, len(source), CHUNK)  # a block at a time, because reading may need more memory than the result
+    return np.concatenate([read(np.arange(start, min(start + CHUNK, len(source)))) for start in starts])
 
 
 # ---- Extractors

@@ -345,7 +345,7 @@ def _draw_series(
         for each, (values, _) in zip(sets, drawn, strict=True)
     ]
     legend = _captions(sets[-1], len(drawn[-1][0])) if is_alone or sets[-1].captions else []
-    if not is_alone:  # an example with another condition has the same color
+    if not is_alone and len(sets[0].x) == len(sets[-1].x):  # the example with the nearest condition has the same color
         given = _captions(sets[0], min(len(sets[0].captions or ()), len(drawn[0][0])))
         for i, (name, other) in enumerate(zip(legend, given, strict=False)):
             legend[i] += f" ({sets[0].name}: {other})" * (name != other)
@@ -361,14 +361,14 @@ def _draw_lines(
     columns: int,
     size: tuple[float, float],
 ) -> Figure:
-    """Draws panels of lines [L, lines], which may contain NaN. legend: a name for each line of all panels.
+    """Draws panels of lines [L, lines], which may contain NaN. legend: a name for each line, or for the first lines.
 
     panels: (lines, title, y-axis label, the channels whose limits the panel has). Panels without a y-axis label share the
     axis of the panel at the left.
     """
     lines, titles, y_labels, numbers = zip(*panels, strict=True)
     styles = [{"color": f"C{i}", "linewidth": 1.0} for i in range(max(values.shape[-1] for values in lines))]
-    entries = list(zip(legend, styles, strict=True)) if len(legend) > 1 else []
+    entries = list(zip(legend, styles, strict=False)) if len(legend) > 1 else []
     notes = [*notes, *_note_invalid(*lines)]
     figure, axes = make_figure(title, notes, titles, columns, size, labels=("position", y_labels), legend=entries)
     for panel, values, shown in zip(axes, lines, numbers, strict=True):

@@ -172,6 +172,7 @@ def check_loss(config: Mapping[str, Any]) -> None:
         _check_continuous(config)
     needs_path = f" is for a path; set diffusion.path to one of {', '.join(schedules.PATHS)}"
     has_two_samplers = f" has no effect with diffusion.timestep_sampler={sampler!r}; use uniform for one of both"
+    has_own_draw = f" has no effect on {draw}, which draws the levels itself; use uniform"
     needs_normal_draw = " is for the draws log_normal and logit_normal; use None"
     is_other_draw = config[sampler_setting(config)] not in ("log_normal", "logit_normal")
     needs_x_0 = f" makes the network predict x_0, but diffusion.prediction={config['prediction']!r}; use x_0"
@@ -187,6 +188,7 @@ def check_loss(config: Mapping[str, Any]) -> None:
         ("log_snr_shift", config["log_snr_shift"] != 0 and not path, needs_path),
         ("timestep_sampler", sampler in ("log_normal", "logit_normal", "uniform_log_snr") and not path, needs_path),
         ("draw", draw != "uniform" and sampler not in ("uniform", "stratified"), has_two_samplers),
+        ("timestep_sampler", ":" in draw and sampler != "uniform", has_own_draw),
         ("draw_mean", config["draw_mean"] is not None and is_other_draw, needs_normal_draw),
         ("draw_std", config["draw_std"] is not None and is_other_draw, needs_normal_draw),
         ("preconditioning", is_edm and loss == "classify", " is for diffusion models, not for classifiers; use none"),

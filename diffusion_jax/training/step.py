@@ -226,7 +226,8 @@ def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{expected}; it returned a {type(result).__name__}")
     loss, aux = result
-    scalars = getattr(aux, "scalars", None) or {}
+    scalars = getattr(aux, "scalars", None)
+    scalars = {} if scalars is None else scalars
     if not isinstance(scalars, Mapping):
         raise ValueError(f"{expected}; aux.scalars is a {type(scalars).__name__}, not a dictionary of numbers by name")
     values: dict[str, Any] = {

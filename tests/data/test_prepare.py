@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from diffusion_jax import data
+from diffusion_jax.data import tfds as source_of_tfds
 from helpers.fruit_dataset import LocalFruit, archive, config
 
 
@@ -103,8 +104,14 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
         port = free.getsockname()[1]
     use_url(monkeypatch, f"http://127.0.0.1:{port}/fruit.zip")
     assert f"127.0.0.1:{port} does not answer (ConnectionError)" in refusal(tmp_path)
-    assert "set data.data_dir to its directory, or prepare it on another machine with: python -c" in refusal(tmp_path)
-    assert not list(tmp_path.iterdir())
+    use_url(monkeypatch, "http://nowhere.invalid/fruit.zip")
+    waiting = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: waiting.wait(20) and [])  # it has no timeout
+    monkeypatch.setattr(source_of_tfds, "_ANSWER_SECONDS", 0.2)
+    said = refusal(tmp_path)
+    assert "nowhere.invalid does not answer (nothing in 0 s); set data.data_dir to its directory, or prepare it" in said
+    assert "on another machine with: python -c" in said and not list(tmp_path.iterdir())
+    waiting.set()
 
 
 @pytest.mark.parametrize(

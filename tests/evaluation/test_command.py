@@ -160,3 +160,18 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
         ),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments
+
+
+def test_a_link_to_nothing_is_not_the_newest_file(tmp_path):
+    (tmp_path / "samples").mkdir()
+    path = save(tmp_path / "samples" / "a.npz", np.zeros((3, 2), np.float32))
+    (tmp_path / "samples" / "b.npz").symlink_to("gone.npz")
+    assert str(features.sample_files(tmp_path)[0]) == path
+
+
+def test_only_labels_are_read_beside_the_samples(tmp_path):
+    """Another array of that name may be of any size: its header is read alone."""
+    for labels, expected in ((np.arange(3), [0, 1, 2]), (np.zeros((3, 1000)), None), (np.arange(4), None)):
+        path = save(tmp_path / "x.npz", np.zeros((3, 2), np.float32), arr_1=labels)
+        found = open_set(str(path)).source.arrays.get("label")
+        assert (None if found is None else found.tolist()) == expected

@@ -218,6 +218,18 @@ def test_a_legend_has_the_conditions_of_series_in_shared_panels(captions, given,
     assert [text.get_text() for found in figure.legends for text in found.get_texts()] == legend
 
 
+def test_more_examples_than_samples_have_no_names_in_the_legend():
+    """Examples that do not belong to the samples: their conditions are those of other rows."""
+    factors = np.float32([1, 1000])
+    examples = Examples(drawn(40, 16, 40, 2) * factors, [f"class {i}" for i in range(16)])
+    figure = draw_samples(drawn(41, 3, 40, 2) * factors, "x", ["class 3", "class 1", "class 2"], examples=examples)
+    assert [text.get_text() for found in figure.legends for text in found.get_texts()] == [
+        "class 3",
+        "class 1",
+        "class 2",
+    ]
+
+
 def test_conditions_and_axes_of_series_being_denoised_are_at_the_edges():
     """Only the lowest panel of each column has positions, and only the first panel of each row has values."""
     channels = Channels(("u", "T"), ("m/s", "K"))

@@ -166,7 +166,7 @@ def test_the_scalars_of_a_loss_are_in_the_log_tensorboard_and_the_report(mine, v
     assert [line["loss/doubled"] for line in lines] == pytest.approx([2 * line["loss"] for line in lines])
     events = event_accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
     assert {"loss/loss", "loss/doubled"} <= set(events.Tags()["scalars"])
-    (chart,) = (chart for chart in training_charts(lines) if chart["title"] == "loss/doubled")
+    (chart,) = (chart for chart in training_charts({"run": lines}) if chart["title"] == "loss/doubled")
     assert chart["series"][0]["x"] == [1, 2]
 
 
