@@ -329,12 +329,18 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch,
     x_0, is_path = as_batch("x_0", x_0), isinstance(schedule, Path)
     batch_size, dtype = x_0.shape[0], x_0.dtype
     key_t, key_eps = jax.random.split(key)
+    if draw is not None and (timestep_sampler is not None or not is_path):
+        raise ValueError("draw is the earlier name of timestep_sampler on a path; give timestep_sampler alone")
     sampler = timestep_sampler if draw is None else draw
     if sampler is None or draw == "uniform":
         sampler = "stratified" if is_path else "uniform"
     sampler = timesteps.sampler_by_name(sampler) if isinstance(sampler, str) else sampler
     t, density = sampler(key_t, batch_size, schedule if is_path else schedule.num_timesteps)
     t = _per_example("the times of timestep_sampler", t, batch_size)
+    if is_path and not jnp.issubdtype(t.dtype, jnp.floating):
+        raise ValueError(
+            "on a path, timestep_sampler returns network times and log densities; it returned indices of steps"
+        )
     density = jnp.asarray(_per_example("the weights of timestep_sampler", density, batch_size), dtype)
     importance, log_density = (jnp.ones_like(density), density) if is_path else (density, None)
     t = t.astype(dtype) if is_path else t

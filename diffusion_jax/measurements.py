@@ -83,33 +83,52 @@ class LinearOperator:
 class Measurement:
     """y = A(x_0) + N(0, R), a pytree: a new y and another noise do not recompile.
 
-    operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example. noise: the standard
-    deviation, one number or an array that broadcasts to y (the error bars of each pixel or channel); or a function that
-    multiplies a y by the covariance R.
-    Raises: ValueError for a y that is not float, and a standard deviation that is not above 0.
+    operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; what an operator hides,
+    such as a mask, is ignored. noise: the standard deviation, one number or an array that broadcasts to y (the error bars of
+    each pixel or channel); or a function that multiplies a y by the covariance R.
     """
 
     operator: LinearOperator
     y: Float[Array, "B *y_shape"]
     noise: Any
 
-    def __post_init__(self):
+    def __post_init__(
+        self,
+    ):  # runs for every copy that JAX makes, also with other leaves, so values are checked by `check`
         if not isinstance(self.operator, LinearOperator):
             object.__setattr__(self, "operator", LinearOperator(self.operator))
-        if isinstance(self.y, jax.Array | np.ndarray | list):
-            object.__setattr__(self, "y", as_float("y", self.y))
+        if isinstance(self.noise, list | tuple):
+            object.__setattr__(self, "noise", np.asarray(self.noise))
         if callable(self.noise):
             object.__setattr__(self, "noise", as_node(self.noise))
-        elif isinstance(self.noise, int | float | np.ndarray | np.generic | jax.Array):
-            if not isinstance(self.noise, Tracer) and not np.all(np.asarray(self.noise) > 0):
+
+    def check(self) -> None:
+        """Checks the values that are not traced.
+
+        Raises: ValueError for a y that is not float, or not finite where it is measured; a noise that is not above 0, or does
+          not broadcast to y.
+        """
+        y, diagonal = as_float("y", self.y), self.operator.diagonal
+        if (values := _on_host(y)) is not None and not np.isfinite(values).all():
+            measured = np.broadcast_to(True if diagonal is None else _on_host(diagonal) != 0, values.shape)
+            if not np.isfinite(values[measured]).all():
                 raise ValueError(
-                    "noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project"
+                    "y has values that are not finite; hide them by an operator such as measurements.masked"
                 )
+        if callable(self.noise):
+            return
+        shape = jnp.shape(self.noise)
+        if len(shape) > y.ndim or any(a not in (1, b) for a, b in zip(shape[::-1], y.shape[::-1], strict=False)):
+            raise ValueError(f"noise has shape {shape}, which does not broadcast to y {y.shape}")
+        if (noise := _on_host(self.noise)) is not None and not (noise > 0).all():
+            raise ValueError("noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project")
 
     def covariance(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
         """Returns R u."""
         noise: Any = self.noise
-        return jnp.asarray(noise(u)) if callable(noise) else jnp.square(jnp.asarray(noise, u.dtype)) * u
+        if callable(noise):
+            return jnp.asarray(noise(u)).astype(u.dtype)
+        return jnp.square(jnp.asarray(noise, u.dtype)) * u
 
     def variances(self, dtype: Any) -> Float[Array, "..."]:
         """Returns the diagonal of R, a number or an array that broadcasts to y; for a function, an estimate."""
@@ -117,24 +136,26 @@ class Measurement:
         if not callable(noise):
             return jnp.square(jnp.asarray(noise, dtype))
         signs = jax.random.rademacher(jax.random.key(1), (_NUM_PROBES, *self.y.shape[1:]), dtype)
-        estimate = jnp.mean(signs * jnp.asarray(noise(signs)), axis=0)
+        estimate = jnp.mean(signs * jnp.asarray(noise(signs)), axis=0).astype(dtype)
         return jnp.maximum(estimate, 1e-3 * jnp.mean(estimate))
 
     def residual(self, x_0: Batch) -> Float[Array, "B *y_shape"]:
-        """Returns y - A(x_0)."""
-        found = self.operator.measure(x_0)
-        if found.shape != self.y.shape:
+        """Returns y - A(x_0), and 0 where the operator hides the entry. Raises: ValueError for a y in another shape."""
+        found, y, diagonal = self.operator.measure(x_0), as_float("y", self.y), self.operator.diagonal
+        if found.shape != y.shape:
             raise ValueError(
-                f"y has shape {self.y.shape}, but the operator measures {found.shape} for x_0 {x_0.shape}; give each example "
-                "its own row of y"
+                f"y has shape {y.shape}, but the operator measures {found.shape} for x_0 {x_0.shape}; give each example its "
+                "own row of y"
             )
-        return self.y.astype(x_0.dtype) - found
+        difference = y.astype(x_0.dtype) - found
+        return difference if diagonal is None else jnp.where(jnp.asarray(diagonal) > 0, difference, 0.0)
 
     def chi_squared(self, x_0: BatchLike) -> Float[Array, "B"]:
         """Returns the mean over the measured numbers of (y - A(x_0))^2 / R: about 1 for an x_0 that explains y.
 
         Entries that a mask hides (a diagonal of 0) do not count. Raises: ValueError for a noise that is a function.
         """
+        self.check()
         if callable(self.noise):
             raise ValueError("chi_squared needs the noise as standard deviations, not as a function")
         x_0 = as_float("x_0", x_0)
@@ -143,6 +164,13 @@ class Measurement:
         squares = jnp.where(is_measured, jnp.square(residual) / self.variances(x_0.dtype), 0.0)
         axes = tuple(range(1, residual.ndim))
         return jnp.sum(squares, axes) / jnp.maximum(jnp.sum(is_measured, axes), 1)
+
+
+def _on_host(x: Any) -> np.ndarray | None:
+    """Returns an array's values; None for traced arrays, and for arrays with parts on other hosts."""
+    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)
 
 
 def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
@@ -158,7 +186,11 @@ def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
 
 
 def _keep(mask, x):
-    return jnp.where(mask, as_float("x", x), 0.0)
+    x = as_float("x", x)
+    sizes = zip(mask.shape[::-1], x.shape[::-1], strict=False)
+    if mask.ndim > x.ndim or any(a not in (1, b) for a, b in sizes):
+        raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to the examples, {x.shape}")
+    return jnp.where(mask, x, 0.0)
 
 
 def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
@@ -310,8 +342,8 @@ def fourier(mask: Shaped[ArrayLike, "*spatial"]) -> LinearOperator:
     """Measures chosen coefficients of the orthonormal Fourier transform over all spatial axes, as in magnetic resonance.
 
     mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; of the last axis only the first n // 2 + 1, because the
-    others are conjugates. y: [B, ..., n // 2 + 1, C, 2], real and imaginary parts; 0 where nothing is
-    measured.
+    others are conjugates. y: [B, ..., n // 2 + 1, C, 2], real and imaginary parts, each with noise of its own; where
+    nothing is measured, y is ignored.
     """
     mask = as_mask(mask)
     grid = jnp.meshgrid(*(jnp.arange(size) for size in mask.shape), indexing="ij")

@@ -8,7 +8,7 @@
 `mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so every sampler draws from the posterior, as it draws from the
 prior. `dps` wraps a sampler, and `smc` is a sampling loop of its own.
 
-By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. Both methods take
+By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. These two take
 p(y | x_t) = N(A D, R + A V A^T), which gives the gradient J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D in
 x_t. The covariance of x_0 given x_t is V = (sigma^2 / alpha) J, which `mmps` uses; `pigdm` replaces V by the covariance of
 white data. D is the denoiser before its clip. Rows of a batch do not change each other.
@@ -39,13 +39,15 @@ __all__ = ["Particles", "dps", "mmps", "pigdm", "relative_residual", "smc", "sys
 def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations: int = 3) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y], with the covariance (sigma^2 / alpha) J of the denoiser itself.
 
-    iterations: of preconditioned conjugate gradients; each multiplies by the transposed Jacobian once, so a call costs about
-    as much as 2 + 2 iterations calls of the network. More iterations than numbers in y change nothing. `relative_residual`
-    measures what they leave. The denoiser must not be scaled by guidance: with classifier-free guidance, samples are of the
-    posterior for scale 1 only.
+    iterations: of preconditioned conjugate gradients; each multiplies by the transposed Jacobian once, so a call costs one
+    forward and 1 + iterations backward passes. More iterations than numbers in y change nothing. `relative_residual` measures
+    what they leave. The denoiser must not be scaled by guidance: with classifier-free guidance, samples are of the posterior
+    for scale 1 only.
 
-    In pure noise (alpha = 0), J has no digits, and D is not corrected.
-    Raises: ValueError for a number of iterations below 1; when called, for a y in another shape than A(x_0).
+    In pure noise (alpha = 0), J has no digits, and D is not corrected; close to it, networks that predict eps or score lose
+    digits of J as (sigma / alpha)^2, and those that predict v or x_0 do not.
+    Raises: ValueError for a number of iterations below 1, and as `Measurement.check`; when called, for a y in another shape
+      than A(x_0).
     """
     return _add(denoiser, _Correction(measurement, iterations))
 
@@ -55,29 +57,36 @@ def pigdm(
 ) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
 
-    iterations: of conjugate gradients, without calls of the network; one is exact where A A^T is diagonal. A call costs about
-    as much as two calls of the network. For data with structure, `mmps` is closer to the posterior.
+    iterations: of conjugate gradients, without calls of the network; one is exact where A A^T is diagonal. A call costs a
+    forward and a backward pass. For data with structure, `mmps` is closer to the posterior.
     Raises: as `mmps`, and ValueError for a data_std that is not above 0.
     """
-    if not data_std > 0:
-        raise ValueError(f"data_std must be above 0, got {data_std}")
+    _check_std(data_std)
     return _add(denoiser, _Correction(measurement, iterations, float(data_std)))
 
 
 def _add(denoiser, correction: _Correction) -> Denoiser:
     denoiser = as_denoiser(denoiser)
-    if not correction.iterations >= 1:
-        raise ValueError(f"iterations must be at least 1, got {correction.iterations}")
+    correction.check()
     return dataclasses.replace(denoiser, corrections=(*denoiser.corrections, correction))
 
 
 def relative_residual(
     denoiser: Denoiser | DenoiseFn, measurement: Measurement, x_t: BatchLike, level: NoiseLevel, *, iterations: int = 3
 ) -> Float[Array, "B"]:
-    """Returns what `iterations` of `mmps` leave of its linear system, |M u - b| / |b| for each example; 0 is exact."""
+    """Returns what `iterations` of `mmps` leave of its linear system, |M u - b| / |b| for each example; 0 is exact.
+
+    Raises: as `mmps`.
+    """
     denoiser, x_t = as_denoiser(denoiser), as_float("x_t", x_t)
     correction = _Correction(measurement, iterations)
+    correction.check()
     return correction.solve(lambda x_t: denoiser(x_t, level), x_t, level).residual
+
+
+def _check_std(data_std: float) -> None:
+    if not 0 < data_std < float("inf"):
+        raise ValueError(f"data_std must be a number above 0, got {data_std}")
 
 
 class _Solved(NamedTuple):
@@ -96,6 +105,12 @@ class _Correction:
     measurement: Measurement
     iterations: int = dataclasses.field(metadata={"static": True})
     data_std: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def check(self) -> None:
+        """Raises: as `mmps`."""
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"iterations must be a whole number of at least 1, got {self.iterations}")
+        self.measurement.check()
 
     def __call__(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> Denoised:
         prior, shift, _ = self.solve(predict, x_t, level)
@@ -174,20 +189,26 @@ def _conjugate_gradients(times_matrix, b, diagonal, iterations):
 class dps(WrappedSampler):
     """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): after each step, minus zeta grad |y - A D|.
 
-    Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is of one example. Samples fit y, but are not
-    of the posterior: their mean and deviation depend on zeta and on the number of steps.
-    zeta: the paper uses 0.3 to 1.
+    Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is of one example, and D is clipped, as in the
+    paper's code. Samples fit y, but are not of the posterior: their mean and deviation depend on zeta and on the number of
+    steps. zeta: the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
     """
 
     measurement: Measurement
     zeta: float | np.floating = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.measurement.check()
 
     def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
         new = self.sampler.step(key, denoiser, x_t, transition, state)
 
         def distance(x_t):
             residual = self.measurement.residual(denoiser(x_t, transition).x_0)
-            return jnp.sum(jnp.sqrt(jnp.sum(jnp.square(residual), axis=tuple(range(1, residual.ndim)))))
+            squares = jnp.sum(jnp.square(residual), axis=tuple(range(1, residual.ndim)))
+            # The gradient of the root has no value at 0, where y is met.
+            return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
 
         return new._replace(x_prev=new.x_prev - self.zeta * jax.grad(distance)(x_t))
 
@@ -232,27 +253,31 @@ def smc(
     Args:
       x_T: N(0, I); the particles of an example share its row of y. data_std: as `pigdm`.
       resample_below: an example is resampled where its effective sample size falls below this share of P.
-    Raises: ValueError for an x_T without both axes, a data_std that is not above 0, and a noise that is a function.
+    Raises: ValueError for an x_T without both axes, a data_std that is not above 0, a noise that is a function, and as
+      `Measurement.check`.
     """
     denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
     if x_T.ndim < 2:
         raise ValueError(f"x_T must be [P, B, ...], P particles for each of B examples; got {x_T.shape}")
-    if not data_std > 0:
-        raise ValueError(f"data_std must be above 0, got {data_std}")
+    _check_std(data_std)
+    measurement.check()
     if callable(measurement.noise):
         raise ValueError("smc needs the noise as standard deviations, not as a function")
     (count, rows), shape = x_T.shape[:2], x_T.shape[2:]
-    repeated = dataclasses.replace(measurement, y=jnp.tile(measurement.y, (count,) + (1,) * (measurement.y.ndim - 1)))
     squared_norms = measurement.operator.squared_norms(x_T[0])
     variances = measurement.variances(x_T.dtype)
+
+    def per_example(x):
+        return x.reshape(count, rows, *x.shape[1:])
 
     def sums(x):
         return jnp.sum(x, axis=tuple(range(1, x.ndim)))
 
     def log_likelihood(x_0, variance):
         """log N(y; A x_0, R + variance diag(A A^T)) [P B], without its constant, which the particles share."""
-        squares = jnp.square(repeated.residual(x_0)) / (variances + variance * squared_norms)
-        return -0.5 * sums(squares)
+        residual = jax.vmap(measurement.residual)(per_example(x_0))
+        squares = jnp.square(residual) / (variances + variance * squared_norms)
+        return -0.5 * sums(squares.reshape(-1, *squares.shape[2:]))
 
     def evaluate(x, t):
         """Returns log p(y | x_t), approximately, its gradient, and the mean and the variance of p(x_{t-1} | x_t)."""
@@ -268,9 +293,6 @@ def smc(
         (_, (values, output)), gradient = jax.value_and_grad(twist, has_aux=True)(x)
         reverse = process.reverse(denoiser.with_output(output), x, transition)
         return values, gradient, reverse.mean, reverse.variance
-
-    def per_example(x):
-        return x.reshape(count, rows, *x.shape[1:])
 
     def weights_of(log_weights):
         return jax.nn.softmax(log_weights, axis=0)

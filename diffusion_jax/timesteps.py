@@ -21,6 +21,7 @@ Results are int32 and float32, with x64 on or off.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -240,7 +241,7 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., Any]] = {
 
 def needs_history(name: str) -> bool:
     """Whether the timestep sampler with a name in `TIMESTEP_SAMPLERS` draws from a `LossHistory`."""
-    return name == "loss_second_moment"
+    return "history" in inspect.signature(TIMESTEP_SAMPLERS[name]).parameters
 
 
 def sampler_by_name(name: str, history: LossHistory | None = None) -> TimestepSampler:

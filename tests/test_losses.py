@@ -238,3 +238,20 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
     # Also for a step that is almost never drawn: the frequencies equal the probabilities.
     counts = np.bincount(np.asarray(parts.t), minlength=20)
     assert (abs(counts - 60_000 * p) < 5 * np.sqrt(60_000 * p) + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "words"),
+    [
+        (schedules.edm(), {"draw": "log_normal", "timestep_sampler": "uniform"}, "give timestep_sampler alone"),
+        (SCHEDULE, {"draw": "uniform"}, "draw is the earlier name of timestep_sampler on a path"),
+        (
+            schedules.edm(),
+            {"timestep_sampler": lambda key, n, levels: (jnp.zeros(n, jnp.int32), jnp.ones(n))},
+            "it returned indices of steps",
+        ),
+    ],
+)
+def test_a_timestep_sampler_that_does_not_fit_is_refused(schedule, options, words):
+    with pytest.raises(ValueError, match=words):
+        losses.simple(jax.random.key(0), schedule, lambda x_t, time: x_t, jnp.zeros((3, 2)), **options)

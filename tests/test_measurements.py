@@ -113,10 +113,22 @@ def test_chi_squared_of_the_truth_is_one(noise):
     assert found.shape == (2000,) and abs(float(found.mean()) - 1) < 4 * np.sqrt(2 / 10_000)
 
 
-def test_hidden_entries_do_not_count_in_chi_squared():
+@pytest.mark.parametrize("hidden", [0.0, 7.0, np.nan])
+def test_what_an_operator_hides_is_ignored(hidden):
     mask = np.array([1, 0, 0, 1])
-    measurement = Measurement(measurements.masked(mask), np.array([[1.0, 0, 0, 2]]), 1.0)
+    measurement = Measurement(measurements.masked(mask), np.array([[1.0, hidden, hidden, 2]]), 1.0)
+    np.testing.assert_array_equal(measurement.residual(jnp.full((1, 4), 0.5)), [[0.5, 0, 0, 1.5]])
     np.testing.assert_allclose(measurement.chi_squared(jnp.zeros((1, 4))), [(1 + 4) / 2])
+
+
+def test_a_measurement_is_a_pytree_of_any_leaves():
+    """Of axes for `jax.vmap`, of zeros and of derivatives."""
+    measurement = Measurement(measurements.masked(np.array([1, 0])), np.ones((3, 2), np.float32), 0.5)
+    assert jax.tree.leaves(jax.tree.map(lambda _: 0, measurement)) == [0] * len(jax.tree.leaves(measurement))
+    slope = jax.grad(
+        lambda noise: Measurement(measurement.operator, measurement.y, noise).covariance(jnp.ones((3, 2))).sum()
+    )
+    assert float(slope(0.5)) == 6.0
 
 
 def test_the_noise_of_a_function_is_its_matrix():
@@ -131,8 +143,27 @@ def test_the_noise_of_a_function_is_its_matrix():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Measurement(lambda x: x, np.zeros((1, 3)), 0.0), "noise is a standard deviation above 0.*project"),
-        (lambda: Measurement(lambda x: x, np.zeros((1, 3), int), 1.0), "y must be float"),
+        (
+            lambda: Measurement(lambda x: x, np.zeros((1, 3)), 0.0).check(),
+            "noise is a standard deviation above 0.*project",
+        ),
+        (
+            lambda: Measurement(lambda x: x, np.zeros((1, 3)), [0.1, -0.1, 1]).check(),
+            "noise is a standard deviation above 0",
+        ),
+        (lambda: Measurement(lambda x: x, np.zeros((1, 3), int), 1.0).check(), "y must be float"),
+        (
+            lambda: Measurement(lambda x: x, np.zeros((2, 4, 4, 1)), np.ones((4, 4))).check(),
+            "noise has shape .*broadcast",
+        ),
+        (
+            lambda: Measurement(lambda x: x, np.array([[np.nan, 1]]), 1.0).check(),
+            "y has values that are not finite; hide",
+        ),
+        (
+            lambda: measurements.masked(np.ones((4, 4))).measure(np.zeros((2, 4, 4, 1))),
+            "the mask has shape .*broadcast",
+        ),
         (lambda: Measurement(lambda x: x, np.zeros((1, 3)), 1.0).residual(jnp.zeros((2, 3))), r"its own row of y"),
         (lambda: measurements.average_pool(3).measure(np.zeros((1, 8, 8, 1))), "8x8 cannot be divided"),
         (lambda: measurements.average_pool(2).measure(np.zeros((1, 8, 1))), "takes 2 spatial axes"),

@@ -11,6 +11,7 @@ from diffusion_jax import Denoiser, posterior, sampling, schedules
 from diffusion_jax.measurements import LinearOperator, Measurement, masked, mix_channels
 
 PATH = schedules.edm(0.002, 80.0)
+X = np.zeros((2, 8), np.float32)
 NUM_MEASURED = {2: 1, 8: 5, 64: 30}
 
 
@@ -236,8 +237,16 @@ def test_new_measurements_and_inputs_do_not_compile_again():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda d, m: posterior.mmps(d, m, iterations=0), "iterations must be at least 1, got 0"),
-        (lambda d, m: posterior.pigdm(d, m, data_std=0.0), "data_std must be above 0"),
+        (lambda d, m: posterior.mmps(d, m, iterations=0), "iterations must be a whole number of at least 1, got 0"),
+        (lambda d, m: posterior.mmps(d, m, iterations=True), "iterations must be a whole number"),
+        (lambda d, m: posterior.relative_residual(d, m, X, level_at(1.0, 2, 8), iterations=0), "iterations must be"),
+        (lambda d, m: posterior.pigdm(d, m, data_std=0.0), "data_std must be a number above 0"),
+        (lambda d, m: posterior.pigdm(d, m, data_std=np.inf), "data_std must be a number above 0"),
+        (lambda d, m: posterior.mmps(d, dataclasses.replace(m, noise=-1.0)), "noise is a standard deviation above 0"),
+        (
+            lambda d, m: posterior.dps(sampling.ddpm(), dataclasses.replace(m, noise=0.0)),
+            "noise is a standard deviation",
+        ),
         (lambda d, m: posterior.dps("ddpm", m), "sampler must be a sampler such as"),
         (lambda d, m: posterior.mmps(d, m)(jnp.zeros((3, 8)), level_at(1.0, 3, 8)), "its own row of y"),
     ],
@@ -255,6 +264,14 @@ def test_an_operator_without_a_diagonal_is_solved_too(x64):
     found = posterior.mmps(problem.denoiser(), measurement, iterations=30)(x_t, level_at(0.5, 2, 8)).x_0
     expected = posterior.mmps(problem.denoiser(), problem.measurement(2), iterations=30)(x_t, level_at(0.5, 2, 8)).x_0
     np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_dps_is_finite_where_the_measurement_is_met():
+    """A clipped D of 1 and y = 1: the distance is 0."""
+    denoiser = Denoiser(lambda x_t, time: 3 + x_t, prediction="x_0")
+    sampler = posterior.dps(sampling.ddim(), Measurement(lambda x: x, np.ones((2, 3)), 0.1))
+    x = sampling.sample(jax.random.key(0), steps(4), denoiser, jnp.zeros((2, 3)), sampler)
+    np.testing.assert_allclose(x, 1, atol=0.01)
 
 
 # Sequential Monte Carlo
@@ -337,7 +354,7 @@ def test_smc_resamples_where_few_particles_count():
     ("change", "words"),
     [
         ({"x_T": jnp.zeros(4)}, r"x_T must be \[P, B, ...\]"),
-        ({"data_std": 0.0}, "data_std must be above 0"),
+        ({"data_std": 0.0}, "data_std must be a number above 0"),
         ({"measurement": Measurement(lambda x: x, np.zeros((2, 1)), lambda u: u)}, "smc needs the noise"),
     ],
 )
@@ -346,3 +363,20 @@ def test_bad_arguments_of_smc_are_refused(change, words):
     options |= {"measurement": Measurement(lambda x: x, np.zeros((2, 1)), 1.0)} | change
     with pytest.raises(ValueError, match=words):
         posterior.smc(jax.random.key(0), **options)
+
+
+def test_error_bars_and_masks_of_each_example_hold_for_its_particles():
+    """Against calls with one example each; the noise of the steps differs, so the weights of the start are compared."""
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 1)
+    rng = np.random.default_rng(8)
+    mask, y, noise = rng.random((2, 3)) < 0.7, rng.normal(size=(2, 3)).astype(np.float32), rng.random((2, 3)) + 0.1
+    x_T = jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.float32)
+    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", clip=False)
+
+    def weights(rows):
+        measurement = Measurement(masked(mask[rows]), y[rows], noise[rows].astype(np.float32))
+        return posterior.smc(jax.random.key(0), schedule, denoiser, measurement, x_T[:, rows]).weights
+
+    both = weights(slice(0, 2))
+    np.testing.assert_allclose(both, np.concatenate([weights(slice(0, 1)), weights(slice(1, 2))], axis=1), rtol=1e-5)
+    assert np.ptp(both) > 0.01

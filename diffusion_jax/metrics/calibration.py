@@ -112,16 +112,27 @@ class RankTest(NamedTuple):
 
 
 def rank_test(found: Int[np.ndarray, "N"], num_samples: int) -> RankTest:
-    """Compares the mean and the variance of ranks with those of uniform ranks on 0 ... num_samples."""
+    """Compares the mean and the variance of ranks with those of uniform ranks on 0 ... num_samples.
+
+    Raises: ValueError for fewer than 2 samples.
+    """
+    if num_samples < 2:
+        raise ValueError(
+            f"a rank among {num_samples} sample{'s' * (num_samples != 1)} has no test; draw at least 2, better 19"
+        )
     levels = np.arange(num_samples + 1) - num_samples / 2
     variance, fourth = np.mean(levels**2), np.mean(levels**4)
     centered = np.asarray(found) - num_samples / 2
     mean_error = float(np.sqrt(variance / len(centered)))
     variance_error = float(np.sqrt((fourth - variance**2) / len(centered)) / variance)
     mean, spread = float(centered.mean()), float(centered.var() / variance)
-    scale = max(num_samples, 1)
     return RankTest(
-        0.5 + mean / scale, mean_error / scale, spread, variance_error, mean / mean_error, (spread - 1) / variance_error
+        0.5 + mean / num_samples,
+        mean_error / num_samples,
+        spread,
+        variance_error,
+        mean / mean_error,
+        (spread - 1) / variance_error,
     )
 
 
@@ -146,12 +157,14 @@ def find_calibration(
     """Tests the ranks of Q quantities, and of their distance to `references` if they are given.
 
     A test fails beyond the number of standard errors that all tests together exceed in 0.27% of exact samplers.
-    names: of the quantities. Raises: ValueError for arrays in other shapes.
+    names: of the quantities. Raises: ValueError for arrays in other shapes, and for names that do not fit.
     """
     truth, samples = np.asarray(truth), np.asarray(samples)
     if truth.ndim != 2:
         raise ValueError(f"truth must be [N, Q], Q numbers for each example; got {truth.shape}")
     count, names = len(samples), list(names) or [f"quantity {i}" for i in range(truth.shape[1])]
+    if len({*names, "distance"}) != truth.shape[1] + 1 or len(names) != truth.shape[1]:
+        raise ValueError(f"names must be {truth.shape[1]} different names, none of them distance; got {names}")
     found = dict(zip(names, ranks(truth, samples).T, strict=True))
     covered = {}
     if (count + 1) % 20 == 0:

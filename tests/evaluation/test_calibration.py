@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax.metrics import calibration
 
 D, L, N = 4, 19, 1000
+TWO = np.zeros((5, 2)), np.zeros((3, 5, 2))
 
 
 def simulate(rng, count=N, fault="none"):
@@ -98,6 +99,10 @@ def test_distances_are_of_whole_examples():
         (lambda: calibration.ranks(np.array([np.nan]), np.zeros((4, 1))), "not finite"),
         (lambda: calibration.histogram(np.zeros(5, int), 20, 10), "bins=10 must divide the 21 ranks of 20 samples"),
         (lambda: calibration.coverage(np.zeros(5, int), 10), "use 19 or 99 samples"),
+        (lambda: calibration.rank_test(np.zeros(5, int), 1), "draw at least 2, better 19"),
+        (lambda: calibration.find_calibration(*TWO, names=("a", "a")), "names must be 2 different names"),
+        (lambda: calibration.find_calibration(*TWO, names=("a", "distance")), "none of them distance"),
+        (lambda: calibration.find_calibration(*TWO, names=("a",)), "names must be 2 different names"),
         (lambda: calibration.find_calibration(np.zeros(5), np.zeros((3, 5))), r"truth must be \[N, Q\]"),
         (lambda: calibration.distance_ranks(np.zeros((5, 2)), np.zeros((3, 5, 2)), np.zeros(5)), "the shape of truth"),
     ],
