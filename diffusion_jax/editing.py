@@ -205,8 +205,10 @@ def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[A
 
     `project(denoiser, average_pool(4), y)` samples images whose 4x4 means are y, with `sampling.ddpm()`; for eta, use
     `sampling.ddim`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding. `sampling.ddpm`
-    refuses prediction x_prev, whose mean is the network's output.
+    refuses prediction x_prev, whose mean is the network's output. Raises: ValueError for an operator without a right inverse.
     """
+    if operator.invert is None:
+        raise ValueError("project needs an operator with a right inverse (invert); use posterior.mmps with a small noise")
     denoiser = as_denoiser(denoiser)
     return dataclasses.replace(denoiser, limits=(*denoiser.limits, _Projection(as_float("y", y), operator)))
 
@@ -215,7 +217,7 @@ def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[A
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Projection:
     y: Any
-    operator: LinearOperator
+    operator: Any
 
     def __call__(self, x_0):
         return x_0 + self.operator.invert(self.y.astype(x_0.dtype) - self.operator.measure(x_0))
