@@ -208,7 +208,9 @@ def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[A
     refuses prediction x_prev, whose mean is the network's output. Raises: ValueError for an operator without a right inverse.
     """
     if operator.invert is None:
-        raise ValueError("project needs an operator with a right inverse (invert); use posterior.mmps with a small noise")
+        raise ValueError(
+            "project needs an operator with a right inverse (invert); use posterior.mmps with a small noise"
+        )
     denoiser = as_denoiser(denoiser)
     return dataclasses.replace(denoiser, limits=(*denoiser.limits, _Projection(as_float("y", y), operator)))
 
