@@ -248,7 +248,7 @@ def continuous_vlb(
     x_0: BatchLike,
     *,
     prediction: str | None = None,
-    timestep_sampler: str | TimestepSampler = "uniform_log_snr",
+    timestep_sampler: str | TimestepSampler | None = None,
     draw: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], LossAux]:
     """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
@@ -259,7 +259,7 @@ def continuous_vlb(
 
     Args:
       key, denoiser, x_0, prediction: as `simple`.
-      timestep_sampler, draw: as `simple`; it changes the variance of the estimate, not the mean.
+      timestep_sampler, draw: as `simple`, by default "uniform_log_snr"; they change the variance of the estimate alone.
     Returns: (loss [B], LossAux).
     Raises: ValueError as `simple`, for a schedule, and for a path whose log SNR is infinite at an end of the interval.
     """
@@ -267,6 +267,8 @@ def continuous_vlb(
         raise ValueError("continuous_vlb needs a path; for the steps of a schedule use losses.vlb, or schedule.path")
     path.check_finite_ends("the variational bound")
     denoiser = _denoiser(denoiser, prediction)
+    if timestep_sampler is None and draw is None:
+        timestep_sampler = "uniform_log_snr"
     aux = _predict(key, path, denoiser, x_0, timestep_sampler, draw)
     eps_error = _weight_of_target(path, aux, denoiser.prediction, snr_weight) * aux.mse
     assert aux.log_density is not None  # drawn on a path
@@ -329,8 +331,10 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch,
     x_0, is_path = as_batch("x_0", x_0), isinstance(schedule, Path)
     batch_size, dtype = x_0.shape[0], x_0.dtype
     key_t, key_eps = jax.random.split(key)
-    if draw is not None and (timestep_sampler is not None or not is_path):
+    if draw is not None and timestep_sampler is not None and timestep_sampler is not draw:
         raise ValueError("draw is the earlier name of timestep_sampler on a path; give timestep_sampler alone")
+    if draw is not None and not is_path:
+        raise ValueError(f"draw={draw} draws levels of a path, and this is a schedule; use timestep_sampler")
     sampler = timestep_sampler if draw is None else draw
     if sampler is None or draw == "uniform":
         sampler = "stratified" if is_path else "uniform"

@@ -244,7 +244,7 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
     ("schedule", "options", "words"),
     [
         (schedules.edm(), {"draw": "log_normal", "timestep_sampler": "uniform"}, "give timestep_sampler alone"),
-        (SCHEDULE, {"draw": "uniform"}, "draw is the earlier name of timestep_sampler on a path"),
+        (SCHEDULE, {"draw": "uniform"}, "draw=uniform draws levels of a path"),
         (
             schedules.edm(),
             {"timestep_sampler": lambda key, n, levels: (jnp.zeros(n, jnp.int32), jnp.ones(n))},
