@@ -337,6 +337,7 @@ def _restore(operator: LinearOperator, y, caption: str) -> Edit:
     def draw(key, schedule, denoiser, x_T, sampler):
         return sampling.sample(key, schedule, project(denoiser, operator, y), x_T, sampler)
 
+    assert operator.invert is not None  # `project` needs it
     return Edit(draw, (caption, operator.invert(y)))
 
 
