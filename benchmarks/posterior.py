@@ -45,13 +45,6 @@ def denoiser() -> Denoiser:
     return Denoiser(network, prediction="x_0", clip=False)
 
 
-def steps(count: int) -> schedules.Schedule:
-    """EDM's noise levels."""
-    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
-    times = PATH.at_log_snr(-2 * np.log(np.linspace(*ends, count) ** 7), jnp.zeros(count)).time
-    return schedules.from_path(PATH, np.asarray(times).ravel()[::-1])
-
-
 def covariance() -> np.ndarray:
     """The covariance of the field's pixels [256, 256]."""
     row = np.fft.ifft2(spectrum()).real
@@ -98,7 +91,7 @@ def main() -> None:
         methods["pigdm"] = (posterior.pigdm(base, measurement), multistep, 3)
         methods["dps, zeta 1, ddpm"] = (base, posterior.dps(ancestral, measurement, 1.0), 4)
         methods["dps, zeta 0.3, ddpm"] = (base, posterior.dps(ancestral, measurement, 0.3), 4)
-        schedule = steps(STEPS)
+        schedule = schedules.edm_steps(STEPS)
         x_T = jax.random.normal(jax.random.key(1), (count * draws, *shape))
         print(f"\n{kind} noise{'':22} mean   deviation   chi^2   calls   seconds")
         for name, (conditional, sampler, calls) in methods.items():

@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from diffusion_jax.types import Batch
 
-__all__ = ["as_batch", "as_float", "check_same_shape", "promote"]
+__all__ = ["as_batch", "as_float", "broadcasts_to", "check_same_shape", "promote"]
 
 
 def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
@@ -51,3 +51,9 @@ def check_same_shape(
         raise ValueError(
             f"{name} has shape {jnp.shape(value)} but {other_name} has {jnp.shape(other)}; they must be equal"
         )
+
+
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array with `shape` broadcasts to `target` without changing it."""
+    sizes = zip(shape[::-1], target[::-1], strict=False)
+    return len(shape) <= len(target) and all(size in (1, other) for size, other in sizes)

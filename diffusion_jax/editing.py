@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 
 from diffusion_jax import process, sampling
-from diffusion_jax.arrays import as_float, check_same_shape, promote
+from diffusion_jax.arrays import as_float, broadcasts_to, check_same_shape, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser
 from diffusion_jax.measurements import LinearOperator, as_mask, average_pool, gray, masked
 from diffusion_jax.sampling import Sampler, Step, WrappedSampler
@@ -83,11 +83,8 @@ def _add_noise(key, schedule, x_0, t):
 def _as_mask_for(mask, x_0, several=False):
     """`as_mask`, for a mask that broadcasts to x_0, else ValueError. several: allows masks [B, ...] for a single x_0."""
     mask, shape = as_mask(mask), jnp.shape(x_0)
-    sizes = (1,) * (len(shape) - mask.ndim) + mask.shape
-    fits = len(sizes) == len(shape) and all(
-        size in (1, other) for size, other in zip(sizes[1:], shape[1:], strict=True)
-    )
-    if not fits or (sizes[:1] not in ((1,), shape[:1]) and not (several and shape[0] == 1)):
+    has_rows = several and shape[0] == 1 and mask.ndim == len(shape)
+    if not broadcasts_to(mask.shape, mask.shape[:1] + shape[1:] if has_rows else shape):
         raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to x_0's shape, {shape}")
     return mask
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from diffusion_jax.arrays import as_float
+from diffusion_jax.arrays import as_float, broadcasts_to
 from diffusion_jax.denoiser import as_node
 from diffusion_jax.types import Batch, BatchLike
 
@@ -92,9 +92,8 @@ class Measurement:
     y: Float[Array, "B *y_shape"]
     noise: Any
 
-    def __post_init__(
-        self,
-    ):  # runs for every copy that JAX makes, also with other leaves, so values are checked by `check`
+    def __post_init__(self):
+        # JAX makes copies with other leaves, such as axes or derivatives, so `check` and not this method checks values.
         if not isinstance(self.operator, LinearOperator):
             object.__setattr__(self, "operator", LinearOperator(self.operator))
         if isinstance(self.noise, list | tuple):
@@ -118,7 +117,7 @@ class Measurement:
         if callable(self.noise):
             return
         shape = jnp.shape(self.noise)
-        if len(shape) > y.ndim or any(a not in (1, b) for a, b in zip(shape[::-1], y.shape[::-1], strict=False)):
+        if not broadcasts_to(shape, y.shape):
             raise ValueError(f"noise has shape {shape}, which does not broadcast to y {y.shape}")
         if (noise := _on_host(self.noise)) is not None and not (noise > 0).all():
             raise ValueError("noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project")
@@ -187,16 +186,16 @@ def as_mask(mask: Shaped[ArrayLike, "*shape"]) -> Bool[Array, "*shape"]:
 
 def _keep(mask, x):
     x = as_float("x", x)
-    sizes = zip(mask.shape[::-1], x.shape[::-1], strict=False)
-    if mask.ndim > x.ndim or any(a not in (1, b) for a, b in sizes):
+    if not broadcasts_to(mask.shape, x.shape):
         raise ValueError(f"the mask has shape {mask.shape}, which does not broadcast to the examples, {x.shape}")
     return jnp.where(mask, x, 0.0)
 
 
 def masked(mask: Shaped[ArrayLike, "..."]) -> LinearOperator:
-    """Inpainting: measures the known pixels. y: shaped like the image, 0 where pixels are unknown."""
-    keep = jax.tree_util.Partial(_keep, as_mask(mask))
-    return LinearOperator(keep, keep, jnp.asarray(mask, jnp.float32))
+    """Inpainting: measures the known pixels. y: shaped like the image; A(x_0) is 0 where pixels are unknown."""
+    mask = as_mask(mask)
+    keep = jax.tree_util.Partial(_keep, mask)
+    return LinearOperator(keep, keep, mask.astype(jnp.float32))
 
 
 @functools.cache

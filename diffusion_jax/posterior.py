@@ -89,6 +89,11 @@ def _check_std(data_std: float) -> None:
         raise ValueError(f"data_std must be a number above 0, got {data_std}")
 
 
+def _white_variance(level: NoiseLevel, data_std: float) -> Float[Array, "..."]:
+    """Returns the variance of x_0 given x_t for white data N(0, data_std^2 I)."""
+    return data_std**2 * level.sigma**2 / (data_std**2 * level.alpha**2 + level.sigma**2)
+
+
 class _Solved(NamedTuple):
     """prior: the denoiser's prediction. shift: (sigma^2 / alpha) grad log p(y | x_t). residual: as `relative_residual`."""
 
@@ -128,23 +133,18 @@ class _Correction:
         adjoint = operator.adjoint(x_0)
         # alpha is 0 in pure noise, where J and sigma^2 / alpha have no digits.
         scale = jnp.where(level.has_signal, level.sigma**2 / jnp.where(level.has_signal, level.alpha, 1.0), 0.0)
-        variance = level.sigma**2  # of x_0 given x_t for white data of variance 1
+        variance = _white_variance(level, 1.0 if self.data_std is None else self.data_std)
 
         def shift_of(u):
             return scale * transposed(adjoint(u))[0]
 
         def times_matrix(u):
-            if self.data_std is None:
-                return measurement.covariance(u) + operator.measure(shift_of(u))
-            return measurement.covariance(u) + operator.measure(white * adjoint(u))
+            times_v = shift_of(u) if self.data_std is None else variance * adjoint(u)
+            return measurement.covariance(u) + operator.measure(times_v)
 
-        if self.data_std is not None:
-            d2 = self.data_std**2
-            white = d2 * level.sigma**2 / (d2 * level.alpha**2 + level.sigma**2)
-            variance = white
         residual = measurement.residual(x_0)
-        variance = variance.reshape(variance.shape[:1] + (1,) * (residual.ndim - 1) if variance.ndim else ())
-        diagonal = measurement.variances(x_0.dtype) + variance * operator.squared_norms(x_0)
+        per_row = variance.reshape(variance.shape[:1] + (1,) * (residual.ndim - 1) if variance.ndim else ())
+        diagonal = measurement.variances(x_0.dtype) + per_row * operator.squared_norms(x_0)
         u, left = _conjugate_gradients(times_matrix, residual, diagonal, self.iterations)
         return _Solved(prior, shift_of(u), left)
 
@@ -282,12 +282,11 @@ def smc(
     def evaluate(x, t):
         """Returns log p(y | x_t), approximately, its gradient, and the mean and the variance of p(x_{t-1} | x_t)."""
         transition = schedule.transition(t, x)
-        level = schedule.at(t, x)
-        white = data_std**2 * level.sigma**2 / (data_std**2 * level.alpha**2 + level.sigma**2)
+        variance = _white_variance(transition.level, data_std)
 
         def twist(x):
             denoised = denoiser(x, transition)
-            values = log_likelihood(denoised.own_x_0, white)
+            values = log_likelihood(denoised.own_x_0, variance)
             return jnp.sum(values), (values, denoised.output)
 
         (_, (values, output)), gradient = jax.value_and_grad(twist, has_aux=True)(x)

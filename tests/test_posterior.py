@@ -56,13 +56,6 @@ def level_at(s, rows, d):
     return PATH.at_log_snr(jnp.full(rows, -2 * np.log(s)), jnp.zeros((rows, d)))
 
 
-def steps(count):
-    """EDM's noise levels (eq. 5)."""
-    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
-    times = PATH.at_log_snr(-2 * np.log(np.linspace(*ends, count) ** 7), jnp.zeros(count)).time
-    return schedules.from_path(PATH, np.asarray(times).ravel()[::-1])
-
-
 @pytest.mark.parametrize("s", [80.0, 1.0, 0.05])
 @pytest.mark.parametrize("d", [2, 8, 64])
 def test_mmps_is_the_exact_conditional_mean_of_gaussian_data(d, s, x64):
@@ -97,7 +90,7 @@ def test_samplers_with_mmps_draw_from_the_exact_posterior(d, sampler, x64):
     """Mean within 0.02 deviations (the start from the prior at s = 80 leaves about 1 / 80), variances within 2%."""
     problem = Problem(d)
     denoiser = posterior.mmps(problem.denoiser(), problem.measurement(d + 1), iterations=40)
-    draw = lambda x_T: sampling.sample(jax.random.key(0), steps(100), denoiser, x_T, sampler)  # noqa: E731
+    draw = lambda x_T: sampling.sample(jax.random.key(0), schedules.edm_steps(100), denoiser, x_T, sampler)  # noqa: E731
     error, low, high = in_deviations(*affine_map(draw, d), problem)
     assert error < 0.02 and 0.98 < low <= high < 1.02
 
@@ -126,12 +119,12 @@ def test_dps_is_not_a_posterior_sampler(x64):
     x_T = jax.random.normal(jax.random.key(0), (n, 1))
     for zeta in (0.3, 1.0):
         sampler = posterior.dps(sampling.ddpm(), measurement, zeta)
-        x = np.asarray(sampling.sample(jax.random.key(1), steps(100), denoiser, x_T, sampler))
+        x = np.asarray(sampling.sample(jax.random.key(1), schedules.edm_steps(100), denoiser, x_T, sampler))
         assert max(abs(x.mean() - exact_mean), abs(x.std() - exact_std)) > 0.1
     step = lambda zeta: posterior.dps(sampling.ddim(), measurement, zeta).step(  # noqa: E731
-        jax.random.key(2), denoiser, x_T, steps(10).transition(jnp.full(n, 5), x_T), ()
+        jax.random.key(2), denoiser, x_T, schedules.edm_steps(10).transition(jnp.full(n, 5), x_T), ()
     )
-    level = steps(10).at(5, x_T)
+    level = schedules.edm_steps(10).at(5, x_T)
     residual = y - level.alpha * x_T  # of one number, so the gradient of |y - D| is -alpha sign(residual)
     np.testing.assert_allclose(
         step(0.7).x_prev, step(0.0).x_prev + 0.7 * level.alpha * np.sign(residual), rtol=1e-6, atol=1e-9
@@ -220,7 +213,7 @@ def test_the_noise_as_a_function_is_the_noise_as_a_matrix(x64):
 
 
 def test_new_measurements_and_inputs_do_not_compile_again():
-    schedule = steps(4)
+    schedule = schedules.edm_steps(4)
     draw = jax.jit(lambda key, denoiser, x_T: sampling.sample(key, schedule, denoiser, x_T, sampling.ddim()))
     base = Problem(8).denoiser()
     for seed in range(3):
@@ -270,7 +263,7 @@ def test_dps_is_finite_where_the_measurement_is_met():
     """A clipped D of 1 and y = 1: the distance is 0."""
     denoiser = Denoiser(lambda x_t, time: 3 + x_t, prediction="x_0")
     sampler = posterior.dps(sampling.ddim(), Measurement(lambda x: x, np.ones((2, 3)), 0.1))
-    x = sampling.sample(jax.random.key(0), steps(4), denoiser, jnp.zeros((2, 3)), sampler)
+    x = sampling.sample(jax.random.key(0), schedules.edm_steps(4), denoiser, jnp.zeros((2, 3)), sampler)
     np.testing.assert_allclose(x, 1, atol=0.01)
 
 
@@ -359,7 +352,7 @@ def test_smc_resamples_where_few_particles_count():
     ],
 )
 def test_bad_arguments_of_smc_are_refused(change, words):
-    options = {"schedule": steps(4), "denoiser": lambda x, time: x, "x_T": jnp.zeros((4, 2, 1))}
+    options = {"schedule": schedules.edm_steps(4), "denoiser": lambda x, time: x, "x_T": jnp.zeros((4, 2, 1))}
     options |= {"measurement": Measurement(lambda x: x, np.zeros((2, 1)), 1.0)} | change
     with pytest.raises(ValueError, match=words):
         posterior.smc(jax.random.key(0), **options)
