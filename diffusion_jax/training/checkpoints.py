@@ -260,8 +260,8 @@ class Checkpoints:
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self._directory} holds another state: {name}/{key} is "
                     f"{saved.get(key, 'missing')}, expected {expected.get(key, 'none')} (and {len(differing) - 1} other "
-                    "arrays differ); use the config, the version and, of a loss of your own, the scalars that wrote the "
-                    "checkpoint, or another --workdir"
+                    "arrays differ); use the config and the version that wrote the checkpoint, with the same scalars of a "
+                    "loss of your own, or another --workdir"
                 )
 
     def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -171,7 +171,7 @@ def check_loss(config: Mapping[str, Any]) -> None:
     if path:
         _check_continuous(config)
     needs_path = f" is for a path; set diffusion.path to one of {', '.join(schedules.PATHS)}"
-    has_two_samplers = f" has no effect with diffusion.timestep_sampler={sampler!r}; use uniform for one of both"
+    has_two_samplers = f" has no effect with diffusion.timestep_sampler={sampler!r}; use uniform for one of the two"
     has_own_draw = f" has no effect on {draw}, which draws the levels itself; use uniform"
     needs_normal_draw = " is for the draws log_normal and logit_normal; use None"
     is_other_draw = config[sampler_setting(config)] not in ("log_normal", "logit_normal")

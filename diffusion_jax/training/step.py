@@ -353,10 +353,9 @@ def _make_gradient(
     def loss_fn(params, history, key, examples: Examples, index):
         microbatch = Microbatch(index, num_microbatches)
         loss, values = objective(params, history, key, examples, microbatch)
-        times = {"t": values["t"]}
-        values = {
-            name: value.astype(jnp.float32) for name, value in (values | {"loss": loss}).items()
-        } | times  # with x64, too
+        values = {"loss": loss} | values
+        # float32 with x64, too, except for t, which may be an index.
+        values = {name: value if name == "t" else value.astype(jnp.float32) for name, value in values.items()}
         values = jax.tree.map(microbatch.take, values)
         return values["loss"].mean(), values
 
