@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_jax.functions import find_function
 from diffusion_jax.metrics import of_arrays, of_features
-from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, Measurement, even_indices, select
+from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, ValueAndError, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
 __all__ = [
@@ -87,8 +87,8 @@ class Curves(NamedTuple):
 
     name: str
     x: np.ndarray
-    reference: Measurement | Curve
-    samples: Measurement | Curve
+    reference: ValueAndError | Curve
+    samples: ValueAndError | Curve
     labels: tuple[str, str]
     notes: Sequence[str] = ()
     logarithmic: bool = False
@@ -275,7 +275,7 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
     histograms = of_arrays.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
     distance = histograms.distance
     channel = int(np.argmax(distance.value))
-    of_channel = Measurement(*(None if x is None else float(x[channel]) for x in distance))
+    of_channel = ValueAndError(*(None if x is None else float(x[channel]) for x in distance))
     values = _named("histogram_distance", of_channel, channel=channel, bins=_BINS)
     offset, scale = options.units(reference.shape[-1])
     pair, edges = (histograms.reference, histograms.samples), histograms.edges * scale[:, None] + offset[:, None]
@@ -284,7 +284,7 @@ def _marginal_histograms(reference: _Examples, samples: _Examples, options: Opti
         f"total variation {format_value(value, error)}\nexpected for equal distributions: {same_distribution:.2g}"
         for value, error, same_distribution in zip(*distance[:3], strict=True)
     ]
-    one, other = (Measurement(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
+    one, other = (ValueAndError(np.transpose(each.value), np.transpose(each.standard_error)) for each in pair)
     labels = "value (data units)", "share of the values"
     return Result(values, arrays, Curves("histograms", edges, one, other, labels, notes))
 
@@ -323,7 +323,7 @@ def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) 
         "at frequency 0: " + ", ".join(format_value(s.value[0, c], s.standard_error[0, c]) for s in spectra)
         for c in range(len(scale))
     ]
-    one, other = (Measurement(each.value[1:], each.standard_error[1:]) for each in spectra)
+    one, other = (ValueAndError(each.value[1:], each.standard_error[1:]) for each in spectra)
     labels = "frequency (cycles per position)", "power (data units squared)"
     return Result(values, arrays, Curves("spectrum", frequencies[1:], one, other, labels, notes, logarithmic=True))
 
@@ -342,7 +342,7 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
     return Result(values, arrays, curves)
 
 
-def _named(name: str, distance: Measurement, **settings: Any) -> dict[str, Any]:
+def _named(name: str, distance: ValueAndError, **settings: Any) -> dict[str, Any]:
     """Returns {name: value, name_standard_error: ...} for a distance, and the settings."""
     numbers = {field: x for field, x in distance._asdict().items() if x is not None} | settings
     return {name if field == "value" else f"{name}_{field}": x for field, x in numbers.items()}

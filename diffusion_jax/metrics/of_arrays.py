@@ -21,7 +21,7 @@ __all__ = [
     "LazyExamples",
     "MarginalHistograms",
     "MeanAndCovariance",
-    "Measurement",
+    "ValueAndError",
     "as_examples",
     "autocorrelation",
     "energy_distance",
@@ -125,7 +125,7 @@ def relative_rounding(dtype: np.dtype) -> float:
     return max(1e-12, float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0)
 
 
-class Measurement(NamedTuple):
+class ValueAndError(NamedTuple):
     """An estimate and its standard error: numbers, or arrays with the same shape.
 
     same_distribution, same_distribution_std: for a distance, its mean and standard deviation if both sets have the same
@@ -142,8 +142,8 @@ class Measurement(NamedTuple):
 class MeanAndCovariance(NamedTuple):
     """mean: of each channel [C]. covariance: between the channels at one position [C, C]."""
 
-    mean: Measurement
-    covariance: Measurement
+    mean: ValueAndError
+    covariance: ValueAndError
 
 
 def mean_and_covariance(x: Any) -> MeanAndCovariance:
@@ -164,7 +164,8 @@ def mean_and_covariance(x: Any) -> MeanAndCovariance:
     error = _standard_error(total, squares, count)
     # The estimated mean lies closer to the data than the true mean; its own covariance corrects for this.
     return MeanAndCovariance(
-        Measurement(mean, np.sqrt(np.diag(covariance_of_mean))), Measurement(total / count + covariance_of_mean, error)
+        ValueAndError(mean, np.sqrt(np.diag(covariance_of_mean))),
+        ValueAndError(total / count + covariance_of_mean, error),
     )
 
 
@@ -270,14 +271,14 @@ def _standard_error(total: np.ndarray, squares: np.ndarray, count: int) -> np.nd
 # ---- Energy distance
 
 
-def energy_distance(reference: Any, samples: Any) -> Measurement:
+def energy_distance(reference: Any, samples: Any) -> ValueAndError:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013): 0 for equal distributions, otherwise above 0.
 
     The estimate is unbiased (a U-statistic), so it may be below 0. |x - y| is the Euclidean norm over all entries of an
     example. Hoeffding's decomposition gives the errors: same_distribution_std from the second-order terms, the only terms for
     equal distributions, and the standard error from both orders. Time is quadratic in the number of examples.
 
-    Returns: Measurement with same_distribution_std; in one dimension, about 2% of the values for equal distributions exceed
+    Returns: ValueAndError with same_distribution_std; in one dimension, about 2% of the values for equal distributions exceed
       three times this number.
     Raises: ValueError for fewer than four examples, different example shapes, or values that are not finite.
     """
@@ -302,7 +303,7 @@ def energy_distance(reference: Any, samples: Any) -> Measurement:
         first += 4 * (projection.var(ddof=1) - cross / other - v * (k - 2) / (k - 1) ** 2) / k
     second = max(second, 0.0)
     error = np.sqrt(max(first, 0.0) + second)
-    return Measurement(float(value), float(error), same_distribution_std=float(np.sqrt(second)))
+    return ValueAndError(float(value), float(error), same_distribution_std=float(np.sqrt(second)))
 
 
 def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -335,7 +336,7 @@ def _centered_variance(sums: np.ndarray, squares: float) -> float:
 
 def sliced_wasserstein(
     key: jax.Array, reference: Any, samples: Any, *, projections: int = 256, groups: int = 20, permutations: int = 20
-) -> Measurement:
+) -> ValueAndError:
     """(E_u W_2(u.X, u.Y)^2)^(1/2) over random unit vectors u (Bonneel et al. 2015).
 
     W_2 is the exact Wasserstein distance between the projected sets, whose sizes may differ. The distance between finite sets
@@ -384,7 +385,7 @@ def sliced_wasserstein(
     if value > 0:
         direction_error /= 2 * value
     error = np.sqrt(data_variance + direction_error**2)
-    return Measurement(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
+    return ValueAndError(float(value), float(error), float(permuted.mean()), float(permuted.std(ddof=1)))
 
 
 def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
@@ -412,9 +413,9 @@ class MarginalHistograms(NamedTuple):
     """
 
     edges: np.ndarray
-    reference: Measurement
-    samples: Measurement
-    distance: Measurement
+    reference: ValueAndError
+    samples: ValueAndError
+    distance: ValueAndError
 
 
 def marginal_histograms(
@@ -445,7 +446,7 @@ def marginal_histograms(
             squares += np.square(shares).sum(axis=0)
         mean = total.sum(axis=0) / len(x)
         variance = np.maximum(squares / len(x) - mean**2, 0) / (len(x) - 1)
-        histograms.append(Measurement(mean, np.sqrt(variance)))
+        histograms.append(ValueAndError(mean, np.sqrt(variance)))
         sums.append(total)
         counts.append(np.bincount(group, minlength=groups))
 
@@ -463,7 +464,7 @@ def marginal_histograms(
     noise = np.hypot(*(h.standard_error for h in histograms))
     same_distribution = np.sqrt(0.5 / np.pi) * noise.sum(axis=-1)
     edges = np.linspace(low, high, bins + 1, axis=-1)
-    return MarginalHistograms(edges, histograms[0], histograms[1], Measurement(value, error, same_distribution))
+    return MarginalHistograms(edges, histograms[0], histograms[1], ValueAndError(value, error, same_distribution))
 
 
 def value_range(x: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import pytest
 
 from diffusion_jax import pictures
 from diffusion_jax.metrics import Curves
-from diffusion_jax.metrics.of_arrays import Measurement
+from diffusion_jax.metrics.of_arrays import ValueAndError
 from diffusion_jax.pictures import Channels, Examples, draw_curves, draw_grid, draw_samples, draw_trajectory, to_array
 from diffusion_jax.pictures.grids import GAP, LINE
 
@@ -375,7 +375,7 @@ def test_what_cannot_be_drawn_is_refused():
 @pytest.mark.parametrize(("kind", "length"), [("bins", 50), ("logarithmic", 9), ("linear", 200)])
 def test_statistics_have_error_bars_for_both_sets(kind, length):
     rng, every = np.random.default_rng(0), 3 if length == 200 else 1
-    pair = [Measurement(0.5 + rng.random((length, 2)), 0.1 * rng.random((length, 2))) for _ in range(2)]
+    pair = [ValueAndError(0.5 + rng.random((length, 2)), 0.1 * rng.random((length, 2))) for _ in range(2)]
     x = np.sort(rng.random((2, length + 1))) if kind == "bins" else 1 + np.arange(length)
     curves = Curves("name", x, *pair, ("x", "value (data units)"), logarithmic=kind == "logarithmic")
     figure = draw_curves(curves, "title", Channels(("u", "v"), ("K", "m")))
