@@ -7,8 +7,6 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from diffusion_jax.types import Batch
 
-__all__ = ["as_batch", "as_float", "broadcasts_to", "check_same_shape", "promote"]
-
 
 def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Converts x to a float32 jax array, or float64 if x is float64 and x64 is on; lower precisions are promoted.

@@ -40,8 +40,6 @@ from diffusion_jax.files import with_urls
 from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.locks import LockHeldError
 
-__all__ = ["MODES", "Command", "Parser", "check_mode", "main", "make_parser", "parse", "program", "run"]
-
 MODES = {
     "train": "train a diffusion model, or resume its training",
     "sample": "draw samples",

@@ -22,8 +22,6 @@ from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
 from diffusion_jax.types import Batch, DenoiseFn
 
-__all__ = ["from_edm", "from_flow", "precondition"]
-
 
 def _level_at(path: Path | Schedule, time: Float[Array, "B"], x_t: Batch) -> NoiseLevel:
     return (path.path if isinstance(path, Schedule) else path).at(time, x_t)

@@ -10,28 +10,6 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DiffusionJaxError",
-    "LeaseLostError",
-    "PretrainedError",
-    "SaveError",
-    "StorageError",
-    "UnreadableFilesError",
-    "UserError",
-    "as_user_error",
-    "closest_names",
-    "describe_exception",
-    "find_user_frame",
-    "first_line",
-    "list_differences",
-    "list_names",
-    "shorten",
-    "user_files",
-]
-
 # The files of the functions that settings name; `functions.import_function` adds them.
 user_files: set[str] = set()
 _LIBRARIES = ("<", os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)

@@ -20,18 +20,6 @@ import numpy as np
 
 from diffusion_jax.untrusted import check_regular, open_npz, read_header
 
-__all__ = [
-    "atomic_directory",
-    "atomic_write",
-    "downloads_root",
-    "map_array",
-    "mirrors_root",
-    "save_npz",
-    "user_cache",
-    "with_urls",
-    "write_text",
-]
-
 
 def user_cache() -> pathlib.Path:
     """Returns the cache directory, for files that later runs can recreate: programs, features, decoded images, downloads."""

@@ -12,8 +12,6 @@ from typing import Any
 
 from diffusion_jax.errors import describe_exception, user_files
 
-__all__ = ["find_function", "import_function"]
-
 
 def import_function(name: str) -> Callable:
     """Imports the function "module:function" or "FILE.py:function", also from the current directory. Raises: ValueError."""

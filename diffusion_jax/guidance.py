@@ -23,8 +23,6 @@ from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import QUANTITIES, Denoiser, as_denoiser, as_node
 from diffusion_jax.types import DenoiseFn, LogitsFn, LogProbFn
 
-__all__ = ["class_log_prob", "classifier", "classifier_free"]
-
 
 def _expand_rows(values, like):
     """Reshapes [B] to [B, 1, ..., 1] in the dtype of `like`; a scalar stays []. Raises: ValueError for another shape."""

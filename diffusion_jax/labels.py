@@ -11,8 +11,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
-__all__ = ["in_range", "log_prob"]
-
 
 def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool = False) -> Integer[Array, "*shape"]:
     """Replaces labels of y outside 0 ... num_classes - 1 by num_classes, for which a gather with mode "fill" gives NaN.

@@ -26,23 +26,6 @@ from diffusion_jax.arrays import as_float, broadcasts_to
 from diffusion_jax.denoiser import as_node
 from diffusion_jax.types import Batch, BatchLike
 
-__all__ = [
-    "LinearMap",
-    "LinearOperator",
-    "Measurement",
-    "as_mask",
-    "at_points",
-    "average_pool",
-    "blur",
-    "compose",
-    "decimate",
-    "fourier",
-    "gray",
-    "masked",
-    "mix_channels",
-    "radon",
-]
-
 LinearMap: TypeAlias = Callable[[BatchLike], Float[Array, "B *result_shape"]]
 _NUM_PROBES = 16
 

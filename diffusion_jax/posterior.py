@@ -33,8 +33,6 @@ from diffusion_jax.sampling import Step, WrappedSampler
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
-__all__ = ["Particles", "dps", "mmps", "pigdm", "relative_residual", "smc", "systematic_resample"]
-
 
 def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations: int = 3) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y], with the covariance (sigma^2 / alpha) J of the denoiser itself.

@@ -17,8 +17,6 @@ from diffusion_jax.config import flatten
 from diffusion_jax.errors import list_differences, shorten
 from diffusion_jax.untrusted import open_npz, parse_json
 
-__all__ = ["Provenance", "array_digest", "params_digest", "settings_digest"]
-
 _ARRAY = "provenance"  # its name in an .npz
 
 

@@ -30,8 +30,6 @@ from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
 
-__all__ = ["BucketRunDir", "ChunkStore", "RunDir", "committed_steps", "find_links", "open_run_dir"]
-
 _FOLDERS = ("checkpoints", "images", "metrics", "plugins", "samples", ".likelihood")  # of this package; W&B has its own
 
 

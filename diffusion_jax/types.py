@@ -13,19 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
-__all__ = [
-    "Batch",
-    "BatchLike",
-    "Clip",
-    "DenoiseFn",
-    "Index",
-    "LevelDraw",
-    "LogProbFn",
-    "LogitsFn",
-    "Time",
-    "TimestepSampler",
-]
-
 # A batch of float arrays with any shape: as a result, and as an argument.
 Batch: TypeAlias = Float[Array, "B *shape"]
 BatchLike: TypeAlias = Float[ArrayLike, "B *shape"]

@@ -55,7 +55,7 @@ show_warning_types = True
 smartquotes = False  # which would change -- of a flag to a dash
 highlight_language = "none"  # for blocks without a language
 
-# API pages: every name in __all__, with the signature from the source.
+# API pages: every public name, with the signature from the source.
 autodoc_default_options = {"members": True, "undoc-members": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

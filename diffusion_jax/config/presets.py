@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CLASSIFIER_PRESETS", "OPENAI", "PRESETS", "UNET_PRESETS"]
-
 # The fields common to all OpenAI networks that differ from Ho et al.'s network.
 OPENAI: dict[str, Any] = {
     "embedding_cos_first": True,

@@ -17,24 +17,6 @@ import numpy as np
 
 from diffusion_jax.errors import closest_names
 
-__all__ = [
-    "Boolean",
-    "Choice",
-    "FunctionName",
-    "Integer",
-    "Interval",
-    "NamedValues",
-    "Number",
-    "OneOf",
-    "Text",
-    "Tuple",
-    "ValueKind",
-    "optional",
-    "parse",
-    "read_value",
-]
-
-
 _LARGEST = 2**31 - 1
 
 

@@ -20,8 +20,6 @@ from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import check_regular
 
-__all__ = ["ArrayFiles"]
-
 _CHECKED_BYTES, _MAX_LABELS = 4 * 2**30, 2**28
 _KINDS = (".npy", ".npz", ".zarr", ".h5", ".hdf5")
 _ALLOWED = "an .npy, .npz, .zarr, .h5 or .hdf5, or a folder of .npy files"

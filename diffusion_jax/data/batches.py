@@ -22,8 +22,6 @@ from diffusion_jax.data.sources import Source, read_block_lengths
 if TYPE_CHECKING:
     import grain
 
-__all__ = ["Batches", "stream"]
-
 _MAX_LANES = 16
 _BLOCKS_IN_WINDOW = 2
 _MIN_AHEAD = 16  # batches that are ready while the next block is downloaded

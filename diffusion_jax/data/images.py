@@ -36,8 +36,6 @@ from diffusion_jax.files import map_array, save_npz, user_cache
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
-__all__ = ["Digits", "EncodedImages", "Folder", "decode_once", "find_folder", "fit"]
-
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VERSION = 2  # increase if sources decode the same files to other arrays
 

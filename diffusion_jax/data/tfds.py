@@ -25,8 +25,6 @@ from diffusion_jax.storage.downloads import cached_files, local_path
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import read_image
 
-__all__ = ["Tfds", "local_data_dir", "make_builder", "natural_shape", "prepare"]
-
 _ANSWER_SECONDS = 10.0  # for name resolution, connection and a server's answer
 _RECORD_HEADER = struct.Struct("<Q4x")  # a TFRecord's header: data length and checksum
 _CHECKSUM_BYTES = 4  # after the data

@@ -21,17 +21,6 @@ import diffusion_jax
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.files import user_cache
 
-__all__ = [
-    "DETERMINISTIC",
-    "collect_garbage_rarely",
-    "compiler_options",
-    "describe_environment",
-    "peak_memory",
-    "silence_libraries",
-    "start",
-    "start_virtual",
-]
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # constants from glibc's malloc.h
 _CACHE_OPTION = "jax_compilation_cache_dir"
 

@@ -21,8 +21,6 @@ from diffusion_jax.distributed.processes import (
     is_multiprocess,
 )
 
-__all__ = ["HANDLER", "SignalHandler", "StoppedBySignal"]
-
 _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by Ctrl-C"}
 
 

@@ -39,8 +39,6 @@ from diffusion_jax.metrics import (
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
-__all__ = ["add_record", "check_comparable", "check_count", "compare", "find_conditions", "log_values", "read_records"]
-
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _WIDTHS = 41, 18  # of names and values in the log
 _Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # other limits: NAME_limit

@@ -35,8 +35,6 @@ from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoiser, as_denoiser
 from diffusion_jax.schedules import Schedule
 
-__all__ = ["DEQUANTIZATIONS", "OdeDensity", "bits_per_dim", "log_density"]
-
 DEQUANTIZATIONS = ("uniform", "variational", "none")
 
 

@@ -24,26 +24,6 @@ from diffusion_jax.metrics import of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, ValueAndError, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
-__all__ = [
-    "MAX_EXAMPLES",
-    "MEANINGS",
-    "METRICS",
-    "Curves",
-    "Meaning",
-    "Metric",
-    "Options",
-    "Result",
-    "choose_metrics",
-    "find_meaning",
-    "find_metric",
-    "format_value",
-    "heading",
-    "largest_z",
-    "needs_features",
-    "reported_name",
-    "reported_values",
-]
-
 MAX_EXAMPLES = 50_000  # in a set of arrays, as in the image metrics
 # The parameters of a user's function that take the labels and conditions of a set.
 _CONDITIONS = ("reference_label", "samples_label", "reference_condition", "samples_condition")

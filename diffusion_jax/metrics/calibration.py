@@ -15,17 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-__all__ = [
-    "Calibration",
-    "RankTest",
-    "coverage",
-    "distance_ranks",
-    "find_calibration",
-    "histogram",
-    "rank_test",
-    "ranks",
-]
-
 _FALSE_ALARM = 0.0027  # of all tests together: three standard deviations for one
 
 

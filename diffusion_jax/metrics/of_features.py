@@ -18,21 +18,6 @@ import numpy as np
 
 from diffusion_jax.metrics.of_arrays import as_examples
 
-__all__ = [
-    "Estimate",
-    "Moments",
-    "Neighbors",
-    "density_coverage",
-    "frechet_distance",
-    "inception_score",
-    "kid",
-    "memorization_report",
-    "moments",
-    "moments_of_chunks",
-    "nearest_neighbors",
-    "precision_recall",
-]
-
 _BLOCK = 512  # rows whose distances are on the device at once
 
 

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from diffusion_jax import labels
 from diffusion_jax.models.layers import LayerFactory
 
-__all__ = ["Conditional", "condition_shape", "initial_inputs", "mark_missing"]
-
 
 def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tuple[int, ...] | None:
     """Returns the shape of a condition: (D,) for a vector, (*spatial, K) for an array; None without conditions.

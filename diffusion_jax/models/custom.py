@@ -28,8 +28,6 @@ from diffusion_jax.config.values import Boolean, Choice, Integer, Number, OneOf,
 from diffusion_jax.models.conditions import Conditional, initial_inputs
 from diffusion_jax.models.layers import times_of_rows
 
-__all__ = ["CustomNetwork", "Shapes", "read_options"]
-
 
 class Shapes(NamedTuple):
     """The shapes that a network's function gets.

@@ -16,25 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-__all__ = [
-    "KEPT_INSIDE",
-    "Attention",
-    "Conv",
-    "Dense",
-    "Dropout",
-    "GroupNorm",
-    "LayerFactory",
-    "ResBlock",
-    "convolve",
-    "convolve_periodic",
-    "convolve_upsampled",
-    "downsample_2x",
-    "split_heads",
-    "times_of_rows",
-    "timestep_embedding",
-    "upsample_2x",
-]
-
 # For jax.checkpoint policies: names the results of products inside a block; all other values are cheap to recompute from
 # these results.
 KEPT_INSIDE = "inside blocks"

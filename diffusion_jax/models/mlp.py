@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.models.layers import LayerFactory, ResBlock
 
-__all__ = ["MLP"]
-
 _REMAT_BLOCK = nn.remat(ResBlock, static_argnums=(3,))
 
 

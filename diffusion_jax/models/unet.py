@@ -33,8 +33,6 @@ from diffusion_jax.models.layers import (
     upsample_2x,
 )
 
-__all__ = ["KEPT_NAMES", "AttentionPool", "Classifier", "Encoder", "UNet"]
-
 # For jax.checkpoint policies: names of the activations that `remat` keeps for the backward pass, between blocks and inside
 # the blocks that are not recomputed.
 _KEPT_BETWEEN = "between blocks"

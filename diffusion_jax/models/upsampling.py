@@ -10,8 +10,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-__all__ = ["augment", "condition", "condition_channels", "downsample", "enlarge"]
-
 
 def downsample(x_0, height: int) -> jax.Array:
     """Downsamples images [B, H, W, C] to `height`, the width in proportion: means over squares of H / height pixels.

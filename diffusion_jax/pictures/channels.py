@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["UNKNOWN", "Channels", "plain_text", "to_plotted"]
-
 _MARGIN = 0.1  # share of the span that limits leave free on either side
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from diffusion_jax.metrics import Curves
 
-__all__ = ["draw_bound_terms", "draw_curves", "draw_rate_distortion", "make_figure", "note_shown"]
-
 _MIN_WIDTH = 4.8  # inches, wide enough for titles
 _PLOT_SIZE = (7.0, 4.0)  # inches, for a single plot
 _LETTERS_PER_INCH = 13  # in a title

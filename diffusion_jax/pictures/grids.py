@@ -17,20 +17,6 @@ from diffusion_jax.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "GAP",
-    "LINE",
-    "Block",
-    "Picture",
-    "as_text",
-    "draw_blocks",
-    "draw_grid",
-    "fill_cells",
-    "save",
-    "to_array",
-    "to_pillow",
-]
-
 Picture: TypeAlias = "np.ndarray | Figure"
 
 GAP = 4  # gray pixels around every image in a grid

@@ -22,8 +22,6 @@ from diffusion_jax.pictures.grids import Block, Picture, draw_blocks, draw_grid,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Examples", "draw_edit", "draw_neighbors", "draw_samples", "draw_trajectory"]
-
 _MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
 _MAX_CLASSES = 20  # with rows of their own in a grid
 _MAX_LINES = 6  # in a panel of series

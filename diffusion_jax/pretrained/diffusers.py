@@ -25,17 +25,6 @@ from diffusion_jax.models.layers import split_heads
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_clip, make_model
 
-__all__ = [
-    "NAMING",
-    "find_configs",
-    "load_diffusers",
-    "save_diffusers",
-    "scheduler_from_config",
-    "scheduler_to_config",
-    "unet_from_config",
-    "unet_to_config",
-]
-
 # ---- The names of parameters
 
 

@@ -16,8 +16,6 @@ from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_model
 
-__all__ = ["NAMING", "PRESETS", "is_ho", "load_ho"]
-
 # Presets of `models`: the image size, and the `config.diffusion` settings that differ from `DIFFUSION_DEFAULTS`.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm_cifar10": (32, {"variance": "fixed_large"}),

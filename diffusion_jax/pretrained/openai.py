@@ -22,8 +22,6 @@ from diffusion_jax.models.layers import split_heads
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import Model, make_model
 
-__all__ = ["FILES", "NAMING", "PRESETS", "describe_openai", "is_openai", "load_openai", "parse_flags"]
-
 _LEARNED = {"variance": "learned_range"}
 _IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
 # Improved DDPM's linear schedule goes from 0.1 / T to 20 / T.

@@ -26,25 +26,6 @@ from diffusion_jax import untrusted
 from diffusion_jax.errors import PretrainedError, first_line, list_names
 from diffusion_jax.training.state import Network, abstract_params
 
-__all__ = [
-    "Naming",
-    "Path",
-    "Tensors",
-    "build_params",
-    "channel_multipliers",
-    "flat_shapes",
-    "from_torch",
-    "is_tensorflow_checkpoint",
-    "keep_layout",
-    "open_tensors",
-    "parameter_shapes",
-    "read_json",
-    "require_module",
-    "save_tensors",
-    "to_torch",
-    "torch_shape",
-]
-
 Path = tuple[str, ...]
 
 # ---- Files

@@ -19,8 +19,6 @@ from diffusion_jax.report.collect import collect
 from diffusion_jax.report.page import comparison_page, run_page
 from diffusion_jax.run_dir import RunDir, open_run_dir
 
-__all__ = ["NAME", "write_comparison", "write_report"]
-
 NAME = "report.html"
 
 

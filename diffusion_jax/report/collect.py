@@ -28,8 +28,6 @@ from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
 from diffusion_jax.untrusted import read_json
 
-__all__ = ["RunFiles", "collect", "sample_command", "table_cells", "train_command"]
-
 _FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
 # What the metrics of a record depend on, besides the options of the sampler.
 _SETTINGS = ("run", "dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")

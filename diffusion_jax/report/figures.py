@@ -22,20 +22,6 @@ from diffusion_jax.report.collect import RunFiles
 from diffusion_jax.runs.logging import SCALARS, describe_scalar
 from diffusion_jax.untrusted import open_npz, read_image
 
-__all__ = [
-    "MAX_POINTS",
-    "Budget",
-    "Chart",
-    "Frames",
-    "Picture",
-    "denoising",
-    "even_subset",
-    "make_series",
-    "other_pictures",
-    "training_charts",
-    "training_samples",
-]
-
 
 def even_subset(count: int, most: int) -> list[int]:
     """Returns at most `most` numbers in 0 ... count - 1, evenly spread, including both ends."""

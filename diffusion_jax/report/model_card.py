@@ -14,8 +14,6 @@ from diffusion_jax.pretrained import Model, format_summary
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
 
-__all__ = ["model_card"]
-
 
 def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
     """Returns the card of converted weights as Markdown that begins with metadata.

@@ -28,8 +28,6 @@ from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
-__all__ = ["run"]
-
 _GRAY = 127  # for pixels that the model paints; mask values above 127 of 255 mark known pixels
 
 

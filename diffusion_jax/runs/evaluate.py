@@ -30,8 +30,6 @@ from diffusion_jax.runs.sample import SampleFile
 from diffusion_jax.runs.workdir import load_examples, to_dict, write_config_if_untrained
 from diffusion_jax.training import condition_shape
 
-__all__ = ["load_pipeline", "load_reference", "measure_samples", "run"]
-
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Measures the likelihood of `evaluation.split`, then computes sample metrics; the config can turn off either.

@@ -17,8 +17,6 @@ from diffusion_jax.run_dir import RunDir, committed_steps
 from diffusion_jax.runs.sampling_setup import SamplingSetup, make_captions
 from diffusion_jax.untrusted import open_npz
 
-__all__ = ["draw_beside_examples", "read_channels", "write_examples"]
-
 _FILE = "examples.npz"
 _MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
 _MAX_CONDITIONED = 256  # enough to find an example near a requested condition

@@ -45,8 +45,6 @@ from diffusion_jax.runs.workdir import (
 )
 from diffusion_jax.schedules import Schedule, respace
 
-__all__ = ["LikelihoodRun", "bound_schedule", "measure_likelihood"]
-
 _TABLES = ("vlb", "mse", "x_0_mse")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
 _REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in likelihood.json that differ

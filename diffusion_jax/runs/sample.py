@@ -33,8 +33,6 @@ from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, keys_
 from diffusion_jax.runs.workdir import open_model, to_dict, write_config_if_untrained
 from diffusion_jax.untrusted import open_npz
 
-__all__ = ["SampleFile", "make_provenance", "picture_steps", "run", "write_samples"]
-
 _FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
 # Settings of `config.sampling` that a record omits, because the settings change no sample or the record has their result.
 _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema", "files")

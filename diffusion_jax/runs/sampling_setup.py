@@ -24,20 +24,6 @@ from diffusion_jax.images import to_uint8
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import check_regular, open_npz, read_header
 
-__all__ = [
-    "SamplingSetup",
-    "check_finite",
-    "class_captions",
-    "keys_of_samples",
-    "load_arrays",
-    "make_captions",
-    "parse_classes",
-    "resolve_sampling",
-    "sampler_from_config",
-    "steps_from_config",
-    "unused_settings",
-]
-
 _GUIDANCE = ("guidance_scale", "guidance_rescale", "classifier_scale", "classifier_form")  # same names in `denoiser`
 _MAX_SHOWN_NUMBERS = 4  # of a condition in a caption
 

@@ -17,8 +17,6 @@ from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import compute_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
 
-__all__ = ["describe", "report", "sparkline"]
-
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN_LOSSES = 40
 

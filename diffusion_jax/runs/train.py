@@ -54,8 +54,6 @@ from diffusion_jax.runs.workdir import (
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
 
-__all__ = ["BatchLoader", "SampleBatches", "StepsInFlight", "run"]
-
 _FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
 

@@ -27,23 +27,6 @@ from diffusion_jax.training.checkpoints import check_run_files
 from diffusion_jax.training.state import Network
 from diffusion_jax.untrusted import read_json
 
-__all__ = [
-    "check_data",
-    "check_identity",
-    "check_network_source",
-    "check_source",
-    "config_from_weights",
-    "digest_of_some",
-    "load_config",
-    "load_examples",
-    "normalize",
-    "open_model",
-    "run_normalizations",
-    "to_dict",
-    "write_config",
-    "write_config_if_untrained",
-]
-
 # Settings besides config.model that change the shapes of the network's parameters.
 _OF_THE_NETWORK = ("diffusion.loss", "diffusion.variance", "diffusion.conditioning_noise")
 _NUM_HASHED_EXAMPLES = _NUM_CHECKED_IMAGES = 64

@@ -17,8 +17,6 @@ from diffusion_jax.sampling.solvers import heun
 from diffusion_jax.schedules import Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
-__all__ = ["ddim", "ddpm", "encode", "euler", "euler_ancestral"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ddpm(Sampler):

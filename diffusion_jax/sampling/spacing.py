@@ -17,8 +17,6 @@ from diffusion_jax.schedules import Schedule, respace
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.types import DenoiseFn
 
-__all__ = ["default_spacing", "find_blur", "find_error_growth", "find_problem"]
-
 _MIN_WIDTH = 0.9  # ratio of the standard deviations of samples and data below which the last step is noted
 _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained network
 # By `Stability.order`: about the norm of the Adams-Bashforth weights, (3/2, -1/2) and so on; it multiplies independent

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["NoiseLevel", "Transition"]
-
 
 class NoiseLevel(NamedTuple):
     """The noise level of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1: one for each row of x_t, or one for all.

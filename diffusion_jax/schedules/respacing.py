@@ -10,8 +10,6 @@ from jaxtyping import Num
 from diffusion_jax.schedules.paths import Interpolated, Path, edm
 from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_path, from_tables
 
-__all__ = ["DATA_STD", "SPACINGS", "edm_steps", "respace"]
-
 
 def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
     """OpenAI's "ddimN": the integer stride that visits exactly N steps from 0 (DDIM section 4.2)."""

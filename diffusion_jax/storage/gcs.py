@@ -18,8 +18,6 @@ from gcsfs.retry import HttpError
 from diffusion_jax.errors import StorageError, shorten
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore
 
-__all__ = ["Store"]
-
 _ADVICE = "type: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 _TIMEOUTS = aiohttp.ClientTimeout(sock_connect=10, sock_read=30)  # seconds
 

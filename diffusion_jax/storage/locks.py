@@ -21,8 +21,6 @@ import filelock
 from diffusion_jax.errors import LeaseLostError
 from diffusion_jax.storage.objects import ObjectStore
 
-__all__ = ["FileLock", "Lease", "LockHeldError"]
-
 _WAIT_SECONDS = 30.0  # how long to wait for a held lock, and how long a lease is valid without renewal
 _RENEW_SECONDS = 10.0
 _COUNTDOWN_SECONDS = 10.0

@@ -19,8 +19,6 @@ from typing import Any
 
 from diffusion_jax.errors import StorageError, shorten
 
-__all__ = ["PROBE", "ObjectInfo", "ObjectStore", "is_url", "open_store"]
-
 _SERVICES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme: (module, and extra in pyproject.toml; package)
 _NUM_THREADS = 16
 PROBE = ".write_check-"  # name prefix of small objects that test write access to a bucket

@@ -10,8 +10,6 @@ from s3fs import S3FileSystem
 
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore
 
-__all__ = ["Store"]
-
 _OPTIONS = {
     "connect_timeout": 10,  # seconds
     "read_timeout": 30,

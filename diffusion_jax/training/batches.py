@@ -13,9 +13,6 @@ from diffusion_jax import data, models
 from diffusion_jax.config import is_continuous
 from diffusion_jax.images import to_model_range
 
-__all__ = ["Examples", "abstract_batch", "condition_shape", "random_flip", "read_batch"]
-
-
 _KINDS = {  # {name in messages: (the dtypes, the dtype of a batch of the program)}
     "bool": (jnp.bool_, np.bool_),
     "uint8": (jnp.uint8, np.uint8),

@@ -34,16 +34,6 @@ from diffusion_jax.training.step import (
 )
 from diffusion_jax.untrusted import read_json
 
-__all__ = [
-    "TrainingProgram",
-    "build_program",
-    "check_loss",
-    "create",
-    "model_from_config",
-    "schedule_from_config",
-    "stored_normalizations",
-]
-
 
 def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.Path) -> data.Normalizations:
     """Reads the normalizations of the training data from a run's data.json.

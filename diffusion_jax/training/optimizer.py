@@ -13,17 +13,6 @@ import optax
 
 from diffusion_jax.functions import find_function
 
-__all__ = [
-    "MAX_INITIAL_SHARE",
-    "ema_decay",
-    "find_frozen",
-    "from_config",
-    "global_norm",
-    "initial_share",
-    "learning_rate",
-    "weights_kind",
-]
-
 MAX_INITIAL_SHARE = 0.1  # largest weight of the random initial parameters in an EMA that is used
 
 

@@ -20,22 +20,6 @@ from clu.metrics import Average
 from diffusion_jax import models, timesteps
 from diffusion_jax.schedules import Schedule
 
-__all__ = [
-    "QUARTERS",
-    "Network",
-    "TrainState",
-    "abstract_params",
-    "empty_averages",
-    "initial_history",
-    "initial_params",
-    "initial_state",
-    "make_average",
-    "mean_metrics",
-    "metric_names",
-    "quarter_averages",
-    "update_averages",
-]
-
 Network = models.UNet | models.MLP | models.CustomNetwork | models.Classifier
 
 

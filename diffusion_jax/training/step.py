@@ -35,19 +35,6 @@ from diffusion_jax.training.state import (
 )
 from diffusion_jax.types import TimestepSampler
 
-__all__ = [
-    "Microbatch",
-    "Objective",
-    "TrainStep",
-    "find_terms",
-    "make_objective",
-    "make_timestep_sampler",
-    "make_train_step",
-    "sampler_setting",
-    "scan_steps",
-    "sigma_data",
-]
-
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 # (params, loss history, key, examples, microbatch) -> (loss [B], values by name, each [B])

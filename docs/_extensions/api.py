@@ -28,6 +28,14 @@ PACKAGE = "diffusion_jax"
 _LONGEST_VALUE = 160  # characters
 
 
+def public_names(module: str) -> list[str]:
+    """The names of `__all__`, or else the names without an underscore that the module defines."""
+    names = getattr(importlib.import_module(module), "__all__", None)
+    if names is None:
+        names = [name for name in _definitions(module) if "." not in name and not name.startswith("_")]
+    return list(names)
+
+
 def page_of(module: str, name: str) -> str:
     """The module whose page documents `module.name`: a package above `module`, or the module that defines the object.
 
@@ -36,7 +44,7 @@ def page_of(module: str, name: str) -> str:
     value = getattr(importlib.import_module(module), name)
     if module == PACKAGE:  # the package exports a submodule's names
         for below in filter(inspect.ismodule, vars(importlib.import_module(PACKAGE)).values()):
-            if name in getattr(below, "__all__", ()) and getattr(below, name, None) is value:
+            if name in public_names(below.__name__) and getattr(below, name, None) is value:
                 return below.__name__
     owner = getattr(value, "__module__", None) if inspect.isclass(value) or inspect.isroutine(value) else None
     if owner is not None and not f"{owner}.".startswith(f"{module}."):
@@ -44,7 +52,7 @@ def page_of(module: str, name: str) -> str:
     parent = module.rpartition(".")[0]
     while parent.startswith(PACKAGE + "."):
         package = importlib.import_module(parent)
-        if name in getattr(package, "__all__", ()) and getattr(package, name, None) is value:
+        if name in public_names(parent) and getattr(package, name, None) is value:
             module = parent
         parent = parent.rpartition(".")[0]
     return module
@@ -191,13 +199,13 @@ def _process_docstring(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def constants(module: str) -> list[str]:
-    """The names of `__all__` that are neither functions, classes nor modules, and that no other page has."""
+    """The public names that are neither functions, classes nor modules, and that no other page has."""
     values = importlib.import_module(module)
 
     def is_constant(value: Any) -> bool:
         return not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value))
 
-    names = [name for name in getattr(values, "__all__", ()) if is_constant(getattr(values, name))]
+    names = [name for name in public_names(module) if is_constant(getattr(values, name))]
     return [name for name in names if page_of(module, name) == module]
 
 
@@ -289,7 +297,7 @@ _SUBMODULES = re.compile(r"^<!-- submodules of ([\w.]+) -->$", re.MULTILINE)
 
 
 def _list_submodules(app: Sphinx, page: str, source: list[str]) -> None:
-    """Replaces the comment `submodules of PACKAGE` by a section for each module in the package with `__all__`."""
+    """Replaces the comment `submodules of PACKAGE` by a section for each module in the package."""
 
     def sections(match: re.Match) -> str:
         package = importlib.import_module(match[1])
