@@ -22,6 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from diffusion_jax.config.rules import check, find_broken
 from diffusion_jax.config.table import (
     GROUPS,
     NETWORK_SETTINGS,
@@ -35,6 +36,7 @@ from diffusion_jax.config.table import (
     is_identity,
     is_upsampler,
     resolve_clip,
+    sampler_setting,
     short_name,
 )
 from diffusion_jax.config.values import OneOf, parse, read_value
@@ -44,12 +46,14 @@ __all__ = [
     "SETTINGS",
     "ConfigDict",
     "ConfigError",
+    "check",
     "clips_by_default",
     "default",
     "default_classifier",
     "defaults",
     "experiment",
     "experiment_names",
+    "find_broken",
     "flatten",
     "identity_settings",
     "imported_functions",
@@ -60,6 +64,7 @@ __all__ = [
     "override",
     "resolve",
     "resolve_clip",
+    "sampler_setting",
     "short_name",
 ]
 
@@ -203,12 +208,7 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
             value = FieldReference(value, field_type=object)
         group, _, last = name.rpartition(".")
         (config[group] if group else config)[last] = value
-    for name in ("channel_names", "channel_units"):
-        if config.data[name] and len(config.data[name]) != config.data.channels:
-            raise ConfigError(
-                f"data.{name}={config.data[name]} has {len(config.data[name])} texts for data.channels="
-                f"{config.data.channels}; give one for each channel, or ()"
-            )
+    check(config, "config")
     return config
 
 

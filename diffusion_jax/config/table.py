@@ -42,6 +42,7 @@ __all__ = [
     "is_identity",
     "is_upsampler",
     "resolve_clip",
+    "sampler_setting",
     "short_name",
 ]
 
@@ -674,6 +675,11 @@ def is_upsampler(config: Mapping[str, Any]) -> bool:
 def is_continuous(config: Mapping[str, Any]) -> bool:
     """Whether a complete config describes continuous data: float numbers without gray levels."""
     return config["data"]["levels"] is None
+
+
+def sampler_setting(diffusion: Mapping[str, Any]) -> str:
+    """Returns the setting of `config.diffusion` that names the timestep sampler; on a path, `draw` may replace it."""
+    return "draw" if diffusion["path"] and diffusion["draw"] != "uniform" else "timestep_sampler"
 
 
 def clips_by_default(config: Mapping[str, Any]) -> bool:

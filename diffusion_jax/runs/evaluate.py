@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.config import resolve
+from diffusion_jax.config import check, resolve
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
@@ -38,10 +38,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     options = config.evaluation
-    if not (options.likelihood or options.num_samples):
-        raise UserError(
-            "evaluation.likelihood=False and evaluation.num_samples=0: nothing is enabled to measure; set either setting"
-        )
+    check(config, "evaluation")
     if options.num_samples:
         _metric_names(config)  # raises errors before the likelihood, which may take hours
     if options.likelihood:

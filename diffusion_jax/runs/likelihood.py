@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, likelihood, pictures
-from diffusion_jax.config import is_continuous, resolve, resolve_clip
+from diffusion_jax.config import check, is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
@@ -112,6 +112,7 @@ class LikelihoodRun:
     def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
         """source: examples that replace `evaluation.split`. Raises: UserError, DataError, PretrainedError."""
         options = config.evaluation
+        check(config, "evaluation")
         self.config, self.workdir = config, open_run_dir(workdir)
         self.dequantization = self._ode_likelihood = None
         if options.ode:
@@ -121,11 +122,6 @@ class LikelihoodRun:
                 raise UserError(f"evaluation.ode needs diffrax ({error}); pip install '.[ode]'") from error
             self._ode_likelihood = ode_likelihood
             self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
-            if is_continuous(config) and self.dequantization != "none":
-                raise UserError(
-                    f"evaluation.ode_dequantization={self.dequantization!r} is for data of gray levels; use None or 'none' "
-                    "for continuous data (data.levels=None)"
-                )
         net = open_model(config, self.workdir)
         self.net = load_weights(net, config, self.workdir, options.use_ema)
         self.schedule = bound_schedule(config.diffusion, self.net.schedule)

@@ -17,7 +17,7 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, timesteps, training
-from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip
+from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip, sampler_setting
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import DataError, as_user_error
@@ -295,7 +295,7 @@ def notes(config: ConfigDict, source: data.Source | None = None) -> list[str]:
             )
         std = training.sigma_data(diffusion, is_continuous(config))
         is_known = diffusion.sigma_data is not None or config.data.normalization == "auto"
-        is_default = diffusion[training.sampler_setting(diffusion)] == "log_normal" and diffusion.draw_mean is None
+        is_default = diffusion[sampler_setting(diffusion)] == "log_normal" and diffusion.draw_mean is None
         if is_default and std != DATA_STD and is_known:
             mean = timesteps.log_normal.mean
             found.append(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained, sampling, schedules
-from diffusion_jax.config import SETTINGS, resolve, resolve_clip
+from diffusion_jax.config import check, find_broken, resolve, resolve_clip
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.denoiser import dynamic_threshold
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
@@ -115,6 +115,7 @@ def resolve_sampling(
     config = resolve(config)
     config.sampling.clip = resolve_clip(config)
     options = config.sampling.to_dict()
+    check(config, "samples")
     classifier = labels = small_images = given_labels = None
     with as_user_error("config.sampling"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -126,11 +127,6 @@ def resolve_sampling(
                 f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
             )
         sampler, schedule = net.configure(net.denoiser(clip=clip), sampler, *steps_from_config(options))
-        if options["low_resolution"] and not net.low_resolution:
-            raise UserError(
-                f"sampling.low_resolution={options['low_resolution']!r} is for models that enlarge images "
-                "(data.low_resolution)"
-            )
         net.check_small_images(bool(net.low_resolution), options["low_resolution_noise"])
         if read_files:
             if options["classifier"]:
@@ -160,7 +156,7 @@ def resolve_sampling(
             f"class {unknown[0]} is not among the {len(net.class_names)} classes of the training data; its samples may be "
             "noise"
         )
-    notes += [f"{setting} has no effect here" for setting in unused_settings(options)]
+    notes += find_broken(config, "without effect")
     guidance = {
         "clip": clip,
         "guidance_interval": options["guidance_interval"] or None,
@@ -201,33 +197,14 @@ def sampler_from_config(options: Mapping[str, Any]) -> sampling.Sampler:
     return sampler
 
 
-def unused_settings(options: Mapping) -> list[str]:
-    """Returns the settings of `config.sampling` without effect, each with the setting that would make it count."""
-    unused = []
-    for setting, value in options.items():
-        readers, is_own = sampling.samplers_with(setting), ":" in options["sampler"]
-        is_default = value == SETTINGS[f"sampling.{setting}"].default
-        if readers and not is_own and options["sampler"] not in readers and not is_default:
-            unused.append(f"sampling.{setting}={value!r} (only with sampling.sampler={', '.join(readers)})")
-    if options["classifier_scale"] != 1 and not options["classifier"]:
-        unused.append(f"sampling.classifier_scale={options['classifier_scale']!r} (only with sampling.classifier)")
-    for setting in ("guidance_interval", "guidance_rescale"):
-        if options[setting] and options["guidance_scale"] == 1:
-            unused.append(f"sampling.{setting}={options[setting]!r} (only with a sampling.guidance_scale other than 1)")
-    return unused
-
-
 def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """Converts `config.sampling` to the arguments `steps` and `spacing` of `pretrained.Model.sample`. Raises: UserError."""
+    """Converts `config.sampling` to the arguments `steps` and `spacing` of `pretrained.Model.sample`."""
     steps, spacing = options["steps"], options["spacing"]
     if steps is None:
         return None, None
-    is_sequence = isinstance(steps, tuple | list)
     if spacing == "given":
-        if not is_sequence:
-            raise UserError(f"sampling.spacing='given' needs sampling.steps=(t, t, ...), network times, not {steps!r}")
         return [float(t) for t in steps], None
-    return steps, "openai" if is_sequence and spacing is None else spacing
+    return steps, "openai" if isinstance(steps, tuple | list) and spacing is None else spacing
 
 
 # ---- Samples

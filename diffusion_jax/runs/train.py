@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, pretrained, training
-from diffusion_jax.config import flatten, is_classifier, is_upsampler, resolve
+from diffusion_jax.config import check, is_classifier, is_upsampler, resolve
 from diffusion_jax.console import (
     ProgressBar,
     log,
@@ -68,23 +68,12 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     config, workdir = resolve(config), open_run_dir(workdir)
     launch = LaunchTimes(workdir)
     options = config.training
-    settings = flatten(config)
-    for name in ("training.log_every", "training.sample_every", "training.checkpoint_every", "evaluation.every"):
-        if settings[name] % options.steps_per_call:
-            raise UserError(
-                f"{name}={settings[name]} must be a multiple of training.steps_per_call={options.steps_per_call}"
-            )
+    check(config, "training run")
     check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
         net = pretrained.from_config(config, mesh=program.mesh, network=program.model)
-        samples_from_noise = isinstance(net.model, models.Conditional) and not net.low_resolution
-        if config.evaluation.every and not samples_from_noise:
-            raise UserError(
-                f"evaluation.every={config.evaluation.every} is for models that sample from noise alone; use "
-                "evaluation.every=0"
-            )
     saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
     if max(saved, default=0) >= options.num_steps:
         with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
@@ -114,7 +103,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             broadcast_from_process_0(lambda: write_examples(loaded, workdir))
         net = dataclasses.replace(net, normalizations=normalizations)
         preview = frechet_distance = None
-        if config.sampling.preview_samples and samples_from_noise:
+        if config.sampling.preview_samples and isinstance(net.model, models.Conditional) and not net.low_resolution:
             count, seed = config.sampling.preview_samples, config.sampling.seed
             preview = SampleBatches(config, net, loaded, count, seed, "the pictures")
         if config.evaluation.every:

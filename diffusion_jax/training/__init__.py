@@ -10,7 +10,7 @@ from diffusion_jax.training.from_config import (
     stored_normalizations,
 )
 from diffusion_jax.training.state import TrainState, mean_metrics
-from diffusion_jax.training.step import sampler_setting, scan_steps, sigma_data
+from diffusion_jax.training.step import scan_steps, sigma_data
 
 __all__ = [
     "TrainState",
@@ -20,7 +20,6 @@ __all__ = [
     "create",
     "mean_metrics",
     "model_from_config",
-    "sampler_setting",
     "scan_steps",
     "schedule_from_config",
     "sigma_data",

@@ -13,8 +13,15 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from diffusion_jax import data, models, schedules
-from diffusion_jax.config import imported_functions, is_classifier, is_continuous, resolve
-from diffusion_jax.denoiser import PREDICTIONS, VARIANCES
+from diffusion_jax.config import (
+    check,
+    imported_functions,
+    is_classifier,
+    is_continuous,
+    is_upsampler,
+    resolve,
+    sampler_setting,
+)
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.functions import find_function
@@ -29,7 +36,6 @@ from diffusion_jax.training.step import (
     find_terms,
     make_timestep_sampler,
     make_train_step,
-    sampler_setting,
     scan_steps,
 )
 from diffusion_jax.untrusted import read_json
@@ -53,45 +59,11 @@ def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.P
         raise CheckpointError(f"{path}{problem}: restore it") from None
 
 
-def _small_image_channels(config: Mapping[str, Any]) -> int:
-    """Returns an upsampler's number of condition channels, for the small image and its noise; 0 for other models.
-
-    Raises: ValueError for a low resolution or a noise that does not fit the image or the network, and other conditions.
-    """
-    shape = data.example_shape(config["data"])
-    low, noise = config["data"]["low_resolution"], config["diffusion"]["conditioning_noise"]
-    if not low:
-        if noise:
-            raise ValueError(
-                f"diffusion.conditioning_noise={noise} is for upsamplers; set data.low_resolution, or use 0"
-            )
-        return 0
-    if len(shape) != 3:
-        raise ValueError(f"data.low_resolution={low} is for images; examples of shape {list(shape)} need 0")
-    height, width, channels = shape
-    if not 1 <= low < height or height % low or width % (height // low):
-        raise ValueError(
-            f"data.low_resolution={low}: the size of the small images must divide {height}x{width} (0 for no upsampler)"
-        )
-    if is_classifier(config):
-        raise ValueError(f"data.low_resolution={low}: a classifier (diffusion.loss=classify) has none; use 0")
-    for setting in ("condition_features", "condition_channels", "condition_dropout"):
-        if config["model"].get(setting):
-            raise ValueError(
-                f"model.{setting}={config['model'][setting]}: the small image is the condition of an upsampler "
-                f"(data.low_resolution={low}); use 0"
-            )
-    return upsampling.condition_channels(channels, noise)
-
-
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
     """Builds the noise schedule of `config.diffusion`.
 
-    Raises: ValueError for an unknown schedule, prediction or variance, and for values that contradict each other.
+    Raises: ValueError for a prediction that does not determine x_0 from pure noise, and for errors of a function.
     """
-    for setting, known in (("prediction", PREDICTIONS), ("variance", VARIANCES)):
-        if config[setting] not in known:
-            raise ValueError(f"diffusion.{setting}={config[setting]!r} is unknown; use {', '.join(known)}")
     schedule = _steps_of_path(config) if config["path"] else _chain(config)
     predicts_x_0 = config["loss"] != "classify"
     if predicts_x_0 and schedule.zero_terminal_snr and config["prediction"] in ("eps", "score"):
@@ -139,8 +111,10 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
     network: replaces the function that `config.model.kind` names.
     Raises: ValueError for values that the network does not allow.
     """
-    shape = data.example_shape(config["data"])
-    small_image_channels = _small_image_channels(config)
+    config = resolve(config)
+    check(config, "network")
+    shape, noise = data.example_shape(config["data"]), config["diffusion"]["conditioning_noise"]
+    small_image_channels = upsampling.condition_channels(shape[-1], noise) if is_upsampler(config) else 0
     model = models.from_config(config["model"], models.Classifier if is_classifier(config) else None, network, shape)
     fields: dict[str, Any] = {"spatial_dims": len(shape) - 1}
     if not is_classifier(config):
@@ -153,93 +127,26 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
     return model
 
 
-def check_loss(config: Mapping[str, Any]) -> None:
-    """Raises: ValueError if the loss of `config.diffusion` contradicts its variance, weighting, path or prediction."""
-    path, loss, draw, variance = (config[name] for name in ("path", "loss", "draw", "variance"))
-    sampler = config["timestep_sampler"]
-    is_learned, is_edm = variance.startswith("learned"), config["preconditioning"] == "edm"
-    if path:
-        _check_continuous(config)
-    needs_path = f" is for a path; set diffusion.path to one of {', '.join(schedules.PATHS)}"
-    has_two_samplers = f" has no effect with diffusion.timestep_sampler={sampler!r}; use uniform for one of the two"
-    has_own_draw = f" has no effect on {draw}, which draws the levels itself; use uniform"
-    needs_normal_draw = " is for the draws log_normal and logit_normal; use None"
-    is_other_draw = config[sampler_setting(config)] not in ("log_normal", "logit_normal")
-    needs_x_0 = f" makes the network predict x_0, but diffusion.prediction={config['prediction']!r}; use x_0"
-    needs_simple = f" is for the loss simple, not {loss}; use none"
-    needs_edm = " is for diffusion.preconditioning=edm or weighting=edm; use None"
-    needs_fixed = ": L_simple leaves a learned variance untrained; use diffusion.loss=hybrid, or a fixed variance"
-    needs_learned = f" trains a learned variance, but diffusion.variance={variance!r}; use learned_range"
-    needs_no_weighting = f" is for L_simple; the {loss} has its own weights; use none"
-    has_own_weights = loss in ("vlb", "continuous_vlb") and config["weighting"] not in (None, "none")
-    for setting, is_wrong, problem in (
-        ("loss", loss == "continuous_vlb" and not path, needs_path),
-        ("draw", draw != "uniform" and not path, needs_path),
-        ("log_snr_shift", config["log_snr_shift"] != 0 and not path, needs_path),
-        ("timestep_sampler", sampler in ("log_normal", "logit_normal", "uniform_log_snr") and not path, needs_path),
-        ("draw", draw != "uniform" and sampler not in ("uniform", "stratified"), has_two_samplers),
-        ("timestep_sampler", ":" in draw and sampler != "uniform", has_own_draw),
-        ("draw_mean", config["draw_mean"] is not None and is_other_draw, needs_normal_draw),
-        ("draw_std", config["draw_std"] is not None and is_other_draw, needs_normal_draw),
-        ("preconditioning", is_edm and loss == "classify", " is for diffusion models, not for classifiers; use none"),
-        ("preconditioning", is_edm and config["prediction"] != "x_0", needs_x_0),
-        ("sigma_data", config["sigma_data"] is not None and not (is_edm or config["weighting"] == "edm"), needs_edm),
-        ("weighting", config["weighting"] == "edm" and loss != "simple", needs_simple),
-        ("variance", loss == "simple" and is_learned, needs_fixed),
-        ("loss", loss == "hybrid" and not is_learned, needs_learned),
-        ("weighting", has_own_weights, needs_no_weighting),
-    ):
-        if is_wrong:
-            raise ValueError(f"diffusion.{setting}={config[setting]!r}{problem}")
-
-
-def _check_continuous(config: Mapping[str, Any]) -> None:
-    """Raises: ValueError for settings that need the steps of a schedule, with a path."""
-    of_a_chain = {  # {setting: (whether its value needs steps, a value for a path)}
-        "loss": (config["loss"] in ("vlb", "hybrid"), "simple"),
-        "variance": (config["variance"].startswith("learned"), "fixed_large"),
-        "prediction": (config["prediction"] == "x_prev", "v"),
-        "timestep_sampler": (config["timestep_sampler"] in ("antithetic", "loss_second_moment"), "uniform"),
-        "rescale_timesteps": (config["rescale_timesteps"], False),
-    }
-    allowed = {name: value for name, (needs_steps, value) in of_a_chain.items() if needs_steps}
-    if allowed:
-        listed = ", ".join(f"diffusion.{name}={config[name]!r}" for name in allowed)
-        flags = " ".join(f"--config.diffusion.{name}={value}" for name, value in allowed.items())
-        raise ValueError(
-            f"{listed} needs the steps of a schedule, but diffusion.path={config['path']!r} is continuous; use "
-            f"diffusion.path=None, or {flags}"
-        )
-
-
 def _check_noise_levels(config: Mapping[str, Any], path: schedules.Path) -> None:
-    """Raises: ValueError for a draw or a loss that the path does not allow, or an unknown standard deviation of x_0."""
-    diffusion, normalization = config["diffusion"], config["data"]["normalization"]
-    if diffusion["path"]:
-        needs_ends = diffusion["loss"] == "continuous_vlb" or diffusion[sampler_setting(diffusion)] == "uniform_log_snr"
-        if needs_ends and not np.isfinite(path.log_snr(np.array(path.interval))).all():
-            setting = "loss" if diffusion["loss"] == "continuous_vlb" else sampler_setting(diffusion)
-            raise ValueError(
-                f"diffusion.{setting}={diffusion[setting]!r} needs a finite log SNR at both ends of the path, and "
-                f"diffusion.path={diffusion['path']!r} has none; use vp_linear, vp_cosine or edm"
-            )
-        _, log_density = make_timestep_sampler(diffusion)(jax.random.key(0), 16, path)
-        if not np.isfinite(log_density).all():
-            setting = sampler_setting(diffusion)
-            if ":" in diffusion[setting]:
-                raise ValueError(
-                    f"{diffusion[setting]} (diffusion.{setting}) must return the log density of each log SNR; it returned "
-                    f"{np.asarray(log_density)[~np.isfinite(log_density)][0]:g}"
-                )
-            raise ValueError(
-                f"diffusion.draw_mean={diffusion['draw_mean']} and draw_std={diffusion['draw_std']} draw no level of "
-                f"diffusion.path={diffusion['path']!r}; use values nearer to the published -1.2 and 1.2"
-            )
-    uses_std = "edm" in (diffusion["preconditioning"], diffusion["weighting"]) and diffusion["sigma_data"] is None
-    if uses_std and is_continuous(config) and normalization in ("none", "limits"):
+    """Raises: ValueError for a draw or a loss of `config.diffusion` that the path does not allow."""
+    drawn = sampler_setting(config)
+    needs_ends = config["loss"] == "continuous_vlb" or config[drawn] == "uniform_log_snr"
+    if needs_ends and not np.isfinite(path.log_snr(np.array(path.interval))).all():
+        setting = "loss" if config["loss"] == "continuous_vlb" else drawn
         raise ValueError(
-            f"data.normalization={normalization!r} does not standardize the data, so their standard deviation is unknown; "
-            "give --config.diffusion.sigma_data=VALUE"
+            f"diffusion.{setting}={config[setting]!r} needs a finite log SNR at both ends of the path, and "
+            f"diffusion.path={config['path']!r} has none; use vp_linear, vp_cosine or edm"
+        )
+    _, log_density = make_timestep_sampler(config)(jax.random.key(0), 16, path)
+    if not np.isfinite(log_density).all():
+        if ":" in config[drawn]:
+            raise ValueError(
+                f"{config[drawn]} (diffusion.{drawn}) must return the log density of each log SNR; it returned "
+                f"{np.asarray(log_density)[~np.isfinite(log_density)][0]:g}"
+            )
+        raise ValueError(
+            f"diffusion.draw_mean={config['draw_mean']} and draw_std={config['draw_std']} draw no level of "
+            f"diffusion.path={config['path']!r}; use values nearer to the published -1.2 and 1.2"
         )
 
 
@@ -273,9 +180,10 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     mesh = sharding.make_mesh(config["mesh"])
     options = config["training"]
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
+    check(config, "train step")
     schedule = schedule_from_config(config["diffusion"])
-    check_loss(config["diffusion"])
-    _check_noise_levels(config, schedule.path)
+    if config["diffusion"]["path"]:
+        _check_noise_levels(config["diffusion"], schedule.path)
     if contradiction := data.find_contradiction(config["data"], "x" if is_continuous(config) else "image"):
         raise data.DataError(contradiction)
     model = model_from_config(config)

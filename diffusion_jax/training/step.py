@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from diffusion_jax import coordinates, data, losses, timesteps
-from diffusion_jax.config import is_continuous
+from diffusion_jax.config import is_continuous, sampler_setting
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.functions import find_function
 from diffusion_jax.models import upsampling
@@ -110,11 +110,6 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
     if ":" not in diffusion["loss"]:
         names -= {"prediction"}  # of the denoiser
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
-
-
-def sampler_setting(diffusion: Mapping[str, Any]) -> str:
-    """Returns the setting of `config.diffusion` that names the timestep sampler; on a path, `draw` may replace it."""
-    return "draw" if diffusion["path"] and diffusion["draw"] != "uniform" else "timestep_sampler"
 
 
 def _sampler_arguments(diffusion: Mapping[str, Any]) -> set[str]:

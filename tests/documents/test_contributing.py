@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import Denoiser, editing, losses, metrics, sampling, schedules
+from diffusion_jax import Denoiser, config, editing, losses, metrics, sampling, schedules
 from diffusion_jax.runs import sampling_setup
 from diffusion_jax.sampling import ancestral
 from diffusion_jax.schedules import schedule as schedule_module
@@ -34,9 +34,9 @@ def test_the_sampler_takes_its_settings_and_samples(monkeypatch):
     x_T = jax.random.normal(KEY, (1000, 1))
     spread = []
     for eta in (0.0, 0.5):
-        options = dict(tiny_config().sampling) | {"sampler": "damped", "eta": eta}
-        sampler = sampling_setup.sampler_from_config(options)
-        assert sampler.eta == eta and sampling_setup.unused_settings(options) == []
+        settings = tiny_config(**{"sampling.sampler": "damped", "sampling.eta": eta})
+        sampler = sampling_setup.sampler_from_config(settings.sampling.to_dict())
+        assert sampler.eta == eta and config.find_broken(settings, "without effect") == []
         x = sampling.sample(KEY, schedules.respace(FULL, 20, "log_snr"), DENOISER, x_T, sampler)
         assert abs(x.mean() - 0.3) < 0.1
         spread.append(x.std())

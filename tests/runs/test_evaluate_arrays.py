@@ -128,7 +128,7 @@ def test_without_a_normalization_conditions_reach_the_network_as_they_are(tmp_pa
 
 def test_dequantization_of_data_without_gray_levels_is_refused(tmp_path):
     config = config_of("vectors", **{"evaluation.ode_dequantization": "uniform", "evaluation.ode": True})
-    with pytest.raises(UserError, match="'uniform' is for data of gray levels; use None or 'none'"):
+    with pytest.raises(UserError, match="'uniform' is for data of gray levels, not for"):
         measure_likelihood(config, tmp_path, rows_of(examples("vectors")))
 
 

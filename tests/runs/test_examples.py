@@ -143,6 +143,6 @@ def test_a_run_without_readable_examples_has_pictures_of_samples_alone(content, 
 def test_names_and_units_fit_the_channels_and_may_change(name):
     config = resolve({"data": {name: ("u", "v", "T")}})
     assert identity_settings(config) == identity_settings(resolve({}))
-    words = rf"data.{name}=\('u', 'v', 'T'\) has 3 texts for data.channels=2; give one for each channel, or \(\)"
+    words = rf"data.{name}=\('u', 'v', 'T'\) must have one text for each of data.channels=2"
     with pytest.raises(ConfigError, match=words):
         override(config, {"data.channels": "2"})

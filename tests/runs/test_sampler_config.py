@@ -79,7 +79,7 @@ def test_steps_of_a_config_are_those_of_respace(steps, spacing, same):
 @pytest.mark.parametrize(
     ("steps", "spacing", "words"),
     [
-        (5, "given", "sampling.spacing='given' needs sampling.steps="),
+        (5, "given", "sampling.spacing='given' needs network times"),
         ((1, 2), "trailing", r"\(1, 2\) defines its own spacing; leave it out"),
         ((1, 2.5), "openai", r"must be whole numbers, got \[1.0, 2.5\]"),
         ((5, 5), "openai_ddim", r"\(5, 5\) defines its own spacing"),
@@ -90,19 +90,3 @@ def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words, un
     with pytest.raises(UserError, match=words) as caught:
         sampling_setup.resolve_sampling(config, pretrained.from_config(config))
     assert "\n" not in str(caught.value)
-
-
-def test_settings_without_effect_are_listed():
-    """Each setting alone, with a sampler that reads the setting and with a sampler that does not."""
-    assert sampling_setup.unused_settings(tiny_config().sampling) == []
-    for setting, value, reader, other in (
-        ("eta", 0.5, {"sampler": "ddim"}, {"sampler": "ddpm"}),
-        ("order", 3, {"sampler": "deis"}, {"sampler": "ddim"}),
-        ("classifier_scale", 4.0, {"classifier": "runs/classifier"}, {}),
-        ("guidance_rescale", 0.7, {"guidance_scale": 2.0}, {}),
-        ("guidance_interval", (10, 200), {"guidance_scale": 0.0}, {}),
-    ):
-        options = dict(tiny_config().sampling) | {setting: value}
-        assert sampling_setup.unused_settings(options | reader) == []
-        (line,) = sampling_setup.unused_settings(options | other)
-        assert line.startswith(f"sampling.{setting}={value!r} (only ")

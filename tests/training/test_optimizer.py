@@ -52,10 +52,3 @@ def test_learning_rates(settings, steps, rates):
     options.update(settings)
     rate = optimizer.learning_rate(options)
     np.testing.assert_allclose([rate(step) for step in steps], rates, rtol=1e-6, atol=1e-10)
-
-
-def test_weight_decay_needs_adamw():
-    options = default().optimizer
-    options.weight_decay = 0.1
-    with pytest.raises(ValueError, match="adamw"):
-        optimizer.from_config(options)

@@ -1,0 +1,197 @@
+"""Settings that contradict each other: tables with a row for each contradiction, and `check`, which refuses them."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from diffusion_jax import sampling
+from diffusion_jax.config.table import SAMPLING, flatten, is_classifier, is_continuous, is_upsampler, sampler_setting
+from diffusion_jax.errors import ConfigError
+
+
+class Rule(NamedTuple):
+    """A row of a table, for one complete config.
+
+    setting: full name. is_broken: whether the config has the contradiction. problem: continues "setting=value". use: a value
+    of the setting without the contradiction. instead: a change of another setting, as "diffusion.path=edm".
+    """
+
+    setting: str
+    is_broken: Any
+    problem: str
+    use: Any
+    instead: str = ""
+
+
+def _every_config(config: ConfigDict) -> list[Rule]:
+    names, channels = config.data, config.data.channels
+    problem = f"must have one text for each of data.channels={channels}"
+    return [
+        Rule("data.channel_names", len(names.channel_names) not in (0, channels), problem, ()),
+        Rule("data.channel_units", len(names.channel_units) not in (0, channels), problem, ()),
+    ]
+
+
+def _network(config: ConfigDict) -> list[Rule]:
+    low, size, noise = config.data.low_resolution, config.data.image_size, config.diffusion.conditioning_noise
+    height, width = (size, size) if isinstance(size, int) else size if len(size) == 2 else (0, 0)
+    divides = 0 < low < height and height % low == 0 and width % (height // low) == 0
+    problem = f"is not for upsamplers (data.low_resolution={low}), whose condition is the small image"
+    return [
+        Rule("diffusion.conditioning_noise", noise and not low, "is for upsamplers (data.low_resolution)", 0),
+        Rule("data.low_resolution", low and is_classifier(config), "is for diffusion models, not for classifiers", 0),
+        Rule("data.low_resolution", low and not divides, f"must divide the size of images, data.image_size={size}", 0),
+        Rule("model.condition_features", low and config.model.condition_features, problem, 0),
+        Rule("model.condition_channels", low and config.model.condition_channels, problem, 0),
+        Rule("model.condition_dropout", low and config.model.condition_dropout, problem, 0),
+    ]
+
+
+def _train_step(config: ConfigDict) -> list[Rule]:
+    diffusion, optimizer = config.diffusion, config.optimizer
+    path, loss, draw, weighting = diffusion.path, diffusion.loss, diffusion.draw, diffusion.weighting
+    prediction, variance, timesteps = diffusion.prediction, diffusion.variance, diffusion.timestep_sampler
+    chain, is_learned, is_edm = not path, variance.startswith("learned"), diffusion.preconditioning == "edm"
+    classifies, wrong_output = is_edm and is_classifier(config), is_edm and prediction != "x_0"
+    uses_std, std = is_edm or weighting == "edm", diffusion.sigma_data
+    has_own_draw, has_draw = path and ":" in draw, path and draw != "uniform" and ":" not in draw
+    on_own_draw = f"has no effect on {draw}, which draws the levels itself"
+    no_effect = f"has no effect with diffusion.timestep_sampler={timesteps!r}"
+    has_two_samplers = has_draw and timesteps not in ("uniform", "stratified")
+    is_unweighted = loss in ("vlb", "continuous_vlb") or (weighting == "edm" and loss != "simple")
+    unknown_std = uses_std and std is None and is_continuous(config) and config.data.normalization in ("none", "limits")
+    not_normal = diffusion[sampler_setting(diffusion)] not in ("log_normal", "logit_normal")
+    draws_log_snr = timesteps in ("log_normal", "logit_normal", "uniform_log_snr")
+    draws_steps = timesteps in ("antithetic", "loss_second_moment")
+    decays_early = optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps
+    exceed = f"must exceed optimizer.warmup_steps={optimizer.warmup_steps}"
+    is_simple, is_hybrid, is_adam = chain and loss == "simple", chain and loss == "hybrid", optimizer.name == "adam"
+    to_path, to_chain = "diffusion.path=edm", "diffusion.path=None"
+    steps = f"needs the steps of a schedule, but diffusion.path={path!r} is continuous"
+    normal, scaled = "is for the draws log_normal and logit_normal", "is for preconditioning=edm or weighting=edm"
+    x_0 = f"makes the network predict x_0, but diffusion.prediction={prediction!r}"
+    unscaled = "does not standardize the data, so their standard deviation is unknown"
+    untrained, fixed = "is left untrained by the loss simple", f"needs a learned variance, not {variance!r}"
+    return [
+        Rule("diffusion.loss", chain and loss == "continuous_vlb", "is for a path", "simple", to_path),
+        Rule("diffusion.draw", chain and draw != "uniform", "is for a path", "uniform", to_path),
+        Rule("diffusion.timestep_sampler", chain and draws_log_snr, "is for a path", "uniform", to_path),
+        Rule("diffusion.log_snr_shift", chain and diffusion.log_snr_shift, "is for a path", 0, to_path),
+        Rule("diffusion.loss", path and loss in ("vlb", "hybrid"), steps, "simple", to_chain),
+        Rule("diffusion.variance", path and is_learned, steps, "fixed_large", to_chain),
+        Rule("diffusion.prediction", path and prediction == "x_prev", steps, "v", to_chain),
+        Rule("diffusion.timestep_sampler", path and draws_steps, steps, "uniform", to_chain),
+        Rule("diffusion.rescale_timesteps", path and diffusion.rescale_timesteps, steps, False, to_chain),
+        Rule("diffusion.timestep_sampler", has_own_draw and timesteps != "uniform", on_own_draw, "uniform"),
+        Rule("diffusion.draw", has_two_samplers, no_effect, "uniform", "diffusion.timestep_sampler=uniform"),
+        Rule("diffusion.draw_mean", not_normal and diffusion.draw_mean is not None, normal, None),
+        Rule("diffusion.draw_std", not_normal and diffusion.draw_std is not None, normal, None),
+        Rule("diffusion.preconditioning", classifies, "is not for classifiers", "none"),
+        Rule("diffusion.preconditioning", wrong_output and not classifies, x_0, "none", "diffusion.prediction=x_0"),
+        Rule("diffusion.sigma_data", std is not None and not uses_std, scaled, None),
+        Rule("data.normalization", unknown_std, unscaled, "auto", "diffusion.sigma_data=VALUE"),
+        Rule(
+            "diffusion.weighting",
+            weighting not in (None, "none") and is_unweighted,
+            f"does not apply to {loss}",
+            "none",
+        ),
+        Rule("diffusion.variance", is_simple and is_learned, untrained, "fixed_large", "diffusion.loss=hybrid"),
+        Rule("diffusion.loss", is_hybrid and not is_learned, fixed, "simple", "diffusion.variance=learned_range"),
+        Rule("optimizer.weight_decay", is_adam and optimizer.weight_decay, "is for adamw", 0, "optimizer.name=adamw"),
+        Rule("optimizer.decay_steps", decays_early, exceed, config.training.num_steps, "optimizer.schedule=constant"),
+    ]
+
+
+def _training_run(config: ConfigDict) -> list[Rule]:
+    training, every, per_call = config.training, config.evaluation.every, config.training.steps_per_call
+    takes_input = is_classifier(config) or is_upsampler(config)
+    multiple, to_one = f"must be a multiple of training.steps_per_call={per_call}", "training.steps_per_call=1"
+    return [
+        Rule("training.log_every", training.log_every % per_call, multiple, per_call, to_one),
+        Rule("training.sample_every", training.sample_every % per_call, multiple, 0, to_one),
+        Rule("training.checkpoint_every", training.checkpoint_every % per_call, multiple, per_call, to_one),
+        Rule("evaluation.every", every % per_call, multiple, 0, to_one),
+        Rule("evaluation.every", every and takes_input, "is for models that sample from noise alone", 0),
+    ]
+
+
+def _samples(config: ConfigDict) -> list[Rule]:
+    options = config.sampling
+    lacks_times = options.spacing == "given" and isinstance(options.steps, int)
+    times = f"needs network times as the steps, not sampling.steps={options.steps}"
+    is_unread = options.low_resolution and not is_upsampler(config)
+    return [
+        Rule("sampling.spacing", lacks_times, times, None, "sampling.steps=TIME,TIME,..."),
+        Rule("sampling.low_resolution", is_unread, "is for models that enlarge images (data.low_resolution)", ""),
+    ]
+
+
+def _evaluation(config: ConfigDict) -> list[Rule]:
+    options, gray = config.evaluation, "is for data of gray levels, not for data.levels=None"
+    measures_nothing = not (options.likelihood or options.num_samples)
+    problem = f"and evaluation.num_samples={options.num_samples} leave nothing to measure"
+    dequantizes = options.ode and is_continuous(config) and options.ode_dequantization in ("uniform", "variational")
+    return [
+        Rule("evaluation.likelihood", measures_nothing, problem, True, "evaluation.num_samples=N"),
+        Rule("evaluation.ode_dequantization", dequantizes, gray, None),
+    ]
+
+
+def _without_effect(config: ConfigDict) -> list[Rule]:
+    options = config.sampling
+    rules = [
+        Rule(
+            f"sampling.{name}",
+            ":" not in options.sampler and options.sampler not in readers and options[name] != setting.default,
+            f"has no effect on {options.sampler}",
+            setting.default,
+            f"sampling.sampler={' or '.join(readers)}",
+        )
+        for name, setting in SAMPLING.items()
+        if (readers := sampling.samplers_with(name))
+    ]
+    unguided, scale = options.guidance_scale == 1, "sampling.guidance_scale=SCALE"
+    no_classifier, no_guidance = "has no effect without a classifier", "has no effect without guidance"
+    is_scaled = options.classifier_scale != 1 and not options.classifier
+    return rules + [
+        Rule("sampling.classifier_scale", is_scaled, no_classifier, 1, "sampling.classifier=PATH"),
+        Rule("sampling.guidance_interval", options.guidance_interval and unguided, no_guidance, (), scale),
+        Rule("sampling.guidance_rescale", options.guidance_rescale and unguided, no_guidance, 0, scale),
+    ]
+
+
+# By what the settings are for: every config is checked in `config.resolve`, each other table where that begins. Settings
+# without an effect are only logged.
+RULES = {
+    "config": _every_config,
+    "network": _network,
+    "train step": _train_step,
+    "training run": _training_run,
+    "samples": _samples,
+    "evaluation": _evaluation,
+    "without effect": _without_effect,
+}
+
+
+def find_broken(config: ConfigDict, table: str) -> list[str]:
+    """Returns a message for each problem with broken rules in a table, a key of `RULES`. config: complete."""
+    values, found = flatten(config), collections.defaultdict(list)
+    for rule in RULES[table](config):
+        if rule.is_broken:
+            found[rule.problem, f" or --config.{rule.instead}" * bool(rule.instead)].append(rule)
+    messages = []
+    for (problem, instead), rules in found.items():
+        settings = ", ".join(f"{rule.setting}={values[rule.setting]!r}" for rule in rules)
+        flags = " ".join(f"--config.{rule.setting}={rule.use}" for rule in rules)
+        messages.append(f"{settings} {problem}; use {flags}{instead}")
+    return messages
+
+
+def check(config: ConfigDict, table: str) -> None:
+    """Raises: ConfigError with all messages of `find_broken`."""
+    if messages := find_broken(config, table):
+        raise ConfigError(". ".join(messages))
