@@ -45,7 +45,7 @@ from diffusion_jax.runs.workdir import (
 )
 from diffusion_jax.schedules import Schedule, respace
 
-__all__ = ["LikelihoodRun", "bound_schedule", "measure_likelihood"]
+__all__ = ["LikelihoodRun", "bound_schedule", "load_held_out", "measure_likelihood"]
 
 _TABLES = ("vlb", "mse", "x_0_mse")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
@@ -132,7 +132,7 @@ class LikelihoodRun:
         self.net = load_weights(net, config, self.workdir, options.use_ema)
         self.schedule = bound_schedule(config.diffusion, self.net.schedule)
         is_trained_here = "init_from" not in self.net.provenance.details
-        loaded, self.split = _load_source(config, source, is_trained_here)
+        loaded, self.split = load_held_out(config, source, is_trained_here)
         check_source(config, loaded)
         self.dataset = config.data.dataset if source is None else type(source).__name__
         self.source = normalize(config, loaded, self.net.normalizations)
@@ -193,7 +193,7 @@ class LikelihoodRun:
         return out
 
 
-def _load_source(
+def load_held_out(
     config: ConfigDict, source: data.Source | None, is_trained_here: bool
 ) -> tuple[data.Source, str | None]:
     """Loads the examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError.
