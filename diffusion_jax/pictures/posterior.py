@@ -17,7 +17,7 @@ __all__ = ["draw_calibration", "draw_posterior"]
 
 _SAMPLES, _MAX_CHANNELS, _MAX_QUANTITIES = 4, 4, 12
 _MAX_Z = 4.0  # deviations at the ends of the color scale
-_GRAY_LEVELS = Channels(units=("gray levels",) * 3, limits=np.tile([0.0, 255.0], (3, 1)))
+_GRAY_LEVELS = Channels(names=("gray levels",), units=("",), limits=np.tile([0.0, 255.0], (3, 1)))
 
 
 def draw_posterior(
@@ -49,6 +49,7 @@ def draw_posterior(
     )
     if is_image:
         channels, numbers = _GRAY_LEVELS, [0]
+        notes = ["deviation and error are the largest of the three channels"] * (x.shape[-1] == 3)
     channels = channels.fit(x, *([] if x_0 is None else [x_0[None]]))
     if x.ndim == 2:
         notes, numbers = [], [0]
@@ -108,23 +109,19 @@ def _draw_lines(
         panel.fill_between(np.arange(len(middle)), middle - spread, middle + spread, color="C0", alpha=0.2, linewidth=0)
         for name, array in arrays.items():
             panel.plot(of_channel(array), **styles["sample" if name.startswith("sample ") else name])
+        panel.xaxis.get_major_locator().set_params(integer=True)
         if not is_vector:
-            panel.set_ylim(*_limits(channels, c, middle - spread, middle + spread))
+            low, high = channels.range([c])
+            panel.set_ylim(min(low, np.nanmin(middle - spread)), max(high, np.nanmax(middle + spread)))
         if z is not None:
             error = of_channel(z)
             axes[row * columns + 1].plot(error, ".-", color="black", linewidth=0.6, markersize=4)
             for level in (-2, 0, 2):
                 axes[row * columns + 1].axhline(level, color="0.6", linewidth=0.8, linestyle="--" if level else "-")
+            axes[row * columns + 1].xaxis.get_major_locator().set_params(integer=True)
             bound = max(3.0, 1.1 * np.nanmax(np.abs(error)))
             axes[row * columns + 1].set_ylim(-bound, bound)
     return figure
-
-
-def _limits(channels: Channels, channel: int, *arrays: np.ndarray) -> tuple[float, float]:
-    low, high = channels.range([channel])
-    return min(low, *(float(np.nanmin(each)) for each in arrays)), max(
-        high, *(float(np.nanmax(each)) for each in arrays)
-    )
 
 
 def _draw_fields(
@@ -148,7 +145,8 @@ def _draw_fields(
     errors = {} if z is None else {"error / deviation": z}
     headers = [*arrays, "deviation", *errors]
     rows = [[*arrays.values(), deviation, *errors.values()] for _ in numbers]
-    labels = [text for c in numbers for text in ("" if is_color else channels.name(c), *[""] * (len(headers) - 1))]
+    is_image = channels is _GRAY_LEVELS
+    labels = [text for c in numbers for text in ("" if is_image else channels.name(c), *[""] * (len(headers) - 1))]
     names = [*headers, *[""] * (len(headers) * (len(numbers) - 1))]
     figure, axes = make_figure(title, notes, names, len(headers), (1.35, 1.75), labels=("", labels))
     shape = deviation.shape[:2]
@@ -160,7 +158,7 @@ def _draw_fields(
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
             options: dict[str, Any] = {
-                "cmap": "gray" if channels is _GRAY_LEVELS else color_map,
+                "cmap": "gray" if is_image else color_map,
                 "vmin": low,
                 "vmax": high,
             }
@@ -182,7 +180,8 @@ def _draw_fields(
                 cmap = matplotlib.colormaps[options.pop("cmap")].with_extremes(bad="0.85")
                 image = panel.imshow(shown, cmap=cmap, interpolation="nearest", **options)
             if header in ("deviation", *errors) or array.shape[:2] != shape:
-                bars.append((image, [panel], "deviations" if header in errors else channels.unit(c)))
+                unit = channels.unit(c) or channels.name(c)
+                bars.append((image, [panel], "deviations" if header in errors else unit))
             elif not is_color:
                 values = image
         if values is not None:
@@ -217,6 +216,6 @@ def draw_calibration(shares: Mapping[str, np.ndarray], error: float, title: str,
         bins = len(shares[name])
         panel.axhspan(1 / bins - 2 * error, 1 / bins + 2 * error, color="0.85", zorder=0)
         panel.axhline(1 / bins, color="0.5", linewidth=0.8)
-        panel.stairs(shares[name], np.linspace(0, 1, bins + 1), fill=True, color="C0", alpha=0.6)
+        panel.stairs(shares[name], np.linspace(0, 1, bins + 1), color="C0", linewidth=1.4)
         panel.set(xlim=(0, 1), ylim=(0, 1.1 * max(top, 1 / bins + 2 * error)))
     return figure

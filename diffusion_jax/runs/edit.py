@@ -33,16 +33,8 @@ from diffusion_jax.untrusted import read_image
 
 __all__ = ["read_mask", "run"]
 
-# What the pictures call a measurement.
-_CAPTIONS = {
-    "inpaint": "known",
-    "colorize": "gray",
-    "super_resolution": "small",
-    "deblur": "blurred",
-    "sparse": "sensors",
-    "fourier": "measured frequencies",
-    "tomography": "sums along rays",
-}
+# What the pictures call a measurement, if not so.
+_CAPTIONS = {"inpaint": "known", "colorize": "gray", "super_resolution": "small", "tomography": "sums along rays"}
 _GRAY = 127  # for pixels that the model paints; mask values above 127 of 255 mark known pixels
 
 
@@ -138,7 +130,7 @@ class _Measured:
         self.problem, self.truth = Problem.from_config(config, net, mask), files.held_out
         self.y = files.read_y(self.problem, mask)
         self.given = {} if self.truth is None else {"truth": self.truth}
-        self._caption = _CAPTIONS[task]
+        self._caption = _CAPTIONS.get(task, "measurement")
         self._values = self.problem.to_data(self.y)[0]
         shown = self.problem.show(self._values)
         if not options.noise and net.levels is not None:
