@@ -6,7 +6,7 @@
                          operators of `measurements`, and `posterior` for y with noise
     between two images   `interpolate`
 
-`EDITS` maps the names of `--mode=edit` to edits.
+`EDITS` and `MEASUREMENTS` map the names of `--mode=edit` to edits and to operators.
 
 A mask is 1 (or True) where pixels are known, and has x_0's shape or broadcasts to it.
 
@@ -17,18 +17,21 @@ ValueError.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 
-from diffusion_jax import process, sampling
+from diffusion_jax import measurements, process, sampling
 from diffusion_jax.arrays import as_float, broadcasts_to, check_same_shape, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser
-from diffusion_jax.measurements import LinearOperator, as_mask, average_pool, gray, masked
+from diffusion_jax.measurements import LinearOperator, Measurement, as_mask, average_pool, gray, masked
 from diffusion_jax.sampling import Sampler, Step, WrappedSampler
 from diffusion_jax.sampling.driver import check_sampler, fold_in
 from diffusion_jax.schedules import Schedule, Transition
@@ -36,7 +39,7 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 __all__ = [
     "EDITS",
-    "Edit",
+    "MEASUREMENTS",
     "LinearOperator",
     "as_mask",
     "average_pool",
@@ -49,6 +52,8 @@ __all__ = [
     "sdedit",
     "slerp",
 ]
+
+Draw: TypeAlias = Callable[[Key[Array, ""], Schedule, Denoiser, Batch, Sampler], Batch]
 
 
 def sdedit(
@@ -197,19 +202,26 @@ def repaint(
     return x
 
 
-def project(denoiser: Denoiser | DenoiseFn, operator: LinearOperator, y: Float[ArrayLike, "B *y_shape"]) -> Denoiser:
+def project(denoiser: Denoiser | DenoiseFn, measurement: Measurement) -> Denoiser:
     """Projects x_0 on A x_0 = y: x_0 + A+ (y - A x_0) (DDNM, Wang et al. 2023 eq. 12), after the denoiser's clip.
 
-    `project(denoiser, average_pool(4), y)` samples images whose 4x4 means are y, with `sampling.ddpm()`; for eta, use
-    `sampling.ddim`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding. `sampling.ddpm`
-    refuses prediction x_prev, whose mean is the network's output. Raises: ValueError for an operator without a right inverse.
+    `project(denoiser, Measurement(average_pool(4), y))` samples images whose 4x4 means are y, with `sampling.ddpm()`; for
+    eta, use `sampling.ddim`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding.
+    `sampling.ddpm` refuses prediction x_prev, whose mean is the network's output.
+    Raises: ValueError for a noise other than 0, and an operator without a right inverse.
     """
-    if operator.invert is None:
+    noise: Any = measurement.noise
+    if callable(noise) or not (isinstance(noise, Tracer) or np.all(np.asarray(noise) == 0)):
+        raise ValueError(
+            "project is for y without noise; use posterior.mmps, or noise=0 to repeat the noise of y in x_0"
+        )
+    if measurement.operator.invert is None:
         raise ValueError(
             "project needs an operator with a right inverse (invert); use posterior.mmps with a small noise"
         )
     denoiser = as_denoiser(denoiser)
-    return dataclasses.replace(denoiser, limits=(*denoiser.limits, _Projection(as_float("y", y), operator)))
+    projection = _Projection(as_float("y", measurement.y), measurement.operator)
+    return dataclasses.replace(denoiser, limits=(*denoiser.limits, projection))
 
 
 @jax.tree_util.register_dataclass
@@ -293,63 +305,31 @@ def interpolate(
     return jax.lax.map(sample_between, jnp.asarray(weights, start.dtype))
 
 
-# ---- Edits by name
+# ---- Edits and measurements by name
 
 
-class Edit(NamedTuple):
-    """An edit with its settings.
-
-    draw: the arguments and the result of `sampling.sample`, in its place. shown: a caption and the measurement as examples
-    [N, ...], for an edit that measures the image.
-    """
-
-    draw: Callable[[Key[Array, ""], Schedule, Denoiser, Batch, Sampler], Batch]
-    shown: tuple[str, Array] | None = None
-
-
-def _inpaint(image, mask, *, resamplings: int, jump: int) -> Edit:
+def _inpaint(image, mask, *, resamplings: int, jump: int) -> Draw:
     def draw(key, schedule, denoiser, x_T, sampler):
         return repaint(key, schedule, denoiser, image, mask, sampler, resamplings=resamplings, jump=jump)
 
-    return Edit(draw)
+    return draw
 
 
-def _replace(image, mask) -> Edit:
+def _replace(image, mask) -> Draw:
     def draw(key, schedule, denoiser, x_T, sampler):
         return sampling.sample(key, schedule, denoiser, x_T, replacement(sampler, image, jnp.asarray(mask)))
 
-    return Edit(draw)
+    return draw
 
 
-def _sdedit(image, *, strength: float) -> Edit:
+def _sdedit(image, *, strength: float) -> Draw:
     def draw(key, schedule, denoiser, x_T, sampler):
         return sdedit(key, schedule, denoiser, image, sampler, strength=strength)
 
-    return Edit(draw)
+    return draw
 
 
-def _restore(operator: LinearOperator, y, caption: str) -> Edit:
-    """Samples with the measurement y [N, ...]: projects every predicted x_0 onto A x_0 = y."""
-
-    def draw(key, schedule, denoiser, x_T, sampler):
-        return sampling.sample(key, schedule, project(denoiser, operator, y), x_T, sampler)
-
-    assert operator.invert is not None  # `project` needs it
-    return Edit(draw, (caption, operator.invert(y)))
-
-
-def _colorize(image) -> Edit:
-    if image.shape[-1] == 1:
-        raise ValueError("colorize needs a model of color images, and this model has 1 channel")
-    operator = gray(image.shape[-1])
-    return _restore(operator, operator.measure(image), "gray")
-
-
-def _super_resolution(image, *, factor: int) -> Edit:
-    return _restore(average_pool(factor), image, "small")
-
-
-def _interpolate(image, other, *, num_samples: int, level: int | None) -> Edit:
+def _interpolate(image, other, *, num_samples: int, level: int | None) -> Draw:
     if num_samples < 2:
         raise ValueError(f"num_samples={num_samples} is too few for interpolate: it must be at least 2")
     weights = np.linspace(0, 1, num_samples)
@@ -361,16 +341,74 @@ def _interpolate(image, other, *, num_samples: int, level: int | None) -> Edit:
             )
         return interpolate(key, schedule, denoiser, image[:1], other[:1], weights, sampler, t=level)[:, 0]
 
-    return Edit(draw)
+    return draw
 
 
 # The edits by config name. Each function takes, as keyword arguments, examples [N, ...] in the network's range (`image`, and
-# `other` to mix with it), a `mask`, and settings of `config.editing`.
-EDITS: dict[str, Callable[..., Edit]] = {
+# `other` to mix with it), a `mask`, and settings of `config.editing`; it returns a function with the arguments and the result
+# of `sampling.sample`.
+EDITS: dict[str, Callable[..., Draw]] = {
     "inpaint": _inpaint,
     "replace": _replace,
     "sdedit": _sdedit,
+    "interpolate": _interpolate,
+}
+
+
+def _colorize(shape) -> LinearOperator:
+    if shape[-1] == 1:
+        raise ValueError("colorize needs a model of color images, and this model has 1 channel")
+    return gray(shape[-1])
+
+
+def _super_resolution(shape, *, factor: int) -> LinearOperator:
+    if any(size % factor for size in shape[:-1]):
+        raise ValueError(f"factor={factor} must divide the model's {'x'.join(map(str, shape[:-1]))} pixels")
+    return average_pool(factor, len(shape) - 1)
+
+
+def _deblur(shape, array, *, blur: float) -> LinearOperator:
+    if array is None:  # a Gaussian, cut at three deviations
+        steps = np.arange(-math.ceil(3 * blur), math.ceil(3 * blur) + 1)
+        line = np.exp(-0.5 * (steps / blur) ** 2)
+        array = functools.reduce(np.multiply.outer, [line / line.sum()] * (len(shape) - 1))
+    return measurements.blur(array)
+
+
+def _sparse(shape, array, *, share: float) -> LinearOperator:
+    if array is None:
+        size = math.prod(shape[:-1])
+        chosen = np.random.default_rng(0).choice(size, max(1, round(share * size)), replace=False)
+        array = np.stack(np.unravel_index(np.sort(chosen), shape[:-1]), axis=-1)
+    if np.shape(array)[1:] != (len(shape) - 1,):
+        raise ValueError(
+            f"points must be [P, {len(shape) - 1}], a position along each spatial axis; got {np.shape(array)}"
+        )
+    return measurements.at_points(np.asarray(array, np.float32))
+
+
+def _fourier(shape, array, *, share: float) -> LinearOperator:
+    if array is None:
+        array = np.random.default_rng(0).random(shape[:-1]) < share
+        array.flat[0] = True  # the mean
+    return measurements.fourier(array)
+
+
+def _tomography(shape, array, *, share: float) -> LinearOperator:
+    if array is None:
+        count = max(1, round(share * shape[0]))
+        array = np.arange(count) * 180 / count
+    return measurements.radon(np.deg2rad(np.asarray(array, np.float32)))
+
+
+# The measurements by config name. Each function takes the shape of an example, [*spatial, C], and as keyword arguments a
+# `mask`, the `array` of editing.operator or None, and settings of `config.editing`.
+MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
+    "inpaint": lambda shape, mask: masked(mask),
     "colorize": _colorize,
     "super_resolution": _super_resolution,
-    "interpolate": _interpolate,
+    "deblur": _deblur,
+    "sparse": _sparse,
+    "fourier": _fourier,
+    "tomography": _tomography,
 }

@@ -68,12 +68,12 @@ class Measurement:
 
     operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; what an operator hides,
     such as a mask, is ignored. noise: the standard deviation, one number or an array that broadcasts to y (the error bars of
-    each pixel or channel); or a function that multiplies a y by the covariance R.
+    each pixel or channel); or a function that multiplies a y by the covariance R. 0 is for `editing.project` only.
     """
 
     operator: LinearOperator
     y: Float[Array, "B *y_shape"]
-    noise: Any
+    noise: Any = 0.0
 
     def __post_init__(self):
         # JAX makes copies with other leaves, such as axes or derivatives, so `check` and not this method checks values.

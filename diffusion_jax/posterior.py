@@ -224,12 +224,12 @@ class Particles(NamedTuple):
     resampled: Bool[Array, "T B"]
 
 
-def systematic_resample(key: Key[Array, ""], weights: Float[Array, "P"]) -> Int[Array, "P"]:
-    """Returns the indices of P particles: each appears its weight times P, rounded up or down, with that mean."""
-    count = len(weights)
+def systematic_resample(key: Key[Array, ""], weights: Float[Array, "P"], count: int | None = None) -> Int[Array, "N"]:
+    """Returns the indices of `count` particles, P by default: each appears its weight times count, rounded up or down."""
+    count = len(weights) if count is None else count
     points = (jnp.arange(count) + jax.random.uniform(key, (), weights.dtype)) / count
     ends = jnp.cumsum(weights)
-    return jnp.clip(jnp.searchsorted(ends / ends[-1], points, side="right"), 0, count - 1)
+    return jnp.clip(jnp.searchsorted(ends / ends[-1], points, side="right"), 0, len(weights) - 1)
 
 
 def smc(

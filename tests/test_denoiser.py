@@ -11,6 +11,7 @@ import pytest
 
 from diffusion_jax import Denoiser, coordinates, editing, guidance, process, sampling, schedules
 from diffusion_jax.denoiser import PREDICTIONS
+from diffusion_jax.measurements import Measurement
 from diffusion_jax.sampling import spacing
 from diffusion_jax.schedules import Transition
 from helpers.gaussian_mixtures import FULL
@@ -78,7 +79,7 @@ def eps_of(output, prediction):
 WRAPPERS = {
     "classifier_free": partial(guidance.classifier_free, y=Y, null_y=NULL, scale=CFG_SCALE),
     "classifier": partial(guidance.classifier, log_prob=log_prob, scale=GRADIENT_SCALE),
-    "project": partial(editing.project, operator=GRAY, y=MEASURED),
+    "project": partial(editing.project, measurement=Measurement(GRAY, MEASURED)),
 }
 
 
@@ -145,7 +146,7 @@ def test_corrections_act_on_x_0_before_the_clip(x64):
     expected = x_0, (X - alpha * x_0) / sigma, own, (X - alpha * own) / sigma
     for value, by_formula in zip(found, expected, strict=False):
         np.testing.assert_allclose(value, by_formula, rtol=1e-9)
-    projected = editing.project(denoiser, GRAY, MEASURED)(X, SCHEDULE.at(T, X))
+    projected = editing.project(denoiser, Measurement(GRAY, MEASURED))(X, SCHEDULE.at(T, X))
     np.testing.assert_allclose(projected.x_0, x_0 + MEASURED - x_0.mean(1, keepdims=True), rtol=1e-9)
     np.testing.assert_array_equal(projected.own_x_0, found.own_x_0)
 
@@ -250,7 +251,10 @@ def test_the_mean_form_is_for_ddpm(name):
 def test_ddpm_refuses_to_change_the_x_0_of_a_predicted_mean():
     plain = Denoiser(lambda x, time: 0.9 * x, prediction="x_prev")
     x_T, add = jnp.asarray(X), lambda predict, x_t, level: predict(x_t)
-    for denoiser in (editing.project(plain, GRAY, MEASURED), Denoiser(plain.network, "x_prev", corrections=(add,))):
+    for denoiser in (
+        editing.project(plain, Measurement(GRAY, MEASURED)),
+        Denoiser(plain.network, "x_prev", corrections=(add,)),
+    ):
         with pytest.raises(ValueError, match=r"'x_prev'.*ddim"):
             sampling.sample(KEY, SCHEDULE, denoiser, x_T, sampling.ddpm())
         assert np.isfinite(sampling.sample(KEY, SCHEDULE, denoiser, x_T, sampling.ddim())).all()
@@ -279,7 +283,7 @@ def random_denoiser(seed, form="eps", clip=True):
     classifier = jax.tree_util.Partial(logits, rng.normal(size=(2, 5)).astype(np.float32))
     label_log_prob = guidance.class_log_prob(classifier, rng.integers(5, size=3))
     denoiser = guidance.classifier(denoiser, label_log_prob, float(rng.uniform(1, 4)), form=form)
-    return editing.project(denoiser, GRAY, rng.normal(size=(3, 1)).astype(np.float32))
+    return editing.project(denoiser, Measurement(GRAY, rng.normal(size=(3, 1)).astype(np.float32)))
 
 
 @pytest.mark.parametrize(("form", "sampler"), [("eps", sampling.ddim()), ("mean", sampling.ddpm())])

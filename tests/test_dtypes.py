@@ -23,6 +23,7 @@ from diffusion_jax import (
     timesteps,
 )
 from diffusion_jax.denoiser import PREDICTIONS, VARIANCES, clip_x_0, convert, dynamic_threshold, split_variance
+from diffusion_jax.measurements import Measurement
 from helpers.samplers import MAKERS, METHODS
 
 KEY = jax.random.key(0)
@@ -148,7 +149,7 @@ CASES = {
         for p in ("eps", "x_0", "v", "score", "flow")
     ],
     "guidance.classifier, mean": lambda x: process.p_mean_variance(FULL, shifted(), x, T),
-    "editing.project": lambda x: editing.project(network, HALF, HALF.measure(x))(x, FULL.at(T, x)),
+    "editing.project": lambda x: editing.project(network, Measurement(HALF, HALF.measure(x)))(x, FULL.at(T, x)),
     "editing.slerp": lambda x: editing.slerp(x, x + 1, np.float64(0.3)),
     "editing.gray": lambda x: [editing.gray().measure(x), editing.gray().invert(x[..., :1])],
     "editing.average_pool": lambda x: [HALF.measure(x), HALF.invert(x)],

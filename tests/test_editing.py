@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import Denoiser, editing, sampling, schedules
+from diffusion_jax.measurements import Measurement
 from helpers.gaussian_mixtures import FULL, gaussian
 
 KEY = jax.random.key(0)
@@ -116,7 +117,7 @@ def test_projection_changes_only_the_measured_part(name, x64):
 
     def project(x_0, clip=False):
         known = Denoiser(lambda x_t, time: x_0, prediction="x_0", clip=clip)
-        return editing.project(known, linear, y)(other, level).x_0
+        return editing.project(known, Measurement(linear, y))(other, level).x_0
 
     moved = project(other)
     np.testing.assert_allclose(linear.measure(moved), y, atol=1e-12)
@@ -139,7 +140,7 @@ def test_restored_images_agree_with_the_measurement(name):
     y = linear.measure(image)
     schedule = schedules.respace(FULL, 60, "log_snr")
     x_T = jax.random.normal(jax.random.key(1), image.shape)
-    restored = editing.project(pixels, linear, y)
+    restored = editing.project(pixels, Measurement(linear, y))
     for sampler in (sampling.ddpm(), sampling.dpm_solver_pp(), sampling.ddim()):
         x = jax.jit(lambda x, s=sampler: sampling.sample(KEY, schedule, restored, x, s))(x_T)
         np.testing.assert_allclose(linear.measure(x), y, atol=1e-5)

@@ -22,6 +22,7 @@ from diffusion_jax import (
     timesteps,
 )
 from diffusion_jax.denoiser import clip_x_0, convert, dynamic_threshold
+from diffusion_jax.measurements import Measurement
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
@@ -194,7 +195,7 @@ REFUSED = [
         "a projection cannot act on the mean",
         process.p_mean_variance,
         FULL,
-        editing.project(Denoiser(network, "x_prev"), editing.gray(), X[..., :1]),
+        editing.project(Denoiser(network, "x_prev"), Measurement(editing.gray(), X[..., :1])),
         X,
         T,
     ),
@@ -320,7 +321,7 @@ REFUSED = [
         "a projection of x_0 has no inverse",
         sampling.encode,
         FULL,
-        editing.project(network, editing.gray(), X[..., :1]),
+        editing.project(network, Measurement(editing.gray(), X[..., :1])),
         X,
     ),
     case("x_0 must have a batch axis", ENCODE, 1.0),
@@ -343,7 +344,7 @@ REFUSED = [
         losses.simple,
         KEY,
         FULL,
-        editing.project(network, editing.gray(), X[..., :1]),
+        editing.project(network, Measurement(editing.gray(), X[..., :1])),
         X,
     ),
     case("interpolate does not take ordr with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, ordr=7),

@@ -132,7 +132,8 @@ def _samples(config: ConfigDict) -> list[Rule]:
 
 def _evaluation(config: ConfigDict) -> list[Rule]:
     options, gray = config.evaluation, "is for data of gray levels, not for data.levels=None"
-    measures_nothing = not (options.likelihood or options.num_samples)
+    is_tested = "calibration" in (options.metrics or ())
+    measures_nothing = not (options.likelihood or options.num_samples or is_tested)
     problem = f"and evaluation.num_samples={options.num_samples} leave nothing to measure"
     dequantizes = options.ode and is_continuous(config) and options.ode_dequantization in ("uniform", "variational")
     return [

@@ -512,10 +512,49 @@ SAMPLING: dict[str, Setting] = {
 EDITING: dict[str, Setting] = {
     "task": Setting(
         "inpaint",
-        Choice(*editing.EDITS),
-        "Task of --mode=edit, with the sampler in `sampling`. inpaint is RePaint; replace is RePaint without resampling.",
+        Choice(*{**editing.EDITS, **editing.MEASUREMENTS}),
+        "Task of --mode=edit, with the sampler in `sampling`. inpaint is RePaint without noise; replace is RePaint without "
+        "resampling.",
     ),
-    "image": Setting("", PATH, "Image to edit; for data that are not images, an .npy with one example in data units."),
+    "image": Setting(
+        "",
+        PATH,
+        "Image to edit, or the measurement; for data that are not images, and for measurements in another shape or with "
+        "noise, an .npy in data units.",
+    ),
+    "example": Setting(
+        None,
+        optional(Integer(0)),
+        "Number of an example of `evaluation.split`, in place of `editing.image`; tasks that measure measure it.",
+    ),
+    "noise": Setting(
+        0.0,
+        Number(minimum=0),
+        "Standard deviation of the measurement's noise, in data units (images: gray levels of 0 to 255); 0 for none.",
+    ),
+    "method": Setting(
+        None,
+        optional(Choice("mmps", "pigdm", "dps", "smc", "project", "repaint")),
+        "How samples are drawn given the measurement: mmps, pigdm, dps or smc with noise, project or repaint without. None: "
+        "mmps with noise, repaint for inpaint, otherwise project.",
+    ),
+    "operator": Setting(
+        "",
+        PATH,
+        "An .npy of the measurement: the kernel of deblur, the points [P, axes] of sparse (entries from 0), the bool "
+        'frequencies of fourier, the angles of tomography in degrees; "" for a default by `editing.blur` or `editing.share`.',
+    ),
+    "blur": Setting(1.0, Number(above=0), "Standard deviation of deblur's Gaussian kernel, in entries."),
+    "share": Setting(
+        0.25,
+        Number(above=0, maximum=1),
+        "Share of the entries (sparse) or frequencies (fourier) that are measured, or angles for each row (tomography).",
+    ),
+    "iterations": Setting(
+        None, optional(Integer(1)), "Iterations of mmps and pigdm; None for their defaults, 3 and 10."
+    ),
+    "zeta": Setting(1.0, Number(above=0), "Step of dps."),
+    "particles": Setting(64, Integer(2), "Particles of smc, from which the results are drawn."),
     "mask": Setting("", PATH, "Mask: an image that is white, or a bool .npy that is True, at the known pixels."),
     "other": Setting("", PATH, "Second image or example for interpolate."),
     "num_samples": Setting(8, Integer(1), "Number of results; for interpolate, including both images."),
@@ -576,14 +615,33 @@ EVALUATION: dict[str, Setting] = {
         None,
         optional(
             Tuple(
-                OneOf(Choice(*METRICS), FunctionName()),
-                f"names from {', '.join(METRICS)}, module:function or FILE.py:function",
+                OneOf(Choice(*METRICS, "calibration"), FunctionName()),
+                f"names from {', '.join(METRICS)}, calibration, module:function or FILE.py:function",
                 minimum_length=1,
                 shown="('fid',)",
             )
         ),
         "Metrics of samples. None for all that suit the data: feature metrics for images, example metrics for other data, "
         "and both kinds for other data with `evaluation.features`.",
+    ),
+    "calibration_examples": Setting(
+        100,
+        Integer(10),
+        "Examples of `evaluation.split` that the metric calibration measures, starting with the first.",
+    ),
+    "calibration_samples": Setting(
+        19, Integer(2), "Samples for each of these examples; 19 or 99 for the coverage of 90% intervals."
+    ),
+    "quantities": Setting(
+        ("means", "entries"),
+        Tuple(
+            OneOf(Choice("means", "entries"), FunctionName()),
+            "names from means, entries, module:function or FILE.py:function",
+            minimum_length=1,
+            shown="('means',)",
+        ),
+        "Numbers of each example whose calibration is tested: the mean of each channel, values at four entries, or a "
+        "function from examples [N, ...] in data units to {name: numbers [N]}.",
     ),
     "reference_split": Setting("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
     "every": Setting(0, Integer(0), "Training steps between two FID measurements, with few samples; 0 for none."),

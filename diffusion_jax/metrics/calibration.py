@@ -8,6 +8,7 @@ ignore the measurement, if the reference depends on the measurement.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -125,6 +126,49 @@ def rank_test(found: Int[np.ndarray, "N"], num_samples: int) -> RankTest:
     )
 
 
+def cross_predict(
+    inputs: Float[np.ndarray, "N M"], quantities: Float[np.ndarray, "N Q"], penalty: float = 0.1
+) -> Float[np.ndarray, "N Q"]:
+    """Predicts the quantities of each example from its inputs by ridge regression on the other half of the examples.
+
+    The result depends on the measurement or condition (the inputs) and not on the example's own truth, so it is a reference
+    point for `distance_ranks`. penalty: added to the mean squared standardized input.
+    """
+    inputs, quantities = np.asarray(inputs, np.float64), np.asarray(quantities, np.float64)
+    x = inputs - inputs.mean(axis=0)
+    x /= np.maximum(x.std(axis=0), 1e-12)
+    kernel, found, is_even = x @ x.T / x.shape[1], np.empty_like(quantities), np.arange(len(x)) % 2 == 0
+    for own, other in ((is_even, ~is_even), (~is_even, is_even)):
+        mean = quantities[other].mean(axis=0)
+        matrix = kernel[np.ix_(other, other)] + penalty * np.eye(other.sum())
+        found[own] = mean + kernel[np.ix_(own, other)] @ np.linalg.solve(matrix, quantities[other] - mean)
+    return found
+
+
+def detectable_errors(num_examples: int, num_samples: int, num_quantities: int = 1) -> tuple[float, float, float]:
+    """Returns the errors that `find_calibration` finds in about 95% of repetitions, for Gaussian posteriors.
+
+    Returns: (a shift in posterior deviations, the largest and the smallest ratio of the sampled and the exact deviation that
+    are found as too narrow and too wide). A ratio is 0 or infinite where no such error is found. One quantity has the error.
+    """
+    test = rank_test(np.zeros(num_examples, int), num_samples)  # for its standard errors
+    reach = _limit(2 * num_quantities + 2) + statistics.NormalDist().inv_cdf(0.95)
+    mean = 0.5 + reach * test.mean_error
+    shift = math.sqrt(2) * statistics.NormalDist().inv_cdf(mean) if mean < 1 else math.inf
+
+    def ratio(variance: float) -> float:
+        # For samples N(0, w^2) of truths N(0, 1), the variance of P(sample < truth) is arcsin(1 / (1 + w^2)) / (2 pi).
+        angle = 2 * math.pi * (variance * (num_samples + 2) / 12 - 0.25) / (num_samples - 1)
+        return math.inf if angle <= 0 else 0.0 if angle >= math.pi / 2 else math.sqrt(1 / math.sin(angle) - 1)
+
+    return shift, ratio(1 + reach * test.variance_error), ratio(1 - reach * test.variance_error)
+
+
+def _limit(num_tests: int) -> float:
+    """The number of standard errors that one of several tests of an exact sampler exceeds in 0.27% of repetitions."""
+    return statistics.NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / num_tests)
+
+
 class Calibration(NamedTuple):
     """The result of `find_calibration`.
 
@@ -159,7 +203,7 @@ def find_calibration(
     if (count + 1) % 20 == 0:
         covered = {name: coverage(each, count) for name, each in found.items()}
     tests = {name: rank_test(each, count) for name, each in found.items()}
-    limit = statistics.NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / (2 * len(names) + 2 * (references is not None)))
+    limit = _limit(2 * len(names) + 2 * (references is not None))
     faults = []
     for name, test in tests.items():
         if abs(test.z_mean) > limit:

@@ -10,6 +10,7 @@ from diffusion_jax.images import is_of_images
 from diffusion_jax.pictures.channels import UNKNOWN, Channels
 from diffusion_jax.pictures.figures import draw_bound_terms, draw_curves, draw_rate_distortion
 from diffusion_jax.pictures.grids import Picture, as_text, draw_grid, save, to_array, to_pillow
+from diffusion_jax.pictures.posterior import draw_calibration, draw_posterior
 from diffusion_jax.pictures.samples import Examples, draw_edit, draw_neighbors, draw_samples, draw_trajectory
 
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
     "Picture",
     "as_text",
     "draw_bound_terms",
+    "draw_calibration",
     "draw_curves",
     "draw_edit",
     "draw_grid",
     "draw_neighbors",
+    "draw_posterior",
     "draw_rate_distortion",
     "draw_samples",
     "draw_trajectory",

@@ -258,7 +258,7 @@ class Model:
             If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
-            (`editing.EDITS`). Each function is compiled once.
+            of `editing.EDITS`. Each function is compiled once.
           y: one label for all samples or int [N], for a network with classes, or for the classifier.
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
             with a leading axis N, in data units. With condition_dropout, None means no conditions.

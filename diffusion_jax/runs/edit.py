@@ -16,97 +16,186 @@ from PIL import Image
 from diffusion_jax import data, editing, pictures, pretrained
 from diffusion_jax.config import resolve
 from diffusion_jax.console import log
+from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.images import to_model_range
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
+from diffusion_jax.runs.likelihood import load_held_out
+from diffusion_jax.runs.posterior import Problem, choose_method, log_chi_squared
 from diffusion_jax.runs.sample import make_provenance, write_samples
 from diffusion_jax.runs.sampling_setup import check_finite, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
+# What the pictures call a measurement, if not so.
+_CAPTIONS = {"inpaint": "known", "colorize": "gray", "super_resolution": "small", "tomography": "sums along rays"}
 _GRAY = 127  # for pixels that the model paints; mask values above 127 of 255 mark known pixels
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Edits `editing.image`: writes a picture with the inputs and the results, and an .npz with the results.
+    """Edits `editing.image` or draws samples given a measurement: writes a picture and an .npz with the results.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data. With `editing.noise`, also mean
+    and deviation of the samples, the measurement, the truth if it is known, all in data units (images: gray levels of
+    0 to 255), and chi_squared [N].
 
-    Raises: UserError, PretrainedError.
+    Raises: UserError, DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     task, options = config.editing.task, config.editing
+    method = choose_method(options)
     net = open_model(config, workdir, sharding.one_device_mesh())
-    setup, files = resolve_sampling(config, net), _Files(config, net)
-    needed = inspect.signature(editing.EDITS[task]).parameters
-    mask = files.read_mask() if "mask" in needed else None
-    image = files.read("image", options.factor if "factor" in needed else None, mask)
-    kind = "image" if net.is_images else "example"
-    given = {kind: image}
-    if mask is not None:  # unknown values may be NaN; the picture shows them gray
-        given["known"] = np.where(mask, image, np.nan if net.levels is None else _GRAY).astype(image.dtype)
-        image = np.where(mask, image, 0).astype(image.dtype)
-    inputs: dict[str, Any] = {"image": files.to_model(image, options.num_samples), "mask": mask}
-    if "other" in needed:
+    held_out, conditions = (None, None) if options.example is None else _read_held_out(config, net)
+    setup, files = resolve_sampling(config, net, conditions), _Files(config, net, held_out)
+    if task == "interpolate" or options.noise:
         for setting, rows in (("class", setup.labels), ("conditions", setup.conditions.get("condition"))):
             if rows is not None and len(rows) > 1:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
-        given["other"] = files.read("other")
-        inputs["other"] = files.to_model(given["other"])
-    arguments = {**options.to_dict(), **inputs}
-    with as_user_error("config.editing"):
-        edit = editing.EDITS[task](**{name: arguments[name] for name in needed})
-    if edit.shown is not None:
-        caption, measured = edit.shown
-        measured = data.to_data_units(np.asarray(measured), net.normalizations.get("x"))
-        given = {caption: setup.to_examples(measured)[0]}
+    mask = files.read_mask() if task in ("inpaint", "replace") else None
+    measured = None if method in (None, "repaint") else _Measured(config, net, files, mask)
+    given, algorithm = _read_edit(files, task, options, mask) if measured is None else (measured.given, None)
 
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, config.sampling.use_ema))
     if jax.process_index() != 0:
         return
     for note in setup.notes:
         log(f"Note: {note}.")
-    log(f"Compiling {task} ...")
-    rows = np.arange(1 if "other" in needed else options.num_samples)
+    log(f"Compiling {task} ..." if method is None else f"Compiling {task} with {method} ...")
+    key, rows = jax.random.key(config.sampling.seed), np.arange(1 if task == "interpolate" else options.num_samples)
     with as_user_error("config.editing"):
-        results = setup.to_examples(setup.generate(jax.random.key(config.sampling.seed), rows, algorithm=edit.draw))
-    if net.levels is None and mask is not None:  # known values stay exactly as in the file, without rounding
-        results = np.where(mask, given[kind], results).astype(results.dtype)
+        if measured is None:
+            samples = setup.generate(key, rows, algorithm=algorithm)
+        else:
+            samples = measured.problem.draw(setup, measured.y, options.num_samples, key)[:, 0]
+    results = setup.to_examples(samples)
+    if measured is None and net.levels is None and mask is not None:  # known values stay exactly as in the file
+        results = np.where(mask, next(iter(given.values())), results).astype(results.dtype)
     check_finite(results)
-    shown = np.stack(list(given.values()))
+    shown = np.concatenate([np.float64(array).ravel() for array in given.values()])
     provenance = make_provenance(setup, editing=to_dict(options), given_digest=array_digest(shown))
     title = f"Edit: {task.replace('_', ' ')}, {provenance.name}"
     provenance = dataclasses.replace(provenance, name=f"{task}_{provenance.name}_{provenance.digest[:6]}")
-    captions = [f"result {i}" for i in range(1, len(results) + 1)]
-    if "other" in needed:
-        captions = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
-    picture = pictures.draw_edit(shown, results, [*given, *captions], title, read_channels(config, workdir))
+    arrays, channels = {"arr_0": results}, read_channels(config, workdir)
+    if options.noise and measured is not None:
+        more, picture = measured.summarize(samples, title, channels)
+        arrays |= more
+    else:
+        captions = [f"result {i}" for i in range(1, len(results) + 1)]
+        if task == "interpolate":
+            captions = [f"weight {weight:.2g}" for weight in np.linspace(0, 1, len(results))]
+        picture = pictures.draw_edit(np.stack(list(given.values())), results, [*given, *captions], title, channels)
     path = workdir / "samples" / "edits" / f"{provenance.name}.npz"
-    write_samples(workdir, path, provenance, {"arr_0": results}, picture)
+    write_samples(workdir, path, provenance, arrays, picture)
     noun = "images" if net.is_images else "examples"
     log(f"The given {noun} and {len(results)} results: {path.with_suffix('.png')}; the results alone: {path}")
+
+
+def _read_edit(
+    files: _Files, task: str, options: ConfigDict, mask: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], Any]:
+    """Returns (the given examples by caption, the edit of `editing.EDITS`). Raises: UserError."""
+    needed = inspect.signature(editing.EDITS[task]).parameters
+    image = files.read("image", known=mask)
+    given = {"image" if files.net.is_images else "example": image}
+    if mask is not None:  # unknown values may be NaN; the picture shows them gray
+        given["known"] = np.where(mask, image, np.nan if files.net.levels is None else _GRAY).astype(image.dtype)
+        image = np.where(mask, image, 0).astype(image.dtype)
+    inputs: dict[str, Any] = {"image": files.to_model(image, options.num_samples), "mask": mask}
+    if "other" in needed:
+        given["other"] = files.read("other")
+        inputs["other"] = files.to_model(given["other"])
+    arguments = {**options.to_dict(), **inputs}
+    with as_user_error("config.editing"):
+        return given, editing.EDITS[task](**{name: arguments[name] for name in needed})
+
+
+class _Measured:
+    """A `Problem` with its y, float32 [1, ...] in network units. given: what is known, in data units, by caption."""
+
+    def __init__(self, config: ConfigDict, net: pretrained.Model, files: _Files, mask: np.ndarray | None):
+        """Reads or simulates y. Raises: UserError."""
+        options, task = config.editing, config.editing.task
+        if options.noise and options.num_samples < 2:
+            raise UserError(f"editing.num_samples={options.num_samples} has no deviation; use at least 2")
+        if options.noise and config.sampling.guidance_scale != 1:
+            log("Note: with a sampling.guidance_scale other than 1, the samples are not of the posterior.")
+        self.problem, self.truth = Problem.from_config(config, net, mask), files.held_out
+        self.y = files.read_y(self.problem, mask)
+        self.given = {} if self.truth is None else {"truth": self.truth}
+        self._caption = _CAPTIONS.get(task, "measurement")
+        self._values = self.problem.to_data(self.y)[0]
+        shown = self.problem.show(self._values)
+        if not options.noise and net.levels is not None:
+            shown = np.where(np.isnan(shown), _GRAY, shown).round().clip(0, 255).astype(np.uint8)
+        self.given[self._caption] = shown
+
+    def summarize(
+        self, samples: np.ndarray, title: str, channels: pictures.Channels
+    ) -> tuple[dict[str, np.ndarray | None], pictures.Picture]:
+        """Returns (arrays for the .npz, a picture) of samples [N, ...], and logs chi-squared."""
+        problem, net = self.problem, self.problem.net
+        x = samples if net.levels is None else problem.to_gray_levels(samples)
+        arrays = {"mean": x.mean(axis=0), "deviation": x.std(axis=0, ddof=1), "measurement": self._values}
+        found = problem.chi_squared(samples[:, None], self.y)[:, 0]
+        log_chi_squared(found, problem)
+        title += f"; {problem.method}, noise {problem.options.noise:g}; mean and deviation of {len(x)} samples"
+        shown = self.given[self._caption]
+        picture = pictures.draw_posterior(x, shown, self._caption, self.truth, title, channels, net.is_images)
+        return {
+            **{k: v.astype(np.float32) for k, v in arrays.items()},
+            "chi_squared": found,
+            "truth": self.truth,
+        }, picture
+
+
+def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:
+    """Returns the example `editing.example` of `evaluation.split`, in data units, and its conditions.
+
+    The config gets the example's class, unless it has one. Raises: UserError, DataError.
+    """
+    options = config.editing
+    if options.image:
+        raise UserError(
+            f"editing.example={options.example} and editing.image={options.image!r} exclude each other; remove one"
+        )
+    source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
+    if options.example >= len(source):
+        raise UserError(
+            f"editing.example={options.example} must be below {len(source):,}, the number of held-out examples"
+        )
+    batch = source.read([options.example])
+    if net.num_classes and "label" in batch and config.sampling.label is None:
+        config.sampling.label = int(batch["label"][0])
+    conditions = None if config.sampling.conditions or net.condition_shape is None else read_conditions(batch)
+    return batch_examples(batch)[0], conditions
+
+
+def read_mask(config: ConfigDict, net: pretrained.Model) -> np.ndarray:
+    """Reads `editing.mask` for examples of the model, as `_Files.read_mask`. Raises: UserError."""
+    return _Files(config, net, np.empty(0)).read_mask()
 
 
 class _Files:
     """Reads the files of `config.editing` as examples [*spatial, C]: uint8, or floats in data units."""
 
-    def __init__(self, config: ConfigDict, net: pretrained.Model):
-        self._options, self._net = config.editing, net
+    def __init__(self, config: ConfigDict, net: pretrained.Model, held_out: np.ndarray | None = None):
+        """held_out: an example in place of the file of `editing.image`."""
+        self._options, self.net, self.held_out = config.editing, net, held_out
         self._shape, self._size = net.example_shape, net.image_size
 
     def _open(self, setting: str) -> Any:
         """Opens the image or array file that `config.editing[setting]` names. Raises: UserError."""
         path = self._options[setting]
         if not path:
-            file = "FILE is needed: the path of an image" if self._net.is_images else "FILE.npy is needed: an array"
+            file = "FILE is needed: the path of an image" if self.net.is_images else "FILE.npy is needed: an array"
             raise UserError(f"editing.{setting}={file}")
-        if not self._net.is_images:
+        if not self.net.is_images or (self._options.noise and path.endswith(".npy")):
             array = load_arrays(f"editing.{setting}", path)
             if not isinstance(array, np.ndarray):
                 raise UserError(f"editing.{setting}={path!r} holds several arrays; save the one to use with np.save")
@@ -116,31 +205,30 @@ class _Files:
         except (OSError, ValueError) as error:
             raise UserError(f"editing.{setting}={path!r} cannot be read as an image file: {error}") from None
 
-    def read(self, setting: str, factor: int | None = None, known: np.ndarray | None = None) -> np.ndarray:
+    def read(self, setting: str, shape: tuple[int, ...] = (), known: np.ndarray | None = None) -> np.ndarray:
         """Reads the example that `config.editing[setting]` names.
 
-        factor: the example is smaller by this factor along both axes. known: mask of the values that must be finite and
-        within `data.limits`; None for all values. Raises: UserError.
+        shape: if it is not an example's. known: mask of the values that must be finite and within `data.limits`; None for all
+        values. Measurements with noise may have any real numbers. Raises: UserError.
         """
-        size, is_continuous, limits = self._size, self._net.levels is None, self._net.limits
-        if factor is not None:
-            if len(size) != 2:
+        is_continuous, limits = self.net.levels is None, self.net.limits
+        is_noisy = bool(self._options.noise)
+        if setting == "image" and self.held_out is not None:
+            return self.held_out
+        example, shape = self._open(setting), shape or self._shape
+        numbers = "real numbers in data units" if is_continuous or is_noisy else "type uint8"
+        if isinstance(example, Image.Image):
+            if len(shape) != 3 or shape[-1] != self._shape[-1]:
                 raise UserError(
-                    f"editing.task={self._options.task!r} is for images and fields with two spatial axes, not for examples "
-                    f"of shape {list(self._shape)}; use inpaint, replace, sdedit or interpolate"
+                    f"editing.{setting} must be an .npy with shape {list(shape)} for editing.task={self._options.task!r}"
                 )
-            if any(n % factor for n in size):
-                raise UserError(f"editing.factor={factor} must divide the model's {size[0]}x{size[1]} pixels")
-            size = tuple(n // factor for n in size)
-        example, shape = self._open(setting), (*size, self._shape[-1])
-        if self._net.is_images:
             height, width, channels = shape
             return data.fit(example, (height, width), channels)
-        is_allowed = example.dtype.kind in "iuf" if is_continuous else example.dtype == np.uint8
+        is_allowed = example.dtype.kind in "iuf" if is_continuous or is_noisy else example.dtype == np.uint8
         if example.shape != shape or not is_allowed:
             raise UserError(
                 f"editing.{setting}={self._options[setting]!r} holds {example.dtype} {list(example.shape)}; it must be one "
-                f"example with shape {list(shape)} and {'real numbers in data units' if is_continuous else 'type uint8'}"
+                f"example with shape {list(shape)} and {numbers}"
             )
         values = example if known is None else example[np.broadcast_to(known, shape)]
         if not np.isfinite(values).all():
@@ -148,12 +236,27 @@ class _Files:
                 f"editing.{setting} has values that are not finite; repair them (editing.task=inpaint generates values that "
                 "editing.mask leaves out)"
             )
-        if values.size and limits and (values.min() < limits[0] or values.max() > limits[1]):
+        if values.size and limits and not is_noisy and (values.min() < limits[0] or values.max() > limits[1]):
             raise UserError(
                 f"editing.{setting} has values from {values.min():g} to {values.max():g}, outside data.limits="
                 f"{tuple(limits)}; clip them"
             )
         return example.astype(np.float64) if is_continuous and example.dtype.kind != "f" else example
+
+    def read_y(self, problem: Problem, mask: np.ndarray | None) -> np.ndarray:
+        """Reads a measurement, or measures the held-out example: float32 [1, ...] in network units. Raises: UserError."""
+        if self.held_out is not None:
+            return problem.simulate(np.asarray(self.to_model(self.held_out)), np.array([self._options.example]))
+        task = self._options.task
+        if task in ("sparse", "fourier") and not self._options.operator:
+            raise UserError(
+                f"editing.task={task!r} with a file needs editing.operator=FILE.npy, where the file was measured"
+            )
+        if task == "colorize":  # the gray values of an image of any color
+            return np.asarray(problem.operator.measure(self.to_model(self.read("image"))))
+        y = self.read("image", problem.y_shape, mask)
+        y = y if mask is None else np.where(mask, y, 0).astype(y.dtype)
+        return to_model_range(y)[None] if y.dtype == np.uint8 else problem.to_network(y[None])
 
     def read_mask(self) -> np.ndarray:
         """Reads the mask, bool [*spatial, 1] or [*spatial, C], True where values are known.
@@ -161,8 +264,8 @@ class _Files:
         Mask images are white at known pixels: above 127 of 255, or 1 if all values are 0 and 1.
         """
         mask = self._open("mask")
-        if self._net.is_images:
-            image = self._open("image")
+        if self.net.is_images:
+            image = mask if self.held_out is not None else self._open("image")
             if image.size != mask.size:
                 raise UserError(
                     f"editing.mask={self._options.mask!r} has {mask.width}x{mask.height} pixels and the image has "
@@ -181,7 +284,7 @@ class _Files:
             known = mask if mask.ndim == len(self._shape) else mask[..., None]
         if known.all() or not known.any():
             color, problem = ("white", "nothing is left to generate") if known.all() else ("black", "nothing is kept")
-            value = color if self._net.is_images else known.all()
+            value = color if self.net.is_images else known.all()
             raise UserError(
                 f"editing.mask={self._options.mask!r} is {value} everywhere: {problem}. "
                 "Use white (above 127 of 255) or True for values to keep, and black or False for values to generate"
@@ -195,8 +298,8 @@ class _Files:
 
     def to_model(self, example: np.ndarray, copies: int = 1) -> jax.Array:
         """Repeats an example: float32 [copies, *spatial, C] in the model's range."""
-        if self._net.levels is None:
-            x = jnp.asarray(data.to_model_units(example[None], self._net.normalizations.get("x")))
+        if self.net.levels is None:
+            x = jnp.asarray(data.to_model_units(example[None], self.net.normalizations.get("x")))
         else:
             x = to_model_range(jnp.asarray(example))[None]
         return jnp.repeat(x, copies, axis=0)

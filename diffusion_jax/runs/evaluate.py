@@ -1,6 +1,6 @@
-"""`--mode=evaluate`: measures the likelihood of held-out examples, and compares samples with a reference.
+"""`--mode=evaluate`: measures the likelihood of held-out examples, compares samples with a reference, and tests calibration.
 
-`runs.likelihood` describes the files of the likelihood. The metrics of samples are added to metrics.json.
+`runs.likelihood` and `runs.calibration` describe their files. The metrics of samples are added to metrics.json.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffusion_jax.evaluation.compare import check_count, compare, find_conditio
 from diffusion_jax.evaluation.features import ExampleSet, FeaturePipeline, open_file
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features, reported_values
 from diffusion_jax.run_dir import RunDir, open_run_dir
+from diffusion_jax.runs.calibration import measure_calibration
 from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import measure_likelihood
 from diffusion_jax.runs.logging import write_evaluation
@@ -32,13 +33,18 @@ from diffusion_jax.training import condition_shape
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Measures the likelihood of `evaluation.split`, then computes sample metrics; the config can turn off either.
+    """Tests the calibration, measures the likelihood of `evaluation.split`, and computes sample metrics, as the config says.
 
     Raises: UserError, DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     options = config.evaluation
     check(config, "evaluation")
+    if "calibration" in (options.metrics or ()):
+        measure_calibration(config, workdir)
+        options.metrics = tuple(name for name in options.metrics if name != "calibration") or None
+        if options.metrics is None:
+            options.num_samples = 0
     if options.num_samples:
         _metric_names(config)  # raises errors before the likelihood, which may take hours
     if options.likelihood:

@@ -126,7 +126,7 @@ class LikelihoodRun:
         self.net = load_weights(net, config, self.workdir, options.use_ema)
         self.schedule = bound_schedule(config.diffusion, self.net.schedule)
         is_trained_here = "init_from" not in self.net.provenance.details
-        loaded, self.split = _load_source(config, source, is_trained_here)
+        loaded, self.split = load_held_out(config, source, is_trained_here)
         check_source(config, loaded)
         self.dataset = config.data.dataset if source is None else type(source).__name__
         self.source = normalize(config, loaded, self.net.normalizations)
@@ -187,7 +187,7 @@ class LikelihoodRun:
         return out
 
 
-def _load_source(
+def load_held_out(
     config: ConfigDict, source: data.Source | None, is_trained_here: bool
 ) -> tuple[data.Source, str | None]:
     """Loads the examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError.

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import data, pretrained, sampling, schedules
 from diffusion_jax.config import check, find_broken, resolve, resolve_clip
 from diffusion_jax.data.sources import read_conditions
-from diffusion_jax.denoiser import dynamic_threshold
+from diffusion_jax.denoiser import Denoiser, dynamic_threshold
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
 from diffusion_jax.functions import find_function
 from diffusion_jax.images import to_uint8
@@ -63,14 +63,23 @@ class SamplingSetup:
         rows = {"y": _rows(self.labels, indices), "low": _rows(self.small_images, indices)}
         return rows | {name: values[indices % len(values)] for name, values in self.conditions.items()}
 
-    def generate(self, key, indices: np.ndarray, **arguments: Any) -> Any:
-        """Draws the samples with these indices. arguments: trajectory and algorithm, as `pretrained.Model.draw`."""
+    def generate(
+        self,
+        key,
+        indices: np.ndarray,
+        wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
+        **arguments: Any,
+    ) -> Any:
+        """Draws the samples with these indices.
+
+        wrap: applied to the denoiser. arguments: trajectory and algorithm, as `pretrained.Model.draw`.
+        """
         net, count = self.net, len(indices)
         noise_std = self.config.sampling.low_resolution_noise
         with warnings.catch_warnings():  # `notes` has the same warnings, with the names of settings
             warnings.simplefilter("ignore")
             inputs = net.inputs(count, **self.rows(indices), noise_std=noise_std, classifier=self.classifier)
-        denoiser = net.denoiser(**inputs, **self.options)
+        denoiser = wrap(net.denoiser(**inputs, **self.options))
         return net.draw(key, count, self.schedule, denoiser, self.sampler, **arguments)
 
     def generate_batch(self, seed: int, index: int, batch_size: int) -> np.ndarray:

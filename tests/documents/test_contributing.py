@@ -69,5 +69,5 @@ def test_the_edit_changes_an_example_up_to_its_level():
     image, schedule = jnp.full((1000, 1), 0.3), schedules.respace(FULL, 20, "trailing")
     for level in (0, 19):
         edit = example("_renew", editing)(image, level=level)
-        x = edit.draw(KEY, schedule, DENOISER, image, sampling.ddim())
+        x = edit(KEY, schedule, DENOISER, image, sampling.ddim())
         assert (abs(x - image).mean() < 0.2) == (level == 0)

@@ -111,3 +111,39 @@ def test_bad_arrays_are_refused_in_one_line(make, words):
     with pytest.raises(ValueError, match=words) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_predictions_from_the_other_half_do_not_use_the_own_truth():
+    """They follow the inputs, and changing an example's truth changes predictions of the other half alone."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(200, 2))
+    inputs = 5 * truth @ rng.normal(size=(2, 4)) + 0.1 * rng.normal(size=(200, 4)) + 7
+    found = calibration.cross_predict(inputs, truth)
+    assert np.corrcoef(found[:, 0], truth[:, 0])[0, 1] > 0.95 and np.abs(found - truth).mean() < 0.15
+    changed = truth.copy()
+    changed[4] += 100
+    moved = np.abs(calibration.cross_predict(inputs, changed) - found).max(axis=1)
+    assert (moved[::2] == 0).all() and (moved[1::2] > 0).all()
+    np.testing.assert_allclose(calibration.cross_predict(inputs, truth, penalty=1e9), 0, atol=0.2)  # the mean
+
+
+@pytest.mark.parametrize("count", [300, 1000])
+def test_detectable_errors_are_found_in_95_percent(count):
+    """Monte Carlo with Gaussian posteriors and four quantities, one of which has the error."""
+    shift, narrow, wide = calibration.detectable_errors(count, 19, 4)
+    rng = np.random.default_rng(count)
+    for name, center, width in (("shifted", shift, 1.0), ("too narrow", 0.0, narrow), ("too wide", 0.0, wide)):
+        repetitions, hits = 200, 0
+        for _ in range(repetitions):
+            truth, samples = rng.normal(size=(count, 4)), rng.normal(size=(19, count, 4))
+            samples[..., 0] = center + width * samples[..., 0]
+            sentence = calibration.find_calibration(truth, samples, np.zeros((count, 4)), "abcd").sentence
+            hits += sentence.startswith("a is") and name in sentence
+        assert 0.88 < hits / repetitions < 0.995, (name, hits)  # 95%: 4.5 standard errors, and the errors' own change
+
+
+def test_detectable_errors_that_no_count_finds():
+    shift, narrow, wide = calibration.detectable_errors(10, 19, 10)
+    assert shift == np.inf and narrow < 0.1 and wide == np.inf
+    assert calibration.detectable_errors(10, 3, 10)[1] == 0
+    assert calibration.detectable_errors(10_000, 19)[0] < 0.1

@@ -1,0 +1,221 @@
+"""The metric calibration: whether held-out examples look like samples given their measurements, or their conditions.
+
+calibration/NAME.json has a sentence, the ranks' tests, coverage and chi-squared with standard errors, and the errors that
+this number of examples would find; NAME.npz the quantities; NAME.png the distributions of the ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, pictures, pretrained
+from diffusion_jax.config import resolve
+from diffusion_jax.console import log
+from diffusion_jax.data.sources import batch_examples, read_conditions
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.files import save_npz
+from diffusion_jax.functions import import_function
+from diffusion_jax.metrics import calibration
+from diffusion_jax.provenance import array_digest
+from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
+from diffusion_jax.runs.edit import read_mask
+from diffusion_jax.runs.likelihood import load_held_out
+from diffusion_jax.runs.posterior import Problem
+from diffusion_jax.runs.sample import make_provenance
+from diffusion_jax.runs.sampling_setup import check_finite, keys_of_samples, resolve_sampling
+from diffusion_jax.runs.workdir import check_source, open_model, to_dict
+
+_ENTRIES = 4  # positions of the quantity "entries"
+_BINS = 10
+
+
+def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
+    """Draws samples for held-out examples, of the posterior in `config.editing` or of a conditional model, and tests them.
+
+    Raises: UserError, DataError, PretrainedError.
+    """
+    config, workdir = resolve(config), open_run_dir(workdir)
+    options, count = config.evaluation, config.evaluation.calibration_samples
+    net, is_posterior = open_model(config, workdir), config.editing.noise > 0
+    is_conditional = bool(net.num_classes) or net.condition_shape is not None
+    if not (is_posterior or is_conditional):
+        raise UserError(
+            "evaluation.metrics=calibration tests samples given something: set editing.task and editing.noise, or use a "
+            "conditional model"
+        )
+    if config.sampling.label is not None or config.sampling.conditions:
+        raise UserError(
+            "calibration takes the classes and conditions of held-out examples; leave out those of config.sampling"
+        )
+    source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
+    check_source(config, source)
+    total = min(options.calibration_examples, len(source))
+    batch = source.read(np.arange(total))
+    x, conditions = batch_examples(batch), read_conditions(batch) if net.condition_shape is not None else {}
+    setup = resolve_sampling(config, net, conditions or None)
+    if net.num_classes:
+        setup = dataclasses.replace(setup, labels=np.asarray(batch["label"], np.int32))
+    problem, y = None, np.zeros((total, 0), np.float32)
+    if is_posterior:
+        problem = Problem.from_config(config, net, read_mask(config, net) if config.editing.task == "inpaint" else None)
+        y = problem.simulate(_to_network(x, net), np.arange(total))
+    with as_user_error("config.evaluation.quantities"):
+        truth, names = find_quantities(options.quantities, _to_numbers(x))
+    setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, options.use_ema))
+    for note in setup.notes:
+        log(f"Note: {note}.")
+    settings = {"editing": to_dict(config.editing)} if is_posterior else {}
+    provenance = make_provenance(setup, **settings, given_digest=array_digest(x, y), calibration=[count, *names])
+    what = f"{config.editing.task}_{problem.method}" if problem else "conditional"
+    name = f"{what}_{provenance.name}_n{total}x{count}_{provenance.digest[:6]}"
+    devices = setup.net.num_devices
+    size = -(-max(1, options.batch_size // count) // devices) * devices
+    chunks = ChunkStore(workdir.subdirectory(f"calibration/.{name}_{size}"))
+
+    def compute(i: int) -> dict[str, np.ndarray]:
+        rows = np.minimum(i * size + np.arange(size), total - 1)
+        samples = _draw(setup, problem, y, rows, count, options.seed)
+        check_finite(samples)
+        flat = samples.reshape(-1, *samples.shape[2:])
+        found, _ = find_quantities(options.quantities, flat if net.levels is None else (flat + 1) * 127.5)
+        arrays = {"samples": found.reshape(count, size, -1).swapaxes(0, 1)}
+        return arrays | ({"chi_squared": problem.chi_squared(samples, y[rows]).mean(axis=0)} if problem else {})
+
+    num_batches = chunks.fill("Testing the calibration", total, size, compute, config.training.stall_timeout)
+    loaded = [chunks.load(i) for i in range(num_batches)]
+    arrays = {name: np.concatenate([each[name] for each in loaded])[:total] for name in loaded[0]}
+    multihost_utils.sync_global_devices("calibration chunks read")
+    if jax.process_index() == 0:
+        labels = (
+            np.eye(net.num_classes)[setup.labels]
+            if net.num_classes and setup.labels is not None
+            else np.zeros((total, 0))
+        )
+        known = [y, labels, np.nan_to_num(conditions.get("condition", np.zeros((total, 0))))]
+        inputs = np.concatenate([np.reshape(each, (total, -1)) for each in known], axis=1)
+        _write(workdir, name, what, truth, names, arrays, inputs, {"provenance": provenance.settings, **settings})
+        chunks.delete()
+
+
+def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draws samples [count, N, ...] for the examples `rows`; each depends on its example and its number alone."""
+    total = len(y)
+    keys = keys_of_samples(seed, (np.arange(count)[:, None] * total + rows).ravel())
+    some = dataclasses.replace(
+        setup,
+        labels=None if setup.labels is None else setup.labels[rows],
+        conditions={name: values[rows] for name, values in setup.conditions.items()},
+    )
+    if problem is None:
+        x = some.generate(keys, np.arange(count * len(rows)))
+        return np.asarray(x).reshape(count, len(rows), *setup.net.example_shape)
+    return problem.draw(some, y[rows], count, keys[0] if problem.method == "smc" else keys)
+
+
+def _to_network(x: np.ndarray, net: pretrained.Model) -> np.ndarray:
+    return (
+        data.to_model_units(x, net.normalizations.get("x")) if net.levels is None else x.astype(np.float32) / 127.5 - 1
+    )
+
+
+def _to_numbers(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) if x.dtype == np.uint8 else x
+
+
+def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Returns (numbers [N, Q] of examples [N, *spatial, C] in data units, their names), as `evaluation.quantities` says.
+
+    Raises: ValueError for a function with another result.
+    """
+    found: dict[str, np.ndarray] = {}
+    spatial = x.shape[1:-1]
+    for name in wanted:
+        if name == "means":
+            means = x.reshape(len(x), -1, x.shape[-1]).mean(axis=1)
+            found |= {f"mean of channel {c}": means[:, c] for c in range(x.shape[-1])} if spatial else {}
+        elif name == "entries":
+            size = int(np.prod(spatial))
+            chosen = np.unique((np.arange(_ENTRIES) * size + size // 2) // _ENTRIES) if spatial else [0]
+            for place in chosen:
+                index = tuple(map(int, np.unravel_index(place, spatial))) if spatial else ()
+                at = f" at {', '.join(map(str, index))}" if spatial else ""
+                values = x[(slice(None), *index)]
+                found |= {f"channel {c}{at}": values[:, c] for c in range(x.shape[-1])}
+        else:
+            own = import_function(name)(x)
+            if not isinstance(own, dict) or any(np.shape(values) != (len(x),) for values in own.values()):
+                raise ValueError(f"{name} must return a dict of arrays [{len(x)}], a number for each example")
+            found |= {str(key): np.asarray(values) for key, values in own.items()}
+    return np.stack([np.asarray(values, np.float64) for values in found.values()], axis=1), list(found)
+
+
+def _write(
+    workdir: RunDir,
+    name: str,
+    what: str,
+    truth: np.ndarray,
+    names: list[str],
+    arrays: dict[str, np.ndarray],
+    inputs: np.ndarray,
+    settings: dict[str, Any],
+) -> None:
+    """Tests the ranks; writes and logs the results."""
+    samples, total = arrays["samples"].swapaxes(0, 1), len(truth)
+    count = len(samples)
+    scale = np.maximum(truth.std(axis=0), 1e-12)  # distances add quantities in different units
+    references = calibration.cross_predict(inputs, truth / scale)
+    found = calibration.find_calibration(truth / scale, samples / scale, references, names)
+    shift, narrow, wide = calibration.detectable_errors(total, count, len(names))
+    power = (
+        f"finds a shift of {shift:.2f} deviations, or deviations below {narrow:.2f} or above {wide:.2f} times the exact "
+        "ones, of one quantity, with 95% probability"
+    )
+    record: dict[str, Any] = {"sentence": found.sentence, "num_examples": total, "num_samples": count, "power": power}
+    log(f"Calibration of {what.replace('_', ' ')}: {found.sentence}. This test {power}.")
+    if "chi_squared" in arrays:
+        chi = arrays["chi_squared"]
+        record |= {"chi_squared": float(chi.mean()), "chi_squared_standard_error": float(chi.std() / total**0.5)}
+        log(f"Chi-squared for each measured number: {chi.mean():.3f} +- {chi.std() / total**0.5:.3f}.")
+    if found.coverage:
+        # Quantities of one example depend on each other, so the error is of the examples' shares.
+        inside = np.mean([_is_inside(truth[:, i], samples[..., i]) for i in range(len(names))], axis=0)
+        record |= {"coverage": float(inside.mean()), "coverage_standard_error": float(inside.std() / total**0.5)}
+        log(f"90% intervals hold {inside.mean():.3f} +- {inside.std() / total**0.5:.3f} of the true values.")
+    record["quantities"] = {key: test._asdict() for key, test in found.tests.items()}
+    for key, (share, error) in found.coverage.items():
+        record["quantities"][key] |= {"coverage": share, "coverage_standard_error": error}
+    record["settings"] = settings
+    folder = workdir / "calibration"
+    workdir.write_json(f"calibration/{name}.json", record, indent=2)
+    save_npz(folder / f"{name}.npz", {"truth": truth, "references": references * scale, **arrays})
+    bins = max(each for each in range(1, _BINS + 1) if (count + 1) % each == 0)
+    ranks = dict(zip(names, calibration.ranks(truth, samples).T, strict=True))
+    ranks["distance"] = calibration.distance_ranks(truth / scale, samples / scale, references)
+    shares = {key: calibration.histogram(each, count, bins) for key, each in ranks.items()}
+    texts = {
+        key: key + (f"\n{found.coverage[key][0]:.0%} in 90% intervals" if key in found.coverage else "")
+        for key in ranks
+    }
+    picture = pictures.draw_calibration(
+        {key: share for key, (share, _) in shares.items()},
+        shares["distance"][1],
+        f"Calibration of {what.replace('_', ' ')}, {total} examples of {count} samples: {found.sentence}",
+        texts,
+    )
+    pictures.save(folder / f"{name}.png", picture)
+    workdir.upload(folder / f"{name}.npz", folder / f"{name}.png")
+    log(f"Distributions of the ranks: {folder / f'{name}.png'}")
+
+
+def _is_inside(truth: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Whether each truth [N] is in the central 90% interval of its samples [L, N], by rank."""
+    found, outside = calibration.ranks(truth, samples), round(0.05 * (len(samples) + 1))
+    return (found >= outside) & (found <= len(samples) - outside)

@@ -1,0 +1,204 @@
+"""`Problem`: the measurement that `config.editing` describes, and samples of x_0 given its values.
+
+`--mode=edit` draws samples for one measurement, and `evaluation.metrics=calibration` for many simulated ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, editing, posterior, pretrained, sampling
+from diffusion_jax.config import SETTINGS
+from diffusion_jax.console import log
+from diffusion_jax.errors import UserError, as_user_error, list_names
+from diffusion_jax.measurements import LinearOperator, Measurement
+from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
+
+_NOISY = "mmps", "pigdm", "dps", "smc"
+_EXACT = {"inpaint": ("repaint", "project"), "colorize": ("project",), "super_resolution": ("project",)}
+_READ_BY = {"iterations": ("mmps", "pigdm"), "zeta": ("dps",), "particles": ("smc",)}
+_GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
+
+
+def choose_method(options: ConfigDict) -> str | None:
+    """Returns the method of `config.editing`; None for a task that measures nothing. Raises: UserError."""
+    task, method, noise = options.task, options.method, options.noise
+    unused = {name for name in ("noise", "method", "operator", "share", "blur", *_READ_BY) if _is_set(options, name)}
+    if task in editing.MEASUREMENTS:
+        allowed = _NOISY if noise else _EXACT.get(task, ())
+        if not allowed:
+            raise UserError(f"editing.task={task!r} needs editing.noise, the standard deviation of the noise, above 0")
+        if method is not None and method not in allowed:
+            raise UserError(
+                f"editing.method={method!r} is not for editing.task={task!r} with editing.noise={noise:g}; use "
+                f"{' or '.join(allowed)}" + ("" if noise else f", or {', '.join(_NOISY)} with a noise above 0")
+            )
+        method = method or allowed[0]
+        arguments = {"array": "operator"}
+        unused -= {arguments.get(name, name) for name in inspect.signature(editing.MEASUREMENTS[task]).parameters}
+        unused -= {"noise", "method", *(name for name, methods in _READ_BY.items() if method in methods)}
+        if options.operator:
+            unused |= {name for name in ("share", "blur") if _is_set(options, name)}
+    if unused:
+        raise UserError(
+            f"{list_names([f'editing.{name}={options[name]!r}' for name in sorted(unused)])} has no effect with editing.task="
+            f"{task!r}" + (f", editing.method={method!r}" if method else "") + "; remove it"
+        )
+    return method
+
+
+def _is_set(options: ConfigDict, name: str) -> bool:
+    return options[name] != SETTINGS[f"editing.{name}"].default
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What `config.editing` measures of an example, with the network's and the data's units.
+
+    noise: the standard deviation in network units, a number or [C]. scale, shift: y in data units is scale * y + shift.
+    """
+
+    options: ConfigDict
+    method: str
+    net: pretrained.Model
+    operator: LinearOperator
+    noise: Any
+    scale: np.ndarray
+    shift: np.ndarray
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, net: pretrained.Model, mask: np.ndarray | None = None) -> Problem:
+        """mask: as `runs.edit` reads it. Raises: UserError."""
+        options, shape, task = config.editing, net.example_shape, config.editing.task
+        if len(shape) == 1 and task != "inpaint":
+            raise UserError(f"editing.task={task!r} needs examples with spatial axes, not {list(shape)}; use inpaint")
+        array = load_arrays("editing.operator", options.operator) if options.operator else None
+        arguments = {**options.to_dict(), "mask": mask, "array": array}
+        make = editing.MEASUREMENTS[task]
+        with as_user_error("config.editing"):
+            needed = [name for name in inspect.signature(make).parameters if name != "shape"]
+            operator = make(shape, **{name: arguments[name] for name in needed})
+            of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]
+        found = net.normalizations.get("x")
+        offset, scale = (0.0, 1.0) if found is None else (found.offset, found.scale)
+        if net.levels is not None:
+            offset = scale = _GRAY_LEVEL
+        offset, scale = (np.broadcast_to(np.asarray(each, np.float64), shape[-1:]) for each in (offset, scale))
+        if task == "fourier":  # real and imaginary parts
+            offset, scale = offset[:, None], scale[:, None]
+        elif task == "colorize":
+            offset, scale = offset[:1], scale[:1]
+        noise = (options.noise / scale).astype(np.float32) if options.noise else 0.0
+        return cls(options, choose_method(options) or "", net, operator, noise, scale, of_ones * offset)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """The shape of y for one example."""
+        return self.shift.shape
+
+    @property
+    def num_measured(self) -> int:
+        """The number of measured numbers in y."""
+        measured = self.operator.squared_norms(jnp.zeros((1, *self.net.example_shape))) > 0
+        return int(np.broadcast_to(measured, self.y_shape).sum())
+
+    def to_network(self, y: np.ndarray) -> np.ndarray:
+        """Converts y [N, ...] from data units to float32 network units."""
+        return ((y - self.shift) / self.scale).astype(np.float32)
+
+    def to_data(self, y: np.ndarray) -> np.ndarray:
+        """Converts y [N, ...] from network units to data units."""
+        return np.asarray(y, np.float64) * self.scale + self.shift
+
+    def simulate(self, x_0: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Measures examples [N, ...] in network units, with noise that depends on the index of an example alone."""
+        y = np.asarray(self.operator.measure(jnp.asarray(x_0)))
+        draws = [np.random.default_rng([int(i), 45]).standard_normal(self.y_shape) for i in indices]
+        return (y + self.noise * np.stack(draws)).astype(np.float32)
+
+    def show(self, y: np.ndarray) -> np.ndarray:
+        """Returns y, in data units, as an example [*spatial, C] where that is possible; NaN where nothing is measured."""
+        if self.options.task in ("deblur", "tomography"):
+            return y
+        adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
+        spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in (y, np.ones_like(y)))
+        if self.options.task == "fourier":
+            return spread
+        return np.where(weight > 0, spread / np.where(weight > 0, weight, 1), np.nan)
+
+    def to_gray_levels(self, samples: np.ndarray) -> np.ndarray:
+        """Converts images of `draw` to gray levels of 0 to 255, without rounding."""
+        return _GRAY_LEVEL * samples.astype(np.float64) + _GRAY_LEVEL
+
+    def chi_squared(self, samples: Any, y: np.ndarray) -> np.ndarray:
+        """Returns chi-squared for each measured number, [L, N], of the results of `draw`."""
+        x = data.to_model_units(np.asarray(samples), self.net.normalizations.get("x"))
+        found = self._repeat(y, len(x)).chi_squared(x.reshape(-1, *x.shape[2:]))
+        return np.asarray(found).reshape(x.shape[:2])
+
+    def _repeat(self, y: np.ndarray, count: int) -> Measurement:
+        return Measurement(self.operator, jnp.tile(y, (count, *[1] * (y.ndim - 1))), self.noise)
+
+    def draw(self, setup: SamplingSetup, y: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
+        """Draws `count` samples for each row of y [N, ...], in network units; row i uses row i of the setup's conditions.
+
+        key: one key, or except for smc one for each sample [count * N], the samples' axis first. Returns: [count, N, ...],
+        images in [-1, 1], continuous data in data units. Raises: UserError.
+        """
+        options, rows = self.options, len(y)
+        particles = max(options.particles, count) if self.method == "smc" else count
+        indices = np.arange(particles * rows)
+        repeated = self._repeat(y, count)
+        scale = self.net.sigma_data or 1.0
+        iterations = {} if options.iterations is None else {"iterations": options.iterations}
+        with as_user_error("config.editing"):
+            if self.method == "smc":
+                if not isinstance(setup.sampler, sampling.ddpm):
+                    raise ValueError("method='smc' takes the steps of sampling.sampler=ddpm; set it")
+                algorithm = functools.partial(_weighted, measurement=self._repeat(y, 1), count=count, data_std=scale)
+                x = setup.generate(key, indices, algorithm=algorithm)
+            elif self.method == "dps":
+                sampler = posterior.dps(setup.sampler, repeated, options.zeta)
+                x = dataclasses.replace(setup, sampler=sampler).generate(key, indices)
+            else:
+                wrap = {
+                    "mmps": functools.partial(posterior.mmps, **iterations),
+                    "pigdm": functools.partial(posterior.pigdm, data_std=scale, **iterations),
+                    "project": editing.project,
+                }[self.method]
+                x = setup.generate(key, indices, wrap=lambda denoiser: wrap(denoiser, repeated))
+        return np.asarray(x).reshape(count, rows, *self.net.example_shape)
+
+
+def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
+    """Logs chi-squared for each measured number, and whether the prior can explain the measurement."""
+    found, count = float(np.mean(values)), problem.num_measured
+    log(
+        f"Chi-squared for each of {count:,} measured numbers: {found:.3g}, about 1 if the samples explain the measurement."
+    )
+    if found > max(2.0, 1 + 5 * (2 / count) ** 0.5):
+        log(
+            f"Note: chi-squared is far above 1, so this model cannot explain the measurement with editing.noise="
+            f"{problem.options.noise:g}, or {problem.method} has not converged; use a larger noise, more sampling.steps, or "
+            "more editing.iterations."
+        )
+
+
+def _weighted(key, schedule, denoiser, x_T, sampler, *, measurement: Measurement, count: int, data_std: float) -> Any:
+    """Returns `count` samples for each row of y, drawn from the weighted particles x_T [P * N, ...]."""
+    key_run, key_draw = jax.random.split(key)
+    rows = len(measurement.y)
+    x_T = x_T.reshape(-1, rows, *x_T.shape[1:])
+    found = posterior.smc(key_run, schedule, denoiser, measurement, x_T, data_std=data_std)
+    resample = functools.partial(posterior.systematic_resample, count=count)
+    chosen = jax.vmap(resample, (0, 1), 1)(jax.random.split(key_draw, rows), found.weights)
+    x = jnp.take_along_axis(found.x_0, chosen.reshape(*chosen.shape, *[1] * (x_T.ndim - 2)), axis=0)
+    return x.reshape(-1, *x.shape[2:])

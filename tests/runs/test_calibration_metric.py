@@ -1,0 +1,136 @@
+"""--mode=evaluate with the metric calibration, for networks that are exact, and for a posterior with the wrong noise."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffusion_jax import errors
+from diffusion_jax.runs import calibration, evaluate
+from helpers.exact_runs import exact_run
+
+SHAPE = (8, 2)
+OWN = """
+import numpy as np
+
+
+def roughness(x):
+    return {"roughness": np.abs(np.diff(x, axis=1)).mean(axis=(1, 2))}
+
+
+def wrong(x):
+    return {"wrong": x}
+"""
+
+
+def measured(root, config, **settings):
+    """Runs the evaluation; returns the record of its JSON file, and the arrays."""
+    config = config.copy_and_resolve_references()
+    config.evaluation.metrics = ("calibration",)
+    config.sampling.steps = 20
+    config.update_from_flattened_dict(settings)
+    evaluate.run(config, root / "run")
+    (path,) = (root / "run" / "calibration").glob("*.json")
+    assert path.with_suffix(".png").exists()
+    with np.load(path.with_suffix(".npz")) as arrays:
+        found = json.loads(path.read_text()), dict(arrays)
+    for each in (root / "run" / "calibration").glob("*.*"):
+        each.unlink()
+    return found
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exact")
+    (root / "own.py").write_text(OWN)
+    return root, exact_run(root, SHAPE)
+
+
+def posterior_of(root, **settings):
+    np.save(root / "mask.npy", np.arange(8) % 3 == 0)
+    return {"editing.task": "inpaint", "editing.mask": str(root / "mask.npy"), "editing.noise": 0.5, **settings}
+
+
+@pytest.mark.whole
+def test_an_exact_posterior_has_no_error_and_explains_the_measurement(exact, capsys):
+    root, config = exact
+    settings = {"evaluation.quantities": ("means", f"{root / 'own.py'}:roughness"), "editing.iterations": 6}
+    record, arrays = measured(root, config, **posterior_of(root, **settings, **{"evaluation.batch_size": 400}))
+    assert record["sentence"] == "no error found with 100 examples of 19 samples"
+    assert list(record["quantities"]) == ["mean of channel 0", "mean of channel 1", "roughness", "distance"]
+    assert abs(record["chi_squared"] - 1) < 4 * record["chi_squared_standard_error"]
+    assert abs(record["coverage"] - 0.9) < 4 * record["coverage_standard_error"] < 0.15
+    assert "finds a shift of " in record["power"] and record["power"] in capsys.readouterr().out
+    with np.load(root / "test.npz") as file:
+        np.testing.assert_allclose(arrays["truth"][:, 0], file["x"][:100, :, 0].mean(axis=1))
+    assert arrays["samples"].shape == (100, 19, 3)
+    # Samples follow their own truth, in data units.
+    assert np.corrcoef(arrays["samples"][..., 0].mean(axis=1), arrays["truth"][:, 0])[0, 1] > 0.7
+    assert np.corrcoef(arrays["references"][:, 0], arrays["truth"][:, 0])[0, 1] > 0.7
+
+
+@pytest.mark.whole
+def test_a_result_does_not_depend_on_the_batch(exact):
+    root, config = exact
+    settings = posterior_of(root, **{"evaluation.calibration_examples": 10})
+    one, two = (measured(root, config, **settings, **{"evaluation.batch_size": size})[1] for size in (19, 80))
+    np.testing.assert_allclose(one["samples"], two["samples"], rtol=1e-4)
+    np.testing.assert_allclose(one["chi_squared"], two["chi_squared"], rtol=1e-3)
+
+
+@pytest.mark.whole
+def test_a_wrong_method_is_named(exact):
+    """DPS with a small step: its deviations are too wide."""
+    root, config = exact
+    record, _ = measured(
+        root,
+        config,
+        **posterior_of(root, **{"editing.method": "dps", "editing.zeta": 0.02, "evaluation.batch_size": 1900}),
+    )
+    assert "too wide" in record["sentence"] or "ignore the measurement" in record["sentence"], record["sentence"]
+    assert record["chi_squared"] > 5
+
+
+@pytest.mark.whole
+def test_a_conditional_model_is_tested_with_the_conditions_of_its_examples(tmp_path):
+    config = exact_run(tmp_path, SHAPE, noise=0.3)
+    record, arrays = measured(tmp_path, config, **{"evaluation.batch_size": 400})
+    assert record["sentence"].startswith("no error found") and "chi_squared" not in record
+    assert "channel 1 at 3" in record["quantities"]
+    # A reference from the condition predicts the truth, also where the condition has no number.
+    assert np.corrcoef(arrays["references"][:, 3], arrays["truth"][:, 3])[0, 1] > 0.7
+    # Conditions of other examples: the samples are calibrated for no example.
+    with np.load(tmp_path / "test.npz") as file:
+        np.savez(tmp_path / "moved.npz", x=file["x"], condition=np.roll(file["condition"], 1, axis=0))
+    config.evaluation.data_dir = str(tmp_path / "moved.npz")
+    record, _ = measured(tmp_path, config, **{"evaluation.batch_size": 400})
+    assert "too narrow" in record["sentence"]
+
+
+@pytest.mark.whole
+def test_commands_that_do_not_fit_are_refused(exact):
+    root, config = exact
+    for settings, words in (
+        ({}, "set editing.task and editing.noise, or use a conditional model"),
+        (posterior_of(root, **{"sampling.conditions": "c.npy"}), "takes the classes and conditions of held-out"),
+        (
+            posterior_of(root, **{"evaluation.quantities": (f"{root / 'own.py'}:wrong",)}),
+            "must return a dict of arrays",
+        ),
+        ({"editing.task": "deblur", "editing.noise": 1.0, "editing.method": "project"}, "'project' is not for"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            measured(root, config, **settings)
+
+
+def test_names_and_values_of_quantities():
+    x = np.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
+    values, names = calibration.find_quantities(("means", "entries"), x)
+    assert names[:4] == ["mean of channel 0", "mean of channel 1", "channel 0 at 0, 1", "channel 1 at 0, 1"]
+    assert len(names) == 2 + 4 * 2
+    np.testing.assert_array_equal(values[:, 0], x[..., 0].mean(axis=(1, 2)))
+    np.testing.assert_array_equal(values[:, names.index("channel 1 at 2, 2")], x[:, 2, 2, 1])
+    vectors = np.arange(6.0).reshape(2, 3)
+    values, names = calibration.find_quantities(("means", "entries"), vectors)
+    assert names == ["channel 0", "channel 1", "channel 2"]
+    np.testing.assert_array_equal(values, vectors)

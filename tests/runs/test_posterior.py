@@ -1,0 +1,245 @@
+"""--mode=edit with noisy measurements, against exact posteriors of Gaussian data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import errors, pretrained
+from diffusion_jax.data import Normalization
+from diffusion_jax.runs import edit
+from diffusion_jax.runs.posterior import Problem, choose_method
+from helpers.array_configs import SHAPES, array_config
+from helpers.configs import tiny_config
+from helpers.exact_runs import OFFSET, SCALE, covariance, exact_run
+
+SHAPE = (8, 2)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exact")
+    return root, exact_run(root, SHAPE)
+
+
+def edited(exact, **settings):
+    """Runs an edit; returns the arrays of its file."""
+    root, config = exact
+    config = config.copy_and_resolve_references()
+    config.editing.update(**settings)
+    edit.run(config, root / "run")
+    (path,) = (root / "run" / "samples" / "edits").glob("*.npz")
+    assert path.with_suffix(".png").exists()
+    with np.load(path) as arrays:
+        found = dict(arrays)
+    path.unlink()
+    return found
+
+
+def exact_posterior(y, seen, noise):
+    """Mean and deviation in data units, for the rows `seen` [M, 16] of A and noise in network units [M]."""
+    prior = covariance(SHAPE)
+    gain = prior @ seen.T @ np.linalg.inv(seen @ prior @ seen.T + np.diag(noise**2))
+    deviation = np.sqrt(np.diag(prior - gain @ seen @ prior)).reshape(SHAPE)
+    return (gain @ y).reshape(SHAPE) * SCALE + OFFSET, deviation * SCALE
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("method", [None, "smc"])
+def test_samples_given_noisy_sensors_have_the_exact_mean_and_deviation(exact, method, capsys):
+    """Three sensors that measure both channels, from a file in data units; the noise is one number in data units."""
+    root, config = exact
+    points = np.array([[0.0], [3.5], [7.0]])
+    seen = np.zeros((6, *SHAPE))
+    for i, (entry, weight) in enumerate([(0, 0), (3, 0.5), (7, 0)]):
+        for c in range(2):
+            seen[2 * i + c, entry, c] += 1 - weight
+            seen[2 * i + c, min(entry + 1, 7), c] += weight
+    y = np.array([[0.5, -1.0], [1.5, 0.4], [-0.3, 0.9]])  # network units
+    np.save(root / "points.npy", points)
+    np.save(root / "y.npy", y * SCALE + OFFSET)
+    settings = {"task": "sparse", "image": str(root / "y.npy"), "operator": str(root / "points.npy"), "noise": 0.4}
+    settings |= {"num_samples": 400, "method": method}
+    if method == "smc":
+        config = config.copy_and_resolve_references()
+        config.sampling.update(sampler="ddpm", steps=100)
+        settings["particles"] = 4000
+    else:
+        settings["iterations"] = 6
+    found = edited((root, config), **settings)
+    mean, deviation = exact_posterior(y.ravel(), seen.reshape(6, -1), np.tile(0.4 / SCALE, 3))
+    z = (found["mean"] - mean) / (deviation / np.sqrt(400))
+    assert np.abs(z).max() < (5 if method is None else 8)  # particles repeat
+    np.testing.assert_allclose(found["deviation"] / deviation, 1, atol=0.15 if method is None else 0.3)
+    np.testing.assert_allclose(found["measurement"], y * SCALE + OFFSET, rtol=1e-5)
+    assert found["arr_0"].shape == (400, *SHAPE) and "truth" not in found
+    np.testing.assert_allclose(found["arr_0"].mean(axis=0), found["mean"], rtol=1e-5)
+    # chi-squared by hand
+    x = (found["arr_0"] - OFFSET) / SCALE
+    residual = (x.reshape(400, -1) @ seen.reshape(6, -1).T - y.ravel()) / np.tile(0.4 / SCALE, 3)
+    np.testing.assert_allclose(found["chi_squared"], (residual**2).mean(axis=1), rtol=1e-2)
+    assert "Chi-squared for each of 6 measured numbers: " in (printed := capsys.readouterr().out)
+    assert "far above 1" not in printed
+
+
+@pytest.mark.whole
+def test_a_held_out_example_is_measured_and_compared(exact, capsys):
+    found = edited(exact, task="inpaint", example=3, mask=_mask(exact[0]), noise=0.1, num_samples=8)
+    with np.load(exact[0] / "test.npz") as arrays:
+        truth = arrays["x"][3]
+    np.testing.assert_allclose(found["truth"], truth)
+    known = np.arange(8) < 5
+    z = (found["measurement"] - truth)[known] / 0.1
+    assert 0.3 < z.std() < 2 and np.abs(z).max() < 4  # 10 draws of N(0, 1)
+    again = edited(exact, task="inpaint", example=3, mask=_mask(exact[0]), noise=0.1, num_samples=8)
+    np.testing.assert_array_equal(again["measurement"], found["measurement"])
+    # Neighbors that differ by 40 deviations, which a smooth prior excludes
+    rough = truth + 40 * SCALE * np.where(np.arange(8)[:, None] % 2, 1, -1)
+    np.save(exact[0] / "rough.npy", rough)
+    capsys.readouterr()
+    edited(exact, task="inpaint", image=str(exact[0] / "rough.npy"), mask=_mask(exact[0]), noise=2.0, num_samples=2)
+    assert "this model cannot explain the measurement with editing.noise=2" in capsys.readouterr().out
+
+
+def _mask(root):
+    np.save(root / "mask.npy", np.arange(8) < 5)
+    return str(root / "mask.npy")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("task", "method", "settings"),
+    [
+        ("super_resolution", "pigdm", {"factor": 2}),
+        ("deblur", "dps", {"blur": 0.7}),
+        ("fourier", None, {"share": 0.5}),
+        ("super_resolution", None, {"factor": 2, "noise": 0.0}),  # projection
+    ],
+)
+def test_every_task_and_method_runs_on_a_held_out_example(exact, task, method, settings):
+    found = edited(exact, task=task, example=0, method=method, num_samples=4, **{"noise": 1.0, **settings})
+    assert np.isfinite(found["arr_0"]).all() and found["arr_0"].shape == (4, *SHAPE)
+    assert ("chi_squared" in found) == (settings.get("noise") != 0.0)
+    if "chi_squared" not in found:  # exact: the means of pairs are the truth's
+        with np.load(exact[0] / "test.npz") as arrays:
+            means = arrays["x"][0].reshape(4, 2, 2).mean(axis=1)
+        np.testing.assert_allclose(found["arr_0"].reshape(4, 4, 2, 2).mean(axis=2), np.stack([means] * 4), rtol=1e-4)
+
+
+def problem(kind, task, **settings):
+    """A problem for data with other offsets and scales in each channel."""
+    config = array_config(
+        kind, "unused.npz", **{"editing.task": task, **{f"editing.{k}": v for k, v in settings.items()}}
+    )
+    net = pretrained.from_config(config)
+    offset, scale = 300.0 + np.arange(SHAPES[kind][-1]), 10.0 * np.arange(1, SHAPES[kind][-1] + 1)
+    net = dataclasses.replace(net, normalizations={"x": Normalization(tuple(offset), tuple(scale))})
+    return Problem.from_config(config, net), offset, scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "y_shape"),
+    [
+        ("series", "sparse", (2, 2)),
+        ("field", "sparse", (12, 5)),
+        ("volume", "sparse", (16, 1)),
+        ("field", "deblur", (6, 8, 5)),
+        ("field", "fourier", (6, 5, 5, 2)),
+        ("volume", "super_resolution", (2, 2, 2, 1)),
+    ],
+)
+def test_units_of_measurements(kind, task, y_shape):
+    """A measurement in data units is the operator of an example in data units, and noise is scaled for each channel."""
+    found, offset, scale = problem(kind, task, noise=3.0, blur=0.6 if task == "deblur" else 1.0, factor=2)
+    assert found.y_shape == y_shape
+    x = np.random.default_rng(0).standard_normal((2, *SHAPES[kind])).astype(np.float32)
+    y, in_data = (np.asarray(found.operator.measure(each)) for each in (x, x * scale + offset))
+    np.testing.assert_allclose(found.to_data(y), in_data, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(found.to_network(found.to_data(y)), y, atol=1e-5)
+    simulated = np.stack([found.simulate(x[:1], np.array([i]))[0] for i in range(300)])
+    noise = (found.to_data(simulated) - found.to_data(y[:1])).std(axis=0)
+    np.testing.assert_allclose(noise.mean(), 3.0, rtol=0.05)
+    assert noise.max() < 4  # every channel
+    both = found.simulate(x, np.array([7, 8]))
+    np.testing.assert_array_equal(both[1], found.simulate(x[1:], np.array([8]))[0])
+    shown = found.show(found.to_data(y)[0])
+    if task == "sparse":
+        seen = np.isfinite(shown).all(axis=-1)
+        assert seen.sum() == y_shape[0]
+        np.testing.assert_allclose(shown[seen], (x * scale + offset)[0][seen], rtol=1e-5)
+    elif task == "super_resolution":
+        np.testing.assert_allclose(found.operator.measure(shown[None]), in_data[:1], rtol=1e-5)
+
+
+def test_methods_of_earlier_commands_and_refusals():
+    options = tiny_config().editing
+    for task, noise, expected in (
+        ("inpaint", 0, "repaint"),
+        ("colorize", 0, "project"),
+        ("super_resolution", 0, "project"),
+        ("replace", 0, None),
+        ("inpaint", 1, "mmps"),
+        ("deblur", 1, "mmps"),
+    ):
+        options.update(task=task, noise=float(noise))
+        assert choose_method(options) == expected
+    for settings, words in (
+        ({"task": "deblur"}, "editing.task='deblur' needs editing.noise"),
+        ({"task": "inpaint", "method": "mmps"}, "use repaint or project, or mmps, .* with a noise above 0"),
+        ({"task": "inpaint", "method": "project", "noise": 1.0}, "use mmps or pigdm or dps or smc"),
+        ({"task": "sdedit", "noise": 1.0}, "editing.noise=1.0 has no effect with editing.task='sdedit'"),
+        ({"task": "sparse", "noise": 1.0, "blur": 2.0}, "editing.blur=2.0 has no effect"),
+        ({"task": "deblur", "noise": 1.0, "blur": 2.0, "operator": "k.npy"}, "editing.blur=2.0 has no effect"),
+        ({"task": "deblur", "noise": 1.0, "zeta": 0.3}, "editing.zeta=0.3 has no effect"),
+        ({"task": "deblur", "noise": 1.0, "method": "dps", "iterations": 3}, "editing.iterations=3 has no effect"),
+    ):
+        options = tiny_config().editing
+        options.update(**settings)
+        with pytest.raises(errors.UserError, match=words):
+            choose_method(options)
+
+
+@pytest.mark.whole
+def test_commands_that_do_not_fit_are_refused_in_one_line(exact):
+    root, _ = exact
+    np.save(root / "wrong.npy", np.zeros((3, 2)))
+    y = str(root / "wrong.npy")
+    for settings, words in (
+        ({"task": "sparse", "noise": 1.0, "image": y}, "needs editing.operator=FILE.npy, where the file was measured"),
+        ({"task": "sparse", "noise": 1.0, "image": y, "operator": y}, r"points must be \[P, 1\]"),
+        ({"task": "deblur", "noise": 1.0, "image": y}, r"holds float64 \[3, 2\]; it must be .* shape \[8, 2\]"),
+        ({"task": "deblur", "noise": 1.0, "image": y, "example": 1}, "exclude each other"),
+        ({"task": "deblur", "noise": 1.0, "example": 9999}, "must be below 400"),
+        ({"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1}, "has no deviation; use at least 2"),
+        ({"task": "deblur", "noise": 1.0, "example": 0, "method": "smc"}, "steps of sampling.sampler=ddpm; set it"),
+        ({"task": "super_resolution", "noise": 1.0, "example": 0, "factor": 3}, "factor=3 must divide"),
+    ):
+        with pytest.raises(errors.UserError, match=words) as caught:
+            edited(exact, **settings)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.whole
+def test_noisy_images_are_measured_in_gray_levels(tmp_path):
+    """From an image file, and from numbers in an .npy; the class must be one."""
+    config = tiny_config(**{"diffusion.num_timesteps": 20, "model.num_classes": 10})
+    found = Problem.from_config(experiment_with(config, task="deblur", noise=12.75), pretrained.from_config(config))
+    np.testing.assert_allclose(found.noise, 0.1, rtol=1e-6)
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8)
+    Image.fromarray(levels[..., 0]).save(tmp_path / "y.png")
+    np.save(tmp_path / "y.npy", levels.astype(float) + 0.25)
+    for name, y in (("y.png", levels), ("y.npy", levels + 0.25)):
+        options = experiment_with(config, task="deblur", noise=12.75, image=str(tmp_path / name))
+        files = edit._Files(options, pretrained.from_config(config))
+        np.testing.assert_allclose(files.read_y(found, None)[0], y / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(found.to_gray_levels(np.array([-1.0, 1.0])), [0, 255])
+    options = experiment_with(config, task="deblur", noise=1.0, image=str(tmp_path / "y.png"))
+    with pytest.raises(errors.UserError, match="needs a single row of sampling.class, not 10"):
+        edit.run(options, tmp_path / "none")
+
+
+def experiment_with(config, **settings):
+    config = config.copy_and_resolve_references()
+    config.editing.update(**settings)
+    return config
