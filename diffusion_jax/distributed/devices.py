@@ -151,15 +151,18 @@ def _use_compilation_cache() -> None:
 
 
 @functools.cache
-def compiler_options(deterministic: bool = False, fast_compile: bool = False) -> dict[str, Any]:
+def compiler_options(
+    deterministic: bool = False, fast_compile: bool = False, platform: str | None = None
+) -> dict[str, Any]:
     """Returns compiler options for outermost programs, such as the train step.
 
     Options that XLA_FLAGS sets, or that jaxlib does not know, are left out. Another jit cannot call a program with options.
 
     deterministic: makes GPU results bit-identical between runs. Programs of CPUs and TPUs always add in the compiled order.
-    fast_compile: halves the compile time on CPUs, for a program that runs once, such as initialization.
+    fast_compile: halves the compile time on CPUs, for a program that runs once, such as initialization. platform: "cpu",
+    "gpu" or "tpu"; by default the present devices'.
     """
-    backend = jax.default_backend()
+    backend = platform or jax.default_backend()
     on_cpu, on_gpu = _FAST_COMPILE if fast_compile else _CONVOLUTIONS, DETERMINISTIC if deterministic else {}
     chosen = {"cpu": on_cpu, "gpu": on_gpu}.get(backend, {})
     chosen = {name: value for name, value in chosen.items() if name not in os.environ.get("XLA_FLAGS", "")}

@@ -44,12 +44,12 @@ MIN_SPLIT_SIZE = 2**14
 State = TypeVar("State", bound=Any)
 
 
-def make_mesh(config: Mapping[str, int]) -> Mesh:
+def make_mesh(config: Mapping[str, int], mesh_devices: Sequence[Any] | None = None) -> Mesh:
     """Builds a mesh of all devices with the axes `data` and `fsdp` of `config.mesh`; data=-1 uses the remaining devices.
 
-    Raises: ValueError if the sizes' product is not the number of devices.
+    mesh_devices: by default the present devices. Raises: ValueError if the sizes' product is not the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if mesh_devices is None else len(mesh_devices)
     data, fsdp = config["data"], config["fsdp"]
     if fsdp < 1 or devices % fsdp:
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
@@ -60,7 +60,8 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
             f"mesh.data={devices // fsdp}, or -1 for the remaining devices"
         )
     # Linen layers cannot be traced with the default axis type, Explicit.
-    return jax.make_mesh((devices // fsdp, fsdp), DATA_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((devices // fsdp, fsdp), DATA_AXES, axis_types=axis_types, devices=mesh_devices)
 
 
 def one_device_mesh() -> Mesh:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -169,15 +169,17 @@ class TrainingProgram(NamedTuple):
     abstract_state: TrainState
 
 
-def build_program(config: Mapping[str, Any]) -> TrainingProgram:
+def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None = None) -> TrainingProgram:
     """Builds the network, the schedule and the compiled functions of a config.
 
-    config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. Raises: ConfigError for
+    config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. mesh_devices: the devices
+    of the mesh; by default the present devices, or `topologies.tpu_devices`, to compile. Raises: ConfigError for
     values that a setting does not allow; ValueError (data.DataError for `config.data`) for a config that cannot be built.
     Functions of `config.diffusion` are traced, so their errors are raised here.
     """
     config = resolve(config)
-    mesh = sharding.make_mesh(config["mesh"])
+    mesh = sharding.make_mesh(config["mesh"], mesh_devices)
+    platform = mesh.devices.flat[0].platform
     options = config["training"]
     sharding.check_divides(options["batch_size"], mesh, "training.batch_size", options["accumulation_steps"])
     check(config, "train step")
@@ -202,7 +204,9 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
     def gather_params(loss_fn: Callable) -> Callable:
         return sharding.gather_params(loss_fn, mesh, model.dtype, models.KEPT_NAMES if model.remat else ())
 
-    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params)
+    train_step = make_train_step(
+        config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params, platform
+    )
 
     def compiled(function: TrainStep, leading: int) -> Wrapped:
         return jax.jit(
@@ -210,7 +214,7 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
             donate_argnums=0,
             in_shardings=(state_shardings, sharding.batch_sharding(mesh, leading)),
             out_shardings=(state_shardings, replicated),
-            compiler_options=devices.compiler_options(options["deterministic"]),
+            compiler_options=devices.compiler_options(options["deterministic"], platform=platform),
         )
 
     single_step = compiled(train_step, 0)
@@ -218,13 +222,17 @@ def build_program(config: Mapping[str, Any]) -> TrainingProgram:
         jax.eval_shape(single_step, shapes, abstract_batch(config))
     # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
     # calls.
-    scans = options["steps_per_call"] > 1 and jax.default_backend() != "cpu"
+    scans = options["steps_per_call"] > 1 and platform != "cpu"
     return TrainingProgram(
         mesh=mesh,
         model=model,
         schedule=schedule,
         init=functools.partial(
-            jax.jit(init, out_shardings=state_shardings, compiler_options=devices.compiler_options(fast_compile=True)),
+            jax.jit(
+                init,
+                out_shardings=state_shardings,
+                compiler_options=devices.compiler_options(fast_compile=True, platform=platform),
+            ),
             seed,
         ),
         empty_averages=jax.jit(lambda: empty_averages(terms), out_shardings=replicated),

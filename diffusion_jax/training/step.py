@@ -274,6 +274,7 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     gather_params: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
+    platform: str | None = None,
 ) -> TrainStep:
     """Builds train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
 
@@ -285,9 +286,10 @@ def make_train_step(
     weighted, so that the means are unbiased.
 
     gather_params: wraps a function of the parameters if the parameters are split over devices, as `sharding.gather_params`.
+    platform: of the devices that run the step, "cpu", "gpu" or "tpu"; by default of the present devices.
     """
-    objective = make_objective(config, model, schedule)
-    gradient = _make_gradient(objective, config["training"]["accumulation_steps"], gather_params)
+    objective, on_cpu = make_objective(config, model, schedule), (platform or jax.default_backend()) == "cpu"
+    gradient = _make_gradient(objective, config["training"]["accumulation_steps"], gather_params, on_cpu)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
@@ -326,6 +328,7 @@ def _make_gradient(
     objective: Objective,
     num_microbatches: int,
     gather_params: Callable[[Callable], Callable],
+    on_cpu: bool,
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, values for each example).
 
@@ -352,7 +355,7 @@ def _make_gradient(
             return jax.tree.map(jnp.add, total, grads), values
 
         # On XLA's CPU backend, convolution gradients are many times slower inside a loop than outside.
-        unroll = num_microbatches if jax.default_backend() == "cpu" else 1
+        unroll = num_microbatches if on_cpu else 1
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, values = jax.lax.scan(add, zeros, jnp.arange(num_microbatches), unroll=unroll)
         grads = jax.tree.map(lambda g: g / num_microbatches, total)

@@ -1,0 +1,82 @@
+"""The reader of programs compiled for TPUs, on a short text; nothing is compiled."""
+
+import json
+import pathlib
+
+import pytest
+
+from benchmarks import hlo, tpu_program
+from diffusion_jax.distributed import topologies
+from diffusion_jax.errors import UserError
+
+STEP = "jit(train_step)/jvp(UNet)/UNet.encode/UNet.residual_block/down_0_block_0"
+# Shortened by hand from the form of a compiled train step.
+TEXT = (pathlib.Path(__file__).parents[1] / "fixtures/tpu_program.txt").read_text()
+
+
+def test_cycles_count_each_iteration_of_a_loop():
+    program = hlo.Program(TEXT)
+    assert program.cycles == 1000 + 200 + 70 + 5 * 10 + 3
+    kinds, blocks = {}, {}
+    for instruction, count in program.executed():
+        kind, block = hlo.kind_of_work(program, instruction), hlo.block_of_network(instruction.op_name)
+        kinds[kind] = kinds.get(kind, 0) + count * instruction.cycles
+        blocks[block] = blocks.get(block, 0) + count * instruction.cycles
+    assert {kind: cycles for kind, cycles in kinds.items() if cycles} == {
+        "convolutions and products": 1000,
+        "norms": 200,
+        "copies": 70,
+        "random numbers and dropout": 50,
+        "outside the network": 3,
+    }
+    assert blocks == {"down_0_block_0": 1200, "": 123}
+    assert hlo.block_of_network("jit(f)/transpose(jvp(UNet))/UNet._decode/up_1_upsample/dot") == "up_1_upsample"
+
+
+def test_a_layout_pads_the_two_fastest_axes_to_its_tile():
+    (image,) = hlo.read_arrays("bf16[8,32,32,3]{3,2,1,0:T(8,128)(2,1)}")
+    assert (image.size, image.padded, image.in_memory) == (8 * 32 * 32 * 3 * 2, 8 * 32 * 32 * 128 * 2, True)
+    (image,) = hlo.read_arrays("f32[8,32,31,3]{2,3,1,0:T(8,128)S(1)}")  # the third axis is the fastest
+    assert (image.padded, image.in_memory) == (8 * 32 * 128 * 8 * 4, False)
+    scalar, vector = hlo.read_arrays("(s32[]{:T(128)}, f32[130]{0:T(128)})")
+    assert (scalar.shape, scalar.size, vector.padded) == ((), 4, 4 * 256)
+
+
+def test_bytes_of_collectives_are_those_of_a_ring():
+    reduced, gathered = hlo.collectives(hlo.Program(TEXT))
+    assert reduced == hlo.Collective("all-reduce", 1, 4, 2 * 3 / 4 * 72 * 4)
+    assert gathered == hlo.Collective("all-gather", 1, 2, 1 / 2 * 20 * 2)
+    # data parallelism: one all-reduce of float32 gradients; fsdp: three times the bfloat16 parameters.
+    assert tpu_program.ideal_bytes(72, 2, data=4, fsdp=1) == reduced.sent
+    assert tpu_program.ideal_bytes(72, 2, data=1, fsdp=4) == 3 * 3 / 4 * 72 * 2
+
+
+def test_products_have_the_dtypes_of_their_operands_and_host_calls_are_found():
+    program = hlo.Program(TEXT)
+    products = [dtypes for instruction, _ in program.executed() for _, dtypes in program.products(instruction)]
+    assert products == [["bf16", "f32"]] and program.host_calls == []
+    host = '  %cb = f32[] custom-call(%x), custom_call_target="xla_ffi_python_cpu_callback"\n  ROOT %add.1'
+    assert len(hlo.Program(TEXT.replace("  ROOT %add.1", host)).host_calls) == 1
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.Program("HloModule empty")
+
+
+def test_the_command_reads_a_text_and_writes_json(tmp_path, capsys):
+    text, record = pathlib.Path(__file__).parents[1] / "fixtures/tpu_program.txt", tmp_path / "program.json"
+    tpu_program.main(["digits", "v5e:2x2", f"--read={text}", f"--json={record}"])
+    out = capsys.readouterr().out
+    tables = [line for line in out.splitlines() if line.endswith(".") and "Cycles by" in line]
+    assert len(tables) == 2 and all("estimate, not a measurement" in line for line in tables)
+    assert "| down_0_block_0 | 1 | 90.7% |" in out
+    found = json.loads(record.read_text())
+    assert found["cycles"] == 1323 and found["float32_products"] == [f"{STEP}/conv1/conv_general_dilated"]
+    assert found["seconds"] == pytest.approx(1323 / 1.5e9, rel=2e-3)
+
+
+def test_a_wrong_topology_is_refused_in_one_line(monkeypatch):
+    for name in ("v5e", "v9:2x2", "v5e:four"):
+        with pytest.raises(UserError, match=r"is not a TPU topology; use a chip \(v4, v5e, v5p, v6e\)"):
+            topologies.tpu_devices(name)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs libtpu; pip install -r requirements/tpu.txt"):
+        topologies.tpu_devices("v5e:2x2")
