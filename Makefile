@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@echo "Installing into $(VENV): about a minute, 2.9 GB."
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[train,tfds,ode,arrays,gcs,s3,trackers,test$(if $(EXTRA),$(comma)$(EXTRA))]'
+	$(BIN)/pip install --quiet --editable '.[train,tfds,ode,arrays,gcs,s3,hub,trackers,test$(if $(EXTRA),$(comma)$(EXTRA))]'
 	@touch $(STAMP)
 
 # PyTorch and diffusers, cosmic-ray, or Sphinx, into the same environment.

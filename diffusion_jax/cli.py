@@ -93,7 +93,11 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add("--config", metavar="NAME", help="one of the listed experiments, or a Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
     add("--mode", default="train", choices=MODES, metavar="MODE", help="one of the listed modes (default: train)")
-    add("--pretrained", metavar="PATH", help="weights to start from: a folder or file that pretrained.load reads")
+    add(
+        "--pretrained",
+        metavar="PATH",
+        help="weights to start from: a folder, a file or hf://OWNER/NAME, as for pretrained.load",
+    )
     add(
         "--pretrained_flags",
         metavar="FLAGS",

@@ -76,7 +76,9 @@ PATH = Text()
 
 ROOT: dict[str, Setting] = {
     "seed": Setting(0, SEED, "Seed of the initial parameters, the batches and the noise of training."),
-    "init_from": Setting("", PATH, "Path of the weights that training starts from, as for `pretrained.load`."),
+    "init_from": Setting(
+        "", PATH, "Weights that training starts from: a path or hf://OWNER/NAME, as for `pretrained.load`."
+    ),
     "init_flags": Setting(
         "", Text(), "Flags for `init_from`, as for `pretrained.load`: a preset's name, OpenAI's flags, or JSON."
     ),
@@ -466,7 +468,9 @@ SAMPLING: dict[str, Setting] = {
         "Network times at which guidance is applied; () for all.",
     ),
     "guidance_rescale": Setting(0.0, Number(minimum=0, maximum=1), "Share of guidance's contrast change to remove."),
-    "classifier": Setting("", PATH, "Path of the guiding classifier's weights, as for `pretrained.load`."),
+    "classifier": Setting(
+        "", PATH, "The guiding classifier's weights: a path or hf://OWNER/NAME, as for `pretrained.load`."
+    ),
     "classifier_scale": Setting(1.0, Number(), "Scale of classifier guidance."),
     "classifier_form": Setting(
         "eps",

@@ -5,11 +5,13 @@
     net = pretrained.load("64x64_diffusion.pt")
     images = net.sample(jax.random.key(0), 16, y=207, sampler=sampling.ddim(), steps=50)  # float32 [16, 64, 64, 3] in [-1, 1]
 
-`python -m diffusion_jax.pretrained inspect PATH` prints the description of a file.
+`python -m diffusion_jax.pretrained inspect PATH` prints the description of a file, and `... list` the published weights that
+are known to load.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -39,10 +41,12 @@ from diffusion_jax.errors import (
     shorten,
 )
 from diffusion_jax.pretrained import diffusers, ho, openai, parameters
+from diffusion_jax.pretrained.catalog import PublishedWeights, available, format_available
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
 from diffusion_jax.provenance import Provenance, params_digest, settings_digest
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
+from diffusion_jax.storage import hub
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.optimizer import initial_share, weights_kind
@@ -50,17 +54,22 @@ from diffusion_jax.training.state import Network, abstract_params
 from diffusion_jax.untrusted import parse_json, read_json
 
 __all__ = [
+    "ORIGIN_FILE",
     "Model",
     "PretrainedError",
+    "PublishedWeights",
+    "available",
     "config_settings",
     "describe",
     "describe_run",
+    "format_available",
     "format_summary",
     "from_config",
     "is_workdir",
     "load",
     "load_initial_weights",
     "load_weights",
+    "origin",
     "read_class_names",
     "save_diffusers",
     "save_safetensors",
@@ -68,6 +77,7 @@ __all__ = [
 ]
 
 _METADATA_KEY, _DIGEST_KEY = "diffusion_jax", "digest"  # metadata keys in files of `save_safetensors`
+ORIGIN_FILE, _ORIGIN = "origin.json", ("source", "license", "page")
 _STORED_FIELDS = ("image_size", "channels", "low_resolution", "conditioning_noise", "levels", "limits", "class_names")
 # Network fields that do not change the weights.
 _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "function"}
@@ -84,7 +94,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
 
     path: a diffusers folder (DDPMPipeline: UNet2DModel and a scheduler's config); OpenAI's .pt, under its published name or
       with flags; a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the PyTorch port's .ckpt; a
-      work directory; or a file from `save_safetensors`.
+      work directory; a file from `save_safetensors`; or one of these on the Hugging Face Hub,
+      hf://OWNER/NAME[/FILE][@REVISION], which is downloaded once and verified. `available` lists published weights.
     flags: for OpenAI's files, a preset's name ("adm_imagenet256"), or flags for OpenAI's scripts, as a dict, as text
       ("--num_heads 4 --noise_schedule cosine ...") or as JSON; for unpublished networks from Ho et al.'s code, image_size,
       variance and other settings of `config.diffusion`.
@@ -94,7 +105,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
       with functions of these names to use instead of those of the weights; or True to import the functions that the weights
       name. No code is imported otherwise.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
-    network fields; missing flags; unreadable files.
+    network fields; missing flags; unreadable files. StorageError for a download that fails.
     """
     return _read_or_raise(path, flags, ema, network, with_params=True)
 
@@ -117,9 +128,12 @@ def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: b
             f"{path} cannot be loaded: its content or the flags are invalid ({reason}); "
             "`python -m diffusion_jax.pretrained inspect PATH` shows the description of the weights"
         ) from error
-    if net.provenance.settings:  # the weights of a run
-        return net
-    return dataclasses.replace(net, provenance=Provenance(pathlib.Path(path).stem, {"family": net.family}))
+    provenance = net.provenance
+    if not provenance.settings:  # not the weights of a run
+        provenance = Provenance(pathlib.Path(path).stem, {"family": net.family}, provenance.details)
+    if hub.is_hub(path):
+        provenance = dataclasses.replace(provenance, details={**provenance.details, **hub.download(str(path)).origin})
+    return dataclasses.replace(net, provenance=provenance)
 
 
 def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_params: bool) -> Model:
@@ -282,9 +296,8 @@ def load_weights(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bo
                 "train first"
             )
         name, settings = f"{pathlib.Path(path).stem}_{kind}", {"step": 0, "weights": kind}
-        net = dataclasses.replace(
-            net, params=initial.params, provenance=Provenance(name, settings, {"init_from": path})
-        )
+        provenance = Provenance(name, settings, {"init_from": path, **origin(initial)})
+        net = dataclasses.replace(net, params=initial.params, provenance=provenance)
         return net if net.mesh is None else net.on_mesh(net.mesh)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = place if net.mesh is None else sharding.replicated(net.mesh)
@@ -307,8 +320,17 @@ def load_weights(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bo
             f"Note: at step {step:,} the EMA (ema.decay={config['ema']['decay']:g}) still holds "
             f"{initial_share(config, step):.0%} of the random initial weights, so the raw weights are used."
         )
-    provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind})
+    source: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # written by training that starts from published weights
+        source = read_json(workdir / ORIGIN_FILE)
+    provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind}, source)
     return dataclasses.replace(net, params=params, provenance=provenance)
+
+
+def origin(net: Model) -> dict[str, str]:
+    """Returns where published weights are from: "source", "license" and "page"; {} if unknown."""
+    details = net.provenance.details
+    return {name: str(details[name]) for name in _ORIGIN} if details.keys() >= {*_ORIGIN} else {}
 
 
 def save_safetensors(net: Model, path: str | os.PathLike) -> None:
@@ -330,6 +352,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
         "diffusion": dict(diffusion),
         "clip": clip,
         "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
+        "origin": origin(net),
     }
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
     tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
@@ -365,6 +388,7 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, 
         diffusion={name: value for name, value in diffusion.items() if name not in ("betas", "timesteps")},
         clip=make_clip(stored["clip"]),
         normalizations={n: data.Normalization.from_json(value) for n, value in stored["normalizations"].items()},
+        provenance=Provenance(path.stem, details=dict(stored.get("origin", ()))),
         **fields,
     )
     text, digest = tensors.metadata[_METADATA_KEY], tensors.metadata.get(_DIGEST_KEY)  # version 0.3 stored no digest

@@ -1,12 +1,14 @@
 """Describes and converts pretrained weights.
 
+    python -m diffusion_jax.pretrained list
     python -m diffusion_jax.pretrained inspect PATH [--flags=FLAGS] [--raw]
     python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
 
-inspect prints a description of the weights at PATH. convert writes the weights to TO: a file of this package if TO ends in
-.safetensors, else a diffusers folder. convert also writes a model card, README.md in the folder or NAME.md beside the file,
-with the run's data, settings and metrics. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: use the raw weights,
-not the moving average.
+list prints the published weights that are known to load, with size, license and page. inspect prints a description of the
+weights at PATH, also hf://OWNER/NAME[/FILE][@REVISION]. convert writes the weights to TO: a file of this package if TO ends
+in .safetensors, else a diffusers folder. convert also writes a model card, README.md in the folder or NAME.md beside the
+file, with the run's data, settings and metrics. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: use the raw
+weights, not the moving average.
 """
 
 import pathlib
@@ -20,8 +22,8 @@ from diffusion_jax.storage.downloads import local_path
 def make_parser() -> Parser:
     """Builds the argument parser."""
     parser = Parser("python -m diffusion_jax.pretrained", __doc__)
-    parser.add_argument("command", choices=("inspect", "convert"), help="convert also writes the weights")
-    parser.add_argument("path", help="the weights to read, as for pretrained.load")
+    parser.add_argument("command", choices=("list", "inspect", "convert"), help="convert also writes the weights")
+    parser.add_argument("path", nargs="?", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder that convert writes")
     parser.add_argument("--flags", help="settings that the file does not contain")
     parser.add_argument("--trust_network", action="store_true", help="import the functions that the weights name")
@@ -34,8 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     with program(argv, bad_input=(ValueError,)):
         parser = make_parser()
         args = parser.parse_args(argv)
-        if (args.command == "convert") != (args.to is not None):
-            parser.error("convert needs PATH and TO, and inspect PATH alone")
+        if sum(name is not None for name in (args.path, args.to)) != ("list", "inspect", "convert").index(args.command):
+            parser.error("convert needs PATH and TO, inspect PATH alone, and list neither")
+        if args.command == "list":
+            return print(pretrained.format_available())
         net = pretrained.load(args.path, args.flags, not args.raw, args.trust_network)
         print(pretrained.format_summary(net))
         if args.to is None:
@@ -51,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             return print(f"{card} exists and stays as it is.")
         workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
         write_text(card, model_card(net, to, workdir))
-        print(f"Model card, whose license is to be filled in: {card}")
+        advice = "" if pretrained.origin(net) else ", whose license is to be filled in"
+        print(f"Model card{advice}: {card}")
 
 
 if __name__ == "__main__":

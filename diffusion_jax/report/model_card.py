@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusion_jax
-from diffusion_jax.pretrained import Model, format_summary
+from diffusion_jax.pretrained import Model, format_summary, origin
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
 
@@ -21,7 +21,7 @@ def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> st
     to: the file or folder of the weights. workdir: the work directory of the run that trained the weights.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
-    is_file = to.suffix == ".safetensors"
+    is_file, license_line = to.suffix == ".safetensors", '"unknown"  # fill in'
     metadata: dict[str, Any] = {
         "library_name": "diffusion_jax" if is_file else "diffusers",
         "tags": ["diffusion", "ddpm", "jax", "diffusion_jax"],
@@ -31,9 +31,15 @@ def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> st
     if run is not None and run.config is not None:
         metadata["datasets"] = [run.config.data.dataset]
     diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({to.name!r})().images"
+    made_from = "To be filled in."
+    if source := origin(net):
+        license_line = json.dumps(source["license"])
+        made_from = _table(("made from", "license", "page"), [[*source.values()]]) + "\n\n"
     template = importlib.resources.files("diffusion_jax.report") / "static" / "model_card.md"
     return string.Template(template.read_text()).substitute(
         metadata="".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items()),  # JSON values are YAML
+        license=license_line,
+        origin=made_from,
         name=to.stem,
         version=diffusion_jax.__version__,
         file=repr(to.name),

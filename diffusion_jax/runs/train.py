@@ -113,6 +113,8 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         broadcast_from_process_0(lambda: check_network_source(net.model, workdir, records=True))
         with launch.measure("restore"):
             state = _restore_or_initialize(config, program, checkpoints, net, initial_weights)
+        if initial_weights is not None and (origin := pretrained.origin(initial_weights)):
+            broadcast_from_process_0(lambda: workdir.write_json(pretrained.ORIGIN_FILE, origin))
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
         log_parameters(state.params)

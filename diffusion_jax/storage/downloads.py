@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import downloads_root, user_cache, write_text
+from diffusion_jax.storage.hub import download, is_hub
 from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, is_url, open_store
 
 __all__ = [
@@ -44,11 +45,14 @@ def local_path(location: str | os.PathLike, below: str = "", suffixes: tuple[str
     """Returns a local path: `path` with "~" expanded, or for a URL, the path of a downloaded copy.
 
     Files that have not changed since the last call are not downloaded again. From a work directory, only samples and the
-    objects that `is_small` selects are downloaded. below, suffixes: only objects in the folder whose names begin with this
-    prefix, and end with one of these suffixes, are needed. If the URL names no object, the returned path does not exist.
+    objects that `is_small` selects are downloaded. hf:// names weights on the Hugging Face Hub (`hub.download`). below,
+    suffixes: only objects in the folder whose names begin with this prefix, and end with one of these suffixes, are needed;
+    the Hub's ignore them. If the URL names no object, the returned path does not exist.
     Raises: StorageError, OSError; UserError if the disk is too small.
     """
     text = os.fspath(location)
+    if is_hub(text):
+        return download(text).path
     if not is_url(text):
         return pathlib.Path(text).expanduser()
     parent, _, name = text.rstrip("/").rpartition("/")

@@ -1,0 +1,198 @@
+"""Weights on the Hugging Face Hub, hf://OWNER/NAME[/FILE][@REVISION], read through huggingface_hub and its cache.
+
+The token, the cache, offline mode and mirrors are huggingface_hub's: HF_TOKEN or `hf auth login`, HF_HOME, HF_HUB_OFFLINE,
+HF_ENDPOINT. Every file is compared with the digest that the Hub states for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import os
+import pathlib
+import posixpath
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffusion_jax.errors import StorageError, closest_names, first_line, list_names
+from diffusion_jax.files import downloads_root
+
+__all__ = ["HubFiles", "download", "is_hub"]
+
+_SCHEME = "hf://"
+_FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([\w.-]+|refs/[\w./-]+))?")
+_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of several in one folder, the first is read
+_NOT_READ = ("samples/", "images/", "plugins/", "evaluation/", "events.out.tfevents.")  # in a published work directory
+_CARD, _CARD_LENGTH = "README.md", 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFiles:
+    """Downloaded weights. path: the file or folder. origin: "source", the URL with its commit; "license"; "page"."""
+
+    path: pathlib.Path
+    origin: Mapping[str, str]
+
+
+def is_hub(text: str | os.PathLike) -> bool:
+    """Returns whether a location is a name on the Hub, hf://OWNER/NAME."""
+    return os.fspath(text).startswith(_SCHEME)
+
+
+@functools.cache  # a program that reads the weights several times gets one version of them
+def download(url: str) -> HubFiles:
+    """Downloads the weights that a name on the Hub means, unless the cache has them, and prints their license.
+
+    url: of a repository, from which the files of one network are downloaded; or of a file or folder in it. REVISION: a
+    branch, a tag or a commit. A dropped connection is resumed; a rerun downloads only files that were not finished. Without
+    network, the cache or a folder put there by hand is read.
+    Raises: StorageError, one line, for a wrong name, a missing or gated repository, a digest that differs, a full disk, or no
+    network.
+    """
+    if not (match := _FORM.fullmatch(url.rstrip("/"))) or ".." in url:
+        raise StorageError(
+            f"{url}: a name on the Hub is hf://OWNER/NAME, hf://OWNER/NAME/FILE or either with @REVISION at the end"
+        )
+    repository, file, revision = match[1], match[2].lstrip("/"), match[3] or "main"
+    try:
+        import httpx2
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors
+    except ImportError as error:
+        raise StorageError(f"{url} needs huggingface_hub ({error}): pip install '.[hub]'") from None
+    page = f"{constants.ENDPOINT}/{repository}"
+    try:
+        info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+        files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        needed = _choose(url, files, file)
+        missing = [name for name in needed if not hub.try_to_load_from_cache(repository, name, revision=info.sha)]
+        _check_space(url, sum(files[name].size or 0 for name in missing), pathlib.Path(constants.HF_HUB_CACHE))
+        folder = pathlib.Path(hub.snapshot_download(repository, revision=revision, allow_patterns=needed))
+        if folder.name != info.sha:
+            raise StorageError(f"{url} changed while it was downloaded; rerun the same command")
+        digests = {name: lfs.sha256 if (lfs := files[name].lfs) else files[name].blob_id for name in needed}
+    except errors.GatedRepoError:
+        raise StorageError(
+            f"{url} is gated: accept its conditions at {page}, then log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise StorageError(
+            f"{url}: {page} does not exist or is private; check OWNER/NAME, or log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise StorageError(f"{url}: {page} has no revision {revision!r}; its branches and tags are on {page}") from None
+    except (httpx2.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        folder, digests = (
+            _find_local(hub, pathlib.Path(constants.HF_HUB_CACHE), url, repository, revision, page, error),
+            {},
+        )
+        needed = _choose(url, _names_below(folder), file)
+    except OSError as error:  # also an answer of the Hub with another status
+        if error.errno != errno.ENOSPC:
+            raise StorageError(f"{url} cannot be downloaded: {first_line(error)}; rerun the same command") from None
+        raise StorageError(f"{url}: the disk is full; set HF_HOME to a directory on a larger disk") from None
+    for name in needed:
+        _check_digest(url, folder / name, digests.get(name) or (folder / name).resolve().name)
+    license_name = _read_license(folder / _CARD)
+    print(f"License of {url}: {license_name} ({page})", flush=True)
+    path = folder / (file or (needed[0] if _is_single(needed) else ""))
+    source = f"{_SCHEME}{repository}{match[2]}@{folder.name}"
+    return HubFiles(path, {"source": source, "license": license_name, "page": page})
+
+
+def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
+    """Returns the names of the files of one network, and of the card. Raises: StorageError for none, or several networks."""
+    names = sorted(names)
+    card = [name for name in names if name == _CARD]
+    if file:  # a file, a folder, or the prefix of a TensorFlow checkpoint
+        chosen = [name for name in names if name == file or name.startswith((f"{file}/", f"{file}."))]
+        if not chosen:
+            near = closest_names(file, names, 5)
+            known = list_names([*near, *(name for name in names if name not in near)])
+            raise StorageError(f"{url}: the repository has no {file}; it has {known}")
+        return [*chosen, *card]
+    if any(name.startswith("checkpoints/") for name in names):
+        return [name for name in names if not name.startswith(_NOT_READ)]
+    chosen, weights = [], []
+    for folder in ("", "unet", "scheduler"):
+        inside = [name for name in names if posixpath.dirname(name) == folder]
+        found = next(filter(None, ([name for name in inside if name.endswith(end)] for end in _FORMATS)), [])
+        if f"{folder}/config.json".lstrip("/") in inside:  # diffusers' name, without a variant such as fp16
+            found = [name for name in found if posixpath.splitext(posixpath.basename(name))[0].endswith("_model")]
+        weights += found
+        chosen += [*found, *(name for name in inside if name.endswith(".json"))]
+    if not weights:
+        raise StorageError(f"{url}: the repository has no file of weights; it has {list_names(names)}")
+    if len(weights) > 1:
+        raise StorageError(f"{url} has several files of weights; name one: {url}/FILE with {list_names(weights, 20)}")
+    return [*chosen, *card]
+
+
+def _is_single(needed: list[str]) -> bool:
+    """Whether these files are one file of weights, and nothing that describes it."""
+    return not any(name.endswith(".json") or "/" in name for name in needed)
+
+
+def _names_below(folder: pathlib.Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _check_space(url: str, size: int, cache: pathlib.Path) -> None:
+    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
+    if size > (free := shutil.disk_usage(existing).free):
+        sizes = f"{url} needs {size / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB left"
+        raise StorageError(f"{sizes}; set HF_HOME to a directory on a larger disk")
+
+
+def _find_local(
+    hub: Any, cache: pathlib.Path, url: str, repository: str, revision: str, page: str, error: Exception
+) -> pathlib.Path:
+    """Returns a folder with the files of a revision: in huggingface_hub's cache, or put there by hand.
+
+    Raises: StorageError if there is none.
+    """
+    for found in hub.scan_cache_dir(cache).repos if cache.exists() else ():
+        for version in found.revisions if (found.repo_id, found.repo_type) == (repository, "model") else ():
+            if revision in (version.commit_hash, *version.refs):
+                return version.snapshot_path
+    by_hand = downloads_root() / "hf" / f"{repository}@{revision}".removesuffix("@main")
+    if by_hand.is_dir():
+        return by_hand
+    raise StorageError(
+        f"{url} is not in {cache}, and {page} cannot be reached ({first_line(error)}); download its files on another machine "
+        f"into {by_hand}, or give the path of the files"
+    )
+
+
+def _check_digest(url: str, path: pathlib.Path, digest: str) -> None:
+    """Compares a file with its digest: SHA-256, or git's SHA-1 for small files. Raises: StorageError, and removes the file.
+
+    digest: any other text is no digest, and nothing is compared: a file put there by hand.
+    """
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+        return
+    start = f"blob {path.stat().st_size}\0".encode() if len(digest) == 40 else b""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.new("sha256" if len(digest) == 64 else "sha1", start))
+    if found.hexdigest() != digest:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"{url}: {path.name} differs from the digest that the Hub states ({digest}), and was removed; rerun the same "
+            "command"
+        )
+
+
+def _read_license(card: pathlib.Path) -> str:
+    """Returns the license in the metadata of a model card."""
+    text = ""
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_CARD_LENGTH)
+    metadata = text.partition("\n---")[0] if text.startswith("---") else ""
+    found = re.search(r"^license:[ \t]*([\w.-]+)", metadata, re.MULTILINE)
+    return found[1] if found else "none stated; ask the owner"

@@ -1,0 +1,38 @@
+"""The list of published weights."""
+
+import math
+
+import pytest
+
+from diffusion_jax import pretrained
+from diffusion_jax.models import preset
+from diffusion_jax.pretrained import __main__, openai, parameters
+from diffusion_jax.storage import hub
+
+
+def test_list_names_what_loads(capsys):
+    known = pretrained.available()
+    names = [weights.name for weights in known]
+    assert len(set(names)) == len(names) and "hf://google/ddpm-cifar10-32" in names
+    for weights in known:
+        assert weights.name.startswith("hf://google/ddpm-") or weights.name.removesuffix(".pt") in openai.FILES
+        assert weights.license in ("Apache-2.0", "MIT") and weights.page.startswith("https://")
+        assert weights.sha256 is None  # no source at hand states one
+    __main__.main(["list"])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(known) and all("unchecked" in row for row in rows)
+    assert header.split() == ["name", "family", "size", "license", "SHA-256", "page"]
+
+
+@pytest.mark.parametrize(
+    "file, preset_name, size",
+    [("cifar10_uncond_50M_500K", "improved_cifar10", 32), ("64x64_classifier", "adm_classifier64", 64)],
+)
+def test_sizes_are_four_bytes_for_each_parameter(file, preset_name, size):
+    shapes = parameters.parameter_shapes(preset(preset_name), (size, size, 3))
+    (weights,) = [weights for weights in pretrained.available() if weights.name == f"{file}.pt"]
+    assert weights.megabytes == round(sum(map(math.prod, shapes.values())) * 4 / 1e6)
+
+
+def test_names_on_the_hub_are_well_formed():
+    assert all(hub._FORM.fullmatch(weights.name) for weights in pretrained.available() if hub.is_hub(weights.name))
