@@ -11,8 +11,6 @@ from jax.experimental import topologies
 
 from diffusion_jax.errors import UserError, first_line
 
-__all__ = ["CHIPS", "Chip", "topology_chip", "tpu_devices"]
-
 
 class Chip(NamedTuple):
     """Published figures of a device: bytes of memory, bfloat16 FLOP/s, and bytes/s between the device and its memory.

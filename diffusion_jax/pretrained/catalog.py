@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from diffusion_jax.pretrained import openai
 
-__all__ = ["PublishedWeights", "available", "format_available"]
-
 _OPENAI = "https://github.com/openai/"
 _GOOGLE = (
     "cifar10-32",

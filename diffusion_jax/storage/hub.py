@@ -21,8 +21,6 @@ from typing import Any
 from diffusion_jax.errors import StorageError, closest_names, first_line, list_names
 from diffusion_jax.files import downloads_root
 
-__all__ = ["HubFiles", "download", "is_hub"]
-
 _SCHEME = "hf://"
 _FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([\w.-]+|refs/[\w./-]+))?")
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of several in one folder, the first is read
