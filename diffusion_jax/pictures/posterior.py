@@ -107,7 +107,7 @@ def _draw_lines(
         panel.fill_between(np.arange(len(middle)), middle - spread, middle + spread, color="C0", alpha=0.2, linewidth=0)
         for name, array in arrays.items():
             panel.plot(of_channel(array), **styles["sample" if name.startswith("sample ") else name])
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.locator_params("x", integer=True)
         if not is_vector:
             low, high = channels.range([c])
             panel.set_ylim(min(low, np.nanmin(middle - spread)), max(high, np.nanmax(middle + spread)))
@@ -116,7 +116,7 @@ def _draw_lines(
             axes[row * columns + 1].plot(error, ".-", color="black", linewidth=0.6, markersize=4)
             for level in (-2, 0, 2):
                 axes[row * columns + 1].axhline(level, color="0.6", linewidth=0.8, linestyle="--" if level else "-")
-            axes[row * columns + 1].xaxis.get_major_locator().set_params(integer=True)
+            axes[row * columns + 1].locator_params("x", integer=True)
             bound = max(3.0, 1.1 * np.nanmax(np.abs(error)))
             axes[row * columns + 1].set_ylim(-bound, bound)
     return figure
