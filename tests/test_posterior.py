@@ -1,6 +1,7 @@
 """Posterior samplers against exact Gaussian posteriors, in float64 NumPy."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,37 @@ def test_dps_is_not_a_posterior_sampler(x64):
     np.testing.assert_allclose(
         step(0.7).x_prev, step(0.0).x_prev + 0.7 * level.alpha * np.sign(residual), rtol=1e-6, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.whole)])
+def test_the_published_step_of_pigdm_never_converges(steps, x64):
+    """On N(0, 1) with y = 1 of noise 0.5, the mean is 1.00 and not 0.8, and the deviation falls with the number of steps.
+
+    The moments of its affine steps, one by one: 0.41 and 0.22 times the exact deviation.
+    """
+    full = schedules.from_betas(schedules.betas("linear", 1000))
+    schedule = full if steps == 1000 else schedules.respace(full, steps)
+    exact = Denoiser(lambda x_t, time: full.path.at(time, x_t).alpha * x_t, prediction="x_0", clip=False)
+    n, mean, variance = 4000, 0.0, 1.0
+    alpha_bar = np.append(1.0, schedule.alpha_bar)
+    for s, t in reversed(list(itertools.pairwise(alpha_bar))):
+        fresh = (1 - s) / (1 - t) * (1 - t / s)
+        pull = np.sqrt(s) * t * (1 - t) / (0.25 + 1 - t)  # alpha_s alpha_t v J / (R + v), with J = alpha_t
+        slope = np.sqrt(s * t) + np.sqrt(max(1 - s - fresh, 0) * (1 - t)) - pull * np.sqrt(t)
+        mean, variance = slope * mean + pull, slope**2 * variance + fresh
+    measurement = Measurement(lambda x: x, np.ones((n, 1)), 0.5)
+    x_T = jax.random.normal(jax.random.key(0), (n, 1))
+    moments = []
+    for denoiser, sampler in (
+        (exact, posterior.pigdm_step(sampling.ddim(eta=1.0), measurement)),
+        (posterior.pigdm(exact, measurement), sampling.ddim(eta=1.0)),
+    ):
+        x = np.asarray(sampling.sample(jax.random.key(1), schedule, denoiser, x_T, sampler))
+        moments.append((x.mean(), x.std()))
+        print(f"{steps} steps: mean {x.mean():.3f}, deviation {x.std():.3f}; exact 0.800, {0.2**0.5:.3f}")
+    np.testing.assert_allclose(moments[0], (mean, variance**0.5), atol=0.01)
+    assert abs(mean - 1) < 0.01 and variance**0.5 < 0.5 * 0.2**0.5
+    np.testing.assert_allclose(moments[1], (0.8, 0.2**0.5), atol=0.04)  # of 100 steps
 
 
 @pytest.mark.parametrize("method", [posterior.mmps, posterior.pigdm])
