@@ -132,7 +132,11 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
         ("interpolate", {}, "needs a single row of sampling.conditions, not 2"),
         ("inpaint", {"editing.mask": "numbers.npy"}, r"holds float64 \[8\]; it must be bool of shape \[8, 2\] or"),
         ("inpaint", {"editing.mask": "all.npy"}, "is True everywhere: nothing is left"),
-        ("tomography", {"editing.noise": 1.0}, r"radon takes square images \[B, n, n, C\], got \(1, 8, 2\)"),
+        (
+            "tomography",
+            {"editing.noise": 1.0, "sampling.conditions": "one.npy"},
+            r"radon takes square images \[B, n, n, C\], got \(1, 8, 2\)",
+        ),
     ):
         with pytest.raises(errors.UserError, match=words) as caught:
             edit.run(configured("series", root, task, **overrides), root / "run")

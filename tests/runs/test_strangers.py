@@ -83,6 +83,7 @@ def test_the_settings_that_import():
             "diffusion.weighting",
             "evaluation.features",
             "evaluation.metrics",
+            "evaluation.quantities",
             "logging.writers",
             "model.kind",
             "optimizer.frozen",
