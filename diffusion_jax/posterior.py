@@ -143,14 +143,15 @@ class _Correction:
         residual = measurement.residual(x_0)
         per_row = variance.reshape(variance.shape[:1] + (1,) * (residual.ndim - 1) if variance.ndim else ())
         diagonal = measurement.variances(x_0.dtype) + per_row * operator.squared_norms(x_0)
-        u, left = _conjugate_gradients(times_matrix, residual, diagonal, self.iterations)
+        u, left = _conjugate_gradients(times_matrix, measurement.covariance, residual, diagonal, self.iterations)
         return _Solved(prior, shift_of(u), left)
 
 
-def _conjugate_gradients(times_matrix, b, diagonal, iterations):
-    """Solves M u = b for each row with Jacobi's preconditioner; returns u and |M u - b| / |b|.
+def _conjugate_gradients(times_matrix, covariance, b, diagonal, iterations):
+    """Solves M u = b, M = R + A V A^T, for each row with Jacobi's preconditioner; returns u and |M u - b| / |b|.
 
-    The Jacobian of a trained network is not symmetric, so M may have a direction with negative curvature: a row stops there
+    V is a covariance, so the curvature p^T M p is at least p^T R p. The Jacobian of a trained network may break this, and a
+    curvature near 0 makes a step of many deviations: a row stops where the curvature is below half of p^T R p (rounding),
     with what it has, or at its first iteration with b / diagonal.
     """
     axes = tuple(range(1, b.ndim))
@@ -164,7 +165,7 @@ def _conjugate_gradients(times_matrix, b, diagonal, iterations):
         u, r, p, product, is_open = carry
         times_p = times_matrix(p)
         curvature = dot(p, times_p)
-        is_convex = curvature > 0
+        is_convex = curvature > 0.5 * dot(p, covariance(p))
         length = jnp.where(is_convex, product / jnp.where(is_convex, curvature, 1.0), jnp.where(i == 0, 1.0, 0.0))
         length = jnp.where(is_open, length, 0.0)
         u, r = u + length * p, r - length * times_p

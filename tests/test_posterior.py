@@ -199,9 +199,10 @@ def test_pure_noise_is_not_corrected():
         assert (found.x_0[1] != prior.x_0[1]).all() and np.isfinite(found.x_0).all()
 
 
-def test_a_jacobian_that_is_no_covariance_gives_finite_samples():
-    """A network whose Jacobian turns and has negative values, as a trained network's may."""
-    turn = np.array([[-3.0, 5.0], [-5.0, -3.0]], np.float32)
+@pytest.mark.parametrize("jacobian", [[[-3.0, 5.0], [-5.0, -3.0]], [[-0.0099, 0.0], [0.0, -0.0099]]])
+def test_a_jacobian_that_is_no_covariance_gives_small_corrections(jacobian):
+    """A network whose Jacobian turns and has negative values, as a trained network's may; the second leaves M = 0.3 R."""
+    turn = np.array(jacobian, np.float32)
     denoiser = Denoiser(lambda x_t, time: x_t @ turn, prediction="x_0", clip=False)
     operator = LinearOperator(lambda x: x, diagonal=1.0)
     measurement, level = Measurement(operator, np.ones((1, 2)), 0.1), level_at(1.0, 1, 2)
