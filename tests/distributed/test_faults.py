@@ -239,16 +239,16 @@ STUCK = """
 import sys, time
 from diffusion_jax import data
 
-read = data.Batches.__getitem__
+read = data.Batches.read_rows
 
 
-def stuck(self, step):
+def stuck(self, step, rows):
     while step >= 25 and "--process_id=1" in sys.argv:
         time.sleep(1)
-    return read(self, step)
+    return read(self, step, rows)
 
 
-data.Batches.__getitem__ = stuck
+data.Batches.read_rows = stuck
 """
 
 
