@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-__all__ = ["is_image_shape", "is_of_images", "to_model_range", "to_uint8"]
+__all__ = ["is_image_shape", "is_of_images", "to_gray_levels", "to_model_range", "to_uint8"]
 
 Images = TypeVar("Images", jax.Array, np.ndarray)
 
@@ -44,3 +44,8 @@ def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"images must be float in [-1, 1], not {x.dtype}; uint8 images need no conversion")
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def to_gray_levels(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Converts float arrays in [-1, 1] to float64 gray levels of 0 to 255, neither rounded nor clipped."""
+    return 127.5 * x.astype(np.float64) + 127.5

@@ -163,9 +163,9 @@ def simple(
         SNR / (1 + SNR) times the v error and SNR / (1 + sqrt(SNR))^2 times the flow error.
       timestep_sampler, draw: as in the module's docstring. On a path, the sampler is part of the objective.
     Returns: (loss [B], LossAux).
-    Raises: ValueError for an unknown prediction, weighting or timestep sampler; a timestep sampler for the other of schedule
-      and path; an output of the wrong shape; weights that are not [B]; an x_0 that is not float [B, ..., C]; or a
-      "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
+    Raises: ValueError for an unknown prediction, weighting or timestep sampler; a timestep sampler for paths on a schedule,
+      or for schedules on a path; an output of the wrong shape; weights that are not [B]; an x_0 that is not float
+      [B, ..., C]; or a "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
     """
     denoiser = _denoiser(denoiser, prediction)
     if weighting in ("truncated_snr", "edm"):

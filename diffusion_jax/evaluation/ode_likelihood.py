@@ -64,8 +64,8 @@ def log_density(
       denoiser: a `Denoiser`, whose clip, limits and variance are ignored, or a function (x_t [B, ...], network time float
         [B], fractional) -> eps. Not for the prediction x_prev.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
-      trace: "hutchinson", unbiased, E[v^T (d eps / dx) v] over a vector v of signs (FFJORD), or their number; "exact", one
-        derivative for each of the D dimensions.
+      trace: "hutchinson", the unbiased estimate v^T (d eps / dx) v with a vector v of random signs (FFJORD); an int, the mean
+        over this number of vectors; "exact", with D derivatives.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
       time: the network time of x, a number; None for the first time of the training path.
     Returns: OdeDensity.

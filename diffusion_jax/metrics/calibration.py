@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 _FALSE_ALARM = 0.0027  # of all tests together: three standard deviations for one
 
@@ -69,12 +69,8 @@ def histogram(found: Int[np.ndarray, "N"], num_samples: int, bins: int) -> tuple
     return counts / len(found), float(np.sqrt((1 - 1 / bins) / bins / len(found)))
 
 
-def coverage(found: Int[np.ndarray, "N"], num_samples: int, level: float = 0.9) -> tuple[float, float]:
-    """Returns (the share of truths in the central interval of the samples, its standard error).
-
-    level: the share that a calibrated sampler has. The interval leaves out (1 - level) / 2 of the num_samples + 1 ranks at
-    both ends. Raises: ValueError if that is not a whole number, such as for 0.9 and 10 samples; use 19 or 99.
-    """
+def is_covered(found: Int[np.ndarray, "*shape"], num_samples: int, level: float = 0.9) -> Bool[np.ndarray, "*shape"]:
+    """Whether each truth is in the central interval of its samples. found, level: as `coverage`. Raises: as `coverage`."""
     outside = (1 - level) / 2 * (num_samples + 1)
     if not 0 < level < 1 or abs(outside - round(outside)) > 1e-6 or round(outside) < 1:
         raise ValueError(
@@ -82,8 +78,17 @@ def coverage(found: Int[np.ndarray, "N"], num_samples: int, level: float = 0.9) 
             f"{outside:g} for {num_samples} samples; use 19 or 99 samples for 0.9"
         )
     found = np.asarray(found)
-    inside = (found >= round(outside)) & (found <= num_samples - round(outside))
-    share = float(inside.mean())
+    return (found >= round(outside)) & (found <= num_samples - round(outside))
+
+
+def coverage(found: Int[np.ndarray, "N"], num_samples: int, level: float = 0.9) -> tuple[float, float]:
+    """Returns (the share of truths in the central interval of the samples, its standard error).
+
+    found: ranks, as from `ranks`. level: the share that a calibrated sampler has. The interval leaves out (1 - level) / 2 of
+    the num_samples + 1 ranks at both ends.
+    Raises: ValueError if this is not a whole number of ranks, such as for 0.9 and 10 samples; use 19 or 99.
+    """
+    share = float(is_covered(found, num_samples, level).mean())
     return share, float(np.sqrt(max(share * (1 - share), 1 / len(found)) / len(found)))
 
 
@@ -172,10 +177,11 @@ def _limit(num_tests: int) -> float:
 class Calibration(NamedTuple):
     """The result of `find_calibration`.
 
-    tests: for each quantity by name, and "distance" for the ranks of distances. coverage: (share, standard error) of 90%
-    intervals by name, empty if the number of samples does not allow them. sentence: what the tests say.
+    ranks: [N] for each quantity by name, and "distance" for the ranks of distances. tests: of these ranks. coverage: (share,
+    standard error) of 90% intervals by name, empty if the number of samples does not allow them. sentence: the result.
     """
 
+    ranks: dict[str, Int[np.ndarray, "N"]]
     tests: dict[str, RankTest]
     coverage: dict[str, tuple[float, float]]
     sentence: str
@@ -213,9 +219,10 @@ def find_calibration(
         elif abs(test.z_variance) > limit:
             faults.append(f"{name} is too {'narrow' if test.z_variance > 0 else 'wide'}")
     if references is not None:
-        tests["distance"] = distance = rank_test(distance_ranks(truth, samples, references), count)
+        found["distance"] = distance_ranks(truth, samples, references)
+        tests["distance"] = distance = rank_test(found["distance"], count)
         if not faults and max(abs(distance.z_mean), abs(distance.z_variance)) > limit:
             faults.append("the samples ignore the measurement, or the dependence between the quantities is wrong")
     sentence = "; ".join(faults[:3]) + f"; and {len(faults) - 3} more" * (len(faults) > 3)
     calibrated = f"no error found with {len(truth):,} examples of {count} samples"
-    return Calibration(tests, covered, sentence or calibrated)
+    return Calibration(found, tests, covered, sentence or calibrated)

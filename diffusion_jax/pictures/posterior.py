@@ -41,10 +41,8 @@ def draw_posterior(
     z = None if x_0 is None else (x_0 - mean) / np.maximum(deviation, 1e-12)
     arrays = {} if x_0 is None else {"truth": x_0}
     arrays |= {caption: y, "mean": mean} | {f"sample {i + 1}": each for i, each in enumerate(x[:_SAMPLES])}
-    numbers, notes = (
-        list(range(min(x.shape[-1], _MAX_CHANNELS))),
-        note_shown(min(x.shape[-1], _MAX_CHANNELS), x.shape[-1], "channels"),
-    )
+    numbers = list(range(min(x.shape[-1], _MAX_CHANNELS)))
+    notes = note_shown(len(numbers), x.shape[-1], "channels")
     if is_image:
         channels, numbers = _GRAY_LEVELS, [0]
         notes = ["deviation and error are the largest of the three channels"] * (x.shape[-1] == 3)
@@ -209,7 +207,7 @@ def draw_calibration(shares: Mapping[str, np.ndarray], error: float, title: str,
     labels = "rank of the truth / (samples + 1)", "share"
     titles = [names[name] for name in shown]
     figure, axes = make_figure(title, notes, titles, min(len(shown), 4), (2.6, 2.2), labels=labels)
-    top = max(float(max(shares[name].max() for name in shown)), 0.0)
+    top = max(float(shares[name].max()) for name in shown)
     for panel, name in zip(axes, shown, strict=True):
         bins = len(shares[name])
         panel.axhspan(1 / bins - 2 * error, 1 / bins + 2 * error, color="0.85", zorder=0)

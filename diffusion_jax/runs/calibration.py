@@ -23,6 +23,7 @@ from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.functions import import_function
+from diffusion_jax.images import to_gray_levels, to_model_range
 from diffusion_jax.metrics import calibration
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
@@ -66,9 +67,10 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     problem, y = None, np.zeros((total, 0), np.float32)
     if is_posterior:
         problem = Problem.from_config(config, net, read_mask(config, net) if config.editing.task == "inpaint" else None)
-        y = problem.simulate(_to_network(x, net), np.arange(total))
+        x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
+        y = problem.simulate(x_0, np.arange(total))
     with as_user_error("config.evaluation.quantities"):
-        truth, names = find_quantities(options.quantities, _to_numbers(x))
+        truth, names = find_quantities(options.quantities, x if net.levels is None else x.astype(np.float64))
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, options.use_ema))
     for note in setup.notes:
         log(f"Note: {note}.")
@@ -85,7 +87,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         samples = _draw(setup, problem, y, rows, count, options.seed)
         check_finite(samples)
         flat = samples.reshape(-1, *samples.shape[2:])
-        found, _ = find_quantities(options.quantities, flat if net.levels is None else (flat + 1) * 127.5)
+        found, _ = find_quantities(options.quantities, flat if net.levels is None else to_gray_levels(flat))
         arrays = {"samples": found.reshape(count, size, -1).swapaxes(0, 1)}
         return arrays | ({"chi_squared": problem.chi_squared(samples, y[rows]).mean(axis=0)} if problem else {})
 
@@ -118,16 +120,6 @@ def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, 
         x = some.generate(keys, np.arange(count * len(rows)))
         return np.asarray(x).reshape(count, len(rows), *setup.net.example_shape)
     return problem.draw(some, y[rows], count, keys[0] if problem.method == "smc" else keys)
-
-
-def _to_network(x: np.ndarray, net: pretrained.Model) -> np.ndarray:
-    return (
-        data.to_model_units(x, net.normalizations.get("x")) if net.levels is None else x.astype(np.float32) / 127.5 - 1
-    )
-
-
-def _to_numbers(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64) if x.dtype == np.uint8 else x
 
 
 def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -186,7 +178,7 @@ def _write(
         log(f"Chi-squared for each measured number: {chi.mean():.3f} +- {chi.std() / total**0.5:.3f}.")
     if found.coverage:
         # Quantities of one example depend on each other, so the error is of the examples' shares.
-        inside = np.mean([_is_inside(truth[:, i], samples[..., i]) for i in range(len(names))], axis=0)
+        inside = np.mean([calibration.is_covered(found.ranks[name], count) for name in names], axis=0)
         record |= {"coverage": float(inside.mean()), "coverage_standard_error": float(inside.std() / total**0.5)}
         log(f"90% intervals hold {inside.mean():.3f} +- {inside.std() / total**0.5:.3f} of the true values.")
     record["quantities"] = {key: test._asdict() for key, test in found.tests.items()}
@@ -197,12 +189,10 @@ def _write(
     workdir.write_json(f"calibration/{name}.json", record, indent=2)
     save_npz(folder / f"{name}.npz", {"truth": truth, "references": references * scale, **arrays})
     bins = max(each for each in range(1, _BINS + 1) if (count + 1) % each == 0)
-    ranks = dict(zip(names, calibration.ranks(truth, samples).T, strict=True))
-    ranks["distance"] = calibration.distance_ranks(truth / scale, samples / scale, references)
-    shares = {key: calibration.histogram(each, count, bins) for key, each in ranks.items()}
+    shares = {key: calibration.histogram(each, count, bins) for key, each in found.ranks.items()}
     texts = {
         key: key + (f"\n{found.coverage[key][0]:.0%} in 90% intervals" if key in found.coverage else "")
-        for key in ranks
+        for key in found.ranks
     }
     picture = pictures.draw_calibration(
         {key: share for key, (share, _) in shares.items()},
@@ -213,9 +203,3 @@ def _write(
     pictures.save(folder / f"{name}.png", picture)
     workdir.upload(folder / f"{name}.npz", folder / f"{name}.png")
     log(f"Distributions of the ranks: {folder / f'{name}.png'}")
-
-
-def _is_inside(truth: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Whether each truth [N] is in the central 90% interval of its samples [L, N], by rank."""
-    found, outside = calibration.ranks(truth, samples), round(0.05 * (len(samples) + 1))
-    return (found >= outside) & (found <= len(samples) - outside)

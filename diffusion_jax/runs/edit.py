@@ -19,7 +19,7 @@ from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import UserError, as_user_error
-from diffusion_jax.images import to_model_range
+from diffusion_jax.images import to_gray_levels, to_model_range
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
@@ -140,7 +140,7 @@ class _Measured:
     ) -> tuple[dict[str, np.ndarray | None], pictures.Picture]:
         """Returns (arrays for the .npz, a picture) of samples [N, ...], and logs chi-squared."""
         problem, net = self.problem, self.problem.net
-        x = samples if net.levels is None else problem.to_gray_levels(samples)
+        x = samples if net.levels is None else to_gray_levels(samples)
         arrays = {"mean": x.mean(axis=0), "deviation": x.std(axis=0, ddof=1), "measurement": self._values}
         found = problem.chi_squared(samples[:, None], self.y)[:, 0]
         log_chi_squared(found, problem)
@@ -178,7 +178,7 @@ def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarra
 
 def read_mask(config: ConfigDict, net: pretrained.Model) -> np.ndarray:
     """Reads `editing.mask` for examples of the model, as `_Files.read_mask`. Raises: UserError."""
-    return _Files(config, net, np.empty(0)).read_mask()
+    return _Files(config, net).read_mask()
 
 
 class _Files:
@@ -265,7 +265,7 @@ class _Files:
         """
         mask = self._open("mask")
         if self.net.is_images:
-            image = mask if self.held_out is not None else self._open("image")
+            image = self._open("image") if self._options.image else mask
             if image.size != mask.size:
                 raise UserError(
                     f"editing.mask={self._options.mask!r} has {mask.width}x{mask.height} pixels and the image has "

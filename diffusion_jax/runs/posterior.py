@@ -134,10 +134,6 @@ class Problem:
             return spread
         return np.where(weight > 0, spread / np.where(weight > 0, weight, 1), np.nan)
 
-    def to_gray_levels(self, samples: np.ndarray) -> np.ndarray:
-        """Converts images of `draw` to gray levels of 0 to 255, without rounding."""
-        return _GRAY_LEVEL * samples.astype(np.float64) + _GRAY_LEVEL
-
     def chi_squared(self, samples: Any, y: np.ndarray) -> np.ndarray:
         """Returns chi-squared for each measured number, [L, N], of the results of `draw`."""
         x = data.to_model_units(np.asarray(samples), self.net.normalizations.get("x"))

@@ -59,8 +59,8 @@ class NoiseLevel(NamedTuple):
 class Transition(NamedTuple):
     """A step from x_t, at one noise level, to x_{t-1} at another: the two levels and q(x_{t-1} | x_t, x_0), DDPM eq. 7.
 
-    level, target: the noise levels of x_t and x_{t-1}; the last step of a chain ends without noise, at x_0, where the network
-      time of `target` has no meaning (it is that of `level`).
+    level, target: the noise levels of x_t and x_{t-1}. The last step of a chain ends at x_0, without noise; there
+      `target.time` has no meaning and equals `level.time`.
     beta: the variance of q(x_t | x_{t-1}).
     posterior_variance: beta-tilde; 0 for a step to x_0. posterior_log_variance: its log; for a step to x_0, the log of the
       decoder's variance. posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde = c_0 x_0 + c_t x_t.

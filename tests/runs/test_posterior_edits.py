@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffusion_jax import errors, pretrained
 from diffusion_jax.data import Normalization
+from diffusion_jax.images import to_gray_levels
 from diffusion_jax.runs import edit
 from diffusion_jax.runs.posterior import Problem, choose_method
 from helpers.array_configs import SHAPES, array_config
@@ -233,7 +234,7 @@ def test_noisy_images_are_measured_in_gray_levels(tmp_path):
         options = experiment_with(config, task="deblur", noise=12.75, image=str(tmp_path / name))
         files = edit._Files(options, pretrained.from_config(config))
         np.testing.assert_allclose(files.read_y(found, None)[0], y / 127.5 - 1, atol=1e-6)
-    np.testing.assert_allclose(found.to_gray_levels(np.array([-1.0, 1.0])), [0, 255])
+    np.testing.assert_allclose(to_gray_levels(np.array([-1.0, 1.0])), [0, 255])
     options = experiment_with(config, task="deblur", noise=1.0, image=str(tmp_path / "y.png"))
     with pytest.raises(errors.UserError, match="needs a single row of sampling.class, not 10"):
         edit.run(options, tmp_path / "none")
