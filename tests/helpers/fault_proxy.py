@@ -162,10 +162,15 @@ def _make_handler(proxy):
                 body = b""
                 while size := int(self.rfile.readline().split(b";")[0], 16):
                     body += self.rfile.read(size)
-                    self.rfile.readline()
+                    if self.rfile.readline() != b"\r\n":
+                        raise ConnectionResetError("the request ended within its body")
                 self.rfile.readline()
                 return body
-            return self.rfile.read(int(int(self.headers.get("Content-Length", 0)) * fraction))
+            length = int(int(self.headers.get("Content-Length", 0)) * fraction)
+            body = self.rfile.read(length)
+            if len(body) < length:  # the client was killed; a store would not keep a part of an object
+                raise ConnectionResetError("the request ended within its body")
+            return body
 
         def _forward(self, body, conditional):
             upstream = urllib.parse.urlsplit(proxy.upstream)
