@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from diffusion_jax import data
+from diffusion_jax.config import default, flatten
 from diffusion_jax.metrics import of_features
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import sample, train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
 from helpers.configs import tiny_config
 from helpers.digits_features import by_hand
+from helpers.exact_runs import exact_run
 from helpers.paths import ROOT
 from helpers.program import ALL_MODES, evaluate, run_together, tiny_flags
 from helpers.work_directories import assert_close_losses, untrained
@@ -131,3 +133,32 @@ def same_but_for_rounding(one, two):
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(same_but_for_rounding(one[key], two[key]) for key in one)
     return one == (pytest.approx(two, rel=1e-3, abs=1e-6) if isinstance(one, float) else two)
+
+
+def test_two_processes_with_two_devices_test_a_posterior_as_one_device(tmp_path):
+    """The network also gets a condition, which is another measurement."""
+    config = exact_run(tmp_path, (8, 2), noise=0.3)
+    np.save(tmp_path / "mask.npy", np.arange(8) % 3 == 1)
+    config.editing.update(task="inpaint", mask=str(tmp_path / "mask.npy"), noise=0.5)
+    config.evaluation.update(metrics=("calibration",), calibration_examples=10, batch_size=76)
+    config.sampling.steps = 10
+    found = []
+    for processes in (1, 2):
+        if processes == 1:
+            evaluate(config, tmp_path / "run")
+        else:
+            changed = {key: value for key, value in flatten(config).items() if value != flatten(default())[key]}
+            flags = [
+                f"--config.{key}={value}"
+                for key, value in changed.items()
+                if key.startswith(("editing", "evaluation", "sampling", "model.kind"))
+            ]
+            run_together(2, f"--workdir={tmp_path / 'run'}", "--mode=evaluate", *flags)
+        (path,) = (tmp_path / "run" / "calibration").glob("*.npz")
+        with np.load(path) as arrays:
+            found.append(dict(arrays))
+        path.unlink()
+    one, two = found
+    assert one["samples"].shape == (10, 19, 10)
+    for name in ("samples", "chi_squared"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
