@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import collections
+import inspect
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from diffusion_jax import sampling
-from diffusion_jax.config.table import SAMPLING, flatten, is_classifier, is_continuous, is_upsampler, sampler_setting
+from diffusion_jax import editing, sampling
+from diffusion_jax.config.table import (
+    EDITING,
+    SAMPLING,
+    flatten,
+    is_classifier,
+    is_continuous,
+    is_upsampler,
+    sampler_setting,
+)
 from diffusion_jax.errors import ConfigError
+
+# Methods for measurements with noise, and without noise by task; the first is the default.
+_NOISY = ("mmps", "pigdm", "dps", "smc")
+_EXACT = {"inpaint": ("repaint", "project"), "colorize": ("project",), "super_resolution": ("project",)}
+_READ_BY = {"iterations": ("mmps", "pigdm"), "zeta": ("dps",), "particles": ("smc",)}
 
 
 class Rule(NamedTuple):
@@ -142,6 +156,42 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
     ]
 
 
+def edit_method(options: ConfigDict) -> str | None:
+    """Returns the method of `config.editing`; None for a task that measures nothing."""
+    methods = _edit_methods(options)
+    return options.method if options.method in methods else next(iter(methods), None)
+
+
+def _edit_methods(options: ConfigDict) -> tuple[str, ...]:
+    if options.task not in editing.MEASUREMENTS:
+        return ()
+    return _NOISY if options.noise else _EXACT.get(options.task, ())
+
+
+def _edit(config: ConfigDict) -> list[Rule]:
+    options, task, is_noisy = config.editing, config.editing.task, config.editing.noise > 0
+    methods, method, measures = _edit_methods(options), edit_method(options), task in editing.MEASUREMENTS
+    arguments = inspect.signature(editing.MEASUREMENTS[task]).parameters if measures else ()
+    has_effect = {"noise", "method"} if measures else set()
+    has_effect |= {"operator" if name == "array" else name for name in arguments}
+    has_effect |= {name for name, readers in _READ_BY.items() if method in readers}
+    has_effect -= {"share", "blur"} if options.operator else set()
+    no_effect = f"has no effect with editing.task={task!r}" + f", editing.method={method!r}" * bool(method)
+    is_wrong = methods and options.method not in (None, *methods)
+    other = f"editing.noise={0 if is_noisy else 'VALUE'}" * (
+        options.method in (_EXACT.get(task, ()) if is_noisy else _NOISY)
+    )
+    needed = f"must be the standard deviation of the noise for editing.task={task!r}, which has no exact method"
+    allowed = f"is not for editing.task={task!r} with editing.noise={options.noise:g}, but {' or '.join(methods)}"
+    names = ("noise", "method", "operator", "share", "blur", *_READ_BY)
+    is_unread = {name: name not in has_effect and options[name] != EDITING[name].default for name in names}
+    return [
+        Rule("editing.noise", measures and not methods, needed, "VALUE"),
+        Rule("editing.method", is_wrong, allowed, method, other),
+        *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),
+    ]
+
+
 def _without_effect(config: ConfigDict) -> list[Rule]:
     options = config.sampling
     rules = [
@@ -174,6 +224,7 @@ RULES = {
     "training run": _training_run,
     "samples": _samples,
     "evaluation": _evaluation,
+    "edit": _edit,
     "without effect": _without_effect,
 }
 

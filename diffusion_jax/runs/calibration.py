@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, pictures, pretrained
-from diffusion_jax.config import resolve
+from diffusion_jax.config import check, resolve
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.errors import UserError, as_user_error
@@ -56,6 +56,8 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         raise UserError(
             "calibration takes the classes and conditions of held-out examples; leave out those of config.sampling"
         )
+    if is_posterior:
+        check(config, "edit")
     source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
     check_source(config, source)
     total = min(options.calibration_examples, len(source))

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffusion_jax import data, editing, pictures, pretrained
-from diffusion_jax.config import resolve
+from diffusion_jax.config import check, resolve
+from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.distributed import sharding
@@ -24,7 +25,7 @@ from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem, choose_method, log_chi_squared
+from diffusion_jax.runs.posterior import Problem, log_chi_squared
 from diffusion_jax.runs.sample import make_provenance, write_samples
 from diffusion_jax.runs.sampling_setup import check_finite, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
@@ -47,7 +48,8 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     task, options = config.editing.task, config.editing
-    method = choose_method(options)
+    check(config, "edit")
+    method = edit_method(options)
     net = open_model(config, workdir, sharding.one_device_mesh())
     held_out, conditions = (None, None) if options.example is None else _read_held_out(config, net)
     setup, files = resolve_sampling(config, net, conditions), _Files(config, net, held_out)

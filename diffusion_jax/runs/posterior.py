@@ -16,47 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, editing, posterior, pretrained, sampling
-from diffusion_jax.config import SETTINGS
+from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
-from diffusion_jax.errors import UserError, as_user_error, list_names
+from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.measurements import LinearOperator, Measurement
 from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
 
-_NOISY = "mmps", "pigdm", "dps", "smc"
-_EXACT = {"inpaint": ("repaint", "project"), "colorize": ("project",), "super_resolution": ("project",)}
-_READ_BY = {"iterations": ("mmps", "pigdm"), "zeta": ("dps",), "particles": ("smc",)}
 _GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
-
-
-def choose_method(options: ConfigDict) -> str | None:
-    """Returns the method of `config.editing`; None for a task that measures nothing. Raises: UserError."""
-    task, method, noise = options.task, options.method, options.noise
-    unused = {name for name in ("noise", "method", "operator", "share", "blur", *_READ_BY) if _is_set(options, name)}
-    if task in editing.MEASUREMENTS:
-        allowed = _NOISY if noise else _EXACT.get(task, ())
-        if not allowed:
-            raise UserError(f"editing.task={task!r} needs editing.noise, the standard deviation of the noise, above 0")
-        if method is not None and method not in allowed:
-            raise UserError(
-                f"editing.method={method!r} is not for editing.task={task!r} with editing.noise={noise:g}; use "
-                f"{' or '.join(allowed)}" + ("" if noise else f", or {', '.join(_NOISY)} with a noise above 0")
-            )
-        method = method or allowed[0]
-        arguments = {"array": "operator"}
-        unused -= {arguments.get(name, name) for name in inspect.signature(editing.MEASUREMENTS[task]).parameters}
-        unused -= {"noise", "method", *(name for name, methods in _READ_BY.items() if method in methods)}
-        if options.operator:
-            unused |= {name for name in ("share", "blur") if _is_set(options, name)}
-    if unused:
-        raise UserError(
-            f"{list_names([f'editing.{name}={options[name]!r}' for name in sorted(unused)])} has no effect with editing.task="
-            f"{task!r}" + (f", editing.method={method!r}" if method else "") + "; remove it"
-        )
-    return method
-
-
-def _is_set(options: ConfigDict, name: str) -> bool:
-    return options[name] != SETTINGS[f"editing.{name}"].default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +63,7 @@ class Problem:
         elif task == "colorize":
             offset, scale = offset[:1], scale[:1]
         noise = (options.noise / scale).astype(np.float32) if options.noise else 0.0
-        return cls(options, choose_method(options) or "", net, operator, noise, scale, of_ones * offset)
+        return cls(options, edit_method(options) or "", net, operator, noise, scale, of_ones * offset)
 
     @property
     def y_shape(self) -> tuple[int, ...]:

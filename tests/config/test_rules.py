@@ -56,6 +56,18 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "evaluation.likelihood=False evaluation.num_samples=0",
         f"{CONTINUOUS} evaluation.ode=True evaluation.ode_dequantization=uniform",
     ],
+    "edit": [
+        "editing.task=deblur",
+        "editing.method=mmps",
+        "editing.task=sdedit editing.noise=2",
+        "editing.task=sdedit editing.method=project",
+        "editing.operator=points.npy",
+        "editing.share=0.5",
+        "editing.task=deblur editing.noise=2 editing.operator=kernel.npy editing.blur=3",
+        "editing.task=deblur editing.noise=2 editing.method=dps editing.iterations=3",
+        "editing.task=deblur editing.noise=2 editing.zeta=0.3",
+        "editing.method=project editing.particles=9",
+    ],
     "without effect": [
         "sampling.eta=0.5",
         "sampling.churn=40",
@@ -106,7 +118,7 @@ def test_every_rule_has_an_example_and_no_experiment_breaks_a_rule():
     for config in map(configs.resolve, map(configs.experiment, configs.experiment_names())):
         assert not any(
             configs.find_broken(config, table)
-            for table in ("network", "train step", "training run", "samples", "evaluation")
+            for table in ("network", "train step", "training run", "samples", "evaluation", "edit")
         )
 
 

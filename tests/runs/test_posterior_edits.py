@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import errors, pretrained
+from diffusion_jax.config.rules import edit_method
 from diffusion_jax.data import Normalization
 from diffusion_jax.images import to_gray_levels
 from diffusion_jax.runs import edit
-from diffusion_jax.runs.posterior import Problem, choose_method
+from diffusion_jax.runs.posterior import Problem
 from helpers.array_configs import SHAPES, array_config
 from helpers.configs import tiny_config
 from helpers.exact_runs import OFFSET, SCALE, covariance, exact_run
@@ -173,7 +174,7 @@ def test_units_of_measurements(kind, task, y_shape):
         np.testing.assert_allclose(found.operator.measure(shown[None]), in_data[:1], rtol=1e-5)
 
 
-def test_methods_of_earlier_commands_and_refusals():
+def test_the_method_of_each_task():
     options = tiny_config().editing
     for task, noise, expected in (
         ("inpaint", 0, "repaint"),
@@ -184,21 +185,7 @@ def test_methods_of_earlier_commands_and_refusals():
         ("deblur", 1, "mmps"),
     ):
         options.update(task=task, noise=float(noise))
-        assert choose_method(options) == expected
-    for settings, words in (
-        ({"task": "deblur"}, "editing.task='deblur' needs editing.noise"),
-        ({"task": "inpaint", "method": "mmps"}, "use repaint or project, or mmps, .* with a noise above 0"),
-        ({"task": "inpaint", "method": "project", "noise": 1.0}, "use mmps or pigdm or dps or smc"),
-        ({"task": "sdedit", "noise": 1.0}, "editing.noise=1.0 has no effect with editing.task='sdedit'"),
-        ({"task": "sparse", "noise": 1.0, "blur": 2.0}, "editing.blur=2.0 has no effect"),
-        ({"task": "deblur", "noise": 1.0, "blur": 2.0, "operator": "k.npy"}, "editing.blur=2.0 has no effect"),
-        ({"task": "deblur", "noise": 1.0, "zeta": 0.3}, "editing.zeta=0.3 has no effect"),
-        ({"task": "deblur", "noise": 1.0, "method": "dps", "iterations": 3}, "editing.iterations=3 has no effect"),
-    ):
-        options = tiny_config().editing
-        options.update(**settings)
-        with pytest.raises(errors.UserError, match=words):
-            choose_method(options)
+        assert edit_method(options) == expected
 
 
 @pytest.mark.whole
