@@ -1,5 +1,6 @@
 """Posterior samplers against exact Gaussian posteriors, in float64 NumPy."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -185,6 +186,26 @@ def test_rows_at_different_levels_are_single_rows(x64):
     for i, level in enumerate(levels):
         single = posterior.mmps(denoiser, problem.measurement(1), iterations=5)(x_t[i : i + 1], level).x_0
         np.testing.assert_allclose(found[i], single[0], atol=1e-9)
+
+
+def test_rows_with_conditions_of_their_own(x64):
+    """The condition is the mean of x_0, given as an array beside x_t, as a conditional model gets it."""
+    problem, rng = Problem(8), np.random.default_rng(7)
+    means, x_t, level = rng.normal(size=(3, 8)), rng.normal(size=(3, 8)), level_at(1.0, 3, 8)
+    network = problem.denoiser().network
+
+    def conditional(x_t, time, *, condition):
+        alpha = PATH.at(time, x_t).alpha
+        return condition + network(x_t - alpha * condition, time)
+
+    denoiser = Denoiser(conditional, inputs={"condition": means}, prediction="x_0", clip=False)
+    found = posterior.mmps(denoiser, problem.measurement(3), iterations=10)(x_t, level).x_0
+    alpha, sigma = (float(np.asarray(each).ravel()[0]) for each in (level.alpha, level.sigma))
+    for i, mean in enumerate(means):
+        centered = copy.copy(problem)
+        centered.y = problem.y - problem.a @ mean
+        expected = mean + centered.given(x_t[i] - alpha * mean, alpha, sigma)[0]
+        np.testing.assert_allclose(found[i], expected, atol=1e-7)
 
 
 def test_pure_noise_is_not_corrected():
