@@ -40,7 +40,7 @@ from diffusion_jax.errors import (
     list_names,
     shorten,
 )
-from diffusion_jax.pretrained import diffusers, ho, openai, parameters
+from diffusion_jax.pretrained import diffusers, edm, ho, openai, parameters
 from diffusion_jax.pretrained.catalog import PublishedWeights, available, format_available
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
@@ -160,6 +160,8 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
         return load_weights(net, config, workdir, ema) if with_params else net
     if tensors is None and (found := diffusers.find_configs(path)):
         return diffusers.load_diffusers(path, *found, with_params)
+    if tensors is not None and edm.is_edm(tensors):
+        return edm.load_edm(path, tensors, with_params)
     if tensors is not None and _METADATA_KEY in tensors.metadata:
         return _load_file(path, tensors, network, with_params)
     found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"
@@ -353,6 +355,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
         "clip": clip,
         "normalizations": {name: value.to_json() for name, value in net.normalizations.items()},
         "origin": origin(net),
+        "published_sampling": dict(net.published_sampling),
     }
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
     tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
@@ -389,6 +392,7 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, 
         clip=make_clip(stored["clip"]),
         normalizations={n: data.Normalization.from_json(value) for n, value in stored["normalizations"].items()},
         provenance=Provenance(path.stem, details=dict(stored.get("origin", ()))),
+        published_sampling=dict(stored.get("published_sampling", ())),
         **fields,
     )
     text, digest = tensors.metadata[_METADATA_KEY], tensors.metadata.get(_DIGEST_KEY)  # version 0.3 stored no digest
@@ -434,7 +438,7 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
             "limits": description.limits,
         }
         | ({} if description.is_images else {"random_flip": False}),
-        "sampling": {"clip": description.clip},
+        "sampling": {"clip": description.clip, **description.published_sampling},
     }
 
 

@@ -63,8 +63,9 @@ class Model:
     "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
     these values to [-1, 1]. class_names: the labels' names, () if unknown. provenance: where the weights are from: a name
     for files, and for a run "step" and "weights", ema or raw. sigma_data: the standard deviation of x_0 for EDM's
-    preconditioning; None for a network that gets x_t itself. mesh: the devices that `sample` splits its batch over; None for
-    one device.
+    preconditioning; None for a network that gets x_t itself. published_sampling: the sampler of the weights' authors, as
+    settings of `config.sampling`: "sampler", "steps", "spacing"; {} for the ancestral sampler with all steps. mesh: the
+    devices that `sample` splits its batch over; None for one device.
     """
 
     family: str
@@ -85,6 +86,7 @@ class Model:
     class_names: tuple[str, ...] = field(default=(), repr=False)
     provenance: Provenance = field(default_factory=lambda: Provenance("weights"), repr=False)
     sigma_data: float | None = None
+    published_sampling: Mapping[str, Any] = field(default_factory=dict, repr=False)
     mesh: Mesh | None = field(default=None, repr=False)
 
     @property
@@ -253,7 +255,8 @@ class Model:
         Args:
           key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only.
           num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the device count.
-          sampler: by default the ancestral `sampling.ddpm`.
+          sampler: if steps is None, too, by default the sampler and steps of the weights' authors (`published_sampling`);
+            otherwise by default the ancestral `sampling.ddpm`.
           steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule.
             If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
@@ -342,6 +345,9 @@ class Model:
         Warns of steps with which samples will look wrong. Raises: ValueError for steps with which the sampler is known to
         fail.
         """
+        if sampler is None and steps is None and spacing is None and self.published_sampling:
+            sampler = sampling.SAMPLERS[self.published_sampling["sampler"]]()
+            steps, spacing = self.published_sampling["steps"], self.published_sampling["spacing"]
         sampler, schedule = sampling.ddpm() if sampler is None else sampler, self.schedule
         check_sampler(sampler)
         if steps is None and spacing is not None:

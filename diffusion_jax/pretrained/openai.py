@@ -80,7 +80,7 @@ _IGNORED_FLAGS = (
 ).split()
 
 
-NAMING = parameters.Naming(  # in the files, q, k and v are one tensor (`_split_attention`)
+NAMING = parameters.Naming(  # in the files, q, k and v are one tensor (`split_attention`)
     {
         "block": "{half}_blocks.{position}.0",
         "attn": "{half}_blocks.{position}.1",
@@ -252,10 +252,10 @@ def load_openai(
     net, new_order = describe_openai(path, tensors, flags)
     if not with_params:
         return net
-    return net.read_params(path, _split_attention(tensors, net.model, new_order), NAMING)
+    return net.read_params(path, split_attention(tensors, net.model, new_order), NAMING)
 
 
-def _split_attention(tensors: parameters.Tensors, model: Any, new_order: bool) -> parameters.Tensors:
+def split_attention(tensors: parameters.Tensors, model: Any, new_order: bool) -> parameters.Tensors:
     """Returns the tensors with q, k and v, which are one tensor in the file, under separate names.
 
     The classifier's pooling has other tensor names, and always the new order.

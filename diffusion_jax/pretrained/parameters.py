@@ -1,6 +1,6 @@
 """Reads tensors from untrusted files without executing their contents, and builds parameters from the tensors.
 
-The formats are safetensors, PyTorch archives (with the weights-only loader), and TensorFlow checkpoints. The format is
+The formats are safetensors, PyTorch's files and EDM's pickles (`pickles`), and TensorFlow checkpoints. The format is
 detected from the first bytes, not from the file name. Parameters have paths such as ("down_1_block_0", "conv1", "kernel"); a
 `Naming` maps a path to the tensor name in another project's files.
 """
@@ -8,12 +8,12 @@ detected from the first bytes, not from the file name. Parameters have paths suc
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from diffusion_jax import untrusted
 from diffusion_jax.errors import PretrainedError, first_line, list_names
+from diffusion_jax.pretrained import pickles
 from diffusion_jax.training.state import Network, abstract_params
 
 Path = tuple[str, ...]
@@ -42,7 +43,8 @@ class Tensors:
     """The tensors of a file.
 
     framework: "safetensors", "PyTorch" or "TensorFlow". shapes: {name: shape}, known before tensors are read.
-    read(name): returns a tensor, and may be called only once for each name. metadata: from a safetensors file.
+    read(name): returns a tensor, and may be called only once for each name. metadata: of a safetensors file, or
+    the class and the arguments of EDM's network.
     """
 
     framework: str
@@ -108,28 +110,17 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
-    torch = require_module("torch", "PyTorch")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns about files that it then rejects
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile and PyTorch raise many types
-        reason = first_line(error)
-        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
-            reason = "it contains more than tensors, and a pickle can run any code; save a plain state dict"
-        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason}") from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+    loaded, metadata = pickles.open_pickle(path), {}
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    has_names = isinstance(loaded, Mapping) and all(isinstance(name, str) for name in loaded)
-    if not has_names or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if isinstance(loaded, dict) and isinstance(network := loaded.get("ema"), pickles.Record):  # EDM's
+        arguments = json.dumps(network.state.get("_init_kwargs"), default=str)
+        loaded, metadata = dict(pickles.module_tensors(network)), {"class": network.kind, "arguments": arguments}
+    has_names = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
+    if not has_names or not all(isinstance(value, pickles.Tensor) for value in loaded.values()):
         raise PretrainedError(f"{path} contains a {type(loaded).__name__}, not a state dict (tensors by name)")
-    loaded = dict(loaded)
-
-    def read(name: str) -> np.ndarray:
-        value = loaded.pop(name)  # memory must hold the weights only once
-        return (value.detach().float() if value.is_floating_point() else value).numpy()
-
-    return Tensors("PyTorch", {name: tuple(value.shape) for name, value in loaded.items()}, read)
+    shapes = {name: value.shape for name, value in loaded.items()}
+    return Tensors("PyTorch", shapes, lambda name: loaded.pop(name).numpy(), metadata)  # memory holds weights only once
 
 
 _EMA_SUFFIX = "/ExponentialMovingAverage"

@@ -1,0 +1,152 @@
+"""EDM's weights (Karras et al. 2022, https://github.com/NVlabs/edm): pickles of the networks, read by `pickles`.
+
+A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. ADM as EDM writes it
+(DhariwalUNet) is this package's U-Net: the names, the rows of q, k and v, and the layout of the class embedding differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax.config.presets import OPENAI
+from diffusion_jax.errors import PretrainedError, list_names
+from diffusion_jax.models import UNet
+from diffusion_jax.pretrained import parameters
+from diffusion_jax.pretrained.model import Model, make_model
+from diffusion_jax.pretrained.openai import split_attention
+
+__all__ = ["NAMING", "is_edm", "load_edm", "sampling_defaults"]
+
+_PRECONDITIONING = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, "use_fp16": False}
+_NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that are read, with their defaults
+    "DhariwalUNet": {
+        "augment_dim": 0,
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "channel_mult_emb": 4,
+        "num_blocks": 3,
+        "attn_resolutions": [32, 16, 8],
+        "dropout": 0.1,
+        "label_dropout": 0,
+    },
+}
+_HEAD_CHANNELS = 64
+NAMING = parameters.Naming(  # after `_rename`
+    {
+        "block": "{direction}.{level}.block{number}",
+        "attn": "{direction}.{level}.block{number}",
+        "downsample": "down.{level}.resample",
+        "upsample": "up.{level}.resample",
+        "conv_in": "down.0.conv",
+        "mid_block_0": "in0",
+        "mid_attn": "in0",
+        "mid_block_1": "in1",
+        "time_0": "map_layer0",
+        "time_1": "map_layer1",
+        "class": "map_label",
+        "norm_out": "out_norm",
+        "conv_out": "out_conv",
+        "norm1": "norm0",
+        "conv1": "conv0",
+        "time_proj": "affine",
+        "norm2": "norm1",
+        "conv2": "conv1",
+        "norm": "norm2",
+    }
+)
+
+
+def is_edm(tensors: parameters.Tensors) -> bool:
+    """Returns whether a file is a pickle of EDM's."""
+    return tensors.framework == "PyTorch" and "class" in tensors.metadata
+
+
+def sampling_defaults(image_size: int) -> dict[str, Any]:
+    """Returns EDM's deterministic sampler as settings of `config.sampling`: 18 steps at 32 pixels, else 40 (section 3)."""
+    return {"sampler": "heun", "steps": 18 if image_size <= 32 else 40, "spacing": "karras"}
+
+
+def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Model:
+    """Loads the network of a pickle; with its parameters if `with_params`. Raises: PretrainedError."""
+    kind, stored = tensors.metadata["class"], json.loads(tensors.metadata["arguments"])
+    if kind != "EDMPrecond":
+        raise PretrainedError(f"{path} is a {kind}, whose preconditioning is not supported, only EDMPrecond")
+    network = stored.pop("model_type", "SongUNet")
+    if network not in _NETWORKS:
+        raise PretrainedError(f"{path}: the network {network} is not supported, only {list_names(_NETWORKS)}")
+    size, channels, num_classes = stored.pop("img_resolution"), stored.pop("img_channels"), stored.pop("label_dim", 0)
+    arguments = _PRECONDITIONING | _NETWORKS[network]
+    if unknown := sorted(set(stored) - set(arguments)):
+        raise PretrainedError(f"{path}: the arguments {list_names(unknown)} of {network} are not known")
+    arguments |= stored
+    if arguments["channel_mult_emb"] != 4:
+        raise PretrainedError(f"{path}: channel_mult_emb={arguments['channel_mult_emb']} is not supported, only 4")
+    if arguments["model_channels"] * min(arguments["channel_mult"]) < 128:
+        raise PretrainedError(f"{path}: layers of fewer than 128 channels have other norms, which are not supported")
+    levels = [size >> level for level in range(len(arguments["channel_mult"]))]
+    model = UNet(
+        **OPENAI
+        | {
+            "channels": arguments["model_channels"],
+            "channel_multipliers": tuple(arguments["channel_mult"]),
+            "num_res_blocks": arguments["num_blocks"],
+            "attention_levels": tuple(i for i, width in enumerate(levels) if width in arguments["attn_resolutions"]),
+            "head_channels": _HEAD_CHANNELS,
+            "resample_blocks": True,
+            "scale_shift_norm": True,
+            "num_classes": num_classes,
+            "label_dropout": float(arguments["label_dropout"]) if num_classes else 0.0,
+            "out_channels": channels,
+            "dropout": arguments["dropout"],
+        }
+    )
+    diffusion = {"path": "edm", "preconditioning": "edm", "prediction": "x_0", "variance": "fixed_small"}
+    diffusion |= {"sigma_data": arguments["sigma_data"]}
+    net = make_model(
+        f"EDM, {network}", model, size, diffusion, channels, clip=False, published_sampling=sampling_defaults(size)
+    )
+    if not with_params:
+        return net
+    renamed = _rename(path, tensors, levels, model.label_dropout)
+    return net.read_params(path, split_attention(renamed, model, new_order=True), NAMING)
+
+
+def _rename(
+    path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], label_dropout: float
+) -> parameters.Tensors:
+    """Returns the tensors with levels in place of sizes in their names, and with this package's rows.
+
+    levels: the size at each level. Leaves out what has no effect in sampling: the filters, after a check that they average or
+    repeat 2x2 pixels, and the input for augmentations, whose labels are zeros.
+    """
+    old: dict[str, str] = {}
+    for name in tensors.shapes:
+        new = name.removeprefix("model.")
+        if new.endswith("resample_filter"):
+            if not np.array_equal(tensors.read(name), np.full((1, 1, 2, 2), 0.25)):
+                raise PretrainedError(f"{path}: {name} is another filter than [1, 1]")
+        elif not new.startswith("map_augment."):
+            if match := re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(\w+?)(\d*)\.(.+)", new):
+                half, size, block, number, rest = match.groups()
+                level, direction = levels.index(int(size)), "down" if half == "enc" else "up"
+                if block in ("down", "up"):  # belongs to the level before the change of size
+                    level, block = level + (1 if block == "up" else -1), "resample"
+                new = f"in{number}.{rest}" if block == "in" else f"{direction}.{level}.{block}{number}.{rest}"
+            old[new] = name
+
+    def read(name: str) -> np.ndarray:
+        value = tensors.read(old[name])
+        if ".qkv." in name:  # the rows are (head, d, 3); q, k and v one after another are (3, head, d)
+            value = np.moveaxis(value.reshape(-1, 3, *value.shape[1:]), 1, 0).reshape(value.shape)
+        elif name == "map_label.weight":  # a product with a one-hot vector; no class is a vector of zeros
+            value = np.pad(value.T, ((0, 1 if label_dropout else 0), (0, 0)))
+        return value
+
+    return dataclasses.replace(tensors, shapes={new: tensors.shapes[name] for new, name in old.items()}, read=read)

@@ -1,0 +1,229 @@
+"""PyTorch's files and EDM's pickles, read without running them; files that would run code are refused and do nothing."""
+
+import collections
+import io
+import json
+import pickle
+import struct
+import zipfile
+
+import flax.traverse_util
+import numpy as np
+import pytest
+
+from diffusion_jax import pretrained
+from diffusion_jax.pretrained import PretrainedError, parameters, pickles
+from helpers import torch_files
+from helpers.published_files import NARROW_FLAGS, stored
+from helpers.torch_files import Storage, Tensor
+
+
+def read(path):
+    tensors = parameters.open_tensors(path)
+    return {name: tensors.read(name) for name in tensors.shapes}
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+ARRAYS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "half": np.array([0.5, -3.25], np.float16),
+    "double": np.array(1 / 3),
+    "count": np.array([3, 2**40]),
+    "empty": np.zeros((0, 4), np.float32),
+    "flag": np.array([True, False]),
+}
+
+
+@pytest.mark.parametrize("write_bytes", [torch_files.archive_bytes, torch_files.legacy_bytes, torch_files.dumps])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"epoch": 3, "state_dict": x}])
+def test_every_container_gives_the_same_tensors(tmp_path, write_bytes, wrap):
+    found = read(write(tmp_path / "x.pt", write_bytes(wrap(torch_files.tensors(ARRAYS)))))
+    assert found.keys() == ARRAYS.keys()
+    for name, value in ARRAYS.items():
+        assert found[name].shape == value.shape
+        assert found[name].dtype == (np.float32 if value.dtype.kind == "f" else value.dtype)
+        np.testing.assert_array_equal(found[name], value.astype(found[name].dtype))
+
+
+def test_bfloat16_and_views(tmp_path):
+    values = np.arange(24, dtype=np.float32)
+    storage = Storage(values)
+    views = {
+        "transposed": Tensor(values[:12].reshape(3, 4).T, storage, 0, (1, 4)),
+        "part": Tensor(values[5:9], storage, 5, (1,)),
+        "every_other": Tensor(values[1:20:2].reshape(2, 5), storage, 1, (10, 2)),
+    }
+    found = read(write(tmp_path / "x.pt", torch_files.archive_bytes(views)))
+    for name, view in views.items():
+        np.testing.assert_array_equal(found[name], view.values)
+    bits = np.array([0x3F80, 0xC040], "<u2")  # 1 and -3
+    kind = pickles.Storage(
+        pickles._DTYPES["torch.BFloat16Storage"], 2, lambda: bits.view(pickles._DTYPES["torch.BFloat16Storage"])
+    )
+    np.testing.assert_array_equal(pickles.Tensor(kind, 0, (2,), (1,)).numpy(), [1.0, -3.0])
+
+
+@pytest.mark.parametrize(
+    "offset, shape, strides",
+    [
+        (0, (5,), (1,)),
+        (1, (4,), (1,)),
+        (0, (2, 3), (2, 1)),
+        (0, (1,), (1, 1)),
+        (-1, (1,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (9,), (0,)),
+    ],
+)
+def test_views_outside_of_their_storage_are_refused(tmp_path, offset, shape, strides):
+    tensor = Tensor(np.zeros(1), Storage(np.zeros(4, np.float32)), offset, strides)
+    tensor.values = np.zeros(shape, np.float32)
+    with pytest.raises(PretrainedError, match="tensor"):
+        read(write(tmp_path / "x.pt", torch_files.archive_bytes({"a": tensor})))
+
+
+def test_weights_load_without_pytorch(tmp_path):
+    weights = stored("openai_narrow")[0]
+    net = pretrained.load(
+        write(tmp_path / "m.pt", torch_files.archive_bytes(torch_files.tensors(weights))), NARROW_FLAGS
+    )
+    flat = flax.traverse_util.flatten_dict(net.params, sep="/")
+    np.testing.assert_array_equal(flat["conv_in/kernel"], weights["input_blocks.0.0.weight"].transpose(2, 3, 1, 0))
+
+
+# ---- What is refused
+
+
+class Calls:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.result = function, arguments
+
+    def __reduce__(self):
+        return self.result
+
+
+def _program(*operations):
+    return b"\x80\x02" + b"".join(operations) + b"."
+
+
+def _global(name):
+    return b"c%s\n%s\n" % tuple(name.encode().rsplit(b".", 1))
+
+
+def _touch(marker):
+    return b"X" + struct.pack("<I", len(str(marker))) + str(marker).encode()
+
+
+DANGEROUS = {
+    "posix.system": lambda m: pickle.dumps({"a": Calls(__import__("os").system, f"touch {m}")}),
+    "builtins.eval": lambda m: pickle.dumps(Calls(eval, f"open({str(m)!r}, 'w')")),
+    "builtins.exec": lambda m: pickle.dumps({"ema": Calls(exec, f"open({str(m)!r}, 'w')")}, 4),
+    "builtins.getattr": lambda m: pickle.dumps([Calls(getattr, "a", "upper")], 2),
+    "io.open": lambda m: torch_files.archive_bytes({"a": Calls(open, str(m), "w")}),
+    "pathlib.Path.touch": lambda m: pickle.dumps(Calls(__import__("pathlib").Path.touch, m), 4),
+    "numpy.load": lambda m: pickle.dumps(Calls(np.load, str(m))),
+    "importlib.import_module": lambda m: pickle.dumps(Calls(__import__("importlib").import_module, "os"), 2),
+    "torch.load": lambda m: _program(_global("torch.load"), _touch(m), b"\x85R"),
+    "torch.jit.load": lambda m: _program(_global("torch.jit.load")),
+    "torch.hub.load": lambda m: _program(b"X\x09\0\0\0torch.hub", b"X\x04\0\0\0load", b"\x93"),
+    "torch.nn.functional.relu": lambda m: _program(_global("torch.nn.functional.relu")),
+    "collections.deque": lambda m: pickle.dumps(collections.deque([1])),
+    "a call of torch.nn.modules.linear.Linear": lambda m: _program(_global("torch.nn.modules.linear.Linear"), b")R"),
+    "a call of str": lambda m: _program(_touch(m), b")R"),
+    "an object of torch._utils._rebuild_tensor": lambda m: _program(_global("torch._utils._rebuild_tensor"), b")\x81"),
+    "an object of list": lambda m: _program(b"])\x81"),
+    "a state of _Name": lambda m: _program(_global("collections.OrderedDict"), b"}b"),
+    "a state of list": lambda m: _program(b"]}b"),
+    "the operation INST": lambda m: _program(b"(" + _touch(m) + b"iposix\nsystem\n"),
+    "the operation OBJ": lambda m: _program(b"(" + _global("collections.OrderedDict") + b"o"),
+    "the operation EXT1": lambda m: _program(b"\x82\x01"),
+    "items of _Name": lambda m: _program(_global("collections.OrderedDict"), b"K\x01K\x02s"),
+    "an array of O": lambda m: pickle.dumps({"a": np.array([Calls(open, str(m), "w")], object)}),
+}
+
+
+@pytest.mark.parametrize("words", DANGEROUS)
+@pytest.mark.parametrize("inside_a_storage", [False, True])
+def test_dangerous_pickles_are_refused_by_name_and_do_nothing(tmp_path, words, inside_a_storage):
+    marker = tmp_path / "marker"
+    content = DANGEROUS[words](marker)
+    if inside_a_storage:
+        if content[:2] == b"PK":
+            return  # an archive is no storage
+        header = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+        content = _program(
+            _global("torch.storage._load_from_bytes"),
+            b"B" + struct.pack("<I", len(header + content)) + header + content,
+            b"\x85R",
+        )
+    for load in (pretrained.load, lambda path: pretrained.load(path, "adm_imagenet64")):
+        with pytest.raises(PretrainedError) as caught:
+            load(write(tmp_path / "x.pkl", content))
+        assert words in str(caught.value).replace("nt.system", "posix.system") and "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_a_call_that_is_allowed_changes_nothing_outside(tmp_path):
+    """A pickle may set attributes of what it made, never of this package's functions and classes."""
+    program = _program(_global("torch.nn.modules.linear.Linear"), b"}X\x01\0\0\0aK\x01sb")
+    with pytest.raises(PretrainedError, match="a state of _Name"):
+        pickles.open_pickle(write(tmp_path / "x.pkl", program))
+
+
+def damaged(name, size=None, value=b"1234"):
+    """An archive in which one member is replaced."""
+    source, file = zipfile.ZipFile(io.BytesIO(torch_files.archive_bytes(torch_files.tensors(ARRAYS)))), io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for member in source.namelist():
+            archive.writestr(member, value if member == name else source.read(member))
+    return file.getvalue()
+
+
+CORRUPTED = {
+    "big-endian": lambda: damaged("model/byteorder", value=b"big"),
+    "the storage 0 has 4 bytes": lambda: damaged("model/data/0"),
+    "or is compressed": lambda: torch_files.archive_bytes(torch_files.tensors(ARRAYS), zipfile.ZIP_DEFLATED),
+    "cannot be read as PyTorch weights": lambda: torch_files.archive_bytes(torch_files.tensors(ARRAYS))[:-50],
+    "truncated": lambda: torch_files.legacy_bytes(torch_files.tensors(ARRAYS))[:-1],
+    "not a file of PyTorch": lambda: b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1000, {}, {}, [])),
+    "before seeing STOP": lambda: pickle.dumps({"a": 1}, 2)[:-1],
+    "not a state dict": lambda: torch_files.archive_bytes([Tensor(np.zeros(3))]),
+    "contains a dict, not a state dict": lambda: torch_files.archive_bytes({"a": Tensor(np.zeros(3)), "b": 5}),
+}
+
+
+@pytest.mark.parametrize("words", CORRUPTED)
+def test_corrupted_files_are_one_line(tmp_path, words):
+    path = write(tmp_path / "x.pt", CORRUPTED[words]())
+    with pytest.raises((PretrainedError, ValueError), match=words) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_edm_pickle_gives_tensors_and_arguments_and_its_source_does_not_run(tmp_path):
+    arrays = {"model.enc.8x8_conv.weight": ARRAYS["a"], "model.map_label.weight": ARRAYS["half"]}
+    arguments = {"img_resolution": 8, "sigma_data": 0.5, "channel_mult": [1, 2], "nested": {"a": None}}
+    for protocol in (2, 4):
+        content = torch_files.edm_pickle("EDMPrecond", arrays, arguments, tmp_path / "marker", protocol)
+        tensors = parameters.open_tensors(write(tmp_path / "edm.pkl", content))
+        assert tensors.metadata["class"] == "EDMPrecond"
+        assert json.loads(tensors.metadata["arguments"]) == arguments
+        assert set(tensors.shapes) == set(arrays)
+        for name, value in arrays.items():
+            np.testing.assert_array_equal(tensors.read(name), value)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_values_of_numpy(tmp_path):
+    values = {"scalar": np.float64(0.25), "big": np.array([1, 2], ">i4"), "order": np.asfortranarray(np.eye(2, 3))}
+    for protocol in (2, 4):
+        found = pickles.open_pickle(write(tmp_path / "x.pkl", pickle.dumps(values, protocol)))
+        assert found["scalar"] == 0.25
+        np.testing.assert_array_equal(found["big"].value, values["big"])
+        np.testing.assert_array_equal(found["order"].value, values["order"])
