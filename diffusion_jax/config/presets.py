@@ -18,6 +18,7 @@ OPENAI: dict[str, Any] = {
 }
 _IMPROVED = OPENAI | {"num_heads": 4, "scale_shift_norm": True, "num_res_blocks": 3, "out_channels": 6}
 _ADM = OPENAI | {"channels": 256, "scale_shift_norm": True, "resample_blocks": True, "out_channels": 6}
+_EDM = _ADM | {"head_channels": 64, "dropout": 0.1, "out_channels": 3, "time_scale": 1000.0}  # of consistency_models
 _CLASSIFIER = OPENAI | {"scale_shift_norm": True, "resample_blocks": True, "head_channels": 64, "num_classes": 1000}
 _UPSAMPLER = {
     "channels": 192,
@@ -64,6 +65,8 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
     "adm_imagenet256_unconditional": _ADM | _fields_at(256) | {"head_channels": 64},
     "adm_imagenet512": _ADM | _fields_at(512) | {"head_channels": 64, "num_classes": 1000},
     "adm_lsun": _ADM | _fields_at(256) | {"head_channels": 64, "dropout": 0.1},
+    "edm_imagenet64": _EDM | _fields_at(64) | {"channels": 192, "num_res_blocks": 3, "num_classes": 1000},
+    "edm_lsun": _EDM | _fields_at(256) | {"scale_shift_norm": False},
     "adm_upsampler_64_256": _ADM | _UPSAMPLER | {"attention_levels": (3, 4, 5), "num_heads": 4},
     "adm_upsampler_128_512": _ADM | _UPSAMPLER | {"attention_levels": (4, 5), "head_channels": 64},
 }

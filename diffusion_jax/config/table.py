@@ -195,6 +195,11 @@ MODEL: dict[str, Setting] = {
     "embedding_freq_shift": Setting(
         1.0, Number(), "Shift in the exponent of the time embedding's frequencies: 1 as Ho et al., 0 as OpenAI."
     ),
+    "time_scale": Setting(
+        1.0,
+        Number(above=0),
+        "Factor of the network time before its embedding: 1000 in OpenAI's networks with EDM's scaling.",
+    ),
     "downsample_padding": Setting(
         (0, 1),
         Tuple(Integer(0), "2 whole numbers", 2, 2, shown="(0, 1)"),

@@ -56,6 +56,7 @@ class Encoder(nn.Module):
       (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
     scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
     embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
+    time_scale: multiplies the network time before its embedding; 1000 in OpenAI's networks with EDM's preconditioning.
     downsample_padding: before and after each side in the stride-2 convolution; OpenAI's is (1, 1).
     num_groups, norm_epsilon: for every GroupNorm; OpenAI's epsilon is 1e-5.
     initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
@@ -82,6 +83,7 @@ class Encoder(nn.Module):
     scale_shift_norm: bool = False
     embedding_cos_first: bool = False
     embedding_freq_shift: float = 1.0
+    time_scale: float = 1.0
     downsample_padding: tuple[int, int] = (0, 1)
     num_groups: int = 32
     norm_epsilon: float = 1e-6
@@ -137,6 +139,8 @@ class Encoder(nn.Module):
 
     def embed_time(self, time, x_t) -> jax.Array:
         """Embeds the network time of x_t, [B] or [], to [B, 4 channels]."""
+        if self.time_scale != 1:
+            time = jnp.asarray(time, jnp.float32) * self.time_scale
         return self.layers.embed_time(
             time, x_t, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
         )

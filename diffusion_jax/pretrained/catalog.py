@@ -11,6 +11,7 @@ _GOOGLE = (
     "cifar10-32",
     *(f"{kind}-256" for data in ("bedroom", "cat", "celebahq", "church") for kind in (data, f"ema-{data}")),
 )
+_REPOSITORIES = {"improved": "improved-diffusion", "adm": "guided-diffusion", "edm": "consistency_models"}
 # Parameters of OpenAI's networks, in thousands; the files have 4 bytes for each.
 _THOUSANDS = {
     "improved_cifar10": 52_546,
@@ -23,6 +24,8 @@ _THOUSANDS = {
     "adm_imagenet256": 553_838,
     "adm_imagenet512": 558_998,
     "adm_imagenet256_unconditional": 552_814,
+    "edm_imagenet64": 295_899,
+    "edm_lsun": 526_305,
     "adm_upsampler_64_256": 311_796,
     "adm_upsampler_128_512": 308_835,
     "adm_lsun": 552_814,
@@ -57,7 +60,7 @@ def available() -> tuple[PublishedWeights, ...]:
         page = f"https://huggingface.co/google/ddpm-{name}"
         found.append(PublishedWeights(f"hf://google/ddpm-{name}", "diffusers", size, "Apache-2.0", page))
     for file, preset in openai.FILES.items():
-        page = _OPENAI + ("improved-diffusion" if preset.startswith("improved") else "guided-diffusion")
+        page = _OPENAI + _REPOSITORIES[preset.partition("_")[0]]
         found.append(PublishedWeights(f"{file}.pt", "OpenAI", round(_THOUSANDS[preset] * 4e-3), "MIT", page))
     return tuple(found)
 

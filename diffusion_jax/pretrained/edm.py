@@ -20,9 +20,9 @@ from diffusion_jax.errors import PretrainedError, list_names
 from diffusion_jax.models import UNet
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import Model, make_model
-from diffusion_jax.pretrained.openai import split_attention
+from diffusion_jax.pretrained.openai import EDM_DIFFUSION, EDM_SAMPLING, split_attention
 
-__all__ = ["NAMING", "is_edm", "load_edm", "sampling_defaults"]
+__all__ = ["NAMING", "is_edm", "load_edm"]
 
 _PRECONDITIONING = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, "use_fp16": False}
 _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that are read, with their defaults
@@ -68,11 +68,6 @@ def is_edm(tensors: parameters.Tensors) -> bool:
     return tensors.framework == "PyTorch" and "class" in tensors.metadata
 
 
-def sampling_defaults(image_size: int) -> dict[str, Any]:
-    """Returns EDM's deterministic sampler as settings of `config.sampling`: 18 steps at 32 pixels, else 40 (section 3)."""
-    return {"sampler": "heun", "steps": 18 if image_size <= 32 else 40, "spacing": "karras"}
-
-
 def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool) -> Model:
     """Loads the network of a pickle; with its parameters if `with_params`. Raises: PretrainedError."""
     kind, stored = tensors.metadata["class"], json.loads(tensors.metadata["arguments"])
@@ -107,11 +102,9 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
             "dropout": arguments["dropout"],
         }
     )
-    diffusion = {"path": "edm", "preconditioning": "edm", "prediction": "x_0", "variance": "fixed_small"}
-    diffusion |= {"sigma_data": arguments["sigma_data"]}
-    net = make_model(
-        f"EDM, {network}", model, size, diffusion, channels, clip=False, published_sampling=sampling_defaults(size)
-    )
+    diffusion = EDM_DIFFUSION | {"sigma_data": arguments["sigma_data"]}
+    sampling = EDM_SAMPLING | {"steps": 18 if size <= 32 else 40}  # section 3
+    net = make_model(f"EDM, {network}", model, size, diffusion, channels, clip=False, published_sampling=sampling)
     if not with_params:
         return net
     renamed = _rename(path, tensors, levels, model.label_dropout)

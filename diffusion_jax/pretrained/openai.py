@@ -27,6 +27,10 @@ _IMPROVED = _LEARNED | {"schedule": "cosine", "num_timesteps": 4000}
 # Improved DDPM's linear schedule goes from 0.1 / T to 20 / T.
 _LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 
+# EDM's preconditioning and noise levels (Karras et al. 2022), and its deterministic sampler.
+EDM_DIFFUSION = {"path": "edm", "preconditioning": "edm", "prediction": "x_0", "variance": "fixed_small"}
+EDM_SAMPLING = {"sampler": "heun", "spacing": "karras"}
+
 # Presets of `models`: the image height, the low-resolution image height (or 0), and settings of `config.diffusion`.
 PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "improved_cifar10": (32, 0, _IMPROVED | {"rescale_timesteps": True}),
@@ -40,6 +44,8 @@ PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "adm_imagenet256_unconditional": (256, 0, _LEARNED),
     "adm_imagenet512": (512, 0, _LEARNED),
     "adm_lsun": (256, 0, _LEARNED),
+    "edm_imagenet64": (64, 0, EDM_DIFFUSION),
+    "edm_lsun": (256, 0, EDM_DIFFUSION),
     "adm_upsampler_64_256": (256, 64, _LEARNED),
     "adm_upsampler_128_512": (512, 128, _LEARNED),
     "adm_classifier64": (64, 0, {"schedule": "cosine"}),
@@ -56,12 +62,14 @@ FILES = {
     **dict.fromkeys(("lsun_uncond_100M_1200K_bs128", "lsun_uncond_100M_2400K_bs64"), "improved_lsun"),
     **{f"{size}x{size}_diffusion": f"adm_imagenet{size}" for size in (64, 128, 256, 512)},
     "256x256_diffusion_uncond": "adm_imagenet256_unconditional",
+    "edm_imagenet64_ema": "edm_imagenet64",
+    **dict.fromkeys(("edm_bedroom256_ema", "edm_cat256_ema"), "edm_lsun"),
     **{f"{sizes}_upsampler": f"adm_upsampler_{sizes}" for sizes in ("64_256", "128_512")},
     **dict.fromkeys(("lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"), "adm_lsun"),
     **{f"{size}x{size}_classifier": f"adm_classifier{size}" for size in (64, 128, 256, 512)},
 }
 # Presets whose attention stores the rows for q, then k, then v, instead of head by head.
-_NEW_ATTENTION_ORDER = {"adm_imagenet64"}
+_NEW_ATTENTION_ORDER = {"adm_imagenet64", "edm_imagenet64", "edm_lsun"}
 
 # Flags in OpenAI's scripts that describe a network, with their values.
 _FLAGS: dict[str, ValueKind] = {
@@ -157,7 +165,8 @@ def describe_openai(
         raise PretrainedError(f"flags={flags!r} is not a preset of OpenAI's; known: {', '.join(PRESETS)}")
     size, low_resolution, diffusion = PRESETS[flags]
     model = preset(flags).clone(dropout=0.0) if without_dropout else preset(flags)
-    net = make_model(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution)
+    fields: dict[str, Any] = {"published_sampling": EDM_SAMPLING | {"steps": 40}} if diffusion is EDM_DIFFUSION else {}
+    net = make_model(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution, **fields)
     return net, flags in _NEW_ATTENTION_ORDER
 
 

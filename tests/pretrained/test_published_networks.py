@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from diffusion_jax import models
+from diffusion_jax import models, sampling, schedules
 from diffusion_jax.config import experiment, presets
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.pretrained import PretrainedError, ho, openai
 from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, torch_shape
 from helpers.published_files import README
@@ -57,8 +58,28 @@ def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path)
 
 
 def test_every_published_file_and_preset_is_known():
-    assert set(openai.FILES.values()) == set(openai.PRESETS) == set(README)
+    assert set(openai.FILES.values()) == set(openai.PRESETS) == set(README) | EDM.keys()
     assert set(presets.PRESETS) == set(openai.PRESETS) | set(ho.PRESETS)
+
+
+# OpenAI's networks with EDM's preconditioning, whose code has no flags for them: {preset: (labels, files)}.
+EDM = {"edm_imagenet64": (1000, ["edm_imagenet64_ema"]), "edm_lsun": (0, ["edm_bedroom256_ema", "edm_cat256_ema"])}
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_networks_with_edm_s_preconditioning(name, tmp_path):
+    """Their time is 250 log(sigma), and their rows of q, k and v have the new order."""
+    num_classes, files = EDM[name]
+    for file in files:
+        net, new_order = openai.describe_openai(tmp_path / f"{file}.pt", Tensors("PyTorch", {}, None), None)
+        assert new_order and net.model == models.preset(name)
+        assert (net.sigma_data, net.prediction, net.num_classes, net.model.out_channels) == (0.5, "x_0", num_classes, 3)
+        assert net.model.scale_shift_norm == (name == "edm_imagenet64")
+        sampler, schedule = net.configure(Denoiser(lambda x_t, time: x_t, "x_0", sigma_data=0.5))
+        assert isinstance(sampler, sampling.heun)
+        np.testing.assert_allclose(schedule.alpha_bar, schedules.edm_steps(40).alpha_bar, rtol=1e-9)
+        times = net.model.time_scale * schedule.timesteps
+        np.testing.assert_allclose(times[[0, -1]], 250 * np.log([0.002, 80.0]), rtol=1e-6)
 
 
 # Each preset's parameter count, and the configs that train the preset.
@@ -76,6 +97,8 @@ NETWORKS = {
     "adm_imagenet256_unconditional": (552_814_086, ["imagenet_adm:256_unconditional"]),
     "adm_imagenet512": (558_997_638, ["imagenet_adm:512"]),
     "adm_lsun": (552_814_086, ["lsun_bedroom_adm", "lsun_cat_adm", "lsun_horse_adm"]),
+    "edm_imagenet64": (295_899_267, []),  # ADM's 295,904,454 without the three channels of the variance
+    "edm_lsun": (526_304_771, []),
     "adm_upsampler_64_256": (311_795_910, ["imagenet256_upsample"]),
     "adm_upsampler_128_512": (308_835_270, ["imagenet512_upsample"]),
     "adm_classifier64": (65_438_568, ["imagenet_classifier:64"]),

@@ -50,6 +50,7 @@ def serve(monkeypatch, tmp_path):
 
     def stop():
         hub.download.cache_clear()
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # connections to the server may stay open
         while servers:
             servers.pop().__exit__(None, None, None)
 
@@ -89,9 +90,11 @@ def test_repository_is_downloaded_once_and_only_the_files_of_one_network(serve, 
 
 def test_file_of_a_repository(serve, tmp_path):
     files = {"x/own.pt": b"12", "x/other.pt": b"3", "x/model.ckpt-7.index": b"4", "x/model.ckpt-7.data": b"5"}
+    files |= {"x/own.pt2": b"8", "README.md": b"---\ntags: x\n---\nlicense: mit\n"}  # states no license
     serve(a__b=Repository(files), a__one=Repository({"own.safetensors": b"6", "README.md": CARD, "b.bin": b"7"}))
     found = hub.download("hf://a/b/x/own.pt@v1")
     assert found.path.read_bytes() == b"12" and not found.path.with_name("other.pt").exists()
+    assert not found.path.with_name("own.pt2").exists()
     assert found.origin["source"] == f"hf://a/b/x/own.pt@{COMMIT}"
     assert found.origin["license"] == "none stated; ask the owner"
     prefix = hub.download("hf://a/b/x/model.ckpt-7").path
@@ -128,6 +131,8 @@ def test_changed_byte_in_the_cache_is_found_without_network(serve, tmp_path):
     hub.download("hf://a/b")
     serve.stop()
     assert downloads("hf://a/b", files)
+    with pytest.raises(StorageError, match="cannot be reached"):  # the cache has another revision
+        hub.download("hf://a/b@v1")
     blob = (hub.download("hf://a/b").path / WEIGHTS).resolve()
     hub.download.cache_clear()
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
