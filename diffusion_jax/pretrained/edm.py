@@ -22,8 +22,6 @@ from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import Model, make_model
 from diffusion_jax.pretrained.openai import EDM_DIFFUSION, EDM_SAMPLING, split_attention
 
-__all__ = ["NAMING", "is_edm", "load_edm"]
-
 _PRECONDITIONING = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, "use_fp16": False}
 _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that are read, with their defaults
     "DhariwalUNet": {

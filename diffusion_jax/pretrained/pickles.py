@@ -22,8 +22,6 @@ import numpy as np
 
 from diffusion_jax.errors import PretrainedError, first_line
 
-__all__ = ["Record", "Storage", "Tensor", "module_tensors", "open_pickle", "read_pickle"]
-
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of torch.save before PyTorch 1.6
 _STORAGES = {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": jnp.bfloat16, "Long": "<i8", "Int": "<i4", "Short": "<i2",
