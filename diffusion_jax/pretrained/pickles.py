@@ -290,14 +290,16 @@ def _storage(saved: Any) -> tuple[str, Storage]:
 def _read_archive(archive: zipfile.ZipFile) -> Any:
     """Reads a file of `torch.save` since PyTorch 1.6: a pickle and uncompressed storages in a zip file."""
     (root,) = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):  # could fill the memory
+        raise ValueError("parts of it are compressed")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
 
     def find_storage(saved: Any) -> Storage:
         key, storage = _storage(saved)
         member = archive.getinfo(f"{root}data/{key}")
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != storage.size * storage.dtype.itemsize:
-            raise ValueError(f"the storage {key} has {member.file_size:,} bytes, or is compressed")
+        if member.file_size != storage.size * storage.dtype.itemsize:
+            raise ValueError(f"the storage {key} has {member.file_size:,} bytes")
         storage.read = lambda: np.frombuffer(archive.read(member), storage.dtype)
         return storage
 

@@ -188,7 +188,7 @@ def damaged(name, size=None, value=b"1234"):
 CORRUPTED = {
     "big-endian": lambda: damaged("model/byteorder", value=b"big"),
     "the storage 0 has 4 bytes": lambda: damaged("model/data/0"),
-    "or is compressed": lambda: torch_files.archive_bytes(torch_files.tensors(ARRAYS), zipfile.ZIP_DEFLATED),
+    "parts of it are compressed": lambda: torch_files.archive_bytes(torch_files.tensors(ARRAYS), zipfile.ZIP_DEFLATED),
     "cannot be read as PyTorch weights": lambda: torch_files.archive_bytes(torch_files.tensors(ARRAYS))[:-50],
     "truncated": lambda: torch_files.legacy_bytes(torch_files.tensors(ARRAYS))[:-1],
     "not a file of PyTorch": lambda: b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1000, {}, {}, [])),
