@@ -8,7 +8,6 @@ detected from the first bytes, not from the file name. Parameters have paths suc
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -114,7 +113,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if isinstance(loaded, dict) and isinstance(network := loaded.get("ema"), pickles.Record):  # EDM's
-        arguments = json.dumps(network.state.get("_init_kwargs"), default=str)
+        arguments = pickles.format_json(network.state.get("_init_kwargs"))
         loaded, metadata = dict(pickles.module_tensors(network)), {"class": network.kind, "arguments": arguments}
     has_names = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
     if not has_names or not all(isinstance(value, pickles.Tensor) for value in loaded.values()):

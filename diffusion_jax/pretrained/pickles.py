@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import pathlib
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class Tensor:
     def __post_init__(self):
         numbers = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise ValueError(f"a tensor has the shape {self.shape} with strides {self.strides}")
+            raise ValueError("a tensor has a shape or strides that are not whole numbers of at least 0")
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if (math.prod(self.shape) and last >= self.storage.size) or math.prod(self.shape) > self.storage.size:
             raise ValueError(f"a tensor {list(self.shape)} does not fit into its {self.storage.size:,} numbers")
@@ -101,11 +102,32 @@ def _rebuild_tensor(storage, offset, shape, strides, *gradient) -> Tensor:
 
 def _persistent_object(meta) -> Record:
     """The object of a class whose source, meta["module_src"], is in the file; the source is not used."""
-    return Record(str(meta["class_name"]), meta["state"])
+    return Record(_text(meta["class_name"]), meta["state"])
+
+
+# A value may contain another one many times, which contains a third one many times: to compare, hash or print such a value
+# would never end.
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a {type(value).__name__} in place of a text")
+    return value
+
+
+def _keys(values: Sequence[Any]) -> Sequence[Any]:
+    """Returns keys of a dict, or elements of a set. Raises: ValueError for values other than texts and numbers."""
+    if wrong := [value for value in values if not isinstance(value, str | bytes | int | float | None)]:
+        raise ValueError(f"a {type(wrong[0]).__name__} as a key")
+    return values
+
+
+def _dict(pairs: Sequence[Any] = ()) -> dict[Any, Any]:
+    found = [(key, value) for key, value in pairs]
+    _keys([key for key, _ in found])
+    return dict(found)
 
 
 def _dtype(name, *options) -> _Array:
-    dtype = np.dtype(str(name))
+    dtype = np.dtype(_text(name))
     if dtype.kind not in "biufSU":
         raise ValueError(f"an array of {name}")
     return _Array(dtype)
@@ -127,8 +149,8 @@ _CALLS: dict[str, Callable] = {
     "torch.Size": lambda sizes: tuple(sizes),
     "torch.device": lambda *names: Record("torch.device", names),
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
-    "collections.OrderedDict": lambda *items: dict(*items),
-    "builtins.set": lambda *items: set(*items),
+    "collections.OrderedDict": _dict,
+    "builtins.set": lambda items=(): set(_keys(items)),
     "_codecs.encode": lambda text, encoding: text.encode("latin-1"),  # bytes in protocol 2
     "numpy.ndarray": lambda *shape: _Array(),
     "numpy.dtype": _dtype,
@@ -196,17 +218,13 @@ def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = 
         return taken
 
     def pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
-        return zip(values[::2], values[1::2], strict=True)
+        return zip(_keys(values[::2]), values[1::2], strict=True)
 
     def extend(kind: type, values: Any) -> None:
         """Adds values to the container on top of the stack."""
         if type(stack[-1]) is not kind:
             raise ValueError(f"items of {type(stack[-1]).__name__}")
         getattr(stack[-1], "extend" if kind is list else "update")(values)
-
-    def pop_pair() -> list[tuple[Any, Any]]:
-        value = stack.pop()
-        return [(stack.pop(), value)]
 
     operations: dict[str, Callable[[Any], Any]] = {
         **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
@@ -225,15 +243,15 @@ def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = 
         "LIST": lambda _: stack.append(take()),
         "DICT": lambda _: stack.append(dict(pairs(take()))),
         "TUPLE": lambda _: stack.append(tuple(take())),
-        "FROZENSET": lambda _: stack.append(frozenset(take())),
+        "FROZENSET": lambda _: stack.append(frozenset(_keys(take()))),
         "TUPLE1": lambda _: stack.append((stack.pop(),)),
         "TUPLE2": lambda _: stack.append(tuple(stack.pop() for _ in "12")[::-1]),
         "TUPLE3": lambda _: stack.append(tuple(stack.pop() for _ in "123")[::-1]),
         "APPEND": lambda _: extend(list, [stack.pop()]),
         "APPENDS": lambda _: extend(list, take()),
-        "SETITEM": lambda _: extend(dict, pop_pair()),
+        "SETITEM": lambda _: extend(dict, pairs([stack.pop() for _ in "12"][::-1])),
         "SETITEMS": lambda _: extend(dict, pairs(take())),
-        "ADDITEMS": lambda _: extend(set, take()),
+        "ADDITEMS": lambda _: extend(set, _keys(take())),
         **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda place: memo.update({place: stack[-1]})),
         "MEMOIZE": lambda _: memo.update({len(memo): stack[-1]}),
         **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: stack.append(memo[place])),
@@ -283,8 +301,8 @@ def _storage(saved: Any) -> tuple[str, Storage]:
     """Returns (key, storage without its numbers) of a persistent id. Raises: ValueError."""
     kind, name, key, _, size, *view = saved
     if kind != "storage" or name.name not in _DTYPES or not isinstance(size, int) or size < 0 or any(view):
-        raise ValueError(f"a storage {str(saved)[:100]}")
-    return str(key), Storage(_DTYPES[name.name], size)
+        raise ValueError("a storage of another form")
+    return _text(key), Storage(_DTYPES[name.name], size)
 
 
 def _read_archive(archive: zipfile.ZipFile) -> Any:
@@ -326,6 +344,24 @@ def _read_legacy(file: BinaryIO, read: Callable[[int, int], Any]) -> Any:
         storage.read = lambda start=start, count=count, dtype=storage.dtype: np.frombuffer(read(start, count), dtype)
         file.seek(start + count)
     return value
+
+
+def format_json(value: Any) -> str:
+    """Returns a value as JSON; tensors and records are the names of their types. Raises: ValueError for over 500 values."""
+    count = 0
+
+    def convert(value):
+        nonlocal count
+        count += 1
+        if count > 500:
+            raise ValueError("more than 500 arguments")
+        if isinstance(value, dict):
+            return {str(name): convert(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [convert(each) for each in value]
+        return value if isinstance(value, str | int | float | None) else type(value).__name__
+
+    return json.dumps(convert(value))
 
 
 def module_tensors(module: Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -169,6 +169,26 @@ def test_dangerous_pickles_are_refused_by_name_and_do_nothing(tmp_path, words, i
     assert not marker.exists()
 
 
+def test_values_that_contain_others_many_times_end_in_one_line(tmp_path):
+    """A small file may describe a value with 2^60 parts; printing, comparing or hashing the value would not end."""
+    large = 1
+    for _ in range(60):
+        large = (large, large)
+    edm = torch_files.edm_pickle("EDMPrecond", {"model.a": ARRAYS["a"]}, {"sigma_data": large}, tmp_path / "marker")
+    value = b"K\x01" + b"2\x86" * 60  # pairs of the same value
+    for content, words in (
+        (edm, "more than 500 arguments"),
+        (_program(b"}", value, b"K\x01s"), "a tuple as a key"),
+        (_program(_global("builtins.set"), b"](", value, b"e\x85R"), "a tuple as a key"),
+        (_program(b"(", value, b"\x91"), "a tuple as a key"),
+        (_program(_global("collections.OrderedDict"), b"](", value, b"K\x01\x86e\x85R"), "a tuple as a key"),
+        (_program(value), "contains a tuple"),
+        (_program(_global("torch.Size"), b"(", value, b"t\x85R"), "contains a tuple"),
+    ):
+        with pytest.raises(PretrainedError, match=words):
+            pretrained.load(write(tmp_path / "x.pkl", content))
+
+
 def test_a_call_that_is_allowed_changes_nothing_outside(tmp_path):
     """A pickle may set attributes of what it made, never of this package's functions and classes."""
     program = _program(_global("torch.nn.modules.linear.Linear"), b"}X\x01\0\0\0aK\x01sb")
