@@ -82,6 +82,14 @@ DRAWINGS = (
         ("benchmarks/first_arrays.py", "examples/reaction_diffusion.py", "configs/patterns.py", *_SAMPLES),
     ),
     Drawing(
+        ("sensors.png",),
+        "python examples/reaction_diffusion.py && python main.py --config=configs/patterns.py --workdir=runs/patterns"
+        " && python main.py --workdir=runs/patterns --mode=edit --config.editing.task=sparse --config.editing.share=0.05"
+        " --config.editing.noise=0.05 --config.editing.example=0 --config.editing.num_samples=32 --config.sampling.steps=25"
+        ' && cp "$(ls -t runs/patterns/samples/edits/sparse_*.png | head -1)" docs/images/sensors.png',
+        ("examples/reaction_diffusion.py", "configs/patterns.py", "diffusion_jax/pictures/posterior.py"),
+    ),
+    Drawing(
         tuple(f"edit_{task}.png" for task in _TASKS),
         "python benchmarks/editing_pictures.py runs/editing_pictures",
         ("benchmarks/editing_pictures.py", "configs/digits.py", _PICTURES),
