@@ -131,16 +131,16 @@ def test_projection_changes_only_the_measured_part(name, x64):
     np.testing.assert_allclose(project(3 * other, clip=True), expected, atol=1e-12)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("noise", [0.1, np.array([0.0, 0.1]), lambda u: 0 * u])
 def test_projection_is_for_measurements_without_noise(noise):
-    network = Denoiser(lambda x_t, time: x_t)
+    network, x = Denoiser(lambda x_t, time: x_t), np.zeros((2, 4, 4, 3), np.float32)
     with pytest.raises(ValueError, match="project is for y without noise; use posterior.mmps"):
-        editing.project(network, Measurement(editing.gray(), X[..., :1], noise))
+        editing.project(network, Measurement(editing.gray(), x[..., :1], noise))
     with pytest.raises(ValueError, match="needs an operator with a right inverse"):
-        editing.project(network, Measurement(lambda x: x, X))
+        editing.project(network, Measurement(lambda x: x, x))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["gray", "average_pool"])
 def test_restored_images_agree_with_the_measurement(name):
     """Independent Gaussian pixels: the results have the measured means, and the remaining components keep their variance."""
