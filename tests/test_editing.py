@@ -84,6 +84,16 @@ def test_replacement_returns_the_known_pixels_with_any_sampler():
         assert 0.1 < x[:, 1].mean() < RHO * KNOWN + 0.1  # drawn toward what is known
 
 
+def test_replacement_of_one_example_with_a_mask_for_each_row():
+    schedule, x_0 = schedules.respace(FULL, 5, "log_snr"), jnp.array([[KNOWN, -0.4]])
+    mask = jnp.array([[True, False], [False, True], [True, True]])
+    sampler = editing.replacement(sampling.ddim(), x_0, mask)
+    x = sampling.sample(KEY, schedule, correlated, jax.random.normal(KEY, (3, 2)), sampler)
+    known = jnp.broadcast_to(x_0, x.shape)
+    np.testing.assert_array_equal(x[mask], known[mask])
+    assert (x[~mask] != known[~mask]).all()
+
+
 def test_sdedit_has_the_mean_and_variance_of_its_closed_form():
     """From x_0 through q(x_t | x_0) and back along DDIM: mean and variance in closed form."""
     n, value = 50_000, 1.2
