@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory, ResBlock, downsample_2x, upsample_2x
+from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory, ResBlock, convolve, downsample_2x, upsample_2x
 from helpers.networks import redraw, silu
 
 
@@ -111,3 +111,30 @@ def test_a_call_does_not_change_parameters_that_are_numpy_arrays():
     before = jax.tree.map(np.copy, params)
     block.apply({"params": params}, x, embedding, False)
     jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strides": 2},
+        {"strides": (2, 1), "padding": "VALID"},
+        {"padding": [(1, 0), (2, 2)]},
+        {"kernel_dilation": 2},
+        {"feature_group_count": 4},
+    ],
+)
+def test_convolve_in_a_plain_layer_gives_its_values_and_gradients(options):
+    """A network of one's own may take `convolve` for fast gradients in loops on CPUs."""
+    x = jax.random.normal(jax.random.key(1), (2, 7, 6, 8))
+    plain, ours = nn.Conv(8, (3, 3), **options), nn.Conv(8, (3, 3), conv_general_dilated=convolve, **options)
+    params = plain.init(jax.random.key(0), x)
+    values = [
+        jax.value_and_grad(lambda p, x, m=m: jnp.sum(jnp.tanh(m.apply(p, x))), (0, 1))(params, x) for m in (plain, ours)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *values)
+    twice = [
+        jax.grad(lambda x, m=m: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.tanh(m.apply(params, x)) ** 2))(x) ** 2))(x)
+        for m in (plain, ours)
+    ]
+    np.testing.assert_allclose(*twice, rtol=1e-4, atol=1e-5)
