@@ -165,7 +165,8 @@ def test_dangerous_pickles_are_refused_by_name_and_do_nothing(tmp_path, words, i
     for load in (pretrained.load, lambda path: pretrained.load(path, "adm_imagenet64")):
         with pytest.raises(PretrainedError) as caught:
             load(write(tmp_path / "x.pkl", content))
-        assert words in str(caught.value).replace("nt.system", "posix.system") and "\n" not in str(caught.value)
+        message = str(caught.value).replace("pathlib._local.", "pathlib.")  # the module's name in Python 3.13
+        assert words in message and "\n" not in message
     assert not marker.exists()
 
 
