@@ -216,7 +216,7 @@ def _blocks(x, factor, axes):
 
 @functools.cache
 def average_pool(factor: int, axes: int = 2) -> LinearOperator:
-    """Super-resolution: measures the mean over blocks of `factor` entries along each of `axes` spatial axes.
+    """Super-resolution: measures block means. A block has `factor` entries along each spatial axis; x_0 has `axes` such axes.
 
     y: [B, n / factor, ..., C].
     """

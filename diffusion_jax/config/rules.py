@@ -178,16 +178,14 @@ def _edit(config: ConfigDict) -> list[Rule]:
     has_effect -= {"share", "blur"} if options.operator else set()
     no_effect = f"has no effect with editing.task={task!r}" + f", editing.method={method!r}" * bool(method)
     is_wrong = methods and options.method not in (None, *methods)
-    other = f"editing.noise={0 if is_noisy else 'VALUE'}" * (
-        options.method in (_EXACT.get(task, ()) if is_noisy else _NOISY)
-    )
+    others, remedy = (_EXACT.get(task, ()), "editing.noise=0") if is_noisy else (_NOISY, "editing.noise=VALUE")
     needed = f"must be the standard deviation of the noise for editing.task={task!r}, which has no exact method"
     allowed = f"is not for editing.task={task!r} with editing.noise={options.noise:g}, but {' or '.join(methods)}"
     names = ("noise", "method", "operator", "share", "blur", *_READ_BY)
     is_unread = {name: name not in has_effect and options[name] != EDITING[name].default for name in names}
     return [
         Rule("editing.noise", measures and not methods, needed, "VALUE"),
-        Rule("editing.method", is_wrong, allowed, method, other),
+        Rule("editing.method", is_wrong, allowed, method, remedy if options.method in others else ""),
         *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),
     ]
 

@@ -364,10 +364,21 @@ def format_json(value: Any) -> str:
     return json.dumps(convert(value))
 
 
-def module_tensors(module: Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields the name, as in a state dict, and the tensor of each parameter and buffer of a PyTorch module."""
-    for group in ("_parameters", "_buffers"):
-        yield from ((f"{prefix}{name}", value) for name, value in module.state[group].items() if value is not None)
-    for name, child in module.state["_modules"].items():
-        if child is not None:
-            yield from module_tensors(child, f"{prefix}{name}.")
+def module_tensors(module: Record) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name, as in a state dict, and the tensor of each parameter and buffer of a PyTorch module.
+
+    Raises: ValueError for a module that occurs twice, which could be 2^60 modules in a small file.
+    """
+    seen: set[int] = set()
+
+    def visit(module: Record, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        if id(module) in seen:
+            raise ValueError(f"the module {prefix.removesuffix('.')} occurs twice")
+        seen.add(id(module))
+        for group in ("_parameters", "_buffers"):
+            yield from ((f"{prefix}{name}", value) for name, value in module.state[group].items() if value is not None)
+        for name, child in module.state["_modules"].items():
+            if child is not None:
+                yield from visit(child, f"{prefix}{name}.")
+
+    return visit(module, "")

@@ -46,8 +46,8 @@ def local_path(location: str | os.PathLike, below: str = "", suffixes: tuple[str
 
     Files that have not changed since the last call are not downloaded again. From a work directory, only samples and the
     objects that `is_small` selects are downloaded. hf:// names weights on the Hugging Face Hub (`hub.download`). below,
-    suffixes: only objects in the folder whose names begin with this prefix, and end with one of these suffixes, are needed;
-    the Hub's ignore them. If the URL names no object, the returned path does not exist.
+    suffixes: only objects whose names in the folder begin with `below` and end with a suffix are needed; the Hub's ignore
+    both arguments. If the URL names no object, the returned path does not exist.
     Raises: StorageError, OSError; UserError if the disk is too small.
     """
     text = os.fspath(location)

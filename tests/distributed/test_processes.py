@@ -142,23 +142,24 @@ def test_two_processes_with_two_devices_test_a_posterior_as_one_device(tmp_path)
     config.editing.update(task="inpaint", mask=str(tmp_path / "mask.npy"), noise=0.5)
     config.evaluation.update(metrics=("calibration",), calibration_examples=10, batch_size=76)
     config.sampling.steps = 10
-    found = []
-    for processes in (1, 2):
-        if processes == 1:
-            evaluate(config, tmp_path / "run")
-        else:
-            changed = {key: value for key, value in flatten(config).items() if value != flatten(default())[key]}
-            flags = [
-                f"--config.{key}={value}"
-                for key, value in changed.items()
-                if key.startswith(("editing", "evaluation", "sampling", "model.kind"))
-            ]
-            run_together(2, f"--workdir={tmp_path / 'run'}", "--mode=evaluate", *flags)
+    changed = {key: value for key, value in flatten(config).items() if value != flatten(default())[key]}
+    flags = [
+        f"--config.{key}={value}"
+        for key, value in changed.items()
+        if key.startswith(("editing", "evaluation", "sampling", "model.kind"))
+    ]
+
+    def take_result():
         (path,) = (tmp_path / "run" / "calibration").glob("*.npz")
         with np.load(path) as arrays:
-            found.append(dict(arrays))
+            found = dict(arrays)
         path.unlink()
-    one, two = found
+        return found
+
+    evaluate(config, tmp_path / "run")
+    one = take_result()
+    run_together(2, f"--workdir={tmp_path / 'run'}", "--mode=evaluate", *flags)
+    two = take_result()
     assert one["samples"].shape == (10, 19, 10)
     for name in ("samples", "chi_squared"):
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4)

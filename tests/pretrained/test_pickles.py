@@ -190,6 +190,14 @@ def test_values_that_contain_others_many_times_end_in_one_line(tmp_path):
             pretrained.load(write(tmp_path / "x.pkl", content))
 
 
+def test_a_module_that_occurs_twice_is_refused():
+    module = pickles.Record("Conv2d", {"_parameters": {}, "_buffers": {}, "_modules": {}})
+    for _ in range(60):
+        module = pickles.Record("Block", {"_parameters": {}, "_buffers": {}, "_modules": {"a": module, "b": module}})
+    with pytest.raises(ValueError, match="the module [ab.]+ occurs twice"):
+        list(pickles.module_tensors(module))
+
+
 def test_a_call_that_is_allowed_changes_nothing_outside(tmp_path):
     """A pickle may set attributes of what it made, never of this package's functions and classes."""
     program = _program(_global("torch.nn.modules.linear.Linear"), b"}X\x01\0\0\0aK\x01sb")
