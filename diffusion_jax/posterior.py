@@ -29,7 +29,8 @@ from diffusion_jax import process
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.measurements import Measurement
-from diffusion_jax.sampling import Step, WrappedSampler
+from diffusion_jax.sampling import Step, WrappedSampler, normal
+from diffusion_jax.sampling.driver import fold_in, is_batch_of_keys, split
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
@@ -261,7 +262,7 @@ def systematic_resample(key: Key[Array, ""], weights: Float[Array, "P"], count: 
 
 
 def smc(
-    key: Key[Array, ""],
+    key: Key[Array, ""] | Key[Array, "B"],
     schedule: Schedule,
     denoiser: Denoiser | DenoiseFn,
     measurement: Measurement,
@@ -277,6 +278,7 @@ def smc(
     the weighted particles follow p(x_0 | y) under the ancestral sampler as P grows, whatever the approximation.
 
     Args:
+      key: one key, or one for each example [B], so that an example's particles depend on its own key only.
       x_T: N(0, I); the particles of an example share its row of y. data_std: as `pigdm`.
       resample_below: an example is resampled where its effective sample size falls below this share of P.
     Raises: ValueError for an x_T without both axes, a data_std that is not above 0, a noise that is a function, and as
@@ -290,6 +292,7 @@ def smc(
     if callable(measurement.noise):
         raise ValueError("smc needs the noise as standard deviations, not as a function")
     (count, rows), shape = x_T.shape[:2], x_T.shape[2:]
+    keys = key if is_batch_of_keys(key) else jax.random.split(key, rows)
     squared_norms = measurement.operator.squared_norms(x_T[0])
     variances = measurement.variances(x_T.dtype)
 
@@ -324,8 +327,9 @@ def smc(
 
     def step(carry, t):
         log_weights, x, (values, gradient, mean, variance) = carry
-        key_noise, key_resample = jax.random.split(jax.random.fold_in(key, t))
-        moved = variance * gradient + jnp.sqrt(variance) * jax.random.normal(key_noise, x.shape, x.dtype)
+        key_noise, key_resample = split(fold_in(keys, t))
+        noise = normal(key_noise, jnp.swapaxes(per_example(x), 0, 1)).swapaxes(0, 1).reshape(x.shape)
+        moved = variance * gradient + jnp.sqrt(variance) * noise
         x = mean + moved
         # log p(x' | x_t) - log q(x' | x_t), for two Gaussians with the same variance.
         ratio = sums(-moved * gradient + 0.5 * variance * jnp.square(gradient))
@@ -334,7 +338,7 @@ def smc(
         weights = weights_of(log_weights)
         effective = 1 / jnp.sum(jnp.square(weights), axis=0)
         is_low = effective < resample_below * count
-        drawn = jax.vmap(systematic_resample, (0, 1), 1)(jax.random.split(key_resample, rows), weights)
+        drawn = jax.vmap(systematic_resample, (0, 1), 1)(key_resample, weights)
         chosen = jnp.where(is_low, drawn, jnp.arange(count)[:, None])
         flat = (chosen * rows + jnp.arange(rows)).reshape(-1)
         x, new = jax.tree.map(lambda each: each[flat], (x, new))

@@ -280,6 +280,8 @@ class Model:
         inputs = self.inputs(num_images, **given, noise_std=noise_std, classifier=classifier)
         denoiser = self.denoiser(**inputs, **options)
         sampler, schedule = self.configure(denoiser, sampler, steps, spacing)
+        if is_batch_of_keys(key) and algorithm is not sampling.sample:
+            raise ValueError("an algorithm draws its samples with one key; give one key")
         return self.draw(key, num_images, schedule, denoiser, sampler, trajectory, algorithm)
 
     def inputs(
@@ -318,8 +320,6 @@ class Model:
         algorithm: Callable = sampling.sample,
     ) -> Any:
         """Draws samples with a compiled program, as `sample`, from a denoiser and steps that were checked."""
-        if is_batch_of_keys(key) and algorithm is not sampling.sample:
-            raise ValueError("an algorithm draws its samples with one key; give one key")
         options = {}
         if trajectory is not False:
             options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())

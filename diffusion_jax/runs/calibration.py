@@ -111,8 +111,8 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
 
 def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Draws samples [count, N, ...] for the examples `rows`; each depends on its example and its number alone."""
-    total = len(y)
-    keys = keys_of_samples(seed, (np.arange(count)[:, None] * total + rows).ravel())
+    drawn = count if problem is None else problem.num_drawn(count)
+    keys = keys_of_samples(seed, (np.arange(drawn)[:, None] * len(y) + rows).ravel())
     some = dataclasses.replace(
         setup,
         labels=None if setup.labels is None else setup.labels[rows],
@@ -121,7 +121,7 @@ def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, 
     if problem is None:
         x = some.generate(keys, np.arange(count * len(rows)))
         return np.asarray(x).reshape(count, len(rows), *setup.net.example_shape)
-    return problem.draw(some, y[rows], count, keys[0] if problem.method == "smc" else keys)
+    return problem.draw(some, y[rows], count, keys)
 
 
 def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, list[str]]:

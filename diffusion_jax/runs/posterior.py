@@ -21,6 +21,7 @@ from diffusion_jax.console import log
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.measurements import LinearOperator, Measurement
 from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
+from diffusion_jax.sampling.driver import is_batch_of_keys, split
 
 _GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
 
@@ -109,15 +110,18 @@ class Problem:
     def _repeat(self, y: np.ndarray, count: int) -> Measurement:
         return Measurement(self.operator, jnp.tile(y, (count, *[1] * (y.ndim - 1))), self.noise)
 
+    def num_drawn(self, count: int) -> int:
+        """The number of samples to draw for `count` of a row: smc draws particles, and chooses among them."""
+        return max(self.options.particles, count) if self.method == "smc" else count
+
     def draw(self, setup: SamplingSetup, y: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
         """Draws `count` samples for each row of y [N, ...], in network units; row i uses row i of the setup's conditions.
 
-        key: one key, or except for smc one for each sample [count * N], the samples' axis first. Returns: [count, N, ...],
+        key: one key, or one for each drawn sample [num_drawn * N], the samples' axis first. Returns: [count, N, ...],
         images in [-1, 1], continuous data in data units. Raises: UserError.
         """
         options, rows = self.options, len(y)
-        particles = max(options.particles, count) if self.method == "smc" else count
-        indices = np.arange(particles * rows)
+        indices = np.arange(self.num_drawn(count) * rows)
         repeated = self._repeat(y, count)
         scale = self.net.sigma_data or 1.0
         iterations = {} if options.iterations is None else {"iterations": options.iterations}
@@ -156,11 +160,11 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
 
 def _weighted(key, schedule, denoiser, x_T, sampler, *, measurement: Measurement, count: int, data_std: float) -> Any:
     """Returns `count` samples for each row of y, drawn from the weighted particles x_T [P * N, ...]."""
-    key_run, key_draw = jax.random.split(key)
     rows = len(measurement.y)
-    x_T = x_T.reshape(-1, rows, *x_T.shape[1:])
-    found = posterior.smc(key_run, schedule, denoiser, measurement, x_T, data_std=data_std)
+    keys = key[:rows] if is_batch_of_keys(key) else jax.random.split(key, rows)
+    x_T, (keys_run, keys_draw) = x_T.reshape(-1, rows, *x_T.shape[1:]), split(keys)
+    found = posterior.smc(keys_run, schedule, denoiser, measurement, x_T, data_std=data_std)
     resample = functools.partial(posterior.systematic_resample, count=count)
-    chosen = jax.vmap(resample, (0, 1), 1)(jax.random.split(key_draw, rows), found.weights)
+    chosen = jax.vmap(resample, (0, 1), 1)(keys_draw, found.weights)
     x = jnp.take_along_axis(found.x_0, chosen.reshape(*chosen.shape, *[1] * (x_T.ndim - 2)), axis=0)
     return x.reshape(-1, *x.shape[2:])
