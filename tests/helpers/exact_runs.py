@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_jax import schedules
 
 COVARIANCE = {covariance!r}
-NOISE = {noise!r}  # of the condition, which has every third number of an example
+NOISE, EVERY = {noise!r}, {every}  # of the condition, which has every third or second number of an example
 
 
 def network(shapes):
@@ -27,9 +27,9 @@ def network(shapes):
         precision = jnp.linalg.inv(prior) + (level.alpha / level.sigma) ** 2 * jnp.eye(size)
         right = level.alpha / level.sigma**2 * x_t.reshape(-1, size)
         if condition is not None:
-            seen = jnp.eye(size)[::3]
+            seen = jnp.eye(size)[::EVERY]
             precision += seen.T @ seen / NOISE**2
-            right += condition @ seen / NOISE**2
+            right += condition.reshape(len(condition), -1) @ seen / NOISE**2
         return jnp.linalg.solve(precision, right.T).T.reshape(x_t.shape) + 0 * params["unused"]
 
     return lambda key: {{"unused": jnp.zeros(1)}}, apply
@@ -43,14 +43,16 @@ def covariance(shape):
     return np.exp(-distance / 3) * np.where(position[:, None, -1] == position[:, -1], 1.0, 0.5)
 
 
-def exact_run(root, shape, noise=None, count=400):
+def exact_run(root, shape, noise=None, count=400, is_field=False):
     """Writes a run, and train.npz and test.npz in data units; returns its config.
 
-    noise: of the condition that the network takes, in network units; None for an unconditional network.
+    noise: of the condition that the network takes, in network units; None for an unconditional network. is_field: whether the
+    condition is channel 0 of two, at every position, instead of a vector with every third number.
     """
+    every = 2 if is_field else 3
     prior, rng, size = covariance(shape), np.random.default_rng(0), int(np.prod(shape))
     offset, scale = OFFSET[: shape[-1]], SCALE[: shape[-1]]
-    (root / "exact.py").write_text(NETWORK.format(covariance=prior.tolist(), noise=noise))
+    (root / "exact.py").write_text(NETWORK.format(covariance=prior.tolist(), noise=noise, every=every))
     for name in ("train", "test"):
         x = (rng.standard_normal((count, size)) @ np.linalg.cholesky(prior).T).reshape(count, *shape)
         if name == "train":  # its moments are those of the distribution, so the normalization is exact
@@ -58,14 +60,16 @@ def exact_run(root, shape, noise=None, count=400):
             x /= x.reshape(-1, shape[-1]).std(axis=0)
         seen = {}
         if noise is not None:
-            y = x.reshape(count, size)[:, ::3] + noise * rng.standard_normal((count, len(range(0, size, 3))))
-            seen = {"condition": y.astype(np.float32)}
+            y = x.reshape(count, size)[:, ::every] + noise * rng.standard_normal((count, len(range(0, size, every))))
+            seen = {"condition": (y.reshape(count, *shape[:-1], 1) if is_field else y).astype(np.float32)}
         np.savez(root / f"{name}.npz", x=(offset + scale * x).astype(np.float64), **seen)
     config = default()
     config.data.update(dataset="arrays", data_dir=str(root / "train.npz"), image_size=shape[:-1], channels=shape[-1])
     config.data.update(levels=None, random_flip=False)
     config.model.update(kind=f"{root / 'exact.py'}:network", num_classes=0, dropout=0.0)
-    if noise is not None:
+    if is_field:
+        config.model.condition_channels = 1
+    elif noise is not None:
         config.model.condition_features = len(range(0, size, 3))
     config.diffusion.update(path="vp_linear", prediction="x_0", num_timesteps=1000)
     config.sampling.update(sampler="dpm_solver_pp", steps=50, spacing="log_snr", use_ema=False)

@@ -109,6 +109,15 @@ def test_a_conditional_model_is_tested_with_the_conditions_of_its_examples(tmp_p
 
 
 @pytest.mark.whole
+def test_a_posterior_given_a_field_and_a_measurement_has_no_error(tmp_path):
+    config = exact_run(tmp_path, SHAPE, noise=0.3, is_field=True)
+    settings = posterior_of(tmp_path, **{"editing.iterations": 6, "evaluation.batch_size": 400})
+    record, _ = measured(tmp_path, config, **settings)
+    assert record["sentence"] == "no error found with 100 examples of 19 samples"
+    assert abs(record["chi_squared"] - 1) < 4 * record["chi_squared_standard_error"]
+
+
+@pytest.mark.whole
 def test_commands_that_do_not_fit_are_refused(exact):
     root, config = exact
     for settings, words in (
