@@ -201,6 +201,9 @@ class dps(WrappedSampler):
         super().__post_init__()
         self.measurement.check()
 
+    def num_calls(self, num_steps: int) -> int:
+        return self.sampler.num_calls(num_steps) + num_steps
+
     def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
         new = self.sampler.step(key, denoiser, x_t, transition, state)
 
@@ -230,6 +233,9 @@ class pigdm_step(WrappedSampler):
         super().__post_init__()
         _check_std(self.data_std)
         _Correction(self.measurement, self.iterations).check()
+
+    def num_calls(self, num_steps: int) -> int:
+        return self.sampler.num_calls(num_steps) + num_steps
 
     def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
         new, level = self.sampler.step(key, denoiser, x_t, transition, state), transition.level

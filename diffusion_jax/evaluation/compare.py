@@ -46,7 +46,7 @@ _Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covaria
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
 _RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
 _RECORD_KEYS |= {"dataset", "conditions", "versions", "backend", "drawn_with", "init_from", "run"}
-_RECORD_KEYS |= {"weights_digest", "classifier_digest"}
+_RECORD_KEYS |= {"weights_digest", "classifier_digest", "reported"}
 # Records with equal values for these keys describe the same comparison.
 _COMPARISON = ("reference_sha256", "samples_sha256", "features_digest", "resize", "steps")
 

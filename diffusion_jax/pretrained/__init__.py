@@ -41,7 +41,7 @@ from diffusion_jax.errors import (
     shorten,
 )
 from diffusion_jax.pretrained import diffusers, edm, ho, openai, parameters
-from diffusion_jax.pretrained.catalog import PublishedWeights, available, format_available
+from diffusion_jax.pretrained.catalog import PublishedWeights, available, find_reported, format_available
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
 from diffusion_jax.provenance import Provenance, params_digest, settings_digest
@@ -62,6 +62,7 @@ __all__ = [
     "config_settings",
     "describe",
     "describe_run",
+    "find_reported",
     "format_available",
     "format_summary",
     "from_config",

@@ -1,10 +1,13 @@
-"""The published weights that `pretrained.load` reads: names, sizes, licenses and pages."""
+"""The published weights that `pretrained.load` reads: names, sizes, licenses, pages, and what their papers report."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from diffusion_jax.pretrained import openai
+from diffusion_jax.storage import hub
 
 _OPENAI = "https://github.com/openai/"
 _GOOGLE = (
@@ -36,6 +39,38 @@ _THOUSANDS = {
 }
 
 
+# The FID that a paper reports, and settings that the paper or its code states beside those in `_PROTOCOL`.
+_PROTOCOL = {"evaluation.num_samples": 50_000, "evaluation.use_ema": True, "sampling.sampler": "ddpm"}
+_CIFAR10, _ALL_STEPS = {"data.dataset": "cifar10"}, {"sampling.steps": None}
+_ADM_STEPS = {"sampling.steps": 250, "sampling.spacing": "openai"}
+_FIDS: dict[str, tuple[float, dict[str, Any]]] = {
+    "ddpm-cifar10-32": (3.17, _CIFAR10 | _ALL_STEPS),
+    "ddpm-ema-bedroom-256": (6.36, _ALL_STEPS),
+    "ddpm-ema-church-256": (7.89, _ALL_STEPS),
+    "ddpm-ema-cat-256": (19.75, _ALL_STEPS),
+    "cifar10_uncond_50M_500K.pt": (3.19, _CIFAR10),
+    "cifar10_uncond_vlb_50M_500K.pt": (11.47, _CIFAR10),
+    "imagenet64_uncond_100M_1500K.pt": (19.2, {}),
+    "imagenet64_uncond_vlb_100M_1500K.pt": (40.1, {}),
+    "64x64_diffusion.pt": (2.07, _ADM_STEPS),
+    "lsun_bedroom.pt": (1.90, _ALL_STEPS),
+    "lsun_cat.pt": (5.57, _ALL_STEPS),
+    "lsun_horse.pt": (2.57, _ALL_STEPS),
+}
+for _size, _fid, _scale in ((128, 2.97, 0.5), (256, 4.59, 1.0), (512, 7.72, 4.0)):
+    _guided = {"sampling.classifier": f"{_size}x{_size}_classifier.pt", "sampling.classifier_scale": _scale}
+    _FIDS[f"{_size}x{_size}_diffusion.pt"] = _fid, _ADM_STEPS | _guided
+_PAPERS = {"ddpm": "Ho et al. 2020", "improved": "Nichol & Dhariwal 2021", "adm": "Dhariwal & Nichol 2021"}
+
+
+class Reported(NamedTuple):
+    """The FID that a paper reports. settings: of the config, by full name, as far as the paper or its code states them."""
+
+    fid: float
+    paper: str
+    settings: Mapping[str, Any]
+
+
 class PublishedWeights(NamedTuple):
     """Weights that `pretrained.load` reads.
 
@@ -63,6 +98,16 @@ def available() -> tuple[PublishedWeights, ...]:
         page = _OPENAI + _REPOSITORIES[preset.partition("_")[0]]
         found.append(PublishedWeights(f"{file}.pt", "OpenAI", round(_THOUSANDS[preset] * 4e-3), "MIT", page))
     return tuple(found)
+
+
+def find_reported(path: str) -> Reported | None:
+    """Returns what the paper reports for weights, by the published name of the repository or file; None if unknown."""
+    name = pathlib.PurePath(path.partition("@")[0] if hub.is_hub(path) else path).name
+    if name not in _FIDS or (hub.is_hub(path) and not path.startswith("hf://google/")):
+        return None
+    fid, settings = _FIDS[name]
+    preset = openai.FILES.get(name.removesuffix(".pt"), "ddpm")
+    return Reported(fid, _PAPERS[preset.partition("_")[0]], _PROTOCOL | settings)
 
 
 def format_available() -> str:

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data
+from diffusion_jax import data, pretrained
 from diffusion_jax.config import check, resolve
+from diffusion_jax.config.table import flatten
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
@@ -22,7 +26,7 @@ from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.compare import check_count, compare, find_conditions, read_records
 from diffusion_jax.evaluation.features import ExampleSet, FeaturePipeline, open_file
 from diffusion_jax.metrics import MAX_EXAMPLES, Options, choose_metrics, needs_features, reported_values
-from diffusion_jax.run_dir import RunDir, open_run_dir
+from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.calibration import measure_calibration
 from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import measure_likelihood
@@ -47,6 +51,9 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
             options.num_samples = 0
     if options.num_samples:
         _metric_names(config)  # raises errors before the likelihood, which may take hours
+        if (reported := _find_reported(config, workdir)) and reported["other_settings"]:
+            flags = " ".join(f"--config.{setting}" for setting in reported["other_settings"])
+            log(f"Note: {_text(reported)} with other settings; for the paper's settings, add {flags}")
     if options.likelihood:
         measure_likelihood(config, workdir)
     if options.num_samples:
@@ -61,7 +68,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     options, names, of_images = config.evaluation, _metric_names(config), data.is_of_images(config.data)
-    pipeline = None
+    reported, pipeline = _find_reported(config, workdir), None
     if needs_features(names, of_images):
         if of_images and options.likelihood and _features_name(config) == "inception" and not options.inception:
             return log(
@@ -77,7 +84,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
         reference = reference.limit(MAX_EXAMPLES)
     sampling_config = ConfigDict(to_dict(config))
     sampling_config.sampling.update(num_samples=options.num_samples, use_ema=options.use_ema, trajectory=0)
-    conditions, settings = None, {"dataset": config.data.dataset}
+    conditions, settings = None, {"dataset": config.data.dataset, "reported": reported}
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"conditions of {reference.name}"
         if not config.sampling.conditions:  # one for each sample, from evenly spread examples
@@ -91,10 +98,19 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     with as_user_error("config.evaluation"):
         for name in names:
             find_conditions(name, sets)
+    setup = file.setup
+    sampler, steps = setup.sampler, setup.schedule.num_timesteps
+    log(
+        f"Protocol: {options.num_samples:,} samples of the {'EMA' if options.use_ema else 'raw'} weights, "
+        f"sampling.seed={config.sampling.seed}, {config.sampling.sampler} with {steps:,} steps and "
+        f"{sampler.num_calls(steps):,} network calls for each sample; {', '.join(names)} against {len(reference.source):,} "
+        f"examples of {reference.name}."
+    )
+    write_config_if_untrained(config, workdir)
     file.write(reuse=True)
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     is_periodic = config.model.get("padding") == "periodic"
-    metric_options = Options(options.seed, file.setup.net.normalizations.get("x"), is_periodic)
+    metric_options = Options(options.seed, setup.net.normalizations.get("x"), is_periodic)
     try:
         samples = open_file(workdir.fetch(file.path), str(file.path))
         output, channels = workdir / "metrics.json", read_channels(config, workdir)
@@ -104,8 +120,25 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     workdir.upload(*written)
     if jax.process_index() == 0:
         record = read_records(workdir / "metrics.json")[-1]
-        write_evaluation(config, workdir, file.setup.net.step, reported_values(record))
-    write_config_if_untrained(config, workdir)
+        write_evaluation(config, workdir, setup.net.step, reported_values(record))
+        if reported and "fid" in record:
+            others = ", ".join(reported["other_settings"])
+            differs = f" with {others}" if others else " with the same settings"
+            log(f"{_text(reported)}{differs}; FID {record['fid']:.4g} was measured here.")
+
+
+def _find_reported(config: ConfigDict, workdir: RunDir) -> dict[str, Any] | None:
+    """Returns what the paper reports for the weights of `init_from`, if they were not trained since, for the record."""
+    found = pretrained.find_reported(config.init_from)
+    if found is None or committed_steps(workdir / "checkpoints"):
+        return None
+    values = flatten(config) | {"sampling.classifier": pathlib.PurePath(config.sampling.classifier).name}
+    other = [f"{name}={value}" for name, value in found.settings.items() if values[name] != value]
+    return {"fid": found.fid, "paper": found.paper, "other_settings": other}
+
+
+def _text(reported: Mapping[str, Any]) -> str:
+    return f"FID {reported['fid']:g} was reported for these weights ({reported['paper']})"
 
 
 def _metric_names(config: ConfigDict) -> tuple[str, ...]:

@@ -114,6 +114,13 @@ class Sampler:
         """How errors affect the sampler; None if unknown, so that no steps are refused."""
         return None
 
+    def num_calls(self, num_steps: int) -> int:
+        """How many times `num_steps` steps to x_0 call the network; by default once in each step.
+
+        Define it in a class of your own that calls the network at other times; programs print it.
+        """
+        return num_steps
+
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
         """Returns the state before the first of `num_steps` steps, as a pytree; () for a sampler without a state."""
         return ()
@@ -150,6 +157,9 @@ class WrappedSampler(Sampler):
     @property
     def stability(self) -> Stability | None:
         return self.sampler.stability
+
+    def num_calls(self, num_steps: int) -> int:
+        return self.sampler.num_calls(num_steps)
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)

@@ -330,6 +330,9 @@ class heun(Sampler):
     def stability(self) -> Stability:
         return Stability(order=2, along_eps=True, limit=0.5)
 
+    def num_calls(self, num_steps: int) -> int:
+        return 2 * num_steps - 1
+
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> Float[Array, ""]:
         """Returns the factor by which churn multiplies sigma."""
         return jnp.asarray(1 + min(self.churn / schedule.num_timesteps, 2**0.5 - 1), x_T.dtype)
@@ -379,6 +382,9 @@ class pndm(Sampler):
     @property
     def stability(self) -> Stability:
         return Stability(order=4, along_eps=True, limit=0.5)
+
+    def num_calls(self, num_steps: int) -> int:
+        return num_steps + (3 * min(num_steps - 1, 3) if self.runge_kutta else min(num_steps - 1, 1))
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> History:
         return empty_history(x_T, num_steps, 3)

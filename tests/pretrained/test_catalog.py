@@ -5,8 +5,9 @@ import math
 import pytest
 
 from diffusion_jax import pretrained
+from diffusion_jax.config.table import SETTINGS
 from diffusion_jax.models import preset
-from diffusion_jax.pretrained import __main__, openai, parameters
+from diffusion_jax.pretrained import __main__, catalog, openai, parameters
 from diffusion_jax.storage import hub
 
 
@@ -36,3 +37,29 @@ def test_sizes_are_four_bytes_for_each_parameter(file, preset_name, size):
 
 def test_names_on_the_hub_are_well_formed():
     assert all(hub._FORM.fullmatch(weights.name) for weights in pretrained.available() if hub.is_hub(weights.name))
+
+
+@pytest.mark.parametrize(
+    "name, fid",
+    [
+        ("hf://google/ddpm-cifar10-32@main", 3.17),
+        ("hf://someone/ddpm-cifar10-32", None),
+        ("weights/ddpm-ema-cat-256", 19.75),
+        ("weights/lsun_horse.pt", 2.57),
+        ("weights/mine.pt", None),
+        ("", None),
+    ],
+)
+def test_what_a_paper_reports_is_found_by_published_names(name, fid):
+    found = pretrained.find_reported(name)
+    assert (found and found.fid) == fid
+
+
+def test_settings_of_papers_exist():
+    known = [weights.name for weights in pretrained.available()]
+    found = [reported for name in known if (reported := pretrained.find_reported(name))]
+    assert len(found) == len(catalog._FIDS)
+    for reported in found:
+        assert reported.settings.keys() <= SETTINGS.keys()
+    guided = pretrained.find_reported("256x256_diffusion.pt")
+    assert guided.settings["sampling.classifier"].removesuffix(".pt") in openai.FILES

@@ -196,6 +196,7 @@ def test_a_sampler_is_one_loop_that_calls_the_network_as_often_as_its_steps_need
     jax.jit(functools.partial(draw, network=counted))(x_T)
     jax.effects_barrier()
     assert len(called) == expected
+    assert not final_step or sampler.num_calls(20) == expected
     program = jax.make_jaxpr(draw)(x_T).jaxpr
     names = [equation.primitive.name for equation in equations(program)]
     lengths = [loop.params["length"] for loop in loops(program) if calls(loop.params["jaxpr"], "network")]
