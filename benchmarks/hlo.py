@@ -188,11 +188,9 @@ def kind_of_work(program: Program, instruction: Instruction) -> str:
         return "copies"
     if re.search(r"/norm\w*/|_normalize", op):
         return "norms"
-    if op.endswith("reduce_sum"):
-        return "sums"
-    if not block_of_network(op):
+    if not block_of_network(op):  # the loss, the optimizer and the EMA
         return "outside the network"
-    return "other elementwise"
+    return "sums" if op.endswith("reduce_sum") else "other elementwise"
 
 
 def block_of_network(op_name: str) -> str:
