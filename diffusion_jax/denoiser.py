@@ -191,6 +191,8 @@ class Denoiser:
       a function x_0 -> x_0 is applied (`dynamic_threshold`).
     sigma_data: the standard deviation of x_0, for a network in EDM's scaling (`coordinates.precondition`), whose prediction
       is x_0; None for a network that gets x_t itself.
+    sigma_min: above 0 for a consistency network (Song et al. 2023), which maps x_t to the end of the probability-flow ODE's
+      path, at this sigma / alpha, and not to the mean of x_0. Only `sampling.consistency` takes it; a call raises ValueError.
     inputs: further arguments of the network by name, with a row for each row of x_t, such as {"y": labels}.
     stages: functions (evaluate, x_t, level, inputs) -> output around the network, where evaluate(x_t, level, inputs) calls
       what is inside: guidance.
@@ -200,7 +202,7 @@ class Denoiser:
     mean_shift: (x_t, network time) -> g, or None; `process.p_mean_variance` shifts the mean by the variance times g. Only
       `sampling.ddpm` uses this mean; a call raises ValueError.
     Raises: ValueError for an unknown prediction or variance, and for a sigma_data with another prediction than x_0 or not
-      above 0.
+      above 0, and for a sigma_min below 0 or without sigma_data.
     """
 
     network: Any
@@ -208,6 +210,7 @@ class Denoiser:
     variance: str = dataclasses.field(default="fixed_large", metadata=_STATIC)
     clip: Clip = dataclasses.field(default=True, metadata=_STATIC)
     sigma_data: float | None = dataclasses.field(default=None, metadata=_STATIC)
+    sigma_min: float = dataclasses.field(default=0.0, metadata=_STATIC)
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     corrections: tuple[Correction, ...] = ()
@@ -228,6 +231,10 @@ class Denoiser:
             if self.prediction != "x_0":
                 raise ValueError(f"with sigma_data the network predicts x_0, not {self.prediction!r}")
             object.__setattr__(self, "sigma_data", float(self.sigma_data))  # a float64 scalar would promote under x64
+        if not (self.sigma_min == 0 or (self.sigma_min > 0 and self.sigma_data)):
+            raise ValueError(
+                f"sigma_min={self.sigma_min} must be 0, or above 0 with sigma_data, for a consistency network"
+            )
         object.__setattr__(self, "network", as_node(self.network))
         object.__setattr__(self, "mean_shift", as_node(self.mean_shift))
         for name in ("stages", "corrections", "limits"):
@@ -250,6 +257,11 @@ class Denoiser:
             raise ValueError(
                 "classifier guidance with form='mean' shifts the mean in the sampler ddpm, and no other prediction; use "
                 "form='eps'"
+            )
+        if self.sigma_min:
+            raise ValueError(
+                "a consistency network predicts the end of the ODE's path and not the mean of x_0, which only the sampler "
+                "consistency takes"
             )
         x_t, row = as_float("x_t", x_t), quantity(self.prediction, at)
 
@@ -277,7 +289,10 @@ class Denoiser:
         return evaluate(x_t, at.level, self.inputs)
 
     def _evaluate(self, x_t: Batch, level: NoiseLevel, inputs: Mapping[str, Any]) -> Float[Array, "B *output_shape"]:
-        """Calls the network, with `sigma_data` in EDM's scaling (Karras et al. 2022, table 1)."""
+        """Calls the network, with `sigma_data` in EDM's scaling (Karras et al. 2022, table 1).
+
+        With `sigma_min`, the scaling returns the input at this level (Song et al. 2023, appendix C).
+        """
         time = level.times(x_t)
 
         def call(x):
@@ -286,14 +301,22 @@ class Denoiser:
         if (d := self.sigma_data) is None:
             return call(x_t)
         r = jnp.sqrt(level.sigma**2 + (d * level.alpha) ** 2)
-        output = call(x_t / r)
-        channels, skip = x_t.shape[-1], d**2 * level.alpha / r**2 * x_t
-        return jnp.concatenate([skip + d * level.sigma / r * output[..., :channels], output[..., channels:]], axis=-1)
+        output, sigma, r_skip = call(x_t / r), level.sigma, r
+        if self.sigma_min:
+            sigma = level.sigma - self.sigma_min * level.alpha
+            r_skip = jnp.sqrt(sigma**2 + (d * level.alpha) ** 2)
+        channels, skip = x_t.shape[-1], d**2 * level.alpha / r_skip**2 * x_t
+        return jnp.concatenate([skip + d * sigma / r * output[..., :channels], output[..., channels:]], axis=-1)
 
     def with_output(self, output: Float[Array, "B *output_shape"]) -> Denoiser:
         """Returns the denoiser with a network and guidance whose output is known, to compute what else depends on it."""
         return dataclasses.replace(
-            self, network=jax.tree_util.Partial(_known_output, output), inputs={}, stages=(), sigma_data=None
+            self,
+            network=jax.tree_util.Partial(_known_output, output),
+            inputs={},
+            stages=(),
+            sigma_data=None,
+            sigma_min=0.0,
         )
 
 

@@ -15,6 +15,7 @@ from diffusion_jax.measurements import Measurement
 from diffusion_jax.sampling import spacing
 from diffusion_jax.schedules import Transition
 from helpers.gaussian_mixtures import FULL
+from helpers.samplers import NAMED
 
 KEY = jax.random.key(0)
 SCHEDULE = schedules.respace(FULL, [40, 300, 620, 900])
@@ -237,7 +238,7 @@ def test_a_sampler_refuses_the_options_of_a_denoiser():
             sampling.ddpm(variance)
 
 
-@pytest.mark.parametrize("name", sampling.SAMPLERS)
+@pytest.mark.parametrize("name", NAMED)
 def test_the_mean_form_is_for_ddpm(name):
     denoiser = guidance.classifier(Denoiser(lambda x, time: x), log_prob, form="mean")
     draw = partial(sampling.sample, KEY, SCHEDULE, denoiser, jnp.asarray(X), sampling.SAMPLERS[name]())

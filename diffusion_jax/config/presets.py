@@ -43,6 +43,8 @@ def _fields_at(pixels: int) -> dict[str, Any]:
     return {"channel_multipliers": multipliers, "attention_levels": levels}
 
 
+_EDM_IMAGENET64 = {"channels": 192, "num_res_blocks": 3, "num_classes": 1000}
+
 UNET_PRESETS: dict[str, dict[str, Any]] = {
     "ddpm_cifar10": {"out_channels": 3},
     "ddpm_256": {
@@ -65,8 +67,10 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
     "adm_imagenet256_unconditional": _ADM | _fields_at(256) | {"head_channels": 64},
     "adm_imagenet512": _ADM | _fields_at(512) | {"head_channels": 64, "num_classes": 1000},
     "adm_lsun": _ADM | _fields_at(256) | {"head_channels": 64, "dropout": 0.1},
-    "edm_imagenet64": _EDM | _fields_at(64) | {"channels": 192, "num_res_blocks": 3, "num_classes": 1000},
+    "edm_imagenet64": _EDM | _fields_at(64) | _EDM_IMAGENET64,
     "edm_lsun": _EDM | _fields_at(256) | {"scale_shift_norm": False},
+    "consistency_imagenet64": _EDM | _fields_at(64) | _EDM_IMAGENET64 | {"dropout": 0.0},
+    "consistency_lsun": _EDM | _fields_at(256) | {"scale_shift_norm": False, "dropout": 0.0},
     "adm_upsampler_64_256": _ADM | _UPSAMPLER | {"attention_levels": (3, 4, 5), "num_heads": 4},
     "adm_upsampler_128_512": _ADM | _UPSAMPLER | {"attention_levels": (4, 5), "head_channels": 64},
 }

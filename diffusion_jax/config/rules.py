@@ -68,7 +68,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     diffusion, optimizer = config.diffusion, config.optimizer
     path, loss, draw, weighting = diffusion.path, diffusion.loss, diffusion.draw, diffusion.weighting
     prediction, variance, timesteps = diffusion.prediction, diffusion.variance, diffusion.timestep_sampler
-    chain, is_learned, is_edm = not path, variance.startswith("learned"), diffusion.preconditioning == "edm"
+    chain, is_learned, is_edm = not path, variance.startswith("learned"), diffusion.preconditioning != "none"
     classifies, wrong_output = is_edm and is_classifier(config), is_edm and prediction != "x_0"
     uses_std, std = is_edm or weighting == "edm", diffusion.sigma_data
     has_own_draw, has_draw = path and ":" in draw, path and draw != "uniform" and ":" not in draw
@@ -103,6 +103,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
         Rule("diffusion.draw", has_two_samplers, no_effect, "uniform", "diffusion.timestep_sampler=uniform"),
         Rule("diffusion.draw_mean", not_normal and diffusion.draw_mean is not None, normal, None),
         Rule("diffusion.draw_std", not_normal and diffusion.draw_std is not None, normal, None),
+        Rule("diffusion.preconditioning", diffusion.preconditioning == "consistency", "cannot be trained", "edm"),
         Rule("diffusion.preconditioning", classifies, "is not for classifiers", "none"),
         Rule("diffusion.preconditioning", wrong_output and not classifies, x_0, "none", "diffusion.prediction=x_0"),
         Rule("diffusion.sigma_data", std is not None and not uses_std, scaled, None),
@@ -150,7 +151,9 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
     measures_nothing = not (options.likelihood or options.num_samples or is_tested)
     problem = f"and evaluation.num_samples={options.num_samples} leave nothing to measure"
     dequantizes = options.ode and is_continuous(config) and options.ode_dequantization in ("uniform", "variational")
+    has_no_bound = options.likelihood and config.diffusion.preconditioning == "consistency"
     return [
+        Rule("evaluation.likelihood", has_no_bound, "needs a denoiser, and not a consistency network", False),
         Rule("evaluation.likelihood", measures_nothing, problem, True, "evaluation.num_samples=N"),
         Rule("evaluation.ode_dequantization", dequantizes, gray, None),
     ]

@@ -282,8 +282,8 @@ DIFFUSION: dict[str, Setting] = {
     ),
     "preconditioning": Setting(
         "none",
-        Choice("none", "edm"),
-        "Scales of the network's input and output; edm needs prediction=x_0.",
+        Choice("none", "edm", "consistency"),
+        "Scales of the network's input and output; edm needs prediction=x_0, consistency is for published weights.",
     ),
     "sigma_data": Setting(
         None,

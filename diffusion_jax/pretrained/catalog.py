@@ -14,7 +14,8 @@ _GOOGLE = (
     "cifar10-32",
     *(f"{kind}-256" for data in ("bedroom", "cat", "celebahq", "church") for kind in (data, f"ema-{data}")),
 )
-_REPOSITORIES = {"improved": "improved-diffusion", "adm": "guided-diffusion", "edm": "consistency_models"}
+_REPOSITORIES = {"improved": "improved-diffusion", "adm": "guided-diffusion"}
+_REPOSITORIES |= dict.fromkeys(("edm", "consistency"), "consistency_models")
 # Parameters of OpenAI's networks, in thousands; the files have 4 bytes for each.
 _THOUSANDS = {
     "improved_cifar10": 52_546,
@@ -29,6 +30,8 @@ _THOUSANDS = {
     "adm_imagenet256_unconditional": 552_814,
     "edm_imagenet64": 295_899,
     "edm_lsun": 526_305,
+    "consistency_imagenet64": 295_899,
+    "consistency_lsun": 526_305,
     "adm_upsampler_64_256": 311_796,
     "adm_upsampler_128_512": 308_835,
     "adm_lsun": 552_814,
@@ -53,6 +56,7 @@ _FIDS: dict[str, tuple[float, dict[str, Any]]] = {
     "imagenet64_uncond_100M_1500K.pt": (19.2, {}),
     "imagenet64_uncond_vlb_100M_1500K.pt": (40.1, {}),
     "64x64_diffusion.pt": (2.07, _ADM_STEPS),
+    "cd_imagenet64_lpips.pt": (6.20, {"sampling.sampler": "consistency", "sampling.steps": 1}),
     "lsun_bedroom.pt": (1.90, _ALL_STEPS),
     "lsun_cat.pt": (5.57, _ALL_STEPS),
     "lsun_horse.pt": (2.57, _ALL_STEPS),
@@ -61,6 +65,7 @@ for _size, _fid, _scale in ((128, 2.97, 0.5), (256, 4.59, 1.0), (512, 7.72, 4.0)
     _guided = {"sampling.classifier": f"{_size}x{_size}_classifier.pt", "sampling.classifier_scale": _scale}
     _FIDS[f"{_size}x{_size}_diffusion.pt"] = _fid, _ADM_STEPS | _guided
 _PAPERS = {"ddpm": "Ho et al. 2020", "improved": "Nichol & Dhariwal 2021", "adm": "Dhariwal & Nichol 2021"}
+_PAPERS["consistency"] = "Song et al. 2023"
 
 
 class Reported(NamedTuple):

@@ -63,9 +63,9 @@ class Model:
     "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
     these values to [-1, 1]. class_names: the labels' names, () if unknown. provenance: where the weights are from: a name
     for files, and for a run "step" and "weights", ema or raw. sigma_data: the standard deviation of x_0 for EDM's
-    preconditioning; None for a network that gets x_t itself. published_sampling: the sampler of the weights' authors, as
-    settings of `config.sampling`: "sampler", "steps", "spacing"; {} for the ancestral sampler with all steps. mesh: the
-    devices that `sample` splits its batch over; None for one device.
+    preconditioning; None for a network that gets x_t itself. sigma_min: as `Denoiser` takes it. published_sampling: the
+    sampler of the weights' authors, as settings of `config.sampling`: "sampler", "steps", "spacing"; {} for the ancestral
+    sampler with all steps. mesh: the devices that `sample` splits its batch over; None for one device.
     """
 
     family: str
@@ -86,6 +86,7 @@ class Model:
     class_names: tuple[str, ...] = field(default=(), repr=False)
     provenance: Provenance = field(default_factory=lambda: Provenance("weights"), repr=False)
     sigma_data: float | None = None
+    sigma_min: float = 0.0
     published_sampling: Mapping[str, Any] = field(default_factory=dict, repr=False)
     mesh: Mesh | None = field(default=None, repr=False)
 
@@ -152,7 +153,7 @@ class Model:
         """Returns a phrase, `other` first, for each difference between two models in x_t, its units, or the output."""
         arrays, names = ["x"], []
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
-            arrays, names = ["x", "condition"], ["prediction", "sigma_data"]
+            arrays, names = ["x", "condition"], ["prediction", "sigma_data", "sigma_min"]
             if any(variance.startswith("learned") for variance in (self.variance, other.variance)):
                 names.append("variance")  # the output does not depend on a fixed variance
         if (self.levels is None) != (other.levels is None):
@@ -212,6 +213,7 @@ class Model:
             variance=self.variance,
             clip=clip,
             sigma_data=self.sigma_data,
+            sigma_min=self.sigma_min,
             inputs=given,
         )
         if guidance_scale != 1:
@@ -348,8 +350,13 @@ class Model:
         if sampler is None and steps is None and spacing is None and self.published_sampling:
             sampler = sampling.SAMPLERS[self.published_sampling["sampler"]]()
             steps, spacing = self.published_sampling["steps"], self.published_sampling["spacing"]
-        sampler, schedule = sampling.ddpm() if sampler is None else sampler, self.schedule
+        if sampler is None:
+            sampler = sampling.consistency() if self.sigma_min else sampling.ddpm()
+        schedule = self.schedule
         check_sampler(sampler)
+        if isinstance(sampler, sampling.consistency) != bool(self.sigma_min):
+            kind = "a consistency network" if self.sigma_min else "no consistency network"
+            raise ValueError(f"these weights are {kind}, whose samplers do not include {type(sampler).__name__}")
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):
@@ -367,7 +374,7 @@ class Model:
         if growth := sampling.find_error_growth(sampler, schedule, denoiser):
             advice += ", a clip for data in [-1, 1], or a network that predicts v"
             warnings.warn(f"{growth}; use {advice}", stacklevel=3)
-        elif blur := sampling.find_blur(schedule, self.sigma_data or 1.0):
+        elif not self.sigma_min and (blur := sampling.find_blur(schedule, self.sigma_data or 1.0)):
             warnings.warn(f"{blur}; use {advice}", stacklevel=3)
         return sampler, schedule
 
@@ -537,8 +544,14 @@ def make_model(
     Raises: ValueError for values that `training.schedule_from_config` does not allow.
     """
     settings = DIFFUSION_DEFAULTS | dict(diffusion)
-    if settings["preconditioning"] == "edm":
+    schedule = training.schedule_from_config(
+        settings | {"loss": "classify" if isinstance(model, Classifier) else "simple"}
+    )
+    if settings["preconditioning"] != "none":
         fields["sigma_data"] = training.sigma_data(settings, is_continuous=fields.get("levels", 256) is None)
+    if settings["preconditioning"] == "consistency":
+        path = schedule.path
+        fields["sigma_min"] = float(np.exp(-path.log_snr(np.float64(path.interval[0])) / 2))
     if fields.get("low_resolution"):
         noise = fields.get("conditioning_noise", 0.0)
         model = model.clone(condition_channels=upsampling.condition_channels(channels, noise))
@@ -547,7 +560,7 @@ def make_model(
         model,
         channels,
         (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
-        training.schedule_from_config(settings | {"loss": "classify" if isinstance(model, Classifier) else "simple"}),
+        schedule,
         settings["prediction"],
         settings["variance"],
         diffusion=settings,

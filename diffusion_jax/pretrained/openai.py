@@ -30,6 +30,9 @@ _LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 # EDM's preconditioning and noise levels (Karras et al. 2022), and its deterministic sampler.
 EDM_DIFFUSION = {"path": "edm", "preconditioning": "edm", "prediction": "x_0", "variance": "fixed_small"}
 EDM_SAMPLING = {"sampler": "heun", "spacing": "karras"}
+# A consistency network with the same noise levels (Song et al. 2023), and its sampler with one step.
+_CONSISTENCY = EDM_DIFFUSION | {"preconditioning": "consistency"}
+_CONSISTENCY_SAMPLING = {"sampler": "consistency", "steps": 1, "spacing": "trailing"}
 
 # Presets of `models`: the image height, the low-resolution image height (or 0), and settings of `config.diffusion`.
 PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -46,6 +49,8 @@ PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "adm_lsun": (256, 0, _LEARNED),
     "edm_imagenet64": (64, 0, EDM_DIFFUSION),
     "edm_lsun": (256, 0, EDM_DIFFUSION),
+    "consistency_imagenet64": (64, 0, _CONSISTENCY),
+    "consistency_lsun": (256, 0, _CONSISTENCY),
     "adm_upsampler_64_256": (256, 64, _LEARNED),
     "adm_upsampler_128_512": (512, 128, _LEARNED),
     "adm_classifier64": (64, 0, {"schedule": "cosine"}),
@@ -64,12 +69,18 @@ FILES = {
     "256x256_diffusion_uncond": "adm_imagenet256_unconditional",
     "edm_imagenet64_ema": "edm_imagenet64",
     **dict.fromkeys(("edm_bedroom256_ema", "edm_cat256_ema"), "edm_lsun"),
+    **dict.fromkeys(("cd_imagenet64_l2", "cd_imagenet64_lpips", "ct_imagenet64"), "consistency_imagenet64"),
+    **{
+        f"{kind}_{data}256{norm}": "consistency_lsun"
+        for data in ("bedroom", "cat")
+        for kind, norm in (("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
+    },
     **{f"{sizes}_upsampler": f"adm_upsampler_{sizes}" for sizes in ("64_256", "128_512")},
     **dict.fromkeys(("lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"), "adm_lsun"),
     **{f"{size}x{size}_classifier": f"adm_classifier{size}" for size in (64, 128, 256, 512)},
 }
 # Presets whose attention stores the rows for q, then k, then v, instead of head by head.
-_NEW_ATTENTION_ORDER = {"adm_imagenet64", "edm_imagenet64", "edm_lsun"}
+_NEW_ATTENTION_ORDER = {"adm_imagenet64", "edm_imagenet64", "edm_lsun", "consistency_imagenet64", "consistency_lsun"}
 
 # Flags in OpenAI's scripts that describe a network, with their values.
 _FLAGS: dict[str, ValueKind] = {
@@ -165,7 +176,8 @@ def describe_openai(
         raise PretrainedError(f"flags={flags!r} is not a preset of OpenAI's; known: {', '.join(PRESETS)}")
     size, low_resolution, diffusion = PRESETS[flags]
     model = preset(flags).clone(dropout=0.0) if without_dropout else preset(flags)
-    fields: dict[str, Any] = {"published_sampling": EDM_SAMPLING | {"steps": 40}} if diffusion is EDM_DIFFUSION else {}
+    published: dict[str, Any] = {"edm": EDM_SAMPLING | {"steps": 40}, "consistency": _CONSISTENCY_SAMPLING}
+    fields = {"published_sampling": published.get(diffusion.get("preconditioning", ""), {})}
     net = make_model(f"OpenAI, {flags}", model, size, diffusion, low_resolution=low_resolution, **fields)
     return net, flags in _NEW_ATTENTION_ORDER
 

@@ -7,7 +7,7 @@
 import inspect
 from collections.abc import Callable
 
-from diffusion_jax.sampling.ancestral import ddim, ddpm, encode, euler, euler_ancestral
+from diffusion_jax.sampling.ancestral import consistency, ddim, ddpm, encode, euler, euler_ancestral
 from diffusion_jax.sampling.driver import Sampler, Stability, Step, Trajectory, WrappedSampler, normal, sample
 from diffusion_jax.sampling.solvers import deis, dpm_solver_pp, heun, plms, pndm, unipc
 from diffusion_jax.sampling.spacing import default_spacing, find_blur, find_error_growth, find_problem
@@ -19,6 +19,7 @@ __all__ = [
     "Step",
     "Trajectory",
     "WrappedSampler",
+    "consistency",
     "ddim",
     "ddpm",
     "default_spacing",
@@ -50,6 +51,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "deis": deis,
     "pndm": pndm,
     "plms": plms,
+    "consistency": consistency,
 }
 
 

@@ -83,6 +83,28 @@ class ddim(Sampler):
         return Step(x_prev, denoised.x_0)
 
 
+@dataclasses.dataclass(frozen=True)
+class consistency(Sampler):
+    """Multistep consistency sampling (Song et al. 2023, Algorithm 1): each step predicts x_0, and adds fresh noise to it.
+
+    For a consistency network, a `Denoiser` with `sigma_min`. In x / alpha, the noise for the next level s = sigma / alpha has
+    the variance s^2 - sigma_min^2. One step needs only the noisiest level. Raises: ValueError for another denoiser.
+    """
+
+    @property
+    def is_stochastic(self) -> bool:
+        return True
+
+    def step(self, key, denoiser, x_t, transition, state) -> Step:
+        if not denoiser.sigma_min or denoiser.corrections:
+            raise ValueError("the sampler consistency takes a consistency network, a Denoiser with sigma_min")
+        x_0, target = clip_x_0(denoiser.output(x_t, transition), denoiser.clip), transition.target
+        for limit in denoiser.limits:
+            x_0 = as_float("the result of a limit", limit(x_0))
+        variance = target.sigma**2 - (denoiser.sigma_min * target.alpha) ** 2
+        return Step(target.alpha * x_0 + jnp.sqrt(jnp.maximum(variance, 0.0)) * normal(key, x_t), x_0)
+
+
 def euler(**options: Any) -> Sampler:
     """Euler's method on dx/dsigma = eps, in x / alpha and sigma / alpha (Karras et al. 2022); equal to DDIM with eta = 0."""
     return ddim(0.0, **options)

@@ -7,6 +7,7 @@ from diffusion_jax.config import rules, values
 
 SMALL, CALL = "data.low_resolution=16", "training.steps_per_call=7 training.checkpoint_every=7 training.sample_every=0"
 CONTINUOUS, EDM = "data.levels=None", "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=edm"
+CONSISTENCY = "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=consistency"
 EXAMPLES = {  # settings that differ from the defaults and break one rule, in the order of the rules
     "config": ["data.channel_names=u,v", "data.channel_units=m,s"],
     "network": [
@@ -31,6 +32,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.path=edm diffusion.draw=logit_normal diffusion.timestep_sampler=log_normal",
         "diffusion.draw_mean=0.5",
         "diffusion.draw_std=0.5",
+        CONSISTENCY,
         "diffusion.loss=classify diffusion.preconditioning=edm",
         "diffusion.preconditioning=edm",
         "diffusion.sigma_data=0.3",
@@ -53,6 +55,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "sampling.low_resolution=small.npz",
     ],
     "evaluation": [
+        CONSISTENCY,
         "evaluation.likelihood=False evaluation.num_samples=0",
         f"{CONTINUOUS} evaluation.ode=True evaluation.ode_dequantization=uniform",
     ],

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffusion_jax import models, sampling, schedules
-from diffusion_jax.config import experiment, presets
+from diffusion_jax import models, pretrained, sampling, schedules
+from diffusion_jax.config import experiment, find_broken, presets, resolve
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.pretrained import PretrainedError, ho, openai
 from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, torch_shape
@@ -58,7 +58,7 @@ def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path)
 
 
 def test_every_published_file_and_preset_is_known():
-    assert set(openai.FILES.values()) == set(openai.PRESETS) == set(README) | EDM.keys()
+    assert set(openai.FILES.values()) == set(openai.PRESETS) == set(README) | EDM.keys() | CONSISTENCY.keys()
     assert set(presets.PRESETS) == set(openai.PRESETS) | set(ho.PRESETS)
 
 
@@ -82,6 +82,42 @@ def test_networks_with_edm_s_preconditioning(name, tmp_path):
         np.testing.assert_allclose(times[[0, -1]], 250 * np.log([0.002, 80.0]), rtol=1e-6)
 
 
+CONSISTENCY = {
+    "consistency_imagenet64": (1000, ["cd_imagenet64_l2", "cd_imagenet64_lpips", "ct_imagenet64"]),
+    "consistency_lsun": (0, ["cd_bedroom256_l2", "cd_cat256_lpips", "ct_bedroom256", "ct_cat256"]),
+}
+
+
+@pytest.mark.parametrize("name", CONSISTENCY)
+def test_consistency_networks(name, tmp_path):
+    """EDM's networks with another scaling, sampled in one step from sigma = 80; they have no training and no bound."""
+    num_classes, files = CONSISTENCY[name]
+    for file in files:
+        net, new_order = openai.describe_openai(tmp_path / f"{file}.pt", Tensors("PyTorch", {}, None), None)
+        assert new_order and net.model == models.preset(name) and net.num_classes == num_classes
+    assert net.model == models.preset(name.replace("consistency", "edm")).clone(dropout=0.0)
+    assert (net.sigma_data, net.sigma_min) == (0.5, pytest.approx(0.002))
+    given = net.denoiser()
+    assert (given.sigma_data, given.sigma_min) == (net.sigma_data, net.sigma_min)
+    for arguments in ((), (None, 1)):
+        sampler, schedule = net.configure(given, *arguments)
+        assert isinstance(sampler, sampling.consistency)
+        np.testing.assert_allclose(schedule.alpha_bar, 1 / (1 + 80**2), rtol=1e-6)
+    with pytest.raises(ValueError, match="a consistency network, whose samplers do not include heun"):
+        net.configure(given, sampling.heun(), 10)
+    edm = openai.describe_openai(tmp_path / "edm_cat256_ema.pt", Tensors("PyTorch", {}, None), None)[0]
+    with pytest.raises(ValueError, match="no consistency network"):
+        edm.configure(edm.denoiser(), sampling.consistency(), 1)
+    assert edm.find_differences(net)
+    settings = pretrained.config_settings(net)
+    assert settings["sampling"] == {"clip": True, "sampler": "consistency", "steps": 1, "spacing": "trailing"}
+    assert not pretrained.from_config(settings).find_differences(net)
+    config = resolve(settings)
+    for table, setting in (("train step", "diffusion.preconditioning"), ("evaluation", "evaluation.likelihood")):
+        (message,) = [text for text in find_broken(config, table) if text.startswith(setting)]
+        assert "consistency" in message
+
+
 # Each preset's parameter count, and the configs that train the preset.
 NETWORKS = {
     "ddpm_cifar10": (35_746_307, ["cifar10"]),
@@ -99,6 +135,8 @@ NETWORKS = {
     "adm_lsun": (552_814_086, ["lsun_bedroom_adm", "lsun_cat_adm", "lsun_horse_adm"]),
     "edm_imagenet64": (295_899_267, []),  # ADM's 295,904,454 without the three channels of the variance
     "edm_lsun": (526_304_771, []),
+    "consistency_imagenet64": (295_899_267, []),
+    "consistency_lsun": (526_304_771, []),
     "adm_upsampler_64_256": (311_795_910, ["imagenet256_upsample"]),
     "adm_upsampler_128_512": (308_835_270, ["imagenet512_upsample"]),
     "adm_classifier64": (65_438_568, ["imagenet_classifier:64"]),

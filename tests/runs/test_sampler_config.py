@@ -13,11 +13,12 @@ from diffusion_jax.denoiser import clip_x_0, dynamic_threshold
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs import sampling_setup
 from helpers.configs import conditional, tiny_config
+from helpers.samplers import NAMED
 
 OFF_DEFAULT = {"eta": 0.5, "order": 3}
 
 
-@pytest.mark.parametrize("name", sampling.SAMPLERS)
+@pytest.mark.parametrize("name", NAMED)
 def test_the_defaults_of_the_settings_are_those_of_the_samplers(name):
     parameters = inspect.signature(sampling.SAMPLERS[name]).parameters
     for setting in parameters.keys() & {"eta", "order"}:
@@ -25,7 +26,7 @@ def test_the_defaults_of_the_settings_are_those_of_the_samplers(name):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", sampling.SAMPLERS)
+@pytest.mark.parametrize("name", NAMED)
 def test_every_sampler_of_a_config_equals_that_of_the_core(name):
     """The same samples as from the core's sampler with the same options; each option changes the samples."""
     options = {setting: value for setting, value in OFF_DEFAULT.items() if name in sampling.samplers_with(setting)}

@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax import Denoiser, sampling, schedules
 from diffusion_jax.denoiser import dynamic_threshold
 from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
-from helpers.samplers import MAKERS, METHODS, is_deterministic
+from helpers.samplers import MAKERS, METHODS, NAMED, is_deterministic
 
 KEY = jax.random.key(0)
 FULL_ORDER = {"lower_order_final": False}
@@ -33,9 +33,7 @@ DETERMINISTIC = {
     "unipc 3": (sampling.unipc(3, **FULL_ORDER), 2.5),
 }
 DETERMINISTIC |= {
-    name: (make(), 0.9)
-    for name, make in sampling.SAMPLERS.items()
-    if name not in DETERMINISTIC and is_deterministic(name)
+    name: (make(), 0.9) for name, make in NAMED.items() if name not in DETERMINISTIC and is_deterministic(name)
 }
 MIXTURE = Denoiser(mixture(), clip=False)
 TOP, LOW = 800.0, 100.0  # two noise levels; x_0 itself would hide the order
