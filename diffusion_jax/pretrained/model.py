@@ -355,8 +355,11 @@ class Model:
         schedule = self.schedule
         check_sampler(sampler)
         if isinstance(sampler, sampling.consistency) != bool(self.sigma_min):
-            kind = "a consistency network" if self.sigma_min else "no consistency network"
-            raise ValueError(f"these weights are {kind}, whose samplers do not include {type(sampler).__name__}")
+            kind = "a" if self.sigma_min else "no"
+            raise ValueError(
+                f"the sampler consistency is for consistency networks, which take no other; these weights are {kind} "
+                f"consistency network, and the sampler is {type(sampler).__name__}"
+            )
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):
