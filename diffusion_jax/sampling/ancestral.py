@@ -98,7 +98,8 @@ class consistency(Sampler):
     def step(self, key, denoiser, x_t, transition, state) -> Step:
         if not denoiser.sigma_min or denoiser.corrections:
             raise ValueError(
-                "the sampler consistency takes a consistency network (a Denoiser with sigma_min), without corrections such as mmps"
+                "the sampler consistency takes a consistency network, a Denoiser with sigma_min, without corrections such "
+                "as mmps"
             )
         x_0, target = clip_x_0(denoiser.output(x_t, transition), denoiser.clip), transition.target
         for limit in denoiser.limits:
