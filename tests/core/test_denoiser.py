@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax import Denoiser, coordinates, editing, guidance, process, sampling, schedules
-from diffusion_jax.denoiser import PREDICTIONS
+from diffusion_jax.denoiser import PREDICTIONS, convert
 from diffusion_jax.measurements import Measurement
 from diffusion_jax.sampling import spacing
 from diffusion_jax.schedules import Transition
 from helpers.gaussian_mixtures import FULL
+from helpers.path_networks import EDM, FLOW, inner_times
 
 KEY = jax.random.key(0)
 SCHEDULE = schedules.respace(FULL, [40, 300, 620, 900])
@@ -381,3 +382,52 @@ def test_growing_errors_of_the_score_are_noted():
     reason = sampling.find_error_growth(sampling.ddim(), schedule, denoiser)
     noted = float(re.search(r"score has errors of 0.05, .* sample errors of ([\d.e+]+) times", reason)[1])
     assert abs(deviation_of_errors(schedule) / noted - 1) < 0.06
+
+
+# Conversions of outputs at any level of a path.
+
+
+def outputs(at, x_0, eps):
+    return {
+        "eps": eps,
+        "x_0": x_0,
+        "v": at.alpha * eps - at.sigma * x_0,
+        "score": -eps / at.sigma,
+        "flow": eps - x_0,
+    }
+
+
+@pytest.mark.parametrize("path", [EDM, FLOW, schedules.vp_cosine()], ids=["edm", "flow", "cosine"])
+def test_every_prediction_gives_every_other(path):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x_0, eps = jnp.asarray(rng.normal(size=(2, 5, 3)))
+        time = jnp.asarray(inner_times(path, 5))
+        x_t = process.q_sample(path, x_0, time, eps)
+        level = path.at(time, x_t)
+        values = outputs(level, x_0, eps)
+        for source, target in itertools.product(values, values):
+            result, expected = convert(values[source], x_t, level, source, target), values[target]
+            np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction", ["v", "x_0", "flow"])
+def test_pure_noise_is_finite(prediction):
+    path, x_t = schedules.rectified_flow(), jnp.ones((2, 3))
+    noise = path.at(jnp.full(2, 1000.0), x_t)
+    for wanted in ("x_0", "eps", "v", "flow"):
+        total = lambda output: convert(output, x_t, noise, prediction, wanted).sum()  # noqa: B023, E731
+        value, gradient = jax.value_and_grad(total)(0.5 * x_t)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+    np.testing.assert_allclose(convert(0.25 * x_t, x_t, noise, "flow"), 0.75)
+    assert np.isnan(jax.jit(lambda level: convert(x_t, x_t, level))(noise)).all()
+
+
+def test_eps_determines_x_0_except_at_pure_noise():
+    flow, x = schedules.rectified_flow(), jnp.ones((2, 3))
+    level = flow.at(jnp.array([250.0, 750.0]), x)
+    for prediction, eps in (("eps", x), ("score", -x / level.sigma)):
+        x_0 = convert(eps, level.alpha * 0.5 + level.sigma * x, level, prediction)
+        np.testing.assert_allclose(x_0, 0.5 * jnp.ones((2, 3)), rtol=1e-5)
+        with pytest.raises(ValueError, match=f"alpha is 0: there {prediction} does not determine x_0"):
+            convert(x, x, flow.at(jnp.array([500.0, 1000.0]), x), prediction)

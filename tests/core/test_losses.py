@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, likelihood, losses, process, schedules, timesteps
+from diffusion_jax import Denoiser, coordinates, likelihood, losses, process, schedules, timesteps
 from diffusion_jax.denoiser import PREDICTIONS, convert
 from helpers.gaussian_mixtures import FULL as SCHEDULE
 from helpers.gaussian_mixtures import S2, M, gaussian
+from helpers.path_networks import EDM, FLOW
+
+KEY = jax.random.key(0)
 
 
 def optimal(prediction):
@@ -255,3 +258,57 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
 def test_a_timestep_sampler_that_does_not_fit_is_refused(schedule, options, words):
     with pytest.raises(ValueError, match=words):
         losses.simple(jax.random.key(0), schedule, lambda x_t, time: x_t, jnp.zeros((3, 2)), **options)
+
+
+# Losses on paths.
+
+
+def fixed(time):
+    """A draw that always returns one time."""
+    return lambda key, batch_size, path: (jnp.full(batch_size, time), jnp.zeros(batch_size))
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
+def test_the_loss_of_edm_is_one_for_a_network_of_zeros(sigma):
+    """For x_0 ~ N(0, d^2), the best F is 0 and the weighted loss is 1 at every level (Karras et al. 2022)."""
+    d = 0.5
+    x_0 = d * jax.random.normal(KEY, (20_000, 4))
+    denoise_fn = coordinates.precondition(lambda x, time: jnp.zeros_like(x), EDM, d)
+    draw = fixed(np.log(sigma) / 4)
+    loss, _ = losses.simple(jax.random.key(1), EDM, denoise_fn, x_0, prediction="x_0", weighting="edm", draw=draw)
+    assert abs(loss.mean() - 1) < 4 * loss.std() / np.sqrt(loss.size)
+
+
+ERRORS = {  # eps error over the error of each prediction
+    "eps": lambda alpha, sigma: 1.0,
+    "x_0": lambda alpha, sigma: (alpha / sigma) ** 2,
+    "v": lambda alpha, sigma: alpha**2,
+    "flow": lambda alpha, sigma: (alpha / (alpha + sigma)) ** 2,
+    "score": lambda alpha, sigma: sigma**2,
+}
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+@pytest.mark.parametrize("prediction", ERRORS)
+def test_weights_on_every_error(weighting, prediction):
+    x_0 = jax.random.normal(KEY, (32, 4))
+    loss, aux = losses.simple(
+        KEY, FLOW, lambda x, time: 0.3 * x + 0.1, x_0, prediction=prediction, weighting=weighting, draw="logit_normal"
+    )
+    at = FLOW.at(aux.t, aux.mse)
+    alpha, sigma = np.asarray(at.alpha, np.float64), np.asarray(at.sigma, np.float64)
+    weight = EPS_WEIGHTS[weighting]((alpha / sigma) ** 2) * ERRORS[prediction](alpha, sigma)
+    np.testing.assert_allclose(loss, weight * aux.mse, rtol=1e-5)
+
+
+@pytest.mark.whole
+def test_the_flow_loss_is_a_weighted_eps_loss():
+    x_0 = jax.random.normal(KEY, (64, 4))
+    eps_fn = lambda x, time: jnp.tanh(x)  # noqa: E731
+    flow_fn = lambda x, time: convert(eps_fn(x, time), x, FLOW.at(time, x), "eps", "flow")  # noqa: E731
+    weight = lambda snr: (1 + 1 / jnp.sqrt(snr)) ** 2  # noqa: E731
+    with jax.enable_x64(True):
+        x_0 = jnp.asarray(x_0, jnp.float64)
+        flow, _ = losses.simple(KEY, FLOW, flow_fn, x_0, prediction="flow")
+        eps, _ = losses.simple(KEY, FLOW, eps_fn, x_0, prediction="eps", weighting=weight)
+    np.testing.assert_allclose(flow, eps, rtol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax import Denoiser, sampling, schedules
 from diffusion_jax.denoiser import dynamic_threshold
 from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
+from helpers.path_networks import EDM, exact_denoiser, levels, rho_levels
 from helpers.samplers import MAKERS, METHODS, is_deterministic
 
 KEY = jax.random.key(0)
@@ -213,3 +214,37 @@ def test_memory_of_every_solver_is_flat_in_the_number_of_steps():
 
     for name in ("ddim", "heun", "unipc 3", "pndm", "dpm_solver_pp 3 singlestep"):
         assert temporary_bytes(MAKERS[name], 1000) < 1.05 * temporary_bytes(MAKERS[name], 10), name
+
+
+def test_samplers_see_exact_network_times():
+    """PNDM calls the network between the steps, too. With x_0 = 0 every x_t is sigma eps, which shows its noise level."""
+    seen = []
+
+    def denoise_fn(x_t, time):
+        jax.debug.callback(lambda x, time: seen.append((float(x[0, 0]), float(time[0]))), x_t, time)
+        return jnp.zeros_like(x_t)
+
+    schedule = levels(EDM, np.geomspace(0.002, 80, 18))
+    x_T = schedule.transitions.level.sigma[-1] * jnp.ones((1, 1))
+    sampling.sample(KEY, schedule, Denoiser(denoise_fn, "x_0"), x_T, sampling.pndm())
+    jax.effects_barrier()
+    sigma, times = np.array(seen).T
+    informative = sigma < 0.9  # a sigma near 1 does not determine the level in float32
+    exact = np.log(sigma / np.sqrt(1 - sigma**2))[informative] / 4
+    assert len(seen) > 18 + 8 and informative.sum() > 10
+    np.testing.assert_allclose(times[informative], exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_orders_on_the_levels_of_edm(sampler, order):
+    d = 0.5
+    errors = []
+    for count in (18, 36, 72):
+        schedule = levels(EDM, rho_levels(count))
+        x_T = jnp.full((1, 1), np.sqrt(schedule.alpha_bar[-1] * (d**2 + 80**2)))
+        with jax.enable_x64(True):
+            make = sampling.SAMPLERS[sampler]()
+            x_0 = sampling.sample(KEY, schedule, exact_denoiser(EDM, d**2), jnp.asarray(x_T, jnp.float64), make)
+        errors.append(abs(float(x_0[0, 0]) / d - 1))
+    ratios = np.array(errors[:-1]) / np.array(errors[1:])
+    assert (ratios > 0.95 * 2**order).all() and (ratios < 1.25 * 2**order).all()
