@@ -36,7 +36,8 @@ from benchmarks.mutant_drawing import PACKAGE, Mutant, draw
 MEMORY = 8 * 2**30  # limit of each process, in bytes: a mutant can allocate any amount
 NO_TESTS = 5  # pytest's exit status if the marks select no test
 _APART = "not slow and not parity and not faults and not browser"
-QUICK, OTHERS = f"not whole and {_APART}", f"whole and {_APART}"  # `make test`, and the rest of `make test-all`
+QUICK = f"not whole and not thorough and {_APART}"  # `make test`
+OTHERS = f"(whole or thorough) and {_APART}"  # the rest of `make test-all`
 BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
 # The tests for a file or folder, below tests/, the most likely to fail first. All other folders use tests/FOLDER.

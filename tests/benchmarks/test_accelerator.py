@@ -16,7 +16,7 @@ def restored_precision():
     jax.config.update("jax_default_matmul_precision", before)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "pixels", "gmac"),
     [

@@ -41,7 +41,7 @@ def mean_and_error(values):
     "name",
     [
         "uniform",
-        *(pytest.param(n, marks=pytest.mark.whole) for n in ("antithetic", "stratified", "loss_second_moment")),
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("antithetic", "stratified", "loss_second_moment")),
     ],
 )
 def test_the_exact_network_attains_the_minimum_of_the_eps_loss(name):
@@ -66,7 +66,7 @@ EPS_WEIGHTS = {
 
 
 @pytest.mark.parametrize(
-    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.whole) for p in PREDICTIONS if p != "v")]
+    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.thorough) for p in PREDICTIONS if p != "v")]
 )
 def test_a_weighting_applies_to_the_eps_error_for_every_prediction(prediction):
     """For any output, the weighted loss is w(SNR) times the error of the eps that follows from the output."""
@@ -132,7 +132,7 @@ def doubled(x_t, time):
     return jnp.concatenate([0.4 * x_t + 0.1, jnp.tanh(x_t + 0.01 * time[:, None])], axis=-1)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_the_vlb_loss_estimates_the_bound(variance):
     x_0 = gaussian_data(100_000)
@@ -145,7 +145,7 @@ def test_the_vlb_loss_estimates_the_bound(variance):
     np.testing.assert_allclose(loss, parts.vlb, rtol=1e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     """The gradient with respect to the predicted mean equals L_simple's; with respect to the variance, the weighted
@@ -198,7 +198,7 @@ def first_step(key, batch, total):
     return jnp.zeros(batch, jnp.int32), jnp.ones(batch)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("sampler", [first_step, timesteps.uniform])
 def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
     """In float32: black and white 8-bit images, a thousand cosine steps, and a mean far from the data."""
@@ -218,7 +218,7 @@ def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
 # Importance sampling of timesteps.
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_importance_sampling_is_unbiased_and_has_less_variance():
     """The weighted estimate of the bound equals the uniform estimate within error bars, with less variance."""
     x_0 = gaussian_data(60_000)
@@ -301,7 +301,7 @@ def test_weights_on_every_error(weighting, prediction):
     np.testing.assert_allclose(loss, weight * aux.mse, rtol=1e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_flow_loss_is_a_weighted_eps_loss():
     x_0 = jax.random.normal(KEY, (64, 4))
     eps_fn = lambda x, time: jnp.tanh(x)  # noqa: E731

@@ -38,7 +38,7 @@ def network(x, time):
     return 0.3 * x
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "function",
     [

@@ -16,7 +16,7 @@ from helpers.networks import redraw
 from helpers.work_directories import lines
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_attention_pool_equals_numpy():
     """In float64: the mean precedes the positions, position embeddings are added, and each head has one softmax, for the
     mean's query."""
@@ -49,7 +49,7 @@ def a_network():
     return model, params, jax.random.normal(jax.random.key(1), shape)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_logits_depend_on_the_image_the_time_and_every_parameter():
     model, params, x = a_network()
 
@@ -67,7 +67,7 @@ def test_logits_depend_on_the_image_the_time_and_every_parameter():
             assert abs(leaf).max() > 1e-7, jax.tree_util.keystr(path)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_classifier_refuses_other_image_sizes():
     model, params, _ = a_network()
     with pytest.raises(ValueError, match=r"has 8 positions after downsampling, and these images have 4x4"):
@@ -87,7 +87,7 @@ def test_classifier_refuses_other_image_sizes():
 SCHEDULE = schedules.from_betas(schedules.betas("linear", 10, beta_end=0.5))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_classify_is_the_cross_entropy_at_x_t(x64):
     """In NumPy, for logits that are linear in x_t and time."""
     x_0, y = jax.random.normal(jax.random.key(0), (6, 2, 2, 1)), jnp.array([0, 2, 1, 1, 0, 2])
@@ -110,7 +110,7 @@ def test_classify_is_the_cross_entropy_at_x_t(x64):
     assert (parts.importance == 1).all()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_classify_weights_importance_samples_and_gives_nan_for_labels_out_of_range():
     x_0, y = jnp.zeros((4, 2)), jnp.array([0, 1, 3, -1])
@@ -132,7 +132,7 @@ def test_classify_weights_importance_samples_and_gives_nan_for_labels_out_of_ran
         losses.classify(jax.random.key(0), SCHEDULE, logits_fn, x_0.astype(int), y)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_classifier_learns_two_classes():
     """Bright images have class 1, dark images class 0, and the noise is small, so the accuracy is soon 1."""
     config = classifier_config(

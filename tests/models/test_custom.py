@@ -71,7 +71,7 @@ def test_a_pair_of_functions_takes_further_scalars():
     np.testing.assert_allclose(more, plain + 5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("linen", marks=pytest.mark.whole), "of_nnx"])
+@pytest.mark.parametrize("kind", [pytest.param("linen", marks=pytest.mark.thorough), "of_nnx"])
 def test_dropout_follows_the_key_and_is_off_without_training(kind):
     model = network_of(kind, {"model.dropout": "0.5"})
     params = init(model)
@@ -233,7 +233,7 @@ def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
     np.testing.assert_allclose(output, 5 * X + 2 * TIME[:, None, None, None] + 3, rtol=1e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["linen", "of_nnx", "pair"])
 def test_microbatches_take_the_same_step(kind):
     """The gradient of two microbatches is that of the batch, with the dropout layers of Linen."""
@@ -262,7 +262,7 @@ def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
         pretrained.save_diffusers(net, tmp_path / "folder")
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_loading_imports_no_path_by_itself(tmp_path):
     config = configs.override(array_config("vectors", ""), {"diffusion.path": "helpers.own_networks:path"})
     params = training.model_from_config(config).init(jax.random.key(0), jnp.zeros((1, 3)), TIME[:1])["params"]

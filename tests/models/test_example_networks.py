@@ -55,10 +55,10 @@ def test_the_command_of_the_docstring_builds_the_network(name, monkeypatch):
     assert isinstance(training.model_from_config(config), models.CustomNetwork)  # with the dropout of the digits
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
-    ["transformer.py:transformer", "nnx_mlp.py:mlp", pytest.param("equinox_unet.py:unet", marks=pytest.mark.whole)],
+    ["transformer.py:transformer", "nnx_mlp.py:mlp", pytest.param("equinox_unet.py:unet", marks=pytest.mark.thorough)],
     ids=["transformer", "nnx_mlp", "equinox_unet"],
 )
 def test_two_train_steps(name):
@@ -125,7 +125,7 @@ def test_positions_differ_and_follow_the_formula():
     assert len(np.unique(table.round(4), axis=0)) == 6
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_new_transformer_is_zero_and_its_blocks_are_the_identity():
     network = function_of("transformer.py:transformer")(Shapes((8, 8, 1), (8, 8, 1)), width=8, depth=1, heads=2)
     x, time = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0.0, 700.0])

@@ -66,7 +66,7 @@ def truth_of_the_mixture():
         return np.asarray(fine)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     sampler, least = DETERMINISTIC[name]
@@ -75,7 +75,7 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     assert np.log2(errors[0] / errors[1]) > least
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     schedule = schedules.respace(FULL, 6, "log_snr")
@@ -110,7 +110,7 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     assert low.dtype == jnp.float32 and np.isfinite(low).all()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_every_prediction_gives_the_same_samples(name, x64):
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 2))
@@ -121,7 +121,7 @@ def test_every_prediction_gives_the_same_samples(name, x64):
     np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-7)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_every_solver_from_pure_noise(name):
     """A schedule whose alpha_bar ends at 0, with a network that predicts v; the samples must have the Gaussian data's
@@ -142,7 +142,7 @@ FLOW = schedules.from_path(schedules.rectified_flow(), np.linspace(1, 1000, 1000
 
 
 @pytest.mark.parametrize(
-    "full", [FLOW, pytest.param(ZERO_TERMINAL, marks=pytest.mark.whole)], ids=["flow", "zero terminal"]
+    "full", [FLOW, pytest.param(ZERO_TERMINAL, marks=pytest.mark.thorough)], ids=["flow", "zero terminal"]
 )
 def test_ten_steps_from_pure_noise(full):
     """Churn adds no noise to pure noise, and UniPC does not correct the step from it, which is infinitely long.
@@ -170,14 +170,14 @@ def round_trip(order, steps):
     return float(np.sqrt(np.mean((back - x_0) ** 2)))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_inversion_reconstructs_and_the_second_order_does_so_better(x64):
     first, second = [round_trip(1, n) for n in (50, 100)], [round_trip(2, n) for n in (50, 100)]
     assert first[0] > 1.7 * first[1] and second[0] > 3 * second[1]
     assert second[0] < 0.3 * first[0] and second[0] < 0.5 * first[1]  # also at the same number of network calls
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_learned_variances_do_not_change_deterministic_solvers():
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jax.random.normal(KEY, (3, 2))
 
@@ -193,7 +193,7 @@ def test_learned_variances_do_not_change_deterministic_solvers():
             sampling.sample(KEY, schedule, Denoiser(mixture(), variance="learned_range"), x_T, sampler)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_clip_and_the_dynamic_threshold():
     schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 4))
     wide = lambda x, time: 4 * mixture()(x, time)  # noqa: E731
@@ -204,7 +204,7 @@ def test_the_clip_and_the_dynamic_threshold():
             assert abs(way.x_0).max() <= 1.0, name
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_memory_of_every_solver_is_flat_in_the_number_of_steps():
     def temporary_bytes(make, steps):
         schedule = schedules.respace(FULL, steps)

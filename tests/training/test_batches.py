@@ -36,7 +36,7 @@ def test_labels_are_needed_only_where_something_takes_them():
         assert traced(config, {"image": image, "label": np.zeros(8, np.int64)})
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_compiled_step_of_create_works_inside_scan_steps():
     config = array_config("vectors", "", **{"model.dropout": 0.0})
     batches = [{"x": np.random.default_rng(i).normal(size=(8, 3)).astype(np.float32)} for i in range(3)]
@@ -115,7 +115,7 @@ def test_a_mirrored_image_has_its_condition_mirrored():
     np.testing.assert_array_equal(random_flip(jax.random.key(0), Examples(x_0, y, vector)).condition, vector)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
     """data.levels=None selects the bound for continuous data."""
     hybrid = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 4}
@@ -125,7 +125,7 @@ def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
     np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_float_data_are_taken_as_they_are(dtype):
     """The same step as with the corresponding uint8 images, where the numbers are equal."""

@@ -131,7 +131,7 @@ def initial(root, name="run", **overrides):
     return net, pretrained.from_config(config, normalizations=net.normalizations).find_differences(net)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_weights_are_compared_with_the_config(weights, tmp_path):
     net, differences = initial(weights, "net.safetensors", **{"model.dropout": 0.5})  # which changes no weights
     assert not differences and net.normalizations["x"].offset == pytest.approx(examples("vectors").mean(axis=0))

@@ -147,7 +147,7 @@ def test_a_loss_that_gives_the_network_further_numbers(accumulation):
     assert found > 1.5  # without the numbers, the loss is about 1
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_weighting():
     found, plain = metrics_of(config_with(diffusion__weighting=own_networks.weight)), plain_metrics()
     assert found["loss"] < 10 * plain["loss"] and found["loss"] != plain["loss"]
@@ -195,7 +195,7 @@ def test_functions_that_a_config_imports():
 
 
 @pytest.mark.parametrize(
-    "frozen", [("dense_in", "time_*"), pytest.param("helpers.own_networks:is_encoder", marks=pytest.mark.whole)]
+    "frozen", [("dense_in", "time_*"), pytest.param("helpers.own_networks:is_encoder", marks=pytest.mark.thorough)]
 )
 def test_frozen_parameters_do_not_change(frozen):
     """They have no moments, and the norm that clips the gradient is that of the other parameters."""
@@ -216,7 +216,7 @@ def test_frozen_parameters_do_not_change(frozen):
     assert 0 < metrics["grad_norm"] < 0.999 * step(whole, array_batch("vectors"))[1]["grad_norm"]
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_encoder_of_a_unet_can_be_frozen():
     config = tiny_config(**{"optimizer.frozen": ("down_*", "mid_*")})
     state, step = training.create(config)
