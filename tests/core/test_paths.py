@@ -114,7 +114,7 @@ def test_a_numpy_scalar_does_not_change_the_dtype():
 
 def test_bad_arguments_are_refused(unchecked_annotations):
     x, t, time = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.zeros(2)
-    chain = schedules.from_betas(schedules.betas("linear", 10))
+    chain, flow = schedules.from_betas(schedules.betas("linear", 10)), schedules.rectified_flow()
     learned = lambda x, time: jnp.concatenate([x, x], axis=-1)  # noqa: E731
     for call, message in (
         (lambda: process.q_sample(EDM, x, t, x), "the time on a path must be float"),
@@ -130,14 +130,14 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="log_normal"), "log_normal draws levels of a path"),
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown timestep_sampler 'gaussian'"),
         (lambda: losses.continuous_vlb(KEY, chain, gaussian(chain), x), "needs a path"),
-        (lambda: losses.continuous_vlb(KEY, schedules.rectified_flow(), gaussian(EDM), x), "interval="),
-        (lambda: timesteps.uniform_log_snr()(KEY, 4, schedules.rectified_flow()), "interval="),
+        (lambda: losses.continuous_vlb(KEY, flow, gaussian(EDM), x), "interval="),
+        (lambda: timesteps.uniform_log_snr()(KEY, 4, flow), "interval="),
         (lambda: likelihood.bits_per_dim(KEY, EDM, gaussian(EDM), x), "from_path"),
         (lambda: sampling.sample(KEY, EDM, gaussian(EDM), x, sampling.ddim()), "from_path"),
         (lambda: sampling.encode(EDM, gaussian(EDM), x), "from_path"),
-        (lambda: convert(x, x, schedules.rectified_flow().at(1000.0, x)), "alpha is 0"),
+        (lambda: convert(x, x, flow.at(1000.0, x)), "alpha is 0"),
         (lambda: schedules.from_path(EDM, [1.0, 0.5]), "increasing"),
-        (lambda: schedules.from_path(schedules.rectified_flow(), [0.0, 500.0]), "inf at time 0"),
+        (lambda: schedules.from_path(flow, [0.0, 500.0]), "inf at time 0"),
         (lambda: schedules.from_path(EDM, [0.002, 1.0, 80.0]), "time_at_log_snr"),
         (lambda: schedules.from_path(FLOW, [0.5, 500.0]), "1 ... 999, but one is 0.5"),
         (lambda: schedules.path(lambda time: time, interval=(0, 1)), "decrease strictly"),
@@ -152,10 +152,7 @@ def test_bad_arguments_are_refused(unchecked_annotations):
             for ends in ((0.0, 1001.0), (-0.5, 1000.0))
         ),
         (lambda: timesteps.log_normal(std=0.0), "std must be above 0"),
-        (
-            lambda: losses.simple(KEY, schedules.rectified_flow(), gaussian(EDM), x, weighting="edm"),
-            "ends in pure noise",
-        ),
+        (lambda: losses.simple(KEY, flow, gaussian(EDM), x, weighting="edm"), "ends in pure noise"),
         (lambda: coordinates.precondition(gaussian(EDM), EDM, 0.0), "sigma_data must be above 0"),
         (lambda: schedules.rescale_zero_terminal_snr([0.1]), "one step"),
     ):

@@ -87,7 +87,7 @@ def in_deviations(mean, covariance, problem):
 
 
 @pytest.mark.parametrize("sampler", [sampling.dpm_solver_pp(2), sampling.heun()], ids=["2m", "heun"])
-@pytest.mark.parametrize("d", [2, 8, pytest.param(64, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("d", [2, 8, 64])
 def test_samplers_with_mmps_draw_from_the_exact_posterior(d, sampler, x64):
     """Mean within 0.02 deviations (the start from the prior at s = 80 leaves about 1 / 80), variances within 2%."""
     problem = Problem(d)

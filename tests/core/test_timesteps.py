@@ -15,7 +15,6 @@ KEY = jax.random.key(0)
 FINITE = {name: path for name, path in PATHS.items() if name != "rectified_flow"}
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["uniform", "antithetic", "stratified", "loss_second_moment"])
 def test_timesteps_are_uniform(name):
     """Chi-squared over 10 bins from independent batches; each draw alone must be uniform."""
@@ -64,7 +63,6 @@ def test_the_sampler_is_uniform_until_every_step_is_full():
     np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
 
 
-@pytest.mark.thorough
 def test_the_uniform_part_of_importance_sampling():
     """Half of the distribution is uniform: a step whose losses are 0 keeps the probability 1 / (2 T) and has weight 2."""
     t = jnp.repeat(jnp.arange(4), 2)

@@ -48,11 +48,7 @@ def test_diffusers_and_back_to_the_bit(name, tmp_path):
         ({}, {"prediction": "x_prev"}, "prediction"),
         ({}, {"variance": "learned"}, "variance"),
         ({}, {"low_resolution": 8}, "low_resolution"),
-        (
-            {},
-            {"schedule": schedules.from_betas(schedules.betas("linear", 10), np.arange(10) * 100.0)},
-            "rescale_timesteps",
-        ),
+        ({}, {"schedule": schedules.from_betas(10 * [0.1], np.arange(10) * 100.0)}, "rescale_timesteps"),
         ({}, {"clip": jnp.tanh}, "clip"),
     ],
 )

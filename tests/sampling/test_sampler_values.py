@@ -100,7 +100,6 @@ def one_gaussian(x, time):
     return jnp.where(time[:, None] < 4.5, 0.5 * jnp.tanh(x) + 0.05 * time[:, None], jnp.nan)
 
 
-@pytest.mark.thorough
 def test_pure_noise_is_refused_where_it_is_visited():
     x = jnp.ones((1, 2))
     for start in (None, 5):

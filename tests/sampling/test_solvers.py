@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax import Denoiser, sampling, schedules
-from diffusion_jax.denoiser import dynamic_threshold
 from helpers.gaussian_mixtures import FULL, S2, M, gaussian, mixture
 from helpers.path_networks import EDM, exact_denoiser, levels, rho_levels
 from helpers.samplers import MAKERS, METHODS, is_deterministic
@@ -110,18 +109,6 @@ def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     assert low.dtype == jnp.float32 and np.isfinite(low).all()
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", METHODS)
-def test_every_prediction_gives_the_same_samples(name, x64):
-    schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 2))
-    outs = [
-        sampling.sample(KEY, schedule, Denoiser(mixture(p), prediction=p, clip=False), x_T, MAKERS[name]())
-        for p in ("eps", "x_0", "v", "score")
-    ]
-    np.testing.assert_allclose(outs[1:], [outs[0]] * 3, rtol=1e-7)
-
-
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_every_solver_from_pure_noise(name):
     """A schedule whose alpha_bar ends at 0, with a network that predicts v; the samples must have the Gaussian data's
@@ -141,9 +128,7 @@ ZERO_TERMINAL = schedules.from_betas(schedules.rescale_zero_terminal_snr(schedul
 FLOW = schedules.from_path(schedules.rectified_flow(), np.linspace(1, 1000, 1000))
 
 
-@pytest.mark.parametrize(
-    "full", [FLOW, pytest.param(ZERO_TERMINAL, marks=pytest.mark.thorough)], ids=["flow", "zero terminal"]
-)
+@pytest.mark.parametrize("full", [FLOW, ZERO_TERMINAL], ids=["flow", "zero terminal"])
 def test_ten_steps_from_pure_noise(full):
     """Churn adds no noise to pure noise, and UniPC does not correct the step from it, which is infinitely long.
 
@@ -177,7 +162,6 @@ def test_inversion_reconstructs_and_the_second_order_does_so_better(x64):
     assert second[0] < 0.3 * first[0] and second[0] < 0.5 * first[1]  # also at the same number of network calls
 
 
-@pytest.mark.thorough
 def test_learned_variances_do_not_change_deterministic_solvers():
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jax.random.normal(KEY, (3, 2))
 
@@ -191,17 +175,6 @@ def test_learned_variances_do_not_change_deterministic_solvers():
         np.testing.assert_allclose(learned, plain, rtol=1e-5, atol=1e-6)
         with pytest.raises(ValueError, match="twice the channels"):
             sampling.sample(KEY, schedule, Denoiser(mixture(), variance="learned_range"), x_T, sampler)
-
-
-@pytest.mark.thorough
-def test_the_clip_and_the_dynamic_threshold():
-    schedule, x_T = schedules.respace(FULL, 8, "log_snr"), jax.random.normal(KEY, (3, 4))
-    wide = lambda x, time: 4 * mixture()(x, time)  # noqa: E731
-    for name in ("ddim", "dpm_solver_pp", "heun churn"):
-        for clip in (True, dynamic_threshold(0.5)):
-            denoiser = Denoiser(wide, clip=clip)
-            _, way = sampling.sample(KEY, schedule, denoiser, x_T, MAKERS[name](), trajectory=True)
-            assert abs(way.x_0).max() <= 1.0, name
 
 
 @pytest.mark.thorough

@@ -87,11 +87,7 @@ def test_a_condition_is_none_where_it_is_marked_and_unmarked_nan_makes_the_examp
 def test_float_data_are_not_mirrored_by_default():
     """A config without levels has 256 levels, so only the batch shows that the data are no images."""
     for overrides, batch, words in (
-        (
-            {"data.random_flip": True},
-            {"x": IMAGE * 1.0},
-            "mirrors only uint8 images; use data.random_flip=False",
-        ),
+        ({"data.random_flip": True}, {"x": IMAGE * 1.0}, "mirrors only uint8 images; use data.random_flip=False"),
         ({"data.levels": None}, {"image": IMAGE}, "data.levels=None is for continuous data .*use data.levels=256"),
         ({"diffusion.loss": "vlb"}, {"x": IMAGE * 1.0}, "data.levels=17: the loss vlb .* use data.levels=None"),
     ):
@@ -144,10 +140,7 @@ def test_float_data_are_taken_as_they_are(dtype):
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (
-            {"image": IMAGE / 127.5 - 1},
-            r'batch\["image"\] must be uint8.*float data.* are given as "x".*got float(32|64)',
-        ),
+        ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.* are given as "x".*got float(32|64)'),
         ({"x": IMAGE}, r'batch\["x"\] must be float.*given as "image"\); got uint8'),
         ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
         ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[8, 8, 8, 1\].*data.channels.*got uint8 \[8, 8, 8, 3\]"),
@@ -155,13 +148,10 @@ def test_float_data_are_taken_as_they_are(dtype):
         ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
         ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
         (LABELED, r'a batch must have "condition", float \[8, 2\], for model.condition_features'),
-        (
-            LABELED | {"condition": np.zeros((8, 3))},
-            r'"condition"\] must be float of shape \[8, 2\], for model.condition_features.*; got float.* \[8, 3\]',
-        ),
+        (LABELED | {"condition": np.zeros((8, 3))}, r'"condition"\] must be float of shape \[8, 2\].* \[8, 3\]'),
         (
             LABELED | {"condition": np.zeros((8, 2)), "condition_missing": np.zeros(8)},
-            r'"condition_missing"\] must be bool of shape \[8\], for examples without a condition; got float.* \[8\]',
+            r'"condition_missing"\] must be bool',
         ),
     ],
 )

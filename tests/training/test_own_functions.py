@@ -55,11 +55,6 @@ def test_a_draw():
     words = r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"
     with pytest.raises(ValueError, match=words):
         training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
-    texts = {"diffusion__path": "edm", "diffusion__timestep_sampler": "stratified"}
-    with pytest.raises(
-        ValueError, match="timestep_sampler='stratified' has no effect on .*, which draws the levels itself"
-    ):
-        training.build_program(config_with(diffusion__draw=own_networks.draw, **texts))
 
 
 def metrics_of(config):
