@@ -1,4 +1,4 @@
-# make demo: set up, train on the embedded digits, show samples.   make test: the tests; make test-all: with the longest runs.
+# make demo: set up, train on the embedded digits, show samples.   make test: the tests; make test-all: with runs of the program and slower tests.
 # make accelerator: the first command on a machine with a GPU or TPU.
 PYTHON ?= python3
 # make setup EXTRA=cuda (or tpu) installs the accelerator's jax as well.
@@ -36,7 +36,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# With the longest runs, and several processes.
+# With runs of the program, several processes, and the slower tests of the library.
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser"
 

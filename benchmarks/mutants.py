@@ -36,38 +36,72 @@ from benchmarks.mutant_drawing import PACKAGE, Mutant, draw
 MEMORY = 8 * 2**30  # limit of each process, in bytes: a mutant can allocate any amount
 NO_TESTS = 5  # pytest's exit status if the marks select no test
 _APART = "not slow and not parity and not faults and not browser"
-QUICK, OTHERS = f"not whole and {_APART}", f"whole and {_APART}"  # `make test`, and the rest of `make test-all`
+QUICK = f"not whole and not thorough and {_APART}"  # `make test`
+OTHERS = f"(whole or thorough) and {_APART}"  # the rest of `make test-all`
 BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"
 
 # The tests for a file or folder, below tests/, the most likely to fail first. All other folders use tests/FOLDER.
 CORE = {
-    "arrays.py": ("test_dtypes.py", "test_refusals.py"),
-    "denoiser.py": ("test_denoiser.py", "test_process.py", "test_refusals.py", "test_dtypes.py", "test_guidance.py"),
-    "process.py": ("test_process.py", "test_refusals.py", "test_dtypes.py", "sampling"),
-    "schedules": ("test_schedules.py", "test_paths.py", "test_process.py", "test_refusals.py"),
-    "sampling": ("sampling", "test_refusals.py"),
-    "losses.py": ("test_losses.py", "test_paths.py", "test_refusals.py", "test_dtypes.py", "models/test_classifier.py"),
-    "likelihood.py": ("test_decoder.py", "test_likelihood.py", "test_data_range.py", "test_refusals.py"),
-    "guidance.py": ("test_guidance.py", "test_refusals.py"),
-    "coordinates.py": ("test_paths.py", "runs/test_path_runs.py"),
-    "timesteps.py": ("test_timesteps.py", "test_refusals.py", "test_losses.py"),
-    "draws.py": ("test_paths.py", "test_timesteps.py"),
-    "measurements.py": ("test_measurements.py", "test_posterior.py", "test_editing.py"),
-    "posterior.py": ("test_posterior.py",),
-    "labels.py": ("test_losses.py", "test_guidance.py", "test_refusals.py"),
-    "editing.py": ("test_editing.py", "test_refusals.py"),
+    "arrays.py": ("core/test_dtypes.py", "core/test_refusals.py"),
+    "denoiser.py": (
+        "core/test_denoiser.py",
+        "core/test_process.py",
+        "core/test_refusals.py",
+        "core/test_dtypes.py",
+        "core/test_guidance.py",
+    ),
+    "process.py": ("core/test_process.py", "core/test_refusals.py", "core/test_dtypes.py", "sampling"),
+    "schedules": (
+        "core/test_schedules.py",
+        "core/test_paths.py",
+        "core/test_process.py",
+        "core/test_refusals.py",
+        "core/test_path_bounds.py",
+        "core/test_coordinates.py",
+        "core/test_timesteps.py",
+        "core/test_denoiser.py",
+        "core/test_losses.py",
+        "sampling/test_solvers.py",
+    ),
+    "sampling": ("sampling", "core/test_refusals.py"),
+    "losses.py": (
+        "core/test_losses.py",
+        "core/test_path_bounds.py",
+        "core/test_coordinates.py",
+        "core/test_paths.py",
+        "core/test_refusals.py",
+        "core/test_dtypes.py",
+        "models/test_classifier.py",
+    ),
+    "likelihood.py": (
+        "core/test_decoder.py",
+        "core/test_likelihood.py",
+        "core/test_path_bounds.py",
+        "core/test_data_range.py",
+        "core/test_refusals.py",
+    ),
+    "guidance.py": ("core/test_guidance.py", "core/test_refusals.py"),
+    "coordinates.py": ("core/test_coordinates.py", "core/test_losses.py", "runs/test_path_runs.py"),
+    "timesteps.py": ("core/test_timesteps.py", "core/test_refusals.py", "core/test_losses.py", "core/test_paths.py"),
+    "draws.py": ("core/test_timesteps.py", "core/test_losses.py", "core/test_path_bounds.py"),
+    "measurements.py": ("core/test_measurements.py", "core/test_posterior.py", "core/test_editing.py"),
+    "posterior.py": ("core/test_posterior.py",),
+    "labels.py": ("core/test_losses.py", "core/test_guidance.py", "core/test_refusals.py"),
+    "editing.py": ("core/test_editing.py", "core/test_refusals.py"),
     "training/step.py": ("training", "models/test_upsampling.py"),
 }
 ELSEWHERE = {
     "__init__.py": ("test_package.py",),
     "cli.py": ("runs",),
-    "config": ("config", "runs/test_bad_configs.py"),
+    "config": ("config", "test_installation.py", "runs/test_bad_configs.py"),
     "console.py": ("test_console.py",),
-    "errors.py": ("runs", "config"),
+    "distributed": ("distributed", "training/test_saves.py"),
+    "errors.py": ("runs", "config", "test_installation.py"),
+    "evaluation": ("evaluation", "metrics"),
     "files.py": ("test_files.py", "runs"),
-    "functions.py": ("models/test_custom.py", "training/test_own_functions.py", "config"),
-    "images.py": ("test_data_range.py", "data", "pictures"),
-    "metrics": ("evaluation",),
+    "functions.py": ("models/test_custom.py", "training/test_own_functions.py", "config", "test_installation.py"),
+    "images.py": ("core/test_data_range.py", "data", "pictures"),
+    "metrics": ("metrics", "evaluation"),
     "provenance.py": ("runs",),
     "run_dir.py": ("storage", "runs/test_train.py"),
     "runs/edit.py": ("runs/test_edit.py", "runs/test_edit_arrays.py"),
@@ -91,7 +125,7 @@ ELSEWHERE = {
     ),
     "pretrained/model.py": ("pretrained", "runs/test_path_runs.py", "runs/test_sample.py"),
     "training/from_config.py": ("training", "runs/test_path_runs.py"),
-    "types.py": ("test_types.py",),
+    "types.py": ("core/test_types.py",),
     "untrusted.py": ("test_untrusted.py", "runs/test_strangers.py"),
 }
 

@@ -123,7 +123,7 @@ def test_experiments_import_the_config_package_alone():
             assert not isinstance(node, ast.ImportFrom) or node.module == "diffusion_jax.config", path
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
     """The network, schedule, optimizer and train step of each config, by shapes alone."""

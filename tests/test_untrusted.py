@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import pickle
 import zipfile
+import zlib
 
 import h5py
 import numpy as np
@@ -137,8 +139,6 @@ def test_a_picture_of_60000_by_60000_pixels_is_one_line(tmp_path):
     Image.new("1", (60_000, 60)).save(tmp_path / "a.png")
     content = bytearray((tmp_path / "a.png").read_bytes())
     content[20:24] = (60_000).to_bytes(4, "big")
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match="3600000000 pixels"):
@@ -216,8 +216,6 @@ def test_hdf5_reads_no_other_file(tmp_path):
 
 
 def test_zarr_unpickles_nothing(tmp_path):
-    import pickle
-
     array = tmp_path / "a.zarr" / "x"
     array.mkdir(parents=True)
     (tmp_path / "a.zarr" / ".zgroup").write_text('{"zarr_format": 2}')

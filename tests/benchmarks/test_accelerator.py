@@ -16,14 +16,8 @@ def restored_precision():
     jax.config.update("jax_default_matmul_precision", before)
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    ("name", "pixels", "gmac"),
-    [
-        ("ddpm_cifar10", 32, 6.22),
-        ("adm_imagenet64", 64, 109.7),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "pixels", "gmac"), [("ddpm_cifar10", 32, 6.22), ("adm_imagenet64", 64, 109.7)])
 def test_multiplications_are_the_published_ones(name, pixels, gmac):
     model = models.preset(name)
     # Published counts convolve the doubled image; this package takes 4 products for 9 (models.layers.convolve_upsampled).

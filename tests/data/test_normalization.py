@@ -113,16 +113,8 @@ def with_nan(x, row):
     ("changes", "arrays", "words"),
     [
         ({}, {"x": with_nan(series(600), 411)}, "example 411 has values that are not finite; remove or repair it"),
-        (
-            {},
-            {"x": series(), "condition": np.r_[np.zeros(9), np.inf, np.zeros(990)][:, None]},
-            "example 9 .* condition",
-        ),
-        (
-            {},
-            {"x": series(scale=(1.0, 0.0))},
-            "channel 1 of the data is constant up to rounding .-5e.06 everywhere.*data.normalization",
-        ),
+        ({}, {"x": series(), "condition": np.r_[[0.0] * 9, np.inf, [0.0] * 990][:, None]}, "example 9 .* condition"),
+        ({}, {"x": series(scale=(1.0, 0.0))}, "channel 1 of the data is constant .*data.normalization"),
         ({"normalization": "limits"}, {"x": series()}, r"needs data.limits=\(low, high\)"),
         ({"normalization": "none"}, {"image": np.zeros((3, 4, 2), np.uint8)}, "always become .-1, 1.: use 'auto'"),
     ],

@@ -75,7 +75,7 @@ def test_the_verdict_needs_the_kill_rates_and_the_means():
     assert found["kill_within_0.001"] == 1 and abs(found["wavelength_z"]) > 3 and found["within_error_bars"] == 0
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_patterns_obey_the_laws_and_suit_the_config():
     config = configs.experiment("patterns")
     fields, kill = draw(jax.random.key(0), 12)

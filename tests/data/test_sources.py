@@ -46,15 +46,9 @@ def labeled(i):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (
-            later(lambda i: {"x": np.ones((len(i), 4), int)}, of_x),
-            r'"x" float64 \[\d+, 4\], not .*"x" int64 \[\d+, 4\]$',
-        ),
+        (later(lambda i: {"x": np.ones((len(i), 4), int)}, of_x), r'"x" float64 .*, not .*"x" int64 \[\d+, 4\]$'),
         (later(of_x, lambda i: {"x": X[i, :1]}), r'"x" float64 \[\d+, 1\], not as .*"x" float64 \[\d+, 4\]$'),
-        (
-            later(of_x, lambda i: {"x": np.ones((len(i), 5))}),
-            r'"x" float64 \[\d+, 5\], not as .*"x" float64 \[\d+, 4\]$',
-        ),
+        (later(of_x, lambda i: {"x": np.ones((len(i), 5))}), r'\[\d+, 5\], not as .*"x" float64 \[\d+, 4\]$'),
         (later(labeled, of_x), r'\d\], not as for its first example "x" .*, "label" int'),
         (later(of_x, labeled), r'"label" int64 \[\d+\], not as for its first example "x" float64 \[\d+, 4\]$'),
         (lambda i: {"x": X[i], "label": i % 4}, "labels from 0 to 3; num_classes=3 allows 0 ... 2"),
@@ -77,16 +71,8 @@ IMAGES = np.zeros((600, 4), np.uint8)
         ({}, {"x": X, "condition": X[:, 0]}, r'"condition" as float64 \[4\]; it must be numbers \[n, D\]'),
         ({}, {"x": X, "condition": X + 1j}, r'"condition" as complex128 \[4, 4\]'),
         ({}, {"x": X, "labels": X}, '"label", "condition" and "condition_missing"; got \'x\', \'labels\''),
-        (
-            {},
-            {"x": X, "condition": X, "condition_missing": np.zeros(600)},
-            r'"condition_missing" as float64 \[4\]; .* bool',
-        ),
-        (
-            {},
-            {"x": X, "condition_missing": np.zeros(600, bool)},
-            r'as bool \[4\] without "condition"; it must be bool \[n\]',
-        ),
+        ({}, {"x": X, "condition": X, "condition_missing": np.zeros(600)}, r'"condition_missing" as float64 \[4\]'),
+        ({}, {"x": X, "condition_missing": np.zeros(600, bool)}, r'as bool \[4\] without "condition"'),
         ({}, {"x": X, "image": IMAGES}, "must return .* got 'x', 'image'"),
         ({}, {"image": IMAGES}, "data.levels=None is for continuous .*use data.levels=256"),
         ({"levels": 256}, {"x": X}, "data.levels=256, but the data are float64.*use data.levels=None"),

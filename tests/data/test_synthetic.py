@@ -109,7 +109,7 @@ def test_the_entropy_of_series_is_the_mean_of_minus_log_density():
     assert abs(values.mean() - distribution.entropy(16)) < 4 * values.std() / np.sqrt(4_000)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["field", "volume"])
 def test_the_spectrum_of_periodic_arrays_is_the_exact_one_and_no_other(name):
     source = load(name)

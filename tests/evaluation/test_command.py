@@ -154,10 +154,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
         (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
         (("digits", good, "--features=inception"), "need inception=PATH, the weights of FID"),
-        (
-            (good, wider, "--features=digits"),
-            "8x8 images and .*wider.npz has 16x16 images, .*--image_size",
-        ),
+        ((good, wider, "--features=digits"), "8x8 images and .*wider.npz has 16x16 images, .*--image_size"),
     ):
         assert re.search(words, refused(capsys, *arguments)), arguments
 

@@ -42,7 +42,7 @@ def port(redrawn, tmp_path_factory):
     return path
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, monkeypatch):
     import tensorflow as tf
 
@@ -70,7 +70,7 @@ def test_the_port_and_the_graph_have_the_same_weights(redrawn, port, tmp_path, m
             np.testing.assert_array_equal(found[at], value)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_wrong_weight_files_are_refused(port, tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -106,7 +106,7 @@ def test_the_clean_resize_equals_pillow():
         np.testing.assert_allclose(ours, theirs, atol=0.01)  # of 255; Pillow rounds between its two passes
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_features_of_inception_equal_those_of_torch_fidelity(port):
     """The features equal torch-fidelity's for the same weights and images; a gray image equals a color image with equal
     channels."""

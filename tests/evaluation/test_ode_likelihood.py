@@ -24,7 +24,7 @@ def data(n, d=4):
     return M + np.sqrt(S2) * jax.random.normal(jax.random.key(0), (n, d))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "score"])
 def test_the_density_of_a_gaussian(prediction):
     """Within 1e-3 nats per dimension of log N(x; m, s^2); the noise at index 0 and the tolerance cause smaller errors."""
@@ -46,7 +46,7 @@ def test_the_density_of_a_gaussian(prediction):
     assert 5 < density.num_steps < 200
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 2, 2), (2, 1, 2, 2)])
 def test_arrays_of_every_shape_in_the_units_of_the_data(shape, trace):
@@ -81,7 +81,7 @@ def test_arrays_of_every_shape_in_the_units_of_the_data(shape, trace):
     np.testing.assert_allclose(found, expected, atol=1e-3 if trace == "exact" else 0.2)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_discrete_likelihood_has_its_closed_form_and_bounds_the_truth():
     """Images with 17 levels, whose true probability is a Gaussian's mass in each cell; the model's density is Gaussian."""
     levels, width = 17, 2 / 16
@@ -102,7 +102,7 @@ def test_discrete_likelihood_has_its_closed_form_and_bounds_the_truth():
     assert bits.mean() > entropy
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_images_a_rounding_off_their_level_count_as_it():
     """The digits' 17 levels, as uint8 has them."""
     levels = np.round(np.arange(17) * 255 / 16)
@@ -114,7 +114,7 @@ def test_images_a_rounding_off_their_level_count_as_it():
     np.testing.assert_allclose(run(stored.astype(np.float32)), run(even.astype(np.float32)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
     full = schedules.from_betas(np.append(SCHEDULE.betas, 1.0))
     run = functools.partial(
@@ -123,7 +123,7 @@ def test_a_chain_that_ends_at_zero_snr_ends_one_step_before():
     np.testing.assert_allclose(run(full).log_density, run(SCHEDULE).log_density, atol=1e-3)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
     """The respaced schedule's index 0 may have more noise (trailing), and its last index a signal (leading); the ODE ends at
     neither index. The result is compared with N(0, I) pushed through the closed-form map of all 1000 steps, and for a start
@@ -142,7 +142,9 @@ def test_a_respaced_schedule_has_the_likelihood_of_the_whole_one():
     assert abs(from_there - pushed).mean() > 0.01
 
 
-@pytest.mark.parametrize(("steps", "trace"), [(10, "hutchinson"), pytest.param(None, "exact", marks=pytest.mark.whole)])
+@pytest.mark.parametrize(
+    ("steps", "trace"), [(10, "hutchinson"), pytest.param(None, "exact", marks=pytest.mark.thorough)]
+)
 def test_variational_dequantization_of_a_traced_schedule(steps, trace):
     """256 levels in three dimensions: -log p(x_1) + log q(x_1 | x_0) - log P(x_0 | x_1) in float64, for the same draws of
     x_1 at index 0, where a trailing schedule has more noise. The network's Jacobian is diagonal, so the trace along any
@@ -208,7 +210,7 @@ def log_density_by_diffrax(derivative, start, end, x, last_variance):
     return jax.jit(jax.vmap(of_row))(x)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_others_coordinates_give_the_same_likelihoods():
     """diffrax solves dy/ds and dz/dtau, with the papers' formulas and exact divergences; paths with the same ends must
@@ -259,7 +261,7 @@ def test_the_ode_of_a_path_with_infinite_ends_ends_at_the_outer_steps_with_noise
         np.testing.assert_allclose(ends, [np.log(0.001 / 0.999), np.log(9)], rtol=1e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_bad_arguments_and_a_solver_that_gives_up(unchecked_annotations):
     x, key = jnp.zeros((2, 3)), jax.random.key(0)
     assert np.isnan(ode_likelihood.log_density(key, SCHEDULE, exact, data(4), max_steps=3).log_density).all()

@@ -5,9 +5,7 @@ Activations are [N, C, H, W], and names are those in EDM's files. One class, `Ne
 
 import numpy as np
 
-
-def silu(x):
-    return x / (1 + np.exp(-x))
+from helpers.networks import silu
 
 
 def convolve(x, weight, bias):

@@ -25,7 +25,7 @@ def group_norm(x, layer, groups=2, epsilon=1e-5):
     return x.reshape(b, h, w, c) * layer["norm"]["scale"] + layer["norm"]["bias"]
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("resample", [downsample_2x, upsample_2x])
 def test_resampling_block_equals_adm_in_numpy(resample):
     """In float64 NumPy: both branches are resampled; the residual branch between its first SiLU and its first
@@ -47,7 +47,7 @@ def test_resampling_block_equals_adm_in_numpy(resample):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_group_norm_equals_numpy():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)) * np.array([0.1, 1, 5, 1, 1, 1]) + 100.0
     norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
@@ -57,7 +57,7 @@ def test_group_norm_equals_numpy():
     np.testing.assert_allclose(norm.apply(params, jnp.float32(x)), true, atol=2e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
     """The value and the derivatives, also with respect to the shift, equal those of the norm applied to the sum."""
     keys = iter(jax.random.split(jax.random.key(0), 5))

@@ -28,7 +28,7 @@ def without(params, *names):
     ("kind", "fields", "shape"),
     [
         (models.MLP, SMALL, (3,)),
-        pytest.param(models.UNet, TINY | {"spatial_dims": 1}, (4, 3), marks=pytest.mark.whole),
+        pytest.param(models.UNet, TINY | {"spatial_dims": 1}, (4, 3), marks=pytest.mark.thorough),
     ],
 )
 def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
@@ -47,12 +47,12 @@ def test_a_vector_shifts_the_time_embedding(kind, fields, shape):
     assert abs(apply(kind(**fields), plain, x, time) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.whole), 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.thorough), 0.1])
 @pytest.mark.parametrize(
     ("kind", "fields", "shape"),
     [
         (models.MLP, SMALL, (3,)),
-        pytest.param(models.UNet, TINY | {"spatial_dims": 1}, (4, 3), marks=pytest.mark.whole),
+        pytest.param(models.UNet, TINY | {"spatial_dims": 1}, (4, 3), marks=pytest.mark.thorough),
     ],
 )
 def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
@@ -71,7 +71,7 @@ def test_an_array_is_concatenated_to_the_channels(kind, fields, shape, dropout):
         assert abs(apply(model, params, x, time, condition=0 * c) - null).max() > 1e-3  # zeros are data
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["features", "channels"])
 def test_dropout_gives_the_null_condition_in_training_alone(kind):
     """A training output equals the output for the condition or for the null condition, at the configured rate."""
@@ -136,7 +136,7 @@ def test_microbatches_drop_the_labels_and_conditions_of_the_whole_batch():
             np.testing.assert_array_equal(one, microbatch.take(both))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["features", "channels"])
 def test_gradients_are_finite_where_some_have_no_condition(kind):
     model = models.MLP(**SMALL, **{f"condition_{kind}": 2}, condition_dropout=0.5, dtype="bfloat16")

@@ -71,7 +71,7 @@ def test_a_pair_of_functions_takes_further_scalars():
     np.testing.assert_allclose(more, plain + 5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("linen", marks=pytest.mark.whole), "of_nnx"])
+@pytest.mark.parametrize("kind", [pytest.param("linen", marks=pytest.mark.thorough), "of_nnx"])
 def test_dropout_follows_the_key_and_is_off_without_training(kind):
     model = network_of(kind, {"model.dropout": "0.5"})
     params = init(model)
@@ -139,11 +139,7 @@ def test_extra_stays_float32_in_bfloat16(kind):
         ("number", {}, "must return a Linen module, an NNX module or a pair .* not a int"),
         ("linen", {"model.options.depth": "3"}, "model.options.depth is not an argument .*; its options: width"),
         ("linen", {"model.options.width": "wide"}, "model.options.width='wide' must be a whole number"),
-        (
-            "pair",
-            {"model.options.mode": "wides"},
-            "model.options.mode='wides' must be plain or wide; did you mean wide",
-        ),
+        ("pair", {"model.options.mode": "wides"}, "model.options.mode='wides' must be plain or wide"),
         ("linen", {"model.channels": "64"}, "model.channels=64 has no effect .* use 128"),
         ("absent", {}, "helpers.own_networks:absent cannot be imported"),
         ("pair", {"model.condition_features": "2", "model.condition_dropout": "0.5"}, "does not depend on condition"),
@@ -163,16 +159,6 @@ def test_options_are_settings_of_a_run():
     assert again.model.options.to_dict() == {"width": 7}
     with pytest.raises(ValueError, match="model.options={'width': 3} are for"):
         training.model_from_config(configs.resolve({"model": {"options": {"width": 3}}}))
-
-
-def test_a_file_names_a_network(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "def net(shapes):\n    return lambda key: 1.0, lambda params, x_t, time: params * x_t + time.sum()\n"
-    )
-    config = configs.override(tiny_config(), {"model.kind": f"{path}:net", "model.dropout": "0"})
-    model = training.model_from_config(config)
-    assert models.source_file(model) == path.resolve()
 
 
 def test_a_file_is_found_beside_the_config_and_from_another_directory(tmp_path, monkeypatch):
@@ -233,7 +219,7 @@ def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
     np.testing.assert_allclose(output, 5 * X + 2 * TIME[:, None, None, None] + 3, rtol=1e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["linen", "of_nnx", "pair"])
 def test_microbatches_take_the_same_step(kind):
     """The gradient of two microbatches is that of the batch, with the dropout layers of Linen."""
@@ -260,17 +246,6 @@ def test_a_file_of_weights_imports_nothing_by_itself(tmp_path):
         np.testing.assert_array_equal(output_of(loaded), output_of(net))
     with pytest.raises(pretrained.PretrainedError, match="diffusers has no such network"):
         pretrained.save_diffusers(net, tmp_path / "folder")
-
-
-@pytest.mark.whole
-def test_loading_imports_no_path_by_itself(tmp_path):
-    config = configs.override(array_config("vectors", ""), {"diffusion.path": "helpers.own_networks:path"})
-    params = training.model_from_config(config).init(jax.random.key(0), jnp.zeros((1, 3)), TIME[:1])["params"]
-    net = pretrained.from_config(config, params)
-    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    with pytest.raises(pretrained.PretrainedError, match="needs the function helpers.own_networks:path"):
-        pretrained.load(tmp_path / "net.safetensors")
-    assert pretrained.load(tmp_path / "net.safetensors", network=True).schedule.path == own_networks.path()
 
 
 def test_a_run_imports_its_network_only_if_it_is_named_again(tmp_path, capsys):
@@ -329,17 +304,9 @@ def test_microbatches_draw_different_numbers(kind):
     """Of a network that draws them outside Linen's dropout layers."""
     model = network_of(kind, {"model.dropout": "0.5"})
     params = init(model)
-    outputs = [
-        model.apply(
-            {"params": params},
-            X,
-            TIME,
-            train=True,
-            rngs={"dropout": jax.random.key(0), "microbatch": jax.random.key(i)},
-        )
-        for i in (1, 2)
-    ]
-    assert (outputs[0] != outputs[1]).mean() > 0.25
+    keys = [{"dropout": jax.random.key(0), "microbatch": jax.random.key(i)} for i in (1, 2)]
+    one, two = (model.apply({"params": params}, X, TIME, train=True, rngs=rngs) for rngs in keys)
+    assert (one != two).mean() > 0.25
 
 
 def test_weights_start_from_weights_with_another_dropout(tmp_path):
@@ -366,6 +333,7 @@ def test_no_flag_lets_weights_import_a_function_that_it_does_not_name(tmp_path):
             cli.parse([f"--pretrained={path}", f"--workdir={tmp_path / 'run'}", flag])
     with pytest.raises(pretrained.PretrainedError, match="needs the function helpers.own_networks:path"):
         pretrained.load(path, network=own_networks.linen)
+    assert pretrained.load(path, network=True).schedule.path == own_networks.path()
     parsed = cli.parse([f"--pretrained={path}", f"--workdir={tmp_path / 'run'}", "--trust_network"])
     assert parsed.config.model.kind == "helpers.own_networks:linen"
     workdir.write_config(configs.override(tiny_config(), {"diffusion.weighting": "evil:weight"}), tmp_path / "other")

@@ -14,8 +14,7 @@ from diffusion_jax import cli, models, pretrained, training
 from diffusion_jax import config as configs
 from diffusion_jax.functions import import_function
 from diffusion_jax.models import Shapes
-from diffusion_jax.provenance import params_digest
-from diffusion_jax.runs import sample, train
+from diffusion_jax.runs import train
 from helpers.array_configs import array_batch, array_config
 from helpers.configs import a_batch, tiny_config
 from helpers.networks import redraw
@@ -55,12 +54,8 @@ def test_the_command_of_the_docstring_builds_the_network(name, monkeypatch):
     assert isinstance(training.model_from_config(config), models.CustomNetwork)  # with the dropout of the digits
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    "name",
-    ["transformer.py:transformer", "nnx_mlp.py:mlp", pytest.param("equinox_unet.py:unet", marks=pytest.mark.whole)],
-    ids=["transformer", "nnx_mlp", "equinox_unet"],
-)
+@pytest.mark.thorough
+@every_network
 def test_two_train_steps(name):
     config = own(tiny_config(), name, {"model.options.levels": "1"} if name == "equinox_unet.py:unet" else {})
     state, step = training.create(config)
@@ -125,7 +120,7 @@ def test_positions_differ_and_follow_the_formula():
     assert len(np.unique(table.round(4), axis=0)) == 6
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_new_transformer_is_zero_and_its_blocks_are_the_identity():
     network = function_of("transformer.py:transformer")(Shapes((8, 8, 1), (8, 8, 1)), width=8, depth=1, heads=2)
     x, time = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0.0, 700.0])
@@ -178,13 +173,8 @@ def test_low_rank_changes_of_a_trained_network(tmp_path):
     base = pretrained.from_config(config, redraw(params))
     pretrained.save_safetensors(base, weights)
     texts = {"model.kind": f"{ROOT / 'examples' / 'low_rank.py'}:low_rank", "model.options.weights": str(weights)}
-    texts |= {
-        "model.options.rank": "2",
-        "model.dropout": "0",
-        "optimizer.frozen": "network/base/*,",
-        "optimizer.learning_rate": "0.01",
-    }
-    config = configs.override(config, texts)
+    texts |= {"model.options.rank": "2", "model.dropout": "0", "optimizer.frozen": "network/base/*,"}
+    config = configs.override(config, texts | {"optimizer.learning_rate": "0.01"})
     state, step = training.create(config)
     network, batch = training.model_from_config(config), array_batch("vectors")
     x, time = batch["x"], jnp.full(8, 300.0)
@@ -215,27 +205,3 @@ def test_low_rank_changes_of_a_run(tmp_path):
 
 def pairs(one, other):
     return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-
-
-@pytest.mark.whole
-@every_network
-def test_a_whole_run(name, tmp_path):
-    """Trained for 4 steps, and for 2 and 2, to the bit; sampled, loaded, and saved as one file."""
-    texts = LABELS | {"sampling.sampler": "ddim", "sampling.spacing": "log_snr", "sampling.preview_samples": "0"}
-    train.run(own(tiny_config(), name, texts), tmp_path / "whole")
-    for num_steps in ("2", "4"):
-        train.run(own(tiny_config(), name, texts | {"training.num_steps": num_steps}), tmp_path / "parts")
-    function = function_of(name)
-    net, again = (pretrained.load(tmp_path / run, network=function) for run in ("whole", "parts"))
-    assert params_digest(net.params) == params_digest(again.params)
-    sample.run(own(tiny_config(), name, texts), tmp_path / "whole")
-    (path,) = (tmp_path / "whole" / "samples").glob("*.npz")
-    with np.load(path) as arrays:
-        assert arrays["arr_0"].shape == (3, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
-    pretrained.save_safetensors(net, tmp_path / "net.safetensors")
-    loaded = pretrained.load(tmp_path / "net.safetensors", network=function)
-    assert params_digest(loaded.params) == params_digest(net.params)
-    drawn = [
-        each.sample(jax.random.key(0), 2, steps=2, spacing="log_snr", y=jnp.array([3, 7])) for each in (net, loaded)
-    ]
-    np.testing.assert_array_equal(*drawn)

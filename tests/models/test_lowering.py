@@ -12,7 +12,7 @@ from diffusion_jax.evaluation import ode_likelihood
 from helpers.configs import a_batch, classifier_config, tiny_config
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -78,7 +78,7 @@ def gradient(model):
     [
         "images",
         "vectors",
-        *(pytest.param(n, marks=pytest.mark.whole) for n in NETWORKS if n not in ("images", "vectors")),
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in NETWORKS if n not in ("images", "vectors")),
     ],
 )
 def test_every_product_of_a_network_and_of_its_gradient_has_the_precision(name):
@@ -96,7 +96,7 @@ def test_the_default_high_and_an_unknown_precision():
             gradient(NETWORKS[kind].clone(precision="double"))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("make_config", [tiny_config, classifier_config])
 def test_the_setting_sets_the_precision_of_the_train_step(make_config):
     config = make_config(**{"model.precision": "highest", "training.accumulation_steps": 2})
@@ -105,7 +105,7 @@ def test_the_setting_sets_the_precision_of_the_train_step(make_config):
     assert precisions(text) == {"HIGHEST"}
 
 
-@pytest.mark.parametrize("name", ["images", pytest.param("volumes", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("name", ["images", pytest.param("volumes", marks=pytest.mark.thorough)])
 def test_gradients_in_a_loop_have_convolutions_that_are_fast_on_cpus(name):
     """Other orders of the kernel's axes take 20 times as long in a loop."""
     model = NETWORKS[name].clone(resample_blocks=True)
@@ -124,7 +124,7 @@ def test_gradients_in_a_loop_have_convolutions_that_are_fast_on_cpus(name):
     assert orders == {"io"}, orders
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_ode_likelihoods_use_full_float32_by_default():
     program = training.build_program(tiny_config())
 

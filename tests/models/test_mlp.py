@@ -20,7 +20,7 @@ def norm(x, layer):
     return x * layer["norm"]["scale"] + layer["norm"]["bias"]
 
 
-@pytest.mark.parametrize("scale_shift", [pytest.param(False, marks=pytest.mark.whole), True])
+@pytest.mark.parametrize("scale_shift", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_the_network_in_numpy(scale_shift):
     model = models.MLP(**FIELDS, num_classes=3, scale_shift_norm=scale_shift, out_channels=4)
     x, time, y = (
@@ -45,7 +45,7 @@ def test_the_network_in_numpy(scale_shift):
     np.testing.assert_allclose(out, dense(silu(norm(h, p["norm_out"])), p["dense_out"]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("initializer", ["ho", "openai"])
 def test_it_starts_near_zero_and_every_parameter_has_a_gradient(initializer):
     model = models.MLP(**FIELDS, num_classes=3, condition_features=2, initializer=initializer)

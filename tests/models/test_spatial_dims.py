@@ -37,7 +37,7 @@ def layer(n, *, periodic=False, **options):
 
 
 @pytest.mark.parametrize("periodic", [False, True])
-@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.whole) for n in (2, 3))])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.thorough) for n in (2, 3))])
 def test_convolutions_are_the_explicit_sums(n, periodic):
     for options in ({}, {"stride": 2}, {"stride": 2, "padding": (0, 1)}):
         conv, params, x = layer(n, periodic=periodic, **options)
@@ -47,7 +47,7 @@ def test_convolutions_are_the_explicit_sums(n, periodic):
 
 
 @pytest.mark.parametrize("periodic", [False, True])
-@pytest.mark.parametrize("n", [1, 2, pytest.param(3, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("n", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_convolutions_of_upsampled_arrays_are_the_explicit_sums(n, periodic):
     conv, params, x = layer(n, periodic=periodic, upsample=True)
     large = np.asarray(x)
@@ -84,7 +84,7 @@ def without_first_axis(params):
     return jax.tree.map(lambda leaf: leaf.sum(0) if leaf.ndim > 2 else leaf, params)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("n", "fields"),
     [(2, {}), (2, {"resample_blocks": True, "scale_shift_norm": True}), pytest.param(3, {}, marks=pytest.mark.slow)],
@@ -103,7 +103,7 @@ def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, field
     np.testing.assert_allclose(out, expected[:, 0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(("n", "fields"), [(1, {}), (2, {"resample_blocks": True}), (3, {})])
 def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
     size = (8, 4, 4)[:n]
@@ -120,7 +120,7 @@ def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
     assert error(model.clone(padding="zeros"), (2,) * n) > 1e-3
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 5, 2)])
 def test_any_size_is_padded_with_zeros_and_cropped(shape):
     """Equal to the same network on the padded array and condition, cropped by hand."""

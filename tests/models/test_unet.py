@@ -23,7 +23,7 @@ def test_timestep_embedding_equals_published_values():
 
 
 @pytest.mark.parametrize(
-    "kind", ["mlp", "custom", *(pytest.param(k, marks=pytest.mark.whole) for k in ("unet", "classifier"))]
+    "kind", ["mlp", "custom", *(pytest.param(k, marks=pytest.mark.thorough) for k in ("unet", "classifier"))]
 )
 def test_one_time_serves_all_rows_and_another_number_of_times_is_refused(kind):
     shape, small = (8,) if kind == "mlp" else (8, 8, 1), {"channels": 8, "num_res_blocks": 1}
@@ -45,7 +45,7 @@ def test_one_time_serves_all_rows_and_another_number_of_times_is_refused(kind):
             jax.eval_shape(lambda time: model.apply({"params": params}, x, time), time)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_initialization_equals_ho_et_al():
     """Uniform with variance 1 / fan_avg, biases 0; the last layer in every residual branch and in the network is near 0."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}))
@@ -66,7 +66,7 @@ def test_initialization_equals_ho_et_al():
             assert abs(leaf).max() > 1e-2, name
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_initialization_equals_openai():
     """PyTorch's default kernels, uniform within 1 / sqrt(fan_in), and zeros where a branch ends."""
     params = init(models.UNet(**{**TINY, "channels": 64, "num_groups": 32}, initializer="openai"))
@@ -76,7 +76,7 @@ def test_initialization_equals_openai():
         assert (layer["kernel"] == 0).all()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("adm", [False, True])
 def test_every_parameter_has_a_gradient(adm):
     model = models.UNet(**TINY, num_classes=3, scale_shift_norm=adm, resample_blocks=adm)
@@ -88,7 +88,7 @@ def test_every_parameter_has_a_gradient(adm):
             assert abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_output_depends_on_labels_time_and_dropout():
     model = models.UNet(**{**TINY, "num_classes": 3, "dropout": 0.5})
     x = jnp.ones((1, 8, 8, 3))
@@ -109,7 +109,7 @@ def test_output_depends_on_labels_time_and_dropout():
         concrete(x.astype(jnp.uint8), jnp.array([0]))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_head_channels_equal_the_same_number_of_heads():
     x, time = jax.random.normal(jax.random.key(2), (1, 8, 8, 3)), jnp.array([3.0])
     by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16
@@ -119,7 +119,7 @@ def test_head_channels_equal_the_same_number_of_heads():
     np.testing.assert_allclose(split, counted, rtol=1e-5, atol=1e-5)  # two programs of some twenty layers
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     plain = models.UNet(**TINY)

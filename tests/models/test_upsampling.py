@@ -77,7 +77,7 @@ class Spy:
         return x * variables["params"]["w"]
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("most", [0.0, 0.8])
 def test_objective_conditions_on_the_downsampled_x_0(most):
     """With noise, too: the noise channel is uniform up to the maximum and equals the standard deviation of the added
@@ -109,7 +109,7 @@ def test_a_network_that_is_no_upsampler_is_refused():
         training.model_from_config(upsampler_config(**{"data.low_resolution": 3}))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_upsampler_run_draws_no_pictures_and_is_not_evaluated(tmp_path):
     config = upsampler_config(
         **{"training.num_steps": 2, "training.sample_every": 2, "diffusion.conditioning_noise": 0.1}

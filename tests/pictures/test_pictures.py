@@ -49,13 +49,11 @@ def test_series_have_a_panel_for_each_of_many_or_unlike_channels(factors):
 
 
 def test_only_the_lowest_panel_of_a_column_names_its_axis():
-    panels = [axes.get_subplotspec() for axes in draw_samples(drawn(9, 4, 40, 5) * 10.0 ** np.arange(5), "x").axes]
-    axes_with_names = draw_samples(drawn(9, 4, 40, 5) * 10.0 ** np.arange(5), "x").axes
-    for panel, axes in zip(panels, axes_with_names, strict=True):
-        is_lowest = not any(
-            other.colspan == panel.colspan and other.rowspan.start > panel.rowspan.start for other in panels
-        )
-        assert bool(axes.get_xlabel()) == is_lowest
+    figure = draw_samples(drawn(9, 4, 40, 5) * 10.0 ** np.arange(5), "x")
+    panels = [axes.get_subplotspec() for axes in figure.axes]
+    for panel, axes in zip(panels, figure.axes, strict=True):
+        rows = [other.rowspan.start for other in panels if other.colspan == panel.colspan]
+        assert bool(axes.get_xlabel()) == (panel.rowspan.start == max(rows))
     assert len({panel.rowspan.start for panel in panels}) > 1
 
 
@@ -176,18 +174,8 @@ def test_each_field_has_its_training_example_above():
     assert [axes.get_title() for axes in panels[:8]] == ["abc"[pairs[i]] for i in chosen]
     assert [axes.get_title() for axes in panels[8:16]] == [captions[i] for i in chosen]
     names = [f"channel {c}, {name}" for c in range(2) for name in ("training data", "samples")]
-    assert [
-        " ".join(axes.get_ylabel().split()) for axes in panels[::8]
-    ] == names and "8 of 16 samples" in figure.get_suptitle()
-
-
-def test_each_image_has_its_training_example_in_the_same_cell():
-    x = np.random.default_rng(3).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
-    pairs = np.array([1, 0, 1, 0])
-    picture = draw_samples(x[:4], "t", examples=Examples(x[4:], pairs=pairs))
-    for i in range(4):
-        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 0), x[4 + pairs[i]])
-        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 200 + 3 * GAP), x[i])
+    assert [" ".join(axes.get_ylabel().split()) for axes in panels[::8]] == names
+    assert "8 of 16 samples" in figure.get_suptitle()
 
 
 def test_each_channel_of_unlike_series_has_training_data_at_the_left():
@@ -204,40 +192,28 @@ def test_each_channel_of_unlike_series_has_training_data_at_the_left():
     ("captions", "given", "legend"),
     [
         (["class 0: cat", "class 1"], ["class 0: cat", "class 1"], ["class 0: cat", "class 1"]),
-        (
-            ["condition 1", "condition 2"],
-            ["condition 1.1"],
-            ["condition 1 (training data: condition 1.1)", "condition 2"],
-        ),
+        (["rate 1", "rate 2"], ["rate 1.1"], ["rate 1 (training data: rate 1.1)", "rate 2"]),
+        (["class 3", "class 1"], [f"class {i}" for i in range(16)], ["class 3", "class 1"]),
         (None, None, []),
     ],
 )
 def test_a_legend_has_the_conditions_of_series_in_shared_panels(captions, given, legend):
-    x = drawn(39, 2, 40, 2) * np.float32([1, 1000])
-    figure = draw_samples(x, "x", captions, examples=Examples(x, given))
+    """More examples than samples do not belong to the samples: their conditions are those of other rows."""
+    x = drawn(39, max(2, len(given or ())), 40, 2) * np.float32([1, 1000])
+    figure = draw_samples(x[:2], "x", captions, examples=Examples(x, given))
     assert [text.get_text() for found in figure.legends for text in found.get_texts()] == legend
-
-
-def test_more_examples_than_samples_have_no_names_in_the_legend():
-    """Examples that do not belong to the samples: their conditions are those of other rows."""
-    factors = np.float32([1, 1000])
-    examples = Examples(drawn(40, 16, 40, 2) * factors, [f"class {i}" for i in range(16)])
-    figure = draw_samples(drawn(41, 3, 40, 2) * factors, "x", ["class 3", "class 1", "class 2"], examples=examples)
-    assert [text.get_text() for found in figure.legends for text in found.get_texts()] == [
-        "class 3",
-        "class 1",
-        "class 2",
-    ]
 
 
 def test_conditions_and_axes_of_series_being_denoised_are_at_the_edges():
     """Only the lowest panel of each column has positions, and only the first panel of each row has values."""
-    channels = Channels(("u", "T"), ("m/s", "K"))
-    figure = draw_trajectory(drawn(40, 3, 2, 40, 2) * [1, 1000], [9, 1], "x", ["condition 1", "condition 2"], channels)
+    channels, x = Channels(("u", "T"), ("m/s", "K")), drawn(40, 3, 2, 40, 2) * [1, 1000]
+    figure = draw_trajectory(x, [9, 1], "x", ["condition 1", "condition 2"], channels)
     names = [f"condition {i}\n{channel}" for i in (1, 2) for channel in ("u (m/s)", "T (K)")]
     assert [axes.get_ylabel() for axes in figure.axes] == [text for name in names for text in (name, "", "")]
     assert [axes.get_xlabel() for axes in figure.axes] == 9 * [""] + 3 * ["position"]
     for i, axes in enumerate(figure.axes):
+        row, column = divmod(i, 3)
+        np.testing.assert_array_equal(lines(axes), [x[column, row // 2, :, row % 2]])
         assert axes.xaxis.get_tick_params()["labelbottom"] == (i >= 9)
         assert axes.yaxis.get_tick_params()["labelleft"] == (i % 3 == 0)
 
@@ -265,13 +241,18 @@ def test_each_class_has_a_row_with_its_training_data_at_the_left():
     assert (names > 150).tolist() == [True, False, True]
 
 
-def test_many_classes_and_no_classes_have_a_plain_grid():
-    images = np.random.default_rng(2).integers(0, 256, (52, 2, 2, 1), dtype=np.uint8)
-    many = draw_samples(images[:42], "t", 42 * ["c"], labels=np.arange(42) % 21)
-    np.testing.assert_array_equal(many, draw_grid(images[:42], "t", captions=42 * ["c"]))
-    picture = draw_samples(images[:4], "t", examples=Examples(images[4:]))
-    for i in range(4):
-        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 0), images[4 + i])
+def test_many_classes_have_a_plain_grid():
+    images = np.random.default_rng(2).integers(0, 256, (42, 2, 2, 1), dtype=np.uint8)
+    many = draw_samples(images, "t", 42 * ["c"], labels=np.arange(42) % 21)
+    np.testing.assert_array_equal(many, draw_grid(images, "t", captions=42 * ["c"]))
+
+
+@pytest.mark.parametrize("pairs", [None, np.array([1, 0, 1, 0])])
+def test_each_image_without_a_class_has_its_training_example_in_the_same_cell(pairs):
+    images = np.random.default_rng(2).integers(0, 256, (10, 2, 2, 1), dtype=np.uint8)
+    picture = draw_samples(images[:4], "t", examples=Examples(images[4:], pairs=pairs))
+    for i, pair in enumerate(range(4) if pairs is None else pairs):
+        np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 0), images[4 + pair])
         np.testing.assert_array_equal(cell(picture, i // 2, i % 2, 200 + 3 * GAP), images[i])
 
 
@@ -306,15 +287,6 @@ def test_a_trajectory_has_a_column_for_each_time(shape):
             limit = max(last.max(), -last.min()) + np.ptp(last) / 10
             np.testing.assert_allclose(picture.get_clim(), (-limit, limit), rtol=1e-6)
         assert pictures[0].colorbar.extend == "both"
-
-
-def test_channels_of_different_sizes_have_rows_of_a_trajectory():
-    x = drawn(13, 3, 5, 40, 2) * np.float32([1, 1000])
-    figure = draw_trajectory(x, [2, 1], title="series")
-    assert len(figure.axes) == 3 * 2 * 3
-    for i, axes in enumerate(figure.axes):
-        row, column = divmod(i, 3)
-        np.testing.assert_array_equal(lines(axes), [x[column, row // 2, :, row % 2]])
 
 
 # ---- Limits, and values that are not finite

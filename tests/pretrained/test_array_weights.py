@@ -88,7 +88,7 @@ def test_a_run_and_one_file_of_it_sample_the_same_to_the_bit(kind, overrides, tm
     assert ("continuous in 0 ... 600" in summary) == bool(net.limits) and f"{SHAPES[kind][-1]} channels" in summary
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     """Labels and conditions, guided by both; the core gets standardized conditions and returns standardized samples.
 
@@ -116,7 +116,7 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     np.testing.assert_allclose(output, apply(x_T, time, y, standardized), rtol=1e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_one_condition_serves_all_and_none_is_the_null_condition():
     net = vectors_net(num_classes=0, label_dropout=0.0)
     sampler, one = sampling.ddim(), [54.0, 2.0]
@@ -133,7 +133,7 @@ def test_one_condition_serves_all_and_none_is_the_null_condition():
     np.testing.assert_array_equal(net.sample(KEY, 2, condition=one, sampler=sampler, clip=True, steps=3), x)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_conditions_that_do_not_fit_a_network_are_one_line():
     plain = net_of(models.MLP(channels=8, num_res_blocks=1), (), 2)
     needed, dropped = (
@@ -158,7 +158,7 @@ def test_conditions_that_do_not_fit_a_network_are_one_line():
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("net", "words"),
     [

@@ -14,7 +14,7 @@ from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, w
 from helpers.stored_networks import FAMILIES, load, output
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(name, tmp_path):
     net, arrays = load(tmp_path, name)
@@ -42,7 +42,7 @@ def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(n
         pretrained.load(file, "adm_lsun")
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_older_names_of_attention_layers_load(tmp_path):
     weights, arrays = stored("unet_ddpm_cifar10_narrow")
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -52,7 +52,7 @@ def test_older_names_of_attention_layers_load(tmp_path):
     assert worst(output(pretrained.load(folder), arrays), arrays["out"]) < 2e-5
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_both_orders_of_attention_rows(tmp_path):
     """(head, 3, d) as (3, head, d): the same network if its flags match the order, and another network otherwise."""
     weights, arrays = stored("openai_narrow")
@@ -79,7 +79,7 @@ def save_with_tensorflow(path, variables, **options):
         return tf.compat.v1.train.Saver(made).save(session, str(path), **options)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_tensorflow_checkpoints(tmp_path):
     """The EMA equals the port's network; the raw weights differ."""
     weights, arrays = stored("port_narrow")

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.models import upsampling
-from diffusion_jax.pretrained import PretrainedError, diffusers, ho, openai
+from diffusion_jax.pretrained import diffusers, ho, openai
 from diffusion_jax.pretrained.parameters import Tensors, parameter_shapes, to_torch
 from helpers import torch_networks
 from helpers.published_files import LEARNED, README, SCHEDULER, ho_variables, worst, write_folder
@@ -244,9 +244,7 @@ def test_ho_s_checkpoint_is_diffusers_conversion(tmp_path):
     )
 
 
-def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
-    """Truncated files, files with code, and files with other objects than tensors; and the same weights in every
-    container."""
+def test_every_container_of_pytorch_has_the_same_weights(tmp_path):
     import torch
 
     function, flags = torch_networks.OPENAI["improved"]
@@ -260,31 +258,6 @@ def test_files_of_pytorch_s_that_are_no_weights(tmp_path):
     for name, tolerance in (("old.pt", 0), ("nested.ckpt", 0), ("half.bin", 2e-3)):
         again = pretrained.load(tmp_path / name, flags)
         jax.tree.map(lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, atol=t), again.params, net.params)
-
-    (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:-100_000])
-    marker = tmp_path / "ran"
-
-    class Malicious:
-        def __reduce__(self):
-            return pathlib.Path.touch, (marker,)
-
-    torch.save({"a": Malicious()}, tmp_path / "malicious.pt")
-    import pickle
-
-    (tmp_path / "malicious.pkl").write_bytes(pickle.dumps({"a": Malicious()}))
-    torch.save([torch.zeros(3)], tmp_path / "list.pt")
-    torch.save({"a": torch.zeros(3), "b": 5}, tmp_path / "mixed.pt")
-    for name, words in (
-        ("truncated.pt", "cannot be read as PyTorch weights"),
-        ("malicious.pt", "it contains more than tensors"),
-        ("malicious.pkl", "cannot be read as PyTorch weights"),
-        ("list.pt", "not a state dict"),
-        ("mixed.pt", "not a state dict"),
-    ):
-        with pytest.raises(PretrainedError, match=words) as caught:
-            pretrained.load(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    assert not marker.exists()
 
 
 def test_diffusers_older_files(tmp_path):

@@ -27,7 +27,7 @@ def named(model, size, naming, channels=3):
     return shapes
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", README)
 def test_published_flags_and_the_tensors_shapes_give_the_presets(name, tmp_path):
     """A file's shapes and flags determine every field of the preset, and so does the file's name."""
@@ -146,7 +146,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_have_the_published_numbers_of_parameters_and_configs_are_presets(name):
     (count, configs), (size, *_) = NETWORKS[name], openai.PRESETS.get(name) or ho.PRESETS[name]

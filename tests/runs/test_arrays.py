@@ -61,18 +61,14 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
     train.run(array_config("vectors", file, **{"training.num_steps": 2}), run)
     stored = json.loads((run / "data.json").read_text())
     np.savez(file, x=examples("vectors", 24, seed=1))
-    with pytest.raises(
-        errors.UserError, match="the data differ from the training data of .*--pretrained=.*run --workdir=NEW$"
-    ):
+    with pytest.raises(errors.UserError, match="the data differ from .*--pretrained=.*run --workdir=NEW$"):
         train.run(array_config("vectors", file), run)
     assert json.loads((run / "data.json").read_text()) == stored
     with pytest.raises(errors.UserError, match="data.normalization: 'auto' there, 'none' here"):
         train.run(array_config("vectors", file, **{"data.normalization": "none"}), run)
     (run / "data.json").unlink()
     for mode in (sample, train):
-        with pytest.raises(
-            errors.CheckpointError, match="data.json is missing; to restore it: cp .*; to go on without"
-        ):
+        with pytest.raises(errors.CheckpointError, match="data.json is missing; to restore it: cp "):
             mode.run(array_config("vectors", file), run)
     (run / "data.json").write_text("{")
     with pytest.raises(errors.CheckpointError, match=r"data.json cannot be read \(Expecting .*\); restore it: cp "):
@@ -82,14 +78,8 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (
-            {},
-            r"data has conditions of shape \[1\], but the network takes none; use --config.model.condition_features=1",
-        ),
-        (
-            {**CONDITIONAL, "model.condition_dropout": 0.0},
-            "without a condition .*; use --config.model.condition_dropout=0.1",
-        ),
+        ({}, r"data has conditions of shape \[1\], .*; use --config.model.condition_features=1"),
+        ({**CONDITIONAL, "model.condition_dropout": 0.0}, "use --config.model.condition_dropout=0.1"),
         ({**CONDITIONAL, "model.num_classes": 3}, "data has no labels"),
         ({**CONDITIONAL, "data.channels": 4}, r"use --config.data.image_size=\(\) --config.data.channels=3"),
     ],
@@ -105,16 +95,13 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
     ("overrides", "words"),
     [
         ({"model.condition_dropout": 0.0}, r"set sampling.conditions=FILE.npy, numbers \[N, 1\] in data units"),
-        ({"sampling.conditions": "wide.npy"}, r"of shape \[1\] or \[3, 1\]; got float64 \[3, 2\]"),
         ({"sampling.conditions": "misnamed.npz"}, "has only 'cond', 'x'"),
-        ({"sampling.conditions": "nan.npy"}, "condition 1 has values .* not finite; correct it, or set condition_missing"),
         ({"model.condition_features": 0, "model.condition_dropout": 0.0, "sampling.conditions": "wide.npy"}, "takes no cond"),
     ],
 )  # fmt: skip
 def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((3, 2)))
-    np.save("nan.npy", [[0.0], [np.nan]])
     np.savez("misnamed.npz", cond=np.zeros((3, 1)), x=np.zeros(3))
     config = array_config("vectors", "", **{**CONDITIONAL, **overrides})
     with pytest.raises(errors.UserError, match=words):

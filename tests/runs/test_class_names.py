@@ -9,7 +9,7 @@ import pytest
 from diffusion_jax import data, pretrained
 from diffusion_jax.errors import UserError
 from diffusion_jax.run_dir import RunDir
-from diffusion_jax.runs import sample, sampling_setup, train, workdir
+from diffusion_jax.runs import sampling_setup, train, workdir
 from helpers.array_configs import array_config
 from helpers.configs import conditional
 from helpers.work_directories import untrained
@@ -38,6 +38,10 @@ def trained(tmp_path_factory):
     directory = untrained(tmp_path_factory.mktemp("named") / "run", conditional())
     (directory / "data.json").write_text(json.dumps({"images": 1, "sha256_of_some": "", "classes": NAMES}))
     return directory
+
+
+def test_captions_have_the_names_that_differ_from_the_numbers():
+    assert sampling_setup.class_captions(np.array([0, 8, 12]), NAMES) == ["class 0", "class 8: 9", "class 12"]
 
 
 @pytest.mark.parametrize(
@@ -75,28 +79,15 @@ def test_classes_that_training_would_never_see_are_refused_at_the_launch(tmp_pat
         (tmp_path / "data" / "abc"[i]).mkdir(parents=True)
         np.save(tmp_path / "data" / "abc"[i] / "0.npy", np.zeros((4, 3), np.float32))
     config = array_config("vectors", tmp_path / "data", **{"model.num_classes": 5, "data.normalization": "none"})
-    with pytest.raises(
-        UserError, match="num_classes=5, but the data has 3 classes; use --config.model.num_classes=3, or 0$"
-    ):
+    with pytest.raises(UserError, match="num_classes=5, but the data has 3 classes; use .*num_classes=3, or 0$"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     source = data.load(config.data)
-    workdir.check_source(
-        config, source
-    )  # a held-out set may lack classes, and a run may have begun with an earlier version
+    # A held-out set may lack classes, and a run may have begun with an earlier version.
+    workdir.check_source(config, source)
     net = pretrained.from_config(config)
     net = dataclasses.replace(net, class_names=source.class_names)
     config.sampling.label = 4
-    assert (
-        "class 4 is not among the 3 classes of the training data"
-        in sampling_setup.resolve_sampling(config, net).notes[-1]
-    )
+    assert "class 4 is not among the 3 classes" in sampling_setup.resolve_sampling(config, net).notes[-1]
     config.sampling.label = 2
     assert not any("class" in note for note in sampling_setup.resolve_sampling(config, net).notes)
-
-
-@pytest.mark.whole
-def test_samples_of_named_classes_have_labels_and_captions(trained):
-    drawn = sample.run(conditional(**{"sampling.label": "(fox,tabby cat)", "sampling.steps": 2}), trained)
-    assert np.load(drawn.path)["arr_1"].tolist() == [9, 7, 9, 7, 9, 7]
-    assert sampling_setup.class_captions(np.array([0, 8, 12]), NAMES) == ["class 0", "class 8: 9", "class 12"]

@@ -85,18 +85,6 @@ def test_inpainting_returns_the_known_numbers_of_the_file(roots, kind, task, cap
 
 
 @pytest.mark.whole
-def test_the_means_of_enlarged_fields_are_the_given_ones(roots):
-    root = roots("field")
-    small = examples("field", 1, seed=4)[0].reshape(3, 2, 4, 2, 5).mean(axis=(1, 3))
-    np.save(root / "small.npy", small)
-    options = {"editing.image": str(root / "small.npy"), "editing.factor": 2, "sampling.steps": 4}
-    x = results(configured("field", root, "super_resolution", **options), root)
-    means = x.reshape(2, 3, 2, 4, 2, 5).mean(axis=(2, 4))
-    scale = abs(x).max()  # an untrained network has large values, which cancel in the means
-    np.testing.assert_allclose(means, np.stack([small] * 2), rtol=1e-5, atol=1e-6 * scale)
-
-
-@pytest.mark.whole
 def test_interpolation_starts_and_ends_near_the_given_vectors(roots):
     root = roots("vectors")
     options = {
@@ -123,20 +111,12 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
     np.save("all.npy", np.ones(8, bool))
     for task, overrides, words in (
         ("sdedit", {"editing.image": "several.npz"}, "holds several arrays; save the one to use with np.save"),
-        (
-            "sdedit",
-            {"editing.image": "wide.npy"},
-            r"holds float64 \[9, 2\]; it must be one example with shape \[8, 2\]",
-        ),
+        ("sdedit", {"editing.image": "wide.npy"}, r"holds float64 \[9, 2\]; it must be .* with shape \[8, 2\]"),
         ("sdedit", {"editing.image": "holes.npy"}, "editing.image has values that are not finite"),
         ("interpolate", {}, "needs a single row of sampling.conditions, not 2"),
         ("inpaint", {"editing.mask": "numbers.npy"}, r"holds float64 \[8\]; it must be bool of shape \[8, 2\] or"),
         ("inpaint", {"editing.mask": "all.npy"}, "is True everywhere: nothing is left"),
-        (
-            "tomography",
-            {"editing.noise": 1.0, "sampling.conditions": "one.npy"},
-            r"radon takes square images \[B, n, n, C\], got \(1, 8, 2\)",
-        ),
+        ("tomography", {"editing.noise": 1.0, "sampling.conditions": "one.npy"}, "radon takes square images"),
     ):
         with pytest.raises(errors.UserError, match=words) as caught:
             edit.run(configured("series", root, task, **overrides), root / "run")

@@ -1,8 +1,6 @@
 """Errors in the functions of a user: one line names the function, the line and the file; --debug adds the traceback."""
 
 import dataclasses
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -210,23 +208,6 @@ def test_an_error_in_a_step_names_it(mine, vectors):
     with pytest.raises(AttributeError) as caught:
         sample.run(config, vectors)
     assert describe_exception(caught.value).startswith(f"{place(mine, 'fails.step')}AttributeError: ")
-
-
-@pytest.mark.whole
-def test_a_run_with_a_sampler_of_a_user_samples_only_if_it_is_trusted(mine, vectors, tmp_path):
-    run = shutil.copytree(vectors, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
-    config = json.loads((run / "config.json").read_text())
-    config["sampling"]["sampler"] = f"{mine}:shrunk"
-    for path in (run / "config.json", run / "checkpoints" / "1" / "config.json"):
-        path.write_text(json.dumps(config))
-    flags = ("--mode=sample", f"--workdir={run}")
-    code, _, err = launch(*flags)
-    assert code == 2 and f"imports {mine}:shrunk (sampling.sampler); to allow it, add " in err and err.count("\n") == 1
-    for trust in ("--trust_network", f"--config.sampling.sampler={mine}:shrunk"):
-        code, out, err = launch(*flags, trust)
-        assert code == 0, out + err
-        (path,) = (run / "samples").glob("*shrunk3_*.npz")
-        path.unlink()
 
 
 @pytest.mark.whole

@@ -55,14 +55,8 @@ def test_single_images_of_other_arrays_are_refused(tmp_path):
 @pytest.mark.whole
 def test_the_trajectory_is_of_the_first_samples(tmp_path):
     """The same noise and classes, also for a sampler that draws noise at every step, up to one gray level of rounding."""
-    config = conditional(
-        **{
-            "sampling.steps": 6,
-            "sampling.sampler": "ddpm",
-            "sampling.spacing": "log_snr",
-            "sampling.trajectory": 12,
-        }
-    )
+    settings = {"sampling.steps": 6, "sampling.sampler": "ddpm", "sampling.spacing": "log_snr"}
+    config = conditional(**settings, **{"sampling.trajectory": 12})
     file = sample.run(config, untrained(tmp_path / "run", config))
     with np.load(file.path) as arrays, np.load(file.path.parent / "trajectories" / file.path.name) as frames:
         assert np.abs(arrays["arr_0"][:4].astype(int) - frames["samples"]).max() <= 1
@@ -130,10 +124,7 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
         reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     for damage, words in (
-        (
-            lambda: store_settings(file.path, num_steps=3),
-            "was drawn with other settings (num_steps: 3 there, 2 here).",
-        ),
+        (lambda: store_settings(file.path, num_steps=3), "other settings (num_steps: 3 there, 2 here)."),
         (lambda: store_settings(file.path, weights_digest="1" * 64), "other settings (weights_digest: '111"),
         (lambda: file.path.write_bytes(b"PK\x03\x04 torn"), "does not store the settings"),
     ):

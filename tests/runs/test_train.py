@@ -74,18 +74,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, capsys):
     assert [by_step[5], by_step[10]] == lines(tmp_path / "whole")
 
 
-@pytest.mark.whole
-def test_leaves_that_identify_a_run_must_not_change(trained):
-    other = tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5, "training.num_steps": 5})
-    with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):
-        train.run(other, trained)
-    free = {"training.num_steps": 9, "training.log_every": 3, "sampling.seed": 7, "data.data_dir": "x", "mesh.data": 1}
-    workdir.check_identity(tiny_config(**free), trained)
-    with pytest.raises(errors.UserError, match="training.batch_size"):
-        workdir.check_identity(tiny_config(**{"training.batch_size": 16}), trained)
-
-
-def test_the_advice_for_another_run_names_pretrained_where_its_weights_fit(tmp_path):
+def test_settings_that_identify_a_run_must_not_change(tmp_path):
+    """The advice names --pretrained if the weights fit."""
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "1" / "digests.json").write_text("{}")
     workdir.write_config(tiny_config(), tmp_path)
@@ -98,6 +88,11 @@ def test_the_advice_for_another_run_names_pretrained_where_its_weights_fit(tmp_p
     ):
         with pytest.raises(errors.UserError, match=f"{re.escape(advice)}$"):
             workdir.check_identity(tiny_config(**changes), RunDir(tmp_path))
+    free = {"training.num_steps": 9, "training.log_every": 3, "sampling.seed": 7, "data.data_dir": "x", "mesh.data": 1}
+    workdir.check_identity(tiny_config(**free), RunDir(tmp_path))
+    for train_or_check in (train.run, workdir.check_identity):
+        with pytest.raises(errors.UserError, match=r"model.dropout: .* optimizer.learning_rate: .*0.5 here"):
+            train_or_check(tiny_config(**{"optimizer.learning_rate": 0.5, "model.dropout": 0.5}), RunDir(tmp_path))
 
 
 @pytest.mark.whole

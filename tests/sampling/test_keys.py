@@ -25,7 +25,9 @@ def draw(key, x_T, sampler):
     )
 
 
-@pytest.mark.parametrize("name", ["ddpm", *(pytest.param(n, marks=pytest.mark.whole) for n in ("ddim", "sde", "heun"))])
+@pytest.mark.parametrize(
+    "name", ["ddpm", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("ddim", "sde", "heun"))]
+)
 def test_a_row_depends_on_its_own_key_only(name):
     keys = jax.random.split(jax.random.key(3), 5)
     together = draw(keys, X, SAMPLERS[name])

@@ -172,7 +172,7 @@ def test_heun_is_edm_s_algorithm_2(options, factor, x64):
     np.testing.assert_allclose(got, alphas[0] * y, rtol=1e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize(

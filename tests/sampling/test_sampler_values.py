@@ -26,7 +26,7 @@ def test_equal_options_make_equal_samplers(name):
         a.order = 1
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_sampler_knows_whether_it_draws_noise(name):
     schedule, x_T = schedules.respace(FULL, [40, 300, 620, 900]), jnp.array([[0.3, -1.0]])
@@ -72,7 +72,7 @@ def test_a_static_sampler_does_not_compile_again():
         assert len(traces) > count
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in MAKERS if " 1" not in name])
 def test_float32_samples_are_the_same_under_x64(name):
     """Float64 samples agree with both to float32's rounding. Without jit, so that single operations are compiled once."""
@@ -100,7 +100,6 @@ def one_gaussian(x, time):
     return jnp.where(time[:, None] < 4.5, 0.5 * jnp.tanh(x) + 0.05 * time[:, None], jnp.nan)
 
 
-@pytest.mark.whole
 def test_pure_noise_is_refused_where_it_is_visited():
     x = jnp.ones((1, 2))
     for start in (None, 5):
@@ -116,7 +115,7 @@ def test_pure_noise_is_refused_where_it_is_visited():
     assert np.isfinite(slope).all()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [*(name for name in METHODS if "churn" not in name), 1, 2])
 def test_a_start_below_pure_noise_accepts_every_prediction(name):
     """From a start up to T - 2 in a chain that ends at alpha_bar = 0, an eps network's samples equal those of the chain

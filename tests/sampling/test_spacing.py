@@ -48,7 +48,7 @@ def combinations(steps):
 @pytest.mark.parametrize(
     "name",
     ["heun"]
-    + [pytest.param(name, marks=pytest.mark.whole) for name in ("plms", *WHOLE)]
+    + [pytest.param(name, marks=pytest.mark.thorough) for name in ("plms", *WHOLE)]
     + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW],
 )
 def test_accepted_steps_give_samples_near_the_data(name):
@@ -204,7 +204,6 @@ def test_errors_of_an_eps_network_grow_on_steps_that_are_noted(full, steps, spac
     assert abs(noted_error(reason) / error - 1) < 0.06 if grows else reason is None
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize(("full", "steps", "spacing"), [row[:3] for row in GROWTH])
 def test_samples_have_the_deviation_that_the_steps_of_ddim_imply(full, steps, spacing):
     schedule, n = schedules.respace(full, steps, spacing), 40_000
@@ -256,7 +255,6 @@ def test_extrapolation_is_noted(sampler, steps, spacing, grows):
     assert sampling.find_error_growth(sampling.ddim(), schedule, free()) is None
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize(("sampler", "steps", "spacing", "grows"), EXTRAPOLATION)
 def test_extrapolation_enlarges_errors(sampler, steps, spacing, grows):
     found = deviation_of_samples(sampler, schedules.respace(COSINE, steps, spacing), 0.05, n=4000)

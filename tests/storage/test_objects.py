@@ -124,11 +124,7 @@ def open_in_a_new_process(url, home, **variables):
 @pytest.mark.parametrize(
     ("scheme", "variable", "words"),
     [
-        (
-            "gs",
-            "NO_GCE_CHECK",
-            "(Your default credentials were not found); type: gcloud auth application-default login",
-        ),
+        ("gs", "NO_GCE_CHECK", "(Your default credentials were not found); type: gcloud auth application-default"),
         ("s3", "AWS_EC2_METADATA_DISABLED", "(Unable to locate credentials); type: aws configure"),
     ],
 )

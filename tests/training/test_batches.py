@@ -36,7 +36,7 @@ def test_labels_are_needed_only_where_something_takes_them():
         assert traced(config, {"image": image, "label": np.zeros(8, np.int64)})
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_compiled_step_of_create_works_inside_scan_steps():
     config = array_config("vectors", "", **{"model.dropout": 0.0})
     batches = [{"x": np.random.default_rng(i).normal(size=(8, 3)).astype(np.float32)} for i in range(3)]
@@ -87,11 +87,7 @@ def test_a_condition_is_none_where_it_is_marked_and_unmarked_nan_makes_the_examp
 def test_float_data_are_not_mirrored_by_default():
     """A config without levels has 256 levels, so only the batch shows that the data are no images."""
     for overrides, batch, words in (
-        (
-            {"data.random_flip": True},
-            {"x": IMAGE * 1.0},
-            "mirrors only uint8 images; use data.random_flip=False",
-        ),
+        ({"data.random_flip": True}, {"x": IMAGE * 1.0}, "mirrors only uint8 images; use data.random_flip=False"),
         ({"data.levels": None}, {"image": IMAGE}, "data.levels=None is for continuous data .*use data.levels=256"),
         ({"diffusion.loss": "vlb"}, {"x": IMAGE * 1.0}, "data.levels=17: the loss vlb .* use data.levels=None"),
     ):
@@ -115,7 +111,7 @@ def test_a_mirrored_image_has_its_condition_mirrored():
     np.testing.assert_array_equal(random_flip(jax.random.key(0), Examples(x_0, y, vector)).condition, vector)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
     """data.levels=None selects the bound for continuous data."""
     hybrid = {"diffusion.loss": "hybrid", "diffusion.variance": "learned_range", "diffusion.num_timesteps": 4}
@@ -125,7 +121,7 @@ def test_the_hybrid_loss_of_float_data_is_the_sum_of_its_terms():
     np.testing.assert_allclose(metrics["loss"], metrics["mse"] + 0.001 * metrics["vlb"], rtol=1e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_float_data_are_taken_as_they_are(dtype):
     """The same step as with the corresponding uint8 images, where the numbers are equal."""
@@ -144,10 +140,7 @@ def test_float_data_are_taken_as_they_are(dtype):
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (
-            {"image": IMAGE / 127.5 - 1},
-            r'batch\["image"\] must be uint8.*float data.* are given as "x".*got float(32|64)',
-        ),
+        ({"image": IMAGE / 127.5 - 1}, r'batch\["image"\] must be uint8.* are given as "x".*got float(32|64)'),
         ({"x": IMAGE}, r'batch\["x"\] must be float.*given as "image"\); got uint8'),
         ({"image": IMAGE, "x": IMAGE * 1.0}, r"either \"image\".* or \"x\".*got 'image', 'x'"),
         ({"image": np.zeros((8, 8, 8, 3), np.uint8)}, r"shape \[8, 8, 8, 1\].*data.channels.*got uint8 \[8, 8, 8, 3\]"),
@@ -155,13 +148,10 @@ def test_float_data_are_taken_as_they_are(dtype):
         ({"image": IMAGE, "label": [0] * 8}, r'batch\["label"\] must be an array; got list'),
         ({"image": IMAGE, "label": np.zeros(7, np.int32)}, r"got int32 \[7\]"),
         (LABELED, r'a batch must have "condition", float \[8, 2\], for model.condition_features'),
-        (
-            LABELED | {"condition": np.zeros((8, 3))},
-            r'"condition"\] must be float of shape \[8, 2\], for model.condition_features.*; got float.* \[8, 3\]',
-        ),
+        (LABELED | {"condition": np.zeros((8, 3))}, r'"condition"\] must be float of shape \[8, 2\].* \[8, 3\]'),
         (
             LABELED | {"condition": np.zeros((8, 2)), "condition_missing": np.zeros(8)},
-            r'"condition_missing"\] must be bool of shape \[8\], for examples without a condition; got float.* \[8\]',
+            r'"condition_missing"\] must be bool',
         ),
     ],
 )

@@ -69,7 +69,7 @@ def truncate(path):
 DATA = "params/ocdbt.process_0/d"
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("part", "damage", "words"),
     [
@@ -97,7 +97,7 @@ def test_damage_is_named_and_the_step_before_restored(copied, capsys, part, dama
         saved.finish()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_weights_fall_back_as_well_and_change_nothing(copied, capsys):
     directory, abstract, states = copied
     flip(max(files(directory / "2" / "ema_params"), key=lambda path: path.stat().st_size), 99)

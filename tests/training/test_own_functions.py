@@ -55,11 +55,6 @@ def test_a_draw():
     words = r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"
     with pytest.raises(ValueError, match=words):
         training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
-    texts = {"diffusion__path": "edm", "diffusion__timestep_sampler": "stratified"}
-    with pytest.raises(
-        ValueError, match="timestep_sampler='stratified' has no effect on .*, which draws the levels itself"
-    ):
-        training.build_program(config_with(diffusion__draw=own_networks.draw, **texts))
 
 
 def metrics_of(config):
@@ -147,7 +142,7 @@ def test_a_loss_that_gives_the_network_further_numbers(accumulation):
     assert found > 1.5  # without the numbers, the loss is about 1
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_weighting():
     found, plain = metrics_of(config_with(diffusion__weighting=own_networks.weight)), plain_metrics()
     assert found["loss"] < 10 * plain["loss"] and found["loss"] != plain["loss"]
@@ -195,7 +190,7 @@ def test_functions_that_a_config_imports():
 
 
 @pytest.mark.parametrize(
-    "frozen", [("dense_in", "time_*"), pytest.param("helpers.own_networks:is_encoder", marks=pytest.mark.whole)]
+    "frozen", [("dense_in", "time_*"), pytest.param("helpers.own_networks:is_encoder", marks=pytest.mark.thorough)]
 )
 def test_frozen_parameters_do_not_change(frozen):
     """They have no moments, and the norm that clips the gradient is that of the other parameters."""
@@ -216,7 +211,7 @@ def test_frozen_parameters_do_not_change(frozen):
     assert 0 < metrics["grad_norm"] < 0.999 * step(whole, array_batch("vectors"))[1]["grad_norm"]
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_encoder_of_a_unet_can_be_frozen():
     config = tiny_config(**{"optimizer.frozen": ("down_*", "mid_*")})
     state, step = training.create(config)

@@ -44,7 +44,9 @@ def test_no_key_is_used_twice(loss):
         jax.eval_shape(jax.jit(run), state, a_batch(config))
 
 
-@pytest.mark.parametrize("num_timesteps", [7, 10, *(pytest.param(n, marks=pytest.mark.whole) for n in (4, 5, 6, 1000))])
+@pytest.mark.parametrize(
+    "num_timesteps", [7, 10, *(pytest.param(n, marks=pytest.mark.thorough) for n in (4, 5, 6, 1000))]
+)
 def test_quarters_of_a_number_of_timesteps_that_4_does_not_divide(num_timesteps):
     """Timestep t is in the quarter of t / T, so that every timestep is in one quarter and the quarters' sizes differ by at
     most one."""
@@ -140,7 +142,7 @@ def test_the_first_step_that_is_not_finite_stays_marked():
     assert np.isfinite(metrics["param_norm"]) and int(state.averages["nonfinite_step"]) == 1
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "variance", "options"),
     [
@@ -204,7 +206,7 @@ def test_quarters_of_weighted_losses_are_weighted_means():
     np.testing.assert_allclose(after.loss_history.losses, expected, rtol=1e-4)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_a_state_and_its_metrics_are_float32_with_x64(x64):
     """Every float of the state and the metrics; float64 data, too."""
     upsampler = {"data.low_resolution": 4, "diffusion.conditioning_noise": 0.5}

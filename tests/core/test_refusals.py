@@ -38,7 +38,7 @@ def network(x, time):
     return 0.3 * x
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "function",
     [
@@ -107,10 +107,12 @@ EDM = schedules.from_path(schedules.edm(), np.linspace(np.log(0.002), np.log(80)
 BOUND = partial(likelihood.bits_per_dim, KEY, FULL)
 GUIDED = partial(guidance.classifier_free, network, LABELS)
 LOG_PROB = guidance.class_log_prob(logits, LABELS)
-SAMPLE, SIMPLE = partial(sampling.sample, KEY, FULL, network), partial(losses.simple, KEY, FULL, network)
+OF_19_STEPS = timesteps.loss_second_moment(timesteps.loss_history(19))
+GRAY_ONLY = Measurement(editing.gray(), X[..., :1])
+DRAW = partial(sampling.sample, KEY, FULL)
+SAMPLE, SIMPLE = partial(DRAW, network), partial(losses.simple, KEY, FULL, network)
 ENCODE, REPAINT = partial(sampling.encode, FULL, network), partial(editing.repaint, KEY, FULL, network)
 INTERPOLATE = partial(editing.interpolate, KEY, FULL, network, X)
-OF_THE_RANGE = r"x_0 has the value 1.5, outside of \[-1, 1\], the range for {}; .* use {} for other data"
 NO_BATCH = r"x_0 must have a batch axis, vectors \[B, C\].*x_0\[None\]"
 WITH_A_NETWORK = [
     lambda f: sampling.sample(KEY, FULL, f, X, sampling.ddim()),
@@ -182,23 +184,13 @@ REFUSED = [
     case("True, False or a function of x_0, got 1", Denoiser, network, clip=1),
     case("sigma_data must be above 0, got 0", Denoiser, network, "x_0", sigma_data=0),
     case("with sigma_data the network predicts x_0, not 'v'", Denoiser, network, "v", sigma_data=0.5),
-    case(
-        r"defined for a step .* \(schedule.transition\(t, x_t\)\), not at a single", Denoiser(network, "x_prev"), X, AT
-    ),
+    case(r"defined for a step .*schedule.transition", Denoiser(network, "x_prev"), X, AT),
     case("use form='eps'", guidance.classifier(network, LOG_PROB, form="mean"), X, AT),
     *(case("known: eps", convert, X, X, AT, *names) for names in (("noise", "eps"), ("eps", "noise"))),
     *(case("not at a single level", convert, X, X, AT, *names) for names in (("x_prev", "x_0"), ("eps", "x_prev"))),
     case("must be equal", convert, X, X[:1], AT),
     *(case("True, False or a function of x_0, got", clip_x_0, X, clip) for clip in ("no", 1, None)),
     *(case("quantile", dynamic_threshold, quantile) for quantile in (0.0, 1.1)),
-    case(
-        "a projection cannot act on the mean",
-        process.p_mean_variance,
-        FULL,
-        editing.project(Denoiser(network, "x_prev"), Measurement(editing.gray(), X[..., :1])),
-        X,
-        T,
-    ),
     case("must be float in \\[-1, 1\\], not uint8; uint8 images need no conv", images.to_uint8, PIXELS),
     # losses
     case("known: none, snr", SIMPLE, X, weighting="p3"),
@@ -209,12 +201,7 @@ REFUSED = [
     case("is for a plain function; this denoiser predicts 'v'", losses.simple, KEY, FULL, V, X, prediction="eps"),
     case("trains a learned variance", losses.hybrid, KEY, FULL, UNCLIPPED, X),
     case("twice the channels", losses.vlb, KEY, FULL, network, X),
-    case(
-        "has 19 steps, the schedule 20",
-        SIMPLE,
-        X,
-        timestep_sampler=timesteps.loss_second_moment(timesteps.loss_history(19)),
-    ),
+    case("has 19 steps, the schedule 20", SIMPLE, X, timestep_sampler=OF_19_STEPS),
     *(
         case("not determine x_0", losses.simple, KEY, JSD, network, X, prediction=name, weighting="truncated_snr")
         for name in ("eps", "score")
@@ -236,11 +223,7 @@ REFUSED = [
     # likelihood
     *(case(f"={strata} must lie in 1 ... 19", BOUND, network, X, strata=strata) for strata in (0, 20)),
     case("twice the channels", BOUND, Denoiser(network, variance="learned"), X),
-    case(OF_THE_RANGE.format("clip=True", "clip=False"), BOUND, network, X + 1.5, gray_levels=None),
-    case(OF_THE_RANGE.format("gray_levels=256", "gray_levels=None"), BOUND, UNCLIPPED, X + 1.5),
-    case(
-        OF_THE_RANGE.format("gray_levels=256 and clip=True", "gray_levels=None and clip=False"), BOUND, network, X + 1.5
-    ),
+    case("gray_levels=256 and clip=True; .*gray_levels=None and clip=False", BOUND, network, X + 1.5),
     case("alpha_bar is 0", likelihood.bits_per_dim, KEY, JSD, network, X),
     case("gray_levels=1", likelihood.decoder_log_prob, X, X, X, gray_levels=1),
     case("known: exact, tanh", likelihood.decoder_log_prob, X, X, X, cdf="erf"),
@@ -253,10 +236,7 @@ REFUSED = [
     case(r"0 \.\.\. 1, got 5", GUIDED, 3, 2.0, rescale=5),
     case("null_y must be int, as y is; got float", GUIDED, 10.7, 2.0),
     case(
-        r"scale has shape \(2, 2\); it must be one number, or one for each of 2 rows",
-        guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2))),
-        X,
-        AT,
+        r"scale has shape \(2, 2\)", guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2))), X, AT
     ),
     # samplers
     *(
@@ -265,15 +245,7 @@ REFUSED = [
         for order in (0, 4, 2.0, True)
     ),
     case("a learned variance belongs to the network: Denoiser", sampling.ddpm, "learned"),
-    case(
-        "variance='fixed_small' is for a network with a fixed variance",
-        sampling.sample,
-        KEY,
-        FULL,
-        Denoiser(doubled, variance="learned_range"),
-        X,
-        sampling.ddpm("fixed_small"),
-    ),
+    case("fixed variance", DRAW, Denoiser(doubled, variance="learned_range"), X, sampling.ddpm("fixed_small")),
     *(case("eta", sampling.ddim, eta) for eta in (-0.1, 1.5)),
     case("bh1", sampling.unipc, variant="bh3"),
     *(
@@ -281,16 +253,8 @@ REFUSED = [
         for name, bad in (("churn", -1), ("churn", np.inf), ("churn_noise", -1), ("churn_range", (5, 1)))
     ),
     *(
-        case(
-            "'x_prev' .* where the samplers heun and pndm",
-            sampling.sample,
-            KEY,
-            FULL,
-            Denoiser(network, "x_prev"),
-            X,
-            make(),
-        )
-        for make in (sampling.heun, sampling.pndm)
+        case("'x_prev' .*heun and pndm", DRAW, Denoiser(network, "x_prev"), X, s)
+        for s in (sampling.heun(), sampling.pndm())
     ),
     case("x_T must have a batch axis", SAMPLE, 1.0, DDPM),
     *(  # x_0 + sigma eps with EDM's sigma of 80, and the last step of 20 steps, which has alpha_bar 0
@@ -317,13 +281,7 @@ REFUSED = [
     *(case(f"order must be 1 or 2, got {order}", ENCODE, X, order=order) for order in (2.0, 3)),
     case("x_prev", sampling.encode, FULL, Denoiser(network, "x_prev"), X),
     case("clip is for order 1", sampling.encode, FULL, Denoiser(network), X, order=2),
-    case(
-        "a projection of x_0 has no inverse",
-        sampling.encode,
-        FULL,
-        editing.project(network, Measurement(editing.gray(), X[..., :1])),
-        X,
-    ),
+    case("a projection of x_0 has no inverse", sampling.encode, FULL, editing.project(network, GRAY_ONLY), X),
     case("x_0 must have a batch axis", ENCODE, 1.0),
     # editing
     case("must be a sampler such as", editing.replacement, "ddim", X, MASK),
@@ -339,14 +297,7 @@ REFUSED = [
     case("the network is a Denoiser already", Denoiser, Denoiser(network)),
     case("a condition for each row", guidance.classifier_free, network, 3, 4, 2.0),
     case("a path has no steps", schedules.respace, schedules.edm(), 5),
-    case(
-        "corrections and limits do not change",
-        losses.simple,
-        KEY,
-        FULL,
-        editing.project(network, Measurement(editing.gray(), X[..., :1])),
-        X,
-    ),
+    case("corrections and limits do not", losses.simple, KEY, FULL, editing.project(network, GRAY_ONLY), X),
     case("interpolate does not take ordr with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, ordr=7),
     case("interpolate does not take order with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, order=2),
     case(r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)", INTERPOLATE, X[:1], [0.5], sampling.ddim(), t=3),

@@ -44,7 +44,7 @@ def repainted(resamplings):
     return x[:, 1].mean(), x[:, 1].var()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_repaint_approaches_the_conditional_mean_with_too_small_a_variance():
     mean, variance = RHO * KNOWN, S2 * (1 - RHO**2)
     found = {r: repainted(r) for r in (1, 5, 10, 20)}
@@ -72,7 +72,7 @@ def test_the_steps_of_repaint():
     assert (never == -1).all()
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_replacement_returns_the_known_pixels_with_any_sampler():
     schedule = schedules.respace(FULL, 12, "log_snr")
     x_0 = jnp.tile(jnp.array([KNOWN, 5.0]), (4000, 1))
@@ -150,7 +150,6 @@ def test_projection_is_for_measurements_without_noise(noise):
         editing.project(network, Measurement(lambda x: x, x))
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", ["gray", "average_pool"])
 def test_restored_images_agree_with_the_measurement(name):
     """Independent Gaussian pixels: the results have the measured means, and the remaining components keep their variance."""
@@ -168,7 +167,6 @@ def test_restored_images_agree_with_the_measurement(name):
         assert abs(free.std() / expected.std() - 1) < 0.15, sampler
 
 
-@pytest.mark.whole
 def test_slerp():
     x, y = jax.random.normal(KEY, (2, 4, 8, 8, 1))
     np.testing.assert_allclose(editing.slerp(x, y, 0.0), x, atol=1e-6)
@@ -184,7 +182,6 @@ def test_slerp():
     assert (abs(length / 8 - 1) < 0.2).all()
 
 
-@pytest.mark.whole
 def test_interpolation_half_way_up_the_chain():
     """Ho et al.'s interpolation is linear in x_t, so with a linear sampler and the same noise also in x_0."""
     schedule, sampler = schedules.respace(FULL, 50, "log_snr"), sampling.ddim()
@@ -232,7 +229,7 @@ def test_interpolation_encodes_with_any_prediction_up_to_the_start(prediction, s
     np.testing.assert_allclose(between, [x, 0.6 * x + 0.4 * y, y], atol=2e-3)  # in one dimension the path is a line
 
 
-@pytest.mark.parametrize("resamplings", [2, pytest.param(5, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("resamplings", [2, 5])
 def test_repaint_without_known_pixels_returns_the_prior(resamplings):
     """Data N(10, 1) with the exact network, for which ancestral steps are exact for any number of steps.
 

@@ -8,13 +8,6 @@ from helpers.array_configs import array_config
 from helpers.configs import tiny_config
 
 
-def test_headings_have_names_and_directions():
-    assert metrics.heading("frechet_distance") == "Frechet distance, lower is better"
-    assert metrics.heading("recall") == "recall, higher is better"
-    assert metrics.heading("fid_clean") == "Frechet Inception distance (FID), clean resize, lower is better"
-    assert metrics.heading("num_samples") == "num_samples"
-
-
 def test_every_number_of_an_array_metric_has_a_meaning():
     x = np.random.default_rng(0).normal(size=(2, 40, 8, 2)).astype(np.float32)
     for name in ("marginal_histograms", "mean_and_covariance", "power_spectrum", "autocorrelation"):

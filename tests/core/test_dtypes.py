@@ -191,7 +191,7 @@ def test_results_are_float32_or_float64_by_the_rule(name, dtype, x64):
         assert whole <= {jnp.dtype("int32"), jnp.dtype("int64")}
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_low_precision_is_promoted_before_arithmetic(name):
     """Results for bfloat16 arrays equal the results for the same values in float32."""

@@ -88,9 +88,7 @@ def test_the_prior_term():
         np.testing.assert_allclose(likelihood.prior_term(schedule, x_0.astype(np.float32)), expected.mean(1), rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "variance", [pytest.param("fixed_small", marks=pytest.mark.whole), "fixed_large", "learned_range"]
-)
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_every_term_has_its_closed_form(variance):
     """Gaussian data and the exact posterior mean: each L_t, both squared errors and the total, within error bars.
 
@@ -138,7 +136,7 @@ def test_with_the_fixed_small_variance_terms_are_snr_differences(x64):
     np.testing.assert_allclose(bits.vlb[:, 1:], drops * bits.x_0_mse[:, 1:], rtol=1e-8)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_bound_does_not_depend_on_the_prediction(prediction, x64):
     def network(x_t, time):
@@ -174,7 +172,9 @@ def test_rate_and_distortion_of_a_gaussian():
 # Data in their own units.
 
 
-@pytest.mark.parametrize("shape", [(5, 2), *(pytest.param(s, marks=pytest.mark.whole) for s in ((2,), (2, 3, 2, 2)))])
+@pytest.mark.parametrize(
+    "shape", [(5, 2), *(pytest.param(s, marks=pytest.mark.thorough) for s in ((2,), (2, 3, 2, 2)))]
+)
 def test_the_bound_of_standardized_data_in_their_units(shape):
     """Independent normal channels. After standardization x_t is N(0, 1) at every t, and beta_t is the exact variance, so
     that only the decoder has a gap to the entropy: the decoder's variance at index 0 is the posterior variance at index
@@ -206,7 +206,7 @@ def test_the_bits_of_a_standardization():
 # The estimate from a subset of the steps.
 
 
-@pytest.mark.parametrize("strata", [7, *(pytest.param(number, marks=pytest.mark.whole) for number in (1, 49))])
+@pytest.mark.parametrize("strata", [7, *(pytest.param(number, marks=pytest.mark.thorough) for number in (1, 49))])
 def test_strata_are_an_unbiased_estimate(strata):
     """The first half has other examples in each row, the second half one example in all rows."""
     n = 20_000
@@ -225,7 +225,6 @@ def test_strata_are_an_unbiased_estimate(strata):
 # How it behaves.
 
 
-@pytest.mark.whole
 def test_without_tables_the_memory_does_not_grow_with_t():
     def memory(steps):
         schedule = schedules.from_betas(schedules.betas("linear", steps))
@@ -236,7 +235,7 @@ def test_without_tables_the_memory_does_not_grow_with_t():
     assert memory(1000) < 1.05 * memory(10)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_tables_do_not_change_the_bound():
     x_0 = jnp.clip(gaussian_data(8), -1, 1)
     for strata in (None, 3):
@@ -247,7 +246,7 @@ def test_tables_do_not_change_the_bound():
         assert without.vlb is without.mse is without.t is None
 
 
-@pytest.mark.parametrize("levels", [256, pytest.param(None, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("levels", [256, None])
 def test_gradients_are_finite_at_any_learned_log_variance(levels):
     """In float32, exp overflows beyond 88: neither the term at t nor the unused branch may overflow. One row for each of
     five log variances, at index 0 and at T / 2."""

@@ -1,14 +1,20 @@
-"""Timestep samplers: their distributions, and the history of losses."""
+"""Timestep samplers: their distributions, on steps and on paths, and the history of losses."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from diffusion_jax import timesteps
+from diffusion_jax import draws, schedules, timesteps
+from helpers.path_networks import EDM, FLOW, PATHS
+
+KEY = jax.random.key(0)
+FINITE = {name: path for name, path in PATHS.items() if name != "rectified_flow"}
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", ["uniform", "antithetic", "stratified", "loss_second_moment"])
 def test_timesteps_are_uniform(name):
     """Chi-squared over 10 bins from independent batches; each draw alone must be uniform."""
@@ -57,7 +63,6 @@ def test_the_sampler_is_uniform_until_every_step_is_full():
     np.testing.assert_allclose(timesteps.step_probabilities(history), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-6)
 
 
-@pytest.mark.whole
 def test_the_uniform_part_of_importance_sampling():
     """Half of the distribution is uniform: a step whose losses are 0 keeps the probability 1 / (2 T) and has weight 2."""
     t = jnp.repeat(jnp.arange(4), 2)
@@ -95,3 +100,53 @@ def test_losses_that_are_not_finite_are_not_recorded(bad):
     np.testing.assert_allclose(np.sort(found.losses), [[4, 6], [3, 5]])
     root = np.sqrt([(16 + 36) / 2, (9 + 25) / 2])
     np.testing.assert_allclose(timesteps.step_probabilities(found), 0.999 * root / root.sum() + 0.001 / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path if name in ("linear steps", "edm") else pytest.param(path, marks=pytest.mark.thorough)
+        for name, path in FINITE.items()
+    ],
+    ids=FINITE,
+)
+@pytest.mark.parametrize("name", ["uniform", "log_normal", "uniform_log_snr"])
+def test_draws_have_the_density_that_they_return(name, path):
+    """E[1 / p(l)] is the length of l's range, and E[l / p(l)] is the integral of l."""
+    # A wide normal draw, so that the weights have finite variance; logit_normal would be the same draw.
+    draw = timesteps.log_normal(-0.5, 2.5) if name == "log_normal" else getattr(draws, name)()
+    time, log_density = jax.jit(lambda key, path: draw(key, 20_000, path))(KEY, path)
+    first, last = path.interval
+    assert time.dtype == log_density.dtype == jnp.float32 and (first <= time).all() and (time <= last).all()
+    high, low = path.log_snr(np.array([first, last]))
+    inner = (path.log_snr(time) < 6) & (path.log_snr(time) > -6)
+    weight = np.where(inner, np.exp(-np.asarray(log_density, np.float64)), 0)
+    np.testing.assert_allclose(weight.mean(), min(high, 6) - max(low, -6), rtol=0.01)
+    alone = timesteps.uniform if name == "uniform" else dataclasses.replace(draw, stratified=False)
+    independent, _ = jax.jit(alone, static_argnums=1)(jax.random.key(1), 20_000, path)
+    assert stats.ks_2samp(np.asarray(time), np.asarray(independent)).pvalue > 1e-3
+
+
+def test_an_inexact_inverse_draws_no_time_outside_the_interval():
+    """An inverse with an error of 0.04%, which is accepted, maps log SNRs near the last to times above it."""
+    path = schedules.path(lambda time: -8 * time, inverse=lambda log_snr: -1.0004 * log_snr / 8, interval=(0.5, 1.0))
+    time, _ = timesteps.uniform_log_snr()(KEY, 10_000, path)
+    assert time.min() >= 0.5 and time.max() == 1.0
+
+
+def test_the_draws_of_the_papers():
+    time, log_density = timesteps.log_normal()(KEY, 10_000, EDM)
+    log_sigma = 4 * np.asarray(time, np.float64)
+    assert stats.kstest((log_sigma + 1.2) / 1.2, "norm").pvalue > 0.01
+    np.testing.assert_allclose(log_density, stats.norm(-1.2, 1.2).logpdf(log_sigma) - np.log(2), atol=1e-3)
+    tau = np.asarray(timesteps.logit_normal()(KEY, 10_000, schedules.rectified_flow())[0], np.float64) / 1000
+    assert stats.kstest(np.log(tau / (1 - tau)), "norm").pvalue > 0.01
+    # Every stratum of a batch has one level.
+    time, _ = timesteps.stratified(KEY, 64, FLOW)
+    assert sorted(((time - 1) / 998 * 64).astype(int).tolist()) == list(range(64))
+    # A narrow interval truncates the distribution, and its density stays normalized.
+    narrow = schedules.edm(0.1, 0.5)
+    time, log_density = timesteps.log_normal()(KEY, 10_000, narrow)
+    truncated = stats.truncnorm(*((np.log([0.1, 0.5]) + 1.2) / 1.2), -1.2, 1.2)
+    assert stats.kstest(4 * np.asarray(time, np.float64), truncated.cdf).pvalue > 0.01
+    np.testing.assert_allclose(log_density, truncated.logpdf(4 * np.asarray(time)) - np.log(2), atol=1e-3)

@@ -69,7 +69,7 @@ def test_classifier_free_guidance_is_a_mixture_of_the_halves_of_one_call(predict
     assert not calls  # one for each
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_guided_eps_is_the_score_of_the_sharpened_classes(x64):
     """eps_s = -sigma grad [log q(x_t) + s log p(y | x_t)] (Ho & Salimans 2022, section 3)."""
     guided = output(guidance.classifier_free(network(), Y, NULL, 2.5), X_T, TIME)
@@ -143,7 +143,7 @@ def test_rescaling_does_not_change_constant_outputs():
     np.testing.assert_allclose(guided[:, 0, 0, 0], [-4 * 4 + 5 * 1, -4 * 4 + 5 * 3])
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_classifier_guidance_at_scale_1_is_the_conditional_network(prediction, x64):
     """The learned variance comes from the unconditional network."""

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax import Denoiser, coordinates, editing, guidance, process, sampling, schedules
-from diffusion_jax.denoiser import PREDICTIONS
+from diffusion_jax.denoiser import PREDICTIONS, convert
 from diffusion_jax.measurements import Measurement
 from diffusion_jax.sampling import spacing
 from diffusion_jax.schedules import Transition
 from helpers.gaussian_mixtures import FULL
+from helpers.path_networks import EDM, FLOW, inner_times
 from helpers.samplers import NAMED
 
 KEY = jax.random.key(0)
@@ -225,19 +226,6 @@ def test_steps_with_swapped_levels_invert_ddim(x64):
 # What belongs to the network, and to which sampler.
 
 
-def test_a_sampler_refuses_the_options_of_a_denoiser():
-    for make, options in (
-        (sampling.ddim, {"prediction": "v"}),
-        (sampling.ddpm, {"clip": False}),
-        (sampling.heun, {"variance": "learned_range"}),
-    ):
-        with pytest.raises(TypeError, match=r"belongs to the network: .*diffusion_jax\.Denoiser\(network, "):
-            make(**options)
-    for variance in ("learned_range", "learned"):
-        with pytest.raises(ValueError, match=r"Denoiser\(network, variance='learned_range'\)"):
-            sampling.ddpm(variance)
-
-
 @pytest.mark.parametrize("name", NAMED)
 def test_the_mean_form_is_for_ddpm(name):
     denoiser = guidance.classifier(Denoiser(lambda x, time: x), log_prob, form="mean")
@@ -259,9 +247,6 @@ def test_ddpm_refuses_to_change_the_x_0_of_a_predicted_mean():
         with pytest.raises(ValueError, match=r"'x_prev'.*ddim"):
             sampling.sample(KEY, SCHEDULE, denoiser, x_T, sampling.ddpm())
         assert np.isfinite(sampling.sample(KEY, SCHEDULE, denoiser, x_T, sampling.ddim())).all()
-    for sampler in (sampling.heun(), sampling.pndm()):  # which call the network between steps
-        with pytest.raises(ValueError, match="'x_prev' is defined for a step"):
-            sampling.sample(KEY, SCHEDULE, plain, x_T, sampler)
 
 
 # The denoiser as a pytree.
@@ -325,17 +310,6 @@ def test_denoisers_stack_to_an_ensemble():
     np.testing.assert_allclose(together, [predict(member) for member in members], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32, np.float64])
-def test_outputs_are_promoted_to_the_dtype_of_x_t(dtype, x64):
-    """float64 stays float64, and bfloat16 becomes float32, whatever dtype the network computes in."""
-    for network_dtype in (jnp.bfloat16, np.float32):
-        denoiser = Denoiser(lambda x, time, d=network_dtype: (0.3 * x).astype(d))
-        denoiser = guidance.classifier(denoiser, log_prob, 2.0)
-        found = denoiser(jnp.asarray(X, dtype), SCHEDULE.at(T, jnp.asarray(X, dtype)))
-        expected = np.float64 if dtype == np.float64 else np.float32
-        assert {value.dtype for value in found if value is not None} == {np.dtype(expected)}
-
-
 # Errors of a network that predicts the score.
 
 ERROR = 0.05
@@ -382,3 +356,42 @@ def test_growing_errors_of_the_score_are_noted():
     reason = sampling.find_error_growth(sampling.ddim(), schedule, denoiser)
     noted = float(re.search(r"score has errors of 0.05, .* sample errors of ([\d.e+]+) times", reason)[1])
     assert abs(deviation_of_errors(schedule) / noted - 1) < 0.06
+
+
+# Conversions of outputs at any level of a path.
+
+
+def outputs(at, x_0, eps):
+    return {
+        "eps": eps,
+        "x_0": x_0,
+        "v": at.alpha * eps - at.sigma * x_0,
+        "score": -eps / at.sigma,
+        "flow": eps - x_0,
+    }
+
+
+@pytest.mark.parametrize("path", [EDM, FLOW, schedules.vp_cosine()], ids=["edm", "flow", "cosine"])
+def test_every_prediction_gives_every_other(path):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x_0, eps = jnp.asarray(rng.normal(size=(2, 5, 3)))
+        time = jnp.asarray(inner_times(path, 5))
+        x_t = process.q_sample(path, x_0, time, eps)
+        level = path.at(time, x_t)
+        values = outputs(level, x_0, eps)
+        for source, target in itertools.product(values, values):
+            result, expected = convert(values[source], x_t, level, source, target), values[target]
+            np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction", ["v", "x_0", "flow"])
+def test_pure_noise_is_finite(prediction):
+    path, x_t = schedules.rectified_flow(), jnp.ones((2, 3))
+    noise = path.at(jnp.full(2, 1000.0), x_t)
+    for wanted in ("x_0", "eps", "v", "flow"):
+        total = lambda output: convert(output, x_t, noise, prediction, wanted).sum()  # noqa: B023, E731
+        value, gradient = jax.value_and_grad(total)(0.5 * x_t)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+    np.testing.assert_allclose(convert(0.25 * x_t, x_t, noise, "flow"), 0.75)
+    assert np.isnan(jax.jit(lambda level: convert(x_t, x_t, level))(noise)).all()

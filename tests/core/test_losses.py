@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, likelihood, losses, process, schedules, timesteps
+from diffusion_jax import Denoiser, coordinates, likelihood, losses, process, schedules, timesteps
 from diffusion_jax.denoiser import PREDICTIONS, convert
 from helpers.gaussian_mixtures import FULL as SCHEDULE
 from helpers.gaussian_mixtures import S2, M, gaussian
+from helpers.path_networks import EDM, FLOW
+
+KEY = jax.random.key(0)
 
 
 def optimal(prediction):
@@ -38,7 +41,7 @@ def mean_and_error(values):
     "name",
     [
         "uniform",
-        *(pytest.param(n, marks=pytest.mark.whole) for n in ("antithetic", "stratified", "loss_second_moment")),
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("antithetic", "stratified", "loss_second_moment")),
     ],
 )
 def test_the_exact_network_attains_the_minimum_of_the_eps_loss(name):
@@ -62,9 +65,7 @@ EPS_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "prediction", ["v", *(pytest.param(p, marks=pytest.mark.whole) for p in PREDICTIONS if p != "v")]
-)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_weighting_applies_to_the_eps_error_for_every_prediction(prediction):
     """For any output, the weighted loss is w(SNR) times the error of the eps that follows from the output."""
     x_0 = jax.random.normal(jax.random.key(0), (64, 3))
@@ -129,7 +130,6 @@ def doubled(x_t, time):
     return jnp.concatenate([0.4 * x_t + 0.1, jnp.tanh(x_t + 0.01 * time[:, None])], axis=-1)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_the_vlb_loss_estimates_the_bound(variance):
     x_0 = gaussian_data(100_000)
@@ -142,7 +142,7 @@ def test_the_vlb_loss_estimates_the_bound(variance):
     np.testing.assert_allclose(loss, parts.vlb, rtol=1e-6)
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_in_the_hybrid_the_bound_trains_only_the_variance(prediction):
     """The gradient with respect to the predicted mean equals L_simple's; with respect to the variance, the weighted
@@ -195,7 +195,6 @@ def first_step(key, batch, total):
     return jnp.zeros(batch, jnp.int32), jnp.ones(batch)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("sampler", [first_step, timesteps.uniform])
 def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
     """In float32: black and white 8-bit images, a thousand cosine steps, and a mean far from the data."""
@@ -215,7 +214,7 @@ def test_the_bound_s_gradients_are_finite_at_the_edges(sampler):
 # Importance sampling of timesteps.
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_importance_sampling_is_unbiased_and_has_less_variance():
     """The weighted estimate of the bound equals the uniform estimate within error bars, with less variance."""
     x_0 = gaussian_data(60_000)
@@ -245,13 +244,50 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
     [
         (schedules.edm(), {"draw": "log_normal", "timestep_sampler": "uniform"}, "give timestep_sampler alone"),
         (SCHEDULE, {"draw": "uniform"}, "draw=uniform draws levels of a path"),
-        (
-            schedules.edm(),
-            {"timestep_sampler": lambda key, n, levels: (jnp.zeros(n, jnp.int32), jnp.ones(n))},
-            "it returned indices of steps",
-        ),
+        (schedules.edm(), {"timestep_sampler": first_step}, "it returned indices of steps"),
     ],
 )
 def test_a_timestep_sampler_that_does_not_fit_is_refused(schedule, options, words):
     with pytest.raises(ValueError, match=words):
         losses.simple(jax.random.key(0), schedule, lambda x_t, time: x_t, jnp.zeros((3, 2)), **options)
+
+
+# Losses on paths.
+
+
+def fixed(time):
+    """A draw that always returns one time."""
+    return lambda key, batch_size, path: (jnp.full(batch_size, time), jnp.zeros(batch_size))
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
+def test_the_loss_of_edm_is_one_for_a_network_of_zeros(sigma):
+    """For x_0 ~ N(0, d^2), the best F is 0 and the weighted loss is 1 at every level (Karras et al. 2022)."""
+    d = 0.5
+    x_0 = d * jax.random.normal(KEY, (20_000, 4))
+    denoise_fn = coordinates.precondition(lambda x, time: jnp.zeros_like(x), EDM, d)
+    draw = fixed(np.log(sigma) / 4)
+    loss, _ = losses.simple(jax.random.key(1), EDM, denoise_fn, x_0, prediction="x_0", weighting="edm", draw=draw)
+    assert abs(loss.mean() - 1) < 4 * loss.std() / np.sqrt(loss.size)
+
+
+ERRORS = {  # eps error over the error of each prediction
+    "eps": lambda alpha, sigma: 1.0,
+    "x_0": lambda alpha, sigma: (alpha / sigma) ** 2,
+    "v": lambda alpha, sigma: alpha**2,
+    "flow": lambda alpha, sigma: (alpha / (alpha + sigma)) ** 2,
+    "score": lambda alpha, sigma: sigma**2,
+}
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+@pytest.mark.parametrize("prediction", ERRORS)
+def test_weights_on_every_error(weighting, prediction):
+    x_0 = jax.random.normal(KEY, (32, 4))
+    loss, aux = losses.simple(
+        KEY, FLOW, lambda x, time: 0.3 * x + 0.1, x_0, prediction=prediction, weighting=weighting, draw="logit_normal"
+    )
+    at = FLOW.at(aux.t, aux.mse)
+    alpha, sigma = np.asarray(at.alpha, np.float64), np.asarray(at.sigma, np.float64)
+    weight = EPS_WEIGHTS[weighting]((alpha / sigma) ** 2) * ERRORS[prediction](alpha, sigma)
+    np.testing.assert_allclose(loss, weight * aux.mse, rtol=1e-5)

@@ -87,7 +87,7 @@ def in_deviations(mean, covariance, problem):
 
 
 @pytest.mark.parametrize("sampler", [sampling.dpm_solver_pp(2), sampling.heun()], ids=["2m", "heun"])
-@pytest.mark.parametrize("d", [2, 8, pytest.param(64, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("d", [2, 8, 64])
 def test_samplers_with_mmps_draw_from_the_exact_posterior(d, sampler, x64):
     """Mean within 0.02 deviations (the start from the prior at s = 80 leaves about 1 / 80), variances within 2%."""
     problem = Problem(d)
@@ -133,7 +133,7 @@ def test_dps_is_not_a_posterior_sampler(x64):
     )
 
 
-@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.thorough)])
 def test_the_published_step_of_pigdm_never_converges(steps, x64):
     """On N(0, 1) with y = 1 of noise 0.5, the mean is 1.00 and not 0.8, and the deviation falls with the number of steps.
 
@@ -365,7 +365,7 @@ def draw_particles(count, y, noise, rows, **options):
     return draw(jax.random.key(count))
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 def test_the_error_of_smc_falls_with_the_root_of_the_number_of_particles():
     """The weight of the right mode, against the mixture's exact posterior; four standard errors of 400 examples, and 0.005
     for the 100 steps."""

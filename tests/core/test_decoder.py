@@ -12,7 +12,6 @@ SDS = (1e-9, 1e-6, 1e-4, 1e-3, 4e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1e3, 
 MEANS = (-50.0, -1.3, -1.0, -0.37, -0.9999, 0.0, 1e-3, 0.501, 1.0, 1.2, 1e6)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_the_decoder_s_probabilities_sum_to_1_and_its_gradients_are_finite(levels):
     mean, log_variance, x_0 = np.meshgrid(MEANS, 2 * np.log(SDS), np.arange(levels) * 2 / (levels - 1) - 1)
@@ -25,7 +24,6 @@ def test_the_decoder_s_probabilities_sum_to_1_and_its_gradients_are_finite(level
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("levels", [17, 256])
 def test_the_decoder_is_the_gaussian_s_mass_in_the_bin(levels, x64):
     """In float64 against SciPy, gradients against central differences of SciPy's values."""
@@ -88,7 +86,6 @@ def test_openai_s_tanh_decoder():
     assert 1e-5 < abs(np.exp(got) - np.exp(exact)).max() < 2 * 1.8e-4
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_every_gray_level_is_recovered_from_its_rounded_value(dtype, levels):
