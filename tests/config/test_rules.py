@@ -6,9 +6,15 @@ from diffusion_jax import config as configs
 from diffusion_jax.config import rules, values
 
 SMALL, CALL = "data.low_resolution=16", "training.steps_per_call=7 training.checkpoint_every=7 training.sample_every=0"
-CONTINUOUS, EDM = "data.levels=None", "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=edm"
+FLOATS, CONTINUOUS = "data.levels=None", "data.levels=None data.random_flip=False"
+EDM = "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=edm"
 EXAMPLES = {  # settings that differ from the defaults and break one rule, in the order of the rules
     "config": ["data.channel_names=u,v", "data.channel_units=m,s"],
+    "data": [
+        "data.holdout=0.1 data.split=dev",
+        f"{FLOATS} data.normalization=limits",
+        "data.normalization=none",
+    ],
     "network": [
         "diffusion.conditioning_noise=0.1",
         f"{SMALL} diffusion.loss=classify",
@@ -29,6 +35,8 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.path=edm diffusion.rescale_timesteps=True",
         "diffusion.path=edm diffusion.draw=mine:draw diffusion.timestep_sampler=stratified",
         "diffusion.path=edm diffusion.draw=logit_normal diffusion.timestep_sampler=log_normal",
+        "diffusion.path=rectified_flow diffusion.loss=continuous_vlb",
+        "diffusion.path=rectified_flow diffusion.timestep_sampler=uniform_log_snr",
         "diffusion.draw_mean=0.5",
         "diffusion.draw_std=0.5",
         "diffusion.loss=classify diffusion.preconditioning=edm",
@@ -38,6 +46,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.loss=vlb diffusion.weighting=p2",
         "diffusion.variance=learned",
         "diffusion.loss=hybrid",
+        FLOATS,
         "optimizer.weight_decay=0.1",
         "optimizer.schedule=cosine optimizer.decay_steps=5000",
     ],
@@ -79,7 +88,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "sampling.guidance_rescale=0.7",
     ],
 }
-PLACEHOLDERS = {"VALUE": "1", "TIME,TIME,...": "1,5", "SCALE": "2", "PATH": "classifier", "N": "4"}
+PLACEHOLDERS = {"LOW,HIGH": "0,1", "VALUE": "1", "TIME,TIME,...": "1,5", "SCALE": "2", "PATH": "classifier", "N": "4"}
 
 
 def changed(config, assignments):
@@ -118,7 +127,7 @@ def test_every_rule_has_an_example_and_no_experiment_breaks_a_rule():
     for config in map(configs.resolve, map(configs.experiment, configs.experiment_names())):
         assert not any(
             configs.find_broken(config, table)
-            for table in ("network", "train step", "training run", "samples", "evaluation", "edit")
+            for table in ("data", "network", "train step", "training run", "samples", "evaluation", "edit")
         )
 
 

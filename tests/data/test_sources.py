@@ -88,9 +88,8 @@ IMAGES = np.zeros((600, 4), np.uint8)
             r'as bool \[4\] without "condition"; it must be bool \[n\]',
         ),
         ({}, {"x": X, "image": IMAGES}, "must return .* got 'x', 'image'"),
-        ({}, {"image": IMAGES}, "data.levels=None is for continuous .*use data.levels=256"),
+        ({}, {"image": IMAGES}, "data.levels=None, but the data are uint8 .*use data.levels=256"),
         ({"levels": 256}, {"x": X}, "data.levels=256, but the data are float64.*use data.levels=None"),
-        ({"random_flip": True}, {"x": X}, "use data.random_flip=False"),
     ],
 )
 def test_examples_that_do_not_fit_the_config_are_refused_in_one_line(changes, arrays, words):
