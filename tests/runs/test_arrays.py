@@ -84,7 +84,7 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
     [
         (
             {},
-            r"data has conditions of shape \[1\], but the network takes none; use --config.model.condition_features=1",
+            r"data has conditions of shape \[1\], but .* take none; use --config.model.condition_features=1",
         ),
         (
             {**CONDITIONAL, "model.condition_dropout": 0.0},
