@@ -338,18 +338,20 @@ def check_examples(config: Mapping, source: Source) -> None:
             f"the examples have shape {list(found)}, not {list(shape)} as data.image_size and data.channels say{advice}"
         )
     label, condition, missing = map(arrays.get, ("label", "condition", "condition_missing"))
+    wrong: dict[str, str] = {}  # what these arrays must be
     if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
-        raise DataError(f'a source returns "label" as {label.dtype} {list(label.shape)}; it must be integers [n]')
+        wrong["label"] = "integers [n]"
     if condition is not None:
         is_field = condition.ndim == len(shape) + 1 and condition.shape[1:-1] == shape[:-1]
         if condition.dtype.kind not in "iuf" or not (condition.ndim == 2 or is_field):
             field = f" or [{', '.join(map(str, ('n', *shape[:-1], 'K')))}]" if shape[:-1] else ""
-            raise DataError(
-                f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
-            )
+            wrong["condition"] = f"numbers [n, D]{field}"
     if missing is not None and (condition is None or missing.dtype != bool or missing.ndim != 1):
-        found = f"{missing.dtype} {list(missing.shape)}" + (' without "condition"' if condition is None else "")
-        raise DataError(f'a source returns "condition_missing" as {found}; it must be bool [n] beside "condition"')
+        wrong["condition_missing"] = 'bool [n] beside "condition"'
+    if wrong:
+        name, allowed = wrong.popitem()
+        found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
+        raise DataError(f'a source returns "{name}" as {found}; it must be {allowed}')
 
 
 class CheckedSource(DerivedSource, NamedSource):

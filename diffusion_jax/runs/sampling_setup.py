@@ -338,17 +338,19 @@ def _read_small_images(path: str, net: pretrained.Model) -> tuple[np.ndarray, np
         folder = data.Folder(str(source), size, channels)
         return folder.read(np.arange(len(folder)))["image"], None
     arrays = load_arrays("sampling.low_resolution", path)
-    if isinstance(arrays, np.ndarray) or "arr_0" not in arrays:
-        raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0")
-    images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
-        raise UserError(
-            f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
-            f"{size[0]}x{size[1]} with {channels} channels"
+    arrays, problem = arrays if isinstance(arrays, dict) else {}, ""
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if images is None:
+        problem = "is neither a folder nor an .npz with arr_0"
+    elif images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
+        problem = (
+            f"holds {images.dtype} {images.shape}; this model enlarges uint8 images of {size[0]}x{size[1]} with {channels} "
+            "channels"
         )
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise UserError(
-            f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}; there must be "
-            "one label for each image"
+    elif labels is not None and labels.shape != images.shape[:1]:
+        problem = (
+            f"holds {len(images)} images and labels of shape {labels.shape}; there must be one label for each image"
         )
+    if images is None or problem:
+        raise UserError(f"sampling.low_resolution={path!r} {problem}")
     return images, labels

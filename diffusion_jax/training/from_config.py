@@ -132,10 +132,12 @@ def _refuse_lost_levels(config: Mapping[str, Any], path: schedules.Path) -> None
     _, log_density = make_timestep_sampler(config)(jax.random.key(0), 16, path)
     lost, name = np.asarray(log_density)[~np.isfinite(log_density)], config[drawn := sampler_setting(config)]
     if lost.size:
+        advice = "use diffusion.draw_mean and draw_std nearer to the published -1.2 and 1.2"
+        if ":" in name:
+            advice = "the function must return the log density of each log SNR"
         raise ValueError(
             f"diffusion.{drawn}={name} draws levels with the log density {lost[0]:g} on diffusion.path={config['path']!r}; "
-            "use diffusion.draw_mean and draw_std nearer to the published -1.2 and 1.2, or a function that returns the log "
-            "density of each log SNR"
+            f"{advice}"
         )
 
 

@@ -85,7 +85,7 @@ IMAGES = np.zeros((600, 4), np.uint8)
         (
             {},
             {"x": X, "condition_missing": np.zeros(600, bool)},
-            r'as bool \[4\] without "condition"; it must be bool \[n\]',
+            r'"condition_missing" as bool \[4\]; it must be bool \[n\] beside "condition"',
         ),
         ({}, {"x": X, "image": IMAGES}, "must return .* got 'x', 'image'"),
         ({}, {"image": IMAGES}, "data.levels=None, but the data are uint8 .*use data.levels=256"),
