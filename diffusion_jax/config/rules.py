@@ -172,7 +172,13 @@ def _samples(config: ConfigDict) -> list[Rule]:
     lacks_times = options.spacing == "given" and isinstance(options.steps, int)
     times = f"needs network times as the steps, not sampling.steps={options.steps}"
     is_unread = options.low_resolution and not is_upsampler(config)
+    are_images = not is_continuous(config) and config.data.channels in (1, 3) and any(_height_and_width(config))
+    is_other = options.sampler != "ddpm" and ":" not in options.sampler
+    lacks_mean = options.classifier and options.classifier_form == "mean" and is_other
+    shifts, no_images = f"shifts the mean in the sampler ddpm, not in {options.sampler}", "is for images of gray levels"
     return [
+        Rule("sampling.files", options.files == "png" and not are_images, no_images, "npz"),
+        Rule("sampling.classifier_form", lacks_mean, shifts, "eps", "sampling.sampler=ddpm"),
         Rule("sampling.spacing", lacks_times, times, None, "sampling.steps=TIME,TIME,..."),
         Rule("sampling.low_resolution", is_unread, "is for models that enlarge images (data.low_resolution)", ""),
     ]
@@ -184,7 +190,14 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
     measures_nothing = not (options.likelihood or options.num_samples or is_tested)
     problem = f"and evaluation.num_samples={options.num_samples} leave nothing to measure"
     dequantizes = options.ode and is_continuous(config) and options.ode_dequantization in ("uniform", "variational")
+    model, label, conditions = config.model, config.sampling.label, config.sampling.conditions
+    is_given = config.editing.noise or model.num_classes or model.condition_features or model.condition_channels
+    given = "tests samples given a measurement, a class or a condition, and the model has no condition"
+    own = "has no effect on evaluation.metrics=calibration, which takes the classes and conditions of held-out examples"
     return [
+        Rule("evaluation.metrics", is_tested and not is_given, given, None, "editing.noise=VALUE"),
+        Rule("sampling.label", is_tested and label is not None, own, None),
+        Rule("sampling.conditions", is_tested and conditions, own, '""'),
         Rule("evaluation.likelihood", measures_nothing, problem, True, "evaluation.num_samples=N"),
         Rule("evaluation.ode_dequantization", dequantizes, gray, None),
     ]
@@ -217,7 +230,18 @@ def _edit(config: ConfigDict) -> list[Rule]:
     allowed = f"is not for editing.task={task!r} with editing.noise={options.noise:g}, but {' or '.join(methods)}"
     names = ("noise", "method", "operator", "share", "blur", *_READ_BY)
     is_unread = {name: name not in has_effect and options[name] != EDITING[name].default for name in names}
+    has_two, two = (
+        options.example is not None and options.image,
+        f"and editing.image={options.image!r} exclude each other",
+    )
+    lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
+    lacks_steps, sampler = method == "smc" and config.sampling.sampler != "ddpm", config.sampling.sampler
     return [
+        Rule("editing.example", has_two, two, None, 'editing.image=""'),
+        Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),
+        Rule(
+            "editing.method", lacks_steps, f"takes the steps of ddpm, not of {sampler}", None, "sampling.sampler=ddpm"
+        ),
         Rule("editing.noise", measures and not methods, needed, "VALUE"),
         Rule("editing.method", is_wrong, allowed, method, remedy if options.method in others else ""),
         *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),

@@ -162,10 +162,6 @@ def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarra
     The config gets the example's class, unless it has one. Raises: UserError, DataError.
     """
     options = config.editing
-    if options.image:
-        raise UserError(
-            f"editing.example={options.example} and editing.image={options.image!r} exclude each other; remove one"
-        )
     source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
     if options.example >= len(source):
         raise UserError(

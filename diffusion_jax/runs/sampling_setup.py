@@ -130,11 +130,6 @@ def resolve_sampling(
         warnings.simplefilter("always", UserWarning)
         clip = dynamic_threshold(options["clip_quantile"]) if options["clip"] == "dynamic" else options["clip"]
         sampler = sampler_from_config(options)
-        is_mean = bool(options["classifier"]) and options["classifier_form"] == "mean"
-        if is_mean and not isinstance(sampler, sampling.ddpm):  # before the weights are loaded
-            raise ValueError(
-                f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
-            )
         sampler, schedule = net.configure(net.denoiser(clip=clip), sampler, *steps_from_config(options))
         net.check_small_images(bool(net.low_resolution), options["low_resolution_noise"])
         if read_files:

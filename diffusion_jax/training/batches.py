@@ -116,13 +116,15 @@ def _read(
 
     reason: why the array is needed, for the message.
     """
-    value: Any = batch.get(name)
-    found = ", ".join(map(repr, batch)) if value is None else f"a {type(value).__name__}"
-    if hasattr(value, "dtype"):
-        dtype = jnp.result_type(value)
-        if jnp.issubdtype(dtype, _KINDS[kind][0]) and jnp.shape(value) == (num_rows, *shape):
-            return value
-        found = f"{dtype} {list(jnp.shape(value))}"
+    found = ", ".join(map(repr, batch))
+    if name in batch:
+        value = batch[name]
+        found = f"a {type(value).__name__}"
+        if hasattr(value, "dtype"):
+            dtype = jnp.result_type(value)
+            if jnp.issubdtype(dtype, _KINDS[kind][0]) and jnp.shape(value) == (num_rows, *shape):
+                return value
+            found = f"{dtype} {list(jnp.shape(value))}"
     expected = ", ".join(map(str, (num_rows, *shape)))
     raise ValueError(f'a batch must have "{name}", {kind} [{expected}], for {reason}; got {found}')
 

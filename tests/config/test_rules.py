@@ -58,14 +58,22 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         f"{SMALL} evaluation.every=10",
     ],
     "samples": [
+        f"{CONTINUOUS} sampling.files=png",
+        "sampling.classifier=PATH sampling.classifier_form=mean sampling.sampler=ddim",
         "sampling.steps=5 sampling.spacing=given",
         "sampling.low_resolution=small.npz",
     ],
     "evaluation": [
+        "evaluation.metrics=calibration",
+        "evaluation.metrics=calibration model.num_classes=3 sampling.label=2",
+        "evaluation.metrics=calibration model.condition_features=3 sampling.conditions=file.npy",
         "evaluation.likelihood=False evaluation.num_samples=0",
         f"{CONTINUOUS} evaluation.ode=True evaluation.ode_dequantization=uniform",
     ],
     "edit": [
+        "editing.example=3 editing.image=file.npy",
+        "editing.task=deblur editing.noise=2 data.image_size=()",
+        "editing.task=deblur editing.noise=2 editing.method=smc sampling.sampler=ddim",
         "editing.task=deblur",
         "editing.method=mmps",
         "editing.task=sdedit editing.noise=2",

@@ -112,7 +112,7 @@ def test_a_conditional_model_is_tested_with_the_conditions_of_its_examples(tmp_p
 def test_commands_that_do_not_fit_are_refused(exact):
     root, config = exact
     for settings, words in (
-        ({}, "set editing.task and editing.noise, or use a conditional model"),
+        ({}, "tests samples given .*editing.noise=VALUE"),
         (posterior_of(root, **{"sampling.conditions": "c.npy"}), "takes the classes and conditions of held-out"),
         (
             posterior_of(root, **{"evaluation.quantities": (f"{root / 'own.py'}:wrong",)}),
