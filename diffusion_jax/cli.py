@@ -236,20 +236,17 @@ def _config_with_weights(
 
 def check_mode(mode: str, config: ConfigDict) -> None:
     """Raises UserError if the mode does not suit the network: a classifier, an upsampler or a diffusion model."""
-    is_classifier = configs.is_classifier(config)
-    if is_classifier and mode not in ("train_classifier", "plan", "status", "report"):
-        raise UserError(
-            f"--mode={mode} is for diffusion models; this config trains a classifier (diffusion.loss=classify): use "
-            "--mode=train_classifier"
-        )
-    if mode == "train_classifier" and not is_classifier:
-        raise UserError(
-            "this config trains a diffusion model, not a classifier (diffusion.loss=classify): use --mode=train"
-        )
-    if mode in ("edit", "evaluate") and configs.is_upsampler(config):
-        raise UserError(
-            f"--mode={mode} is not for a model that enlarges images (data.low_resolution={config.data.low_resolution})"
-        )
+    kind, other = f"a diffusion model (diffusion.loss={config.diffusion.loss})", ""
+    if configs.is_classifier(config):
+        kind = "a classifier (diffusion.loss=classify)"
+        other = "" if mode in ("train_classifier", "plan", "status", "report") else "train_classifier"
+    elif mode == "train_classifier":
+        other = "train"
+    elif configs.is_upsampler(config):
+        kind = f"a model that enlarges images (data.low_resolution={config.data.low_resolution})"
+        other = "sample" if mode in ("edit", "evaluate") else ""
+    if other:
+        raise UserError(f"--mode={mode} is not for {kind}, which this config describes; use --mode={other}")
 
 
 def run(command: Command) -> None:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import tempfile
 import time
 import zipfile
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from diffusion_jax.errors import StorageError
 from diffusion_jax.untrusted import check_regular, open_npz, read_header
 
 
@@ -35,6 +37,14 @@ def mirrors_root() -> pathlib.Path:
     """Returns the directory for mirrors of work directories that launches write: RANDOM/gs/BUCKET/NAME below it."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     return pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_mirrors_{user}"
+
+
+def require_space(directory: pathlib.Path, what: str, size: int, advice: str) -> None:
+    """Raises: StorageError with the advice if the disk with a directory has less than `size` bytes left."""
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if size > (free := shutil.disk_usage(existing).free):
+        sizes = f"{what} needs {size / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB left"
+        raise StorageError(f"{sizes}; {advice}")
 
 
 def with_urls(text: str) -> str:

@@ -227,12 +227,12 @@ def _check_known(name: str) -> None:
     """Raises ConfigError for an unknown setting."""
     if name in SETTINGS:
         return
-    inside = [setting for setting in SETTINGS if setting.startswith(f"{name}.")]
-    if inside:
-        raise ConfigError(f"{name} is a group; set one of its settings, such as {inside[0]}")
-    near = closest_names(name, [*SETTINGS, *filter(None, GROUPS)])
-    advice = f"did you mean {near[0]}?" if near else "docs/reference/configuration.md lists all settings"
-    raise ConfigError(f"unknown setting {name}; {advice}")
+    problem, advice = f"unknown setting {name}", "docs/reference/configuration.md lists all settings"
+    if inside := [setting for setting in SETTINGS if setting.startswith(f"{name}.")]:
+        problem, advice = f"{name} is a group", f"set one of its settings, such as {inside[0]}"
+    elif near := closest_names(name, [*SETTINGS, *filter(None, GROUPS)]):
+        advice = f"did you mean {near[0]}?"
+    raise ConfigError(f"{problem}; {advice}")
 
 
 def _shown(value: Any) -> str:

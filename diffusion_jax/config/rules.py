@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import editing, sampling
+from diffusion_jax import editing, sampling, schedules
 from diffusion_jax.config.table import (
     EDITING,
     SAMPLING,
@@ -19,6 +21,7 @@ from diffusion_jax.config.table import (
     sampler_setting,
 )
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.functions import find_function
 
 # Methods for measurements with noise, and without noise by task; the first is the default.
 _NOISY = ("mmps", "pigdm", "dps", "smc")
@@ -49,9 +52,32 @@ def _every_config(config: ConfigDict) -> list[Rule]:
     ]
 
 
+def _data(config: Mapping[str, Any]) -> list[Rule]:
+    data = config["data"]
+    mode, splits = data["normalization"], f"is not one of data.holdout={data['holdout']}, which makes train and test"
+    no_limits, is_gray = mode == "limits" and not data["limits"], mode != "auto" and data["levels"] is not None
+    gray, needed = "is for float data; gray levels always become [-1, 1]", "needs data.limits, the range of the data"
+    return [
+        Rule("data.split", data["holdout"] and data["split"] not in ("train", "test"), splits, "train"),
+        Rule("data.normalization", no_limits and not is_gray, needed, "auto", "data.limits=LOW,HIGH"),
+        Rule("data.normalization", is_gray, gray, "auto", "data.levels=None"),
+    ]
+
+
+def _height_and_width(config: ConfigDict) -> tuple[int, int]:
+    """Returns the size of images; (0, 0) for data with another number of spatial axes."""
+    size = config.data.image_size
+    return (size, size) if isinstance(size, int) else size if len(size) == 2 else (0, 0)
+
+
+def _has_finite_ends(name: str) -> bool:
+    path = find_function(name, "diffusion.path", schedules.PATHS)()
+    return bool(np.isfinite(path.log_snr(np.array(path.interval))).all())
+
+
 def _network(config: ConfigDict) -> list[Rule]:
     low, size, noise = config.data.low_resolution, config.data.image_size, config.diffusion.conditioning_noise
-    height, width = (size, size) if isinstance(size, int) else size if len(size) == 2 else (0, 0)
+    height, width = _height_and_width(config)
     divides = 0 < low < height and height % low == 0 and width % (height // low) == 0
     problem = f"is not for upsamplers (data.low_resolution={low}), whose condition is the small image"
     return [
@@ -88,6 +114,11 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     normal, scaled = "is for the draws log_normal and logit_normal", "is for preconditioning=edm or weighting=edm"
     x_0 = f"makes the network predict x_0, but diffusion.prediction={prediction!r}"
     unscaled = "does not standardize the data, so their standard deviation is unknown"
+    drawn = sampler_setting(diffusion)
+    spreads, bounds = path and diffusion[drawn] == "uniform_log_snr", path and loss == "continuous_vlb"
+    lacks_ends = (spreads or bounds) and not _has_finite_ends(path)
+    ends = f"needs a finite log SNR at both ends of the path, and diffusion.path={path!r} has none"
+    mirrors_arrays = config.data.random_flip and (is_continuous(config) or not any(_height_and_width(config)))
     untrained, fixed = "is left untrained by the loss simple", f"needs a learned variance, not {variance!r}"
     return [
         Rule("diffusion.loss", chain and loss == "continuous_vlb", "is for a path", "simple", to_path),
@@ -101,6 +132,8 @@ def _train_step(config: ConfigDict) -> list[Rule]:
         Rule("diffusion.rescale_timesteps", path and diffusion.rescale_timesteps, steps, False, to_chain),
         Rule("diffusion.timestep_sampler", has_own_draw and timesteps != "uniform", on_own_draw, "uniform"),
         Rule("diffusion.draw", has_two_samplers, no_effect, "uniform", "diffusion.timestep_sampler=uniform"),
+        Rule("diffusion.loss", bounds and lacks_ends, ends, "simple", to_path),
+        Rule(f"diffusion.{drawn}", spreads and lacks_ends, ends, "uniform", to_path),
         Rule("diffusion.draw_mean", not_normal and diffusion.draw_mean is not None, normal, None),
         Rule("diffusion.draw_std", not_normal and diffusion.draw_std is not None, normal, None),
         Rule("diffusion.preconditioning", diffusion.preconditioning == "consistency", "cannot be trained", "edm"),
@@ -116,6 +149,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
         ),
         Rule("diffusion.variance", is_simple and is_learned, untrained, "fixed_large", "diffusion.loss=hybrid"),
         Rule("diffusion.loss", is_hybrid and not is_learned, fixed, "simple", "diffusion.variance=learned_range"),
+        Rule("data.random_flip", mirrors_arrays, "mirrors only images of gray levels", False),
         Rule("optimizer.weight_decay", is_adam and optimizer.weight_decay, "is for adamw", 0, "optimizer.name=adamw"),
         Rule("optimizer.decay_steps", decays_early, exceed, config.training.num_steps, "optimizer.schedule=constant"),
     ]
@@ -139,7 +173,13 @@ def _samples(config: ConfigDict) -> list[Rule]:
     lacks_times = options.spacing == "given" and isinstance(options.steps, int)
     times = f"needs network times as the steps, not sampling.steps={options.steps}"
     is_unread = options.low_resolution and not is_upsampler(config)
+    are_images = not is_continuous(config) and config.data.channels in (1, 3) and any(_height_and_width(config))
+    is_other = options.sampler != "ddpm" and ":" not in options.sampler
+    lacks_mean = options.classifier and options.classifier_form == "mean" and is_other
+    shifts, no_images = f"shifts the mean in the sampler ddpm, not in {options.sampler}", "is for images of gray levels"
     return [
+        Rule("sampling.files", options.files == "png" and not are_images, no_images, "npz"),
+        Rule("sampling.classifier_form", lacks_mean, shifts, "eps", "sampling.sampler=ddpm"),
         Rule("sampling.spacing", lacks_times, times, None, "sampling.steps=TIME,TIME,..."),
         Rule("sampling.low_resolution", is_unread, "is for models that enlarge images (data.low_resolution)", ""),
     ]
@@ -152,7 +192,14 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
     problem = f"and evaluation.num_samples={options.num_samples} leave nothing to measure"
     dequantizes = options.ode and is_continuous(config) and options.ode_dequantization in ("uniform", "variational")
     has_no_bound = options.likelihood and config.diffusion.preconditioning == "consistency"
+    model, label, conditions = config.model, config.sampling.label, config.sampling.conditions
+    is_given = config.editing.noise or model.num_classes or model.condition_features or model.condition_channels
+    given = "tests samples given a measurement, a class or a condition, and the model has no condition"
+    own = "has no effect on evaluation.metrics=calibration, which takes the classes and conditions of held-out examples"
     return [
+        Rule("evaluation.metrics", is_tested and not is_given, given, None, "editing.noise=VALUE"),
+        Rule("sampling.label", is_tested and label is not None, own, None),
+        Rule("sampling.conditions", is_tested and conditions, own, '""'),
         Rule("evaluation.likelihood", has_no_bound, "needs a denoiser, and not a consistency network", False),
         Rule("evaluation.likelihood", measures_nothing, problem, True, "evaluation.num_samples=N"),
         Rule("evaluation.ode_dequantization", dequantizes, gray, None),
@@ -186,7 +233,18 @@ def _edit(config: ConfigDict) -> list[Rule]:
     allowed = f"is not for editing.task={task!r} with editing.noise={options.noise:g}, but {' or '.join(methods)}"
     names = ("noise", "method", "operator", "share", "blur", *_READ_BY)
     is_unread = {name: name not in has_effect and options[name] != EDITING[name].default for name in names}
+    has_two, two = (
+        options.example is not None and options.image,
+        f"and editing.image={options.image!r} exclude each other",
+    )
+    lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
+    lacks_steps, sampler = method == "smc" and config.sampling.sampler != "ddpm", config.sampling.sampler
     return [
+        Rule("editing.example", has_two, two, None, 'editing.image=""'),
+        Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),
+        Rule(
+            "editing.method", lacks_steps, f"takes the steps of ddpm, not of {sampler}", None, "sampling.sampler=ddpm"
+        ),
         Rule("editing.noise", measures and not methods, needed, "VALUE"),
         Rule("editing.method", is_wrong, allowed, method, remedy if options.method in others else ""),
         *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),
@@ -220,6 +278,7 @@ def _without_effect(config: ConfigDict) -> list[Rule]:
 # without an effect are only logged.
 RULES = {
     "config": _every_config,
+    "data": _data,
     "network": _network,
     "train step": _train_step,
     "training run": _training_run,
@@ -230,8 +289,11 @@ RULES = {
 }
 
 
-def find_broken(config: ConfigDict, table: str) -> list[str]:
-    """Returns a message for each problem with broken rules in a table, a key of `RULES`. config: complete."""
+def find_broken(config: Mapping[str, Any], table: str) -> list[str]:
+    """Returns a message for each problem with broken rules in a table, a key of `RULES`.
+
+    config: complete; for the table "data" it may consist of the group `data`.
+    """
     values, found = flatten(config), collections.defaultdict(list)
     for rule in RULES[table](config):
         if rule.is_broken:
@@ -244,7 +306,7 @@ def find_broken(config: ConfigDict, table: str) -> list[str]:
     return messages
 
 
-def check(config: ConfigDict, table: str) -> None:
+def check(config: Mapping[str, Any], table: str) -> None:
     """Raises: ConfigError with all messages of `find_broken`."""
     if messages := find_broken(config, table):
         raise ConfigError(". ".join(messages))

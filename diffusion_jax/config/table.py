@@ -372,9 +372,13 @@ OPTIMIZER: dict[str, Setting] = {
 LOGGING: dict[str, Setting] = {
     "writers": Setting(
         ("tensorboard",),
-        Tuple(OneOf(FunctionName(), Text()), "names", shown="('tensorboard', 'wandb')"),
-        "Destinations of metrics and pictures besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, "
-        "module:function or FILE.py:function. Trackers are separate packages, configured by their environment variables.",
+        Tuple(
+            OneOf(Choice("tensorboard", "wandb", "mlflow", "trackio"), FunctionName()),
+            "names from tensorboard, wandb, mlflow, trackio, module:function or FILE.py:function",
+            shown="('tensorboard', 'wandb')",
+        ),
+        "Destinations of metrics and pictures besides metrics.jsonl. Trackers are separate packages, configured by their "
+        "environment variables.",
     ),
     "project": Setting("diffusion_jax", Text(), "Project in a tracker. The run is named after its directory."),
 }

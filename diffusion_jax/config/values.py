@@ -199,9 +199,10 @@ class Tuple:
                 values.append(self.item.check(item))
             except ValueError as error:
                 raise ValueError(f"{item!r} is not allowed" + (f"; {error}" if str(error) else "")) from None
-        if not self.minimum_length <= len(values) <= (self.maximum_length or math.inf):
-            raise ValueError
-        if self.rising and (len(values) == 1 or not all(low < high for low, high in itertools.pairwise(values))):
+        is_rising = not self.rising or (
+            len(values) != 1 and all(low < high for low, high in itertools.pairwise(values))
+        )
+        if not (is_rising and self.minimum_length <= len(values) <= (self.maximum_length or math.inf)):
             raise ValueError
         return tuple(values)
 

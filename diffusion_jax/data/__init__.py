@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from diffusion_jax.config import resolve
+from diffusion_jax.config import check, resolve
 from diffusion_jax.data.array_files import ArrayFiles
 from diffusion_jax.data.batches import Batches, stream
 from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, find_folder, fit
@@ -27,7 +27,6 @@ from diffusion_jax.data.sources import (
     check_examples,
     check_levels,
     example_shape,
-    find_contradiction,
     is_in_memory,
     is_of_images,
     noun,
@@ -58,7 +57,6 @@ __all__ = [
     "check_location",
     "describe",
     "example_shape",
-    "find_contradiction",
     "find_normalizations",
     "fit",
     "has_splits",
@@ -109,17 +107,10 @@ def load(
     Raises: ConfigError for an invalid value; DataError with one line of advice.
     """
     config = resolve({"data": config})["data"]
+    check({"data": config}, "data")
     share, split = config["holdout"], config["split"]
-    if source is None:
-        _check_holdout(config)
-        source = _source_class(config).from_config(config)
-    elif share:
-        raise DataError(
-            f"data.holdout={share} is for a folder or file that the config names, not for a source that a program gives: "
-            "leave examples out of the source, and use data.holdout=0"
-        )
-    else:
-        source = CheckedSource.wrap(config, source)
+    _refuse_holdout(config, is_given=source is not None)
+    source = CheckedSource.wrap(config, source) if source is not None else _source_class(config).from_config(config)
     log(f"{describe(source)}.")
     is_encoded = isinstance(source, EncodedImages)
     first = {} if is_encoded else source.read([0])  # a corrupted image is reported with all other corrupted images
@@ -149,9 +140,10 @@ def check_location(config: Mapping) -> None:
     set that is missing from its directory and not to be downloaded.
     """
     config = resolve({"data": config})["data"]
+    check({"data": config}, "data")
     source_class, directory = _source_class(config), config["data_dir"]
     if not source_class.of_files:
-        _check_holdout(config)
+        _refuse_holdout(config)
     if source_class is Tfds and not is_url(directory):
         make_builder(config["dataset"], directory or None, must_be_prepared=not config["download"])
     if source_class is Folder and not is_url(directory):
@@ -174,19 +166,19 @@ def _source_class(config: Mapping) -> type[NamedSource]:
     return CheckedSource if ":" in name else SOURCES.get(name, Tfds)
 
 
-def _check_holdout(config: Mapping) -> None:
-    """Raises DataError for `data.holdout` on data with their own splits, or a split that `data.holdout` does not make."""
-    share, name, source_class = config["holdout"], config["dataset"], _source_class(config)
-    if not share:
+def _refuse_holdout(config: Mapping, is_given: bool = False) -> None:
+    """Raises: DataError for `data.holdout` on data with splits of their own. is_given: whether a program gives the source."""
+    source_class, reason = _source_class(config), ""
+    if not config["holdout"]:
         return
-    if not source_class.of_files:
+    if is_given:
+        reason = "not for a source that a program gives"
+    elif not source_class.of_files:
+        reason = f"and {config['dataset']!r} defines its splits itself"
+    elif source_class.has_splits(config):
+        reason = f"and {config['data_dir']} has splits of its own"
+    if reason:
         raise DataError(
-            f"data.holdout={share} is for data.dataset=folder or arrays; {name!r} defines its splits itself: use "
-            "data.holdout=0 and choose them by data.split and evaluation.split"
-        )
-    if config["split"] not in ("train", "test"):
-        raise DataError(f"data.split={config['split']!r}: data.holdout={share} makes the splits 'train' and 'test'")
-    if source_class.has_splits(config):
-        raise DataError(
-            f"data.holdout={share}, but {config['data_dir']} has splits of its own: use data.holdout=0, or one split's file"
+            f"data.holdout={config['holdout']} is for one folder or file that data.dataset=folder or arrays reads, {reason}: "
+            "use data.holdout=0"
         )

@@ -106,27 +106,26 @@ def _kind(name: str) -> str:
 def _find_split(path: str, split: str) -> pathlib.Path:
     """Finds the file or folder of a split. Raises: DataError."""
     root = local_path(path or "")
-    if not path or not root.exists():
-        what = "no such file or folder" if path else "empty"
+    if not path or not root.exists() or (root.is_file() and not _kind(root.name)):
+        what = "a file of another kind" if root.is_file() else "no such file or folder" if path else "empty"
         raise DataError(f"data.data_dir={str(path or '')!r} is {what}; set it to {_ALLOWED}")
-    if root.is_file() and not _kind(root.name):
-        raise DataError(f"data.data_dir={path!r} is a file of another kind; set it to {_ALLOWED}")
     entries = _split_entries(root)
     found = entries.get(split, [])
-    if len(found) > 1:
-        raise DataError(f"data.split={split!r}: {root} has {list_names(found)}; keep one of them")
-    if found:
+    if len(found) == 1:
         return root / found[0]
-    if entries.keys() & _SPLIT_NAMES:  # a folder with only test.npy is not training data
+    if found:
+        problem = f"{list_names(found)}; keep one of them"
+    elif entries.keys() & _SPLIT_NAMES:  # a folder with only test.npy is not training data
         other = "" if split == "train" else ", or set evaluation.data_dir to other examples"
-        names = list_names(sorted(entries), 8)
-        raise DataError(f"data.split={split!r}: {root} has the splits {names}; use one of them{other}")
-    if split != "train":
-        raise DataError(
-            f"data.split={split!r}: {root} has only 'train'; use data.split='train', or a folder that contains files or "
-            f"folders such as train.npy and {split}.npy, or set evaluation.data_dir, or train with data.holdout"
+        problem = f"the splits {list_names(sorted(entries), 8)}; use one of them{other}"
+    elif split == "train":
+        return root
+    else:
+        problem = (
+            "only 'train'; use data.split='train', or a folder that contains files or folders such as train.npy and "
+            f"{split}.npy, or set evaluation.data_dir, or train with data.holdout"
         )
-    return root
+    raise DataError(f"data.split={split!r}: {root} has {problem}")
 
 
 def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from diffusion_jax.config import check
 from diffusion_jax.data.sources import DerivedSource, Progress, Source
 from diffusion_jax.errors import DataError
 from diffusion_jax.metrics.of_arrays import relative_rounding
@@ -158,17 +159,14 @@ def find_normalizations(
     one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. auto and limits standardize conditions.
 
     progress: called only if there is a pass.
-    Raises: DataError if a setting does not fit the data, for values that are not finite, a constant channel or no condition.
+    Raises: ConfigError for settings that contradict each other; DataError for values that are not finite, a constant channel
+    or no condition.
     """
-    mode, first = config["normalization"], source.read([0])
-    if mode != "auto" and "x" not in first:
-        raise DataError(f"data.normalization={mode!r} is for float data; uint8 data always become [-1, 1]: use 'auto'")
+    check({"data": config}, "data")
+    mode, first, found = config["normalization"], source.read([0]), dict[str, Normalization]()
     if mode == "none":
-        return {}
-    found: dict[str, Normalization] = {}
+        return found
     if mode == "limits":
-        if not config["limits"]:
-            raise DataError("data.normalization='limits' needs data.limits=(low, high), the range of the data")
         (low, high), channels = config["limits"], first["x"].shape[-1]
         found["x"] = Normalization(((low + high) / 2,) * channels, ((high - low) / 2,) * channels)
     names = [name for name in ("x", "condition") if name in first and name not in found]

@@ -32,7 +32,6 @@ __all__ = [
     "check_levels",
     "classes_of_files",
     "example_shape",
-    "find_contradiction",
     "find_files",
     "is_in_memory",
     "is_of_images",
@@ -303,15 +302,6 @@ def check_levels(images: np.ndarray, levels: int) -> None:
         )
 
 
-def find_contradiction(config: Mapping, name: str) -> str:
-    """Returns why data named "image" (uint8) or "x" (other types) contradict `data.levels` or `data.random_flip`, or ""."""
-    if name == "image" and config["levels"] is None:
-        return 'data.levels=None is for continuous data ("x"), but the data are uint8 ("image"): use data.levels=256'
-    if config["random_flip"] and (name == "x" or len(example_shape(config)) != 3):
-        return "data.random_flip=True mirrors only uint8 images; use data.random_flip=False for these data"
-    return ""
-
-
 def check_examples(config: Mapping, source: Source) -> None:
     """Raises DataError if a source has no examples, or if the shape or kind of its first examples contradicts the config."""
     if not len(source):
@@ -329,15 +319,16 @@ def check_examples(config: Mapping, source: Source) -> None:
     arrays = {name: np.asarray(array) for name, array in batch.items()}
     name, shape, levels = "image" if "image" in arrays else "x", example_shape(config), config["levels"]
     dtype = arrays[name].dtype
-    if name == "image" and dtype != np.uint8:
-        raise DataError(f'a source returns "image" as {dtype}, which must be uint8; give other numbers as "x"')
-    if name == "x" and (dtype == np.uint8 or not (dtype.kind in "iuf" or dtype.name == "bfloat16")):
-        advice = 'give it as "image"' if dtype == np.uint8 else "give real numbers"
-        raise DataError(f'a source returns "x" as {dtype}; {advice}')
-    if name == "x" and levels is not None:
-        raise DataError(f"data.levels={levels}, but the data are {dtype}, not uint8: use data.levels=None")
-    if contradiction := find_contradiction(config, name):
-        raise DataError(contradiction)
+    is_uint8, is_real = dtype == np.uint8, dtype.kind in "iuf" or dtype.name == "bfloat16"
+    if (name == "image") != is_uint8 or not is_real:
+        advice = "give uint8 as image, and other real numbers as x"
+        raise DataError(f'a source returns "{name}" as {dtype}; {advice}')
+    if is_uint8 == (levels is None):
+        needed = 256 if is_uint8 else None
+        raise DataError(
+            f'data.levels={levels}, but the data are {dtype} ("{name}"): use data.levels={needed}, which is for '
+            f"{'uint8' if is_uint8 else 'continuous'} data"
+        )
     if arrays[name].shape[1:] != shape:
         found, advice = arrays[name].shape[1:], ""
         if found:
@@ -347,18 +338,20 @@ def check_examples(config: Mapping, source: Source) -> None:
             f"the examples have shape {list(found)}, not {list(shape)} as data.image_size and data.channels say{advice}"
         )
     label, condition, missing = map(arrays.get, ("label", "condition", "condition_missing"))
+    wrong: dict[str, str] = {}  # what these arrays must be
     if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
-        raise DataError(f'a source returns "label" as {label.dtype} {list(label.shape)}; it must be integers [n]')
+        wrong["label"] = "integers [n]"
     if condition is not None:
         is_field = condition.ndim == len(shape) + 1 and condition.shape[1:-1] == shape[:-1]
         if condition.dtype.kind not in "iuf" or not (condition.ndim == 2 or is_field):
             field = f" or [{', '.join(map(str, ('n', *shape[:-1], 'K')))}]" if shape[:-1] else ""
-            raise DataError(
-                f'a source returns "condition" as {condition.dtype} {list(condition.shape)}; it must be numbers [n, D]{field}'
-            )
+            wrong["condition"] = f"numbers [n, D]{field}"
     if missing is not None and (condition is None or missing.dtype != bool or missing.ndim != 1):
-        found = f"{missing.dtype} {list(missing.shape)}" + (' without "condition"' if condition is None else "")
-        raise DataError(f'a source returns "condition_missing" as {found}; it must be bool [n] beside "condition"')
+        wrong["condition_missing"] = 'bool [n] beside "condition"'
+    if wrong:
+        name, allowed = wrong.popitem()
+        found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
+        raise DataError(f'a source returns "{name}" as {found}; it must be {allowed}')
 
 
 class CheckedSource(DerivedSource, NamedSource):

@@ -20,7 +20,7 @@ from diffusion_jax import data, pictures, pretrained
 from diffusion_jax.config import check, resolve
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import as_user_error
 from diffusion_jax.files import save_npz
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import to_gray_levels, to_model_range
@@ -46,16 +46,6 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     config, workdir = resolve(config), open_run_dir(workdir)
     options, count = config.evaluation, config.evaluation.calibration_samples
     net, is_posterior = open_model(config, workdir), config.editing.noise > 0
-    is_conditional = bool(net.num_classes) or net.condition_shape is not None
-    if not (is_posterior or is_conditional):
-        raise UserError(
-            "evaluation.metrics=calibration tests samples given something: set editing.task and editing.noise, or use a "
-            "conditional model"
-        )
-    if config.sampling.label is not None or config.sampling.conditions:
-        raise UserError(
-            "calibration takes the classes and conditions of held-out examples; leave out those of config.sampling"
-        )
     if is_posterior:
         check(config, "edit")
     source, _ = load_held_out(config, None, is_trained_here=not config.init_from)

@@ -162,10 +162,6 @@ def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarra
     The config gets the example's class, unless it has one. Raises: UserError, DataError.
     """
     options = config.editing
-    if options.image:
-        raise UserError(
-            f"editing.example={options.example} and editing.image={options.image!r} exclude each other; remove one"
-        )
     source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
     if options.example >= len(source):
         raise UserError(
@@ -227,22 +223,24 @@ class _Files:
             height, width, channels = shape
             return data.fit(example, (height, width), channels)
         is_allowed = example.dtype.kind in "iuf" if is_continuous or is_noisy else example.dtype == np.uint8
+        problem = ""
         if example.shape != shape or not is_allowed:
-            raise UserError(
-                f"editing.{setting}={self._options[setting]!r} holds {example.dtype} {list(example.shape)}; it must be one "
-                f"example with shape {list(shape)} and {numbers}"
+            problem = (
+                f"holds {example.dtype} {list(example.shape)}; it must be one example with shape {list(shape)} and"
             )
-        values = example if known is None else example[np.broadcast_to(known, shape)]
-        if not np.isfinite(values).all():
-            raise UserError(
-                f"editing.{setting} has values that are not finite; repair them (editing.task=inpaint generates values that "
-                "editing.mask leaves out)"
-            )
-        if values.size and limits and not is_noisy and (values.min() < limits[0] or values.max() > limits[1]):
-            raise UserError(
-                f"editing.{setting} has values from {values.min():g} to {values.max():g}, outside data.limits="
-                f"{tuple(limits)}; clip them"
-            )
+            problem += f" {numbers}"
+        else:
+            values = example if known is None else example[np.broadcast_to(known, shape)]
+            if not np.isfinite(values).all():
+                problem = (
+                    "has values that are not finite; repair them (editing.task=inpaint generates values that editing.mask "
+                    "leaves out)"
+                )
+            elif values.size and limits and not is_noisy and (values.min() < limits[0] or values.max() > limits[1]):
+                low, high = values.min(), values.max()
+                problem = f"has values from {low:g} to {high:g}, outside data.limits={tuple(limits)}; clip them"
+        if problem:
+            raise UserError(f"editing.{setting}={self._options[setting]!r} {problem}")
         return example.astype(np.float64) if is_continuous and example.dtype.kind != "f" else example
 
     def read_y(self, problem: Problem, mask: np.ndarray | None) -> np.ndarray:

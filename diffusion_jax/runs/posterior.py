@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, editing, posterior, pretrained, sampling
+from diffusion_jax import data, editing, posterior, pretrained
 from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import as_user_error
 from diffusion_jax.measurements import LinearOperator, Measurement
 from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
 from diffusion_jax.sampling.driver import is_batch_of_keys, split
@@ -45,8 +45,6 @@ class Problem:
     def from_config(cls, config: ConfigDict, net: pretrained.Model, mask: np.ndarray | None = None) -> Problem:
         """mask: as `runs.edit` reads it. Raises: UserError."""
         options, shape, task = config.editing, net.example_shape, config.editing.task
-        if len(shape) == 1 and task != "inpaint":
-            raise UserError(f"editing.task={task!r} needs examples with spatial axes, not {list(shape)}; use inpaint")
         array = load_arrays("editing.operator", options.operator) if options.operator else None
         arguments = {**options.to_dict(), "mask": mask, "array": array}
         make = editing.MEASUREMENTS[task]
@@ -127,8 +125,6 @@ class Problem:
         iterations = {} if options.iterations is None else {"iterations": options.iterations}
         with as_user_error("config.editing"):
             if self.method == "smc":
-                if not isinstance(setup.sampler, sampling.ddpm):
-                    raise ValueError("method='smc' takes the steps of sampling.sampler=ddpm; set it")
                 algorithm = functools.partial(_weighted, measurement=self._repeat(y, 1), count=count, data_std=scale)
                 x = setup.generate(key, indices, algorithm=algorithm)
             elif self.method == "dps":

@@ -130,11 +130,6 @@ def resolve_sampling(
         warnings.simplefilter("always", UserWarning)
         clip = dynamic_threshold(options["clip_quantile"]) if options["clip"] == "dynamic" else options["clip"]
         sampler = sampler_from_config(options)
-        is_mean = bool(options["classifier"]) and options["classifier_form"] == "mean"
-        if is_mean and not isinstance(sampler, sampling.ddpm):  # before the weights are loaded
-            raise ValueError(
-                f"classifier_form='mean' shifts the mean in the sampler ddpm, not in {type(sampler).__name__}; use 'eps'"
-            )
         sampler, schedule = net.configure(net.denoiser(clip=clip), sampler, *steps_from_config(options))
         net.check_small_images(bool(net.low_resolution), options["low_resolution_noise"])
         if read_files:
@@ -338,17 +333,19 @@ def _read_small_images(path: str, net: pretrained.Model) -> tuple[np.ndarray, np
         folder = data.Folder(str(source), size, channels)
         return folder.read(np.arange(len(folder)))["image"], None
     arrays = load_arrays("sampling.low_resolution", path)
-    if isinstance(arrays, np.ndarray) or "arr_0" not in arrays:
-        raise UserError(f"sampling.low_resolution={path!r} is neither a folder nor an .npz with arr_0")
-    images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
-        raise UserError(
-            f"sampling.low_resolution={path!r} holds {images.dtype} {images.shape}; this model enlarges uint8 images of "
-            f"{size[0]}x{size[1]} with {channels} channels"
+    arrays, problem = arrays if isinstance(arrays, dict) else {}, ""
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if images is None:
+        problem = "is neither a folder nor an .npz with arr_0"
+    elif images.dtype != np.uint8 or images.shape[1:] != (*size, channels):
+        problem = (
+            f"holds {images.dtype} {images.shape}; this model enlarges uint8 images of {size[0]}x{size[1]} with {channels} "
+            "channels"
         )
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise UserError(
-            f"sampling.low_resolution={path!r} holds {len(images)} images and labels of shape {labels.shape}; there must be "
-            "one label for each image"
+    elif labels is not None and labels.shape != images.shape[:1]:
+        problem = (
+            f"holds {len(images)} images and labels of shape {labels.shape}; there must be one label for each image"
         )
+    if images is None or problem:
+        raise UserError(f"sampling.low_resolution={path!r} {problem}")
     return images, labels

@@ -210,39 +210,30 @@ def check_source(config: ConfigDict, source: Source, must_have_all_classes: bool
     _check_conditions(config, batch)
     num_classes, (source_classes, _) = config.model.num_classes, data.read_classes(source)
     lacks_classes = must_have_all_classes and 0 < source_classes < num_classes
-    if num_classes and (source_classes > num_classes or lacks_classes):
-        raise UserError(
-            f"model.num_classes={num_classes}, but the data has {source_classes} classes; use "
-            f"--config.model.num_classes={source_classes}, or 0"
-        )
-    if num_classes and "label" in batch and not source_classes:
-        raise UserError(
-            f"model.num_classes={num_classes}, but the source does not tell its number of classes; give it the attribute "
-            "num_classes"
-        )
-    if num_classes and "label" not in batch:
+    problem = ""
+    if source_classes > num_classes or lacks_classes:
+        problem = f"has {source_classes} classes; use --config.model.num_classes={source_classes}, or 0"
+    elif "label" not in batch:
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"
-        raise UserError(
-            f"model.num_classes={num_classes}, but the data has no labels (an array 'label', or a subfolder for each class "
-            f"with no file outside); {advice}"
-        )
+        problem = f"has no labels (an array 'label', or a subfolder for each class with no file outside); {advice}"
+    elif not source_classes:
+        problem = "does not tell its number of classes; give its source the attribute num_classes"
+    if num_classes and problem:
+        raise UserError(f"model.num_classes={num_classes}, but the data {problem}")
 
 
 def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> None:
     """Raises: UserError if the data and the network do not have conditions of the same shape."""
     expected, given = condition_shape(config), batch.get("condition")
     shape = None if given is None else given.shape[1:]
-    if expected is None and shape is not None and not is_classifier(config):
-        setting = "condition_features" if len(shape) == 1 else "condition_channels"
-        raise UserError(
-            f"the data has conditions of shape {list(shape)}, but the network takes none; use "
-            f"--config.model.{setting}={shape[-1]}, or a source without conditions"
-        )
-    if expected is not None and shape != expected:
+    if shape != expected and not (expected is None and is_classifier(config)):
         has = "no conditions (an array 'condition')" if shape is None else f"conditions of shape {list(shape)}"
+        needs = f"need shape {list(expected)}" if expected else "take none"
+        setting = "condition_features" if len(shape or expected or ()) == 1 else "condition_channels"
+        size, other = (shape[-1], "another source") if shape else (0, "a source with conditions")
         raise UserError(
             f"the data has {has}, but model.condition_features={config.model.condition_features} and "
-            f"condition_channels={config.model.condition_channels} need shape {list(expected)}"
+            f"condition_channels={config.model.condition_channels} {needs}; use --config.model.{setting}={size}, or {other}"
         )
     if expected is not None and "condition_missing" in batch and not config.model.condition_dropout:
         raise UserError(

@@ -12,8 +12,8 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 
-from diffusion_jax.errors import StorageError, UserError
-from diffusion_jax.files import downloads_root, user_cache, write_text
+from diffusion_jax.errors import StorageError
+from diffusion_jax.files import downloads_root, require_space, user_cache, write_text
 from diffusion_jax.storage.hub import download, is_hub
 from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, is_url, open_store
 
@@ -36,7 +36,7 @@ _FILES_AT_ONCE = 256
 _ATTEMPTS = 5
 _ANNOUNCED_BYTES = 1e6
 _MIN_SECONDS = 60.0  # how long an unused copy is kept, because another process may be about to open it
-_LOCKS = "locks"
+_LOCKS, _LARGER_DISK = "locks", "set XDG_CACHE_HOME to a directory on a larger disk"
 
 Objects = Mapping[str, ObjectInfo]
 
@@ -133,9 +133,9 @@ def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed
         missing = [
             name for name in needed if tags.get(urls[name]) != needed[name].tag or not (directory / name).is_file()
         ]
-        size, free = sum(needed[name].size for name in missing), shutil.disk_usage(root).free
-        advice = "reduce data.disk_mb for a data set in array_record format, or mount the bucket"
-        _check_space(root, f"the files of {url}", size, free, advice)
+        size = sum(needed[name].size for name in missing)
+        advice = f"{_LARGER_DISK}, reduce data.disk_mb for a data set in array_record format, or mount the bucket"
+        require_space(root, url, size, advice)
         if size > _ANNOUNCED_BYTES:
             print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
         # After an interruption, finished groups are not repeated. Without files, one empty group records the deletions.
@@ -193,21 +193,14 @@ def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
             status = path.stat()
             if path.is_file():
                 found.append((status.st_mtime, status.st_size, path))
-    free, stored = shutil.disk_usage(root).free, sum(length for _, length, _ in found)
-    excess = max(stored + size - max_bytes, size - free)
+    stored = sum(length for _, length, _ in found)
+    excess = max(stored + size - max_bytes, size - shutil.disk_usage(root).free)
     for used, length, path in sorted(found):
         if excess <= 0 or used > time.time() - _MIN_SECONDS:
             break
         path.unlink(missing_ok=True)
-        excess, free = excess - length, free + length
-    _check_space(root, "the files of a batch", size, free, "or mount the bucket")
-
-
-def _check_space(root: pathlib.Path, what: str, size: int, free: int, advice: str) -> None:
-    """Raises: UserError if the disk with `root` has less than `size` bytes left."""
-    if size > free:
-        sizes = f"{what} need {size / 1e9:.1f} GB, and {root} has {free / 1e9:.1f} GB left"
-        raise UserError(f"{sizes}; set XDG_CACHE_HOME to a directory on a larger disk, {advice}")
+        excess -= length
+    require_space(root, "a batch", size, f"{_LARGER_DISK}, or mount the bucket")
 
 
 def is_safe(name: str) -> bool:

@@ -14,12 +14,11 @@ import os
 import pathlib
 import posixpath
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusion_jax.errors import StorageError, closest_names, first_line, list_names
-from diffusion_jax.files import downloads_root
+from diffusion_jax.files import downloads_root, require_space
 
 _SCHEME = "hf://"
 _FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([\w.-]+|refs/[\w./-]+))?")
@@ -68,31 +67,30 @@ def download(url: str) -> HubFiles:
         files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         needed = _choose(url, files, file)
         missing = [name for name in needed if not hub.try_to_load_from_cache(repository, name, revision=info.sha)]
-        _check_space(url, sum(files[name].size or 0 for name in missing), pathlib.Path(constants.HF_HUB_CACHE))
+        size, cache = sum(files[name].size or 0 for name in missing), pathlib.Path(constants.HF_HUB_CACHE)
+        require_space(cache, url, size, "set HF_HOME to a directory on a larger disk")
         folder = pathlib.Path(hub.snapshot_download(repository, revision=revision, allow_patterns=needed))
         if folder.name != info.sha:
             raise StorageError(f"{url} changed while it was downloaded; rerun the same command")
         digests = {name: lfs.sha256 if (lfs := files[name].lfs) else files[name].blob_id for name in needed}
-    except errors.GatedRepoError:
-        raise StorageError(
-            f"{url} is gated: accept its conditions at {page}, then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise StorageError(
-            f"{url}: {page} does not exist or is private; check OWNER/NAME, or log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise StorageError(f"{url}: {page} has no revision {revision!r}; its branches and tags are on {page}") from None
     except (httpx2.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         folder, digests = (
             _find_local(hub, pathlib.Path(constants.HF_HUB_CACHE), url, repository, revision, page, error),
             {},
         )
         needed = _choose(url, _names_below(folder), file)
-    except OSError as error:  # also an answer of the Hub with another status
-        if error.errno != errno.ENOSPC:
-            raise StorageError(f"{url} cannot be downloaded: {first_line(error)}; rerun the same command") from None
-        raise StorageError(f"{url}: the disk is full; set HF_HOME to a directory on a larger disk") from None
+    except OSError as error:  # also an answer of the Hub with a status
+        login = "log in with `hf auth login` or set HF_TOKEN"
+        reason = f"it cannot be downloaded ({first_line(error)}); rerun the same command"
+        if isinstance(error, errors.GatedRepoError):
+            reason = f"{page} is gated; accept its conditions there, then {login}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"{page} does not exist or is private; check OWNER/NAME, or {login}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"{page} has no revision {revision!r}; its branches and tags are on {page}"
+        elif error.errno == errno.ENOSPC:
+            reason = "the disk is full; set HF_HOME to a directory on a larger disk"
+        raise StorageError(f"{url}: {reason}") from None
     for name in needed:
         _check_digest(url, folder / name, digests.get(name) or (folder / name).resolve().name)
     license_name = _read_license(folder / _CARD)
@@ -137,13 +135,6 @@ def _is_single(needed: list[str]) -> bool:
 
 def _names_below(folder: pathlib.Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def _check_space(url: str, size: int, cache: pathlib.Path) -> None:
-    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
-    if size > (free := shutil.disk_usage(existing).free):
-        sizes = f"{url} needs {size / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB left"
-        raise StorageError(f"{sizes}; set HF_HOME to a directory on a larger disk")
 
 
 def _find_local(

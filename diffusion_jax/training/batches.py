@@ -69,29 +69,29 @@ def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
     the loss become NaN, because traced values cannot be refused.
     Raises: ValueError for any other batch, and for settings that contradict the batch.
     """
-    if not isinstance(batch, Mapping):
-        raise ValueError(f'a batch must be a dictionary with "image" or "x"; got {type(batch).__name__}')
-    given = [name for name in ("image", "x") if name in batch]
-    if len(given) != 1:
-        names = ", ".join(map(repr, batch)) or "nothing"
-        raise ValueError(f'a batch must have either "image" (uint8) or "x" (float, standardized); got {names}')
+    names = list(batch) if isinstance(batch, Mapping) else [type(batch).__name__]
+    if len(given := [name for name in ("image", "x") if name in names]) != 1:
+        found = ", ".join(map(repr, names)) or "nothing"
+        raise ValueError(
+            f'a batch must be a dictionary with either "image" (uint8) or "x" (float, standardized); got {found}'
+        )
     (name,) = given
     num_rows, steps = (*jnp.shape(batch[name]), 0)[0], config["training"]["accumulation_steps"]
-    expected = _expected(config, name)
-    arrays = {name: _read(batch, name, num_rows, *expected.pop(name))}
-    if num_rows < 1:
-        raise ValueError("a batch must hold at least one example; got none")
-    if num_rows % steps:
-        raise ValueError(f"a batch of {num_rows} must be a multiple of training.accumulation_steps={steps}")
-    arrays |= {other: _read(batch, other, num_rows, *needed) for other, needed in expected.items()}
-    if contradiction := data.find_contradiction(config["data"], name):
-        raise ValueError(contradiction)
-    levels, loss = config["data"]["levels"], config["diffusion"]["loss"]
-    if name == "x" and levels is not None and loss in ("vlb", "hybrid"):
+    if num_rows < 1 or num_rows % steps:
         raise ValueError(
-            f'data.levels={levels}: the loss {loss} on "x" in a batch is a bound for continuous data; use '
-            'data.levels=None, or give uint8 images as "image"'
+            f"a batch must hold at least one example, and a multiple of training.accumulation_steps={steps}; got {num_rows}"
         )
+    arrays = {each: _read(batch, each, num_rows, *expected) for each, expected in _expected(config, name).items()}
+    levels, loss, mirrors = config["data"]["levels"], config["diffusion"]["loss"], config["data"]["random_flip"]
+    is_float, bounds = name == "x", loss in ("vlb", "hybrid")
+    problems = {  # what `config.check` cannot know: the levels of a config also describe float data in a batch
+        'data.levels=None is for continuous data ("x"): use data.levels=256': not is_float and levels is None,
+        "data.random_flip=True mirrors only uint8 images: use data.random_flip=False": is_float and mirrors,
+        f'data.levels={levels}: the loss {loss} on "x" is a bound for continuous data; use data.levels=None, or give uint8 '
+        'images as "image"': is_float and bounds and levels is not None,
+    }
+    if broken := [problem for problem, is_broken in problems.items() if is_broken]:
+        raise ValueError(broken[0])
     x_0 = to_model_range(arrays["image"]) if name == "image" else arrays["x"].astype(jnp.float32)
     condition = arrays.get("condition")
     if condition is not None:
@@ -116,19 +116,17 @@ def _read(
 
     reason: why the array is needed, for the message.
     """
+    found = ", ".join(map(repr, batch))
+    if name in batch:
+        value = batch[name]
+        found = f"a {type(value).__name__}"
+        if hasattr(value, "dtype"):
+            dtype = jnp.result_type(value)
+            if jnp.issubdtype(dtype, _KINDS[kind][0]) and jnp.shape(value) == (num_rows, *shape):
+                return value
+            found = f"{dtype} {list(jnp.shape(value))}"
     expected = ", ".join(map(str, (num_rows, *shape)))
-    if name not in batch:
-        raise ValueError(
-            f'a batch must have "{name}", {kind} [{expected}], for {reason}; got {", ".join(map(repr, batch))}'
-        )
-    value = batch[name]
-    if not hasattr(value, "dtype"):
-        raise ValueError(f'batch["{name}"] must be an array; got {type(value).__name__}')
-    dtype = jnp.result_type(value)
-    if not jnp.issubdtype(dtype, _KINDS[kind][0]) or jnp.shape(value) != (num_rows, *shape):
-        got = f"{dtype} {list(jnp.shape(value))}"
-        raise ValueError(f'batch["{name}"] must be {kind} of shape [{expected}], for {reason}; got {got}')
-    return value
+    raise ValueError(f'a batch must have "{name}", {kind} [{expected}], for {reason}; got {found}')
 
 
 def random_flip(key: jax.Array, examples: Examples) -> Examples:

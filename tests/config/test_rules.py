@@ -6,10 +6,16 @@ from diffusion_jax import config as configs
 from diffusion_jax.config import rules, values
 
 SMALL, CALL = "data.low_resolution=16", "training.steps_per_call=7 training.checkpoint_every=7 training.sample_every=0"
-CONTINUOUS, EDM = "data.levels=None", "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=edm"
 CONSISTENCY = "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=consistency"
+FLOATS, CONTINUOUS = "data.levels=None", "data.levels=None data.random_flip=False"
+EDM = "diffusion.path=edm diffusion.prediction=x_0 diffusion.preconditioning=edm"
 EXAMPLES = {  # settings that differ from the defaults and break one rule, in the order of the rules
     "config": ["data.channel_names=u,v", "data.channel_units=m,s"],
+    "data": [
+        "data.holdout=0.1 data.split=dev",
+        f"{FLOATS} data.normalization=limits",
+        "data.normalization=none",
+    ],
     "network": [
         "diffusion.conditioning_noise=0.1",
         f"{SMALL} diffusion.loss=classify",
@@ -30,6 +36,8 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.path=edm diffusion.rescale_timesteps=True",
         "diffusion.path=edm diffusion.draw=mine:draw diffusion.timestep_sampler=stratified",
         "diffusion.path=edm diffusion.draw=logit_normal diffusion.timestep_sampler=log_normal",
+        "diffusion.path=rectified_flow diffusion.loss=continuous_vlb",
+        "diffusion.path=rectified_flow diffusion.timestep_sampler=uniform_log_snr",
         "diffusion.draw_mean=0.5",
         "diffusion.draw_std=0.5",
         CONSISTENCY,
@@ -40,6 +48,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.loss=vlb diffusion.weighting=p2",
         "diffusion.variance=learned",
         "diffusion.loss=hybrid",
+        FLOATS,
         "optimizer.weight_decay=0.1",
         "optimizer.schedule=cosine optimizer.decay_steps=5000",
     ],
@@ -51,15 +60,23 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         f"{SMALL} evaluation.every=10",
     ],
     "samples": [
+        f"{CONTINUOUS} sampling.files=png",
+        "sampling.classifier=PATH sampling.classifier_form=mean sampling.sampler=ddim",
         "sampling.steps=5 sampling.spacing=given",
         "sampling.low_resolution=small.npz",
     ],
     "evaluation": [
+        "evaluation.metrics=calibration",
+        "evaluation.metrics=calibration model.num_classes=3 sampling.label=2",
+        "evaluation.metrics=calibration model.condition_features=3 sampling.conditions=file.npy",
         CONSISTENCY,
         "evaluation.likelihood=False evaluation.num_samples=0",
         f"{CONTINUOUS} evaluation.ode=True evaluation.ode_dequantization=uniform",
     ],
     "edit": [
+        "editing.example=3 editing.image=file.npy",
+        "editing.task=deblur editing.noise=2 data.image_size=()",
+        "editing.task=deblur editing.noise=2 editing.method=smc sampling.sampler=ddim",
         "editing.task=deblur",
         "editing.method=mmps",
         "editing.task=sdedit editing.noise=2",
@@ -82,7 +99,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "sampling.guidance_rescale=0.7",
     ],
 }
-PLACEHOLDERS = {"VALUE": "1", "TIME,TIME,...": "1,5", "SCALE": "2", "PATH": "classifier", "N": "4"}
+PLACEHOLDERS = {"LOW,HIGH": "0,1", "VALUE": "1", "TIME,TIME,...": "1,5", "SCALE": "2", "PATH": "classifier", "N": "4"}
 
 
 def changed(config, assignments):
@@ -121,7 +138,7 @@ def test_every_rule_has_an_example_and_no_experiment_breaks_a_rule():
     for config in map(configs.resolve, map(configs.experiment, configs.experiment_names())):
         assert not any(
             configs.find_broken(config, table)
-            for table in ("network", "train step", "training run", "samples", "evaluation", "edit")
+            for table in ("data", "network", "train step", "training run", "samples", "evaluation", "edit")
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from diffusion_jax import data
 from diffusion_jax.config import default
+from diffusion_jax.errors import DiffusionJaxError
 from diffusion_jax.metrics import of_arrays
 
 
@@ -113,14 +114,26 @@ def with_nan(x, row):
     ("changes", "arrays", "words"),
     [
         ({}, {"x": with_nan(series(600), 411)}, "example 411 has values that are not finite; remove or repair it"),
-        ({}, {"x": series(), "condition": np.r_[[0.0] * 9, np.inf, [0.0] * 990][:, None]}, "example 9 .* condition"),
-        ({}, {"x": series(scale=(1.0, 0.0))}, "channel 1 of the data is constant .*data.normalization"),
-        ({"normalization": "limits"}, {"x": series()}, r"needs data.limits=\(low, high\)"),
-        ({"normalization": "none"}, {"image": np.zeros((3, 4, 2), np.uint8)}, "always become .-1, 1.: use 'auto'"),
+        (
+            {},
+            {"x": series(), "condition": np.r_[np.zeros(9), np.inf, np.zeros(990)][:, None]},
+            "example 9 .* condition",
+        ),
+        (
+            {},
+            {"x": series(scale=(1.0, 0.0))},
+            "channel 1 of the data is constant up to rounding .-5e.06 everywhere.*data.normalization",
+        ),
+        ({"normalization": "limits"}, {"x": series()}, "needs data.limits, the range"),
+        (
+            {"normalization": "none", "levels": 256},
+            {"image": np.zeros((3, 4, 2), np.uint8)},
+            "always become .-1, 1.*=auto",
+        ),
     ],
 )
 def test_data_that_cannot_be_normalized_are_refused_in_one_line(changes, arrays, words):
-    with pytest.raises(data.DataError, match=words) as error:
+    with pytest.raises(DiffusionJaxError, match=words) as error:
         data.find_normalizations(settings(**changes), source_of(**arrays))
     assert "\n" not in str(error.value)
 

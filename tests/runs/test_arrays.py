@@ -78,8 +78,14 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({}, r"data has conditions of shape \[1\], .*; use --config.model.condition_features=1"),
-        ({**CONDITIONAL, "model.condition_dropout": 0.0}, "use --config.model.condition_dropout=0.1"),
+        (
+            {},
+            r"data has conditions of shape \[1\], but .* take none; use --config.model.condition_features=1",
+        ),
+        (
+            {**CONDITIONAL, "model.condition_dropout": 0.0},
+            "without a condition .*; use --config.model.condition_dropout=0.1",
+        ),
         ({**CONDITIONAL, "model.num_classes": 3}, "data has no labels"),
         ({**CONDITIONAL, "data.channels": 4}, r"use --config.data.image_size=\(\) --config.data.channels=3"),
     ],

@@ -31,7 +31,7 @@ LAUNCHES = [
     ([], ["holds no run whose config could be used"]),
     (["--config=digits", "--config.diffusion.loss=classify"], ["use --mode=train_classifier"]),
     ([TRAIN, "--config.training.accumulation_steps=7"], ["nearest: 63 or 70"]),
-    ([TRAIN, "--mode=train_classifier"], ["not a classifier"]),
+    ([TRAIN, "--mode=train_classifier"], ["--mode=train_classifier is not for a diffusion model", "use --mode=train"]),
     (["--config=configs/digits_classifier.py", SAMPLE], ["classifier"]),
     ([TRAIN, "--process_id=1"], ["must be given together"]),
     # config files

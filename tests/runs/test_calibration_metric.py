@@ -121,7 +121,7 @@ def test_a_posterior_given_a_field_and_a_measurement_has_no_error(tmp_path):
 def test_commands_that_do_not_fit_are_refused(exact):
     root, config = exact
     for settings, words in (
-        ({}, "set editing.task and editing.noise, or use a conditional model"),
+        ({}, "tests samples given .*editing.noise=VALUE"),
         (posterior_of(root, **{"sampling.conditions": "c.npy"}), "takes the classes and conditions of held-out"),
         (posterior_of(root, **{"evaluation.quantities": (f"{root / 'own.py'}:wrong",)}), "must return a dict"),
         ({"editing.task": "deblur", "editing.noise": 1.0, "editing.method": "project"}, "'project' is not for"),

@@ -57,7 +57,7 @@ def check_train_step(config, batch):
             "loss='continuous_vlb' needs a finite log SNR .*'rectified_flow'",
         ),
         (FLOW | {"diffusion.draw": "uniform_log_snr"}, "draw='uniform_log_snr' needs a finite log SNR"),
-        (EDM | {"diffusion.draw_mean": -40.0}, "draw no level of diffusion.path='edm'"),
+        (EDM | {"diffusion.draw_mean": -40.0}, "draws levels with the log density .* on diffusion.path='edm'"),
     ],
 )
 def test_settings_that_contradict_a_path_are_one_line(overrides, words):

@@ -200,7 +200,7 @@ def test_commands_that_do_not_fit_are_refused_in_one_line(exact):
         ({"task": "deblur", "noise": 1.0, "image": y, "example": 1}, "exclude each other"),
         ({"task": "deblur", "noise": 1.0, "example": 9999}, "must be below 400"),
         ({"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1}, "has no deviation; use at least 2"),
-        ({"task": "deblur", "noise": 1.0, "example": 0, "method": "smc"}, "steps of sampling.sampler=ddpm; set it"),
+        ({"task": "deblur", "noise": 1.0, "example": 0, "method": "smc"}, "takes the steps of ddpm, not of "),
         ({"task": "super_resolution", "noise": 1.0, "example": 0, "factor": 3}, "factor=3 must divide"),
     ):
         with pytest.raises(errors.UserError, match=words) as caught:

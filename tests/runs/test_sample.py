@@ -12,7 +12,6 @@ from diffusion_jax.provenance import Provenance, params_digest
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sample import picture_steps
 from diffusion_jax.runs.sampling_setup import SamplingSetup
-from helpers.array_configs import array_config
 from helpers.configs import FEW_DRAWN, conditional, tiny_config
 from helpers.work_directories import reuse_or_draw, untrained
 
@@ -45,11 +44,6 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         assert all(trajectory.with_name(f"{path.stem}{of}.png").exists() for of in ("", "_x_0"))
         assert frames["x_0"].dtype == np.uint8 and not np.array_equal(frames["x_t"], frames["x_0"])
     assert features.open_set(str(trained)).name == str(path)  # not the newer trajectory
-
-
-def test_single_images_of_other_arrays_are_refused(tmp_path):
-    with pytest.raises(errors.UserError, match="config.sampling.files=png is for images"):
-        sample.run(array_config("vectors", "", **{"sampling.files": "png"}), tmp_path)
 
 
 @pytest.mark.whole

@@ -156,5 +156,5 @@ def test_a_full_disk_is_one_line(bucket_url, own_cache, monkeypatch):
     copy("b", 1e9)
     assert not a.exists()  # deleted because of the free space, not of the limit
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 950, 50))
-    with pytest.raises(UserError, match="the files of a batch need 0.0 GB, and .* has 0.0 GB left; set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="a batch needs 0.0 GB, and .* has 0.0 GB left; set XDG_CACHE_HOME"):
         copy("c", 1e9)

@@ -159,7 +159,7 @@ BAD = {
     "hf://a/b@v1/model.pt": "is hf://OWNER/NAME",
     "hf://a/../b": "is hf://OWNER/NAME",
     "hf://a/missing": "does not exist or is private",
-    "hf://a/gated": "is gated: accept its conditions at",
+    "hf://a/gated": "is gated; accept its conditions there",
     "hf://a/b@v2": "has no revision 'v2'",
     "hf://a/b/model.pt": "the repository has no model.pt; it has one.pt, two.pt",
     "hf://a/b": "several files of weights; name one: hf://a/b/FILE with one.pt, two.pt",
