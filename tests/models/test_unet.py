@@ -77,9 +77,12 @@ def test_initialization_equals_openai():
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("adm", [False, True])
-def test_every_parameter_has_a_gradient(adm):
-    model = models.UNet(**TINY, num_classes=3, scale_shift_norm=adm, resample_blocks=adm)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"scale_shift_norm": True, "resample_blocks": True}, {"architecture": "ddpm++", "resample_blocks": True}],
+)
+def test_every_parameter_has_a_gradient(fields):
+    model = models.UNet(**TINY, num_classes=3, **fields)
     x, y = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([0, 1])
     params = redraw(init(model, y=y[:1]))
     grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
