@@ -91,8 +91,9 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
         raise PretrainedError(f"{path}: the arguments {list_names(unknown)} of {network} are not known")
     arguments |= stored
     for name, value in _SUPPORTED.items():
-        if arguments.get(name, value) != value:
-            raise PretrainedError(f"{path}: {network} with {name}={arguments[name]} is not supported, only {value}")
+        if (found := arguments.get(name, value)) != value:
+            advice = "; DDPM++ is read, NCSN++ is not" if name in _DDPMPP else ""
+            raise PretrainedError(f"{path}: {network} with {name}={found} is not supported, only {value}{advice}")
     widths = arguments["channel_mult"] + ([1] if network == "SongUNet" else [])  # 1: before the first block
     if arguments["model_channels"] * min(widths) < 128:
         raise PretrainedError(f"{path}: layers of fewer than 128 channels have other norms, which are not supported")

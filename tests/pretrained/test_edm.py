@@ -190,7 +190,11 @@ REFUSED = {
     "channel_mult_emb=2": ("EDMPrecond", ADM | {"channel_mult_emb": 2}, {}),
     "fewer than 128 channels": ("EDMPrecond", ADM | {"model_channels": 64}, {}),
     "layers of fewer": ("EDMPrecond", DDPMPP | {"model_channels": 64, "channel_mult": [2, 2]}, {}),
-    "SongUNet with embedding_type=fourier": ("EDMPrecond", DDPMPP | {"embedding_type": "fourier"}, {}),
+    "embedding_type=fourier is not supported, only positional; DDPM.. is read, NCSN.. is not": (
+        "EDMPrecond",
+        DDPMPP | {"embedding_type": "fourier"},
+        {},
+    ),
     "is another filter": (
         "EDMPrecond",
         ADM,
