@@ -155,6 +155,7 @@ IMAGE, VECTOR, TWO_SERIES, Y = (1, 8, 8, 3), (1, 2), (2, 8, 3), jnp.zeros(1, int
         ("UNet", IMAGE, {"spatial_dims": 1}, {}, r"needs arrays \[B, L, C\], got shape \(1, 8, 8, 3\)"),
         ("UNet", (1, 3), {"spatial_dims": 0}, {}, "spatial_dims=0 must be 1, 2 or 3; vectors need an MLP"),
         ("UNet", IMAGE, {"padding": "reflect"}, {}, "padding='reflect' must be 'zeros' or 'periodic'"),
+        ("UNet", IMAGE, {"architecture": "ncsn++"}, {}, r"architecture='ncsn\+\+' must be 'ddpm' or 'ddpm\+\+'"),
         ("UNet", (1, 8, 9, 3), {"padding": "periodic"}, {}, r"needs sizes divisible by 2, .*padding='periodic' .*\(8, 9\)"),
         ("UNet", IMAGE, {"num_classes": 2}, {}, "needs y"),
         ("UNet", IMAGE, {}, {"y": Y}, "without classes"),
