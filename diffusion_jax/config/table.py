@@ -189,6 +189,12 @@ MODEL: dict[str, Setting] = {
         Boolean(),
         "Whether the time embedding scales and shifts a block's second norm, instead of being added.",
     ),
+    "architecture": Setting(
+        "ddpm",
+        Choice("ddpm", "ddpm++"),
+        "Residual sums, attention and embedding of labels: ddpm as Ho et al. and OpenAI, ddpm++ as Song et al. and EDM, who "
+        "also use `model.resample_blocks`.",
+    ),
     "embedding_cos_first": Setting(
         False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."
     ),

@@ -348,14 +348,11 @@ class LayerFactory:
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
 
-    def embed_time(self, time, x_t, channels: int, **options) -> jax.Array:
-        """Embeds the network time of x_t [B, ...] to [B, 4 channels] by two dense layers.
-
-        time: as for `times_of_rows`. options: of `timestep_embedding`.
-        """
-        embedding = timestep_embedding(times_of_rows(time, x_t), channels, **options)
-        embedding = nn.silu(self.dense(4 * channels, "time_0")(embedding.astype(self.dtype)))
-        return self.dense(4 * channels, "time_1")(embedding)
+    def embed_time(self, waves) -> jax.Array:
+        """Maps the time's `timestep_embedding` [B, C] to [B, 4 C] by two dense layers."""
+        features = 4 * waves.shape[-1]
+        embedding = nn.silu(self.dense(features, "time_0")(waves.astype(self.dtype)))
+        return self.dense(features, "time_1")(embedding)
 
 
 # ---- Blocks
@@ -383,7 +380,8 @@ class ResBlock(nn.Module):
     vector. With `scale_shift_norm` the time projection is a scale and a shift after the second norm:
     norm(h) (1 + scale) + shift.
     resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual branch after the first SiLU (ADM
-    appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`.
+    appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`. rescale: DDPM++'s form, in which the sum
+    is divided by sqrt(2), and a block that resamples has the projection, too.
     """
 
     features: int
@@ -392,6 +390,7 @@ class ResBlock(nn.Module):
     layers: LayerFactory
     resample: Callable | None = None
     keep: bool = False
+    rescale: bool = False
 
     @nn.compact
     def __call__(self, x, embedding, train: bool) -> jax.Array:
@@ -411,10 +410,11 @@ class ResBlock(nn.Module):
             h = norm(h, bias + time)
         h = Dropout(self.dropout)(nn.silu(h), deterministic=not train)
         h, bias = self._mix("2", last=True).split_bias(h)
-        if x.shape[-1] != self.features:
+        if x.shape[-1] != self.features or (self.rescale and self.resample is not None):
             x, skip_bias = self.layers.dense(self.features, "skip", use_bias=False).split_bias(x)
             bias = bias + skip_bias  # not in place: a parameter may be a NumPy array
-        return x + (h + bias.astype(h.dtype))
+        h = x + (h + bias.astype(h.dtype))
+        return h * math.sqrt(0.5) if self.rescale else h
 
     def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Conv | Dense:
         """Makes the first or second convolution, or a vector's dense layer, with a separate bias."""
@@ -435,13 +435,14 @@ def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int
 class Attention(nn.Module):
     """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax.
 
-    keep: names q, k, v and the weighted sum of v `KEPT_INSIDE`.
+    keep: names q, k, v and the weighted sum of v `KEPT_INSIDE`. rescale: divides the sum by sqrt(2).
     """
 
     num_heads: int
     head_channels: int | None
     layers: LayerFactory
     keep: bool = False
+    rescale: bool = False
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
@@ -455,4 +456,5 @@ class Attention(nn.Module):
             q, k, v = (checkpoint_name(part, KEPT_INSIDE) for part in (q, k, v))
         h = self.layers.attend(q, k, v).reshape(x.shape)
         h = checkpoint_name(h, KEPT_INSIDE) if self.keep else h
-        return x + self.layers.dense(c, "proj", last=True)(h)
+        h = x + self.layers.dense(c, "proj", last=True)(h)
+        return h * math.sqrt(0.5) if self.rescale else h

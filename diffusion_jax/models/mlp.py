@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.models.conditions import Conditional
-from diffusion_jax.models.layers import LayerFactory, ResBlock
+from diffusion_jax.models.layers import LayerFactory, ResBlock, times_of_rows, timestep_embedding
 
 _REMAT_BLOCK = nn.remat(ResBlock, static_argnums=(3,))
 
@@ -71,7 +71,7 @@ class MLP(Conditional):
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         layers = self.layers
-        embedding = layers.embed_time(time, x_t, self.channels)
+        embedding = layers.embed_time(timestep_embedding(times_of_rows(time, x_t), self.channels))
         h, embedding = self.add_conditions(layers, x_t, embedding, y, condition, train)
         h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
         block = _REMAT_BLOCK if self.remat else ResBlock

@@ -30,6 +30,8 @@ from diffusion_jax.models.layers import (
     ResBlock,
     downsample_2x,
     split_heads,
+    times_of_rows,
+    timestep_embedding,
     upsample_2x,
 )
 
@@ -55,6 +57,11 @@ class Encoder(nn.Module):
     resample_blocks: levels are joined by a residual block that averages 2x2 pixels, or repeats them, in both its branches
       (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
     scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
+    architecture: "ddpm", or "ddpm++" (Song et al. 2021, appendix H, as EDM has it): the sum in each residual block and
+      attention layer is divided by sqrt(2); blocks that change the resolution have a projection in their shortcut; in the
+      upsampling path, only the last block of a level is followed by self-attention; the first convolution has `channels`
+      channels; labels and condition vectors are added to the sines and cosines of the time, before its dense layers. DDPM++
+      itself also has `resample_blocks`, and 4 blocks a level.
     embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
     time_scale: multiplies the network time before its embedding; 1000 in OpenAI's networks with EDM's preconditioning.
     downsample_padding: before and after each side in the stride-2 convolution; OpenAI's is (1, 1).
@@ -81,6 +88,7 @@ class Encoder(nn.Module):
     head_channels: int | None = None
     resample_blocks: bool = False
     scale_shift_norm: bool = False
+    architecture: str = "ddpm"
     embedding_cos_first: bool = False
     embedding_freq_shift: float = 1.0
     time_scale: float = 1.0
@@ -109,6 +117,11 @@ class Encoder(nn.Module):
         )
 
     @property
+    def is_ddpmpp(self) -> bool:
+        """Whether the architecture is DDPM++."""
+        return self.architecture == "ddpm++"
+
+    @property
     def divisor(self) -> int:
         """2^(levels - 1), the factor by which the downsampling path divides sizes."""
         return 2 ** (len(self.channel_multipliers) - 1)
@@ -123,32 +136,33 @@ class Encoder(nn.Module):
         """Applies a residual block with the level's width to h."""
         keep = not self._recomputes(level)
         kind = ResBlock if keep else _REMAT_BLOCK
-        block = kind(self.width(level), self.dropout, self.scale_shift_norm, self.layers, resample, keep, name=name)
+        width, rescale = self.width(level), self.is_ddpmpp
+        block = kind(width, self.dropout, self.scale_shift_norm, self.layers, resample, keep, rescale, name=name)
         return checkpoint_name(block(h, embedding, train), _KEPT_BETWEEN)
 
     def attention(self, h, level: int, name: str) -> jax.Array:
         """Applies a self-attention layer at a level to h."""
         keep = not self._recomputes(level)
         kind = Attention if keep else _REMAT_ATTENTION
-        layer = kind(self.num_heads, self.head_channels, self.layers, keep, name=name)
+        layer = kind(self.num_heads, self.head_channels, self.layers, keep, self.is_ddpmpp, name=name)
         return checkpoint_name(layer(h), _KEPT_BETWEEN)
 
     def _recomputes(self, level: int) -> bool:
         """Whether `remat` recomputes the blocks at a level."""
         return self.remat if isinstance(self.remat, bool) else level in self.remat
 
-    def embed_time(self, time, x_t) -> jax.Array:
-        """Embeds the network time of x_t, [B] or [], to [B, 4 channels]."""
+    def waves(self, time, x_t) -> jax.Array:
+        """Returns the sines and cosines of the network time of x_t, [B] or [], as [B, channels]."""
         if self.time_scale != 1:
             time = jnp.asarray(time, jnp.float32) * self.time_scale
-        return self.layers.embed_time(
-            time, x_t, self.channels, cos_first=self.embedding_cos_first, freq_shift=self.embedding_freq_shift
-        )
+        time, options = times_of_rows(time, x_t), {"freq_shift": self.embedding_freq_shift}
+        return timestep_embedding(time, self.channels, cos_first=self.embedding_cos_first, **options)
 
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
         """Encodes x [B, *spatial, C]. Returns (the middle's output, the activations for skip connections, in order)."""
         num_levels = len(self.channel_multipliers)
-        h = checkpoint_name(self.layers.conv(self.width(0), "conv_in")(x.astype(self.dtype)), _KEPT_BETWEEN)
+        width = self.channels if self.is_ddpmpp else self.width(0)
+        h = checkpoint_name(self.layers.conv(width, "conv_in")(x.astype(self.dtype)), _KEPT_BETWEEN)
         skips = [h]
         for level in range(num_levels):
             for j in range(self.num_res_blocks):
@@ -179,6 +193,8 @@ class Encoder(nn.Module):
         kind = type(self).__name__
         if self.spatial_dims not in _AXES:
             raise ValueError(f"spatial_dims={self.spatial_dims} must be 1, 2 or 3; vectors need an MLP")
+        if self.architecture not in ("ddpm", "ddpm++"):
+            raise ValueError(f"architecture={self.architecture!r} must be 'ddpm' or 'ddpm++'")
         if self.padding not in ("zeros", "periodic"):
             raise ValueError(f"padding={self.padding!r} must be 'zeros' or 'periodic'")
         noun = "images" if self.spatial_dims == 2 else "arrays"
@@ -232,7 +248,10 @@ class UNet(Encoder, Conditional):
           reverse), labels that are not int or out of range, or a condition with another shape.
         """
         self.check_input(x_t)
-        h, embedding = self.add_conditions(self.layers, x_t, self.embed_time(time, x_t), y, condition, train)
+        embedding = self.waves(time, x_t)
+        embedding = embedding if self.is_ddpmpp else self.layers.embed_time(embedding)
+        h, embedding = self.add_conditions(self.layers, x_t, embedding, y, condition, train)
+        embedding = self.layers.embed_time(embedding) if self.is_ddpmpp else embedding
         h, skips = self.encode(self._pad(h), embedding, train)
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))
@@ -251,11 +270,12 @@ class UNet(Encoder, Conditional):
 
     def _decode(self, h, skips: list[jax.Array], embedding, train: bool) -> jax.Array:
         """Applies the upsampling path: the middle's output to [B, *spatial, channels]."""
+        first_attention = self.num_res_blocks if self.is_ddpmpp else 0
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.residual_block(h, embedding, level, f"up_{level}_block_{j}", train)
-                if level in self.attention_levels:
+                if level in self.attention_levels and j >= first_attention:
                     h = self.attention(h, level, f"up_{level}_attn_{j}")
             if level > 0:
                 name = f"up_{level}_upsample"
@@ -322,7 +342,7 @@ class Classifier(Encoder):
         self.check_divisible(x_t, "its pooling reads every position")
         if self.num_classes < 2:
             raise ValueError(f"num_classes={self.num_classes}: a classifier needs at least 2 classes")
-        h, _ = self.encode(x_t, self.embed_time(time, x_t), train)
+        h, _ = self.encode(x_t, self.layers.embed_time(self.waves(time, x_t)), train)
         layers = dataclasses.replace(self.layers, dtype=jnp.dtype("float32"))
         h = nn.silu(layers.norm("norm_out")(h))
         return AttentionPool(self.num_classes, self.num_heads, self.head_channels, layers, name="pool")(h)

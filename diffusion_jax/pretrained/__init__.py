@@ -1,4 +1,4 @@
-"""Reads and writes model weights: every published DDPM, Improved DDPM and ADM, and the runs of this program.
+"""Reads and writes model weights: every published DDPM, Improved DDPM and ADM, EDM's networks, and the runs of this program.
 
     from diffusion_jax import pretrained, sampling
 

@@ -16,6 +16,13 @@ _GOOGLE = (
 )
 _REPOSITORIES = {"improved": "improved-diffusion", "adm": "guided-diffusion"}
 _REPOSITORIES |= dict.fromkeys(("edm", "consistency"), "consistency_models")
+_EDM = {  # EDM's files, and their parameters in thousands
+    "edm-cifar10-32x32-cond-vp": 55_734,
+    "edm-cifar10-32x32-uncond-vp": 55_733,
+    "edm-ffhq-64x64-uncond-vp": 61_804,
+    "edm-afhqv2-64x64-uncond-vp": 61_804,
+    "edm-imagenet-64x64-cond-adm": 295_899,
+}
 # Parameters of OpenAI's networks, in thousands; the files have 4 bytes for each.
 _THOUSANDS = {
     "improved_cifar10": 52_546,
@@ -102,6 +109,12 @@ def available() -> tuple[PublishedWeights, ...]:
     for file, preset in openai.FILES.items():
         page = _OPENAI + _REPOSITORIES[preset.partition("_")[0]]
         found.append(PublishedWeights(f"{file}.pt", "OpenAI", round(_THOUSANDS[preset] * 4e-3), "MIT", page))
+    for file, thousands in _EDM.items():
+        found.append(
+            PublishedWeights(
+                f"{file}.pkl", "EDM", round(thousands * 4e-3), "CC BY-NC-SA 4.0", "https://github.com/NVlabs/edm"
+            )
+        )
     return tuple(found)
 
 

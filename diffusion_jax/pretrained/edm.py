@@ -1,7 +1,8 @@
 """EDM's weights (Karras et al. 2022, https://github.com/NVlabs/edm): pickles of the networks, read by `pickles`.
 
-A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. ADM as EDM writes it
-(DhariwalUNet) is this package's U-Net: the names, the rows of q, k and v, and the layout of the class embedding differ.
+A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. ADM and DDPM++ as EDM
+writes them (DhariwalUNet, SongUNet) are this package's U-Net: the names, the rows of q, k and v, and the layout of the class
+embedding differ.
 """
 
 from __future__ import annotations
@@ -23,19 +24,29 @@ from diffusion_jax.pretrained.model import Model, make_model
 from diffusion_jax.pretrained.openai import EDM_DIFFUSION, EDM_SAMPLING, split_attention
 
 _PRECONDITIONING = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, "use_fp16": False}
+_DDPMPP = {  # arguments of SongUNet, which have other values in NCSN++
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}
+_SUPPORTED = {"channel_mult_emb": 4} | _DDPMPP  # no other values are read
+_COMMON = {"augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.1, "label_dropout": 0}
 _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that are read, with their defaults
     "DhariwalUNet": {
-        "augment_dim": 0,
         "model_channels": 192,
         "channel_mult": [1, 2, 3, 4],
-        "channel_mult_emb": 4,
         "num_blocks": 3,
         "attn_resolutions": [32, 16, 8],
-        "dropout": 0.1,
-        "label_dropout": 0,
     },
+    "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
+    | _DDPMPP,
 }
-_HEAD_CHANNELS = 64
+_FIELDS: dict[str, dict[str, Any]] = {  # of `UNet`, besides the fields that follow from the arguments
+    "DhariwalUNet": OPENAI | {"head_channels": 64, "scale_shift_norm": True},
+    "SongUNet": {"architecture": "ddpm++"},
+}
 NAMING = parameters.Naming(  # after `_rename`
     {
         "block": "{direction}.{level}.block{number}",
@@ -71,29 +82,30 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
     kind, stored = tensors.metadata["class"], json.loads(tensors.metadata["arguments"])
     if kind != "EDMPrecond":
         raise PretrainedError(f"{path} is a {kind}, whose preconditioning is not supported, only EDMPrecond")
-    network = stored.pop("model_type", "SongUNet")
+    network = stored.pop("model_type", "DhariwalUNet")
     if network not in _NETWORKS:
         raise PretrainedError(f"{path}: the network {network} is not supported, only {list_names(_NETWORKS)}")
     size, channels, num_classes = stored.pop("img_resolution"), stored.pop("img_channels"), stored.pop("label_dim", 0)
-    arguments = _PRECONDITIONING | _NETWORKS[network]
+    arguments = _PRECONDITIONING | _COMMON | _NETWORKS[network]
     if unknown := sorted(set(stored) - set(arguments)):
         raise PretrainedError(f"{path}: the arguments {list_names(unknown)} of {network} are not known")
     arguments |= stored
-    if arguments["channel_mult_emb"] != 4:
-        raise PretrainedError(f"{path}: channel_mult_emb={arguments['channel_mult_emb']} is not supported, only 4")
-    if arguments["model_channels"] * min(arguments["channel_mult"]) < 128:
+    for name, value in _SUPPORTED.items():
+        if (found := arguments.get(name, value)) != value:
+            advice = "; DDPM++ is read, NCSN++ is not" if name in _DDPMPP else ""
+            raise PretrainedError(f"{path}: {network} with {name}={found} is not supported, only {value}{advice}")
+    widths = arguments["channel_mult"] + ([1] if network == "SongUNet" else [])  # 1: before the first block
+    if arguments["model_channels"] * min(widths) < 128:
         raise PretrainedError(f"{path}: layers of fewer than 128 channels have other norms, which are not supported")
     levels = [size >> level for level in range(len(arguments["channel_mult"]))]
     model = UNet(
-        **OPENAI
+        **_FIELDS[network]
         | {
             "channels": arguments["model_channels"],
             "channel_multipliers": tuple(arguments["channel_mult"]),
             "num_res_blocks": arguments["num_blocks"],
             "attention_levels": tuple(i for i, width in enumerate(levels) if width in arguments["attn_resolutions"]),
-            "head_channels": _HEAD_CHANNELS,
             "resample_blocks": True,
-            "scale_shift_norm": True,
             "num_classes": num_classes,
             "label_dropout": float(arguments["label_dropout"]) if num_classes else 0.0,
             "out_channels": channels,
@@ -105,13 +117,11 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
     net = make_model(f"EDM, {network}", model, size, diffusion, channels, clip=False, published_sampling=sampling)
     if not with_params:
         return net
-    renamed = _rename(path, tensors, levels, model.label_dropout)
+    renamed = _rename(path, tensors, levels, model)
     return net.read_params(path, split_attention(renamed, model, new_order=True), NAMING)
 
 
-def _rename(
-    path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], label_dropout: float
-) -> parameters.Tensors:
+def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], model: UNet) -> parameters.Tensors:
     """Returns the tensors with levels in place of sizes in their names, and with this package's rows.
 
     levels: the size at each level. Leaves out what has no effect in sampling: the filters, after a check that they average or
@@ -130,14 +140,17 @@ def _rename(
                 if block in ("down", "up"):  # belongs to the level before the change of size
                     level, block = level + (1 if block == "up" else -1), "resample"
                 new = f"in{number}.{rest}" if block == "in" else f"{direction}.{level}.{block}{number}.{rest}"
-            old[new] = name
+            old[new.replace("up.0.aux_", "out_")] = name
+    label_bias = old.pop("map_label.bias", None) if model.is_ddpmpp else None
 
     def read(name: str) -> np.ndarray:
         value = tensors.read(old[name])
         if ".qkv." in name:  # the rows are (head, d, 3); q, k and v one after another are (3, head, d)
             value = np.moveaxis(value.reshape(-1, 3, *value.shape[1:]), 1, 0).reshape(value.shape)
         elif name == "map_label.weight":  # a product with a one-hot vector; no class is a vector of zeros
-            value = np.pad(value.T, ((0, 1 if label_dropout else 0), (0, 0)))
+            value = np.pad(value.T, ((0, 1 if model.label_dropout else 0), (0, 0)))
+            if model.is_ddpmpp:  # the vector has the length sqrt(classes), and the product a bias
+                value = value * math.sqrt(model.num_classes) + tensors.read(str(label_bias))
         return value
 
     return dataclasses.replace(tensors, shapes={new: tensors.shapes[name] for new, name in old.items()}, read=read)

@@ -128,8 +128,10 @@ class Network:
         angles = np.asarray(noise_label, np.float64)[:, None] * frequencies
         waves = (np.cos(angles), np.sin(angles)) if self.is_adm else (np.sin(angles), np.cos(angles))
         embedding = np.concatenate(waves, axis=1)
-        if not self.is_adm and labels is not None:
-            onehot = np.eye(a["label_dim"])[labels] * np.sqrt(a["label_dim"])
+        if not self.is_adm and a["label_dim"]:
+            onehot = np.zeros((len(x), a["label_dim"]))
+            if labels is not None:
+                onehot[np.arange(len(x)), labels] = np.sqrt(a["label_dim"])
             embedding = embedding + self._apply_linear("map_label", onehot)
         embedding = self._apply_linear("map_layer1", silu(self._apply_linear("map_layer0", embedding)))
         if self.is_adm and labels is not None:

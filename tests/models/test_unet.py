@@ -77,9 +77,12 @@ def test_initialization_equals_openai():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("adm", [False, True])
-def test_every_parameter_has_a_gradient(adm):
-    model = models.UNet(**TINY, num_classes=3, scale_shift_norm=adm, resample_blocks=adm)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"scale_shift_norm": True, "resample_blocks": True}, {"architecture": "ddpm++", "resample_blocks": True}],
+)
+def test_every_parameter_has_a_gradient(fields):
+    model = models.UNet(**TINY, num_classes=3, **fields)
     x, y = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([0, 1])
     params = redraw(init(model, y=y[:1]))
     grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
@@ -152,6 +155,7 @@ IMAGE, VECTOR, TWO_SERIES, Y = (1, 8, 8, 3), (1, 2), (2, 8, 3), jnp.zeros(1, int
         ("UNet", IMAGE, {"spatial_dims": 1}, {}, r"needs arrays \[B, L, C\], got shape \(1, 8, 8, 3\)"),
         ("UNet", (1, 3), {"spatial_dims": 0}, {}, "spatial_dims=0 must be 1, 2 or 3; vectors need an MLP"),
         ("UNet", IMAGE, {"padding": "reflect"}, {}, "padding='reflect' must be 'zeros' or 'periodic'"),
+        ("UNet", IMAGE, {"architecture": "ncsn++"}, {}, r"architecture='ncsn\+\+' must be 'ddpm' or 'ddpm\+\+'"),
         ("UNet", (1, 8, 9, 3), {"padding": "periodic"}, {}, r"needs sizes divisible by 2, .*padding='periodic' .*\(8, 9\)"),
         ("UNet", IMAGE, {"num_classes": 2}, {}, "needs y"),
         ("UNet", IMAGE, {}, {"y": Y}, "without classes"),

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax import pretrained
 from diffusion_jax.config.table import SETTINGS
-from diffusion_jax.models import preset
+from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import __main__, catalog, openai, parameters
 from diffusion_jax.storage import hub
 
@@ -16,8 +16,9 @@ def test_list_names_what_loads(capsys):
     names = [weights.name for weights in known]
     assert len(set(names)) == len(names) and "hf://google/ddpm-cifar10-32" in names
     for weights in known:
-        assert weights.name.startswith("hf://google/ddpm-") or weights.name.removesuffix(".pt") in openai.FILES
-        assert weights.license in ("Apache-2.0", "MIT") and weights.page.startswith("https://")
+        file = weights.name.removesuffix(".pt").removesuffix(".pkl")
+        assert file.startswith(("hf://google/ddpm-", "edm-")) or file in openai.FILES
+        assert weights.license in ("Apache-2.0", "MIT", "CC BY-NC-SA 4.0") and weights.page.startswith("https://")
         assert weights.sha256 is None  # no source at hand states one
     __main__.main(["list"])
     header, *rows = capsys.readouterr().out.splitlines()
@@ -25,13 +26,22 @@ def test_list_names_what_loads(capsys):
     assert header.split() == ["name", "family", "size", "license", "SHA-256", "page"]
 
 
+DDPMPP = UNet(architecture="ddpm++", resample_blocks=True, num_res_blocks=4)
+
+
 @pytest.mark.parametrize(
-    "file, preset_name, size",
-    [("cifar10_uncond_50M_500K", "improved_cifar10", 32), ("64x64_classifier", "adm_classifier64", 64)],
+    "file, model, size",
+    [
+        ("cifar10_uncond_50M_500K.pt", preset("improved_cifar10"), 32),
+        ("64x64_classifier.pt", preset("adm_classifier64"), 64),
+        ("edm-cifar10-32x32-cond-vp.pkl", DDPMPP.clone(channel_multipliers=(2, 2, 2), num_classes=10), 32),
+        ("edm-ffhq-64x64-uncond-vp.pkl", DDPMPP.clone(attention_levels=(2,)), 64),
+        ("edm-imagenet-64x64-cond-adm.pkl", preset("edm_imagenet64"), 64),
+    ],
 )
-def test_sizes_are_four_bytes_for_each_parameter(file, preset_name, size):
-    shapes = parameters.parameter_shapes(preset(preset_name), (size, size, 3))
-    (weights,) = [weights for weights in pretrained.available() if weights.name == f"{file}.pt"]
+def test_sizes_are_four_bytes_for_each_parameter(file, model, size):
+    shapes = parameters.parameter_shapes(model, (size, size, 3))
+    (weights,) = [weights for weights in pretrained.available() if weights.name == file]
     assert weights.megabytes == round(sum(map(math.prod, shapes.values())) * 4 / 1e6)
 
 

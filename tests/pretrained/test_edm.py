@@ -30,6 +30,27 @@ ADM = {
 }
 
 
+DDPMPP = {
+    "img_resolution": 8,
+    "img_channels": 3,
+    "label_dim": 5,
+    "use_fp16": False,
+    "model_type": "SongUNet",
+    "augment_dim": 9,
+    "model_channels": 128,
+    "channel_mult": [2, 1],
+    "num_blocks": 1,
+    "attn_resolutions": [8],
+    "dropout": 0.13,
+    "label_dropout": 0.1,
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
+}
+
+
 def write(path, arguments, **changes):
     """Writes a pickle with drawn weights; returns (reference, weights)."""
     reference = Network(arguments["model_type"], arguments)
@@ -46,18 +67,28 @@ def inputs(arguments):
     return generator.standard_normal(shape).astype(np.float32), np.array([-1.2, 0.9], np.float32), y
 
 
-@pytest.fixture(scope="module")
-def adm(tmp_path_factory):
-    """(reference, weights, model) of ADM with a null label, a vector of zeros."""
-    path = tmp_path_factory.mktemp("edm") / "edm.pkl"
-    reference, weights = write(path, ADM)
+def load(folder, arguments):
+    """Returns (reference, weights, model) of a network with a null label."""
+    path = folder / "edm.pkl"
+    reference, weights = write(path, arguments)
     net = pretrained.load(path)
     assert not path.with_name("marker").exists()
     return reference, weights, net
 
 
-def test_network_agrees_with_numpy(adm):
-    reference, weights, net = adm
+@pytest.fixture(scope="module")
+def adm(tmp_path_factory):
+    return load(tmp_path_factory.mktemp("edm"), ADM)
+
+
+@pytest.fixture(scope="module")
+def ddpmpp(tmp_path_factory):
+    return load(tmp_path_factory.mktemp("edm"), DDPMPP)
+
+
+@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+def test_network_agrees_with_numpy(request, name):
+    reference, weights, net = request.getfixturevalue(name)
     x, time, y = inputs(ADM)
     run = jax.jit(net.model.apply)
     assert net.model.null_label == 5
@@ -67,8 +98,36 @@ def test_network_agrees_with_numpy(adm):
         assert worst(np.moveaxis(ours, -1, 1), theirs) < 3e-6
 
 
-def test_network_without_classes_agrees_with_numpy(tmp_path):
-    arguments = ADM | {"label_dim": 0, "augment_dim": 0, "img_channels": 1, "label_dropout": 0}
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+def test_gradient_agrees_with_numpy(request, tmp_path, name):
+    """The derivative along random weights of sum(u network(x)), as the reference's central difference has it."""
+    reference, weights, net = request.getfixturevalue(name)
+    x, time, y = inputs(ADM)
+    path = tmp_path / "direction.pkl"
+    arguments = reference.arguments
+    direction = {name: value for name, value in reference.draw(seed=3).items() if "resample_filter" not in name}
+    arrays = {f"model.{name}": direction.get(name, value) for name, value in weights.items()}
+    path.write_bytes(edm_pickle("EDMPrecond", arrays, arguments, tmp_path / "marker"))
+    along = pretrained.load(path).params
+    u = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+    gradients = jax.jit(jax.grad(lambda params: (u * net.model.apply({"params": params}, x, time, y)).sum()))(
+        net.params
+    )
+    products = jax.tree.map(lambda a, b: float(np.vdot(np.float64(a), np.float64(b))), gradients, along)
+
+    def output(step):
+        moved = {name: value + step * np.float64(direction.get(name, 0)) for name, value in weights.items()}
+        return (np.moveaxis(u, -1, 1) * reference(moved, np.moveaxis(x, -1, 1), time, y)).sum()
+
+    parts = jax.tree.leaves(products)
+    derivative = (output(1e-5) - output(-1e-5)) / 2e-5
+    assert abs(sum(parts) - derivative) < 1e-5 * np.linalg.norm(parts)
+
+
+@pytest.mark.parametrize("given", [ADM, DDPMPP | {"channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [4]}])
+def test_network_without_classes_agrees_with_numpy(tmp_path, given):
+    arguments = given | {"label_dim": 0, "augment_dim": 0, "img_channels": 1, "label_dropout": 0}
     reference, weights = write(tmp_path / "edm.pkl", arguments)
     net = pretrained.load(tmp_path / "edm.pkl")
     x, time, _ = inputs(arguments)
@@ -115,8 +174,9 @@ def test_denoiser_has_edm_s_scaling_and_sampler(adm):
     assert worst(np.moveaxis(ours, -1, 1), theirs) < 1e-4
 
 
-def test_config_of_the_weights_has_their_sampler(adm):
-    *_, net = adm
+@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+def test_config_of_the_weights_has_their_sampler(request, name):
+    *_, net = request.getfixturevalue(name)
     settings = pretrained.config_settings(net)
     assert settings["sampling"] == {"clip": False, "sampler": "heun", "steps": 18, "spacing": "karras"}
     again = pretrained.from_config(settings)
@@ -129,7 +189,17 @@ REFUSED = {
     "the arguments color of DhariwalUNet are not known": ("EDMPrecond", ADM | {"color": 1}, {}),
     "channel_mult_emb=2": ("EDMPrecond", ADM | {"channel_mult_emb": 2}, {}),
     "fewer than 128 channels": ("EDMPrecond", ADM | {"model_channels": 64}, {}),
-    "is another filter": ("EDMPrecond", ADM, {"enc.4x4_down.conv0.resample_filter": np.ones((1, 1, 4, 4), "f4") / 16}),
+    "layers of fewer": ("EDMPrecond", DDPMPP | {"model_channels": 64, "channel_mult": [2, 2]}, {}),
+    "embedding_type=fourier is not supported, only positional; DDPM.. is read, NCSN.. is not": (
+        "EDMPrecond",
+        DDPMPP | {"embedding_type": "fourier"},
+        {},
+    ),
+    "is another filter": (
+        "EDMPrecond",
+        ADM,
+        {"enc.4x4_down.conv0.resample_filter": np.float32([[[[1, 3, 3, 1]] * 4]]) / 64},
+    ),
     "1 are unexpected": ("EDMPrecond", ADM, {"extra.weight": np.zeros(3, np.float32)}),
 }
 
