@@ -49,38 +49,60 @@ _THOUSANDS = {
 }
 
 
-# The FID that a paper reports, and settings that the paper or its code states beside those in `_PROTOCOL`.
-_PROTOCOL = {"evaluation.num_samples": 50_000, "evaluation.use_ema": True, "sampling.sampler": "ddpm"}
-_CIFAR10, _ALL_STEPS = {"data.dataset": "cifar10"}, {"sampling.steps": None}
-_ADM_STEPS = {"sampling.steps": 250, "sampling.spacing": "openai"}
-_FIDS: dict[str, tuple[float, dict[str, Any]]] = {
-    "ddpm-cifar10-32": (3.17, _CIFAR10 | _ALL_STEPS),
-    "ddpm-ema-bedroom-256": (6.36, _ALL_STEPS),
-    "ddpm-ema-church-256": (7.89, _ALL_STEPS),
-    "ddpm-ema-cat-256": (19.75, _ALL_STEPS),
-    "cifar10_uncond_50M_500K.pt": (3.19, _CIFAR10),
-    "cifar10_uncond_vlb_50M_500K.pt": (11.47, _CIFAR10),
-    "imagenet64_uncond_100M_1500K.pt": (19.2, {}),
-    "imagenet64_uncond_vlb_100M_1500K.pt": (40.1, {}),
-    "64x64_diffusion.pt": (2.07, _ADM_STEPS),
-    "cd_imagenet64_lpips.pt": (6.20, {"sampling.sampler": "consistency", "sampling.steps": 1}),
-    "lsun_bedroom.pt": (1.90, _ALL_STEPS),
-    "lsun_cat.pt": (5.57, _ALL_STEPS),
-    "lsun_horse.pt": (2.57, _ALL_STEPS),
-}
-for _size, _fid, _scale in ((128, 2.97, 0.5), (256, 4.59, 1.0), (512, 7.72, 4.0)):
-    _guided = {"sampling.classifier": f"{_size}x{_size}_classifier.pt", "sampling.classifier_scale": _scale}
-    _FIDS[f"{_size}x{_size}_diffusion.pt"] = _fid, _ADM_STEPS | _guided
-_PAPERS = {"ddpm": "Ho et al. 2020", "improved": "Nichol & Dhariwal 2021", "adm": "Dhariwal & Nichol 2021"}
-_PAPERS["consistency"] = "Song et al. 2023"
-
-
 class Reported(NamedTuple):
     """The FID that a paper reports. settings: of the config, by full name, as far as the paper or its code states them."""
 
     fid: float
     paper: str
     settings: Mapping[str, Any]
+
+
+_CIFAR10, _ALL_STEPS = {"data.dataset": "cifar10"}, {"sampling.steps": None}
+_ADM_STEPS = {"sampling.steps": 250, "sampling.spacing": "openai"}
+_HEUN = {"sampling.sampler": "heun", "sampling.spacing": "karras"}
+_CHURN = {"sampling.churn": 40.0, "sampling.churn_range": (0.05, 50.0), "sampling.churn_noise": 1.003}
+_FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # by paper and name
+    "Ho et al. 2020": {
+        "ddpm-cifar10-32": (3.17, _CIFAR10 | _ALL_STEPS),
+        "ddpm-ema-bedroom-256": (6.36, _ALL_STEPS),
+        "ddpm-ema-church-256": (7.89, _ALL_STEPS),
+        "ddpm-ema-cat-256": (19.75, _ALL_STEPS),
+    },
+    "Nichol & Dhariwal 2021": {
+        "cifar10_uncond_50M_500K.pt": (3.19, _CIFAR10),
+        "cifar10_uncond_vlb_50M_500K.pt": (11.47, _CIFAR10),
+        "imagenet64_uncond_100M_1500K.pt": (19.2, {}),
+        "imagenet64_uncond_vlb_100M_1500K.pt": (40.1, {}),
+    },
+    "Dhariwal & Nichol 2021": {
+        "64x64_diffusion.pt": (2.07, _ADM_STEPS),
+        **{
+            f"{size}x{size}_diffusion.pt": (
+                fid,
+                _ADM_STEPS
+                | {"sampling.classifier": f"{size}x{size}_classifier.pt", "sampling.classifier_scale": scale},
+            )
+            for size, fid, scale in ((128, 2.97, 0.5), (256, 4.59, 1.0), (512, 7.72, 4.0))
+        },
+        "lsun_bedroom.pt": (1.90, _ALL_STEPS),
+        "lsun_cat.pt": (5.57, _ALL_STEPS),
+        "lsun_horse.pt": (2.57, _ALL_STEPS),
+    },
+    "Karras et al. 2022": {
+        "edm-cifar10-32x32-cond-vp.pkl": (1.79, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
+        "edm-cifar10-32x32-uncond-vp.pkl": (1.97, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
+        "edm-imagenet-64x64-cond-adm.pkl": (1.36, _HEUN | _CHURN | {"sampling.steps": 256}),
+    },
+    "Song et al. 2023": {
+        "cd_imagenet64_lpips.pt": (6.20, {"sampling.sampler": "consistency", "sampling.steps": 1}),
+    },
+}
+_PROTOCOL = {"evaluation.num_samples": 50_000, "evaluation.use_ema": True, "sampling.sampler": "ddpm"}
+_REPORTED = {
+    name: Reported(fid, paper, _PROTOCOL | settings)
+    for paper, found in _FIDS.items()
+    for name, (fid, settings) in found.items()
+}
 
 
 class PublishedWeights(NamedTuple):
@@ -121,11 +143,7 @@ def available() -> tuple[PublishedWeights, ...]:
 def find_reported(path: str) -> Reported | None:
     """Returns what the paper reports for weights, by the published name of the repository or file; None if unknown."""
     name = pathlib.PurePath(path.partition("@")[0] if hub.is_hub(path) else path).name
-    if name not in _FIDS or (hub.is_hub(path) and not path.startswith("hf://google/")):
-        return None
-    fid, settings = _FIDS[name]
-    preset = openai.FILES.get(name.removesuffix(".pt"), "ddpm")
-    return Reported(fid, _PAPERS[preset.partition("_")[0]], _PROTOCOL | settings)
+    return None if hub.is_hub(path) and not path.startswith("hf://google/") else _REPORTED.get(name)
 
 
 def format_available() -> str:

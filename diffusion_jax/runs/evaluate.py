@@ -133,7 +133,8 @@ def _find_reported(config: ConfigDict, workdir: RunDir) -> dict[str, Any] | None
     if found is None or committed_steps(workdir / "checkpoints"):
         return None
     values = flatten(config) | {"sampling.classifier": pathlib.PurePath(config.sampling.classifier).name}
-    other = [f"{name}={value}" for name, value in found.settings.items() if values[name] != value]
+    texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in found.settings.items()}
+    other = [f"{name}={text}" for name, text in texts.items() if values[name] != found.settings[name]]
     return {"fid": found.fid, "paper": found.paper, "other_settings": other}
 
 

@@ -68,7 +68,7 @@ def test_what_a_paper_reports_is_found_by_published_names(name, fid):
 def test_settings_of_papers_exist():
     known = [weights.name for weights in pretrained.available()]
     found = [reported for name in known if (reported := pretrained.find_reported(name))]
-    assert len(found) == len(catalog._FIDS)
+    assert len(found) == len(catalog._REPORTED)
     for reported in found:
         assert reported.settings.keys() <= SETTINGS.keys()
     guided = pretrained.find_reported("256x256_diffusion.pt")
