@@ -3,12 +3,14 @@
     python -m diffusion_jax.pretrained list
     python -m diffusion_jax.pretrained inspect PATH [--flags=FLAGS] [--raw]
     python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
+    python -m diffusion_jax.pretrained publish PATH TO --license=NAME --data=TEXT [--flags=FLAGS] [--raw]
 
 list prints the published weights that are known to load, with size, license and page. inspect prints a description of the
 weights at PATH, also hf://OWNER/NAME[/FILE][@REVISION]. convert writes the weights to TO: a file of this package if TO ends
 in .safetensors, else a diffusers folder. convert also writes a model card, README.md in the folder or NAME.md beside the
-file, with the run's data, settings and metrics. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: use the raw
-weights, not the moving average.
+file, with the run's data, settings and metrics. publish writes both formats, the model card and a picture of samples to TO:
+an empty folder, gs:// or s3://BUCKET/PREFIX, or hf://OWNER/NAME with a token. FLAGS: the name of a preset, OpenAI's flags,
+or JSON; --raw: use the raw weights, not the moving average.
 """
 
 import pathlib
@@ -18,13 +20,17 @@ from diffusion_jax.cli import Parser, program
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.downloads import local_path
 
+_COMMANDS = {"list": 0, "inspect": 1, "convert": 2, "publish": 2}  # the number of paths
+
 
 def make_parser() -> Parser:
     """Builds the argument parser."""
     parser = Parser("python -m diffusion_jax.pretrained", __doc__)
-    parser.add_argument("command", choices=("list", "inspect", "convert"), help="convert also writes the weights")
+    parser.add_argument("command", choices=_COMMANDS, help="convert and publish also write the weights")
     parser.add_argument("path", nargs="?", help="the weights to read, as for pretrained.load")
-    parser.add_argument("to", nargs="?", help="the file or folder that convert writes")
+    parser.add_argument("to", nargs="?", help="the file or folder to write")
+    parser.add_argument("--license", default="", help="for publish: of the weights, as the Hub names it, such as mit")
+    parser.add_argument("--data", default="", help="for publish: what the weights were trained on, in words")
     parser.add_argument("--flags", help="settings that the file does not contain")
     parser.add_argument("--trust_network", action="store_true", help="import the functions that the weights name")
     parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
@@ -36,8 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     with program(argv, bad_input=(ValueError,)):
         parser = make_parser()
         args = parser.parse_args(argv)
-        if sum(name is not None for name in (args.path, args.to)) != ("list", "inspect", "convert").index(args.command):
-            parser.error("convert needs PATH and TO, inspect PATH alone, and list neither")
+        if sum(name is not None for name in (args.path, args.to)) != _COMMANDS[args.command]:
+            parser.error("convert and publish need PATH and TO, inspect PATH alone, and list neither")
+        if args.command != "publish" and (args.license or args.data):
+            parser.error("--license and --data are for publish")
         if args.command == "list":
             return print(pretrained.format_available())
         net = pretrained.load(args.path, args.flags, not args.raw, args.trust_network)
@@ -45,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.to is None:
             return
         from diffusion_jax.report.model_card import model_card
+        from diffusion_jax.report.publishing import publish
 
+        workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
+        if args.command == "publish":
+            return print(f"Published: {publish(net, args.to, workdir, args.license, args.data)}")
         save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
         save(net, args.to)
         print(f"Written: {args.to}")
@@ -53,7 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         card = to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
         if card.exists():
             return print(f"{card} exists and stays as it is.")
-        workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
         write_text(card, model_card(net, to, workdir))
         advice = "" if pretrained.origin(net) else ", whose license is to be filled in"
         print(f"Model card{advice}: {card}")

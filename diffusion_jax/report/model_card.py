@@ -15,10 +15,18 @@ from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_c
 from diffusion_jax.run_dir import open_run_dir
 
 
-def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> str:
+def model_card(
+    net: Model,
+    to: pathlib.Path,
+    workdir: pathlib.Path | None,
+    license: str = "",
+    data: str = "",
+    location: str = "",
+) -> str:
     """Returns the card of converted weights as Markdown that begins with metadata.
 
-    to: the file or folder of the weights. workdir: the work directory of the run that trained the weights.
+    to: the file or folder of the weights, with samples.png if the card is to show it. workdir: the work directory of the run
+    that trained the weights. license, data, location: of published weights; location is what `pretrained.load` gets.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
     is_file, license_line = to.suffix == ".safetensors", '"unknown"  # fill in'
@@ -31,9 +39,11 @@ def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> st
     if run is not None and run.config is not None:
         metadata["datasets"] = [run.config.data.dataset]
     diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({to.name!r})().images"
-    made_from = "To be filled in."
+    made_from = f"{license}." if license else "To be filled in."
+    if license:
+        license_line = json.dumps(license)
     if source := origin(net):
-        license_line = json.dumps(source["license"])
+        license_line = json.dumps(license or source["license"])
         made_from = _table(("made from", "license", "page"), [[*source.values()]]) + "\n\n"
     template = importlib.resources.files("diffusion_jax.report") / "static" / "model_card.md"
     return string.Template(template.read_text()).substitute(
@@ -42,7 +52,10 @@ def model_card(net: Model, to: pathlib.Path, workdir: pathlib.Path | None) -> st
         origin=made_from,
         name=to.stem,
         version=diffusion_jax.__version__,
-        file=repr(to.name),
+        file=repr(location or to.name),
+        to_fill="" if license else "the license (here and above), ",
+        data=f"## Training data\n\n{_escape(data)}\n\n" if data else "",
+        samples="![samples](samples.png)\n\n" if (to / "samples.png").is_file() else "",
         diffusers="" if is_file else diffusers,
         summary=format_summary(net),
         run="" if run is None else "".join(f"{part}\n\n" for part in (_training(run, net), _metrics(run, net)) if part),
@@ -81,6 +94,10 @@ def _metrics(run: RunFiles, net: Model) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    escaped = str.maketrans({symbol: f"\\{symbol}" for symbol in "\\|<>*_`"})  # names must not act as Markdown
-    cells = [[" ".join(str(cell).split()).translate(escaped) for cell in row] for row in [header, *rows]]
+    cells = [[_escape(cell) for cell in row] for row in [header, *rows]]
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(header), *cells[1:]])
+
+
+def _escape(text: Any) -> str:
+    """Returns a text in one line that does not act as Markdown."""
+    return " ".join(str(text).split()).translate(str.maketrans({symbol: f"\\{symbol}" for symbol in "\\|<>*_`[]"}))

@@ -25,6 +25,7 @@ _FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([\w.-]+|refs/[\w./
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of several in one folder, the first is read
 _NOT_READ = ("samples/", "images/", "plugins/", "evaluation/", "events.out.tfevents.")  # in a published work directory
 _CARD, _CARD_LENGTH = "README.md", 65536
+OWN_FILE = "diffusion_jax.safetensors"  # published weights in this package's format, beside diffusers'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,28 @@ def download(url: str) -> HubFiles:
     return HubFiles(path, {"source": source, "license": license_name, "page": page})
 
 
+def upload(folder: pathlib.Path, url: str) -> None:
+    """Uploads the files of a folder to a repository, hf://OWNER/NAME, which is created if it does not exist.
+
+    Raises: StorageError, one line, for a wrong name, a missing token, or no network.
+    """
+    if not (match := _FORM.fullmatch(url.rstrip("/"))) or match[2] or match[3]:
+        raise StorageError(f"{url}: weights are published to hf://OWNER/NAME")
+    try:
+        import httpx2
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise StorageError(f"{url} needs huggingface_hub ({error}): pip install '.[hub]'") from None
+    try:
+        hub.HfApi().create_repo(match[1], exist_ok=True)
+        hub.HfApi().upload_folder(repo_id=match[1], folder_path=folder, commit_message="Publish weights")
+    except (httpx2.TransportError, OSError) as error:  # also an answer of the Hub with a status
+        raise StorageError(
+            f"{url} cannot be written ({first_line(error)}); log in with `hf auth login`, or set HF_TOKEN to a token that "
+            "may write there"
+        ) from None
+
+
 def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
     """Returns the names of the files of one network, and of the card. Raises: StorageError for none, or several networks."""
     names = sorted(names)
@@ -111,6 +134,8 @@ def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
             known = list_names([*near, *(name for name in names if name not in near)])
             raise StorageError(f"{url}: the repository has no {file}; it has {known}")
         return [*chosen, *card]
+    if OWN_FILE in names:
+        return [OWN_FILE, *card]
     if any(name.startswith("checkpoints/") for name in names):
         return [name for name in names if not name.startswith(_NOT_READ)]
     chosen, weights = [], []
@@ -183,5 +208,5 @@ def _read_license(card: pathlib.Path) -> str:
         with card.open(encoding="utf-8", errors="replace") as file:
             text = file.read(_CARD_LENGTH)
     metadata = text.partition("\n---")[0] if text.startswith("---") else ""
-    found = re.search(r"^license:[ \t]*([\w.-]+)", metadata, re.MULTILINE)
+    found = re.search(r'^license:[ \t]*"?([\w.-]+)', metadata, re.MULTILINE)
     return found[1] if found else "none stated; ask the owner"

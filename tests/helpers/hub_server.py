@@ -1,5 +1,6 @@
 """A server on this machine that speaks as much of the Hugging Face Hub's protocol as huggingface_hub needs to read models."""
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -74,6 +75,51 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(200, json.dumps(self._describe(kind, repository)).encode())
         return self._send_file(repository, "/".join(names))
 
+    def do_PUT(self):
+        self.server.uploaded[self.path.rpartition("/")[2]] = self._body()
+        self._answer(200)
+
+    def do_POST(self):
+        """Creates a repository, or takes a commit: small files in it, large ones by their digests."""
+        if self.headers.get("Authorization") != "Bearer good":
+            return self._refuse(401, "", "Invalid username or password.")
+        path, body = urllib.parse.urlsplit(self.path).path, self._body()
+        name = "/".join(
+            path.removeprefix("/api/models").strip("/").removesuffix(".git/info/lfs/objects/batch").split("/")[:2]
+        )
+        repository, url = self.server.repositories.get(name), f"http://{self.headers['Host']}"
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            self.server.repositories.setdefault(name, Repository({}))
+            answer = {"url": f"{url}/{name}"}
+        elif path.endswith("/objects/batch"):
+            put = {"upload": {"href": f"{url}/put/", "header": {}}}
+            objects = [
+                dict(each, actions={"upload": {"href": put["upload"]["href"] + each["oid"]}})
+                for each in json.loads(body)["objects"]
+            ]
+            answer = {"transfer": "basic", "objects": objects}
+        elif "/preupload/" in path:
+            modes = [
+                (each["path"], "lfs" if is_large(each["path"]) else "regular") for each in json.loads(body)["files"]
+            ]
+            answer = {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes]}
+        elif "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    repository.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    repository.files[value["path"]] = self.server.uploaded[value["oid"]]
+            answer = {"success": True, "commitOid": COMMIT, "commitUrl": f"{url}/{name}/commit/{COMMIT}"}
+        else:  # validate-yaml
+            answer = {"errors": [], "warnings": []}
+        self._answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def _body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
     def _describe(self, kind, repository):
         files = []
         for name, content in repository.files.items():
@@ -113,7 +159,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def hub_server(**repositories):
     """Runs a server with repositories, {"a/b": Repository}; yields its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.repositories = repositories
+    server.repositories, server.uploaded = repositories, {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -6,15 +6,19 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from diffusion_jax import pretrained
+from diffusion_jax import pretrained, sampling
 from diffusion_jax.errors import StorageError
 from diffusion_jax.provenance import params_digest
 from diffusion_jax.storage import hub
+from helpers.configs import tiny_config
 from helpers.hub_server import COMMIT, Repository, hub_server
 from helpers.paths import ROOT
 from helpers.published_files import stored, write_folder
+from helpers.work_directories import untrained
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants  # noqa: E402
@@ -37,6 +41,7 @@ def serve(monkeypatch, tmp_path):
     """A function that starts a server with repositories, and directs huggingface_hub to it and to an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # another protocol
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     servers = []
@@ -208,6 +213,57 @@ def test_license_travels_with_what_is_made_from_the_weights(serve, tmp_path, cap
     assert card.startswith('---\nlicense: "apache-2.0"\n') and f"hf://a/b@{COMMIT} | apache-2.0" in card
     __main__.main(["convert", str(tmp_path / "f"), str(tmp_path / "plain.safetensors")])
     assert (tmp_path / "plain.md").read_text().startswith('---\nlicense: "unknown"  # fill in\n')
+
+
+def publish(path, to, *flags):
+    from diffusion_jax.pretrained import __main__
+
+    __main__.main(["publish", str(path), to, *flags])
+
+
+def test_a_published_run_is_loaded_by_its_name_with_equal_samples(serve, tmp_path, monkeypatch, capsys):
+    run = untrained(tmp_path / "run", tiny_config())
+    (run / "samples").mkdir()
+    (run / "samples" / "a.npz").write_bytes(b"")
+    (run / "samples" / "a.png").write_bytes(b"a picture")
+    serve()
+    flags = "--license=mit", "--data=8x8 digits, [see](x)"
+    monkeypatch.setenv("HF_TOKEN", "good")
+    publish(run, "hf://me/digits", *flags)
+    net, again = pretrained.load(run), pretrained.load("hf://me/digits")
+    draw = [np.asarray(each.sample(jax.random.key(0), 2, sampler=sampling.ddim(), steps=2)) for each in (net, again)]
+    np.testing.assert_array_equal(*draw)
+    assert pretrained.origin(again)["license"] == "mit"
+    publish(run, str(tmp_path / "folder"), *flags)
+    names = {
+        path.relative_to(tmp_path / "folder").as_posix() for path in (tmp_path / "folder").rglob("*") if path.is_file()
+    }
+    assert {"README.md", "samples.png", hub.OWN_FILE, "unet/config.json", "scheduler/scheduler_config.json"} <= names
+    assert params_equal(pretrained.load(tmp_path / "folder"), net)
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert (
+        card.startswith('---\nlicense: "mit"\n')
+        and r"8x8 digits, \[see\](x)" in card
+        and "![samples](samples.png)" in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("to", "flags", "words"),
+    [
+        ("hf://me/x", ("--license=mit",), "needs --license=NAME"),
+        ("hf://me/x/y", ("--license=mit", "--data=x"), "published to hf://OWNER/NAME"),
+        ("hf://me/x", ("--license=mit", "--data=x"), "log in with `hf auth login`"),
+        ("FULL", ("--license=mit", "--data=x"), "is not an empty folder"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_in_one_line(serve, tmp_path, capsys, to, flags, words):
+    serve()
+    pipeline(tmp_path)
+    with pytest.raises(SystemExit):
+        publish(tmp_path / "f", str(tmp_path) if to == "FULL" else to, *flags)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 @pytest.mark.whole

@@ -1,0 +1,55 @@
+"""Publishes weights with a model page: to a folder, a bucket or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import tempfile
+
+from diffusion_jax.errors import PretrainedError, UserError
+from diffusion_jax.evaluation.features import sample_files
+from diffusion_jax.files import write_text
+from diffusion_jax.pretrained import Model, save_diffusers, save_safetensors
+from diffusion_jax.report.model_card import model_card
+from diffusion_jax.storage import hub, objects
+from diffusion_jax.untrusted import leads_out
+
+CARD, SAMPLES = "README.md", "samples.png"
+
+
+def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, data: str) -> str:
+    """Writes the weights in this package's format, and in diffusers' where it has the network, with a card and samples.
+
+    to: a folder that is empty or does not exist, gs:// or s3://BUCKET/PREFIX, or hf://OWNER/NAME. workdir: the work directory
+    of the run that trained the weights: its settings, its metrics with their protocol, and a picture of its newest samples
+    are in the card. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
+    Returns: the name for `pretrained.load`. Raises: UserError, PretrainedError, StorageError, OSError.
+    """
+    if not license.strip() or not data.strip():
+        raise UserError("publish needs --license=NAME, such as mit, and --data=TEXT, what the weights were trained on")
+    target = pathlib.Path(to).expanduser()
+    if not objects.is_url(to) and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{to} is not an empty folder; give a new one")
+    name = to.rstrip("/").rpartition("/")[2]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / name
+        try:
+            save_diffusers(net, folder)
+        except PretrainedError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"Note: without diffusers' format: {error}")
+        folder.mkdir(exist_ok=True)
+        save_safetensors(net, folder / hub.OWN_FILE)
+        for path in [] if workdir is None else [path.with_suffix(".png") for path in sample_files(workdir)]:
+            if path.is_file() and not leads_out(path, workdir):
+                shutil.copyfile(path, folder / SAMPLES)
+                break
+        write_text(folder / CARD, model_card(net, folder, workdir, license, data, to))
+        if not objects.is_url(to):
+            shutil.copytree(folder, target, dirs_exist_ok=True)
+        elif hub.is_hub(to):
+            hub.upload(folder, to)
+        else:
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            objects.open_store(to, write=True).upload_all({path: path.relative_to(folder).as_posix() for path in files})
+    return to
