@@ -2,8 +2,8 @@
 
 The defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the time
 embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give OpenAI's
-networks (Improved DDPM, ADM). The U-Net contains no diffusion mathematics: it maps (x_t, network time) to an output with the
-same spatial shape.
+networks (Improved DDPM, ADM) and DDPM++. The U-Net contains no diffusion mathematics: it maps (x_t, network time) to an
+output with the same spatial shape.
 
 The classifier of noisy images, for classifier guidance (ADM, Dhariwal & Nichol 2021, section 4), is the downsampling path
 with attention pooling over the remaining positions.

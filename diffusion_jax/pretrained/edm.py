@@ -141,7 +141,7 @@ def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], 
                     level, block = level + (1 if block == "up" else -1), "resample"
                 new = f"in{number}.{rest}" if block == "in" else f"{direction}.{level}.{block}{number}.{rest}"
             old[new.replace("up.0.aux_", "out_")] = name
-    label_bias = old.pop("map_label.bias", None) if model.is_ddpmpp else None
+    label_bias = old.pop("map_label.bias", "map_label.bias") if model.is_ddpmpp else ""
 
     def read(name: str) -> np.ndarray:
         value = tensors.read(old[name])
@@ -150,7 +150,7 @@ def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], 
         elif name == "map_label.weight":  # a product with a one-hot vector; no class is a vector of zeros
             value = np.pad(value.T, ((0, 1 if model.label_dropout else 0), (0, 0)))
             if model.is_ddpmpp:  # the vector has the length sqrt(classes), and the product a bias
-                value = value * math.sqrt(model.num_classes) + tensors.read(str(label_bias))
+                value = value * math.sqrt(model.num_classes) + tensors.read(label_bias)
         return value
 
     return dataclasses.replace(tensors, shapes={new: tensors.shapes[name] for new, name in old.items()}, read=read)
