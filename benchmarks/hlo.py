@@ -161,10 +161,7 @@ def collectives(program: Program) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})", instruction.line)
-        devices = 1
-        if groups:
-            devices = int(groups[1]) if groups[1] else len(groups[2].split(","))
+        devices = 2 if kind == "collective-permute" else _group_size(instruction.line)
         arrays = instruction.arrays
         if instruction.opcode == "all-gather-start":
             arrays = arrays[len(arrays) // 2 :]  # the inputs come first
@@ -173,6 +170,21 @@ def collectives(program: Program) -> list[Collective]:
         factor = {"all-reduce": 2 * share, "reduce-scatter": devices - 1, "collective-permute": 1}.get(kind, share)
         found.append(Collective(kind, count, devices, count * size * factor))
     return found
+
+
+def _group_size(line: str) -> int:
+    """Returns the number of devices in a collective's groups: [groups,size]<=..., {{0,1},{2,3}}, or axes of mesh['x'=2,...].
+
+    Raises: ValueError for another form.
+    """
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counted[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed[1].split(","))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    raise ValueError(f"unknown groups of devices in {line[:200]!r}")
 
 
 def kind_of_work(program: Program, instruction: Instruction) -> str:

@@ -46,6 +46,11 @@ def test_bytes_of_collectives_are_those_of_a_ring():
     reduced, gathered = hlo.collectives(hlo.Program(TEXT))
     assert reduced == hlo.Collective("all-reduce", 1, 4, 2 * 3 / 4 * 72 * 4)
     assert gathered == hlo.Collective("all-gather", 1, 2, 1 / 2 * 20 * 2)
+    mesh = "mesh['a'=2,'b'=4,'c'=3] {'a','c'}, use_global_device_ids=true"
+    (named, _) = hlo.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", mesh)))
+    assert named.devices == 6
+    with pytest.raises(ValueError, match="unknown groups"):
+        hlo.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", "all")))
     # data parallelism: one all-reduce of float32 gradients; fsdp: three times the bfloat16 parameters.
     assert tpu_program.ideal_bytes(72, 2, data=4, fsdp=1) == reduced.sent
     assert tpu_program.ideal_bytes(72, 2, data=1, fsdp=4) == 3 * 3 / 4 * 72 * 2
