@@ -34,8 +34,8 @@ def test_resolving_changes_nothing_twice_and_leaves_its_argument_alone():
         ({"xyz": 3}, "unknown setting xyz; docs/reference/configuration.md lists all settings"),
         ({"training": 5}, "training is a group; set one of its settings, such as training.num_steps"),
         (
-            {"training": {"num_steps": 1e4}},
-            "training.num_steps=10000.0 must be a whole number of at least 1; write 10000",
+            {"training": {"num_steps": 5e3}},
+            "training.num_steps=5000.0 must be a whole number of at least 1; write 5000",
         ),
     ],
 )

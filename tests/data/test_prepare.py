@@ -143,8 +143,8 @@ def test_other_processes_wait_while_one_prepares(server, tmp_path):
     assert server.requests == 1
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("file_format", ["array_record", pytest.param("tfrecord", marks=pytest.mark.thorough)])
+@pytest.mark.whole
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
 def test_parts_of_a_split_and_other_sizes(server, tmp_path, file_format):
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.builder("local_fruit", data_dir=str(tmp_path)).download_and_prepare(file_format=file_format)

@@ -12,12 +12,7 @@ import traceback
 
 from helpers.paths import ROOT
 
-_PRELOAD = (
-    "diffusion_jax.cli",
-    "diffusion_jax.runs.train",
-    "diffusion_jax.runs.edit",
-    "diffusion_jax.runs.evaluate",
-)
+_PRELOAD = ("diffusion_jax.cli", "diffusion_jax.runs.train", "diffusion_jax.runs.edit", "diffusion_jax.runs.evaluate")
 
 
 @functools.cache

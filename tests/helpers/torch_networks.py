@@ -117,10 +117,7 @@ OPENAI = {
         "create_model",
         {**_COMMON, "image_size": 256, "num_head_channels": 16, "resblock_updown": True, "num_res_blocks": 2},
     ),
-    "adm 512": (
-        "create_model",
-        {**_COMMON, "image_size": 512, "num_head_channels": 16, "resblock_updown": True},
-    ),
+    "adm 512": ("create_model", {**_COMMON, "image_size": 512, "num_head_channels": 16, "resblock_updown": True}),
     "adm upsampler": (
         "sr_create_model",
         {**_COMMON, "large_size": 256, "small_size": 64, "resblock_updown": True, "num_head_channels": 16},

@@ -1,6 +1,7 @@
 """Texts for people name each number and its better direction."""
 
 import numpy as np
+import pytest
 
 from diffusion_jax import data, metrics
 from diffusion_jax.evaluation import compare
@@ -41,3 +42,21 @@ def test_messages_call_only_images_images():
     assert data.noun(tiny_config().data) == "images"
     assert data.noun(array_config("series", "").data) == "examples"
     assert data.noun(tiny_config(**{"data.image_size": (8, 8, 8)}).data) == "examples"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (3.2345, 0.81, "3.2 ± 0.8"),
+        (0.10671, 0.0123, "0.107 ± 0.012"),
+        (1234.5, 56.0, "1234 ± 56"),
+        (-0.00123, 0.0004, "-0.0012 ± 0.0004"),
+        (1e-9, 2.1e-10, "1e-09 ± 2.1e-10"),
+        (2.5e13, 3e11, "2.5e+13 ± 3e+11"),
+        (0.123456, None, "0.1235"),
+        (2.0, 0.0, "2 ± 0"),
+        (2.0, float("nan"), "2 ± nan"),
+    ],
+)
+def test_numbers_with_errors(value, error, text):
+    assert metrics.format_value(value, error) == text

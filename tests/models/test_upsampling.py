@@ -109,11 +109,10 @@ def test_a_network_that_is_no_upsampler_is_refused():
         training.model_from_config(upsampler_config(**{"data.low_resolution": 3}))
 
 
-@pytest.mark.thorough
+@pytest.mark.whole
 def test_upsampler_run_draws_no_pictures_and_is_not_evaluated(tmp_path):
-    config = upsampler_config(
-        **{"training.num_steps": 2, "training.sample_every": 2, "diffusion.conditioning_noise": 0.1}
-    )
+    steps = {"training.num_steps": 2, "training.sample_every": 2}
+    config = upsampler_config(**steps, **{"diffusion.conditioning_noise": 0.1})
     train.run(config, tmp_path)
     assert not (tmp_path / "samples").exists()
     for mode in ("edit", "evaluate"):

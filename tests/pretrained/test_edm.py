@@ -98,7 +98,7 @@ def test_network_agrees_with_numpy(request, name):
         assert worst(np.moveaxis(ours, -1, 1), theirs) < 3e-6
 
 
-@pytest.mark.whole
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["adm", "ddpmpp"])
 def test_gradient_agrees_with_numpy(request, tmp_path, name):
     """The derivative along random weights of sum(u network(x)), as the reference's central difference has it."""

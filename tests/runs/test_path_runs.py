@@ -52,10 +52,7 @@ def check_train_step(config, batch):
     ("overrides", "words"),
     [
         ({"diffusion.path": "rectified_flow"}, "use diffusion.prediction=flow"),
-        (
-            FLOW | {"diffusion.loss": "continuous_vlb"},
-            "loss='continuous_vlb' needs a finite log SNR .*'rectified_flow'",
-        ),
+        (FLOW | {"diffusion.loss": "continuous_vlb"}, "loss='continuous_vlb' needs a finite .*'rectified_flow'"),
         (FLOW | {"diffusion.draw": "uniform_log_snr"}, "draw='uniform_log_snr' needs a finite log SNR"),
         (EDM | {"diffusion.draw_mean": -40.0}, "draws levels with the log density .* on diffusion.path='edm'"),
     ],

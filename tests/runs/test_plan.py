@@ -72,20 +72,14 @@ EDM = {"diffusion.path": "edm", "diffusion.draw": "log_normal", "diffusion.predi
 # Settings that differ from the defaults, and the start of the note.
 NOTES = [
     (LONG | {"optimizer.warmup_steps": 5000}, "optimizer.warmup_steps=5000 is not below training.num_steps=2000"),
-    (
-        LONG | {"optimizer.schedule": "cosine", "optimizer.decay_steps": 1500},
-        "optimizer.decay_steps=1500 is below training",
-    ),
+    (LONG | {"optimizer.schedule": "cosine", "optimizer.decay_steps": 1500}, "optimizer.decay_steps=1500 is below "),
     # 0.9999**2000 = 0.819
-    (
-        LONG | {"ema.warmup": False},
-        "at training.num_steps=2000 the EMA (ema.decay=0.9999) still holds 82% of the random",
-    ),
+    (LONG | {"ema.warmup": False}, "at training.num_steps=2000 the EMA (ema.decay=0.9999) still holds 82% of the "),
     (LONG | CONTINUOUS, "diffusion.prediction=eps on continuous data (data.levels=None) without a clip"),
     # the product of 1 - beta is 0.904
     (
         LONG | {"diffusion.num_timesteps": 10},
-        "diffusion.num_timesteps=10 with the schedule linear ends at alpha_bar=0.9 ",
+        "diffusion.num_timesteps=10 with the schedule linear ends at alpha_bar=0.",
     ),
     # log(sigma / std) has the mean -1.2 - log(0.5) = -0.507 for images
     (LONG | CONTINUOUS | EDM, "diffusion.draw_mean=None is EDM's -1.2 for data with standard deviation 0.5"),

@@ -112,15 +112,6 @@ def test_a_directory_without_a_checkpoint_accepts_another_config(tmp_path, monke
         workdir.check_identity(tiny_config(), tmp_path)
 
 
-@pytest.mark.whole
-def test_a_finished_run_with_a_corrupted_last_checkpoint_repeats_its_last_steps(tmp_path):
-    train.run(tiny_config(), tmp_path)
-    before = lines(tmp_path)
-    (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").unlink()
-    train.run(tiny_config(), tmp_path)
-    assert lines(tmp_path) == before and (tmp_path / "checkpoints" / "4" / "rest" / "manifest.ocdbt").exists()
-
-
 def test_a_second_launch_is_refused_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_WAIT_SECONDS", 1.0)
     with (tmp_path / ".lock").open("w") as file:
