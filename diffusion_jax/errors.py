@@ -141,11 +141,14 @@ def describe_exception(error: BaseException, with_type: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def as_user_error(where: str) -> Iterator[None]:
-    """Turns errors from a wrong value while a config is built into a UserError whose message starts with `where`."""
+def as_user_error(where: str, *also: type[Exception]) -> Iterator[None]:
+    """Turns errors from a wrong value into a UserError whose message starts with `where`.
+
+    also: further types to turn, such as OSError; this package's own errors are only turned if they are among these types.
+    """
     try:
         yield
-    except DiffusionJaxError:
-        raise
-    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError, *also) as error:
+        if isinstance(error, DiffusionJaxError) and not isinstance(error, also):
+            raise
         raise UserError(f"{where}: {describe_exception(error)}") from error

@@ -17,31 +17,6 @@ from diffusion_jax.functions import import_function
 from diffusion_jax.images import is_image_shape
 from diffusion_jax.untrusted import leads_out
 
-__all__ = [
-    "Arrays",
-    "CheckedSource",
-    "DerivedSource",
-    "InMemory",
-    "NamedSource",
-    "SelectedExamples",
-    "Source",
-    "are_held_out",
-    "batch_examples",
-    "check_examples",
-    "check_image_settings",
-    "check_levels",
-    "classes_of_files",
-    "example_shape",
-    "find_files",
-    "is_in_memory",
-    "is_of_images",
-    "read_block_lengths",
-    "read_classes",
-    "read_conditions",
-    "read_in_order",
-    "select_split",
-]
-
 _BLOCK_BYTES = 2**24
 _NUM_CHECKED = 4
 _ARRAYS = ("x", "image", "label", "condition", "condition_missing")
