@@ -32,8 +32,8 @@ from diffusion_jax.errors import (
     DiffusionJaxError,
     SaveError,
     UserError,
-    closest_names,
     as_user_error,
+    closest_names,
     describe_exception,
     find_user_frame,
 )
