@@ -141,6 +141,18 @@ def describe_exception(error: BaseException, with_type: bool = False) -> str:
 
 
 @contextlib.contextmanager
+def needs_extra(what: str, extra: str, kind: type[DiffusionJaxError] = UserError) -> Iterator[None]:
+    """Turns a failed import in the block into an error of a kind that names the extra to install.
+
+    what: the start of the message, such as "gs:// needs gcsfs". extra: in pyproject.toml.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise kind(f"{what} ({error}): pip install '.[{extra}]'") from error
+
+
+@contextlib.contextmanager
 def as_user_error(where: str, *also: type[Exception]) -> Iterator[None]:
     """Turns errors from a wrong value into a UserError whose message starts with `where`.
 
