@@ -111,18 +111,19 @@ def prepare(name: str, data_dir: str | None) -> None:
     builder = make_builder(name, data_dir)
     if builder.is_prepared():
         return
-    root, missing = builder.data_dir_root, f"the data set {name!r} is not in {builder.data_dir_root}"
+    root, elsewhere = (
+        builder.data_dir_root,
+        f"prepare it on another machine with: {_preparation_command(name, data_dir)}",
+    )
+    problem, path = "", builder.data_path
     if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'")
-    if builder.data_path.exists():
-        raise DataError(
-            f"{builder.data_path} is no complete data set (dataset_info.json or features.json is missing): remove the folder"
-        )
-    elsewhere = f"prepare it on another machine with: {_preparation_command(name, data_dir)}"
-    if unanswered := _unanswered_host(builder):
-        raise DataError(
-            f"{missing} and cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
-        )
+        problem = "TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'"
+    elif path.exists():
+        problem = f"{path} is incomplete (dataset_info.json or features.json is missing): remove the folder"
+    elif unanswered := _unanswered_host(builder):
+        problem = f"cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
+    if problem:
+        raise DataError(f"the data set {name!r} is not in {root}, and {problem}")
     print(f"The data set {name!r} is not in {root}: it is downloaded and prepared, once for all processes.", flush=True)
     try:
         import tensorflow as tf  # builders use TensorFlow
