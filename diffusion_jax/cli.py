@@ -32,6 +32,7 @@ from diffusion_jax.errors import (
     DiffusionJaxError,
     SaveError,
     UserError,
+    as_user_error,
     closest_names,
     describe_exception,
     find_user_frame,
@@ -180,16 +181,18 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     """Parses --config.group.setting=text into {"group.setting": text}. Raises: UserError for any other argument."""
-    overrides = {}
+    overrides, problem = {}, ""
     for argument in arguments:
         flag, equals, text = argument.partition("=")
         if not flag.startswith("-"):
-            raise UserError(f"unexpected argument {argument!r}; flags are written --name=value")
-        if not flag.startswith("--config."):
+            problem = f"unexpected argument {argument!r}; flags are written --name=value"
+        elif not flag.startswith("--config."):
             near = closest_names(flag, known)
-            raise UserError(f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists all flags'}")
-        if not equals:
-            raise UserError(f"{flag} needs a value: {flag}=VALUE")
+            problem = f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists all flags'}"
+        elif not equals:
+            problem = f"{flag} needs a value: {flag}=VALUE"
+        if problem:
+            raise UserError(problem)
         overrides[flag.removeprefix("--config.")] = text
     return overrides
 
@@ -201,13 +204,15 @@ def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
     if isinstance(opened, BucketRunDir):
         return opened
     path = opened.path
+    existing, problem = next(parent for parent in (path, *path.absolute().parents) if parent.exists()), ""
     if mode in ("status", "report") and not path.exists():
-        raise UserError(f"--workdir={workdir}: no such directory; --mode={mode} reads the directory of a run")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"--workdir={workdir}: {existing} is a file; give a directory, which need not exist yet")
-    if existing != path.absolute() and not os.access(existing, os.W_OK):
-        raise UserError(f"--workdir={workdir}: no directory can be made in {existing}; give another directory")
+        problem = f"no such directory; --mode={mode} reads the directory of a run"
+    elif not existing.is_dir():
+        problem = f"{existing} is a file; give a directory, which need not exist yet"
+    elif existing != path.absolute() and not os.access(existing, os.W_OK):
+        problem = f"no directory can be made in {existing}; give another directory"
+    if problem:
+        raise UserError(f"--workdir={workdir}: {problem}")
     return opened
 
 
@@ -227,10 +232,8 @@ def _config_with_weights(
                 f"--pretrained={weights} starts a run, but {workdir} holds a run; omit --pretrained, or use another --workdir"
             )
         config, flags = config or stored, flags or stored.init_flags
-    try:
+    with as_user_error(f"--pretrained={weights}", DiffusionJaxError, OSError):
         config = config or config_from_weights(weights, flags, trusted)
-    except (DiffusionJaxError, ValueError, OSError) as error:
-        raise UserError(f"--pretrained={weights}: {describe_exception(error)}") from error
     return config, {"init_from": weights, "init_flags": flags}
 
 

@@ -141,11 +141,26 @@ def describe_exception(error: BaseException, with_type: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def as_user_error(where: str) -> Iterator[None]:
-    """Turns errors from a wrong value while a config is built into a UserError whose message starts with `where`."""
+def needs_extra(what: str, extra: str, kind: type[DiffusionJaxError] = UserError) -> Iterator[None]:
+    """Turns a failed import in the block into an error of a kind that names the extra to install.
+
+    what: the start of the message, such as "gs:// needs gcsfs". extra: in pyproject.toml.
+    """
     try:
         yield
-    except DiffusionJaxError:
-        raise
-    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+    except ImportError as error:
+        raise kind(f"{what} ({error}): pip install '.[{extra}]'") from error
+
+
+@contextlib.contextmanager
+def as_user_error(where: str, *also: type[Exception]) -> Iterator[None]:
+    """Turns errors from a wrong value into a UserError whose message starts with `where`.
+
+    also: further types to turn, such as OSError; this package's own errors are only turned if they are among these types.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, LookupError, *also) as error:
+        if isinstance(error, DiffusionJaxError) and not isinstance(error, also):
+            raise
         raise UserError(f"{where}: {describe_exception(error)}") from error

@@ -27,6 +27,7 @@ from diffusion_jax.config.table import (
     GROUPS,
     NETWORK_SETTINGS,
     SETTINGS,
+    Setting,
     clips_by_default,
     defaults,
     flatten,
@@ -108,8 +109,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
         if name.startswith("model.options."):
             options[name.removeprefix("model.options.")] = read_value(text)
             continue
-        _check_known(name)
-        values[name] = _convert(name, text, functools.partial(parse, SETTINGS[name].kind), text)
+        values[name] = _convert(name, text, functools.partial(parse, _find_setting(name).kind), text)
     before, kind = given.get("model.kind", ""), values.get("model.kind", given.get("model.kind", ""))
     if f"{before}{kind}".count(":") and short_name(before) != short_name(kind):
         # The settings of another network mean nothing to this network.
@@ -198,11 +198,9 @@ def _folder() -> pathlib.Path:
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
     """Builds a config from values by full setting name, with defaults for the other settings. Raises: ConfigError."""
-    for name in given:
-        _check_known(name)
     config = ConfigDict({group: {} for group in GROUPS if group})
     for name, value in {**defaults(given), **given}.items():
-        setting = SETTINGS[name]
+        setting = _find_setting(name)
         value = _convert(name, value, setting.kind.check, _shown(value))
         if isinstance(setting.kind, OneOf):  # a ConfigDict would fix the type of the first value
             value = FieldReference(value, field_type=object)
@@ -223,10 +221,10 @@ def _convert(name: str, value: Any, convert: Callable[[Any], Any], shown: str) -
         raise ConfigError(f"{name}={shown} must be {setting.kind.allowed}; {advice}") from None
 
 
-def _check_known(name: str) -> None:
-    """Raises ConfigError for an unknown setting."""
+def _find_setting(name: str) -> Setting:
+    """Returns the entry of the table of settings. Raises: ConfigError for an unknown name."""
     if name in SETTINGS:
-        return
+        return SETTINGS[name]
     problem, advice = f"unknown setting {name}", "docs/reference/configuration.md lists all settings"
     if inside := [setting for setting in SETTINGS if setting.startswith(f"{name}.")]:
         problem, advice = f"{name} is a group", f"set one of its settings, such as {inside[0]}"

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import importlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.sources import Arrays, NamedSource, check_examples, classes_of_files, example_shape, find_files
-from diffusion_jax.errors import DataError, list_names
+from diffusion_jax.data.sources import (
+    Arrays,
+    NamedSource,
+    check_examples,
+    classes_of_files,
+    example_shape,
+    find_files,
+    readable,
+)
+from diffusion_jax.errors import DataError, list_names, needs_extra
 from diffusion_jax.files import map_array
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import check_regular
@@ -143,7 +150,7 @@ def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
 
 def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
     """Returns (the arrays in a file or store, examples first; notes about other arrays). Raises: DataError."""
-    with _readable(path):
+    with readable(path):
         names = _list_arrays(path)
     found = {name: _Rows(str(path), name) for name in _NAMES if name in names}
     if {"x", "image"} <= found.keys():
@@ -183,7 +190,7 @@ def _list_arrays(path: pathlib.Path) -> list[str]:
 
 def _check_checksums(path: pathlib.Path) -> list[str]:
     """Checks the checksums of an .npz, whose arrays are mapped without them, or returns a note. Raises: DataError."""
-    with _readable(path), zipfile.ZipFile(path) as archive:
+    with readable(path), zipfile.ZipFile(path) as archive:
         if sum(each.file_size for each in archive.infolist()) > _CHECKED_BYTES:
             return [
                 f"The checksums of {path} are not checked, because it is large; python -m zipfile -t {path} does it."
@@ -196,10 +203,8 @@ def _check_checksums(path: pathlib.Path) -> list[str]:
 def _open_store(path: str) -> Any:
     """Opens a Zarr store or an HDF5 file: arrays by name. Raises: DataError if the reading package is not installed."""
     name = "zarr" if _kind(path) == ".zarr" else "h5py"
-    try:
+    with needs_extra(f"{path} needs {name}", "arrays", DataError):
         package = importlib.import_module(name)
-    except ImportError as error:
-        raise DataError(f"{path} needs {name} ({error}); pip install '.[arrays]'") from error
     if name == "h5py":
         return package.File(path, "r", locking="best-effort")
     # The codec pickle would run code from the file.
@@ -221,19 +226,6 @@ def _is_array(store: Any, name: str) -> bool:
     return not is_elsewhere
 
 
-@contextlib.contextmanager
-def _readable(path: str | pathlib.Path) -> Iterator[None]:
-    """Turns any error from reading a file into a one-line DataError, because codecs raise their own errors."""
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(message.split()) or type(error).__name__
-        raise DataError(f"cannot read {path}: {reason}") from error
-
-
 class _Rows:
     """An array [N, ...] in a file, opened at the first read in each process; pickling copies only the path.
 
@@ -243,7 +235,7 @@ class _Rows:
 
     def __init__(self, path: str, name: str = ""):
         self._path, self._name = path, name
-        with _readable(path):
+        with readable(path):
             self.shape: tuple[int, ...] = tuple(self._opened.shape)
             self.dtype = np.dtype(self._opened.dtype).newbyteorder("=")
         if self.dtype.kind not in "biufc":
@@ -264,7 +256,7 @@ class _Rows:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Reads [n, ...] at rows int [n], in any order, with repetitions allowed. Raises: DataError."""
-        with _readable(self._path):
+        with readable(self._path):
             if _kind(self._path) not in (".h5", ".hdf5"):
                 opened = self._opened.oindex if _kind(self._path) == ".zarr" else self._opened
                 return np.ascontiguousarray(opened[rows], self.dtype)
@@ -294,7 +286,7 @@ class _FolderRows:
         values = np.empty((len(rows), *self.shape[1:]), self.dtype)
         indices = np.searchsorted(self._ends, rows, "right")
         for i in map(int, np.unique(indices)):
-            with _readable(self._paths[i]):
+            with readable(self._paths[i]):
                 array = np.lib.format.open_memmap(self._paths[i], mode="r").reshape(-1, *self.shape[1:])
                 values[indices == i] = array[rows[indices == i] - self._ends[i]]  # counted from the end of the file
         return values

@@ -15,20 +15,11 @@ from diffusion_jax.data.sources import DerivedSource, Progress, Source
 from diffusion_jax.errors import DataError
 from diffusion_jax.metrics.of_arrays import relative_rounding
 
-__all__ = [
-    "Normalization",
-    "Normalizations",
-    "Normalized",
-    "find_normalizations",
-    "to_data_units",
-    "to_model_units",
-]
-
 _MAX_FLOAT32_RATIO = 1000  # offset / scale; float32 then has 14 of its 24 bits left for the scale
 _RANGE_MARGIN = 0.1  # conditions may exceed the training range by this share without a note
 _BLOCK = 256  # examples that are read at a time while the statistics are computed
 
-Values = TypeVar("Values", jax.Array, np.ndarray)
+_Values = TypeVar("_Values", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Normalization:
         x /= np.asarray(self.scale)
         return x.astype(np.float32)
 
-    def invert(self, x: Values) -> Values:
+    def invert(self, x: _Values) -> _Values:
         """Converts x [n, *spatial, C] to data units: `data_dtype`, or float64 for a float64 x.
 
         If `data_dtype` is float64, the result is a NumPy array, even for a jax array. Traced arrays keep their dtype.
@@ -64,7 +55,7 @@ class Normalization:
         if isinstance(x, np.ndarray) or (self.data_dtype == np.float64 and not isinstance(x, Tracer)):
             # float64, because float32 products would be rounded once more.
             data = np.asarray(x, np.float64) * np.asarray(self.scale) + np.asarray(self.offset)
-            return cast(Values, data.astype(dtype))
+            return cast(_Values, data.astype(dtype))
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
 
     def describe_outside(self, conditions: np.ndarray) -> str:
@@ -100,7 +91,7 @@ def to_model_units(data: np.ndarray, normalization: Normalization | None) -> np.
     return data.astype(np.float32) if normalization is None else normalization.apply(data)
 
 
-def to_data_units(x: Values, normalization: Normalization | None) -> Values:
+def to_data_units(x: _Values, normalization: Normalization | None) -> _Values:
     """Converts x [n, *spatial, C] to data units; without a normalization x is unchanged."""
     return x if normalization is None else normalization.invert(x)
 

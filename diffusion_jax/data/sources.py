@@ -12,35 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from diffusion_jax.errors import DataError, UnreadableFilesError, describe_exception, shorten
+from diffusion_jax.errors import DataError, DiffusionJaxError, UnreadableFilesError, describe_exception, shorten
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import is_image_shape
 from diffusion_jax.untrusted import leads_out
-
-__all__ = [
-    "Arrays",
-    "CheckedSource",
-    "DerivedSource",
-    "InMemory",
-    "NamedSource",
-    "SelectedExamples",
-    "Source",
-    "are_held_out",
-    "batch_examples",
-    "check_examples",
-    "check_image_settings",
-    "check_levels",
-    "classes_of_files",
-    "example_shape",
-    "find_files",
-    "is_in_memory",
-    "is_of_images",
-    "read_block_lengths",
-    "read_classes",
-    "read_conditions",
-    "read_in_order",
-    "select_split",
-]
 
 _BLOCK_BYTES = 2**24
 _NUM_CHECKED = 4
@@ -256,6 +231,21 @@ class SelectedExamples(DerivedSource):
         return self.source.read(self._indices[indices])
 
 
+@contextlib.contextmanager
+def readable(what: object) -> Iterator[None]:
+    """Turns any error from reading data into a one-line DataError, because codecs raise their own errors."""
+    try:
+        yield
+    except (DiffusionJaxError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror and str(error.filename) in str(what):
+            reason = error.strerror
+        reason = " ".join(reason.split()) or type(error).__name__
+        raise DataError(f"cannot read {what}: {reason}") from error
+
+
 # ---- Checks
 
 
@@ -277,16 +267,13 @@ def noun(config: Mapping) -> str:
 
 def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
     """Returns ((height, width), channels) for image files. Raises: DataError for settings that describe other data."""
-    shape, name = example_shape(config), config["dataset"]
-    other = "other arrays are data.dataset=arrays or module:function"
-    if not is_image_shape(shape):
+    if not is_of_images(config):
+        settings = ", ".join(f"data.{name}={config[name]}" for name in ("image_size", "channels", "levels"))
         raise DataError(
-            f"data.dataset={name!r} has images with 1 or 3 channels, not examples of shape {list(shape)} "
-            f"(data.image_size={config['image_size']}, data.channels={config['channels']}); {other}"
+            f"data.dataset={config['dataset']!r} has images with 1 or 3 channels of gray levels, not {settings}; "
+            "other arrays are data.dataset=arrays or module:function"
         )
-    if config["levels"] is None:
-        raise DataError(f"data.levels=None is for continuous data, and data.dataset={name!r} has images; {other}")
-    height, width, channels = shape
+    height, width, channels = example_shape(config)
     return (height, width), channels
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from diffusion_jax.data.images import EncodedImages, fit
-from diffusion_jax.data.sources import check_image_settings
+from diffusion_jax.data.sources import check_image_settings, readable
 from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.files import with_urls
 from diffusion_jax.storage.downloads import cached_files, local_path
@@ -111,18 +111,19 @@ def prepare(name: str, data_dir: str | None) -> None:
     builder = make_builder(name, data_dir)
     if builder.is_prepared():
         return
-    root, missing = builder.data_dir_root, f"the data set {name!r} is not in {builder.data_dir_root}"
+    root, elsewhere = (
+        builder.data_dir_root,
+        f"prepare it on another machine with: {_preparation_command(name, data_dir)}",
+    )
+    problem, path = "", builder.data_path
     if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(f"{missing}, and TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'")
-    if builder.data_path.exists():
-        raise DataError(
-            f"{builder.data_path} is no complete data set (dataset_info.json or features.json is missing): remove the folder"
-        )
-    elsewhere = f"prepare it on another machine with: {_preparation_command(name, data_dir)}"
-    if unanswered := _unanswered_host(builder):
-        raise DataError(
-            f"{missing} and cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
-        )
+        problem = "TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'"
+    elif path.exists():
+        problem = f"{path} is incomplete (dataset_info.json or features.json is missing): remove the folder"
+    elif unanswered := _unanswered_host(builder):
+        problem = f"cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
+    if problem:
+        raise DataError(f"the data set {name!r} is not in {root}, and {problem}")
     print(f"The data set {name!r} is not in {root}: it is downloaded and prepared, once for all processes.", flush=True)
     try:
         import tensorflow as tf  # builders use TensorFlow
@@ -230,12 +231,9 @@ class Tfds(EncodedImages):
         return lambda indices: [parse(record, decoders=encoded) for record in read(indices)]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        try:
+        with readable(f"examples {indices[0]} ... {indices[-1]} of {self._name!r} {self._split!r}"):
             records = self._read_records([int(i) for i in indices])
             images = [fit(read_image(io.BytesIO(r["image"])), self._size, self._channels) for r in records]
-        except (OSError, ValueError) as error:
-            examples = f"examples {indices[0]} ... {indices[-1]}"
-            raise DataError(f"cannot read {examples} of {self._name!r} {self._split!r}: {error}") from None
         batch = {"image": np.stack(images)}
         if self.num_classes:
             batch["label"] = np.array([record["label"] for record in records], np.int32)
@@ -296,10 +294,8 @@ class _BucketShards:
             for shard, reader in self._open(np.unique(shards).tolist()).items():
                 wanted, first = np.asarray(indices)[shards == shard], ends[shard] - self.lengths[shard]
                 places = (wanted - first + self._instructions[shard].skip).tolist()
-                try:
+                with readable(self._instructions[shard].filename):
                     records |= zip(wanted.tolist(), reader.read(places), strict=True)
-                except RuntimeError as error:  # array_record's
-                    raise DataError(f"{self._instructions[shard].filename} cannot be read: {error}") from None
         return [records[index] for index in indices]
 
     def _open(self, shards: Sequence[int]) -> dict[int, Any]:
@@ -335,16 +331,13 @@ class _BucketShards:
 def _find_records(instruction) -> np.ndarray:
     """Returns int64 [n, 2]: data offset and length for each record that a TFDS instruction reads from its file."""
     spans, position = [], 0
-    try:
-        with open(instruction.filename, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
-                while position + _RECORD_HEADER.size <= size:
-                    (length,) = _RECORD_HEADER.unpack_from(data, position)
-                    spans.append((position + _RECORD_HEADER.size, length))
-                    position += _RECORD_HEADER.size + length + _CHECKSUM_BYTES
-    except OSError as error:
-        raise DataError(f"cannot read {instruction.filename}: {error.strerror or error}") from None
+    with readable(instruction.filename), open(instruction.filename, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
+            while position + _RECORD_HEADER.size <= size:
+                (length,) = _RECORD_HEADER.unpack_from(data, position)
+                spans.append((position + _RECORD_HEADER.size, length))
+                position += _RECORD_HEADER.size + length + _CHECKSUM_BYTES
     if position != size or len(spans) != instruction.examples_in_shard:
         end = "" if position == size else ", the last of them truncated"
         raise DataError(

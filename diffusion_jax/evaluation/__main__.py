@@ -9,6 +9,7 @@ directory (its newest samples), or a data set and split such as cifar10:train.
 import pathlib
 
 from diffusion_jax.cli import Parser, program
+from diffusion_jax.config import resolve
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_features
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         of_images, normalization = samples.is_of_images, None
         name = arguments.features or features.default_name(reference.name.partition(":")[0], of_images)
         if not of_images and reference.examples is not None:
-            normalization = data.find_normalizations({"normalization": "auto"}, reference.examples).get("x")
+            continuous = resolve({"data": {"levels": None}})["data"]
+            normalization = data.find_normalizations(continuous, reference.examples).get("x")
         spatial_axes = 2 if samples.examples is None else samples.first.ndim - 2
         names = choose_metrics(requested, spatial_axes, of_images, bool(name))
         devices.start()

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import data
 from diffusion_jax.console import ProgressBar
-from diffusion_jax.data.sources import batch_examples, read_in_order
+from diffusion_jax.data.sources import batch_examples, read_in_order, readable
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.sharding import BatchFunction
 from diffusion_jax.errors import DataError
@@ -160,19 +160,16 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
 
 
 def open_file(path: pathlib.Path, name: str) -> ExampleSet:
-    """Opens the examples and statistics in a file, for samples with their labels (arr_1). Raises: ValueError."""
+    """Opens the examples and statistics in a file, for samples with their labels (arr_1). Raises: ValueError, DataError."""
     statistics, has_examples = None, True
     if is_npz := path.is_file() and zipfile.is_zipfile(path):
-        try:
-            with open_npz(path, limit=math.inf) as arrays:
-                pairs = [
-                    (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
-                    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
-                ]
-                has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
+        with readable(path), open_npz(path, limit=math.inf) as arrays:
+            pairs = [
+                (arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)) if mean in arrays else None
+                for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+            ]
+            has_examples = any(name in arrays for name in ("arr_0", "x", "image"))
             moments, spatial = (pair and Moments(*pair, 0) for pair in pairs)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as .npz: {error}") from None
         if moments:
             digest = hashlib.sha256(b"".join(array.tobytes() for pair in pairs for array in pair or ()))
             statistics = SetFeatures(None, moments, spatial, digest.hexdigest())

@@ -198,10 +198,8 @@ class _Files:
             if not isinstance(array, np.ndarray):
                 raise UserError(f"editing.{setting}={path!r} holds several arrays; save the one to use with np.save")
             return array
-        try:
+        with as_user_error(f"editing.{setting}={path!r} cannot be read as an image file", OSError):
             return read_image(local_path(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f"editing.{setting}={path!r} cannot be read as an image file: {error}") from None
 
     def read(self, setting: str, shape: tuple[int, ...] = (), known: np.ndarray | None = None) -> np.ndarray:
         """Reads the example that `config.editing[setting]` names.

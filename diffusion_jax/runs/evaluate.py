@@ -21,7 +21,7 @@ from diffusion_jax.config.table import flatten
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError, as_user_error, describe_exception
+from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.evaluation import features
 from diffusion_jax.evaluation.compare import check_count, compare, find_conditions, read_records
 from diffusion_jax.evaluation.features import ExampleSet, FeaturePipeline, open_file
@@ -111,12 +111,10 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     multihost_utils.sync_global_devices("samples drawn")  # process 0 alone writes them
     is_periodic = config.model.get("padding") == "periodic"
     metric_options = Options(options.seed, setup.net.normalizations.get("x"), is_periodic)
-    try:
+    with as_user_error("the samples cannot be measured"):
         samples = open_file(workdir.fetch(file.path), str(file.path))
         output, channels = workdir / "metrics.json", read_channels(config, workdir)
         written = compare(reference, samples, names, output, pipeline, metric_options, settings, channels)
-    except ValueError as error:
-        raise UserError(f"the samples cannot be measured: {describe_exception(error)}") from error
     workdir.upload(*written)
     if jax.process_index() == 0:
         record = read_records(workdir / "metrics.json")[-1]

@@ -23,7 +23,7 @@ from diffusion_jax import data, likelihood, pictures
 from diffusion_jax.config import check, is_continuous, resolve, resolve_clip
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import UserError, as_user_error, needs_extra
 from diffusion_jax.evaluation.compare import log_values
 from diffusion_jax.files import save_npz, write_text
 from diffusion_jax.images import to_model_range
@@ -116,10 +116,8 @@ class LikelihoodRun:
         self.config, self.workdir = config, open_run_dir(workdir)
         self.dequantization = self._ode_likelihood = None
         if options.ode:
-            try:
+            with needs_extra("evaluation.ode needs diffrax", "ode"):
                 from diffusion_jax.evaluation import ode_likelihood
-            except ImportError as error:
-                raise UserError(f"evaluation.ode needs diffrax ({error}); pip install '.[ode]'") from error
             self._ode_likelihood = ode_likelihood
             self.dequantization = options.ode_dequantization or ("none" if is_continuous(config) else "uniform")
         net = open_model(config, self.workdir)

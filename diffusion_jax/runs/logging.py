@@ -47,20 +47,6 @@ from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import EVENTS, local_path
 from diffusion_jax.untrusted import check_regular, parse_json, read_json
 
-__all__ = [
-    "PARTS",
-    "SCALARS",
-    "WRITERS",
-    "LaunchTimes",
-    "RunMetrics",
-    "check_writers",
-    "compute_goodput",
-    "describe_scalar",
-    "read_launches",
-    "read_metrics",
-    "write_evaluation",
-]
-
 _LINES, _PARTS = "metrics.jsonl", "metrics"
 _SECONDS_BETWEEN_UPLOADS = 60.0  # lines and events, to a bucket
 

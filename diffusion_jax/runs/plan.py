@@ -25,22 +25,6 @@ from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
 from diffusion_jax.training.state import abstract_params
 
-__all__ = [
-    "DEVICES",
-    "USABLE",
-    "Estimate",
-    "Settings",
-    "Traced",
-    "activations_per_example",
-    "all_estimates",
-    "estimate",
-    "log_notes",
-    "notes",
-    "remat_choices",
-    "run",
-    "trace",
-]
-
 DEVICES = {"v4": 32e9, "v5e": 16e9, "a100": 80e9, "h100": 80e9}  # bytes of memory
 USABLE = 0.9  # fraction of a device's memory; the runtime and fragmentation use the rest
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions

@@ -173,10 +173,8 @@ def resolve_sampling(
 def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
     """Loads the guiding classifier onto the model's devices. Raises: UserError."""
     path = options["classifier"]
-    try:
+    with as_user_error(f"sampling.classifier={path}", pretrained.PretrainedError):
         classifier = pretrained.load(path, ema=options["use_ema"])
-    except pretrained.PretrainedError as error:
-        raise UserError(f"sampling.classifier={path}: {error}") from error
     return classifier if net.mesh is None else classifier.on_mesh(net.mesh)
 
 
@@ -304,7 +302,7 @@ def _load_conditions(path: str) -> dict[str, np.ndarray]:
 
 def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
     """Reads the array in an .npy, or all arrays in an .npz by name. setting: for error messages. Raises: UserError."""
-    try:
+    with as_user_error(f"{setting}={path!r} cannot be read as an .npy or .npz file", OSError, EOFError):
         file = local_path(path)
         check_regular(file)
         if zipfile.is_zipfile(file):
@@ -313,8 +311,6 @@ def load_arrays(setting: str, path: str) -> np.ndarray | dict[str, np.ndarray]:
         with open(file, "rb") as opened:
             read_header(opened, os.stat(file).st_size)
         return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{setting}={path!r} cannot be read as an .npy or .npz file: {error}") from None
 
 
 # ---- Small images

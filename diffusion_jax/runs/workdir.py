@@ -19,7 +19,7 @@ from diffusion_jax.data import Normalizations, Source
 from diffusion_jax.data.sources import read_block_lengths
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
-from diffusion_jax.errors import DataError, UserError, as_user_error, list_differences, list_names, shorten
+from diffusion_jax.errors import ConfigError, DataError, UserError, as_user_error, list_differences, list_names, shorten
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import condition_shape, stored_normalizations
@@ -252,7 +252,7 @@ def load_examples(title: str, location: dict, renamed: Mapping[str, str], source
         location = location | {"holdout": 0.0}
     try:
         return data.load(location, progress_over(title), source=source)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         message = str(error)
         for old, new in renamed.items():
             message = message.replace(f"{old}=", f"{new}=")

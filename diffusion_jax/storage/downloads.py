@@ -17,18 +17,6 @@ from diffusion_jax.files import downloads_root, require_space, user_cache, write
 from diffusion_jax.storage.hub import download, is_hub
 from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, is_url, open_store
 
-__all__ = [
-    "EVENTS",
-    "LOCK",
-    "MANIFEST",
-    "cached_files",
-    "copy_objects",
-    "copy_path",
-    "is_safe",
-    "is_small",
-    "local_path",
-]
-
 MANIFEST = "digests.json"
 EVENTS = "events.out.tfevents."
 LOCK = ".lock"

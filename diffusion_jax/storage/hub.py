@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffusion_jax.errors import StorageError, closest_names, first_line, list_names
+from diffusion_jax.errors import StorageError, closest_names, first_line, list_names, needs_extra
 from diffusion_jax.files import downloads_root, require_space
 
 _SCHEME = "hf://"
@@ -56,12 +56,10 @@ def download(url: str) -> HubFiles:
             f"{url}: a name on the Hub is hf://OWNER/NAME, hf://OWNER/NAME/FILE or either with @REVISION at the end"
         )
     repository, file, revision = match[1], match[2].lstrip("/"), match[3] or "main"
-    try:
+    with needs_extra(f"{url} needs huggingface_hub", "hub", StorageError):
         import httpx2
         import huggingface_hub as hub
         from huggingface_hub import constants, errors
-    except ImportError as error:
-        raise StorageError(f"{url} needs huggingface_hub ({error}): pip install '.[hub]'") from None
     page = f"{constants.ENDPOINT}/{repository}"
     try:
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)

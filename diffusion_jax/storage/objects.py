@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from diffusion_jax.errors import StorageError, shorten
+from diffusion_jax.errors import StorageError, needs_extra, shorten
 
 _SERVICES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme: (module, and extra in pyproject.toml; package)
 _NUM_THREADS = 16
@@ -38,10 +38,8 @@ def open_store(url: str, write: bool = False) -> ObjectStore:
     """
     scheme, *_ = _split_url(url)
     extra, package = _SERVICES[scheme]
-    try:
+    with needs_extra(f"{scheme}:// needs {package}", extra, StorageError):
         module = importlib.import_module(f"diffusion_jax.storage.{extra}")
-    except ImportError as error:
-        raise StorageError(f"{scheme}:// needs {package} ({error}): pip install '.[{extra}]'") from None
     store = module.Store(url)
     store.check(write)
     return store

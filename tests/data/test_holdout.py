@@ -9,6 +9,7 @@ from PIL import Image
 from diffusion_jax import data
 from diffusion_jax.config import ConfigError, default
 from diffusion_jax.data import sources
+from diffusion_jax.runs.workdir import load_examples
 from helpers.array_configs import examples, write_arrays
 
 
@@ -101,3 +102,10 @@ def test_what_has_no_holdout_is_refused_in_one_line(tmp_path):
     ):
         with pytest.raises((data.DataError, ConfigError), match=words):
             function(config)
+
+
+def test_the_split_of_an_evaluation_has_its_own_name(tmp_path):
+    config = of_arrays(write_arrays("series", tmp_path / "x.npz"), split="dev")
+    words = "^evaluation.split='dev' is not one of data.holdout=0.3.*use --config.evaluation.split=train"
+    with pytest.raises(data.DataError, match=words):
+        load_examples("", config, {"data.split": "evaluation.split"}, None)
