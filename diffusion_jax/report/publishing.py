@@ -40,10 +40,11 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
             print(f"Note: without diffusers' format: {error}")
         folder.mkdir(exist_ok=True)
         save_safetensors(net, folder / hub.OWN_FILE)
-        for path in [] if workdir is None else [path.with_suffix(".png") for path in sample_files(workdir)]:
-            if path.is_file() and not leads_out(path, workdir):
-                shutil.copyfile(path, folder / SAMPLES)
-                break
+        if workdir is not None:
+            pictures = [path.with_suffix(".png") for path in sample_files(workdir)]
+            shown = [path for path in pictures if path.is_file() and not leads_out(path, workdir)]
+            if shown:
+                shutil.copyfile(shown[0], folder / SAMPLES)
         write_text(folder / CARD, model_card(net, folder, workdir, license, data, to))
         if not objects.is_url(to):
             shutil.copytree(folder, target, dirs_exist_ok=True)
