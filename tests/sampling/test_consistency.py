@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, sampling, schedules
+from diffusion_jax import Denoiser, editing, measurements, sampling, schedules
+from diffusion_jax.measurements import Measurement
 
 D, LOW, TOP = 0.4, 0.002, 80.0
 KEY = jax.random.key(0)
@@ -65,6 +66,16 @@ def test_the_exact_network_of_gaussian_data_gives_their_variance(sigmas, x64):
     level = schedules.edm_steps(40).at(0, x_T)
     output = denoiser(lambda x, time: 7.0 + x).output(x_T, level)
     np.testing.assert_allclose(output, x_T / level.alpha, rtol=1e-12, atol=1e-12)
+
+
+def test_a_projection_holds_in_the_last_step(x64):
+    y = jnp.array([[0.3, -0.2, 0.0, 0.0, 0.0]])
+    known = measurements.masked(np.arange(5) < 2)
+    network = editing.project(denoiser(lambda x, time: x), Measurement(known, y, 0.0))
+    x_T = jax.random.normal(jax.random.key(3), (1, 5), jnp.float64)
+    x_0 = sampling.sample(KEY, steps_at(TOP, 1.0), network, x_T, sampling.consistency())
+    np.testing.assert_allclose(x_0[:, :2], y[:, :2], atol=1e-12)
+    assert (np.abs(x_0[:, 2:]) > 1e-3).all()
 
 
 def test_other_samplers_and_networks_are_refused(x64):

@@ -226,6 +226,9 @@ def test_a_published_run_is_loaded_by_its_name_with_equal_samples(serve, tmp_pat
     (run / "samples").mkdir()
     (run / "samples" / "a.npz").write_bytes(b"")
     (run / "samples" / "a.png").write_bytes(b"a picture")
+    (run / "samples" / "newer.npz").write_bytes(b"")
+    (tmp_path / "secret").write_bytes(b"not of the run")
+    (run / "samples" / "newer.png").symlink_to(tmp_path / "secret")
     serve()
     flags = "--license=mit", "--data=8x8 digits, [see](x)"
     monkeypatch.setenv("HF_TOKEN", "good")
@@ -239,6 +242,7 @@ def test_a_published_run_is_loaded_by_its_name_with_equal_samples(serve, tmp_pat
         path.relative_to(tmp_path / "folder").as_posix() for path in (tmp_path / "folder").rglob("*") if path.is_file()
     }
     assert {"README.md", "samples.png", hub.OWN_FILE, "unet/config.json", "scheduler/scheduler_config.json"} <= names
+    assert (tmp_path / "folder" / "samples.png").read_bytes() == b"a picture"
     assert params_equal(pretrained.load(tmp_path / "folder"), net)
     card = (tmp_path / "folder" / "README.md").read_text()
     assert (
