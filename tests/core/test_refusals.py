@@ -235,7 +235,7 @@ REFUSED = [
     case(r"low <= high, got \(7, 5\)", GUIDED, 3, 2.0, interval=(7, 5)),
     case(r"0 \.\.\. 1, got 5", GUIDED, 3, 2.0, rescale=5),
     case("null_y must be int, as y is; got float", GUIDED, 10.7, 2.0),
-    case(r"scale has shape \(2, 2\)", GUIDED(3, jnp.ones((2, 2))), X, AT),
+    case(r"scale has shape", guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2))), X, AT),
     # samplers
     *(
         case("order must be 1, 2 or 3", make, order)

@@ -160,6 +160,7 @@ def test_inversion_reconstructs_and_the_second_order_does_so_better(x64):
     assert second[0] < 0.3 * first[0] and second[0] < 0.5 * first[1]  # also at the same number of network calls
 
 
+@pytest.mark.thorough
 def test_learned_variances_do_not_change_deterministic_solvers():
     schedule, x_T = schedules.respace(FULL, 5, "log_snr"), jax.random.normal(KEY, (3, 2))
 
