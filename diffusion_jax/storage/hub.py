@@ -106,11 +106,9 @@ def upload(folder: pathlib.Path, url: str) -> None:
     """
     if not (match := _FORM.fullmatch(url.rstrip("/"))) or match[2] or match[3]:
         raise StorageError(f"{url}: weights are published to hf://OWNER/NAME")
-    try:
+    with needs_extra(f"{url} needs huggingface_hub", "hub", StorageError):
         import httpx2
         import huggingface_hub as hub
-    except ImportError as error:
-        raise StorageError(f"{url} needs huggingface_hub ({error}): pip install '.[hub]'") from None
     try:
         hub.HfApi().create_repo(match[1], exist_ok=True)
         hub.HfApi().upload_folder(repo_id=match[1], folder_path=folder, commit_message="Publish weights")
