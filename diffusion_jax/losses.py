@@ -373,9 +373,10 @@ def _at(schedule, prediction, t, like):
 def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None) -> LossAux:
     """Draws t and eps, calls the network and computes the prediction's error."""
     x_0, level, drawn = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
-    if denoiser.corrections or denoiser.limits:
+    if denoiser.corrections or denoiser.limits or denoiser.sigma_min:
         raise ValueError(
-            "a loss trains the network's output, which corrections and limits do not change; leave them out"
+            "a loss trains the network's output as the mean of x_0 or eps, which corrections and limits do not change, and "
+            "which a consistency network (sigma_min) does not predict; leave them out"
         )
     at, x_t = _at(schedule, denoiser.prediction, drawn["t"], x_0), drawn["x_t"]
     target = quantity(denoiser.prediction, at).value(x_0, drawn["eps"], x_t, at)

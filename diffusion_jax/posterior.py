@@ -299,6 +299,8 @@ def smc(
         raise ValueError("smc needs the noise as standard deviations, not as a function")
     (count, rows), shape = x_T.shape[:2], x_T.shape[2:]
     keys = key if is_batch_of_keys(key) else jax.random.split(key, rows)
+    if len(keys) != rows:
+        raise ValueError(f"key has {len(keys)} keys for {rows} examples of x_T; give one key, or one for each example")
     squared_norms = measurement.operator.squared_norms(x_T[0])
     variances = measurement.variances(x_T.dtype)
 

@@ -94,6 +94,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     diffusion, optimizer = config.diffusion, config.optimizer
     path, loss, draw, weighting = diffusion.path, diffusion.loss, diffusion.draw, diffusion.weighting
     prediction, variance, timesteps = diffusion.prediction, diffusion.variance, diffusion.timestep_sampler
+    is_consistency = diffusion.preconditioning == "consistency"
     chain, is_learned, is_edm = not path, variance.startswith("learned"), diffusion.preconditioning != "none"
     classifies, wrong_output = is_edm and is_classifier(config), is_edm and prediction != "x_0"
     uses_std, std = is_edm or weighting == "edm", diffusion.sigma_data
@@ -136,7 +137,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
         Rule(f"diffusion.{drawn}", spreads and lacks_ends, ends, "uniform", to_path),
         Rule("diffusion.draw_mean", not_normal and diffusion.draw_mean is not None, normal, None),
         Rule("diffusion.draw_std", not_normal and diffusion.draw_std is not None, normal, None),
-        Rule("diffusion.preconditioning", diffusion.preconditioning == "consistency", "cannot be trained", "edm"),
+        Rule("diffusion.preconditioning", is_consistency, "is for published networks, which can only sample", "edm"),
         Rule("diffusion.preconditioning", classifies, "is not for classifiers", "none"),
         Rule("diffusion.preconditioning", wrong_output and not classifies, x_0, "none", "diffusion.prediction=x_0"),
         Rule("diffusion.sigma_data", std is not None and not uses_std, scaled, None),
@@ -173,12 +174,10 @@ def _samples(config: ConfigDict) -> list[Rule]:
     lacks_times = options.spacing == "given" and isinstance(options.steps, int)
     times = f"needs network times as the steps, not sampling.steps={options.steps}"
     is_unread = options.low_resolution and not is_upsampler(config)
-    are_images = not is_continuous(config) and config.data.channels in (1, 3) and any(_height_and_width(config))
     is_other = options.sampler != "ddpm" and ":" not in options.sampler
     lacks_mean = options.classifier and options.classifier_form == "mean" and is_other
-    shifts, no_images = f"shifts the mean in the sampler ddpm, not in {options.sampler}", "is for images of gray levels"
+    shifts = f"shifts the mean in the sampler ddpm, not in {options.sampler}"
     return [
-        Rule("sampling.files", options.files == "png" and not are_images, no_images, "npz"),
         Rule("sampling.classifier_form", lacks_mean, shifts, "eps", "sampling.sampler=ddpm"),
         Rule("sampling.spacing", lacks_times, times, None, "sampling.steps=TIME,TIME,..."),
         Rule("sampling.low_resolution", is_unread, "is for models that enlarge images (data.low_resolution)", ""),
@@ -191,7 +190,7 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
     measures_nothing = not (options.likelihood or options.num_samples or is_tested)
     problem = f"and evaluation.num_samples={options.num_samples} leave nothing to measure"
     dequantizes = options.ode and is_continuous(config) and options.ode_dequantization in ("uniform", "variational")
-    has_no_bound = options.likelihood and config.diffusion.preconditioning == "consistency"
+    has_none = options.likelihood and config.diffusion.preconditioning == "consistency"
     model, label, conditions = config.model, config.sampling.label, config.sampling.conditions
     is_given = config.editing.noise or model.num_classes or model.condition_features or model.condition_channels
     given = "tests samples given a measurement, a class or a condition, and the model has no condition"
@@ -200,7 +199,7 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
         Rule("evaluation.metrics", is_tested and not is_given, given, None, "editing.noise=VALUE"),
         Rule("sampling.label", is_tested and label is not None, own, None),
         Rule("sampling.conditions", is_tested and conditions, own, '""'),
-        Rule("evaluation.likelihood", has_no_bound, "needs a denoiser, and not a consistency network", False),
+        Rule("evaluation.likelihood", has_none, "is not defined for a consistency network", False),
         Rule("evaluation.likelihood", measures_nothing, problem, True, "evaluation.num_samples=N"),
         Rule("evaluation.ode_dequantization", dequantizes, gray, None),
     ]
@@ -238,7 +237,8 @@ def _edit(config: ConfigDict) -> list[Rule]:
         f"and editing.image={options.image!r} exclude each other",
     )
     lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
-    lacks_steps, sampler = method == "smc" and config.sampling.sampler != "ddpm", config.sampling.sampler
+    sampler = config.sampling.sampler
+    lacks_steps = method == "smc" and sampler != "ddpm" and ":" not in sampler
     return [
         Rule("editing.example", has_two, two, None, 'editing.image=""'),
         Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),

@@ -192,8 +192,7 @@ MODEL: dict[str, Setting] = {
     "architecture": Setting(
         "ddpm",
         Choice("ddpm", "ddpm++"),
-        "Residual sums, attention and embedding of labels: ddpm as Ho et al. and OpenAI, ddpm++ as Song et al. and EDM, who "
-        "also use `model.resample_blocks`.",
+        "Variant of the network: ddpm (Ho et al., OpenAI) or ddpm++ (Song et al., EDM; also set `model.resample_blocks`).",
     ),
     "embedding_cos_first": Setting(
         False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from diffusion_jax.config import check
+from diffusion_jax.config import check, resolve
 from diffusion_jax.data.sources import DerivedSource, Progress, Source
 from diffusion_jax.errors import DataError
 from diffusion_jax.metrics.of_arrays import relative_rounding
@@ -153,6 +153,7 @@ def find_normalizations(
     Raises: ConfigError for settings that contradict each other; DataError for values that are not finite, a constant channel
     or no condition.
     """
+    config = resolve({"data": config})["data"]
     check({"data": config}, "data")
     mode, first, found = config["normalization"], source.read([0]), dict[str, Normalization]()
     if mode == "none":

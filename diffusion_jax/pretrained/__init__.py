@@ -138,7 +138,8 @@ def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: b
 
 
 def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_params: bool) -> Model:
-    tensors = None
+    tensors, own = None, path / hub.OWN_FILE
+    path = own if own.is_file() else path
     if not path.is_dir():
         if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
             raise PretrainedError(f"{path}: no such file or folder")

@@ -97,7 +97,14 @@ _FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # by paper and na
         "cd_imagenet64_lpips.pt": (6.20, {"sampling.sampler": "consistency", "sampling.steps": 1}),
     },
 }
-_PROTOCOL = {"evaluation.num_samples": 50_000, "evaluation.use_ema": True, "sampling.sampler": "ddpm"}
+_PROTOCOL = {
+    "data.split": "train",
+    "evaluation.reference_split": "",
+    "evaluation.num_samples": 50_000,
+    "evaluation.use_ema": True,
+    "sampling.sampler": "ddpm",
+    "sampling.guidance_scale": 1.0,
+}
 _REPORTED = {
     name: Reported(fid, paper, _PROTOCOL | settings)
     for paper, found in _FIDS.items()

@@ -355,11 +355,12 @@ class Model:
         schedule = self.schedule
         check_sampler(sampler)
         if isinstance(sampler, sampling.consistency) != bool(self.sigma_min):
-            kind = "a" if self.sigma_min else "no"
             raise ValueError(
-                f"the sampler consistency is for consistency networks, which take no other; these weights are {kind} "
-                f"consistency network, and the sampler is {type(sampler).__name__}"
+                f"the sampler {type(sampler).__name__} does not fit these weights: a consistency network needs the sampler "
+                "consistency, and other networks need another sampler"
             )
+        if self.sigma_min and steps is None and spacing is None:
+            steps, spacing = 1, "trailing"
         if steps is None and spacing is not None:
             raise ValueError(f"spacing={spacing!r} needs a number of steps; give steps, or omit spacing")
         if isinstance(steps, schedules.Schedule):

@@ -29,16 +29,18 @@ def model_card(
     that trained the weights. license, data, location: of published weights; location is what `pretrained.load` gets.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
-    is_file, license_line = to.suffix == ".safetensors", '"unknown"  # fill in'
+    is_converted, license_line = not location and to.suffix != ".safetensors", '"unknown"  # fill in'
+    has_diffusers = is_converted or (to / "model_index.json").is_file()
     metadata: dict[str, Any] = {
-        "library_name": "diffusion_jax" if is_file else "diffusers",
+        "library_name": "diffusers" if has_diffusers else "diffusion_jax",
         "tags": ["diffusion", "ddpm", "jax", "diffusion_jax"],
     }
     if net.is_images:
         metadata["pipeline_tag"] = "unconditional-image-generation"
     if run is not None and run.config is not None:
         metadata["datasets"] = [run.config.data.dataset]
-    diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({to.name!r})().images"
+    where = location.removeprefix("hf://") or to.name
+    diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({where!r})().images"
     made_from = f"{license}." if license else "To be filled in."
     if license:
         license_line = json.dumps(license)
@@ -50,13 +52,14 @@ def model_card(
         metadata="".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items()),  # JSON values are YAML
         license=license_line,
         origin=made_from,
-        name=to.stem,
+        name=to.stem if to.suffix == ".safetensors" else where.rpartition("/")[2],
+        sample="" if net.published_sampling else ", sampler=sampling.ddim(), steps=50",
         version=diffusion_jax.__version__,
         file=repr(location or to.name),
         to_fill="" if license else "the license (here and above), ",
         data=f"## Training data\n\n{_escape(data)}\n\n" if data else "",
         samples="![samples](samples.png)\n\n" if (to / "samples.png").is_file() else "",
-        diffusers="" if is_file else diffusers,
+        diffusers=diffusers if has_diffusers else "",
         summary=format_summary(net),
         run="" if run is None else "".join(f"{part}\n\n" for part in (_training(run, net), _metrics(run, net)) if part),
     )

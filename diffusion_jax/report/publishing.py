@@ -25,14 +25,15 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
     are in the card. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
     Returns: the name for `pretrained.load`. Raises: UserError, PretrainedError, StorageError, OSError.
     """
+    to, target = to.rstrip("/"), pathlib.Path(to).expanduser()
     if not license.strip() or not data.strip():
         raise UserError("publish needs --license=NAME, such as mit, and --data=TEXT, what the weights were trained on")
-    target = pathlib.Path(to).expanduser()
-    if not objects.is_url(to) and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if hub.is_hub(to):
+        hub.check_repository(to)
+    elif not objects.is_url(to) and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{to} is not an empty folder; give a new one")
-    name = to.rstrip("/").rpartition("/")[2]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / name
+        folder = pathlib.Path(temporary) / "weights"  # its name is not in the files
         try:
             save_diffusers(net, folder)
         except PretrainedError as error:
@@ -46,11 +47,11 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
             if shown:
                 shutil.copyfile(shown[0], folder / SAMPLES)
         write_text(folder / CARD, model_card(net, folder, workdir, license, data, to))
-        if not objects.is_url(to):
-            shutil.copytree(folder, target, dirs_exist_ok=True)
-        elif hub.is_hub(to):
+        if hub.is_hub(to):
             hub.upload(folder, to)
-        else:
+        elif objects.is_url(to):
             files = [path for path in folder.rglob("*") if path.is_file()]
             objects.open_store(to, write=True).upload_all({path: path.relative_to(folder).as_posix() for path in files})
+        else:
+            shutil.copytree(folder, target, dirs_exist_ok=True)
     return to

@@ -101,7 +101,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     setup = file.setup
     sampler, steps = setup.sampler, setup.schedule.num_timesteps
     log(
-        f"Protocol: {options.num_samples:,} samples of the {'EMA' if options.use_ema else 'raw'} weights, "
+        f"Protocol: {options.num_samples:,} samples of {setup.net.provenance.name}, "
         f"sampling.seed={config.sampling.seed}, {config.sampling.sampler} with {steps:,} steps and "
         f"{sampler.num_calls(steps):,} network calls for each sample; {', '.join(names)} against {len(reference.source):,} "
         f"examples of {reference.name}."
@@ -121,7 +121,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
         write_evaluation(config, workdir, setup.net.step, reported_values(record))
         if reported and "fid" in record:
             others = ", ".join(reported["other_settings"])
-            differs = f" with {others}" if others else " with the same settings"
+            differs = f" with {others}" if others else ", with no known difference in settings"
             log(f"{_text(reported)}{differs}; FID {record['fid']:.4g} was measured here.")
 
 
@@ -131,6 +131,8 @@ def _find_reported(config: ConfigDict, workdir: RunDir) -> dict[str, Any] | None
     if found is None or committed_steps(workdir / "checkpoints"):
         return None
     values = flatten(config) | {"sampling.classifier": pathlib.PurePath(config.sampling.classifier).name}
+    if values["sampling.steps"] == config.diffusion.num_timesteps:
+        values["sampling.steps"] = None  # all steps
     texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in found.settings.items()}
     other = [f"{name}={text}" for name, text in texts.items() if values[name] != found.settings[name]]
     return {"fid": found.fid, "paper": found.paper, "other_settings": other}

@@ -54,6 +54,8 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
     Raises: UserError, DataError, PretrainedError.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
+    if config.sampling.files == "png" and not data.is_of_images(config.data):
+        raise UserError("config.sampling.files=png is for images, which these data are not; use npz")
     file = SampleFile(config, workdir)
     write_config_if_untrained(config, workdir)
     file.write()

@@ -96,10 +96,10 @@ class consistency(Sampler):
         return True
 
     def step(self, key, denoiser, x_t, transition, state) -> Step:
-        if not denoiser.sigma_min or denoiser.corrections:
+        if not denoiser.sigma_min or denoiser.corrections or denoiser.mean_shift is not None:
             raise ValueError(
                 "the sampler consistency takes a consistency network, a Denoiser with sigma_min, without corrections such "
-                "as mmps"
+                "as mmps, and without a mean shift"
             )
         x_0, target = clip_x_0(denoiser.output(x_t, transition), denoiser.clip), transition.target
         for limit in denoiser.limits:

@@ -104,19 +104,26 @@ def upload(folder: pathlib.Path, url: str) -> None:
 
     Raises: StorageError, one line, for a wrong name, a missing token, or no network.
     """
-    if not (match := _FORM.fullmatch(url.rstrip("/"))) or match[2] or match[3]:
-        raise StorageError(f"{url}: weights are published to hf://OWNER/NAME")
+    repository = check_repository(url)
     with needs_extra(f"{url} needs huggingface_hub", "hub", StorageError):
         import httpx2
         import huggingface_hub as hub
     try:
-        hub.HfApi().create_repo(match[1], exist_ok=True)
-        hub.HfApi().upload_folder(repo_id=match[1], folder_path=folder, commit_message="Publish weights")
-    except (httpx2.TransportError, OSError) as error:  # also an answer of the Hub with a status
-        raise StorageError(
-            f"{url} cannot be written ({first_line(error)}); log in with `hf auth login`, or set HF_TOKEN to a token that "
-            "may write there"
-        ) from None
+        hub.HfApi().create_repo(repository, exist_ok=True)
+        hub.HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Publish weights")
+    except (httpx2.TransportError, OSError, ValueError) as error:  # also an answer of the Hub with a status
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        login = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+        advice = login if status in (401, 403) else ""
+        raise StorageError(f"{url} cannot be written ({first_line(error)}){advice}") from None
+
+
+def check_repository(url: str) -> str:
+    """Returns OWNER/NAME of hf://OWNER/NAME. Raises: StorageError for another form."""
+    match = _FORM.fullmatch(url)
+    if not match or match[2] or match[3] or set(match[1].split("/")) & {".", ".."}:
+        raise StorageError(f"{url}: weights are published to hf://OWNER/NAME")
+    return match[1]
 
 
 def _choose(url: str, names: Iterable[str], file: str) -> list[str]:

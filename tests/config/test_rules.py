@@ -60,7 +60,6 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         f"{SMALL} evaluation.every=10",
     ],
     "samples": [
-        f"{CONTINUOUS} sampling.files=png",
         "sampling.classifier=PATH sampling.classifier_form=mean sampling.sampler=ddim",
         "sampling.steps=5 sampling.spacing=given",
         "sampling.low_resolution=small.npz",

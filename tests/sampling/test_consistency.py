@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, editing, measurements, sampling, schedules
+from diffusion_jax import Denoiser, editing, guidance, losses, measurements, sampling, schedules
 from diffusion_jax.measurements import Measurement
 
 D, LOW, TOP = 0.4, 0.002, 80.0
@@ -85,6 +85,11 @@ def test_other_samplers_and_networks_are_refused(x64):
             sampling.sample(KEY, schedule, taken, x, sampler)
     with pytest.raises(ValueError, match="sigma_min.*without corrections"):
         sampling.sample(KEY, schedule, denoiser(lambda x, time: x, sigma_min=0.0), x, sampling.consistency())
+    guided = guidance.classifier(taken, lambda x, time: jnp.sum(x, axis=1), form="mean")
+    with pytest.raises(ValueError, match="without a mean shift"):
+        sampling.sample(KEY, schedule, guided, x, sampling.consistency())
+    with pytest.raises(ValueError, match="a consistency network"):
+        losses.simple(KEY, schedule, taken, x)
     for fields in ({"sigma_min": -1.0}, {"sigma_data": None}):
         with pytest.raises(ValueError, match="sigma_min="):
             denoiser(lambda x, time: x, **fields)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -232,7 +233,7 @@ def test_a_published_run_is_loaded_by_its_name_with_equal_samples(serve, tmp_pat
     serve()
     flags = "--license=mit", "--data=8x8 digits, [see](x)"
     monkeypatch.setenv("HF_TOKEN", "good")
-    publish(run, "hf://me/digits", *flags)
+    publish(run, "hf://me/digits/", *flags)
     net, again = pretrained.load(run), pretrained.load("hf://me/digits")
     draw = [np.asarray(each.sample(jax.random.key(0), 2, sampler=sampling.ddim(), steps=2)) for each in (net, again)]
     np.testing.assert_array_equal(*draw)
@@ -243,7 +244,8 @@ def test_a_published_run_is_loaded_by_its_name_with_equal_samples(serve, tmp_pat
     }
     assert {"README.md", "samples.png", hub.OWN_FILE, "unet/config.json", "scheduler/scheduler_config.json"} <= names
     assert (tmp_path / "folder" / "samples.png").read_bytes() == b"a picture"
-    assert params_equal(pretrained.load(tmp_path / "folder"), net)
+    again = pretrained.load(tmp_path / "folder")
+    assert params_equal(again, net) and again.levels == net.levels == 17
     card = (tmp_path / "folder" / "README.md").read_text()
     assert (
         card.startswith('---\nlicense: "mit"\n')
@@ -252,11 +254,31 @@ def test_a_published_run_is_loaded_by_its_name_with_equal_samples(serve, tmp_pat
     )
 
 
+def test_a_network_that_diffusers_lacks_is_published_in_one_format(tmp_path, monkeypatch, capsys):
+    """A folder named .. is no folder of the temporary files, which are removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "temporary" / "precious").write_bytes(b"")
+    made = {"path": "edm", "prediction": "x_0", "preconditioning": "consistency", "variance": "fixed_small"}
+    config = tiny_config(**{f"diffusion.{name}": value for name, value in made.items()})
+    net = pretrained.from_config(config)
+    params = net.model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), np.zeros(1))["params"]
+    pretrained.save_safetensors(net.with_params(params), tmp_path / "own.safetensors")
+    for to in (tmp_path / "folder", tmp_path / "new" / ".."):
+        publish(tmp_path / "own.safetensors", str(to), "--license=mit", "--data=x")
+        assert pretrained.load(to).sigma_min > 0
+        card = (to / "README.md").read_text()
+        assert 'library_name: "diffusion_jax"' in card and "DDPMPipeline" not in card
+    assert "Note: without diffusers' format" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "temporary").iterdir()] == ["precious"]
+
+
 @pytest.mark.parametrize(
     ("to", "flags", "words"),
     [
         ("hf://me/x", ("--license=mit",), "needs --license=NAME"),
         ("hf://me/x/y", ("--license=mit", "--data=x"), "published to hf://OWNER/NAME"),
+        ("hf://me/..", ("--license=mit", "--data=x"), "published to hf://OWNER/NAME"),
         ("hf://me/x", ("--license=mit", "--data=x"), "log in with `hf auth login`"),
         ("FULL", ("--license=mit", "--data=x"), "is not an empty folder"),
     ],
