@@ -229,11 +229,13 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
     if shape != expected and not (expected is None and is_classifier(config)):
         has = "no conditions (an array 'condition')" if shape is None else f"conditions of shape {list(shape)}"
         needs = f"need shape {list(expected)}" if expected else "take none"
-        setting = "condition_features" if len(shape or expected or ()) == 1 else "condition_channels"
-        size, other = (shape[-1], "another source") if shape else (0, "a source with conditions")
+        names, width = ("condition_features", "condition_channels"), shape[-1] if shape else 0
+        wanted = dict(zip(names, (width, 0) if shape and len(shape) == 1 else (0, width), strict=True))
+        flags = [f"--config.model.{name}={value}" for name, value in wanted.items() if config.model[name] != value]
+        advice = f"use {' '.join(flags)}, or another source" if flags else "use a source with conditions of this shape"
         raise UserError(
             f"the data has {has}, but model.condition_features={config.model.condition_features} and "
-            f"condition_channels={config.model.condition_channels} {needs}; use --config.model.{setting}={size}, or {other}"
+            f"condition_channels={config.model.condition_channels} {needs}; {advice}"
         )
     if expected is not None and "condition_missing" in batch and not config.model.condition_dropout:
         raise UserError(
