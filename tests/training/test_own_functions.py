@@ -52,7 +52,7 @@ def test_betas_for_another_number_of_timesteps():
 def test_a_draw():
     config = config_with(diffusion__path="edm", diffusion__draw=own_networks.draw)
     assert make_timestep_sampler(config.diffusion) is own_networks.draw
-    words = r"draw_without_density \(diffusion.draw\) must return the log density .* -inf"
+    words = r"diffusion.draw=.*draw_without_density draws levels with the log density -inf"
     with pytest.raises(ValueError, match=words):
         training.create(config_with(diffusion__path="edm", diffusion__draw=own_networks.draw_without_density))
 
