@@ -71,7 +71,7 @@ LAUNCHES = [
     # weights
     (["--pretrained={}/junk.npz"], ["--pretrained=", "junk.npz", "neither safetensors nor PyTorch's"]),
     (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "inspect", "convert", "--help"]),
-    (["-m", "diffusion_jax.pretrained", "convert", "{}/run"], ["convert needs PATH and TO", "--help"]),
+    (["-m", "diffusion_jax.pretrained", "convert", "{}/run"], ["convert and publish need PATH and TO", "--help"]),
 ]
 
 
