@@ -35,11 +35,16 @@ def test_a_record_has_the_fid_of_the_paper_and_the_settings_that_differ(tmp_path
     assert sorted(record["reported"]["other_settings"]) == PAPER
     printed = capsys.readouterr().out
     assert all(f"--config.{setting}" in printed for setting in PAPER)
-    assert "Protocol: 4 samples of the EMA weights, sampling.seed=0, heun with 8 steps and 15 network calls" in printed
+    assert (
+        "Protocol: 4 samples of ddpm-cifar10-32_ema, sampling.seed=0, heun with 8 steps and 15 network calls" in printed
+    )
     assert "was measured here" not in printed
     monkeypatch.setattr(evaluate, "read_records", lambda path: [record | {"fid": 4.25}])
     evaluate.run(command.config, command.workdir)
     assert "FID 4.25 was measured here" in capsys.readouterr().out
+    command.config.data.split, command.config.sampling.steps = "test", 1000
+    other = evaluate._find_reported(command.config, command.workdir)["other_settings"]
+    assert "data.split=train" in other and "sampling.steps=None" not in other
     # A run that trained since has other weights.
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     monkeypatch.setattr(evaluate, "committed_steps", lambda path: [1])
