@@ -14,6 +14,8 @@ from diffusion_jax.pretrained import Model, format_summary, origin
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
 
+SAMPLES = "samples.png"  # beside the card
+
 
 def model_card(
     net: Model,
@@ -29,7 +31,7 @@ def model_card(
     that trained the weights. license, data, location: of published weights; location is what `pretrained.load` gets.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
-    is_converted, license_line = not location and to.suffix != ".safetensors", '"unknown"  # fill in'
+    is_converted = not location and to.suffix != ".safetensors"
     has_diffusers = is_converted or (to / "model_index.json").is_file()
     metadata: dict[str, Any] = {
         "library_name": "diffusers" if has_diffusers else "diffusion_jax",
@@ -41,16 +43,15 @@ def model_card(
         metadata["datasets"] = [run.config.data.dataset]
     where = location.removeprefix("hf://") or to.name
     diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({where!r})().images"
-    made_from = f"{license}." if license else "To be filled in."
-    if license:
-        license_line = json.dumps(license)
-    if source := origin(net):
-        license_line = json.dumps(license or source["license"])
+    source = origin(net)
+    stated = license or source.get("license", "")
+    made_from = f"{_escape(license)}." if license else "To be filled in."
+    if source:
         made_from = _table(("made from", "license", "page"), [[*source.values()]]) + "\n\n"
     template = importlib.resources.files("diffusion_jax.report") / "static" / "model_card.md"
     return string.Template(template.read_text()).substitute(
         metadata="".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items()),  # JSON values are YAML
-        license=license_line,
+        license=json.dumps(stated) if stated else '"unknown"  # fill in',
         origin=made_from,
         name=to.stem if to.suffix == ".safetensors" else where.rpartition("/")[2],
         sample="" if net.published_sampling else ", sampler=sampling.ddim(), steps=50",
@@ -58,7 +59,7 @@ def model_card(
         file=repr(location or to.name),
         to_fill="" if license else "the license (here and above), ",
         data=f"## Training data\n\n{_escape(data)}\n\n" if data else "",
-        samples="![samples](samples.png)\n\n" if (to / "samples.png").is_file() else "",
+        samples=f"![samples]({SAMPLES})\n\n" if (to / SAMPLES).is_file() else "",
         diffusers=diffusers if has_diffusers else "",
         summary=format_summary(net),
         run="" if run is None else "".join(f"{part}\n\n" for part in (_training(run, net), _metrics(run, net)) if part),

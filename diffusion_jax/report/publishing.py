@@ -10,11 +10,9 @@ from diffusion_jax.errors import PretrainedError, UserError
 from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Model, save_diffusers, save_safetensors
-from diffusion_jax.report.model_card import model_card
+from diffusion_jax.report.model_card import SAMPLES, model_card
 from diffusion_jax.storage import hub, objects
 from diffusion_jax.untrusted import leads_out
-
-CARD, SAMPLES = "README.md", "samples.png"
 
 
 def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, data: str) -> str:
@@ -46,7 +44,7 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
             shown = [path for path in pictures if path.is_file() and not leads_out(path, workdir)]
             if shown:
                 shutil.copyfile(shown[0], folder / SAMPLES)
-        write_text(folder / CARD, model_card(net, folder, workdir, license, data, to))
+        write_text(folder / "README.md", model_card(net, folder, workdir, license, data, to))
         if hub.is_hub(to):
             hub.upload(folder, to)
         elif objects.is_url(to):
