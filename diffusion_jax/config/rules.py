@@ -80,7 +80,10 @@ def _network(config: ConfigDict) -> list[Rule]:
     height, width = _height_and_width(config)
     divides = 0 < low < height and height % low == 0 and width % (height // low) == 0
     problem = f"is not for upsamplers (data.low_resolution={low}), whose condition is the small image"
+    joins = config.model.architecture == "ncsn++" and not config.model.resample_blocks
+    joined = "needs residual blocks that change the resolution"
     return [
+        Rule("model.architecture", joins, joined, "ddpm", "model.resample_blocks=True"),
         Rule("diffusion.conditioning_noise", noise and not low, "is for upsamplers (data.low_resolution)", 0),
         Rule("data.low_resolution", low and is_classifier(config), "is for diffusion models, not for classifiers", 0),
         Rule("data.low_resolution", low and not divides, f"must divide the size of images, data.image_size={size}", 0),
@@ -108,6 +111,8 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     draws_log_snr = timesteps in ("log_normal", "logit_normal", "uniform_log_snr")
     draws_steps = timesteps in ("antithetic", "loss_second_moment")
     decays_early = optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps
+    moves_frequencies = optimizer.weight_decay and config.model.architecture == "ncsn++" and not optimizer.frozen
+    changed = "would change the frequencies of ncsn++, which are not trained"
     exceed = f"must exceed optimizer.warmup_steps={optimizer.warmup_steps}"
     is_simple, is_hybrid, is_adam = chain and loss == "simple", chain and loss == "hybrid", optimizer.name == "adam"
     to_path, to_chain = "diffusion.path=edm", "diffusion.path=None"
@@ -152,6 +157,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
         Rule("diffusion.loss", is_hybrid and not is_learned, fixed, "simple", "diffusion.variance=learned_range"),
         Rule("data.random_flip", mirrors_arrays, "mirrors only images of gray levels", False),
         Rule("optimizer.weight_decay", is_adam and optimizer.weight_decay, "is for adamw", 0, "optimizer.name=adamw"),
+        Rule("optimizer.weight_decay", moves_frequencies, changed, 0, "optimizer.frozen=time_fourier"),
         Rule("optimizer.decay_steps", decays_early, exceed, config.training.num_steps, "optimizer.schedule=constant"),
     ]
 

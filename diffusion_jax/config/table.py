@@ -191,8 +191,9 @@ MODEL: dict[str, Setting] = {
     ),
     "architecture": Setting(
         "ddpm",
-        Choice("ddpm", "ddpm++"),
-        "Variant of the network: ddpm (Ho et al., OpenAI) or ddpm++ (Song et al., EDM; also set `model.resample_blocks`).",
+        Choice("ddpm", "ddpm++", "ncsn++"),
+        "Variant of the network: ddpm (Ho et al., OpenAI), or ddpm++ or ncsn++ (Song et al., EDM; also set "
+        "`model.resample_blocks`).",
     ),
     "embedding_cos_first": Setting(
         False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."

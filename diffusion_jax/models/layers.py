@@ -37,6 +37,20 @@ def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: f
     return jnp.concatenate([cos, sin] if cos_first else [sin, cos], axis=-1)
 
 
+class FourierEmbedding(nn.Module):
+    """[sin(2 pi f_i time), cos(2 pi f_i time)], with f_i drawn from N(0, 16^2) at initialization and not trained (NCSN++)."""
+
+    num_frequencies: int
+
+    @nn.compact
+    def __call__(self, time) -> jax.Array:
+        """time: float [B], in the network's unit of training; returns float32 [B, 2 num_frequencies]."""
+        draw = nn.initializers.normal(16.0)
+        frequencies = jax.lax.stop_gradient(self.param("frequencies", draw, (self.num_frequencies,), jnp.float32))
+        angles = jnp.asarray(time, jnp.float32)[:, None] * (2 * math.pi * frequencies)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 def times_of_rows(time, x_t) -> jax.Array:
     """Returns the network time of each row of x_t [B, ...]: [B], from [B], or [] for one time. Raises: ValueError."""
     shape = x_t.shape[:1]
@@ -348,9 +362,8 @@ class LayerFactory:
             options["embedding_init"] = nn.initializers.normal(1.0)
         return nn.Embed(num_classes, features, **options)
 
-    def embed_time(self, waves) -> jax.Array:
-        """Maps the time's `timestep_embedding` [B, C] to [B, 4 C] by two dense layers."""
-        features = 4 * waves.shape[-1]
+    def embed_time(self, waves, features: int) -> jax.Array:
+        """Maps the sines and cosines of the time [B, C] to [B, features] by two dense layers."""
         embedding = nn.silu(self.dense(features, "time_0")(waves.astype(self.dtype)))
         return self.dense(features, "time_1")(embedding)
 
@@ -371,6 +384,30 @@ def upsample_2x(x) -> jax.Array:
     return x
 
 
+def average_2x(x) -> jax.Array:
+    """[B, H + 2, W + 2, C] to [B, H / 2, W / 2, C]: means of 4x4 pixels with the weights [1, 3, 3, 1] / 8 along each axis."""
+    for axis in range(1, x.ndim - 1):
+        a, b, c, d = (jax.lax.slice_in_dim(x, i, x.shape[axis] - 3 + i, 2, axis) for i in range(4))
+        x = (a + 3 * (b + c) + d) / 8
+    return x
+
+
+def downsample_smooth(x, mode: str = "constant") -> jax.Array:
+    """As `downsample_2x`, with the filter [1, 3, 3, 1] / 8 along each axis. mode: as `jnp.pad`, beyond the ends."""
+    return average_2x(jnp.pad(x, ((0, 0), *((1, 1),) * (x.ndim - 2), (0, 0)), mode))
+
+
+def upsample_smooth(x, mode: str = "constant") -> jax.Array:
+    """As `upsample_2x`, with the filter [1, 3, 3, 1] / 4 along each axis. mode: as `jnp.pad`, beyond the ends."""
+    for axis in range(1, x.ndim - 1):
+        size = x.shape[axis]
+        padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode)
+        before, after = (jax.lax.slice_in_dim(padded, start, start + size, 1, axis) for start in (0, 2))
+        x = jnp.stack([(before + 3 * x) / 4, (3 * x + after) / 4], axis + 1)
+        x = x.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 2 :])
+    return x
+
+
 class ResBlock(nn.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a dense projection if the widths differ.
 
@@ -379,9 +416,9 @@ class ResBlock(nn.Module):
     Biases are added where no extra pass over an image is needed: the first bias in the second norm, the other biases as one
     vector. With `scale_shift_norm` the time projection is a scale and a shift after the second norm:
     norm(h) (1 + scale) + shift.
-    resample: `downsample_2x` or `upsample_2x`, applied in both branches; in the residual branch after the first SiLU (ADM
-    appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`. rescale: DDPM++'s form, in which the sum
-    is divided by sqrt(2), and a block that resamples has the projection, too.
+    resample: `downsample_2x`, `upsample_2x` or the like, applied in both branches; in the residual branch after the first
+    SiLU (ADM appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`. rescale: DDPM++'s form, in
+    which the sum is divided by sqrt(2), and a block that resamples has the projection, too.
     """
 
     features: int

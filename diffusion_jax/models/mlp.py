@@ -71,7 +71,7 @@ class MLP(Conditional):
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat} must be True or False: an MLP has one level")
         layers = self.layers
-        embedding = layers.embed_time(timestep_embedding(times_of_rows(time, x_t), self.channels))
+        embedding = layers.embed_time(timestep_embedding(times_of_rows(time, x_t), self.channels), 4 * self.channels)
         h, embedding = self.add_conditions(layers, x_t, embedding, y, condition, train)
         h = layers.dense(self.channels, "dense_in")(h.astype(self.dtype))
         block = _REMAT_BLOCK if self.remat else ResBlock

@@ -2,8 +2,8 @@
 
 The defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the time
 embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give OpenAI's
-networks (Improved DDPM, ADM) and DDPM++. The U-Net contains no diffusion mathematics: it maps (x_t, network time) to an
-output with the same spatial shape.
+networks (Improved DDPM, ADM), DDPM++ and NCSN++. The U-Net contains no diffusion mathematics: it maps (x_t, network time) to
+an output with the same spatial shape.
 
 The classifier of noisy images, for classifier guidance (ADM, Dhariwal & Nichol 2021, section 4), is the downsampling path
 with attention pooling over the remaining positions.
@@ -14,6 +14,7 @@ Layer names have the level (0 is full resolution) and the place: `down_1_block_0
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -26,13 +27,17 @@ from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.models.layers import (
     KEPT_INSIDE,
     Attention,
+    FourierEmbedding,
     LayerFactory,
     ResBlock,
+    average_2x,
     downsample_2x,
+    downsample_smooth,
     split_heads,
     times_of_rows,
     timestep_embedding,
     upsample_2x,
+    upsample_smooth,
 )
 
 # For jax.checkpoint policies: names of the activations that `remat` keeps for the backward pass, between blocks and inside
@@ -40,6 +45,12 @@ from diffusion_jax.models.layers import (
 _KEPT_BETWEEN = "between blocks"
 KEPT_NAMES = (_KEPT_BETWEEN, KEPT_INSIDE)
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
+_ARCHITECTURES = ("ddpm", "ddpm++", "ncsn++")
+# NCSN++'s (reduction, enlargement), by whether the padding is periodic.
+_SMOOTH = {
+    periodic: (functools.partial(downsample_smooth, mode=mode), functools.partial(upsample_smooth, mode=mode))
+    for periodic, mode in ((False, "constant"), (True, "wrap"))
+}
 _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.remat(Attention)
 
 
@@ -61,7 +72,10 @@ class Encoder(nn.Module):
       attention layer is divided by sqrt(2); blocks that change the resolution have a projection in their shortcut; in the
       upsampling path, only the last block of a level is followed by self-attention; the first convolution has `channels`
       channels; labels and condition vectors are added to the sines and cosines of the time, before its dense layers. DDPM++
-      itself also has `resample_blocks`, and 4 blocks a level.
+      itself also has `resample_blocks`, and 4 blocks a level. "ncsn++" (Song et al., as EDM has it) differs from DDPM++ in
+      its filters for changes of the resolution, [1, 3, 3, 1] / 8 along each axis; in a sum, after each reduction, with a
+      convolution of the input or of the last such sum; and in 2 `channels` sines and cosines of random frequencies, drawn
+      from N(0, 16^2) at initialization and not trained. NCSN++ needs `resample_blocks`.
     embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
     time_scale: multiplies the network time before its embedding; 1000 in OpenAI's networks with EDM's preconditioning.
     downsample_padding: before and after each side in the stride-2 convolution; OpenAI's is (1, 1).
@@ -117,9 +131,14 @@ class Encoder(nn.Module):
         )
 
     @property
-    def is_ddpmpp(self) -> bool:
-        """Whether the architecture is DDPM++."""
-        return self.architecture == "ddpm++"
+    def is_ncsnpp(self) -> bool:
+        """Whether the architecture is NCSN++."""
+        return self.architecture == "ncsn++"
+
+    @property
+    def is_plus_plus(self) -> bool:
+        """Whether the architecture is DDPM++ or NCSN++."""
+        return self.architecture != "ddpm"
 
     @property
     def divisor(self) -> int:
@@ -136,7 +155,7 @@ class Encoder(nn.Module):
         """Applies a residual block with the level's width to h."""
         keep = not self._recomputes(level)
         kind = ResBlock if keep else _REMAT_BLOCK
-        width, rescale = self.width(level), self.is_ddpmpp
+        width, rescale = self.width(level), self.is_plus_plus
         block = kind(width, self.dropout, self.scale_shift_norm, self.layers, resample, keep, rescale, name=name)
         return checkpoint_name(block(h, embedding, train), _KEPT_BETWEEN)
 
@@ -144,25 +163,33 @@ class Encoder(nn.Module):
         """Applies a self-attention layer at a level to h."""
         keep = not self._recomputes(level)
         kind = Attention if keep else _REMAT_ATTENTION
-        layer = kind(self.num_heads, self.head_channels, self.layers, keep, self.is_ddpmpp, name=name)
+        layer = kind(self.num_heads, self.head_channels, self.layers, keep, self.is_plus_plus, name=name)
         return checkpoint_name(layer(h), _KEPT_BETWEEN)
+
+    @property
+    def _resamplings(self) -> tuple[Callable, Callable]:
+        """The reduction and the enlargement in blocks that change the resolution."""
+        return _SMOOTH[self.padding == "periodic"] if self.is_ncsnpp else (downsample_2x, upsample_2x)
 
     def _recomputes(self, level: int) -> bool:
         """Whether `remat` recomputes the blocks at a level."""
         return self.remat if isinstance(self.remat, bool) else level in self.remat
 
     def waves(self, time, x_t) -> jax.Array:
-        """Returns the sines and cosines of the network time of x_t, [B] or [], as [B, channels]."""
+        """Returns the sines and cosines of the network time of x_t, [B] or [], as [B, channels]; 2 `channels` in NCSN++."""
         if self.time_scale != 1:
             time = jnp.asarray(time, jnp.float32) * self.time_scale
         time, options = times_of_rows(time, x_t), {"freq_shift": self.embedding_freq_shift}
+        if self.is_ncsnpp:
+            return FourierEmbedding(self.channels, name="time_fourier")(time)
         return timestep_embedding(time, self.channels, cos_first=self.embedding_cos_first, **options)
 
     def encode(self, x, embedding, train: bool) -> tuple[jax.Array, list[jax.Array]]:
         """Encodes x [B, *spatial, C]. Returns (the middle's output, the activations for skip connections, in order)."""
         num_levels = len(self.channel_multipliers)
-        width = self.channels if self.is_ddpmpp else self.width(0)
-        h = checkpoint_name(self.layers.conv(width, "conv_in")(x.astype(self.dtype)), _KEPT_BETWEEN)
+        width = self.channels if self.is_plus_plus else self.width(0)
+        inputs = x.astype(self.dtype)
+        h = checkpoint_name(self.layers.conv(width, "conv_in")(inputs), _KEPT_BETWEEN)
         skips = [h]
         for level in range(num_levels):
             for j in range(self.num_res_blocks):
@@ -173,10 +200,13 @@ class Encoder(nn.Module):
             if level < num_levels - 1:
                 name = f"down_{level}_downsample"
                 if self.resample_blocks:
-                    h = self.residual_block(h, embedding, level, name, train, downsample_2x)
+                    h = self.residual_block(h, embedding, level, name, train, self._resamplings[0])
                 else:
                     h = self.layers.conv(h.shape[-1], name, stride=2, padding=self.downsample_padding)(h)
                     h = checkpoint_name(h, _KEPT_BETWEEN)
+                if self.is_ncsnpp:
+                    reduced = average_2x(self.layers.conv(h.shape[-1], f"down_{level}_input", padding=(2, 2))(inputs))
+                    h = inputs = checkpoint_name((h + reduced) * math.sqrt(0.5), _KEPT_BETWEEN)
                 skips.append(h)
         h = self.residual_block(h, embedding, num_levels - 1, "mid_block_0", train)
         h = self.attention(h, num_levels - 1, "mid_attn")
@@ -193,8 +223,10 @@ class Encoder(nn.Module):
         kind = type(self).__name__
         if self.spatial_dims not in _AXES:
             raise ValueError(f"spatial_dims={self.spatial_dims} must be 1, 2 or 3; vectors need an MLP")
-        if self.architecture not in ("ddpm", "ddpm++"):
-            raise ValueError(f"architecture={self.architecture!r} must be 'ddpm' or 'ddpm++'")
+        if self.architecture not in _ARCHITECTURES:
+            raise ValueError(f"architecture={self.architecture!r} must be one of {', '.join(_ARCHITECTURES)}")
+        if self.is_ncsnpp and not self.resample_blocks:
+            raise ValueError("architecture='ncsn++' needs resample_blocks=True")
         if self.padding not in ("zeros", "periodic"):
             raise ValueError(f"padding={self.padding!r} must be 'zeros' or 'periodic'")
         noun = "images" if self.spatial_dims == 2 else "arrays"
@@ -248,10 +280,10 @@ class UNet(Encoder, Conditional):
           reverse), labels that are not int or out of range, or a condition with another shape.
         """
         self.check_input(x_t)
-        embedding = self.waves(time, x_t)
-        embedding = embedding if self.is_ddpmpp else self.layers.embed_time(embedding)
+        embedding, features = self.waves(time, x_t), 4 * self.channels
+        embedding = embedding if self.is_plus_plus else self.layers.embed_time(embedding, features)
         h, embedding = self.add_conditions(self.layers, x_t, embedding, y, condition, train)
-        embedding = self.layers.embed_time(embedding) if self.is_ddpmpp else embedding
+        embedding = self.layers.embed_time(embedding, features) if self.is_plus_plus else embedding
         h, skips = self.encode(self._pad(h), embedding, train)
         h = self._decode(h, skips, embedding, train)
         h = nn.silu(self.layers.norm("norm_out")(h))
@@ -270,7 +302,7 @@ class UNet(Encoder, Conditional):
 
     def _decode(self, h, skips: list[jax.Array], embedding, train: bool) -> jax.Array:
         """Applies the upsampling path: the middle's output to [B, *spatial, channels]."""
-        first_attention = self.num_res_blocks if self.is_ddpmpp else 0
+        first_attention = self.num_res_blocks if self.is_plus_plus else 0
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -280,7 +312,7 @@ class UNet(Encoder, Conditional):
             if level > 0:
                 name = f"up_{level}_upsample"
                 if self.resample_blocks:
-                    h = self.residual_block(h, embedding, level, name, train, upsample_2x)
+                    h = self.residual_block(h, embedding, level, name, train, self._resamplings[1])
                 else:
                     h = checkpoint_name(self.layers.conv(h.shape[-1], name, upsample=True)(h), _KEPT_BETWEEN)
         return h
@@ -342,7 +374,7 @@ class Classifier(Encoder):
         self.check_divisible(x_t, "its pooling reads every position")
         if self.num_classes < 2:
             raise ValueError(f"num_classes={self.num_classes}: a classifier needs at least 2 classes")
-        h, _ = self.encode(x_t, self.layers.embed_time(self.waves(time, x_t)), train)
+        h, _ = self.encode(x_t, self.layers.embed_time(self.waves(time, x_t), 4 * self.channels), train)
         layers = dataclasses.replace(self.layers, dtype=jnp.dtype("float32"))
         h = nn.silu(layers.norm("norm_out")(h))
         return AttentionPool(self.num_classes, self.num_heads, self.head_channels, layers, name="pool")(h)

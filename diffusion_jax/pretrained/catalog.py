@@ -21,6 +21,10 @@ _EDM = {  # EDM's files, and their parameters in thousands
     "edm-cifar10-32x32-uncond-vp": 55_733,
     "edm-ffhq-64x64-uncond-vp": 61_804,
     "edm-afhqv2-64x64-uncond-vp": 61_804,
+    "edm-cifar10-32x32-cond-ve": 56_398,
+    "edm-cifar10-32x32-uncond-ve": 56_396,
+    "edm-ffhq-64x64-uncond-ve": 62_759,
+    "edm-afhqv2-64x64-uncond-ve": 62_759,
     "edm-imagenet-64x64-cond-adm": 295_899,
 }
 # Parameters of OpenAI's networks, in thousands; the files have 4 bytes for each.
@@ -91,6 +95,8 @@ _FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # by paper and na
     "Karras et al. 2022": {
         "edm-cifar10-32x32-cond-vp.pkl": (1.79, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
         "edm-cifar10-32x32-uncond-vp.pkl": (1.97, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
+        "edm-cifar10-32x32-cond-ve.pkl": (1.79, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
+        "edm-cifar10-32x32-uncond-ve.pkl": (1.98, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
         "edm-imagenet-64x64-cond-adm.pkl": (1.36, _HEUN | _CHURN | {"sampling.steps": 256}),
     },
     "Song et al. 2023": {

@@ -1,8 +1,8 @@
 """EDM's weights (Karras et al. 2022, https://github.com/NVlabs/edm): pickles of the networks, read by `pickles`.
 
-A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. ADM and DDPM++ as EDM
-writes them (DhariwalUNet, SongUNet) are this package's U-Net: the names, the rows of q, k and v, and the layout of the class
-embedding differ.
+A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. ADM, and DDPM++ and
+NCSN++, as EDM writes them (DhariwalUNet, SongUNet) are this package's U-Net: the names, the rows of q, k and v, and the
+layout of the class embedding differ.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from diffusion_jax.pretrained.model import Model, make_model
 from diffusion_jax.pretrained.openai import EDM_DIFFUSION, EDM_SAMPLING, split_attention
 
 _PRECONDITIONING = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, "use_fp16": False}
-_DDPMPP = {  # arguments of SongUNet, which have other values in NCSN++
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": [1, 1],
+_VARIANT = ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
+_VARIANTS = {  # the arguments of SongUNet with these names, in each `architecture`; no other values are read
+    "ddpm++": ("positional", 1, "standard", "standard", [1, 1]),
+    "ncsn++": ("fourier", 2, "residual", "standard", [1, 3, 3, 1]),
 }
-_SUPPORTED = {"channel_mult_emb": 4} | _DDPMPP  # no other values are read
 _COMMON = {"augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.1, "label_dropout": 0}
 _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that are read, with their defaults
     "DhariwalUNet": {
@@ -41,11 +38,11 @@ _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that a
         "attn_resolutions": [32, 16, 8],
     },
     "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
-    | _DDPMPP,
+    | dict(zip(_VARIANT, _VARIANTS["ddpm++"], strict=True)),
 }
 _FIELDS: dict[str, dict[str, Any]] = {  # of `UNet`, besides the fields that follow from the arguments
     "DhariwalUNet": OPENAI | {"head_channels": 64, "scale_shift_norm": True},
-    "SongUNet": {"architecture": "ddpm++"},
+    "SongUNet": {},
 }
 NAMING = parameters.Naming(  # after `_rename`
     {
@@ -53,6 +50,7 @@ NAMING = parameters.Naming(  # after `_rename`
         "attn": "{direction}.{level}.block{number}",
         "downsample": "down.{level}.resample",
         "upsample": "up.{level}.resample",
+        "time_fourier": "map_noise",
         "conv_in": "down.0.conv",
         "mid_block_0": "in0",
         "mid_attn": "in0",
@@ -90,10 +88,13 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
     if unknown := sorted(set(stored) - set(arguments)):
         raise PretrainedError(f"{path}: the arguments {list_names(unknown)} of {network} are not known")
     arguments |= stored
-    for name, value in _SUPPORTED.items():
-        if (found := arguments.get(name, value)) != value:
-            advice = "; DDPM++ is read, NCSN++ is not" if name in _DDPMPP else ""
-            raise PretrainedError(f"{path}: {network} with {name}={found} is not supported, only {value}{advice}")
+    if (factor := arguments["channel_mult_emb"]) != 4:
+        raise PretrainedError(f"{path}: {network} with channel_mult_emb={factor} is not supported, only 4")
+    variant = tuple(arguments[name] for name in _VARIANT if name in arguments)
+    architecture = next((name for name, values in _VARIANTS.items() if values == variant), "ddpm")
+    if variant and architecture == "ddpm":
+        found = ", ".join(f"{name}={value}" for name, value in zip(_VARIANT, variant, strict=True))
+        raise PretrainedError(f"{path}: {network} with {found} is neither DDPM++ nor NCSN++, and is not supported")
     widths = arguments["channel_mult"] + ([1] if network == "SongUNet" else [])  # 1: before the first block
     if arguments["model_channels"] * min(widths) < 128:
         raise PretrainedError(f"{path}: layers of fewer than 128 channels have other norms, which are not supported")
@@ -105,6 +106,7 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
             "channel_multipliers": tuple(arguments["channel_mult"]),
             "num_res_blocks": arguments["num_blocks"],
             "attention_levels": tuple(i for i, width in enumerate(levels) if width in arguments["attn_resolutions"]),
+            "architecture": architecture,
             "resample_blocks": True,
             "num_classes": num_classes,
             "label_dropout": float(arguments["label_dropout"]) if num_classes else 0.0,
@@ -124,24 +126,28 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
 def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], model: UNet) -> parameters.Tensors:
     """Returns the tensors with levels in place of sizes in their names, and with this package's rows.
 
-    levels: the size at each level. Leaves out what has no effect in sampling: the filters, after a check that they average or
-    repeat 2x2 pixels, and the input for augmentations, whose labels are zeros.
+    levels: the size at each level. Leaves out what has no effect in sampling: the filters, after a check that they are the
+    network's, and the input for augmentations, whose labels are zeros.
     """
+    taps = np.array([1, 3, 3, 1] if model.is_ncsnpp else [1, 1])
     old: dict[str, str] = {}
     for name in tensors.shapes:
         new = name.removeprefix("model.")
         if new.endswith("resample_filter"):
-            if not np.array_equal(tensors.read(name), np.full((1, 1, 2, 2), 0.25)):
-                raise PretrainedError(f"{path}: {name} is another filter than [1, 1]")
+            if not np.array_equal(tensors.read(name)[0, 0], np.outer(taps, taps) / taps.sum() ** 2):
+                raise PretrainedError(f"{path}: {name} is another filter than {taps.tolist()}")
         elif not new.startswith("map_augment."):
             if match := re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(\w+?)(\d*)\.(.+)", new):
                 half, size, block, number, rest = match.groups()
                 level, direction = levels.index(int(size)), "down" if half == "enc" else "up"
+                module = f"in{number}" if block == "in" else f"{direction}.{level}.{block}{number}"
                 if block in ("down", "up"):  # belongs to the level before the change of size
-                    level, block = level + (1 if block == "up" else -1), "resample"
-                new = f"in{number}.{rest}" if block == "in" else f"{direction}.{level}.{block}{number}.{rest}"
-            old[new.replace("up.0.aux_", "out_")] = name
-    label_bias = old.pop("map_label.bias", "map_label.bias") if model.is_ddpmpp else ""
+                    module = f"{direction}.{level + (1 if block == 'up' else -1)}.resample"
+                elif block == "aux_residual":
+                    module = f"down_{level - 1}_input"
+                new = f"{module}.{rest}"
+            old[new.replace("up.0.aux_", "out_").replace(".freqs", ".weight")] = name
+    label_bias = old.pop("map_label.bias", "map_label.bias") if model.is_plus_plus else ""
 
     def read(name: str) -> np.ndarray:
         value = tensors.read(old[name])
@@ -149,7 +155,7 @@ def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], 
             value = np.moveaxis(value.reshape(-1, 3, *value.shape[1:]), 1, 0).reshape(value.shape)
         elif name == "map_label.weight":  # a product with a one-hot vector; no class is a vector of zeros
             value = np.pad(value.T, ((0, 1 if model.label_dropout else 0), (0, 0)))
-            if model.is_ddpmpp:  # the vector has the length sqrt(classes), and the product a bias
+            if model.is_plus_plus:  # the vector has the length sqrt(classes), and the product a bias
                 value = value * math.sqrt(model.num_classes) + tensors.read(label_bias)
         return value
 

@@ -17,6 +17,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "data.normalization=none",
     ],
     "network": [
+        "model.architecture=ncsn++",
         "diffusion.conditioning_noise=0.1",
         f"{SMALL} diffusion.loss=classify",
         "data.low_resolution=5",
@@ -50,6 +51,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.loss=hybrid",
         FLOATS,
         "optimizer.weight_decay=0.1",
+        "optimizer.name=adamw optimizer.weight_decay=0.1 model.architecture=ncsn++ model.resample_blocks=True",
         "optimizer.schedule=cosine optimizer.decay_steps=5000",
     ],
     "training run": [

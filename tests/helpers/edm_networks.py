@@ -8,10 +8,10 @@ import numpy as np
 from helpers.networks import silu
 
 
-def convolve(x, weight, bias):
-    """A convolution that keeps the size."""
+def convolve(x, weight, bias, more=0):
+    """A convolution that keeps the size, or with padding for `more` pixels on each side."""
     size = weight.shape[-1]
-    pad = size // 2
+    pad = size // 2 + more
     padded = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (2, 3))
     return np.moveaxis(np.tensordot(windows, weight, ((1, 4, 5), (1, 2, 3))), -1, 1) + bias[:, None, None]
@@ -24,20 +24,30 @@ def group_norm(x, scale, shift, epsilon):
     return groups.reshape(x.shape) * scale[:, None, None] + shift[:, None, None]
 
 
-def halve(x):
+def halve(x, taps, pad):
+    """Every second pixel of x after a filter, whose center lies between pixels, with the square's sum of 1."""
+    padded = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (len(taps), len(taps)), (2, 3))[:, :, ::2, ::2]
+    return np.einsum("nchwij,i,j->nchw", windows, taps, taps) / np.sum(taps) ** 2
+
+
+def double(x, taps, pad):
+    """The transpose of `halve`, times 4: x with zeros between its pixels, filtered."""
     n, c, h, w = x.shape
-    return x.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5))
-
-
-def double(x):
-    return x.repeat(2, 2).repeat(2, 3)
+    zeros = np.zeros((n, c, 2 * h + 2 * pad, 2 * w + 2 * pad))
+    for i, row in enumerate(taps):
+        for j, column in enumerate(taps):
+            zeros[:, :, i : i + 2 * h : 2, j : j + 2 * w : 2] += x * row * column * 4 / np.sum(taps) ** 2
+    return zeros[:, :, pad : pad + 2 * h, pad : pad + 2 * w]
 
 
 class Network:
-    """kind: "DhariwalUNet" (ADM) or "SongUNet" (DDPM++). arguments: as in EDM's files, all of them."""
+    """kind: "DhariwalUNet" (ADM) or "SongUNet" (DDPM++, NCSN++). arguments: as in EDM's files, all of them."""
 
     def __init__(self, kind, arguments):
         self.is_adm, self.arguments = kind == "DhariwalUNet", arguments
+        self.is_ncsnpp = arguments.get("encoder_type") == "residual"
+        self.taps = arguments.get("resample_filter", [1, 1])
         self.shapes, self.blocks = {}, {"enc": [], "dec": []}
         self._describe()
 
@@ -64,7 +74,7 @@ class Network:
             self._convolution(f"{full}.skip", inputs, outputs, 1)
         if resample:
             for part in ("conv0", "skip"):
-                self.shapes[f"{full}.{part}.resample_filter"] = (1, 1, 2, 2)
+                self.shapes[f"{full}.{part}.resample_filter"] = (1, 1, len(self.taps), len(self.taps))
         if attention:
             self._norm(f"{full}.norm2", outputs)
             self._convolution(f"{full}.qkv", outputs, 3 * outputs, 1)
@@ -72,22 +82,31 @@ class Network:
 
     def _describe(self):
         a, width = self.arguments, self.arguments["model_channels"]
-        inner = width * 4 if self.is_adm else width  # where labels are added
+        waves = width * a.get("channel_mult_noise", 1)
+        inner = width * 4 if self.is_adm else waves  # where labels are added
+        if self.is_ncsnpp:
+            self.shapes["map_noise.freqs"] = (waves // 2,)
         if a["label_dim"]:
             self._linear("map_label", a["label_dim"], inner, bias=not self.is_adm)
         if a["augment_dim"]:
-            self._linear("map_augment", a["augment_dim"], width, bias=False)
-        self._linear("map_layer0", width, 4 * width)
+            self._linear("map_augment", a["augment_dim"], waves, bias=False)
+        self._linear("map_layer0", waves, 4 * width)
         self._linear("map_layer1", 4 * width, 4 * width)
         multipliers, last = a["channel_mult"], len(a["channel_mult"]) - 1
         current = width * multipliers[0] if self.is_adm else width
-        widths = [current]
+        widths, inputs = [current], a["img_channels"]
         self._convolution(f"enc.{a['img_resolution']}x{a['img_resolution']}_conv", a["img_channels"], current, 3)
         for level, multiplier in enumerate(multipliers):
             size = a["img_resolution"] >> level
             if level:
                 self._block("enc", f"{size}x{size}_down", current, current, resample=halve)
                 widths.append(current)
+                if self.is_ncsnpp:
+                    name = f"{size}x{size}_aux_residual"
+                    self._convolution(f"enc.{name}", inputs, current, 3)
+                    self.shapes[f"enc.{name}.resample_filter"] = (1, 1, 4, 4)
+                    self.blocks["enc"].append((name, inputs, False, None))
+                    inputs = current
             for i in range(a["num_blocks"]):
                 attention = size in a["attn_resolutions"]
                 self._block("enc", f"{size}x{size}_block{i}", current, current := width * multiplier, attention)
@@ -117,15 +136,21 @@ class Network:
             if "norm" in name and name.endswith("weight"):
                 weights[name] += 1
             if name.endswith("resample_filter"):
-                weights[name] = np.full(shape, 0.25, np.float32)
+                weights[name] = np.float32(np.outer(self.taps, self.taps) / np.sum(self.taps) ** 2).reshape(shape)
+            if name.endswith("freqs"):
+                weights[name] = np.float32(16 * generator.standard_normal(shape))
         return weights
 
     def __call__(self, weights, x, noise_label, labels=None):
         """x: [N, C, H, W]; noise_label: [N]; labels: int [N]. Returns the output of the network, before EDM's scaling."""
         self.weights, a = {name: np.asarray(value, np.float64) for name, value in weights.items()}, self.arguments
         half = a["model_channels"] // 2
-        frequencies = 10000.0 ** (-np.arange(half) / (half if self.is_adm else half - 1))
-        angles = np.asarray(noise_label, np.float64)[:, None] * frequencies
+        if self.is_ncsnpp:  # float32, because a rounding error in angles of several hundred is large in their sines
+            angles = np.float32(noise_label)[:, None] * (np.float32(2 * np.pi) * weights["map_noise.freqs"])
+        else:
+            frequencies = 10000.0 ** (-np.arange(half) / (half if self.is_adm else half - 1))
+            angles = np.asarray(noise_label, np.float64)[:, None] * frequencies
+        angles = np.float64(angles)
         waves = (np.cos(angles), np.sin(angles)) if self.is_adm else (np.sin(angles), np.cos(angles))
         embedding = np.concatenate(waves, axis=1)
         if not self.is_adm and a["label_dim"]:
@@ -138,9 +163,14 @@ class Network:
             embedding = embedding + self.weights["map_label.weight"].T[labels]
         embedding = silu(embedding)
         size = a["img_resolution"]
-        x = self._apply_convolution(f"enc.{size}x{size}_conv", np.asarray(x, np.float64))
+        inputs = np.asarray(x, np.float64)
+        x = self._apply_convolution(f"enc.{size}x{size}_conv", inputs)
         skips = [x]
         for name, _, attention, resample in self.blocks["enc"]:
+            if name.endswith("aux_residual"):
+                weight, bias = (self.weights[f"enc.{name}.{part}"] for part in ("weight", "bias"))
+                x = inputs = skips[-1] = (x + halve(convolve(inputs, weight, bias, 1), self.taps, 0)) / np.sqrt(2)
+                continue
             x = self._apply_block(f"enc.{name}", x, embedding, attention, resample)
             skips.append(x)
         for name, inputs, attention, resample in self.blocks["dec"]:
@@ -163,7 +193,7 @@ class Network:
         scale = 1 if self.is_adm else np.sqrt(0.5)
         h, skip = silu(self._apply_norm(f"{name}.norm0", x)), x
         if resample:
-            h, skip = resample(h), resample(skip)
+            h, skip = (resample(part, self.taps, len(self.taps) // 2 - 1) for part in (h, skip))
         h = self._apply_convolution(f"{name}.conv0", h)
         time = self._apply_linear(f"{name}.affine", embedding)[:, :, None, None]
         if self.is_adm:

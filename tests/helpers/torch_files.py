@@ -193,7 +193,7 @@ def edm_pickle(class_name, arrays, arguments, marker, protocol=4, **attributes):
     def build(node, name, top=()):
         modules = {key: build(value, key) for key, value in node.items() if isinstance(value, dict)}
         leaves = {key: value for key, value in node.items() if not isinstance(value, dict)}
-        buffers = {key: Tensor(value) for key, value in leaves.items() if key == "resample_filter"}
+        buffers = {key: Tensor(value) for key, value in leaves.items() if key in ("resample_filter", "freqs")}
         parameters = {key: Parameter(value) for key, value in leaves.items() if key not in buffers}
         state = module_state(modules, parameters | {"bias_that_is_none": None}, buffers, **dict(top))
         if name in ("enc", "dec"):

@@ -36,6 +36,11 @@ DDPMPP = UNet(architecture="ddpm++", resample_blocks=True, num_res_blocks=4)
         ("64x64_classifier.pt", preset("adm_classifier64"), 64),
         ("edm-cifar10-32x32-cond-vp.pkl", DDPMPP.clone(channel_multipliers=(2, 2, 2), num_classes=10), 32),
         ("edm-ffhq-64x64-uncond-vp.pkl", DDPMPP.clone(attention_levels=(2,)), 64),
+        (
+            "edm-cifar10-32x32-uncond-ve.pkl",
+            DDPMPP.clone(architecture="ncsn++", channel_multipliers=(2, 2, 2)),
+            32,
+        ),
         ("edm-imagenet-64x64-cond-adm.pkl", preset("edm_imagenet64"), 64),
     ],
 )

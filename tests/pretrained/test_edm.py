@@ -49,6 +49,13 @@ DDPMPP = {
     "channel_mult_noise": 1,
     "resample_filter": [1, 1],
 }
+NCSNPP = DDPMPP | {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult": [1, 2, 1],
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
 
 
 def write(path, arguments, **changes):
@@ -86,7 +93,12 @@ def ddpmpp(tmp_path_factory):
     return load(tmp_path_factory.mktemp("edm"), DDPMPP)
 
 
-@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+@pytest.fixture(scope="module")
+def ncsnpp(tmp_path_factory):
+    return load(tmp_path_factory.mktemp("edm"), NCSNPP)
+
+
+@pytest.mark.parametrize("name", ["adm", "ddpmpp", "ncsnpp"])
 def test_network_agrees_with_numpy(request, name):
     reference, weights, net = request.getfixturevalue(name)
     x, time, y = inputs(ADM)
@@ -99,14 +111,15 @@ def test_network_agrees_with_numpy(request, name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+@pytest.mark.parametrize("name", ["adm", "ddpmpp", "ncsnpp"])
 def test_gradient_agrees_with_numpy(request, tmp_path, name):
     """The derivative along random weights of sum(u network(x)), as the reference's central difference has it."""
     reference, weights, net = request.getfixturevalue(name)
     x, time, y = inputs(ADM)
     path = tmp_path / "direction.pkl"
     arguments = reference.arguments
-    direction = {name: value for name, value in reference.draw(seed=3).items() if "resample_filter" not in name}
+    constants = ("resample_filter", "freqs")
+    direction = {name: value for name, value in reference.draw(seed=3).items() if not name.endswith(constants)}
     arrays = {f"model.{name}": direction.get(name, value) for name, value in weights.items()}
     path.write_bytes(edm_pickle("EDMPrecond", arrays, arguments, tmp_path / "marker"))
     along = pretrained.load(path).params
@@ -190,7 +203,7 @@ REFUSED = {
     "channel_mult_emb=2": ("EDMPrecond", ADM | {"channel_mult_emb": 2}, {}),
     "fewer than 128 channels": ("EDMPrecond", ADM | {"model_channels": 64}, {}),
     "layers of fewer": ("EDMPrecond", DDPMPP | {"model_channels": 64, "channel_mult": [2, 2]}, {}),
-    "embedding_type=fourier is not supported, only positional; DDPM.. is read, NCSN.. is not": (
+    "embedding_type=fourier, .*is neither DDPM.. nor NCSN..": (
         "EDMPrecond",
         DDPMPP | {"embedding_type": "fourier"},
         {},

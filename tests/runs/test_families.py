@@ -1,0 +1,155 @@
+"""Published weights of every family by their names on the Hub: sampled and evaluated in one command, edited, and trained."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import cli, models, pretrained
+from diffusion_jax.pretrained import openai, parameters
+from diffusion_jax.runs import edit, evaluate, train
+from helpers.edm_networks import Network
+from helpers.hub_server import Repository, hub_server
+from helpers.published_files import NARROW_FLAGS, stored, write_folder
+from helpers.torch_files import archive_bytes, edm_pickle, tensors
+
+pytest.importorskip("huggingface_hub")
+from huggingface_hub import constants
+
+SONG = {"img_resolution": 8, "img_channels": 3, "label_dim": 3, "use_fp16": False, "model_type": "SongUNet"}
+SONG |= {"augment_dim": 2, "model_channels": 128, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}
+SONG |= {"dropout": 0.1, "label_dropout": 0, "resample_filter": [1, 1], "channel_mult_noise": 1}
+SONG |= {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard"}
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+ADM = {name: value for name, value in SONG.items() if name not in (*NCSNPP, "decoder_type")} | {
+    "model_type": "DhariwalUNet"
+}
+NARROW = models.UNet(
+    channels=32,
+    channel_multipliers=(1, 1),
+    num_res_blocks=1,
+    **{"attention_levels": (1,), "head_channels": 16, "out_channels": 3, "time_scale": 1000.0, "num_classes": 3},
+)
+
+
+def edm_file(directory, arguments):
+    arrays = Network(arguments["model_type"], arguments).draw()
+    named = {f"model.{name}": value for name, value in arrays.items()}
+    return edm_pickle("EDMPrecond", named, arguments, directory / "marker")
+
+
+def openai_file():
+    """OpenAI's names and layout, with q, k and v in one tensor."""
+    generator, arrays = np.random.default_rng(0), {}
+    for path, shape in parameters.parameter_shapes(NARROW, (8, 8, 3)).items():
+        name, shape = openai.NAMING(path, NARROW), parameters.torch_shape(shape, path)
+        if any(f".{layer}." in name for layer in "kv"):
+            continue
+        if ".q." in name:
+            name, shape = name.replace(".q.", ".qkv."), (3 * shape[0], *shape[1:], *(1,) * (len(shape) - 1))
+        arrays[name] = (generator.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) + 1)).astype(np.float32)
+    return archive_bytes(tensors(arrays))
+
+
+def diffusers_files(directory):
+    weights, arrays = stored("unet_ddpm_cifar10_narrow")
+    folder = write_folder(directory / "pipeline", json.loads(str(arrays["config"])), weights)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def repositories(directory):
+    """{name: (files, the file in the name, flags of the command)}."""
+    flags = [f"--config.init_flags={NARROW_FLAGS}"]
+    return {
+        "diffusers": (diffusers_files(directory), "", []),
+        "adm": ({"narrow.pt": archive_bytes(tensors(stored("openai_narrow")[0]))}, "/narrow.pt", flags),
+        "edm": ({"edm_imagenet64_ema.pt": openai_file()}, "/edm_imagenet64_ema.pt", []),
+        "consistency": ({"cd_imagenet64_l2.pt": openai_file()}, "/cd_imagenet64_l2.pt", []),
+        "edm_adm": ({"adm.pkl": edm_file(directory, ADM)}, "/adm.pkl", []),
+        "edm_ddpmpp": ({"edm-cifar10-32x32-cond-vp.pkl": edm_file(directory, SONG)}, "", []),
+        "edm_ncsnpp": ({"ve.pkl": edm_file(directory, SONG | NCSNPP)}, "/ve.pkl", []),
+    }
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """A function (family, mode, flags) that returns the parsed command and starts a server for the family."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    presets = ("edm_imagenet64", "consistency_imagenet64")
+    monkeypatch.setattr(openai, "preset", lambda name: NARROW if name in presets else models.preset(name))
+    for name in presets:
+        monkeypatch.setitem(openai.PRESETS, name, (8, 0, openai.PRESETS[name][2]))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)):
+        (folder := tmp_path / "images" / str(i % 3)).mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    servers = []
+
+    def parse(family, mode, *settings, workdir="run"):
+        files, file, flags = repositories(tmp_path)[family]
+        if not servers:
+            servers.append(hub_server(**{f"me/{family}": Repository(files)}))
+            monkeypatch.setattr(constants, "ENDPOINT", servers[0].__enter__())
+            template = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        settings = [f"--config.{setting}" for setting in (f"data.data_dir={tmp_path / 'images'}", *settings)]
+        where = [f"--pretrained=hf://me/{family}{file}", f"--workdir={tmp_path / workdir}", f"--mode={mode}"]
+        found = cli.parse([*where, *flags, *settings])
+        return found.config, found.workdir
+
+    yield parse
+    servers[0].__exit__(None, None, None)
+
+
+MEASURE = ("evaluation.num_samples=4", "evaluation.metrics=energy_distance")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("family", ["diffusers", "adm", "edm", "consistency", "edm_adm", "edm_ddpmpp", "edm_ncsnpp"])
+def test_one_command_samples_and_evaluates(command, family, capsys):
+    has_bound = family in ("adm", "edm_ncsnpp")
+    steps = () if family in ("consistency", "edm") else ("sampling.steps=3",)
+    config, workdir = command(family, "evaluate", *MEASURE, *steps, f"evaluation.likelihood={has_bound}")
+    evaluate.run(config, workdir)
+    records = json.loads((workdir / "metrics.json").read_text())
+    (samples,) = [record for record in records if "energy_distance" in record]
+    assert np.isfinite(samples["energy_distance"]) and samples["num_samples"] == 4
+    assert len(records) == 1 + has_bound
+    printed = capsys.readouterr().out
+    sampler = {
+        "consistency": "consistency with 1",
+        "diffusers": "ddpm with 3",
+        "adm": "ddpm with 3",
+        "edm": "heun with 40",
+    }
+    assert f"sampling.seed=0, {sampler.get(family, 'heun with 3')} step" in printed
+
+
+@pytest.mark.whole
+def test_networks_of_edm_s_pickles_are_edited_and_trained(command, tmp_path):
+    """Training resumes to the bit, also split over devices, and leaves NCSN++'s frequencies as they are."""
+    config, workdir = command("edm_ncsnpp", "edit", "editing.task=inpaint", "editing.example=1", "sampling.steps=4")
+    edit.run(config, workdir)
+    assert list((workdir / "edits").glob("*.png"))
+
+    small = ("training.batch_size=8", "training.sample_every=0", "training.log_every=2", "optimizer.warmup_steps=0")
+    results = {}
+    for name, fsdp, lengths in (("one", 1, [4]), ("resumed", 1, [2, 4]), ("split", 2, [4])):
+        for steps in lengths:
+            changed = (f"training.num_steps={steps}", f"training.checkpoint_every={steps}", f"mesh.fsdp={fsdp}")
+            config, workdir = command("edm_ncsnpp", "train", *small, *changed, workdir=name)
+            train.run(config, workdir)
+        results[name] = pretrained.load(workdir).params
+    one, given = results["one"], pretrained.load(config.init_from).params
+    jax.tree.map(np.testing.assert_array_equal, one, results["resumed"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, results["split"])
+    np.testing.assert_array_equal(one["time_fourier"]["frequencies"], given["time_fourier"]["frequencies"])
+    assert not np.array_equal(one["conv_in"]["kernel"], given["conv_in"]["kernel"])
