@@ -18,9 +18,9 @@ from diffusion_jax.untrusted import leads_out
 def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, data: str) -> str:
     """Writes the weights in this package's format, and in diffusers' where it has the network, with a card and samples.
 
-    to: a folder that is empty or does not exist, gs:// or s3://BUCKET/PREFIX, or hf://OWNER/NAME. workdir: the work directory
-    of the run that trained the weights: its settings, its metrics with their protocol, and a picture of its newest samples
-    are in the card. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
+    to: a folder, or gs:// or s3://BUCKET/PREFIX, that is empty or does not exist, or hf://OWNER/NAME. workdir: the work
+    directory of the run that trained the weights: its settings, its metrics with their protocol, and a picture of its newest
+    samples are in the card. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
     Returns: the name for `pretrained.load`. Raises: UserError, PretrainedError, StorageError, OSError.
     """
     to, target = to.rstrip("/"), pathlib.Path(to).expanduser()
@@ -28,7 +28,10 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
         raise UserError("publish needs --license=NAME, such as mit, and --data=TEXT, what the weights were trained on")
     if hub.is_hub(to):
         hub.check_repository(to)
-    elif not objects.is_url(to) and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif objects.is_url(to):
+        if objects.open_store(to).list():
+            raise UserError(f"{to} has objects already; give a new prefix")
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{to} is not an empty folder; give a new one")
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "weights"  # its name is not in the files

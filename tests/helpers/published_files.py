@@ -106,3 +106,13 @@ def ho_variables(weights):
             value = value.T
         variables[f"model/{layer}/{leaf}"] = value
     return variables
+
+
+def save_with_tensorflow(path, variables, **options):
+    """Writes a checkpoint with TensorFlow; returns the path."""
+    import tensorflow as tf
+
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        made = [tf.compat.v1.get_variable(name, initializer=value) for name, value in variables.items()]
+        session.run(tf.compat.v1.global_variables_initializer())
+        return tf.compat.v1.train.Saver(made).save(session, str(path), **options)

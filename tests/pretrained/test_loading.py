@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax import pretrained
 from diffusion_jax.pretrained import PretrainedError
-from helpers.published_files import NARROW_FLAGS, ho_variables, stored, worst, write, write_folder
+from helpers.published_files import NARROW_FLAGS, ho_variables, save_with_tensorflow, stored, worst, write, write_folder
 from helpers.stored_networks import FAMILIES, load, output
 
 
@@ -67,16 +67,6 @@ def test_both_orders_of_attention_rows(tmp_path):
     net = pretrained.load(path, NARROW_FLAGS.replace("False", "True"))
     assert worst(output(net, arrays), arrays["out"]) < 2e-5
     assert worst(output(pretrained.load(path, NARROW_FLAGS), arrays), arrays["out"]) > 1e-3
-
-
-def save_with_tensorflow(path, variables, **options):
-    """Writes a checkpoint with TensorFlow; returns the path."""
-    import tensorflow as tf
-
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        made = [tf.compat.v1.get_variable(name, initializer=value) for name, value in variables.items()]
-        session.run(tf.compat.v1.global_variables_initializer())
-        return tf.compat.v1.train.Saver(made).save(session, str(path), **options)
 
 
 @pytest.mark.thorough

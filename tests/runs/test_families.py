@@ -12,7 +12,7 @@ from diffusion_jax.pretrained import openai, parameters
 from diffusion_jax.runs import edit, evaluate, train
 from helpers.edm_networks import Network
 from helpers.hub_server import Repository, hub_server
-from helpers.published_files import NARROW_FLAGS, stored, write_folder
+from helpers.published_files import NARROW_FLAGS, ho_variables, save_with_tensorflow, stored, write_folder
 from helpers.torch_files import archive_bytes, edm_pickle, tensors
 
 pytest.importorskip("huggingface_hub")
@@ -65,16 +65,22 @@ def diffusers_files(directory):
 
 
 def repositories(directory):
-    """{name: (files, the file in the name, flags of the command)}."""
-    flags = [f"--config.init_flags={NARROW_FLAGS}"]
+    """{name: (files, the file in the name, what the file lacks)}."""
+    (directory / "ho").mkdir(exist_ok=True)
+    variables = {
+        f"{name}/ExponentialMovingAverage": value for name, value in ho_variables(stored("port_narrow")[0]).items()
+    }
+    save_with_tensorflow(directory / "ho" / "model.ckpt", variables, global_step=7)
+    checkpoint = {path.name: path.read_bytes() for path in (directory / "ho").iterdir()}
     return {
-        "diffusers": (diffusers_files(directory), "", []),
-        "adm": ({"narrow.pt": archive_bytes(tensors(stored("openai_narrow")[0]))}, "/narrow.pt", flags),
-        "edm": ({"edm_imagenet64_ema.pt": openai_file()}, "/edm_imagenet64_ema.pt", []),
-        "consistency": ({"cd_imagenet64_l2.pt": openai_file()}, "/cd_imagenet64_l2.pt", []),
-        "edm_adm": ({"adm.pkl": edm_file(directory, ADM)}, "/adm.pkl", []),
-        "edm_ddpmpp": ({"edm-cifar10-32x32-cond-vp.pkl": edm_file(directory, SONG)}, "", []),
-        "edm_ncsnpp": ({"ve.pkl": edm_file(directory, SONG | NCSNPP)}, "/ve.pkl", []),
+        "diffusers": (diffusers_files(directory), "", ""),
+        "adm": ({"narrow.pt": archive_bytes(tensors(stored("openai_narrow")[0]))}, "/narrow.pt", NARROW_FLAGS),
+        "ho": (checkpoint, "/model.ckpt-7", '{"image_size": 16, "variance": "fixed_small"}'),
+        "edm": ({"edm_imagenet64_ema.pt": openai_file()}, "/edm_imagenet64_ema.pt", ""),
+        "consistency": ({"cd_imagenet64_l2.pt": openai_file()}, "/cd_imagenet64_l2.pt", ""),
+        "edm_adm": ({"adm.pkl": edm_file(directory, ADM)}, "/adm.pkl", ""),
+        "edm_ddpmpp": ({"edm-cifar10-32x32-cond-vp.pkl": edm_file(directory, SONG)}, "", ""),
+        "edm_ncsnpp": ({"ve.pkl": edm_file(directory, SONG | NCSNPP)}, "/ve.pkl", ""),
     }
 
 
@@ -102,7 +108,7 @@ def command(tmp_path, monkeypatch):
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         settings = [f"--config.{setting}" for setting in (f"data.data_dir={tmp_path / 'images'}", *settings)]
         where = [f"--pretrained=hf://me/{family}{file}", f"--workdir={tmp_path / workdir}", f"--mode={mode}"]
-        found = cli.parse([*where, *flags, *settings])
+        found = cli.parse([*where, f"--pretrained_flags={flags}", *settings])
         return found.config, found.workdir
 
     yield parse
@@ -113,30 +119,26 @@ MEASURE = ("evaluation.num_samples=4", "evaluation.metrics=energy_distance")
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("family", ["diffusers", "adm", "edm", "consistency", "edm_adm", "edm_ddpmpp", "edm_ncsnpp"])
+@pytest.mark.parametrize(
+    "family", ["diffusers", "adm", "ho", "edm", "consistency", "edm_adm", "edm_ddpmpp", "edm_ncsnpp"]
+)
 def test_one_command_samples_and_evaluates(command, family, capsys):
     has_bound = family in ("adm", "edm_ncsnpp")
-    steps = () if family in ("consistency", "edm") else ("sampling.steps=3",)
+    steps = ("sampling.steps=3",) if family in ("diffusers", "adm", "ho") else ()  # else the published sampler's
     config, workdir = command(family, "evaluate", *MEASURE, *steps, f"evaluation.likelihood={has_bound}")
     evaluate.run(config, workdir)
     records = json.loads((workdir / "metrics.json").read_text())
     (samples,) = [record for record in records if "energy_distance" in record]
     assert np.isfinite(samples["energy_distance"]) and samples["num_samples"] == 4
     assert len(records) == 1 + has_bound
-    printed = capsys.readouterr().out
-    sampler = {
-        "consistency": "consistency with 1",
-        "diffusers": "ddpm with 3",
-        "adm": "ddpm with 3",
-        "edm": "heun with 40",
-    }
-    assert f"sampling.seed=0, {sampler.get(family, 'heun with 3')} step" in printed
+    sampler = "ddpm with 3 steps" if steps else "consistency with 1 step" if family == "consistency" else "heun with"
+    assert f"sampling.seed=0, {sampler}" in capsys.readouterr().out
 
 
 @pytest.mark.whole
 def test_networks_of_edm_s_pickles_are_edited_and_trained(command, tmp_path):
     """Training resumes to the bit, also split over devices, and leaves NCSN++'s frequencies as they are."""
-    config, workdir = command("edm_ncsnpp", "edit", "editing.task=inpaint", "editing.example=1", "sampling.steps=4")
+    config, workdir = command("edm_ncsnpp", "edit", "editing.task=inpaint", "editing.example=1")
     edit.run(config, workdir)
     assert list((workdir / "edits").glob("*.png"))
 

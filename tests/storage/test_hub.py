@@ -273,6 +273,19 @@ def test_a_network_that_diffusers_lacks_is_published_in_one_format(tmp_path, mon
     assert [path.name for path in (tmp_path / "temporary").iterdir()] == ["precious"]
 
 
+@pytest.mark.whole
+def test_weights_are_published_once_to_a_bucket(tmp_path, bucket_url, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    pipeline(tmp_path)
+    to, flags = f"{bucket_url}/weights/cifar", ("--license=mit", "--data=x")
+    publish(tmp_path / "f", to, *flags)
+    assert params_equal(pretrained.load(tmp_path / "f"), pretrained.load(to))
+    with pytest.raises(SystemExit):
+        publish(tmp_path / "f", to, *flags)
+    assert "has objects already; give a new prefix" in capsys.readouterr().err
+    publish(tmp_path / "f", f"{bucket_url}/weights/ci", *flags)  # a neighbor
+
+
 @pytest.mark.parametrize(
     ("to", "flags", "words"),
     [
