@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import datetime
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from diffusion_jax.distributed.processes import log
 __all__ = [
     "ProgressBar",
     "format_duration",
+    "format_time",
     "log",
     "log_compilation",
     "log_parameters",
@@ -57,6 +59,11 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def format_time(seconds: float) -> str:
+    """Formats seconds since 1970 as a date and time."""
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 class ProgressBar:

@@ -298,15 +298,20 @@ def _draw_neighbors(
 def log_values(record: Mapping[str, Any]) -> None:
     """Logs each metric with its standard error, its better direction, and its value for equal distributions."""
     for key, value in reported_values(record).items():
-        name, better, _ = find_meaning(key) or Meaning(key, "", "")
+        name, _, _ = find_meaning(key) or Meaning(key, "", "")
         line = f"  {name:{_WIDTHS[0]}} {format_value(value, record.get(f'{key}_standard_error')):{_WIDTHS[1]}}"
-        remarks = [f"{better} is better"] * bool(better)
-        expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")
-        if expected is not None:
-            remarks.append(f"equal distributions: {expected:.4g}")
-        limits = [record[end] for end in (f"{key}_limit", _Z_LIMITS.get(key, "")) if end in record]
-        remarks += [f"equal distributions: |z| below {limit:.3g}" for limit in limits]
-        log(f"{line} {'; '.join(remarks)}".rstrip())
+        log(f"{line} {'; '.join(remarks(key, record))}".rstrip())
+
+
+def remarks(key: str, record: Mapping[str, Any]) -> list[str]:
+    """Returns the better direction of a metric, and what it is for equal distributions, as far as known."""
+    meaning = find_meaning(key)
+    found = [f"{meaning.better} is better"] if meaning and meaning.better else []
+    expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")
+    if expected is not None:
+        found.append(f"equal distributions: {expected:.4g}")
+    limits = [record[end] for end in (f"{key}_limit", _Z_LIMITS.get(key, "")) if end in record]
+    return found + [f"equal distributions: |z| below {limit:.3g}" for limit in limits]
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
