@@ -13,7 +13,7 @@ from diffusion_jax.evaluation.compare import remarks
 from diffusion_jax.metrics import MEANINGS, find_meaning, format_value, reported_values
 from diffusion_jax.report.collect import RunFiles
 
-_SHOWN_STATES = ("state", "time left", "speed", "checkpoint", "goodput")
+_SHOWN_STATES = ("state", "time left", "speed", "checkpoint", "loss", "goodput")
 # Measurements are compared if these entries agree.
 _PROTOCOL = ("dataset", "reference", "num_reference", "num_samples", "features", "features_digest", "resize")
 _UNBIASED = ("kid", "kernel_distance", "energy_distance")  # 0 on average for equal distributions
@@ -49,8 +49,6 @@ def facts(run: RunFiles) -> dict[str, str]:
             f"{format_duration(seconds)} in {len(launches)} launch{'es' * (len(launches) > 1)} on {where}"
         )
         rows["trained"] = f"{format_time(launches[0]['start'])} to {format_time(launches[-1]['end'])}"
-    if losses := [line["loss"] for line in run.lines if "loss" in line]:
-        rows["loss"] = f"{losses[-1]:.4g}"
     return rows | {name: run.status[name] for name in _SHOWN_STATES if name in run.status}
 
 
@@ -64,13 +62,11 @@ def newest_result(records: Sequence[Mapping[str, Any]]) -> dict[str, str] | None
             key = min(meanings, key=lambda key: texts.index(meanings[key].text))
             error, sampler = record.get(f"{key}_standard_error"), record.get("sampling", {}).get("sampler")
             by = f"{sampler} with {record.get('steps')} steps, " if sampler else ""
-            source = (
-                f"step {record.get('step')}, {record.get('weights')} weights, {by}against {record.get('reference')}"
-            )
+            weights = f"step {record.get('step')}, {str(record.get('weights')).replace('ema', 'EMA')} weights"
             return {
                 "name": f"{meanings[key].name}: {'; '.join([*remarks(key, record), *['no standard error'] * (not error)])}",
                 "value": format_value(values[key], error),
-                "source": f"Measured at {source}.",
+                "source": f"Measured at {weights}, {by}against {record.get('reference')}.",
                 "verdict": _judge(key, record, records[:i]),
             }
     return None

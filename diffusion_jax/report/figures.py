@@ -160,7 +160,7 @@ def training_samples(runs: Mapping[str, RunFiles], budget: Budget) -> list[dict[
         numbers = [path.stem.removeprefix(_PREFIX) for path in paths]
         found.append({int(n): path for n, path in zip(numbers, paths, strict=True) if n.isdecimal()})
     shared = sorted(set.intersection(*map(set, found)))
-    moments = [[step] * len(found) for step in shared] or [[max(paths) for paths in found]] * all(found)
+    moments = [[step] * len(found) for step in shared] or ([[*map(max, found)]] if all(found) else [])
     frames = []
     for steps in [moments[i] for i in reversed(even_subset(len(moments), _MAX_TRAINING_FRAMES // len(found) or 1))]:
         caption = f"after {' and '.join(f'{step:,}' for step in dict.fromkeys(steps))} training steps"

@@ -81,7 +81,7 @@ SCALARS: dict[str, Scalar] = {
     "learning_rate": Scalar("optimizer", "Learning rate", "learning rate", "learning rate"),
     "grad_norm": Scalar("optimizer", "Gradient norm", "L2 norm", "gradient", True),
     "param_norm": Scalar("optimizer", "Parameter norm", "L2 norm", "parameters"),
-    "images_per_second": Scalar("time", "Speed", "examples per second", "examples per second"),
+    "images_per_second": Scalar("time", "Speed", "images (examples) per second", "images per second"),
     "step_seconds": Scalar("time", "Seconds per step", "seconds", "seconds per step"),
     "seconds_left": Scalar("time", "", "seconds", "time left"),
     "compute": Scalar(*_TIME_SPENT, "train steps"),

@@ -86,7 +86,8 @@
   const limits = (low, high, isLog) => {
     if (!isNumber(low)) return isLog ? [0.1, 1] : [0, 1];
     const [from, to] = isLog ? [Math.log(low), Math.log(high)] : [low, high];
-    const margin = 0.06 * (to - from) || (isLog ? 0.1 : Math.abs(to) * 0.1 || 1);
+    const isConstant = to - from <= 1e-6 * Math.abs(to); // up to rounding
+    const margin = isConstant ? (isLog ? 0.1 : Math.abs(to) * 0.1 || 1) : 0.06 * (to - from);
     const both = [from - margin, to + margin];
     return isLog ? both.map(Math.exp) : both;
   };
@@ -366,17 +367,18 @@
     if (kind === "numbers" && rows.length > 1) {
       const isEqual = (i) => i && !ranked.better[i] && rows.every((row) => row[i] === rows[0][i]);
       const equal = header.map((_, i) => i).filter(isEqual);
+      const hidden = [...equal, header.indexOf("samples")].filter((i) => i > 0); // file names repeat other columns
       if (equal.length) title += `. In all rows: ${equal.map((i) => `${header[i]} ${rows[0][i]}`).join(", ")}`;
       title += ". A bar is a value with its error; the shaded part is the error of the best value of the same protocol";
       markBest(cells, ranked);
-      for (const row of [head, ...cells]) equal.forEach((i) => (row[i].hidden = true));
+      for (const row of [head, ...cells]) hidden.forEach((i) => (row[i].hidden = true));
     }
     const [first, ...others] = [head, ...cells].map((row) => make("tr", {}, ...row));
-    const content = [make("caption", {}, title), make("thead", {}, first), make("tbody", {}, ...others)];
+    const content = [make("thead", {}, first), make("tbody", {}, ...others)];
     const place = make("div", { className: "scroll", tabIndex: 0, aria: { label: caption } });
     place.setAttribute("role", "region");
-    place.append(make("table", { className: kind }, ...content));
-    section.append(place);
+    place.append(make("table", { className: kind, aria: { label: caption } }, ...content));
+    section.append(make("p", { className: "caption" }, `${title}.`), place);
   };
 
   // Marks the best values of measurements with the same protocol, and draws each error beside the error of the best value.
@@ -493,7 +495,8 @@
         ]
       : [make("p", { className: "verdict" }, "No metric is measured yet: run --mode=evaluate.")];
     const shown = picture ? makeFigure(picture) : make("p", {}, "There are no samples yet.");
-    section.append(make("div", { className: "card" }, make("div", {}, ...parts, makeTerms(Object.entries(facts))), shown));
+    const answer = make("div", { className: "answer" }, ...parts);
+    section.append(make("div", { className: "card" }, answer, makeTerms(Object.entries(facts)), shown));
   };
 
   // ---- The page
