@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import jax
 
 from diffusion_jax.distributed.processes import log
+from diffusion_jax.errors import shorten_middle
 
 __all__ = [
     "ProgressBar",
@@ -37,18 +38,20 @@ def log_compilation(program: str) -> Iterator[None]:
 _Row = dataclasses.make_dataclass("_Row", ["level", "arrays", "parameters", "share"])  # of the parameter table
 
 
-def log_parameters(params: Mapping) -> None:
+def log_parameters(params: Mapping, order: Iterable[str]) -> None:
     """Logs a table of the network's parameters with one row for each level, such as `down_0` or `mid_block`.
 
-    params: {layer: parameters}, arrays or their shapes. The first two words of a layer name are its level.
+    params: {layer: parameters}, arrays or their shapes. The first two words of a layer name are its level. order: the layers
+    in the order of execution.
     """
     from clu import parameter_overview  # imports Flax, which is slow; a rejected command line does not need it
 
     levels: dict[str, list[int]] = collections.defaultdict(list)
-    for name, leaf in parameter_overview.flatten_dict(dict(params)).items():
-        levels["_".join(name.partition("/")[0].split("_")[:2])].append(leaf.size)
+    for layer in order:
+        sizes = [leaf.size for leaf in jax.tree.leaves(params[layer])]
+        levels["_".join(layer.split("_")[:2])] += sizes
     total = sum(map(sum, levels.values()))
-    rows = [_Row(name, len(sizes), sum(sizes), f"{sum(sizes) / total:.1%}") for name, sizes in sorted(levels.items())]
+    rows = [_Row(name, len(sizes), sum(sizes), f"{sum(sizes) / total:.1%}") for name, sizes in levels.items()]
     log(parameter_overview.make_table(rows))
 
 
@@ -66,20 +69,24 @@ def format_time(seconds: float) -> str:
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
+_TITLE_WIDTH = 36  # with a bar, counts and the remaining time in 80 columns
+
+
 class ProgressBar:
     """A progress bar in a terminal; a log file gets at most one line every ten seconds, and a final line."""
 
     _SECONDS_BETWEEN_LINES = 10
 
     def __init__(self, title: str, total: int, done: int = 0):
-        self._title, self._total, self._initial, self._start_time = title, total, done, time.perf_counter()
+        self._title, self._total, self._initial = shorten_middle(title, _TITLE_WIDTH), total, done
+        self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
         if jax.process_index() == 0 and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # errors need no bar
 
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-            self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
-            self._task = self._rich.add_task(title, total=total, completed=done, note="")
+            columns = [TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn()]
+            self._rich = Progress(*columns, TextColumn("{task.fields[note]}"), expand=True)
+            self._task = self._rich.add_task(self._title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
         if self._rich:

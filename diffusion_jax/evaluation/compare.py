@@ -40,7 +40,6 @@ from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
-_WIDTHS = 41, 18  # of names and values in the log
 _Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # other limits: NAME_limit
 # Entries of a record besides metrics, which no metric of the user may replace.
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
@@ -297,10 +296,17 @@ def _draw_neighbors(
 
 def log_values(record: Mapping[str, Any]) -> None:
     """Logs each metric with its standard error, its better direction, and its value for equal distributions."""
-    for key, value in reported_values(record).items():
-        name, _, _ = find_meaning(key) or Meaning(key, "", "")
-        line = f"  {name:{_WIDTHS[0]}} {format_value(value, record.get(f'{key}_standard_error')):{_WIDTHS[1]}}"
-        log(f"{line} {'; '.join(remarks(key, record))}".rstrip())
+    rows = [
+        (
+            (find_meaning(key) or Meaning(key, "", "")).name,
+            format_value(value, record.get(f"{key}_standard_error")),
+            key,
+        )
+        for key, value in reported_values(record).items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, value, key in rows:
+        log(f"  {name:{widths[0]}}  {value:{widths[1]}}  {'; '.join(remarks(key, record))}".rstrip())
 
 
 def remarks(key: str, record: Mapping[str, Any]) -> list[str]:

@@ -443,10 +443,10 @@ class LaunchTimes:
         self._last_lap, self._written = dict(self._seconds), -math.inf
         self._launches: list[dict[str, Any]] = [{}]  # the last entry is this launch
 
-    def begin(self, step: int) -> None:
-        """Sets the first step of the launch; from now on, unmeasured time counts for `train`."""
-        this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
-        self._launches = [*read_launches(self._workdir), this]
+    def begin(self, step: int, parameters: int = 0) -> None:
+        """Sets the first step of the launch and the size of the network; from now on, unmeasured time counts for `train`."""
+        this = {"start": self._start, "first_step": step, "last_step": step, "parameters": parameters}
+        self._launches = [*read_launches(self._workdir), this | {"environment": describe_environment()}]
         self._count_as("train")
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.console import format_duration, format_time
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, wrap
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import compute_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
@@ -30,7 +31,8 @@ def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
             f"a log in {workdir} holds invalid values ({error}); --mode=report shows the other files"
         ) from error
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    lines = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return wrap(lines, shutil.get_terminal_size().columns)
 
 
 def describe(
