@@ -104,8 +104,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add("--pretrained", metavar="PATH", help="weights to start from, as for pretrained.load")
     text = "settings that the weights' file lacks: a preset, OpenAI's flags, or JSON"
     add("--pretrained_flags", metavar="FLAGS", default="", help=text)
-    text = "import the functions that a run names, such as its network (model.kind)"
-    add("--trust_network", action="store_true", help=text)
+    add("--trust_network", action="store_true", help="import the functions that a run names, such as model.kind")
     add("--follow_links", action="store_true", help="write through links that lead out of the work directory")
     for name, kind, metavar, text in (
         ("coordinator_address", str, "HOST:PORT", "address of process 0, the same for all processes"),

@@ -122,13 +122,13 @@ def shorten_middle(text: str, limit: int) -> str:
 
 def wrap(text: str, width: int) -> str:
     """Wraps each line at spaces. Continued lines are indented to the column after the first two spaces in the line."""
-    lines = []
-    for line in text.splitlines():
+
+    def wrap_line(line: str) -> str:
         found = re.match(r" *\S.*? {2,}| *", line)
         indent = " " * min(len(found[0]) if found else 0, width // 2)
-        wrapped = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        lines += wrapped if len(line) > width else [line]
-    return "\n".join(lines)
+        return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(wrap_line, text.splitlines()))
 
 
 def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:

@@ -296,17 +296,12 @@ def _draw_neighbors(
 
 def log_values(record: Mapping[str, Any]) -> None:
     """Logs each metric with its standard error, its better direction, and its value for equal distributions."""
-    rows = [
-        (
-            (find_meaning(key) or Meaning(key, "", "")).name,
-            format_value(value, record.get(f"{key}_standard_error")),
-            key,
-        )
-        for key, value in reported_values(record).items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, value, key in rows:
-        log(f"  {name:{widths[0]}}  {value:{widths[1]}}  {'; '.join(remarks(key, record))}".rstrip())
+    values = reported_values(record)
+    names = [(find_meaning(key) or Meaning(key, "", "")).name for key in values]
+    texts = [format_value(value, record.get(f"{key}_standard_error")) for key, value in values.items()]
+    widths = [max(map(len, column), default=0) for column in (names, texts)]
+    for key, name, text in zip(values, names, texts, strict=True):
+        log(f"  {name:{widths[0]}}  {text:{widths[1]}}  {'; '.join(remarks(key, record))}".rstrip())
 
 
 def remarks(key: str, record: Mapping[str, Any]) -> list[str]:

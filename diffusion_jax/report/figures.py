@@ -136,8 +136,8 @@ class Budget:
         if len(content) > self.left:
             return None
         self.left -= len(content)
-        source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-        return {"src": source, "width": image.width, "height": image.height, "caption": caption}
+        uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return {"src": uri, "width": image.width, "height": image.height, "caption": caption}
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:

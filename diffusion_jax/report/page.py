@@ -16,7 +16,7 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.config import SETTINGS, defaults, flatten
-from diffusion_jax.console import format_duration, format_time
+from diffusion_jax.console import format_time
 from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.metrics import find_meaning, reported_values
@@ -60,22 +60,20 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
         named[f"{run.name} ({count + 1})" if count else run.name] = run
     budget = Budget(PICTURE_BYTES, runs[0].notes)
 
-    def by_run(caption: str, values: Sequence[Mapping[str, Any]], is_shown: Callable[[list[str]], bool]) -> Blocks:
+    def by_run(caption: str, values: Sequence[Mapping[str, Any]], least: int = 1) -> Blocks:
+        """Returns a table of the rows with at least `least` different values."""
         keys = dict.fromkeys(key for each in values for key in each)
         rows = [[key, *(str(each.get(key, "")) for each in values)] for key in keys]
-        return [_table(caption, ["", *named], [row for row in rows if is_shown(row[1:])])]
+        return [_table(caption, ["", *named], [row for row in rows if len(set(row[1:])) >= least])]
 
-    def config() -> Blocks:
-        settings = [{} if run.config is None else flatten(run.config) for run in runs]
-        return by_run("Settings in which the runs differ", settings, lambda texts: len(set(texts)) > 1)
-
+    settings = [{} if run.config is None else flatten(run.config) for run in runs]
     sections: Sections = {
         ("warnings", "Warnings"): lambda: [{"notes": notes}] if (notes := card.find_differences(named)) else [],
         ("metrics", "Metrics"): lambda: _metrics(named),
         ("samples", "Samples during training"): lambda: figures.training_samples(named, budget),
-        ("states", "Runs"): lambda: by_run("What was trained", [card.facts(run) for run in runs], any),
+        ("states", "Runs"): lambda: by_run("What was trained", [card.facts(run) for run in runs]),
         ("curves", "Curves"): lambda: _curves(named),
-        ("config", "Config"): config,
+        ("config", "Config"): lambda: by_run("Settings in which the runs differ", settings, 2),
     }
     return _page(f"{len(runs)} runs: {', '.join(named)}", named, sections)
 
@@ -128,11 +126,8 @@ def _curves(runs: Mapping[str, RunFiles]) -> Blocks:
         {"name": name, "batch": run.config and run.config.training.batch_size} | figures.run_clock(run.lines, points)
         for name, run in runs.items()
     ]
-    longest = max(len(run.lines) for run in runs.values())
-    text = f"{longest:,} lines of the log."
-    if longest > points:
-        text += f" They are shown as {points} means, with a band from the lowest to the highest value of each interval."
-    return [{"text": text}, {"curves": {"runs": clocks, "charts": charts}}]
+    lines = max(len(run.lines) for run in runs.values())
+    return [{"curves": {"runs": clocks, "charts": charts, "lines": lines, "points": points}}]
 
 
 def _metrics(runs: Mapping[str, RunFiles]) -> Blocks:
@@ -167,20 +162,10 @@ def _pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> Blocks:
 
 
 def _launches(run: RunFiles) -> Blocks:
-    """Returns a table with a row for each launch, and a list of unused checkpoints."""
-    if not run.launches:
-        return []
-    rows = []
-    continued_from = [launch["first_step"] for launch in run.launches[1:]] + [run.launches[-1]["last_step"]]
-    for launch, following in zip(run.launches, continued_from, strict=True):
-        duration, last = format_duration(launch["end"] - launch["start"]), launch["last_step"]
-        lost, stopped_by = max(last - following, 0), launch.get("stopped_by", "")
-        rows.append([format_time(launch["start"]), duration, launch["first_step"], last, lost, stopped_by])
-    header = ["start", "duration", "from step", "to step", "steps done again later", "stopped by"]
+    """Returns the launches, of which report.js makes a table, and the names of unused checkpoints."""
     checkpoints = run.directory / "checkpoints"
     unused = sorted(path.name for end in ("unreadable", "partial") for path in checkpoints.glob(f"*.{end}"))
-    text = f"Damaged or unfinished checkpoints, which are not used: {', '.join(unused)}."
-    return [_table("Launches", header, rows, "times"), *([{"text": text}] * bool(unused))]
+    return [{"launches": {"launches": run.launches, "unused": unused}}] if run.launches else []
 
 
 def _config(run: RunFiles) -> Blocks:
@@ -199,16 +184,10 @@ def _config(run: RunFiles) -> Blocks:
 
 def _environment(run: RunFiles) -> Blocks:
     """Describes the environment of the last launch, and the data."""
-    rows: list[tuple[str, str]] = []
-    environment = run.launches[-1].get("environment") if run.launches else None
-    if environment:
-        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())))
-        rows.append(("system", "{system}, {cpus} CPUs".format(**environment)))
-        rows.append(("devices", "{devices} x {device_kind} ({backend}), {processes} processes".format(**environment)))
-    if run.data:
-        rows.append(("data", f"SHA-256 of some examples: {run.data.get('sha256_of_some')}"))
-        rows.append(("classes", ", ".join(map(str, run.data.get("classes") or ["none"]))))
-    return [{"terms": rows}] if rows else []
+    known = (run.launches[-1].get("environment", {}) if run.launches else {}) | {
+        f"data: {name}": run.data[name] for name in ("sha256_of_some", "classes") if name in run.data
+    }
+    return [{"environment": known}] if known else []
 
 
 def _command(run: RunFiles) -> Blocks:

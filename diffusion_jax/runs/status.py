@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,12 +31,12 @@ def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
             f"a log in {workdir} holds invalid values ({error}); --mode=report shows the other files"
         ) from error
     width = max(map(len, rows))
-    lines = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
-    return wrap(lines, shutil.get_terminal_size().columns)
+    text = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return wrap(text, shutil.get_terminal_size().columns)
 
 
 def describe(
-    config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, Any]], now: float | None = None
+    config: ConfigDict, workdir: RunDir, lines: list[dict[str, Any]], now: float | None = None
 ) -> dict[str, str]:
     """Returns the state of a work directory as {name: text}. lines: the result of `read_metrics`. now: None for no ages."""
     num_steps = config.training.num_steps

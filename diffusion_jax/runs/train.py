@@ -53,7 +53,7 @@ from diffusion_jax.runs.workdir import (
 )
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
-from diffusion_jax.training.state import layer_order
+from diffusion_jax.training.state import initial_params
 
 _FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
@@ -118,7 +118,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             broadcast_from_process_0(lambda: workdir.write_json(pretrained.ORIGIN_FILE, origin))
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
-        log_parameters(state.params, layer_order(program.model, net.example_shape))
+        log_parameters(lambda key: initial_params(key, program.model, net.example_shape))
         if jax.default_backend() == "gpu" and not options.deterministic:
             log(
                 "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, "

@@ -64,13 +64,6 @@ def abstract_params(model: Network, shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(lambda key: initial_params(key, model, shape), jax.random.key(0))
 
 
-def layer_order(model: Network, shape: tuple[int, ...]) -> list[str]:
-    """Returns the names of a network's layers in the order of execution. Transformed functions sort the keys of a dict."""
-    names: list[str] = []
-    jax.eval_shape(lambda key: names.extend(initial_params(key, model, shape)), jax.random.key(0))
-    return names
-
-
 def initial_state(
     config: Mapping[str, Any],
     model: Network,

@@ -105,6 +105,14 @@ def test_the_first_screen_has_the_card_the_key_metric_and_samples(opened):
     assert places[-1]["x"] > 700 and page.locator("#curves").bounding_box()["y"] > places[-1]["y"]
 
 
+def test_launches_and_the_environment_are_texts(opened):
+    page = opened("complete")
+    first = page.locator("#launches tbody tr").first.locator("th, td").all_inner_texts()
+    assert first == ["2026-09-21 14:13:20 UTC", "00:16:40", "0", "600", "200", ""]  # 200 steps were lost
+    assert "300.unreadable, 500.partial" in page.locator("#launches").inner_text()
+    assert "jax 0.10.2" in page.locator("#environment").inner_text()
+
+
 def titles(page):
     return page.locator(".axis-x").all_inner_texts()
 

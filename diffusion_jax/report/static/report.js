@@ -332,6 +332,9 @@
 
   const addCurves = (section, curves) => {
     data = curves;
+    const { lines, points } = data;
+    const means = `They are shown as ${points} means, with a band from the lowest to the highest value of each interval.`;
+    section.append(make("p", {}, `${format(lines)} lines of the log. ${lines > points ? means : ""}`));
     const axis = make("select", { onchange: () => ((view.axis = axis.value), (view.range = null), drawAll()) });
     for (const [name, { can }] of Object.entries(AXES)) {
       axis.append(make("option", { value: name, disabled: !data.runs.every(can) }, name));
@@ -499,6 +502,31 @@
     section.append(make("div", { className: "card" }, answer, makeTerms(Object.entries(facts)), shown));
   };
 
+  const asTime = (time) => `${new Date(1000 * time).toISOString().slice(0, 19).replace("T", " ")} UTC`;
+  const asDuration = (time) => {
+    const [hours, minutes] = [Math.floor(time / 3600), Math.floor(time / 60) % 60].map((part) => String(part).padStart(2, "0"));
+    return `${hours}:${minutes}:${String(Math.round(time) % 60).padStart(2, "0")}`;
+  };
+
+  const addLaunches = (section, { launches, unused }) => {
+    const rows = launches.map(({ start, end, first_step, last_step, stopped_by = "" }, i) => {
+      const again = i + 1 < launches.length ? Math.max(last_step - launches[i + 1].first_step, 0) : 0;
+      return [asTime(start), asDuration(end - start), ...[first_step, last_step, again].map(format), stopped_by];
+    });
+    const header = ["start", "duration", "from step", "to step", "steps done again later", "stopped by"];
+    addTable(section, { caption: "Launches", header, rows, kind: "times" });
+    const text = `Damaged or unfinished checkpoints, which are not used: ${unused.join(", ")}.`;
+    if (unused.length) section.append(make("p", {}, text));
+  };
+
+  const asText = (value) => {
+    if (Array.isArray(value)) return value.map(asText).join(", ");
+    if (value === null || typeof value !== "object") return String(value);
+    return Object.entries(value).map(([name, each]) => `${name} ${asText(each)}`).join(", ");
+  };
+  const addEnvironment = (section, known) =>
+    section.append(makeTerms(Object.entries(known).map(([name, value]) => [name.replaceAll("_", " "), asText(value)])));
+
   // ---- The page
 
   const makeNotes = (notes) => make("ul", { className: "notes" }, ...notes.map((note) => make("li", {}, note)));
@@ -511,9 +539,11 @@
       section.append(details);
       addBlocks(details, blocks);
     },
+    environment: addEnvironment,
     frames: addFrames,
     gallery: (section, pictures) =>
       section.append(make("div", { className: "gallery" }, ...pictures.map((picture) => makeFigure(picture)))),
+    launches: addLaunches,
     notes: (section, notes) => section.append(makeNotes(notes)),
     table: addTable,
     terms: (section, terms) => section.append(makeTerms(terms)),
@@ -532,7 +562,11 @@
     const heading = make("h2", { id: `${id}-title` }, title); // makes the section a named region
     const section = make("section", { id, aria: { labelledby: heading.id } }, heading);
     main.append(section);
-    addBlocks(section, blocks);
+    try {
+      addBlocks(section, blocks);
+    } catch (error) {
+      section.append(makeNotes([`This section is not complete, because a file holds invalid values (${error.message}).`]));
+    }
   }
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
 
