@@ -45,9 +45,7 @@ def facts(run: RunFiles) -> dict[str, str]:
         where = "{devices} x {device_kind}".format(**launches[-1]["environment"])
         if parameters := launches[-1].get("parameters"):
             rows["network"] += f", {parameters:,} parameters"
-        rows["duration"] = (
-            f"{format_duration(seconds)} in {len(launches)} launch{'es' * (len(launches) > 1)} on {where}"
-        )
+        rows["duration"] = f"{format_duration(seconds)} on {where}, launches: {len(launches)}"
         rows["trained"] = f"{format_time(launches[0]['start'])} to {format_time(launches[-1]['end'])}"
     return rows | {name: run.status[name] for name in _SHOWN_STATES if name in run.status}
 
@@ -60,16 +58,20 @@ def newest_result(records: Sequence[Mapping[str, Any]]) -> dict[str, str] | None
         meanings = {key: meaning for key in values if (meaning := find_meaning(key)) and meaning.better}
         if meanings:
             key = min(meanings, key=lambda key: texts.index(meanings[key].text))
-            error, sampler = record.get(f"{key}_standard_error"), record.get("sampling", {}).get("sampler")
-            by = f"{sampler} with {record.get('steps')} steps, " if sampler else ""
-            weights = f"step {record.get('step')}, {str(record.get('weights')).replace('ema', 'EMA')} weights"
+            error = record.get(f"{key}_standard_error")
             return {
                 "name": f"{meanings[key].name}: {'; '.join([*remarks(key, record), *['no standard error'] * (not error)])}",
                 "value": format_value(values[key], error),
-                "source": f"Measured at {weights}, {by}against {record.get('reference')}.",
+                "source": f"Measured at {_source(record)}, against {record.get('reference')}.",
                 "verdict": _judge(key, record, records[:i]),
             }
     return None
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    sampler, weights = record.get("sampling", {}).get("sampler"), str(record.get("weights")).replace("ema", "EMA")
+    by = f", {sampler} with {record.get('steps')} steps" if sampler else ""
+    return f"step {record.get('step')}, {weights} weights{by}"
 
 
 def _judge(key: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str:
@@ -77,9 +79,7 @@ def _judge(key: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, A
     value, error, found = reported_values(record)[key], record.get(f"{key}_standard_error") or 0.0, []
     if key in _UNBIASED and error:
         z = value / error
-        found.append(
-            f"{z:.1f} standard errors above equal distributions." if z > 2 else "No difference from the data found."
-        )
+        found.append(f"{z:.1f} standard errors above equal distributions." if z > 2 else "No difference found.")
     if reported := record.get("reported"):
         found.append(f"The paper reports an FID of {reported['fid']:g}.")
     before = [old for old in earlier if key in reported_values(old) and protocol(old) == protocol(record)]
@@ -88,10 +88,8 @@ def _judge(key: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, A
         better = meaning.better if meaning else ""
         gain = {"lower": old_value - value, "higher": value - old_value}.get(better, abs(old_value) - abs(value))
         old_error = old.get(f"{key}_standard_error") or 0.0
-        change = (
-            "No clear change from" if abs(gain) <= error + old_error else "Better than" if gain > 0 else "Worse than"
-        )
-        found.append(f"{change} step {old.get('step')} before: {format_value(old_value, old_error or None)}.")
+        change = "Similar to" if abs(gain) <= error + old_error else "Better than" if gain > 0 else "Worse than"
+        found.append(f"{change} {format_value(old_value, old_error or None)} before, at {_source(old)}.")
     share = reported_values(record).get("close_share", 0)
     found += [f"{share:.0%} of the samples are near copies of training examples."] * (share > _COPIES)
     found += [f"Caution: {note}." for name, note in record.get("notes", {}).items() if name == key]

@@ -56,7 +56,7 @@ def describe(
     timed = [line for line in lines if "step_seconds" in line]
     if timed:
         seconds = timed[-1]["step_seconds"]
-        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.3g} {data.noun(config.data)}/s"
+        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.5g} {data.noun(config.data)}/s"
         if step < num_steps:
             rows["time left"] = f"{format_duration((num_steps - step) * seconds)} at this speed"
     rows["checkpoint"] = "none yet"

@@ -227,7 +227,7 @@ def _train(
                 means = training.mean_metrics(_check_finite(state, checkpoints))
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
-                note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} {data.noun(config.data)}/s"
+                note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.5g} {data.noun(config.data)}/s"
                 note += f"  {peak / 1e9:.1f} GB" if (peak := devices.peak_memory()) else ""
                 with launch.measure("output"):
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})

@@ -88,8 +88,11 @@ def test_the_card_answers_at_a_glance(tmp_path):
     (card,) = Page(write_report(tmp_path)).blocks("card")
     facts = card["facts"]
     assert facts["data"] == "1,498 images of digits (train), 8 x 8 x 1"
-    assert "prediction eps, loss simple" in facts["objective"] and "unet, 32 channels" in facts["network"]
-    assert facts["steps"] == "step 1,000 of 1,000 (100%), batch 64" and "in 2 launches on 1 x cpu" in facts["duration"]
+    assert "prediction eps, loss simple" in facts["objective"] and "unet, 32 channels x (1, 2), 651,041 parameters" in facts["network"]
+    assert (
+        facts["steps"] == "step 1,000 of 1,000 (100%), batch 64"
+        and facts["duration"] == "35:00 on 1 x cpu, launches: 2"
+    )
     assert facts["trained"] == "2026-09-21 14:13:20 UTC to 2026-09-21 14:56:40 UTC"
     assert facts.keys() >= {"loss", "state", "speed"} and "ago" not in facts["checkpoint"]
     assert card["result"]["name"] == "bits per dimension: lower is better"
@@ -105,10 +108,10 @@ def record(value, error, **settings):
     ("records", "expected"),
     [
         ([record(0.5, 0.1)], "5.0 standard errors above equal distributions."),
-        ([record(0.1, 0.1)], "No difference from the data found."),
-        ([record(0.9, 0.1, step=1), record(0.5, 0.1)], "Better than step 1 before: 0.90 ± 0.10."),
-        ([record(0.1, 0.1, step=1), record(0.5, 0.1)], "Worse than step 1 before: 0.10 ± 0.10."),
-        ([record(0.6, 0.1, step=1), record(0.5, 0.1)], "No clear change from step 1 before: 0.60 ± 0.10."),
+        ([record(0.1, 0.1)], "No difference found."),
+        ([record(0.9, 0.1, step=1), record(0.5, 0.1)], "Better than 0.90 ± 0.10 before, at step 1, "),
+        ([record(0.1, 0.1, step=1), record(0.5, 0.1)], "Worse than 0.10 ± 0.10 before, at step 1, "),
+        ([record(0.6, 0.1, step=1), record(0.5, 0.1)], "Similar to 0.60 ± 0.10 before, at step 1, "),
         ([record(0.5, 0.1, memorization={"close_share": 0.4})], "40% of the samples are near copies"),
         ([record(0.5, 0.1, notes={"kernel_distance": "few samples"})], "Caution: few samples."),
         ([{"fid": 3.5, "reported": {"fid": 3.17}}], "The paper reports an FID of 3.17."),

@@ -514,7 +514,7 @@
       return [asTime(start), asDuration(end - start), ...[first_step, last_step, again].map(format), stopped_by];
     });
     const header = ["start", "duration", "from step", "to step", "steps done again later", "stopped by"];
-    addTable(section, { caption: "Launches", header, rows, kind: "times" });
+    addTable(section, { caption: "A row for each launch", header, rows, kind: "times" });
     const text = `Damaged or unfinished checkpoints, which are not used: ${unused.join(", ")}.`;
     if (unused.length) section.append(make("p", {}, text));
   };
