@@ -91,13 +91,15 @@ def _page(title: str, runs: Mapping[str, RunFiles], sections: Sections) -> str:
         if blocks:
             shown.append({"id": identifier, "title": name, "blocks": blocks})
     notes = [f"{name}: {note}" if len(runs) > 1 else note for name, run in runs.items() for note in run.notes]
-    written = f"Written {format_time(time.time())} by diffusion_jax {diffusion_jax.__version__}."
-    report = {"title": title, "written": written, "notes": [*notes, *problems], "sections": shown}
+    title, written = html.escape(title), format_time(time.time())
+    report = {"notes": [*notes, *problems], "sections": shown}
     static = importlib.resources.files("diffusion_jax.report") / "static"
     files = {path.name.replace(".", "_"): path.read_text() for path in static.iterdir() if path.name != "model_card.md"}
     # Without "<", no text in the JSON can end its element.
     text = json.dumps(report, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return string.Template(files.pop("page_html")).substitute(files, title=html.escape(title), report=text)
+    return string.Template(files.pop("page_html")).substitute(
+        files, title=title, written=written, version=diffusion_jax.__version__, report=text
+    )
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> dict[str, Any]:

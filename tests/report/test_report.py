@@ -88,7 +88,8 @@ def test_the_card_answers_at_a_glance(tmp_path):
     (card,) = Page(write_report(tmp_path)).blocks("card")
     facts = card["facts"]
     assert facts["data"] == "1,498 images of digits (train), 8 x 8 x 1"
-    assert "prediction eps, loss simple" in facts["objective"] and "unet, 32 channels x (1, 2), 651,041 parameters" in facts["network"]
+    assert facts["objective"] == "prediction eps, loss simple, cosine schedule, T = 1,000"
+    assert facts["network"] == "unet, 32 channels x (1, 2), 651,041 parameters"
     assert (
         facts["steps"] == "step 1,000 of 1,000 (100%), batch 64"
         and facts["duration"] == "35:00 on 1 x cpu, launches: 2"

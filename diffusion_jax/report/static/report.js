@@ -555,7 +555,6 @@
   const report = JSON.parse(document.querySelector("#report").textContent);
   const main = document.querySelector("main");
   const links = report.sections.map(({ id, title }) => make("li", {}, make("a", { href: `#${id}` }, title)));
-  document.querySelector("header").append(make("p", {}, report.written));
   main.before(make("nav", { aria: { label: "Sections" } }, make("ul", {}, ...links)));
   if (report.notes.length) main.append(makeNotes(report.notes));
   for (const { id, title, blocks } of report.sections) {
