@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import json
+import os
 import re
 import shlex
 
@@ -21,7 +22,7 @@ from diffusion_jax.report.collect import sample_command, train_command
 from diffusion_jax.report.figures import make_series, run_clock, training_charts
 from diffusion_jax.report.model_card import model_card
 from diffusion_jax.runs.workdir import to_dict
-from helpers.simulated_runs import simulated_lines, write_log, write_results, write_run
+from helpers.simulated_runs import START, simulated_lines, write_log, write_results, write_run
 
 SECTIONS = ["summary", "curves", "training-samples", "denoising", "metrics", "pictures", "launches", "config"]
 SECTIONS += ["environment", "reproduce"]
@@ -85,6 +86,10 @@ def test_a_complete_run_has_every_section(tmp_path):
 
 def test_the_card_answers_at_a_glance(tmp_path):
     write_run(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "1000"
+    checkpoint.mkdir()
+    (checkpoint / "digests.json").write_text("{}")
+    os.utime(checkpoint / "digests.json", (START, START))
     (card,) = Page(write_report(tmp_path)).blocks("card")
     facts = card["facts"]
     assert facts["data"] == "1,498 images of digits (train), 8 x 8 x 1"
@@ -95,7 +100,8 @@ def test_the_card_answers_at_a_glance(tmp_path):
         and facts["duration"] == "35:00 on 1 x cpu, launches: 2"
     )
     assert facts["trained"] == "2026-09-21 14:13:20 UTC to 2026-09-21 14:56:40 UTC"
-    assert facts.keys() >= {"loss", "state", "speed"} and "ago" not in facts["checkpoint"]
+    assert facts.keys() >= {"loss", "state", "speed"}
+    assert facts["checkpoint"] == "step 1,000, 2026-09-21 14:13:20 UTC"
     assert card["result"]["name"] == "bits per dimension: lower is better"
     assert card["result"]["value"] == "3.21 ± 0.02" and "step 1000, EMA weights" in card["result"]["source"]
     assert card["picture"]["caption"].startswith("samples/") and card["picture"]["src"].startswith("data:image/")
@@ -116,7 +122,9 @@ def record(value, error, **settings):
         ([record(0.5, 0.1, memorization={"close_share": 0.4})], "40% of the samples are near copies"),
         ([record(0.5, 0.1, notes={"kernel_distance": "few samples"})], "Caution: few samples."),
         ([{"fid": 3.5, "reported": {"fid": 3.17}}], "The paper reports an FID of 3.17."),
-        ([record(0.9, 0.1, reference="x"), {"fid": 3.5, "step": 2}], "No other measurement with these settings"),
+        ([{"fid": 3.0}, {"fid": 3.5, "num_samples": 10}], "No other measurement with these settings"),
+        ([{"precision": 0.5}, {"precision": 0.6}], "Better than 0.5 before"),
+        ([{"mean_z": -4.0}, {"mean_z": 3.0}], "Better than -4 before"),
     ],
 )
 def test_a_result_has_a_verdict(records, expected):
