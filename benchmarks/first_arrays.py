@@ -11,8 +11,8 @@ of the page's evaluation:
   NAME_paired_z: NAME_z for the differences between each sample and the simulation of the same kill rate.
   kill_bias: the mean of these differences for the kill rate. kill_error: the 95% quantile of their absolute values.
   feed_mean, feed_std: the feed rate of the samples; the simulation has 0.037. feed_std_new: of the new simulations.
-  close_share: share of near copies, samples nearer to a training pattern than 99% of the training patterns are to each other,
-  as --mode=evaluate measures it.
+  memorized: share of samples nearer to a training pattern than 99% of the training patterns are to each other
+  (`close_share` of --mode=evaluate).
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.first_pictures import IMAGES, ROOT, run_page
 PAGE = "first_arrays.md"
 
 
-def quality(test: np.ndarray, samples: np.ndarray, close_share: float) -> dict[str, float]:
+def quality(test: np.ndarray, samples: np.ndarray, memorized: float) -> dict[str, float]:
     """Returns the numbers of this file's docstring. test: new simulations with the samples' kill rates."""
     found, new = reaction_diffusion.statistics(samples), reaction_diffusion.statistics(test)
     differences = {name: found[name] - new[name] for name in found}
@@ -47,7 +47,7 @@ def quality(test: np.ndarray, samples: np.ndarray, close_share: float) -> dict[s
             "feed_mean": found["feed"].mean(),
             "feed_std": found["feed"].std(),
             "feed_std_new": new["feed"].std(),
-            "close_share": close_share,
+            "memorized": memorized,
         }
     )
     return {name: round(float(value), 5) for name, value in values.items()}
@@ -75,9 +75,9 @@ def main() -> None:
     run_page(PAGE, "patterns", directory, options.seed)
     workdir = directory / "runs" / "patterns"
     few, *_, many = sorted((workdir / "samples").glob("*.npz"), key=lambda path: len(np.load(path)["arr_0"]))
-    close_share = json.loads((workdir / "metrics.json").read_text())[-1]["memorization"]["close_share"]
+    memorized = json.loads((workdir / "metrics.json").read_text())[-1]["memorization"]["close_share"]
     with np.load(directory / "patterns/test.npz") as test, np.load(many) as samples:
-        print(json.dumps(quality(test["x"], samples["arr_0"], close_share)))
+        print(json.dumps(quality(test["x"], samples["arr_0"], memorized)))
     if options.picture:
         shutil.copy(few.with_suffix(".png"), IMAGES / "first_arrays.png")
 

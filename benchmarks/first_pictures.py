@@ -12,8 +12,8 @@ confidence that 95% of new drawings exceed. The last line is a JSON object:
   accuracy: share of 1,200 new drawings whose class the classifier recognizes. threshold: the confidence.
   recognized: share of samples whose predicted class is the requested class, with a confidence of at least the threshold.
   right_class: the same share for any confidence. rarest: the smallest share of a predicted class.
-  close_share: share of near copies, samples nearer to a drawing than 99% of the drawings are to each other, as
-  --mode=evaluate measures it; close_share_new: the same share of the new drawings.
+  memorized: share of samples nearer to a drawing than 99% of the drawings are to each other (`close_share` of
+  --mode=evaluate); memorized_new: the same share of the new drawings.
 """
 
 import argparse
@@ -140,15 +140,15 @@ def quality(images: np.ndarray, labels: np.ndarray, samples: np.ndarray, request
     predicted = of_samples.argmax(axis=1)
     right, sure = predicted == requested, of_samples.max(axis=1) >= threshold
     reference, *others = (drawings.pixels(x).astype(np.float32) for x in (images, samples, new))
-    close_share, close_share_new = (memorization_report(reference, x)[0]["close_share"] for x in others)
+    memorized, memorized_new = (memorization_report(reference, x)[0]["close_share"] for x in others)
     values = {
         "accuracy": (of_new.argmax(axis=1) == classes).mean(),
         "threshold": threshold,
         "recognized": (right & sure).mean(),
         "right_class": right.mean(),
         "rarest": np.bincount(predicted, minlength=len(NAMES)).min() / len(samples),
-        "close_share": close_share,
-        "close_share_new": close_share_new,
+        "memorized": memorized,
+        "memorized_new": memorized_new,
     }
     recognized = {name: (right & sure)[requested == i].mean() for i, name in enumerate(NAMES)}
     return {name: round(float(value), 4) for name, value in (values | recognized).items()}

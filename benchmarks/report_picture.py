@@ -10,6 +10,7 @@ import argparse
 import pathlib
 import shutil
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 WIDTH, SCALE = 1400, 0.8  # window width and scale; the picture is 1120 pixels wide
@@ -36,6 +37,9 @@ def main():
         page.add_style_tag(content=HIDE)
         page.screenshot(path=options.output, full_page=True)
         browser.close()
+    with Image.open(options.output) as image:
+        smaller = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # half the bytes
+    smaller.save(options.output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def facts(run: RunFiles) -> dict[str, str]:
     )
     widths = f", {model.channels} channels x {model.channel_multipliers}" if model.kind == "unet" else ""
     rows = {
-        "data": f"{count}{data.noun(config.data)} of {config.data.dataset} ({config.data.split}), {size}",
+        "data": f"{count}{data.noun(config.data)} of {config.data.dataset} ({config.data.split}), size {size}",
         "objective": f"prediction {diffusion.prediction}, loss {diffusion.loss}, {noise}",
         "network": f"{model.kind}{widths}",
         "steps": f"{run.status.get('progress', 'none')}, batch {config.training.batch_size}",
@@ -52,18 +52,21 @@ def facts(run: RunFiles) -> dict[str, str]:
 
 def newest_result(records: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     """Describes the metric that `MEANINGS` lists first, in the newest record with a metric; None without a metric."""
-    texts = [meaning.text for meaning in MEANINGS.values()]
+    order = [meaning.text for meaning in MEANINGS.values()]
     for i, record in reversed(list(enumerate(records))):
         values = reported_values(record)
         meanings = {key: meaning for key in values if (meaning := find_meaning(key)) and meaning.better}
         if meanings:
-            key = min(meanings, key=lambda key: texts.index(meanings[key].text))
+            key = min(meanings, key=lambda key: order.index(meanings[key].text))
+            texts = {name: format_value(values[name], record.get(f"{name}_standard_error")) for name in meanings}
+            others = ", ".join(f"{meanings[name].name} {text}" for name, text in texts.items() if name != key)
             error = record.get(f"{key}_standard_error")
             return {
                 "name": f"{meanings[key].name}: {'; '.join([*remarks(key, record), *['no standard error'] * (not error)])}",
-                "value": format_value(values[key], error),
+                "value": texts[key],
                 "source": f"Measured at {_source(record)}, against {record.get('reference')}.",
-                "verdict": _judge(key, record, records[:i]),
+                "verdict": _judge(key, meanings[key].better, record, records[:i]),
+                "others": others,
             }
     return None
 
@@ -74,7 +77,7 @@ def _source(record: Mapping[str, Any]) -> str:
     return f"step {record.get('step')}, {weights} weights{by}"
 
 
-def _judge(key: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str:
+def _judge(key: str, better: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str:
     """Compares a result with equal distributions, the paper, and the previous measurement of the same protocol."""
     value, error, found = reported_values(record)[key], record.get(f"{key}_standard_error") or 0.0, []
     if key in _UNBIASED and error:
@@ -84,10 +87,8 @@ def _judge(key: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, A
         found.append(f"The paper reports an FID of {reported['fid']:g}.")
     before = [old for old in earlier if key in reported_values(old) and protocol(old) == protocol(record)]
     for old in before[-1:]:
-        meaning, old_value = find_meaning(key), reported_values(old)[key]
-        better = meaning.better if meaning else ""
+        old_value, old_error = reported_values(old)[key], old.get(f"{key}_standard_error") or 0.0
         gain = {"lower": old_value - value, "higher": value - old_value}.get(better, abs(old_value) - abs(value))
-        old_error = old.get(f"{key}_standard_error") or 0.0
         change = "Similar to" if abs(gain) <= error + old_error else "Better than" if gain > 0 else "Worse than"
         found.append(f"{change} {format_value(old_value, old_error or None)} before, at {_source(old)}.")
     share = reported_values(record).get("close_share", 0)

@@ -92,7 +92,7 @@ def test_the_card_answers_at_a_glance(tmp_path):
     os.utime(checkpoint / "digests.json", (START, START))
     (card,) = Page(write_report(tmp_path)).blocks("card")
     facts = card["facts"]
-    assert facts["data"] == "1,498 images of digits (train), 8 x 8 x 1"
+    assert facts["data"] == "1,498 images of digits (train), size 8 x 8 x 1"
     assert facts["objective"] == "prediction eps, loss simple, cosine schedule, T = 1,000"
     assert facts["network"] == "unet, 32 channels x (1, 2), 651,041 parameters"
     assert (
@@ -135,6 +135,8 @@ def test_the_card_shows_the_metric_that_is_listed_first():
     found = newest_result([{"precision": 0.5, "fid_clean": 3.5, "sampling": {"sampler": "ddim"}, "steps": 50}])
     assert found["name"].startswith("Frechet Inception distance (FID), clean resize: lower is better")
     assert found["value"] == "3.5" and "no standard error" in found["name"] and "ddim with 50 steps" in found["source"]
+    several = {"kernel_distance": 0.1, "kernel_distance_standard_error": 0.04, "memorization": {"close_share": 0.0}}
+    assert newest_result([several])["others"] == "share of near copies 0"
     assert newest_result([{"num_samples": 12}]) is None
 
 

@@ -23,7 +23,7 @@
     const size = Math.abs(value);
     if (size >= 1e6) return `${+(value / 1e6).toPrecision(4)}M`;
     if (size >= 1e4) return `${+(value / 1e3).toPrecision(4)}k`;
-    return value !== 0 && size < 1e-3 ? value.toExponential(0) : String(+value.toPrecision(4));
+    return String(+value.toPrecision(4));
   };
 
   // ---- Curves
@@ -434,10 +434,11 @@
     if (!drawn) return CONTENTS[kind];
     const [, step, weights, sampler, steps, options, seed, count, x0] = drawn;
     const how = [
-      `${format(Number(count))} samples by the ${weights.replace("ema", "EMA")} weights of step ${format(Number(step))}`,
+      `${weights.replace("ema", "EMA")} weights of step ${format(Number(step))}`,
       steps ? `${sampler} with ${format(Number(steps))} steps` : sampler,
       ...options.split("_").filter(Boolean),
       `seed ${seed}`,
+      `${format(Number(count))} drawn`,
     ];
     return `${CONTENTS[kind]}${x0 ? ", x_0 as the network predicts it" : ""}: ${how.join(", ")}`;
   };
@@ -494,7 +495,7 @@
       ? [
           make("p", { className: "result" }, make("strong", {}, result.value), make("span", {}, result.name)),
           make("p", { className: "verdict" }, result.verdict),
-          make("p", { className: "source" }, result.source),
+          make("p", { className: "source" }, result.source + (result.others ? ` Also: ${result.others}.` : "")),
         ]
       : [make("p", { className: "verdict" }, "No metric is measured yet: run --mode=evaluate.")];
     const shown = picture ? makeFigure(picture) : make("p", {}, "There are no samples yet.");
