@@ -39,6 +39,15 @@ def reports(tmp_path_factory):
     write_results(root / "evil", classes=(EVIL, "<img src=x onerror=alert(1)>"))
     with (root / "evil" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 1000, EVIL: 1.0, "=1+1": 2.0}) + "\n")
+    changes = {
+        "config.json": ("data", "data_dir", EVIL),
+        "metrics.json": (0, EVIL, 1.0),
+        "goodput.json": (0, "stopped_by", EVIL),
+    }
+    for name, (group, key, value) in changes.items():
+        content = json.loads((root / "evil" / name).read_text())
+        content[group][key] = value
+        (root / "evil" / name).write_text(json.dumps(content))
     files = {kind: write_report(root / kind) for kind in REPORTS[:-2]}
     files["comparison"] = root / "comparison.html"
     write_comparison([root / name for name in ("complete", "killed", "long")], files["comparison"])
@@ -67,6 +76,8 @@ def test_a_report_is_rendered_and_accessible(context, reports, kind):
     with checked_page(context, reports[kind].as_uri(), SCREENSHOTS / context.label / f"{kind}.png") as page:
         assert page.locator(".charts > figure").count() == page.locator(".plot canvas").count()
         assert page.evaluate("window.executed") is None
+        if kind == "evil":  # in curves, tables of metrics, launches and settings, and the environment
+            assert page.locator("main").inner_text().count(EVIL) >= 5
 
 
 def test_the_slider_shows_the_samples_of_other_steps(context, reports):
