@@ -16,8 +16,8 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +36,7 @@ from diffusion_jax.errors import (
     closest_names,
     describe_exception,
     find_user_frame,
+    wrap,
 )
 from diffusion_jax.files import with_urls
 from diffusion_jax.run_dir import BucketRunDir, RunDir, committed_steps, open_run_dir
@@ -65,12 +66,18 @@ class Command:
     flags: argparse.Namespace
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Wraps the paragraphs and the indented lines of a module's docstring at the width of the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return wrap(re.sub(r"(?<=[^\n])\n(?=\S)", " ", text), width)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with a module's docstring as its description; an invalid argument raises UserError."""
 
     def __init__(self, prog: str, description: str | None, **options):
-        formatter = argparse.RawTextHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False, **options)
+        super().__init__(prog=prog, description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
         self.add_argument(_DEBUG, action="store_true", help="print the traceback of an error before its line")
 
     def error(self, message: str) -> NoReturn:
@@ -83,7 +90,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     arguments: of the command line; the help describes the network that they name.
     """
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
-    experiments = textwrap.fill(", ".join(configs.experiment_names()), 78, initial_indent="  ", subsequent_indent="  ")
+    experiments = f"  {', '.join(configs.experiment_names())}"
     parser = Parser(
         "diffusion-jax",
         f"{__doc__}\nModes:\n{modes}\n\nExperiments (--config), some with a variant such as imagenet_adm:128:\n{experiments}",
@@ -94,22 +101,10 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add("--config", metavar="NAME", help="one of the listed experiments, or a Python file with get_config()")
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
     add("--mode", default="train", choices=MODES, metavar="MODE", help="one of the listed modes (default: train)")
-    add(
-        "--pretrained",
-        metavar="PATH",
-        help="weights to start from: a folder, a file or hf://OWNER/NAME, as for pretrained.load",
-    )
-    add(
-        "--pretrained_flags",
-        metavar="FLAGS",
-        default="",
-        help="settings that the weights' file lacks: a preset, OpenAI's flags, or JSON",
-    )
-    add(
-        "--trust_network",
-        action="store_true",
-        help="import the functions that a run names, such as its network (model.kind)",
-    )
+    add("--pretrained", metavar="PATH", help="weights to start from, as for pretrained.load")
+    text = "settings that the weights' file lacks: a preset, OpenAI's flags, or JSON"
+    add("--pretrained_flags", metavar="FLAGS", default="", help=text)
+    add("--trust_network", action="store_true", help="import the functions that a run names, such as model.kind")
     add("--follow_links", action="store_true", help="write through links that lead out of the work directory")
     for name, kind, metavar, text in (
         ("coordinator_address", str, "HOST:PORT", "address of process 0, the same for all processes"),

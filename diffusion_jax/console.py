@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
+import datetime
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 
 from diffusion_jax.distributed.processes import log
+from diffusion_jax.errors import shorten_middle
 
-__all__ = [
-    "ProgressBar",
-    "format_duration",
-    "log",
-    "log_compilation",
-    "log_parameters",
-    "progress_over",
-]
+__all__ = ["ProgressBar", "format_duration", "format_time", "log", "log_compilation", "log_parameters", "progress_over"]
 
 
 @contextlib.contextmanager
@@ -32,22 +27,20 @@ def log_compilation(program: str) -> Iterator[None]:
     log(f"Compiled {program} in {time.perf_counter() - start:.1f} s.")
 
 
-_Row = dataclasses.make_dataclass("_Row", ["level", "arrays", "parameters", "share"])  # of the parameter table
+def log_parameters(init: Callable[[jax.Array], Mapping[str, Any]]) -> None:
+    """Logs the number of parameters in each level, such as `down_0` or `mid_block`: the first two words of a layer's name.
 
-
-def log_parameters(params: Mapping) -> None:
-    """Logs a table of the network's parameters with one row for each level, such as `down_0` or `mid_block`.
-
-    params: {layer: parameters}, arrays or their shapes. The first two words of a layer name are its level.
+    init: key -> {layer: parameters}, in the order of execution; nothing is computed.
     """
-    from clu import parameter_overview  # imports Flax, which is slow; a rejected command line does not need it
+    levels: collections.Counter[str] = collections.Counter()
 
-    levels: dict[str, list[int]] = collections.defaultdict(list)
-    for name, leaf in parameter_overview.flatten_dict(dict(params)).items():
-        levels["_".join(name.partition("/")[0].split("_")[:2])].append(leaf.size)
-    total = sum(map(sum, levels.values()))
-    rows = [_Row(name, len(sizes), sum(sizes), f"{sum(sizes) / total:.1%}") for name, sizes in sorted(levels.items())]
-    log(parameter_overview.make_table(rows))
+    def count(key: jax.Array) -> None:  # inside, because a transformed function sorts the layers that it returns
+        for layer, params in init(key).items():
+            levels["_".join(layer.split("_")[:2])] += sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    jax.eval_shape(count, jax.random.key(0))
+    for level, size in levels.items():
+        log(f"  {level:12} {size:13,} parameters {size / levels.total():7.1%}")
 
 
 def format_duration(seconds: float) -> str:
@@ -59,20 +52,31 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def format_time(seconds: float) -> str:
+    """Formats seconds since 1970 as a date and time."""
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 class ProgressBar:
     """A progress bar in a terminal; a log file gets at most one line every ten seconds, and a final line."""
 
-    _SECONDS_BETWEEN_LINES = 10
+    _SECONDS_BETWEEN_LINES, _TITLE_WIDTH = 10, 36  # with a bar, counts and the remaining time in 80 columns
 
     def __init__(self, title: str, total: int, done: int = 0):
-        self._title, self._total, self._initial, self._start_time = title, total, done, time.perf_counter()
+        self._title, self._total, self._initial = shorten_middle(title, self._TITLE_WIDTH), total, done
+        self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
         if jax.process_index() == 0 and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # errors need no bar
+            from rich.table import Column
 
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-            self._rich = Progress(*columns, TextColumn("{task.fields[note]}"))
-            self._task = self._rich.add_task(title, total=total, completed=done, note="")
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(None, table_column=Column(ratio=1)),
+                MofNCompleteColumn(),
+            ]
+            self._rich = Progress(*columns, TextColumn("{task.fields[note]}"), expand=True)
+            self._task = self._rich.add_task(self._title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
         if self._rich:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
+import textwrap
 import traceback
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -111,6 +113,22 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
 def shorten(text: str, limit: int) -> str:
     """Returns the text, cut and ended by "..." if it has more than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shorten_middle(text: str, limit: int) -> str:
+    """Returns the text, with "..." in place of its middle if it has more than `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - limit // 2 - 3]}...{text[-(limit // 2) :]}"
+
+
+def wrap(text: str, width: int) -> str:
+    """Wraps each line at spaces. Continued lines are indented to the column after the first two spaces in the line."""
+
+    def wrap_line(line: str) -> str:
+        found = re.match(r" *\S.*? {2,}| *", line)
+        indent = " " * min(len(found[0]) if found else 0, width // 2)
+        return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(wrap_line, text.splitlines()))
 
 
 def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:

@@ -45,7 +45,9 @@ class Drawing(NamedTuple):
 
 _PICTURES = "diffusion_jax/pictures/*.py"
 _SAMPLES = (_PICTURES, "diffusion_jax/runs/examples.py")  # samples beside training examples
-_REPORT = tuple(f"diffusion_jax/report/{name}" for name in ("collect.py", "figures.py", "page.py", "static/*.*"))
+_REPORT = tuple(
+    f"diffusion_jax/report/{name}" for name in ("card.py", "collect.py", "figures.py", "page.py", "static/*.*")
+)
 _TRAIN_DIGITS = "python main.py --config=configs/digits.py --workdir=runs/digits"
 _SAMPLE_DIGITS = "python main.py --workdir=runs/digits --mode=sample"
 _TASKS = ("inpaint", "replace", "sdedit", "colorize", "super_resolution", "interpolate")
@@ -66,6 +68,7 @@ DRAWINGS = (
     Drawing(
         ("report.png",),
         f"{_TRAIN_DIGITS} && {_SAMPLE_DIGITS}"
+        " && python main.py --workdir=runs/digits --mode=evaluate --config.evaluation.likelihood=False"
         " && python -m diffusion_jax.report runs/digits --output=runs/digits/report.html"
         " && python benchmarks/report_picture.py runs/digits/report.html --output=docs/images/report.png",
         ("benchmarks/report_picture.py", "configs/digits.py", *_REPORT, _PICTURES),

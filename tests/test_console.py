@@ -1,8 +1,22 @@
 """Terminal output: durations and bars."""
 
+import re
+import sys
+
+import jax
 import pytest
 
-from diffusion_jax import console
+from diffusion_jax import cli, console, models
+from diffusion_jax.distributed import processes
+from diffusion_jax.errors import shorten_middle, wrap
+from diffusion_jax.evaluation import __main__ as evaluation
+from diffusion_jax.evaluation import compare
+from diffusion_jax.metrics import MEANINGS
+from diffusion_jax.pretrained import __main__ as pretrained
+from diffusion_jax.report import __main__ as report
+from diffusion_jax.runs import status
+from diffusion_jax.training.state import initial_params
+from helpers.simulated_runs import write_run
 
 
 @pytest.mark.parametrize(
@@ -16,3 +30,80 @@ def test_bars_count_images(capsys):
     """A bar for 300 images in two chunks does not show "2/2"."""
     assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]
     assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")
+
+
+# ---- 80 columns
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal of 80 columns; a function that makes the standard output of a test a terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda: monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+
+def is_narrow(text):
+    assert text.strip()
+    return max(map(len, text.splitlines())) <= 80
+
+
+def test_lines_are_wrapped_below_their_text():
+    assert wrap("name  some words", 12) == "name  some\n      words"
+    assert wrap("  two words\n\nlast", 8) == "  two\n  words\n\nlast"
+    assert wrap("/a/long/path/of/a/file", 8) == "/a/long/path/of/a/file"  # can be copied
+
+
+def test_the_middle_of_a_long_name_is_left_out():
+    assert shorten_middle("step300_ema_ddpm250_seed0_n100.npz", 20) == "step300...0_n100.npz"
+    assert shorten_middle("short", 5) == "short"
+
+
+@pytest.mark.parametrize("program", [cli, evaluation, pretrained, report], ids=lambda module: module.__name__)
+def test_help_fits_a_terminal(program, narrow):
+    assert is_narrow(program.make_parser().format_help())
+
+
+def test_the_paragraphs_of_help_keep_indented_lines(narrow):
+    text = cli.make_parser().format_help()
+    assert "\n  sample            draw samples\n" in text and "\nRerun the same command" in text
+
+
+def test_status_metrics_and_lines_fit_a_terminal(narrow, tmp_path, capsys):
+    narrow()
+    write_run(tmp_path)
+    config = status.open_run_dir(tmp_path)
+    assert is_narrow(status.report(cli.parse([f"--workdir={tmp_path}", "--mode=status"]).config, config))
+    record = {name: 0.123456 for name in MEANINGS} | {f"{name}_standard_error": 0.0123 for name in MEANINGS}
+    compare.log_values(record | {"memorization": {"close_share": 0.0}, "kid_same_distribution": 0.1})
+    processes.log("words and " * 30)
+    assert is_narrow(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("title", "note"),
+    [
+        ("Features of step300_ema_dpm_solver_pp25_trailing_guided2.0_seed0_n100.npz", ""),
+        ("Training", "loss 0.1234  1,234 images/s  70.5 GB"),
+    ],
+)
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_fit_a_terminal(title, note, is_terminal, narrow, capsys):
+    if is_terminal:
+        narrow()
+    with console.ProgressBar(title, 800_000) as bar:
+        bar.update(400_000, note)
+        bar.update(800_000, note)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).replace("\r", "\n")
+    assert title[:8] in shown and "800000/800000" in shown and note in shown and is_narrow(shown)
+
+
+def test_layers_are_listed_in_the_order_of_execution(capsys):
+    network = models.UNet(channels=8, channel_multipliers=(1, 2), num_groups=4, num_res_blocks=1, out_channels=1)
+    console.log_parameters(lambda key: initial_params(key, network, (8, 8, 1)))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    names = [row[0] for row in rows]
+    assert names[:5] == ["time_0", "time_1", "conv_in", "down_0", "down_1"]
+    assert names.index("up_1") < names.index("up_0") < names.index("conv_out")
+    params = initial_params(jax.random.key(0), network, (8, 8, 1))
+    assert sum(int(row[1].replace(",", "")) for row in rows) == sum(x.size for x in jax.tree.leaves(params))

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, wrap
 from diffusion_jax.files import with_urls
 
 __all__ = [
@@ -164,9 +165,10 @@ def broadcast_from_process_0(function: Callable[[], T]) -> T:
 
 
 def log(text: str) -> None:
-    """Prints one line, on process 0 only."""
+    """Prints one line, on process 0 only; a terminal wraps it at spaces."""
     if jax.process_index() == 0:
-        print(with_urls(text), flush=True)
+        text = with_urls(text)
+        print(wrap(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
 
 
 def barrier(name: str) -> None:

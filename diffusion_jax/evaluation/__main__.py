@@ -59,27 +59,17 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("reference", help="the examples to compare with")
     add("samples", help="the examples to measure")
-    add(
-        "--inception",
-        default="",
-        help="the FID network's weights: pt_inception-2015-12-05-6726825d.pth (in pytorch-fid's releases on GitHub)\n"
-        "or classify_image_graph_def.pb",
-    )
+    text = "the FID network's weights: pt_inception-2015-12-05-6726825d.pth (in pytorch-fid's releases on GitHub) or "
+    add("--inception", default="", help=f"{text}classify_image_graph_def.pb")
     add("--features", help="inception, digits, or module:function (examples [N, *spatial, C] -> features [N, D])")
-    add(
-        "--metrics",
-        help=f"some of {', '.join(METRICS)}, and module:function; by default all metrics that suit the examples",
-    )
+    names = f"some of {', '.join(METRICS)}, and module:function"
+    add("--metrics", help=f"{names}; by default all metrics that suit the examples")
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
     add("--batch_size", type=int, default=64, help="examples per batch; the metrics do not depend on the batch size")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")
     add("--image_size", type=int, help="resizes images of different sizes")
-    add(
-        "--output",
-        default="metrics.json",
-        help="a .json file, or the folder of metrics.json, created if missing: the record is added to the file,\n"
-        "and the pictures are written beside it",
-    )
+    text = "a .json file, or the folder of metrics.json, created if missing: the record is added to the file, and the "
+    add("--output", default="metrics.json", help=f"{text}pictures are written beside it")
     return parser
 
 

@@ -40,7 +40,6 @@ from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
-_WIDTHS = 41, 18  # of names and values in the log
 _Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # other limits: NAME_limit
 # Entries of a record besides metrics, which no metric of the user may replace.
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
@@ -297,16 +296,23 @@ def _draw_neighbors(
 
 def log_values(record: Mapping[str, Any]) -> None:
     """Logs each metric with its standard error, its better direction, and its value for equal distributions."""
-    for key, value in reported_values(record).items():
-        name, better, _ = find_meaning(key) or Meaning(key, "", "")
-        line = f"  {name:{_WIDTHS[0]}} {format_value(value, record.get(f'{key}_standard_error')):{_WIDTHS[1]}}"
-        remarks = [f"{better} is better"] * bool(better)
-        expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")
-        if expected is not None:
-            remarks.append(f"equal distributions: {expected:.4g}")
-        limits = [record[end] for end in (f"{key}_limit", _Z_LIMITS.get(key, "")) if end in record]
-        remarks += [f"equal distributions: |z| below {limit:.3g}" for limit in limits]
-        log(f"{line} {'; '.join(remarks)}".rstrip())
+    values = reported_values(record)
+    names = [(find_meaning(key) or Meaning(key, "", "")).name for key in values]
+    texts = [format_value(value, record.get(f"{key}_standard_error")) for key, value in values.items()]
+    widths = [max(map(len, column), default=0) for column in (names, texts)]
+    for key, name, text in zip(values, names, texts, strict=True):
+        log(f"  {name:{widths[0]}}  {text:{widths[1]}}  {'; '.join(remarks(key, record))}".rstrip())
+
+
+def remarks(key: str, record: Mapping[str, Any]) -> list[str]:
+    """Returns the better direction of a metric, and what it is for equal distributions, as far as known."""
+    meaning = find_meaning(key)
+    found = [f"{meaning.better} is better"] if meaning and meaning.better else []
+    expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")
+    if expected is not None:
+        found.append(f"equal distributions: {expected:.4g}")
+    limits = [record[end] for end in (f"{key}_limit", _Z_LIMITS.get(key, "")) if end in record]
+    return found + [f"equal distributions: |z| below {limit:.3g}" for limit in limits]
 
 
 def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from diffusion_jax import config as configs
 from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.compare import read_records
 from diffusion_jax.files import with_urls
-from diffusion_jax.metrics import format_value, heading, reported_values
+from diffusion_jax.metrics import MEANINGS, format_value, heading, reported_values
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, find_links
 from diffusion_jax.runs import status
@@ -55,10 +55,15 @@ class RunFiles:
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """Returns the records of metrics.json, then the bits per dimension from likelihood.json as another record."""
-        keys = ("step", "weights", "dataset")
-        bits = {key: value for key, value in self.likelihood.items() if key in keys or "_per_dim" in key}
-        return [*self.records, bits] if bits else self.records
+        """Returns the records of metrics.json, then the terms of likelihood.json as another record."""
+        found = self.likelihood
+        terms = {key: value for key, value in found.items() if key.removesuffix("_standard_error") in MEANINGS}
+        terms |= {key: found[key] for key in ("step", "weights", "dataset") if key in found}
+        examples = {
+            "reference": f"{found.get('dataset')}:{found.get('split')}",
+            "num_reference": found.get("num_examples"),
+        }
+        return [*self.records, terms | examples] if terms else self.records
 
 
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:

@@ -11,7 +11,7 @@ import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,35 +41,48 @@ def training_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]], max_points:
 
     For several runs, each number has its own chart, with a line for each run.
     """
-    logs = {run: sorted(lines, key=lambda line: line["step"]) for run, lines in logs.items()}
     sizes = collections.Counter(scalar.chart for scalar in SCALARS.values())
     found = dict.fromkeys(name for lines in logs.values() for line in lines for name in line if name != "step")
     others = [name for name in found if name not in SCALARS][:_MAX_OTHER_CHARTS]
     charts: dict[str, Chart] = {}
     for name in [*(name for name, scalar in SCALARS.items() if scalar.chart), *others]:
         scalar = describe_scalar(name)
-        title = f"{scalar.chart}: {scalar.label}" if len(logs) > 1 and sizes[scalar.chart] > 1 else scalar.chart
-        for run, lines in logs.items():
-            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-            points = [point for point in points if math.isfinite(point[1])]
-            if points:
-                x, y = np.array(points, np.float64).T
-                empty = {"title": title, "x": "training step", "y": scalar.unit, "log": scalar.is_log, "series": []}
-                label = run if len(logs) > 1 else scalar.label
-                charts.setdefault(title, empty)["series"].append(make_series(label, x, y, max_points))
+        label = name if scalar.label in (name, name.replace("_", " ")) else f"{name}: {scalar.label}"
+        title = f"{scalar.chart}, {label}" if len(logs) > 1 and sizes[scalar.chart] > 1 else scalar.chart
+        for run, (run_name, lines) in enumerate(logs.items()):
+            x, y = _column(lines, name)
+            if len(x):
+                empty = {"title": title, "y": scalar.unit, "log": scalar.is_log, "series": []}
+                line = {"run": run, "name": name, "label": run_name if len(logs) > 1 else label}
+                charts.setdefault(title, empty)["series"].append(line | make_series(x, y, max_points))
     return list(charts.values())
 
 
-def make_series(label: str, x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
+def run_clock(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> dict[str, list[float]]:
+    """Returns at most `max_points` steps, and the seconds of training until each of them; [] if no time is logged."""
+    steps, step_seconds = _column(lines, "step_seconds")
+    seconds = np.cumsum(np.maximum(step_seconds, 0) * np.diff(steps, prepend=0))
+    chosen = even_subset(len(steps), max_points)
+    return {"steps": _rounded(steps[chosen], 12), "seconds": _rounded(seconds[chosen])}
+
+
+def _column(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps, rising, and the finite values of a number in the log."""
+    points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+    points = sorted(point for point in points if math.isfinite(point[1]))
+    x, y = np.array(points, np.float64).reshape(-1, 2).T
+    return x, y
+
+
+def make_series(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> dict[str, Any]:
     """Returns a line with at most `max_points` points: x, mean, minimum and maximum over each interval. x increases."""
     low, high = y, y
-    series: dict[str, Any] = {"label": label, "values": len(x)}
     if len(x) > max_points:
         starts = np.unique(np.linspace(0, len(x), max_points, endpoint=False).astype(int))
         counts = np.diff([*starts, len(x)])
         x, y = np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
         low, high = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
-    series |= {"x": _rounded(x, 8), "mean": _rounded(y)}
+    series = {"x": _rounded(x, 8), "mean": _rounded(y)}
     if (low < high).any():
         series |= {"low": _rounded(low), "high": _rounded(high)}
     return series
@@ -92,21 +105,7 @@ _MAX_TRAJECTORY = 2**30  # bytes
 _READ_ERRORS = (OSError, ValueError)
 
 
-class Picture(NamedTuple):
-    """A picture inside the page. src: a data URI. caption: what the picture shows."""
-
-    src: str
-    width: int
-    height: int
-    caption: str
-
-
-class Frames(NamedTuple):
-    """Pictures to step through. names: names of the pictures in a frame. frames: (caption, pictures). note: explanation."""
-
-    names: tuple[str, ...]
-    frames: list[tuple[str, tuple[Picture, ...]]]
-    note: str
+Picture = dict[str, Any]  # src: a data URI; width, height: pixels; caption: what the picture shows
 
 
 class Budget:
@@ -137,7 +136,8 @@ class Budget:
         if len(content) > self.left:
             return None
         self.left -= len(content)
-        return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size, caption)
+        uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return {"src": uri, "width": image.width, "height": image.height, "caption": caption}
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:
@@ -146,26 +146,37 @@ def _encode(image: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def training_samples(run: RunFiles, budget: Budget, most: int = _MAX_TRAINING_FRAMES) -> Frames | None:
-    """Returns the pictures samples/train_step*.png in order, at most `most`."""
-    paths = sorted(sample_files(run.directory, f"samples/{_PREFIX}*.png"), reverse=True)
-    paths = [path for path in paths if path.stem.removeprefix(_PREFIX).isdecimal()]
+def newest_samples(run: RunFiles, budget: Budget) -> Picture | None:
+    """Returns the newest picture of samples beside training examples, None if there is no picture that can be read."""
+    paths = sample_files(run.directory, "samples/*.png")[:3]
+    return next((picture for path in paths if (picture := budget.embed(path, _file_name(path)))), None)
+
+
+def training_samples(runs: Mapping[str, RunFiles], budget: Budget) -> list[dict[str, Any]]:
+    """Returns pictures samples/train_step*.png to step through: of the steps that all runs have, or of each run's newest."""
+    found: list[dict[int, pathlib.Path]] = []
+    for run in runs.values():
+        paths = sample_files(run.directory, f"samples/{_PREFIX}*.png")
+        numbers = [path.stem.removeprefix(_PREFIX) for path in paths]
+        found.append({int(n): path for n, path in zip(numbers, paths, strict=True) if n.isdecimal()})
+    shared = sorted(set.intersection(*map(set, found)))
+    moments = [[step] * len(found) for step in shared] or ([[*map(max, found)]] if all(found) else [])
     frames = []
-    for path in [paths[i] for i in even_subset(len(paths), most)]:  # newest first
-        caption = f"after {int(path.stem.removeprefix(_PREFIX)):,} training steps"
-        picture = budget.embed(path, caption, _FRAME_SIDE)
-        if picture:
-            frames.insert(0, (caption, (picture,)))
-    note = "The same noise at every step, so that only the network changes."
-    note += f" {len(frames)} of {len(paths)} pictures are in this file." if len(frames) < len(paths) else ""
-    return Frames(("samples",), frames, note) if frames else None
+    for steps in [moments[i] for i in reversed(even_subset(len(moments), _MAX_TRAINING_FRAMES // len(found) or 1))]:
+        caption = f"after {' and '.join(f'{step:,}' for step in dict.fromkeys(steps))} training steps"
+        drawn = [budget.embed(paths[step], caption, _FRAME_SIDE) for step, paths in zip(steps, found, strict=True)]
+        if None not in drawn:
+            frames.insert(0, (caption, drawn))  # the newest are embedded first
+    note = f"The same noise at every step{' and in each run' * (len(found) > 1)}, so that only the network changes."
+    note += f" {len(frames)} of {len(moments)} pictures are in this file." if len(frames) < len(moments) else ""
+    return _frames(list(runs) if len(runs) > 1 else ["samples"], frames, note, -1)
 
 
-def denoising(run: RunFiles, budget: Budget) -> Frames | None:
-    """Returns the frames of the newest samples/trajectories/*.npz, or None if it has no images."""
+def denoising(run: RunFiles, budget: Budget) -> list[dict[str, Any]]:
+    """Returns the frames of the newest samples/trajectories/*.npz; [] if it has no images."""
     path, *_ = sample_files(run.directory, "samples/trajectories/*.npz") or [None]
     if path is None:
-        return None
+        return []
     try:
         with open_npz(path, _MAX_TRAJECTORY) as arrays:
             samples = arrays["samples"]
@@ -173,20 +184,32 @@ def denoising(run: RunFiles, budget: Budget) -> Frames | None:
             captions = [f"network time t = {time:.4g}" for time in arrays["times"]]
     except _READ_ERRORS as error:
         run.notes.append(f"{path.name} could not be read: {error}")
-        return None
+        return []
     if not pictures.is_of_images(samples):
-        return None  # `other_pictures` shows its picture
-    names, frames = ("x_t, the noisy sample", "x_0, as the network predicts it"), []
+        return []  # `other_pictures` shows its picture
+    frames = []
     for caption, *both in zip([*captions, "finished samples"], x_t, x_0, strict=True):
         drawn = [budget.embed(pictures.draw_grid(images), caption, _FRAME_SIDE) for images in both]
         if None not in drawn:
-            frames.append((caption, tuple(drawn)))
-    return Frames(names, frames, f"Samples of {path.name}.") if frames else None
+            frames.append((caption, drawn))
+    return _frames(["x_t, the noisy sample", "x_0, as the network predicts it"], frames, f"Samples of {path.name}.", 0)
 
 
-def other_pictures(run: RunFiles, budget: Budget) -> tuple[list[Picture], list[str]]:
+def _frames(names: list[str], frames: list[tuple[str, list[Any]]], note: str, start: int) -> list[dict[str, Any]]:
+    """Returns pictures to step through. names: of the pictures in a frame. frames: (caption, pictures). note: explanation."""
+    block = {"names": names, "captions": [caption for caption, _ in frames], "images": [drawn for _, drawn in frames]}
+    return [{"frames": block | {"start": start % len(frames)}}, {"text": note}] if frames else []
+
+
+def other_pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> tuple[list[Picture], list[str]]:
     """Returns (other pictures in the directory and below samples/, newest first; names of pictures beyond the budget)."""
     paths = [path for pattern in ("*.png", "samples/**/*.png") for path in sample_files(run.directory, pattern)]
     paths = [path for path in paths if not path.name.startswith(_PREFIX)]
-    embedded = [(path.name, budget.embed(path, path.name)) for path in paths]
+    paths = [path for path in paths if shown is None or _file_name(path) != shown["caption"]]
+    embedded = [(path.name, budget.embed(path, _file_name(path))) for path in paths]
     return [picture for _, picture in embedded if picture], [name for name, picture in embedded if not picture]
+
+
+def _file_name(path: pathlib.Path) -> str:
+    """Returns the caption of a file; report.js describes the names that this program writes."""
+    return f"{path.parent.name}/{path.name}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusion_jax
 from diffusion_jax.pretrained import Model, format_summary, origin
+from diffusion_jax.report.card import facts
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
 
@@ -71,13 +72,10 @@ def _training(run: RunFiles, net: Model) -> str:
     config = run.config
     if config is None:
         return ""
-    data = f"{config.data.dataset} ({config.data.split})"
-    if "images" in run.data:
-        data += f", {run.data['images']:,} examples"
     ema = f"decay {config.ema.decay:g}" if net.weights == "ema" else "not used: these are the raw weights"
     steps = "all" if config.sampling.steps is None else config.sampling.steps
     rows = {
-        "data": data,
+        **{name: text for name, text in facts(run).items() if name in ("data", "objective", "network", "duration")},
         "training steps": "unknown" if net.step is None else f"{net.step:,} of batch {config.training.batch_size}",
         "optimizer": f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.warmup_steps:,} steps of warm-up",
         "moving average (EMA)": ema,

@@ -81,7 +81,7 @@ SCALARS: dict[str, Scalar] = {
     "learning_rate": Scalar("optimizer", "Learning rate", "learning rate", "learning rate"),
     "grad_norm": Scalar("optimizer", "Gradient norm", "L2 norm", "gradient", True),
     "param_norm": Scalar("optimizer", "Parameter norm", "L2 norm", "parameters"),
-    "images_per_second": Scalar("time", "Speed", "examples per second", "examples per second"),
+    "images_per_second": Scalar("time", "Speed", "images (examples) per second", "images per second"),
     "step_seconds": Scalar("time", "Seconds per step", "seconds", "seconds per step"),
     "seconds_left": Scalar("time", "", "seconds", "time left"),
     "compute": Scalar(*_TIME_SPENT, "train steps"),
@@ -443,10 +443,10 @@ class LaunchTimes:
         self._last_lap, self._written = dict(self._seconds), -math.inf
         self._launches: list[dict[str, Any]] = [{}]  # the last entry is this launch
 
-    def begin(self, step: int) -> None:
-        """Sets the first step of the launch; from now on, unmeasured time counts for `train`."""
-        this = {"start": self._start, "first_step": step, "last_step": step, "environment": describe_environment()}
-        self._launches = [*read_launches(self._workdir), this]
+    def begin(self, step: int, parameters: int = 0) -> None:
+        """Sets the first step of the launch and the size of the network; from now on, unmeasured time counts for `train`."""
+        this = {"start": self._start, "first_step": step, "last_step": step, "parameters": parameters}
+        self._launches = [*read_launches(self._workdir), this | {"environment": describe_environment()}]
         self._count_as("train")
 
     @contextlib.contextmanager

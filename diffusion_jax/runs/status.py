@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffusion_jax import data
-from diffusion_jax.console import format_duration
-from diffusion_jax.errors import UserError
+from diffusion_jax.console import format_duration, format_time
+from diffusion_jax.errors import UserError, wrap
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import compute_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
@@ -25,17 +25,20 @@ def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
     """Returns a work directory's state as lines of text."""
     workdir = open_run_dir(workdir, read_only=True)
     try:
-        rows = describe(config, workdir, read_metrics(workdir))
+        rows = describe(config, workdir, read_metrics(workdir), time.time())
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"a log in {workdir} holds invalid values ({error}); --mode=report shows the other files"
         ) from error
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    text = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return wrap(text, shutil.get_terminal_size().columns)
 
 
-def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns the state of a work directory as {name: text}. lines: the result of `read_metrics`."""
+def describe(
+    config: ConfigDict, workdir: RunDir, lines: list[dict[str, Any]], now: float | None = None
+) -> dict[str, str]:
+    """Returns the state of a work directory as {name: text}. lines: the result of `read_metrics`. now: None for no ages."""
     num_steps = config.training.num_steps
     saved, holder = committed_steps(workdir / "checkpoints"), workdir.find_holder()
     launches = read_launches(workdir)
@@ -48,22 +51,19 @@ def describe(config: ConfigDict, workdir: RunDir, lines: Sequence[Mapping[str, A
         state = "finished"
     rows = {"directory": str(workdir), "state": state}
     if not holder and launches and "stopped_by" in launches[-1]:
-        when = datetime.datetime.fromtimestamp(launches[-1]["end"])
-        rows["last stop"] = f"{when:%Y-%m-%d %H:%M:%S}, {launches[-1]['stopped_by']}"
+        rows["last stop"] = f"{format_time(launches[-1]['end'])}, {launches[-1]['stopped_by']}"
     rows["progress"] = f"step {step:,} of {num_steps:,} ({100 * step // num_steps}%)"
     timed = [line for line in lines if "step_seconds" in line]
     if timed:
         seconds = timed[-1]["step_seconds"]
-        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.3g} {data.noun(config.data)}/s"
+        rows["speed"] = f"{1 / seconds:.3g} steps/s, {timed[-1]['images_per_second']:,.5g} {data.noun(config.data)}/s"
         if step < num_steps:
             rows["time left"] = f"{format_duration((num_steps - step) * seconds)} at this speed"
     rows["checkpoint"] = "none yet"
     if saved:
         written = (workdir / "checkpoints" / str(saved[-1]) / MANIFEST).stat().st_mtime
-        when = datetime.datetime.fromtimestamp(written)
-        rows["checkpoint"] = (
-            f"step {saved[-1]:,}, {when:%Y-%m-%d %H:%M:%S}, {format_duration(time.time() - written)} ago"
-        )
+        rows["checkpoint"] = f"step {saved[-1]:,}, {format_time(written)}"
+        rows["checkpoint"] += "" if now is None else f", {format_duration(now - written)} ago"
     losses = [line["loss"] for line in lines if "loss" in line]
     if losses:
         rows["loss"] = f"{losses[-1]:.4g}  {sparkline(losses)}"

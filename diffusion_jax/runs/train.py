@@ -53,6 +53,7 @@ from diffusion_jax.runs.workdir import (
 )
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.optimizer import weights_kind
+from diffusion_jax.training.state import initial_params
 
 _FIRST_TRACED, _END_TRACED = 5, 10  # calls of the train step; the first calls fill caches
 
@@ -117,7 +118,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
             broadcast_from_process_0(lambda: workdir.write_json(pretrained.ORIGIN_FILE, origin))
         del initial_weights  # as large as the network
         broadcast_from_process_0(lambda: write_config(config, workdir))
-        log_parameters(state.params)
+        log_parameters(lambda key: initial_params(key, program.model, net.example_shape))
         if jax.default_backend() == "gpu" and not options.deterministic:
             log(
                 "Note: on GPUs, reruns and resumed runs agree up to rounding. For bit-identical numbers, at a lower speed, "
@@ -185,7 +186,7 @@ def _train(
         return every > 0 and (step == options.num_steps or step % every == 0)
 
     state = _empty_averages_if_due(config, program, state, step)
-    launch.begin(step)
+    launch.begin(step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
     with contextlib.ExitStack() as stack:
         stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
         with launch.measure("start"):
@@ -226,7 +227,7 @@ def _train(
                 means = training.mean_metrics(_check_finite(state, checkpoints))
                 speed = _speed(launch.lap(), step - logged_step, options.num_steps - step, options.batch_size)
                 logged_step = step
-                note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.3g} {data.noun(config.data)}/s"
+                note = f"loss {means['loss']:.4f}  {speed['images_per_second']:,.5g} {data.noun(config.data)}/s"
                 note += f"  {peak / 1e9:.1f} GB" if (peak := devices.peak_memory()) else ""
                 with launch.measure("output"):
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})

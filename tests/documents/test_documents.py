@@ -56,3 +56,20 @@ def test_links_lead_to_files_and_headings(document):
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
             assert heading in anchors, f"{document.name} links to {file}#{heading}"
+
+
+# Former names of a quantity, and the name that every page and program uses.
+ONE_NAME = {
+    r"close share": "share of near copies",
+    r"\bmemorized share": "share of near copies",
+    r"share of copies": "share of near copies",
+    r"loss_quarter|quartile loss": "loss_q1",
+    r"examples_per_second|imgs?_per_sec": "images_per_second",
+}
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *GUIDES, *(ROOT / "benchmarks").glob("*.py")])
+def test_a_quantity_has_one_name(document):
+    text = document.read_text()
+    for former, name in ONE_NAME.items():
+        assert not re.search(former, text, re.IGNORECASE), f"{document.name} has {former}; use {name}"
