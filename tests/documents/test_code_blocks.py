@@ -1,6 +1,7 @@
 """The code of README.md and of the pages: Python blocks run, shell blocks are parsed by the command line.
 
-```python   runs, from top to bottom in one namespace for each page; a block that starts with "# FILE.py" is added to FILE.py
+```python   runs, from top to bottom in one namespace for each page; a block that starts with "# FILE.py" is added to FILE.py;
+            an example of an API page (docs/reference/api/examples) runs in a namespace of its own
 ```output   the exact output of the Python block above
 ```py does not run; a sentence above the block names what is missing
 ```sh       lines that start with `python main.py` or `diffusion-jax` are parsed; PATH, DIR, NAME and ... are placeholders
@@ -8,6 +9,7 @@
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
@@ -26,6 +28,9 @@ from helpers.paths import ROOT
 
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python main\.py|diffusion-jax) ")
 BLOCK = re.compile(r"^ *(`{3,})[ ]*(\S*)[^\n]*\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = ROOT / "docs" / "reference" / "api" / "examples"
 
 
 class Block(NamedTuple):
@@ -64,6 +69,8 @@ def run_python(page):
             if match := re.match(r"# (\w+\.py)\n", block.text):
                 with open(match[1], "a") as file:
                     file.write(block.text)
+            if page.parent == EXAMPLES:
+                namespace = {"__name__": "__main__"}
             # The empty lines give tracebacks the page's line numbers.
             program = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
             printed = io.StringIO()
@@ -77,6 +84,21 @@ def run_python(page):
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_python(page)
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*.md")), ids=name)
+def test_an_example_belongs_to_a_public_function_and_calls_it(page):
+    spec = importlib.util.spec_from_file_location("api_examples", ROOT / "docs" / "_extensions" / "api_examples.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    sections = extension.sections(page)
+    assert list(sections) == re.findall(r"^## `(.*)`$", page.read_text(), re.MULTILINE)
+    for function, text in sections.items():
+        assert callable(getattr(importlib.import_module(f"diffusion_jax.{page.stem}"), function)), function
+        (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        assert re.search(rf"\b{function}\(", program), function
+        assert "assert" in program or "```output" in text, function
+        assert re.search(r"^\w+: \[[^\]]+\]\([^)]+\)$", text, re.MULTILINE), f"{function} has no link to its guide"
 
 
 def test_the_samples_of_readme_have_the_moments_of_the_data():
