@@ -111,6 +111,7 @@ DRAWINGS = (
         "python docs/pictures/ddpm_story.py",
         ("docs/pictures/ddpm_story.py",),
     ),
+    Drawing(("choosing.png",), "python docs/pictures/choosing.py", ("docs/pictures/choosing.py",)),
     Drawing(("architecture.svg",), "", ("docs/contributing/architecture.md",)),
 )
 

@@ -55,7 +55,7 @@ exclude_patterns = ["_build", "_extensions", "reference/api/examples", "**/.*"]
 nitpicky = True
 show_warning_types = True
 smartquotes = False  # which would change -- of a flag to a dash
-highlight_language = "none"  # for blocks without a language
+highlight_language = "text"  # for blocks without a language
 
 # API pages: every public name, with the signature from the source.
 autodoc_default_options = {"members": True, "undoc-members": True, "special-members": "__call__"}

@@ -312,6 +312,15 @@ def _mark_up_parameters(app: Sphinx, page: str, template: str, context: dict[str
         )
 
 
+_BACK_LINK = re.compile(r'<a class="viewcode-back".*?</a>|<li><a href="builtins.html">builtins</a></li>')
+
+
+def _remove_back_links(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree) -> None:
+    """Pages with source have no links to entries: viewcode does not know the names under which a package exports them."""
+    if page.startswith("_modules/"):
+        context["body"] = _BACK_LINK.sub("", context["body"])
+
+
 _SUBMODULES = re.compile(r"^<!-- submodules of ([\w.]+) -->$", re.MULTILINE)
 
 
@@ -340,5 +349,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-skip-member", _skip_member)
     app.connect("object-description-transform", _show_values)
     app.connect("html-page-context", _mark_up_parameters)
+    app.connect("html-page-context", _remove_back_links)
     app.connect("missing-reference", _resolve_annotation)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,7 +8,9 @@
 ```console  and other languages: only shown
 """
 
+import ast
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 
 import configs.digits
-from diffusion_jax import cli, schedules
+from diffusion_jax import cli, config, schedules
 from diffusion_jax.runs import plan, workdir
 from helpers import published_files
 from helpers.paths import ROOT
@@ -138,6 +140,39 @@ def commands(text):
     for line in text.replace("\\\n", " ").splitlines():
         if COMMAND.match(line.strip()):
             yield line.strip()
+
+
+@functools.cache
+def benchmark_objectives():
+    """The settings of `diffusion` that benchmarks/compare_objectives.py compares; importing the file would add a path."""
+    nodes = ast.parse((ROOT / "benchmarks" / "compare_objectives.py").read_text()).body
+    wanted = [
+        n for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("EDM", "FLOW", "OBJECTIVES")
+    ]
+    exec(compile(ast.Module(wanted, []), "compare_objectives.py", "exec"), namespace := {})
+    return namespace["OBJECTIVES"]
+
+
+@pytest.mark.parametrize(
+    "workdir, experiment, objective, num_steps",
+    [
+        ("images", "digits", "v", 1500),
+        ("series", "series", None, 3000),
+        ("vectors", "vectors", "v", 8000),
+        ("likelihood", "digits", "edm", 1500),
+        ("classes", "digits_conditional", None, 3000),
+        ("few", "digits", None, 7000),
+    ],
+)
+def test_commands_to_choose_from_train_what_was_measured(workdir, experiment, objective, num_steps, tmp_path):
+    """The numbers of steps are those of docs/results/objectives.md, benchmarks.md and docs/guides/conditional.md."""
+    text = "".join(block.text for block in blocks(ROOT / "docs/guides/choosing.md") if block.kind == "sh")
+    (command,) = [each for each in commands(text) if f"--workdir=runs/{workdir} " in f"{each} " and "--config=" in each]
+    found = cli.parse([word.replace("runs/", f"{tmp_path}/") for word in shlex.split(COMMAND.sub("", command))]).config
+    expected = config.experiment(experiment)
+    expected.diffusion.update(benchmark_objectives()[objective] if objective else {})
+    expected.training.num_steps = num_steps
+    assert config.flatten(found) == config.flatten(config.resolve(expected))
 
 
 @pytest.fixture(scope="module")
