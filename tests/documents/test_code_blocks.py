@@ -154,25 +154,30 @@ def benchmark_objectives():
 
 
 @pytest.mark.parametrize(
-    "workdir, experiment, objective, num_steps",
+    "name, experiment, objective, num_steps, sampling",
     [
-        ("images", "digits", "v", 1500),
-        ("series", "series", None, 3000),
-        ("vectors", "vectors", "v", 8000),
-        ("likelihood", "digits", "edm", 1500),
-        ("classes", "digits_conditional", None, 3000),
-        ("few", "digits", None, 7000),
+        ("images", "digits", "v", 1500, ("dpm_solver_pp", 20, "trailing", 1000)),
+        ("series", "series", None, 3000, ("dpm_solver_pp", 50, "log_snr", 1000)),
+        ("vectors", "vectors", "v", 8000, ("dpm_solver_pp", 50, "log_snr", 4000)),
+        ("likelihood", "digits", "edm", 1500, None),
+        ("classes", "digits_conditional", None, 3000, ("dpm_solver_pp", 50, "log_snr", 500)),
+        ("few", "digits", None, 7000, ("ddpm", 250, None, 512)),
     ],
 )
-def test_commands_to_choose_from_train_what_was_measured(workdir, experiment, objective, num_steps, tmp_path):
-    """The numbers of steps are those of docs/results/objectives.md, benchmarks.md and docs/guides/conditional.md."""
+def test_commands_to_choose_from_do_what_was_measured(name, experiment, objective, num_steps, sampling, tmp_path):
+    """Numbers are from docs/results (objectives, known_distributions, benchmarks) and docs/guides/conditional.md."""
     text = "".join(block.text for block in blocks(ROOT / "docs/guides/choosing.md") if block.kind == "sh")
-    (command,) = [each for each in commands(text) if f"--workdir=runs/{workdir} " in f"{each} " and "--config=" in each]
-    found = cli.parse([word.replace("runs/", f"{tmp_path}/") for word in shlex.split(COMMAND.sub("", command))]).config
+    found = [shlex.split(COMMAND.sub("", each)) for each in commands(text) if f"--workdir=runs/{name} " in f"{each} "]
+    train, *sample = ([word.replace("runs/", f"{tmp_path}/") for word in words] for words in found)
     expected = config.experiment(experiment)
     expected.diffusion.update(benchmark_objectives()[objective] if objective else {})
     expected.training.num_steps = num_steps
-    assert config.flatten(found) == config.flatten(config.resolve(expected))
+    trained = cli.parse(train).config
+    assert config.flatten(trained) == config.flatten(config.resolve(expected))
+    workdir.write_config(trained, tmp_path / name)
+    drawn = [cli.parse(words).config.sampling for words in sample]
+    wanted = [sampling] if sampling else []
+    assert [(each.sampler, each.steps, each.spacing, each.num_samples) for each in drawn] == wanted
 
 
 @pytest.fixture(scope="module")
