@@ -1,9 +1,8 @@
 """Checks the built site: `python docs/check_site.py [docs/_build/html]`, the last step of `make docs`.
 
-The script checks that every public name of a module has an entry, that every link leads to an existing file and
-anchor, that pages load nothing from another machine, and that no page with its scripts and styles exceeds 1 MB compressed,
-without MathJax and fonts. If there are problems, the script prints all problems and exits
-with 1.
+The script checks that every public name of a module and every example has an entry, that every link leads to an existing
+file and anchor, that pages load nothing from another machine, and that no page with its scripts and styles exceeds 1 MB
+compressed, without MathJax and fonts. If there are problems, the script prints all problems and exits with 1.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
 
 import api  # noqa: E402
+import api_examples  # noqa: E402
 
 import diffusion_jax  # noqa: E402
 
@@ -47,7 +47,7 @@ def inventory(path: pathlib.Path) -> dict[str, set[str]]:
 
 
 def missing_names(site: pathlib.Path) -> list[str]:
-    """Returns the public names of modules that the site does not describe."""
+    """Returns the public names of modules, and the functions of examples, that the site does not describe."""
     documented = set().union(
         *(names for role, names in inventory(site / "objects.inv").items() if role.startswith("py:"))
     )
@@ -63,6 +63,9 @@ def missing_names(site: pathlib.Path) -> list[str]:
             submodule = f"{name}.{member}"
             if page.split(".")[0] == diffusion_jax.__name__ and not {f"{page}.{member}", submodule} & documented:
                 problems.append(f"no page has {page}.{member}, a public name of {name}")
+    for path in sorted(api_examples.FOLDER.glob("*.md")):
+        names = [f"{diffusion_jax.__name__}.{path.stem}.{name}" for name in api_examples.sections(path)]
+        problems += [f"no page has the example for {name}" for name in names if name not in documented]
     return problems
 
 

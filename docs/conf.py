@@ -3,7 +3,8 @@
 Optional environment variables; without them, pages link to nothing outside the site:
 
 DOCS_ONLINE=1: adds cross-links to the documentation of jax, flax, optax and orbax, and downloads their indices.
-DOCS_REPOSITORY_URL: address of the GitHub repository; adds source links, Colab links and the repository's address.
+DOCS_REPOSITORY_URL: address of the GitHub repository, for source links (by default to copies in the site), Colab links and
+    the repository's address.
 DOCS_BASE_URL: address where the site is published; adds the sitemap and canonical addresses.
 """
 
@@ -48,12 +49,13 @@ extensions = [
     "links",
     "mathjax_files",
     "notebooks",
+    "sidebar",
 ]
-exclude_patterns = ["_build", "_extensions", "**/.*"]
+exclude_patterns = ["_build", "_extensions", "reference/api/examples", "**/.*"]
 nitpicky = True
 show_warning_types = True
 smartquotes = False  # which would change -- of a flag to a dash
-highlight_language = "none"  # for blocks without a language
+highlight_language = "text"  # for blocks without a language
 
 # API pages: every public name, with the signature from the source.
 autodoc_default_options = {"members": True, "undoc-members": True, "special-members": "__call__"}
@@ -117,6 +119,8 @@ if REPOSITORY_URL:
         "use_repository_button": True,
         "use_issues_button": True,
     }
+else:
+    extensions.append("sphinx.ext.viewcode")  # the source as pages of the site
 if BASE_URL:
     extensions.append("sphinx_sitemap")
     html_baseurl = f"{BASE_URL}/"

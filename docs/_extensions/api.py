@@ -1,4 +1,4 @@
-"""The API pages: signatures as the source has them, docstrings, and which names are shown."""
+"""The API pages: signatures as the source has them, docstrings, formulas, examples, and which names are shown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import api_examples
 import docstrings
 from docutils import nodes
 from links import external_link
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
 
 PACKAGE = "diffusion_jax"
@@ -162,6 +164,10 @@ def _process_signature(app, what, name, obj, options, args, result):
             return None
         if inspect.isclass(obj) and issubclass(obj, typing.Protocol) and typing.Protocol in obj.__bases__:  # type: ignore[arg-type]
             return "", ""
+        if what == "function":  # the signature of the function itself in place of one for each overload
+            analyzer = ModuleAnalyzer.for_module(obj.__module__)
+            analyzer.analyze()
+            analyzer.overloads.clear()
         return format_signature(obj) or (args, result)
     return None
 
@@ -193,6 +199,19 @@ def _process_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     if what == "class" and dataclasses.is_dataclass(obj) and text.startswith(f"{obj.__name__}("):
         text = ""  # the signature that dataclasses writes for a class without a docstring
     lines[:] = docstrings.to_rst(text)
+    if what == "class" and _is_flax_module(obj):
+        for base in obj.__mro__[1:]:
+            fields = (
+                inspect.cleandoc(base.__doc__ or "").partition("\n\n")[2] if base.__module__.startswith(PACKAGE) else ""
+            )
+            lines += [f"Fields of ``{base.__name__}``:", "", *docstrings.to_rst(fields)] if fields else []
+    module, _, own = name.rpartition(".")
+    path = api_examples.path_of(module)
+    if own in (sections := api_examples.sections(path)):
+        app.env.note_dependency(path)
+        formula, example = api_examples.to_rst(sections[own])
+        end = lines.index("") + 1 if "" in lines else len(lines)
+        lines[:] = [*lines[:end], *formula, *lines[end:], *example]
     if what == "module":  # autodoc leaves out the constants
         for constant in constants(name):
             lines += [f".. autodata:: {name}.{constant}", ""]
@@ -293,6 +312,15 @@ def _mark_up_parameters(app: Sphinx, page: str, template: str, context: dict[str
         )
 
 
+_BACK_LINK = re.compile(r'<a class="viewcode-back".*?</a>|<li><a href="builtins.html">builtins</a></li>')
+
+
+def _remove_back_links(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree) -> None:
+    """Pages with source have no links to entries: viewcode does not know the names under which a package exports them."""
+    if page.startswith("_modules/"):
+        context["body"] = _BACK_LINK.sub("", context["body"])
+
+
 _SUBMODULES = re.compile(r"^<!-- submodules of ([\w.]+) -->$", re.MULTILINE)
 
 
@@ -321,5 +349,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-skip-member", _skip_member)
     app.connect("object-description-transform", _show_values)
     app.connect("html-page-context", _mark_up_parameters)
+    app.connect("html-page-context", _remove_back_links)
     app.connect("missing-reference", _resolve_annotation)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -23,7 +23,7 @@ SCREENSHOTS = ROOT / "docs" / "_build" / "screenshots"
 PAGES = sorted(
     path.relative_to(SITE).as_posix()
     for path in SITE.rglob("*.html")
-    if "_static" not in path.parts and not path.name.startswith("_")
+    if not {"_static", "_modules"} & set(path.parts) and not path.name.startswith("_")
 )
 # Equations that MathJax has not replaced, or shows as an error.
 BROKEN_EQUATIONS = """[...document.querySelectorAll('.math')]
@@ -111,11 +111,47 @@ ANSWERS = {
     "faster sampling": "guides/speed_and_memory",
     "load diffusers weights": "guides/pretrained",
     "own data set arrays": "guides/arrays",
+    "multi gpu": "guides/pods",
+    "distributed training": "guides/pods",
+    "SLURM": "guides/pods",
+    "use my own unet": "guides/extending",
+    "custom loss": "guides/writing_a_loss",
+    "train on my own images": "guides/your_images",
+    "custom dataset": "guides/your_images",
+    "time series": "guides/arrays",
+    "resume training": "guides/resume_and_faults",
+    "How do I continue a run?": "guides/resume_and_faults",
+    "finetune": "guides/fine_tuning",
+    "LoRA": "guides/fine_tuning",
+    "text to image": "guides/scope",
+    "stable diffusion": "guides/scope",
+    "latent diffusion": "guides/scope",
+    "video": "guides/scope",
+    "ControlNet": "guides/scope",
+    "DiT": "guides/scope",
+    "distillation": "guides/scope",
+    "consistency model": "guides/pretrained",
+    "huggingface": "guides/pretrained",
+    "OOM": "guides/speed_and_memory",
+    "gradient checkpointing": "guides/speed_and_memory",
+    "mixed precision": "guides/speed_and_memory",
+    "how can I sample faster": "guides/speed_and_memory",
+    "wandb": "guides/operations",
+    "tensorboard": "guides/operations",
+    "conditional generation": "guides/conditional",
+    "quickstart": "start/index",
+    "CFG": "guides/conditional",
+    "img2img": "guides/editing",
+    "inverse problem": "guides/posterior",
+    "which sampler": "guides/choosing",
+    "blurry samples": "guides/troubleshooting",
+    "overfitting": "guides/troubleshooting",
+    "loss is not decreasing": "guides/troubleshooting",
 }
 
 
 @pytest.mark.parametrize("context", ["desktop"], indirect=True)
 @pytest.mark.parametrize("words", ANSWERS)
-def test_the_search_finds_the_answer_first(context, address, words):
+def test_the_search_finds_the_answer_among_the_first_three(context, address, words):
     links = search(context, address, words)[:3]
     assert any(link.startswith(f"{ANSWERS[words]}.html") for link in links), links

@@ -1,13 +1,17 @@
 """The code of README.md and of the pages: Python blocks run, shell blocks are parsed by the command line.
 
-```python   runs, from top to bottom in one namespace for each page; a block that starts with "# FILE.py" is added to FILE.py
+```python   runs, from top to bottom in one namespace for each page; a block that starts with "# FILE.py" is added to FILE.py;
+            an example of an API page (docs/reference/api/examples) runs in a namespace of its own
 ```output   the exact output of the Python block above
 ```py does not run; a sentence above the block names what is missing
 ```sh       lines that start with `python main.py` or `diffusion-jax` are parsed; PATH, DIR, NAME and ... are placeholders
 ```console  and other languages: only shown
 """
 
+import ast
 import contextlib
+import functools
+import importlib.util
 import io
 import json
 import re
@@ -19,13 +23,16 @@ import numpy as np
 import pytest
 
 import configs.digits
-from diffusion_jax import cli, schedules
+from diffusion_jax import cli, config, schedules
 from diffusion_jax.runs import plan, workdir
 from helpers import published_files
 from helpers.paths import ROOT
 
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python main\.py|diffusion-jax) ")
 BLOCK = re.compile(r"^ *(`{3,})[ ]*(\S*)[^\n]*\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = ROOT / "docs" / "reference" / "api" / "examples"
 
 
 class Block(NamedTuple):
@@ -64,6 +71,8 @@ def run_python(page):
             if match := re.match(r"# (\w+\.py)\n", block.text):
                 with open(match[1], "a") as file:
                     file.write(block.text)
+            if page.parent == EXAMPLES:
+                namespace = {"__name__": "__main__"}
             # The empty lines give tracebacks the page's line numbers.
             program = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
             printed = io.StringIO()
@@ -77,6 +86,21 @@ def run_python(page):
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_python(page)
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*.md")), ids=name)
+def test_an_example_belongs_to_a_public_function_and_calls_it(page):
+    spec = importlib.util.spec_from_file_location("api_examples", ROOT / "docs" / "_extensions" / "api_examples.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    sections = extension.sections(page)
+    assert list(sections) == re.findall(r"^## `(.*)`$", page.read_text(), re.MULTILINE)
+    for function, text in sections.items():
+        assert callable(getattr(importlib.import_module(f"diffusion_jax.{page.stem}"), function)), function
+        (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        assert re.search(rf"\b{function}\(", program), function
+        assert "assert" in program or "```output" in text, function
+        assert re.search(r"^\w+: \[[^\]]+\]\([^)]+\)$", text, re.MULTILINE), f"{function} has no link to its guide"
 
 
 def test_the_samples_of_readme_have_the_moments_of_the_data():
@@ -116,6 +140,44 @@ def commands(text):
     for line in text.replace("\\\n", " ").splitlines():
         if COMMAND.match(line.strip()):
             yield line.strip()
+
+
+@functools.cache
+def benchmark_objectives():
+    """The settings of `diffusion` that benchmarks/compare_objectives.py compares; importing the file would add a path."""
+    nodes = ast.parse((ROOT / "benchmarks" / "compare_objectives.py").read_text()).body
+    wanted = [
+        n for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("EDM", "FLOW", "OBJECTIVES")
+    ]
+    exec(compile(ast.Module(wanted, []), "compare_objectives.py", "exec"), namespace := {})
+    return namespace["OBJECTIVES"]
+
+
+@pytest.mark.parametrize(
+    "name, experiment, objective, num_steps, sampling",
+    [
+        ("images", "digits", "v", 1500, ("dpm_solver_pp", 20, "trailing", 1000)),
+        ("series", "series", None, 3000, ("dpm_solver_pp", 50, "log_snr", 1000)),
+        ("vectors", "vectors", "v", 8000, ("dpm_solver_pp", 50, "log_snr", 4000)),
+        ("likelihood", "digits", "edm", 1500, None),
+        ("classes", "digits_conditional", None, 3000, ("dpm_solver_pp", 50, "log_snr", 500)),
+        ("few", "digits", None, 7000, ("ddpm", 250, None, 512)),
+    ],
+)
+def test_commands_to_choose_from_do_what_was_measured(name, experiment, objective, num_steps, sampling, tmp_path):
+    """Numbers are from docs/results (objectives, known_distributions, benchmarks) and docs/guides/conditional.md."""
+    text = "".join(block.text for block in blocks(ROOT / "docs/guides/choosing.md") if block.kind == "sh")
+    found = [shlex.split(COMMAND.sub("", each)) for each in commands(text) if f"--workdir=runs/{name} " in f"{each} "]
+    train, *sample = ([word.replace("runs/", f"{tmp_path}/") for word in words] for words in found)
+    expected = config.experiment(experiment)
+    expected.diffusion.update(benchmark_objectives()[objective] if objective else {})
+    expected.training.num_steps = num_steps
+    trained = cli.parse(train).config
+    assert config.flatten(trained) == config.flatten(config.resolve(expected))
+    workdir.write_config(trained, tmp_path / name)
+    drawn = [cli.parse(words).config.sampling for words in sample]
+    wanted = [sampling] if sampling else []
+    assert [(each.sampler, each.steps, each.spacing, each.num_samples) for each in drawn] == wanted
 
 
 @pytest.fixture(scope="module")

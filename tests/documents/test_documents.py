@@ -73,3 +73,17 @@ def test_a_quantity_has_one_name(document):
     text = document.read_text()
     for former, name in ONE_NAME.items():
         assert not re.search(former, text, re.IGNORECASE), f"{document.name} has {former}; use {name}"
+
+
+def test_the_sidebar_has_the_groups_of_the_index_of_guides():
+    """A link in the table may be to a heading; a page that two rows have is in the sidebar once."""
+    text = (ROOT / "docs" / "guides" / "index.md").read_text()
+    table, *trees = text.split("```{toctree}")
+    rows = re.findall(r"^\| \*\*(\w+)\*\* |\((\w+)\.md\)", table, re.MULTILINE)
+    groups = {"": []}
+    for group, page in rows:
+        groups.setdefault(group or list(groups)[-1], []).extend([page] * bool(page))
+    captions = [re.search(r":caption: (\w+)", tree) for tree in trees]
+    entries = [re.findall(r"^(\w+)$", tree, re.MULTILINE) for tree in trees]
+    found = {caption[1].lower() if caption else "": pages for caption, pages in zip(captions, entries, strict=True)}
+    assert found == groups and list(found) == list(groups)
