@@ -1,7 +1,7 @@
 """Fields with five correlated channels on a torus: a synthetic Gaussian field with a known spectrum.
 
     python main.py --config=configs/field.py --workdir=runs/field
-    python main.py --config=configs/field.py --workdir=runs/field --mode=sample
+    python main.py --workdir=runs/field --mode=sample
 
 Convolutions pad the field periodically. `python benchmarks/known_distributions.py field` compares the samples with the exact
 distribution.

@@ -1,7 +1,7 @@
 """Time series with one spatial axis: 64 positions and 2 channels, from a synthetic process with a known distribution.
 
     python main.py --config=configs/series.py --workdir=runs/series
-    python main.py --config=configs/series.py --workdir=runs/series --mode=sample
+    python main.py --workdir=runs/series --mode=sample
 
 The series are a damped oscillation with delays, and rough noise. `python benchmarks/known_distributions.py series` compares
 the samples with the exact distribution. The network predicts v: without a clip of x_0, a network that predicts eps amplifies

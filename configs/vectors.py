@@ -2,7 +2,7 @@
 
     python main.py --config=configs/vectors.py --workdir=runs/moons
     python main.py --config=configs/vectors.py:conditional --workdir=runs/spiral
-    python main.py --config=configs/vectors.py --workdir=runs/moons --mode=sample
+    python main.py --workdir=runs/moons --mode=sample
 
 | argument | vectors |
 |---|---|

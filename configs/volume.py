@@ -1,7 +1,7 @@
 """Volumes on a torus: a synthetic Gaussian field on 8x8x8 positions with a known spectrum.
 
     python main.py --config=configs/volume.py --workdir=runs/volume
-    python main.py --config=configs/volume.py --workdir=runs/volume --mode=sample
+    python main.py --workdir=runs/volume --mode=sample
 
 `python benchmarks/known_distributions.py volume` compares the samples with the exact distribution.
 """

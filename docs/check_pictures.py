@@ -58,7 +58,7 @@ def _example(image: str, config: str, name: str) -> Drawing:
     workdir = f"runs/{name}"
     command = (
         f"python main.py --config=configs/{config}.py --workdir={workdir}"
-        f" && python main.py --config=configs/{config}.py --workdir={workdir} --mode=sample"
+        f" && python main.py --workdir={workdir} --mode=sample"
         f' && cp "$(ls -t {workdir}/samples/step*.png | head -1)" docs/images/{image}'
     )
     return Drawing((image,), command, (f"configs/{config}.py", *_SAMPLES))

@@ -70,6 +70,8 @@ __all__ = [
 ]
 
 _ALIASES = {"sampling.class": "sampling.label"}
+_SYNTHETIC = ("series", "field", "volume", "moons", "conditional")
+_OWN_DATA = {f"diffusion_jax.data.synthetic:{name}" for name in _SYNTHETIC}
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
@@ -125,10 +127,14 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
 
 
 def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings whose functions would be imported, {"model.kind": "module:function"}. config: may be partial."""
+    """Returns the settings whose functions would be imported, {"model.kind": "module:function"}. config: may be partial.
+
+    The synthetic data of this package's own experiments are not listed: they run nothing that a config writes.
+    """
     found = {}
     for name, value in flatten(config).items():
         texts = [text for text in (value if isinstance(value, tuple | list) else [value]) if isinstance(text, str)]
+        texts = [text for text in texts if text not in _OWN_DATA]
         if name in SETTINGS and SETTINGS[name].imports and any(":" in text for text in texts):
             found[name] = ",".join(texts)
     return found

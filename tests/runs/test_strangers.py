@@ -122,6 +122,18 @@ def test_no_setting_of_a_run_imports(setting, run, evil, capsys):
         capsys.readouterr()
 
 
+def test_only_synthetic_data_of_the_package_need_no_permission(run):
+    """`python main.py --workdir=runs/series --mode=sample`, as the first pages have it."""
+    for function in ("diffusion_jax.data.synthetic:moons", "diffusion_jax.data.synthetic:np.load", "diffusion_jax.x:y"):
+        for path in (run / "config.json", run / "checkpoints" / "1" / "config.json"):
+            edit(path, {"data.dataset": function})
+        if function.endswith("moons"):
+            assert cli.parse([f"--workdir={run}", "--mode=sample"]).config.data.dataset == function
+            continue
+        with pytest.raises(UserError, match="to allow it, add --config.data.dataset="):
+            cli.parse([f"--workdir={run}", "--mode=sample"])
+
+
 def test_a_named_function_is_imported_from_the_named_file_only(run, evil, capsys):
     """A stranger's evil.py is not trusted because one's own file has the same name."""
     theirs = evil / "theirs"
