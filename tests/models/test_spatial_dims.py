@@ -103,8 +103,11 @@ def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, field
     np.testing.assert_allclose(out, expected[:, 0], rtol=1e-4, atol=1e-4)
 
 
+NCSNPP = {"architecture": "ncsn++", "resample_blocks": True}
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize(("n", "fields"), [(1, {}), (2, {"resample_blocks": True}), (3, {})])
+@pytest.mark.parametrize(("n", "fields"), [(1, NCSNPP), (2, {"resample_blocks": True}), (3, {})])
 def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
     size = (8, 4, 4)[:n]
     x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])

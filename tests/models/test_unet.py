@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
+from diffusion_jax.models.layers import FourierEmbedding
 from helpers import own_networks
 from helpers.networks import TINY, apply, init, redraw
 
@@ -43,6 +44,17 @@ def test_one_time_serves_all_rows_and_another_number_of_times_is_refused(kind):
             ValueError, match=r"time must be one number, or 3 numbers, one for each row of x_t; got shape \("
         ):
             jax.eval_shape(lambda time: model.apply({"params": params}, x, time), time)
+
+
+def test_frequencies_of_ncsnpp_are_normal_and_not_trained():
+    layer, time = FourierEmbedding(4096), jnp.array([0.1, -0.3])
+    params = layer.init(jax.random.key(0), time)
+    frequencies = np.float64(params["params"]["frequencies"])
+    assert abs(frequencies.std() / 16 - 1) < 4 / np.sqrt(2 * 4096) and abs(frequencies.mean()) < 4 * 16 / np.sqrt(4096)
+    angles = 2 * np.pi * np.outer(time, frequencies)
+    np.testing.assert_allclose(layer.apply(params, time), np.hstack([np.sin(angles), np.cos(angles)]), atol=1e-4)
+    gradient = jax.grad(lambda params: layer.apply(params, time).sum())(params)
+    assert not gradient["params"]["frequencies"].any()
 
 
 @pytest.mark.thorough
