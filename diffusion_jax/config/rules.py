@@ -111,8 +111,9 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     draws_log_snr = timesteps in ("log_normal", "logit_normal", "uniform_log_snr")
     draws_steps = timesteps in ("antithetic", "loss_second_moment")
     decays_early = optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps
-    moves_frequencies = optimizer.weight_decay and config.model.architecture == "ncsn++" and not optimizer.frozen
-    changed = "would change the frequencies of ncsn++, which are not trained"
+    is_ncsnpp, frozen = config.model.architecture == "ncsn++", optimizer.frozen
+    trains_frequencies = is_ncsnpp and not isinstance(frozen, str) and "time_fourier" not in frozen
+    untrained_part = "must name the frequencies of ncsn++, which are not trained"
     exceed = f"must exceed optimizer.warmup_steps={optimizer.warmup_steps}"
     is_simple, is_hybrid, is_adam = chain and loss == "simple", chain and loss == "hybrid", optimizer.name == "adam"
     to_path, to_chain = "diffusion.path=edm", "diffusion.path=None"
@@ -157,7 +158,7 @@ def _train_step(config: ConfigDict) -> list[Rule]:
         Rule("diffusion.loss", is_hybrid and not is_learned, fixed, "simple", "diffusion.variance=learned_range"),
         Rule("data.random_flip", mirrors_arrays, "mirrors only images of gray levels", False),
         Rule("optimizer.weight_decay", is_adam and optimizer.weight_decay, "is for adamw", 0, "optimizer.name=adamw"),
-        Rule("optimizer.weight_decay", moves_frequencies, changed, 0, "optimizer.frozen=time_fourier"),
+        Rule("optimizer.frozen", trains_frequencies, untrained_part, ",".join((*frozen, "time_fourier"))),
         Rule("optimizer.decay_steps", decays_early, exceed, config.training.num_steps, "optimizer.schedule=constant"),
     ]
 

@@ -428,6 +428,7 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
     normalization = "auto"
     if description.levels is None:
         normalization = "limits" if description.limits else "auto" if "x" in description.normalizations else "none"
+    is_ncsnpp = isinstance(description.model, models.UNet) and description.model.is_ncsnpp
     return {
         "model": model,
         "diffusion": dict(description.diffusion) | {"loss": loss, "conditioning_noise": description.conditioning_noise},
@@ -441,6 +442,7 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
         }
         | ({} if description.is_images else {"random_flip": False}),
         "sampling": {"clip": description.clip, **description.published_sampling},
+        **({"optimizer": {"frozen": ("time_fourier",)}} if is_ncsnpp else {}),
     }
 
 

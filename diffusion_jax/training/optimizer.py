@@ -122,15 +122,6 @@ def ema_decay(step: Any, config: Mapping[str, Any]) -> Any:
     return minimum(config["decay"], (1.0 + step) / (10.0 + step))
 
 
-def update_ema(ema_params: Any, params: Any, decay: Any) -> Any:
-    """Returns decay ema + (1 - decay) params, and exactly the parameter where both are equal.
-
-    In a parameter that is not trained, rounding would move the average step by step, by up to 2e-4 of its value.
-    """
-    averages = optax.incremental_update(params, ema_params, 1.0 - decay)
-    return jax.tree.map(lambda p, ema, mean: jnp.where(p == ema, p, mean), params, ema_params, averages)
-
-
 def initial_share(config: Mapping[str, Any], step: int) -> float:
     """Returns the weight of the random initial parameters in the EMA after `step` steps: the product of the decays.
 

@@ -51,7 +51,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.loss=hybrid",
         FLOATS,
         "optimizer.weight_decay=0.1",
-        "optimizer.name=adamw optimizer.weight_decay=0.1 model.architecture=ncsn++ model.resample_blocks=True",
+        "model.architecture=ncsn++ model.resample_blocks=True optimizer.frozen=mid_*",
         "optimizer.schedule=cosine optimizer.decay_steps=5000",
     ],
     "training run": [

@@ -8,7 +8,7 @@ from diffusion_jax import pretrained
 from diffusion_jax.config import default
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.train import SampleBatches
-from diffusion_jax.training.optimizer import ema_decay, initial_share, update_ema, weights_kind
+from diffusion_jax.training.optimizer import ema_decay, initial_share, weights_kind
 from helpers.configs import tiny_config
 from helpers.work_directories import last_state
 
@@ -40,16 +40,6 @@ def test_the_default_average_is_used_from_step_23025_on():
     from_weights = config_of()
     from_weights.init_from = "weights.pt"
     assert weights_kind(from_weights, 1) == "ema"
-
-
-def test_the_average_of_a_constant_stays_and_others_follow_the_recursion():
-    params = {"constant": np.float32(np.random.default_rng(0).standard_normal(500)), "moving": np.float32([1.0, -2.0])}
-    average, expected = {**params, "moving": np.float32([0.5, 3.0])}, np.array([0.5, 3.0])
-    update = jax.jit(update_ema)
-    for _ in range(200):
-        average, expected = update(average, params, 0.99), 0.99 * expected + 0.01 * params["moving"]
-    np.testing.assert_array_equal(average["constant"], params["constant"])
-    np.testing.assert_allclose(average["moving"], expected, rtol=1e-5)
 
 
 @pytest.mark.whole

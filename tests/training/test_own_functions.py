@@ -204,6 +204,8 @@ def test_frozen_parameters_do_not_change(frozen):
     for name in before:
         pairs = zip(*map(jax.tree.leaves, (before[name], state.params[name])), strict=True)
         assert any((a != b).any() for a, b in pairs) == (name in trained), name
+        averages = zip(*map(jax.tree.leaves, (state.ema_params[name], state.params[name])), strict=True)
+        assert any((a != b).any() for a, b in averages) == (name in trained), name
     sizes = sum(leaf.size for name in trained for leaf in jax.tree.leaves(before[name]))
     assert sum(leaf.size for leaf in moments) == 2 * sizes
     whole, step = training.create(tiny_mlp())
