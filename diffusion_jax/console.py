@@ -13,15 +13,6 @@ import jax
 
 from diffusion_jax.distributed.processes import log
 
-__all__ = [
-    "ProgressBar",
-    "format_duration",
-    "log",
-    "log_compilation",
-    "log_parameters",
-    "progress_over",
-]
-
 
 @contextlib.contextmanager
 def log_compilation(program: str) -> Iterator[None]:

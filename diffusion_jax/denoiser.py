@@ -31,21 +31,6 @@ from diffusion_jax.arrays import as_float, check_same_shape, promote
 from diffusion_jax.schedules import NoiseLevel, Transition
 from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
-__all__ = [
-    "PREDICTIONS",
-    "QUANTITIES",
-    "VARIANCES",
-    "Denoised",
-    "Denoiser",
-    "Quantity",
-    "as_denoiser",
-    "as_node",
-    "clip_x_0",
-    "convert",
-    "dynamic_threshold",
-    "split_variance",
-]
-
 
 class Quantity(NamedTuple):
     """A quantity that networks predict, at a level with alpha and sigma (for x_prev, a `Transition`).

@@ -31,18 +31,6 @@ from diffusion_jax.denoiser import Denoiser, as_denoiser, convert
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn, Index
 
-__all__ = [
-    "CDFS",
-    "BitsPerDim",
-    "bits_per_dim",
-    "bound_term",
-    "decoder_log_prob",
-    "gaussian_kl",
-    "prior_term",
-    "rate_distortion",
-    "standardization_bits",
-]
-
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 _MIN_LOG_VARIANCE = -60.0
 # Images that were scaled in bfloat16, which has a spacing of 1/128 at 1, may leave [-1, 1] by a few roundings.

@@ -32,24 +32,6 @@ from diffusion_jax.denoiser import Denoiser, as_denoiser, quantity, split_varian
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LogitsFn, TimestepSampler
 
-__all__ = [
-    "LOSSES",
-    "WEIGHTINGS",
-    "ClassifyAux",
-    "LossAux",
-    "classify",
-    "continuous_vlb",
-    "edm_weight",
-    "hybrid",
-    "min_snr_weight",
-    "p2_weight",
-    "sigmoid_weight",
-    "simple",
-    "snr_weight",
-    "truncated_snr_weight",
-    "vlb",
-]
-
 
 class LossAux(NamedTuple):
     """The intermediate values of a loss.

@@ -22,21 +22,6 @@ from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
-__all__ = [
-    "Sampler",
-    "Stability",
-    "Step",
-    "Trajectory",
-    "WrappedSampler",
-    "check_sampler",
-    "ddim_step",
-    "first_index",
-    "fold_in",
-    "normal",
-    "sample",
-    "split",
-]
-
 
 class Step(NamedTuple):
     """The result of one step: x_{t-1}, the predicted x_0, and the sampler's state for the next step."""

@@ -15,16 +15,6 @@ from jaxtyping import ArrayLike, Float64, Num, Shaped
 from diffusion_jax.schedules.levels import NoiseLevel, Transition
 from diffusion_jax.schedules.paths import Interpolated, Path, cast_table, row_shape
 
-__all__ = [
-    "SCHEDULES",
-    "Schedule",
-    "betas",
-    "from_betas",
-    "from_path",
-    "from_tables",
-    "rescale_zero_terminal_snr",
-]
-
 
 def _warmup(fraction):
     def warmup_betas(num_timesteps, beta_start, beta_end):
