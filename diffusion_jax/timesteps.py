@@ -32,6 +32,7 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, Int32, Integer, Key
 
+from diffusion_jax.errors import require_number
 from diffusion_jax.schedules import Path
 from diffusion_jax.types import TimestepSampler
 
@@ -127,8 +128,7 @@ class log_normal(_OnPath):
     std: float = 1.2
 
     def __post_init__(self):
-        if not 0 < self.std < math.inf:
-            raise ValueError(f"std must be above 0, got {self.std}")
+        require_number("std", self.std, 0, above=True)
 
     def _draw(self, path, probability):
         # log(sigma / alpha) at the ends, in standard deviations; infinite where the log SNR is.
