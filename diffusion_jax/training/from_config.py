@@ -108,7 +108,7 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
 def model_from_config(config: Mapping[str, Any], network: Callable | None = None) -> Network:
     """Builds the network of `config.model` with output channels for the variance, or a classifier.
 
-    config: complete. network: replaces the function that `config.model.kind` names.
+    config: complete, from `config.resolve`. network: replaces the function that `config.model.kind` names.
     Raises: ValueError for values that the network does not allow.
     """
     check(config, "network")
