@@ -79,6 +79,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     run_python(page)
 
 
+@pytest.mark.thorough
 def test_the_samples_of_readme_have_the_moments_of_the_data():
     """10,000 samples: the standard errors are 0.2% of the mean, 0.7% of the deviation and 0.004 of the correlation."""
     namespace, printed = run_python(ROOT / "README.md")

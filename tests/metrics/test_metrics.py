@@ -146,7 +146,7 @@ def test_nearest_neighbors():
         (lambda x: of_features.moments(x[:1]), "1 images are too few: a covariance needs 2"),
         (lambda x: of_features.moments(np.where(np.arange(20)[:, None] == 3, np.nan, x)), "of 1 images are not finite"),
         (lambda x: of_features.frechet_distance(*(of_features.moments(x[:, :n]) for n in (5, 3))), "5 and 3 dim"),
-        (lambda x: of_features.kid(x, x, subset_size=21), "a subset of 21 .* 2 ... 20"),
+        (lambda x: of_features.kid(x, x, subset_size=21), r"subset_size of the KID .* in \[2, 20\], got 21"),
         (lambda x: of_features.precision_recall(x, x[:3]), "features has 3 examples; this needs at least 4"),
         (lambda x: of_features.precision_recall(x - 1.7e308 * np.sign(x), x), "too far apart"),
         (lambda x: of_features.frechet_distance(*[of_features.Moments(x[0], np.nan * np.eye(5), 9)] * 2), "not finite"),
