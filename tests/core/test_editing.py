@@ -150,7 +150,7 @@ def test_projection_is_for_measurements_without_noise(noise):
         editing.project(network, Measurement(lambda x: x, x))
 
 
-@pytest.mark.parametrize("name", ["gray", "average_pool"])
+@pytest.mark.parametrize("name", ["gray", pytest.param("average_pool", marks=pytest.mark.thorough)])
 def test_restored_images_agree_with_the_measurement(name):
     """Independent Gaussian pixels: the results have the measured means, and the remaining components keep their variance."""
     linear = OPERATORS[name]

@@ -35,10 +35,8 @@ DDPMPP = UNet(architecture="ddpm++", resample_blocks=True, num_res_blocks=4)
         ("cifar10_uncond_50M_500K.pt", preset("improved_cifar10"), 32),
         ("64x64_classifier.pt", preset("adm_classifier64"), 64),
         ("edm-cifar10-32x32-cond-vp.pkl", DDPMPP.clone(channel_multipliers=(2, 2, 2), num_classes=10), 32),
-        pytest.param(
-            "edm-ffhq-64x64-uncond-vp.pkl", DDPMPP.clone(attention_levels=(2,)), 64, marks=pytest.mark.thorough
-        ),
-        pytest.param("edm-imagenet-64x64-cond-adm.pkl", preset("edm_imagenet64"), 64, marks=pytest.mark.thorough),
+        ("edm-ffhq-64x64-uncond-vp.pkl", DDPMPP.clone(attention_levels=(2,)), 64),
+        ("edm-imagenet-64x64-cond-adm.pkl", preset("edm_imagenet64"), 64),
     ],
 )
 def test_sizes_are_four_bytes_for_each_parameter(file, model, size):
