@@ -33,11 +33,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks import hlo
+from benchmarks import hlo, topologies
 from diffusion_jax import cli, data, models, pretrained, sampling, training
 from diffusion_jax.config import resolve
 from diffusion_jax.denoiser import Denoiser
-from diffusion_jax.distributed import devices, sharding, topologies
+from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.inception import IMAGE_SIZE, Inception
 from diffusion_jax.training.batches import abstract_batch

@@ -15,8 +15,6 @@ import jax
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.errors import shorten_middle
 
-__all__ = ["ProgressBar", "format_duration", "format_time", "log", "log_compilation", "log_parameters", "progress_over"]
-
 
 @contextlib.contextmanager
 def log_compilation(program: str) -> Iterator[None]:

@@ -28,23 +28,9 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from diffusion_jax.arrays import as_float, check_same_shape, promote
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.schedules import NoiseLevel, Transition
 from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
-
-__all__ = [
-    "PREDICTIONS",
-    "QUANTITIES",
-    "VARIANCES",
-    "Denoised",
-    "Denoiser",
-    "Quantity",
-    "as_denoiser",
-    "as_node",
-    "clip_x_0",
-    "convert",
-    "dynamic_threshold",
-    "split_variance",
-]
 
 
 class Quantity(NamedTuple):
@@ -110,8 +96,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 def quantity(prediction: str, at: NoiseLevel | Transition | None = None) -> Quantity:
     """Returns the row of `QUANTITIES`. Raises: ValueError for an unknown prediction, and for x_prev at a single level."""
-    if prediction not in QUANTITIES:
-        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
+    require_known("prediction", prediction, PREDICTIONS)
     if prediction == "x_prev" and isinstance(at, NoiseLevel):
         raise ValueError(
             "prediction 'x_prev' is defined for a step from one noise level to another (schedule.transition(t, x_t)), not at "
@@ -221,13 +206,11 @@ class Denoiser:
         if isinstance(self.network, Denoiser):
             raise ValueError("the network is a Denoiser already; dataclasses.replace(denoiser, ...) changes its fields")
         quantity(self.prediction)
-        if self.variance not in VARIANCES:
-            raise ValueError(f"unknown variance {self.variance!r}; known: {', '.join(VARIANCES)}")
+        require_known("variance", self.variance, VARIANCES)
         _check_clip(self.clip)
         object.__setattr__(self, "clip", self.clip if callable(self.clip) else bool(self.clip))
         if self.sigma_data is not None:
-            if not self.sigma_data > 0:
-                raise ValueError(f"sigma_data must be above 0, got {self.sigma_data}")
+            require_number("sigma_data", self.sigma_data, 0, above=True)
             if self.prediction != "x_0":
                 raise ValueError(f"with sigma_data the network predicts x_0, not {self.prediction!r}")
             object.__setattr__(self, "sigma_data", float(self.sigma_data))  # a float64 scalar would promote under x64
@@ -348,8 +331,7 @@ def split_variance(
     DDPM section 3.1). Raises: ValueError for another shape or an unknown variance.
     """
     output = as_float("output", output)
-    if variance not in VARIANCES:
-        raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
+    require_known("variance", variance, VARIANCES)
     learned = variance.startswith("learned")
     channels = jnp.shape(x_t)[-1]
     expected = jnp.shape(x_t)[:-1] + (channels * (2 if learned else 1),)
@@ -388,8 +370,7 @@ class dynamic_threshold:
     quantile: float | np.floating = 0.995
 
     def __post_init__(self):
-        if not 0 < self.quantile <= 1:
-            raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
+        require_number("quantile", self.quantile, 0, 1, above=True)
 
     def __call__(self, x_0: BatchLike) -> Batch:
         x_0 = as_float("x_0", x_0)

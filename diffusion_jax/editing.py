@@ -31,6 +31,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 from diffusion_jax import measurements, process, sampling
 from diffusion_jax.arrays import as_float, broadcasts_to, check_same_shape, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser
+from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import LinearOperator, Measurement, as_mask, average_pool, gray, masked
 from diffusion_jax.sampling import Sampler, Step, WrappedSampler
 from diffusion_jax.sampling.driver import check_sampler, fold_in
@@ -72,8 +73,7 @@ def sdedit(
     options: final_step and trajectory, as `sampling.sample`. Returns: as `sampling.sample`.
     Raises: ValueError for a strength outside (0, 1].
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+    require_number("strength", strength, 0, 1, above=True)
     start = max(round(strength * schedule.num_timesteps), 1) - 1
     key_noise, key_sample = jax.random.split(key)
     x_t = _add_noise(key_noise, schedule, x_0, start)
@@ -170,8 +170,8 @@ def repaint(
     Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump that is
       not below the number of steps.
     """
-    if not all(isinstance(number, int | np.integer) and number >= 1 for number in (resamplings, jump)):
-        raise ValueError(f"resamplings and jump must be whole numbers of at least 1, got {resamplings} and {jump}")
+    require_number("resamplings", resamplings, 1, whole=True)
+    require_number("jump", jump, 1, whole=True)
     if resamplings > 1 and jump >= schedule.num_timesteps:
         raise ValueError(f"jump={jump} must be below the {schedule.num_timesteps} steps of the schedule")
     sampler = sampling.ddpm() if sampler is None else sampler
@@ -330,15 +330,12 @@ def _sdedit(image, *, strength: float) -> Draw:
 
 
 def _interpolate(image, other, *, num_samples: int, level: int | None) -> Draw:
-    if num_samples < 2:
-        raise ValueError(f"num_samples={num_samples} is too few for interpolate: it must be at least 2")
+    require_number("num_samples of interpolate", num_samples, 2)
     weights = np.linspace(0, 1, num_samples)
 
     def draw(key, schedule, denoiser, x_T, sampler):
-        if level is not None and level >= schedule.num_timesteps:
-            raise ValueError(
-                f"level={level} must be an index of the steps, 0 ... {schedule.num_timesteps - 1}, or None"
-            )
+        if level is not None:
+            require_number("level, an index of the steps or None,", level, 0, schedule.num_timesteps - 1)
         return interpolate(key, schedule, denoiser, image[:1], other[:1], weights, sampler, t=level)[:, 0]
 
     return draw
@@ -380,10 +377,6 @@ def _sparse(shape, array, *, share: float) -> LinearOperator:
         size = math.prod(shape[:-1])
         chosen = np.random.default_rng(0).choice(size, max(1, round(share * size)), replace=False)
         array = np.stack(np.unravel_index(np.sort(chosen), shape[:-1]), axis=-1)
-    if np.shape(array)[1:] != (len(shape) - 1,):
-        raise ValueError(
-            f"points must be [P, {len(shape) - 1}], a position along each spatial axis; got {np.shape(array)}"
-        )
     return measurements.at_points(np.asarray(array, np.float32))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import re
 import textwrap
@@ -11,6 +12,8 @@ import traceback
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 # The files of the functions that settings name; `functions.import_function` adds them.
 user_files: set[str] = set()
@@ -129,6 +132,25 @@ def wrap(text: str, width: int) -> str:
         return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
     return "\n".join(map(wrap_line, text.splitlines()))
+
+
+def require_known(what: str, name: Any, known: Iterable[str]) -> None:
+    """Raises: ValueError if a name of `what` is not among the known names."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def require_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False, whole: bool = False
+) -> None:
+    """Raises: ValueError for a value outside [low, high]. above: low itself is not allowed. whole: only whole numbers are."""
+    is_kind = not whole or (isinstance(value, int | np.integer) and not isinstance(value, bool))
+    if is_kind and (low < value if above else low <= value) and value <= high and value < math.inf:
+        return
+    limits = f"in {'(' if above else '['}{low:g}, {high:g}]"
+    if high == math.inf:
+        limits = f"{'above' if above else 'of at least'} {low:g}"
+    raise ValueError(f"{name} must be a {'whole ' * whole}number {limits}, got {value!r}")
 
 
 def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:

@@ -21,6 +21,7 @@ from jaxtyping import ArrayLike, Integer, PyTree, Real, Shaped
 from diffusion_jax import labels
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import QUANTITIES, Denoiser, as_denoiser, as_node
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.types import DenoiseFn, LogitsFn, LogProbFn
 
 
@@ -78,8 +79,7 @@ def classifier_free(
         low, high = map(np.asarray, interval)
         if not low <= high:
             raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale must lie in 0 ... 1, got {rescale}")
+    require_number("rescale", rescale, 0, 1)
     y, null_y = (value if isinstance(value, dict) else {"y": value} for value in (y, null_y))
     both = jax.tree.map(lambda y, null: _append_null(jnp.asarray(y), null), y, null_y)
     denoiser = as_denoiser(denoiser)
@@ -157,12 +157,11 @@ def classifier(
         after the clip (ADM Algorithm 1), in `sampling.ddpm` only.
     Raises: ValueError for form "eps" with prediction x_prev, or an unknown form.
     """
+    require_known("form", form, ("eps", "mean"))
     denoiser = as_denoiser(denoiser)
     if form == "mean":
         gradient = jax.tree_util.Partial(_gradient, as_node(log_prob), scale)
         return dataclasses.replace(denoiser, mean_shift=gradient)
-    if form != "eps":
-        raise ValueError(f"unknown form {form!r}; known: eps, mean")
     if denoiser.prediction == "x_prev":
         raise ValueError("classifier guidance cannot shift prediction 'x_prev'; use form='mean' and the sampler ddpm")
     stage = _Classifier(as_node(log_prob), scale, denoiser.prediction)

@@ -28,20 +28,9 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 from diffusion_jax import process
 from diffusion_jax.arrays import as_batch, as_float, promote
 from diffusion_jax.denoiser import Denoiser, as_denoiser, convert
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.types import Clip, DenoiseFn, Index
-
-__all__ = [
-    "CDFS",
-    "BitsPerDim",
-    "bits_per_dim",
-    "bound_term",
-    "decoder_log_prob",
-    "gaussian_kl",
-    "prior_term",
-    "rate_distortion",
-    "standardization_bits",
-]
 
 _LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 _MIN_LOG_VARIANCE = -60.0
@@ -153,10 +142,8 @@ def decoder_log_prob(
     x_0 = in_model_range(x_0, gray_levels)
     if gray_levels is None:
         return -0.5 * jnp.square(x_0 - mean) * jnp.exp(-log_variance) - 0.5 * log_variance - _LOG_SQRT_2_PI
-    if gray_levels < 2:
-        raise ValueError(f"gray_levels={gray_levels} must be at least 2, or None for continuous data")
-    if cdf not in CDFS:
-        raise ValueError(f"unknown cdf {cdf!r}; known: {', '.join(CDFS)}")
+    require_number("gray_levels, if not None for continuous data,", gray_levels, 2)
+    require_known("cdf", cdf, CDFS)
     log_variance = jnp.maximum(log_variance, _MIN_LOG_VARIANCE)
     inverse_sd = jnp.exp(-0.5 * log_variance)
     half = 1.0 / (gray_levels - 1)
@@ -324,8 +311,7 @@ def rate_distortion(
 
 def _draw_pairs(key, total_steps: int, strata: int, batch: int):
     """Draws two steps in each stratum of 1 ... T - 1. Returns t int32 [S, 2, B] and the sizes of the strata [S]."""
-    if not 1 <= strata <= total_steps - 1:
-        raise ValueError(f"strata={strata} must lie in 1 ... {total_steps - 1}, or be None for all steps")
+    require_number("strata, if not None for all steps,", strata, 1, total_steps - 1)
     # Terms decrease roughly as 1 / t, so strata with equal ratios, not equal lengths, have similar sums.
     edges = [1]
     for remaining in range(strata, 0, -1):

@@ -29,26 +29,9 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 from diffusion_jax import labels, likelihood, process, timesteps
 from diffusion_jax.arrays import as_batch, as_float
 from diffusion_jax.denoiser import Denoiser, as_denoiser, quantity, split_variance
+from diffusion_jax.errors import require_known
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LogitsFn, TimestepSampler
-
-__all__ = [
-    "LOSSES",
-    "WEIGHTINGS",
-    "ClassifyAux",
-    "LossAux",
-    "classify",
-    "continuous_vlb",
-    "edm_weight",
-    "hybrid",
-    "min_snr_weight",
-    "p2_weight",
-    "sigmoid_weight",
-    "simple",
-    "snr_weight",
-    "truncated_snr_weight",
-    "vlb",
-]
 
 
 class LossAux(NamedTuple):
@@ -403,10 +386,9 @@ def _weight_of_target(schedule, aux, prediction, weighting):
     """Converts a weight on the eps error to a weight on the error of the predicted quantity, [B]."""
     if weighting is None or weighting == "none":
         return 1.0
-    if not callable(weighting) and weighting not in WEIGHTINGS:
-        raise ValueError(f"unknown weighting {weighting!r}; known: none, {', '.join(WEIGHTINGS)}")
+    if not callable(weighting):
+        require_known("weighting", weighting, ["none", *WEIGHTINGS])
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
-
     at: Any = _at(schedule, prediction, aux.t, aux.mse)
     level = at.level
     # Without signal, a small one: 1 / SNR is finite, and its product with the slope of v has its limit.

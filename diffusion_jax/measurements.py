@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from diffusion_jax.arrays import as_float, broadcasts_to
 from diffusion_jax.denoiser import as_node
+from diffusion_jax.errors import require_known
 from diffusion_jax.types import Batch, BatchLike
 
 LinearMap: TypeAlias = Callable[[BatchLike], Float[Array, "B *result_shape"]]
@@ -277,8 +278,7 @@ def blur(kernel: Float[ArrayLike, "*sizes"], mode: str = "reflect") -> LinearOpe
     mode: the values beyond the border, as `jnp.pad`: "reflect", "edge", "wrap" (periodic) or "constant" (0).
     """
     kernel = as_float("kernel", kernel)
-    if mode not in ("reflect", "edge", "wrap", "constant"):
-        raise ValueError(f"unknown mode {mode!r}; known: reflect, edge, wrap, constant")
+    require_known("mode", mode, ("reflect", "edge", "wrap", "constant"))
     measure = jax.tree_util.Partial(_convolution(mode), kernel)
     return LinearOperator(measure, None, jnp.sum(jnp.square(kernel)))
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from diffusion_jax import process
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
+from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import Measurement
 from diffusion_jax.sampling import Step, WrappedSampler, normal
 from diffusion_jax.sampling.driver import fold_in, is_batch_of_keys, split
@@ -60,7 +61,7 @@ def pigdm(
     forward and a backward pass. For data with structure, `mmps` is closer to the posterior.
     Raises: as `mmps`, and ValueError for a data_std that is not above 0.
     """
-    _check_std(data_std)
+    require_number("data_std", data_std, 0, above=True)
     return _add(denoiser, _Correction(measurement, iterations, float(data_std)))
 
 
@@ -81,11 +82,6 @@ def relative_residual(
     correction = _Correction(measurement, iterations)
     correction.check()
     return correction.solve(lambda x_t: denoiser(x_t, level), x_t, level).residual
-
-
-def _check_std(data_std: float) -> None:
-    if not 0 < data_std < float("inf"):
-        raise ValueError(f"data_std must be a number above 0, got {data_std}")
 
 
 def _white_variance(level: NoiseLevel, data_std: float) -> Float[Array, "..."]:
@@ -112,8 +108,7 @@ class _Correction:
 
     def check(self) -> None:
         """Raises: as `mmps`."""
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations must be a whole number of at least 1, got {self.iterations}")
+        require_number("iterations", self.iterations, 1, whole=True)
         self.measurement.check()
 
     def __call__(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> Denoised:
@@ -231,7 +226,7 @@ class pigdm_step(WrappedSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_std(self.data_std)
+        require_number("data_std", self.data_std, 0, above=True)
         _Correction(self.measurement, self.iterations).check()
 
     def num_calls(self, num_steps: int) -> int:
@@ -293,7 +288,7 @@ def smc(
     denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
     if x_T.ndim < 2:
         raise ValueError(f"x_T must be [P, B, ...], P particles for each of B examples; got {x_T.shape}")
-    _check_std(data_std)
+    require_number("data_std", data_std, 0, above=True)
     measurement.check()
     if callable(measurement.noise):
         raise ValueError("smc needs the noise as standard deviations, not as a function")

@@ -32,29 +32,13 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, Int32, Integer, Key
 
+from diffusion_jax.errors import require_number
 from diffusion_jax.schedules import Path
 from diffusion_jax.types import TimestepSampler
 
-__all__ = [
-    "TIMESTEP_SAMPLERS",
-    "LossHistory",
-    "antithetic",
-    "log_normal",
-    "logit_normal",
-    "loss_history",
-    "loss_second_moment",
-    "needs_history",
-    "record",
-    "sampler_by_name",
-    "step_probabilities",
-    "stratified",
-    "uniform",
-    "uniform_log_snr",
-]
-
 _SMALLEST = 2.0**-24  # half the float32 spacing below 1, so that no time is at a distribution's infinite end
 # t and the density, as in the table above
-Drawn: TypeAlias = tuple[Int32[Array, "B"] | Float[Array, "B"], Float[Array, "B"]]
+_Drawn: TypeAlias = tuple[Int32[Array, "B"] | Float[Array, "B"], Float[Array, "B"]]
 
 
 def _positions(key, batch_size, stratified):
@@ -74,14 +58,14 @@ def _uniform_times(path, position):
     return time, -jnp.log(last - first) - jnp.log(-slope)
 
 
-def uniform(key: Key[Array, ""], batch_size: int, levels: int | Path) -> Drawn:
+def uniform(key: Key[Array, ""], batch_size: int, levels: int | Path) -> _Drawn:
     """Independent uniform steps (DDPM Algorithm 1), or network times that are uniform over a path's interval."""
     if isinstance(levels, Path):
         return _uniform_times(levels, _positions(key, batch_size, stratified=False))
     return jax.random.randint(key, (batch_size,), 0, levels, jnp.int32), jnp.ones(batch_size, jnp.float32)
 
 
-def stratified(key: Key[Array, ""], batch_size: int, levels: int | Path) -> Drawn:
+def stratified(key: Key[Array, ""], batch_size: int, levels: int | Path) -> _Drawn:
     """`uniform` for each t alone, but the batch covers all levels evenly (Kingma et al. 2021, appendix I.1).
 
     The batch shares one uniform offset, which reduces the variance of the batch mean.
@@ -93,7 +77,7 @@ def stratified(key: Key[Array, ""], batch_size: int, levels: int | Path) -> Draw
     return jnp.minimum(t, levels - 1), jnp.ones(batch_size, jnp.float32)
 
 
-def antithetic(key: Key[Array, ""], batch_size: int, levels: int) -> Drawn:
+def antithetic(key: Key[Array, ""], batch_size: int, levels: int) -> _Drawn:
     """Draws half of the batch uniformly and mirrors it, T - 1 - t, for the other half (DDIM's code)."""
     if isinstance(levels, Path):
         raise ValueError("antithetic draws steps of a schedule; on a path use stratified")
@@ -107,7 +91,7 @@ class _OnPath:
 
     stratified: bool = True
 
-    def __call__(self, key: Key[Array, ""], batch_size: int, levels: Path) -> Drawn:
+    def __call__(self, key: Key[Array, ""], batch_size: int, levels: Path) -> _Drawn:
         if not isinstance(levels, Path):
             raise ValueError(f"{type(self).__name__} draws levels of a path; for the steps of a schedule use uniform")
         log_snr, log_density = self._draw(levels, _positions(key, batch_size, self.stratified))
@@ -144,8 +128,7 @@ class log_normal(_OnPath):
     std: float = 1.2
 
     def __post_init__(self):
-        if not 0 < self.std < math.inf:
-            raise ValueError(f"std must be above 0, got {self.std}")
+        require_number("std", self.std, 0, above=True)
 
     def _draw(self, path, probability):
         # log(sigma / alpha) at the ends, in standard deviations; infinite where the log SNR is.
@@ -216,7 +199,7 @@ def loss_second_moment(history: LossHistory, uniform_probability: float = 0.001)
     ValueError, when called, if the history and the schedule differ in length.
     """
 
-    def sampler(key: Key[Array, ""], batch_size: int, levels: int) -> Drawn:
+    def sampler(key: Key[Array, ""], batch_size: int, levels: int) -> _Drawn:
         if history.counts.shape[0] != levels:
             raise ValueError(f"the loss history has {history.counts.shape[0]} steps, the schedule {levels}")
         p = step_probabilities(history, uniform_probability)

@@ -24,16 +24,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "check_regular",
-    "leads_out",
-    "open_npz",
-    "parse_json",
-    "read_header",
-    "read_image",
-    "read_json",
-]
-
 JSON_BYTES = 16 * 2**20
 JSON_DEPTH = 50
 NPZ_BYTES = 16 * 2**30  # of all arrays in one file, decompressed

@@ -21,25 +21,7 @@ from jax.experimental import multihost_utils
 from diffusion_jax.errors import UserError, wrap
 from diffusion_jax.files import with_urls
 
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "EXIT_PEER_LOST",
-    "EXIT_PREEMPTED",
-    "Watchdog",
-    "abort_process",
-    "barrier",
-    "broadcast_from_process_0",
-    "exit_if_output_is_closed",
-    "exit_now",
-    "gather",
-    "is_multiprocess",
-    "is_peer_failure",
-    "join_processes",
-    "log",
-    "watch_batches",
-]
-
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # After these exit codes, the same command resumes the run; not after 1 (the run failed) and 2 (bad input).
 EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL in sysexits.h
@@ -144,7 +126,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
-def broadcast_from_process_0(function: Callable[[], T]) -> T:
+def broadcast_from_process_0(function: Callable[[], _T]) -> _T:
     """Calls `function` on process 0, and returns the value on every process.
 
     This avoids differences between processes, because file systems may show each process another state. The value is passed

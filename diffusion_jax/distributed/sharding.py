@@ -20,28 +20,12 @@ from jax.typing import DTypeLike
 
 from diffusion_jax.distributed.devices import compiler_options
 
-__all__ = [
-    "DATA_AXES",
-    "MIN_SPLIT_SIZE",
-    "BatchFunction",
-    "batch_sharding",
-    "check_divides",
-    "gather_params",
-    "leaf_sharding",
-    "make_mesh",
-    "one_device_mesh",
-    "process_rows",
-    "replicated",
-    "split_axis",
-    "state_sharding",
-]
-
 DATA_AXES = ("data", "fsdp")
 
 # Smaller leaves are replicated: biases and norms, under 1% of the published networks; gathering them is mostly latency.
 MIN_SPLIT_SIZE = 2**14
 
-State = TypeVar("State", bound=Any)
+_State = TypeVar("_State", bound=Any)
 
 
 def make_mesh(config: Mapping[str, int], mesh_devices: Sequence[Any] | None = None) -> Mesh:
@@ -109,7 +93,7 @@ def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return replicated(mesh) if axis is None else NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
 
 
-def state_sharding(mesh: Mesh, state: State) -> State:
+def state_sharding(mesh: Mesh, state: _State) -> _State:
     """Returns the shardings of an abstract TrainState: weights and optimizer by `leaf_sharding`, the rest replicated."""
     split = {
         name: jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), getattr(state, name))

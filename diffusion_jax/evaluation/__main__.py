@@ -11,7 +11,7 @@ import pathlib
 from diffusion_jax.cli import Parser, program
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import devices, sharding
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import require_number
 from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_features
 
 
@@ -27,8 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         from diffusion_jax.evaluation.compare import check_comparable, compare
 
         requested = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else []
-        if arguments.batch_size < 1:
-            raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
+        require_number("--batch_size", arguments.batch_size, 1)
         output = pathlib.Path(arguments.output).expanduser()
         output = output if output.suffix == ".json" else output / "metrics.json"
         output.parent.mkdir(parents=True, exist_ok=True)

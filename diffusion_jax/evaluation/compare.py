@@ -273,10 +273,7 @@ def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
 def _draw_neighbors(
     reference: ExampleSet, samples: ExampleSet, result: Result, space: str, channels: pictures.Channels
 ) -> pictures.Picture:
-    """Draws the samples that are nearest to reference examples: one row for each sample with its nearest examples.
-
-    space: what the distances compare.
-    """
+    """Draws the samples nearest to reference examples, each in a row with these examples. space: what distances compare."""
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
     one, other = (pathlib.Path(each.name).name for each in (reference, samples))

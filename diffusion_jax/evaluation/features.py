@@ -30,7 +30,7 @@ from diffusion_jax.console import ProgressBar
 from diffusion_jax.data.sources import batch_examples, read_in_order, readable
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.distributed.sharding import BatchFunction
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, require_known
 from diffusion_jax.evaluation.inception import DOWNLOAD_SOURCES, RESIZES, Inception, load_inception, to_inception
 from diffusion_jax.files import user_cache
 from diffusion_jax.functions import find_function
@@ -267,8 +267,7 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
     with half-pixel centers as in pytorch-fid; "clean", antialiased bicubic as in clean-fid. Gray images are repeated to three
     channels. Raises: PretrainedError; ValueError for another resize.
     """
-    if resize not in RESIZES:
-        raise ValueError(f"resize={resize!r} is unknown; known: {', '.join(RESIZES)}")
+    require_known("resize", resize, RESIZES)
     params, digest, published = load_inception(path)
 
     def function(params, images):

@@ -33,6 +33,7 @@ from jax.typing import ArrayLike
 from diffusion_jax import likelihood, process
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoiser, as_denoiser
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.schedules import Schedule
 
 DEQUANTIZATIONS = ("uniform", "variational", "none")
@@ -77,8 +78,7 @@ def log_density(
     num_vectors = trace if isinstance(trace, int) else 1
     if trace not in ("hutchinson", "exact", num_vectors) or num_vectors < 1:
         raise ValueError(f"unknown trace {trace!r}; known: hutchinson, exact, or a number of vectors")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance} must be above 0")
+    require_number("tolerance", tolerance, 0, above=True)
     x = as_float("x", x)
     dimensions = math.prod(x.shape[1:])
     if trace == "exact":
@@ -169,8 +169,7 @@ def bits_per_dim(
     Raises: ValueError as `log_density`, for an unknown dequantization, for data without gray levels, or with gray levels for
       an x_0 outside [-1, 1]; if x_0 is traced, the result is NaN instead.
     """
-    if dequantization not in DEQUANTIZATIONS:
-        raise ValueError(f"unknown dequantization {dequantization!r}; known: {', '.join(DEQUANTIZATIONS)}")
+    require_known("dequantization", dequantization, DEQUANTIZATIONS)
     x_0 = as_float("x_0", x_0)
     if dequantization != "none":
         if gray_levels is None or gray_levels < 2:

@@ -123,10 +123,7 @@ def find_metric(name: str) -> Metric:
 
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
-    """Calls function(reference, samples, **conditions) with at most 50,000 examples each.
-
-    The function returns a number or {name: number}.
-    """
+    """Calls function(reference, samples, **conditions) -> a number or {name: number}, with at most 50,000 examples each."""
     sets = (np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples))
     value = function(*sets, **options.conditions)
     found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}

@@ -16,24 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = [
-    "Curve",
-    "LazyExamples",
-    "MarginalHistograms",
-    "MeanAndCovariance",
-    "ValueAndError",
-    "as_examples",
-    "autocorrelation",
-    "energy_distance",
-    "even_indices",
-    "marginal_histograms",
-    "mean_and_covariance",
-    "power_spectrum",
-    "relative_rounding",
-    "sliced_wasserstein",
-    "value_range",
-]
-
 _BLOCK = 1024  # examples
 _MAX_BLOCK_BYTES = _MAX_PROJECTED_BYTES = 2**26
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.errors import require_number
 from diffusion_jax.metrics.of_arrays import as_examples
 
 _BLOCK = 512  # rows whose distances are on the device at once
@@ -112,8 +113,7 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
     reference, samples = _checked(reference, 2), _checked(samples, 2)
     _check_widths(reference, samples)
     fewest = min(len(reference), len(samples))
-    if not 2 <= subset_size <= fewest:
-        raise ValueError(f"a subset of {subset_size} for the KID must lie in 2 ... {fewest}, the number of images")
+    require_number("subset_size of the KID", subset_size, 2, fewest)
     # NumPy's legacy generator has frozen streams; the sample set is drawn first, as in torch-fidelity.
     rng = np.random.RandomState(seed)
     values = np.empty(subsets)
@@ -259,13 +259,9 @@ def _for_distances(
     scale is the largest entry. Products are then most accurate, and no square leaves float32's range. minimums: the required
     numbers of images, by default k + 1. Raises: ValueError.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1 neighbor")
-    reference, samples = _checked(reference, 1), _checked(samples, 1)
+    require_number("k", k, 1)
+    reference, samples = map(_checked, (reference, samples), minimums or (k + 1, k + 1))
     _check_widths(reference, samples)
-    for features, count in zip((reference, samples), minimums or (k + 1, k + 1), strict=True):
-        if len(features) < count:
-            raise ValueError(f"{len(features)} images are too few: this needs {count}, for k={k}")
     center, dtype = reference.mean(axis=0, dtype=np.float64), jax.dtypes.canonicalize_dtype(np.float64)
     reference, samples = reference - center, samples - center
     scale = max(float(np.abs(reference).max()), float(np.abs(samples).max())) or 1.0

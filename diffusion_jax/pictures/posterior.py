@@ -139,56 +139,42 @@ def _draw_fields(
         return array[..., c]
 
     errors = {} if z is None else {"error / deviation": z}
-    headers = [*arrays, "deviation", *errors]
-    rows = [[*arrays.values(), deviation, *errors.values()] for _ in numbers]
-    is_image = channels is _GRAY_LEVELS
-    labels = [text for c in numbers for text in ("" if is_image else channels.name(c), *[""] * (len(headers) - 1))]
-    names = [*headers, *[""] * (len(headers) * (len(numbers) - 1))]
-    figure, axes = make_figure(title, notes, names, len(headers), (1.35, 1.75), labels=("", labels))
-    shape = deviation.shape[:2]
+    drawn = {**arrays, "deviation": deviation, **errors}
+    is_image, shape = channels is _GRAY_LEVELS, deviation.shape[:2]
+    labels = [text for c in numbers for text in ("" if is_image else channels.name(c), *[""] * (len(drawn) - 1))]
+    names = [*drawn, *[""] * (len(drawn) * (len(numbers) - 1))]
+    figure, axes = make_figure(title, notes, names, len(drawn), (1.35, 1.75), labels=("", labels))
     for i, c in enumerate(numbers):
-        panels, bars = axes[i * len(headers) : (i + 1) * len(headers)], []
         color_map, low, high = channels.colors(c)
-        values = None
-        for panel, header, array in zip(panels, headers, rows[i], strict=True):
+        unit = channels.unit(c) or channels.name(c)
+        values, same, bars = None, [], []
+        for panel, (header, array) in zip(axes[i * len(drawn) :], drawn.items(), strict=False):
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
-            options: dict[str, Any] = {
-                "cmap": "gray" if is_image else color_map,
-                "vmin": low,
-                "vmax": high,
-            }
+            is_value = header in arrays and array.shape[:2] == shape
+            if is_color and is_value:
+                panel.imshow(np.where(np.isnan(array), 127, array).clip(0, 255) / 255)
+                continue
+            shown, unit_shown = of_channel(array, c), unit
+            options: dict[str, Any] = {"cmap": "gray" if is_image else color_map, "vmin": low, "vmax": high}
             if header == "deviation":
-                options = {
-                    "cmap": "viridis",
-                    "vmin": 0,
-                    "vmax": float(deviation[..., slice(None) if is_color else c].max()),
-                }
+                options = {"cmap": "viridis", "vmin": 0, "vmax": float(shown.max())}
             elif header in errors:
-                options = {"cmap": "RdBu_r", "vmin": -_MAX_Z, "vmax": _MAX_Z}
-            elif array.shape[:2] != shape:  # sums along rays have values of their own
-                options = {"cmap": "viridis", "aspect": "auto"}
-            if is_color and header in arrays and array.shape[:2] == shape:
-                unknown = np.isnan(array)
-                image = panel.imshow(np.where(unknown, 127, array).clip(0, 255) / 255)
-            else:
-                shown = array.mean(axis=-1) if is_color and header in arrays else of_channel(array, c)
-                cmap = matplotlib.colormaps[options.pop("cmap")].with_extremes(bad="0.85")
-                image = panel.imshow(shown, cmap=cmap, interpolation="nearest", **options)
-            if header in ("deviation", *errors) or array.shape[:2] != shape:
-                unit = channels.unit(c) or channels.name(c)
-                bars.append((image, [panel], "deviations" if header in errors else unit))
-            elif not is_color:
+                options, unit_shown = {"cmap": "RdBu_r", "vmin": -_MAX_Z, "vmax": _MAX_Z}, "deviations"
+            elif not is_value:  # sums along rays have values of their own
+                options, shown = {"cmap": "viridis", "aspect": "auto"}, array.mean(axis=-1) if is_color else shown
+            cmap = matplotlib.colormaps[options.pop("cmap")].with_extremes(bad="0.85")
+            image = panel.imshow(shown, cmap=cmap, interpolation="nearest", **options)
+            if is_value:
                 values = image
+                same.append(panel)
+            else:
+                bars.append((image, [panel], unit_shown))
         if values is not None:
-            same = [
-                panel for panel, array in zip(panels, rows[i][: len(arrays)], strict=False) if array.shape[:2] == shape
-            ]
             bars.append((values, same, channels.label(c)))
         for image, where, label in bars:
-            bar = figure.colorbar(
-                image, ax=where, location="bottom", fraction=0.08, aspect=8 * len(where) + 4, pad=0.03
-            )
+            aspect = 8 * len(where) + 4
+            bar = figure.colorbar(image, ax=where, location="bottom", fraction=0.08, aspect=aspect, pad=0.03)
             bar.ax.tick_params(labelsize=6)
             bar.set_label(label, fontsize=7)
     return figure

@@ -133,7 +133,7 @@ def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
     """Traces the network once for each value of `model.remat` in `choices`."""
     every = remat_choices(config)
     needed = dict.fromkeys([*choices, *every[:2], every[-1]])  # `estimate` needs the last three
-    variants = {remat: {**config, "model": {**config["model"], "remat": remat}} for remat in needed}
+    variants = {remat: resolve({**config, "model": {**config["model"], "remat": remat}}) for remat in needed}
     activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]
     return Traced(every, shapes, activations, {remat: _flops_per_example(variants[remat]) for remat in choices})

@@ -145,10 +145,7 @@ def _restore_or_initialize(
     net: pretrained.Model,
     initial_weights: pretrained.Model | None,
 ) -> training.TrainState:
-    """Restores the newest checkpoint, or initializes a new state.
-
-    net: the model of the run. initial_weights: from `load_initial_weights`; None for random initial weights.
-    """
+    """Restores the newest checkpoint, or initializes a new state, at random or with `initial_weights`."""
     state = checkpoints.restore(program.abstract_state)
     if state is not None:
         return state
@@ -175,8 +172,7 @@ def _train(
 ) -> None:
     """Runs the train loop from the step of `state` to the end.
 
-    source: normalized. preview: draws the samples for the pictures, or None. frechet_distance: a function of parameters, or
-    None.
+    source: normalized. frechet_distance: a function of parameters.
     Raises: UserError if a loss or gradient is not finite, SaveError, StoppedBySignal.
     """
     options, step, num_calls = config.training, int(state.step), 0

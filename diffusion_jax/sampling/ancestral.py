@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_jax import process
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoiser, as_denoiser, clip_x_0
+from diffusion_jax.errors import require_number
 from diffusion_jax.sampling.driver import Sampler, Stability, Step, first_index, normal
 from diffusion_jax.sampling.solvers import heun
 from diffusion_jax.schedules import Schedule, Transition
@@ -63,8 +64,7 @@ class ddim(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {self.eta}")
+        require_number("eta", self.eta, 0, 1)
 
     @property
     def stability(self) -> Stability:
@@ -138,8 +138,7 @@ def encode(
     Raises: ValueError for an x_0 that is not float or has no batch axis, another order, prediction x_prev, a start outside
       0 ... T - 1, a projection, or a clip with order 2.
     """
-    if isinstance(order, bool) or not isinstance(order, int | np.integer) or order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order}")
+    require_number("order", order, 1, 2, whole=True)
     denoiser = as_denoiser(denoiser, clip=False)
     if denoiser.limits:
         raise ValueError("a projection of x_0 has no inverse; encode without it")

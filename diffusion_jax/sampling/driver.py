@@ -19,23 +19,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from diffusion_jax import process
 from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
+from diffusion_jax.errors import require_number
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
-
-__all__ = [
-    "Sampler",
-    "Stability",
-    "Step",
-    "Trajectory",
-    "WrappedSampler",
-    "check_sampler",
-    "ddim_step",
-    "first_index",
-    "fold_in",
-    "normal",
-    "sample",
-    "split",
-]
 
 
 class Step(NamedTuple):
@@ -229,8 +215,7 @@ def first_index(schedule: Schedule, start: int | np.integer | None) -> int:
     last = schedule.num_timesteps - 1
     if start is None:
         return last
-    if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start <= last:
-        raise ValueError(f"start={start!r} must be an index of the schedule, 0 ... {last}")
+    require_number("start, an index of the schedule,", start, 0, last, whole=True)
     return int(start)
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PyTree
 
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.sampling.driver import Sampler, Stability, Step, ddim_step, normal
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch
@@ -66,8 +67,7 @@ class _Multistep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.order, bool) or not isinstance(self.order, int | np.integer) or self.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
+        require_number("order", self.order, 1, 3, whole=True)
 
     @property
     def stability(self) -> Stability:
@@ -240,8 +240,7 @@ class unipc(_Multistep):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variant not in ("bh1", "bh2"):
-            raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
+        require_known("variant", self.variant, ("bh1", "bh2"))
 
     @property
     def stability(self) -> Stability:
@@ -313,10 +312,8 @@ class heun(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.churn < float("inf"):
-            raise ValueError(f"churn must be a number of at least 0, got {self.churn}")
-        if not 0 <= self.churn_noise < float("inf"):
-            raise ValueError(f"churn_noise must be a number of at least 0, got {self.churn_noise}")
+        require_number("churn", self.churn, 0)
+        require_number("churn_noise", self.churn_noise, 0)
         low, high = map(float, self.churn_range)
         if not low <= high:
             raise ValueError(f"churn_range must be (low, high) with low <= high, got {self.churn_range}")

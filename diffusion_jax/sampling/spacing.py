@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffusion_jax.denoiser import Denoiser, as_denoiser
+from diffusion_jax.errors import require_number
 from diffusion_jax.sampling.driver import Sampler, Stability, check_sampler
 from diffusion_jax.schedules import Schedule, respace
 from diffusion_jax.schedules.respacing import DATA_STD
@@ -106,8 +107,7 @@ def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
     standardized data. The schedule and the network do not contain it.
     Raises: ValueError for a data_std that is not positive.
     """
-    if not data_std > 0:
-        raise ValueError(f"data_std must be above 0, got {data_std}")
+    require_number("data_std", data_std, 0, above=True)
     sigma = _noise_levels(schedule)[-1:]
     width = 1 / np.hypot(1, sigma / data_std)
     if not sigma.size or width[0] >= _MIN_WIDTH:

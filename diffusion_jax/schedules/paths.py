@@ -24,6 +24,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Float64, Num, Shaped
 
+from diffusion_jax.errors import require_number
 from diffusion_jax.schedules.levels import NoiseLevel, Transition
 
 __all__ = [
@@ -344,8 +345,7 @@ def vp_cosine(offset: float = 0.008, *, interval: tuple[float, float] = (0.01, 9
     interval: without the ends of 0 ... 1000, where the log SNR is infinite. Raises: ValueError for a negative offset and an
     interval outside 0 ... 1000.
     """
-    if not 0 <= offset < math.inf:
-        raise ValueError(f"offset must be a number of at least 0, got {offset}")
+    require_number("offset", offset, 0)
     return _VPCosine(float(offset), _check_interval("interval", interval, 0, _MILLE))
 
 

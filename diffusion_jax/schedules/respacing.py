@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Num
 
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.schedules.paths import Interpolated, Path, edm
 from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_path, from_tables
 
@@ -24,16 +25,13 @@ def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
 
 def _section_indices(counts: list[int], num_timesteps: int) -> np.ndarray:
     """OpenAI's "a,b,c": equal sections of the schedule with a, b and c evenly spread steps (Improved DDPM section 4)."""
-    if not all(isinstance(count, int) for count in counts):
-        raise ValueError(f"the numbers of steps in the sections must be whole numbers, got {counts}")
     if len(counts) > num_timesteps:
         raise ValueError(f"{len(counts)} sections do not fit into {num_timesteps} steps")
     size, extra = divmod(num_timesteps, len(counts))
     start, indices = 0, []
     for i, count in enumerate(counts):
         length = size + (i < extra)
-        if not 1 <= count <= length:
-            raise ValueError(f"section {i} has {length} steps; its count must lie in 1 ... {length}, got {count}")
+        require_number(f"the number of steps in section {i}", count, 1, length, whole=True)
         stride = (length - 1) / (count - 1) if count > 1 else 1
         # The stride is added up, not multiplied, so that halves round as in OpenAI's code.
         indices += [start + round(x) for x in np.cumsum([0.0] + [stride] * (count - 1)).tolist()]
@@ -91,8 +89,7 @@ def _spaced(schedule: Schedule, count, spacing: str) -> np.ndarray | tuple[np.nd
     If the schedule ends in pure noise, levels between indices do, too, and sigma is spaced up to the last step with signal.
     """
     total = schedule.num_timesteps
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= total:
-        raise ValueError(f"the number of steps must be a whole number in 1 ... {total}, got {count!r}")
+    require_number("the number of steps", count, 1, total, whole=True)
     if count == 1 < total and spacing in ("leading", "linspace", "quadratic"):
         raise ValueError(
             f"one step of spacing {spacing!r} would be index 0, which is almost without noise; use 'trailing'"
@@ -170,8 +167,8 @@ def respace(
             "respace needs the float64 tables of a schedule, and a jitted function has rounded or traced them; respace the "
             "schedule outside of jax.jit"
         )
-    if spacing is not None and spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
+    if spacing is not None:
+        require_known("spacing", spacing, SPACINGS)
     if spacing is not None and (isinstance(steps, str) or (np.ndim(steps) > 0 and spacing != "openai")):
         raise ValueError(
             f"spacing {spacing!r} is for a number of steps, but {steps!r} defines its own spacing; leave it out"
@@ -212,10 +209,8 @@ def edm_steps(num_steps: int = 18, *, sigma_min: float = 0.002, sigma_max: float
     The network time is log(sigma) / 4, as on the path `edm(sigma_min, sigma_max)`.
     Raises: ValueError for less than 2 steps, a rho that is not above 0, or levels that are not 0 < sigma_min < sigma_max.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 2:
-        raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
-    if not rho > 0:
-        raise ValueError(f"rho must be above 0, got {rho}")
+    require_number("num_steps", num_steps, 2, whole=True)
+    require_number("rho", rho, 0, above=True)
     path = edm(sigma_min, sigma_max)
     sigma = _karras(np.linspace(1, 0, int(num_steps)), sigma_min, sigma_max, rho)
     return from_path(path, path.time_at_log_snr(-2 * np.log(sigma)))

@@ -12,18 +12,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Float64, Num, Shaped
 
+from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.schedules.levels import NoiseLevel, Transition
 from diffusion_jax.schedules.paths import Interpolated, Path, cast_table, row_shape
-
-__all__ = [
-    "SCHEDULES",
-    "Schedule",
-    "betas",
-    "from_betas",
-    "from_path",
-    "from_tables",
-    "rescale_zero_terminal_snr",
-]
 
 
 def _warmup(fraction):
@@ -75,12 +66,10 @@ def betas(
     Returns: float64 [T].
     Raises: ValueError for an unknown name, T < 1, or a start or end outside (0, 1].
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
-    if not isinstance(num_timesteps, int | np.integer) or num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps!r}")
-    if not (0 < beta_start <= 1 and 0 < beta_end <= 1):
-        raise ValueError(f"beta_start and beta_end must lie in (0, 1], got {beta_start} and {beta_end}")
+    require_known("schedule", name, SCHEDULES)
+    require_number("num_timesteps", num_timesteps, 1, whole=True)
+    require_number("beta_start", beta_start, 0, 1, above=True)
+    require_number("beta_end", beta_end, 0, 1, above=True)
     return SCHEDULES[name](int(num_timesteps), float(beta_start), float(beta_end))
 
 

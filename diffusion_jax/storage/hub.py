@@ -168,10 +168,7 @@ def _names_below(folder: pathlib.Path) -> list[str]:
 def _find_local(
     hub: Any, cache: pathlib.Path, url: str, repository: str, revision: str, page: str, error: Exception
 ) -> pathlib.Path:
-    """Returns a folder with the files of a revision: in huggingface_hub's cache, or put there by hand.
-
-    Raises: StorageError if there is none.
-    """
+    """Returns a folder with a revision's files, in huggingface_hub's cache or put there by hand. Raises: StorageError."""
     for found in hub.scan_cache_dir(cache).repos if cache.exists() else ():
         for version in found.revisions if (found.repo_id, found.repo_type) == (repository, "model") else ():
             if revision in (version.commit_hash, *version.refs):

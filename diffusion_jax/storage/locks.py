@@ -184,10 +184,7 @@ class Lease:
             return {"holder": "another process"}, info.tag
 
     def _replace(self, tag: str) -> tuple[str | None, str]:
-        """Writes a new version of the lease over version `tag`.
-
-        Returns: (the new tag, ""), or (None, the holder) if another launch holds the lease.
-        """
+        """Writes a new version of the lease over version `tag`. Returns: (the new tag, ""), or (None, the other holder)."""
         while True:
             self._count += 1
             content = {"holder": _this_process(), "token": self._token, "count": self._count}

@@ -232,7 +232,9 @@ class Checkpoints:
         abstract = make_abstract(step)
         self._fetch(step, abstract)
         self._check_leaves(step, abstract)
-        items = self._read(step, abstract)
+        restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        with _open_checkpointer(own_options()) as checkpointer:
+            items = checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
         for other in [other for other in steps if other > step and not self._read_only]:
             broadcast_from_process_0(functools.partial(self._rename_as_unreadable, other))
         return step, items
@@ -263,11 +265,6 @@ class Checkpoints:
                     "arrays differ); use the config and the version that wrote the checkpoint, with the same scalars of a "
                     "loss of your own, or another --workdir"
                 )
-
-    def _read(self, step: int, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
-        restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        with _open_checkpointer(own_options()) as checkpointer:
-            return checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**restores))
 
     def _rename_as_unreadable(self, step: int) -> None:
         """Renames the directory of a damaged checkpoint, so that it is not restored."""

@@ -108,10 +108,9 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
 def model_from_config(config: Mapping[str, Any], network: Callable | None = None) -> Network:
     """Builds the network of `config.model` with output channels for the variance, or a classifier.
 
-    network: replaces the function that `config.model.kind` names.
+    config: complete, from `config.resolve`. network: replaces the function that `config.model.kind` names.
     Raises: ValueError for values that the network does not allow.
     """
-    config = resolve(config)
     check(config, "network")
     shape, noise = data.example_shape(config["data"]), config["diffusion"]["conditioning_noise"]
     small_image_channels = upsampling.condition_channels(shape[-1], noise) if is_upsampler(config) else 0
@@ -164,7 +163,7 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
     """Builds the network, the schedule and the compiled functions of a config.
 
     config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. mesh_devices: the devices
-    of the mesh; by default the present devices, or `topologies.tpu_devices`, to compile. Raises: ConfigError for
+    of the mesh, by default the present devices; devices of a topology compile only. Raises: ConfigError for
     values that a setting does not allow; ValueError for a config that cannot be built.
     Functions of `config.diffusion` are traced, so their errors are raised here.
     """

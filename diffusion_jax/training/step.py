@@ -332,10 +332,7 @@ def _make_gradient(
     gather_params: Callable[[Callable], Callable],
     on_cpu: bool,
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-    """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, values for each example).
-
-    The values are "loss" and the values of the objective, each [B].
-    """
+    """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, {name: values [B]}, with "loss")."""
 
     def loss_fn(params, history, key, examples: Examples, index):
         microbatch = Microbatch(index, num_microbatches)

@@ -5,8 +5,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import hlo, tpu_program
-from diffusion_jax.distributed import topologies
+from benchmarks import hlo, topologies, tpu_program
 from diffusion_jax.errors import UserError
 
 STEP = "jit(train_step)/jvp(UNet)/UNet.encode/UNet.residual_block/down_0_block_0"

@@ -16,7 +16,7 @@ MEANS = (-50.0, -1.3, -1.0, -0.37, -0.9999, 0.0, 1e-3, 0.501, 1.0, 1.2, 1e6)
 def test_the_decoder_s_probabilities_sum_to_1_and_its_gradients_are_finite(levels):
     mean, log_variance, x_0 = np.meshgrid(MEANS, 2 * np.log(SDS), np.arange(levels) * 2 / (levels - 1) - 1)
     mean, log_variance, x_0 = (a.astype(np.float32) for a in (mean, log_variance, x_0))
-    log_p = likelihood.decoder_log_prob(x_0, mean, log_variance, levels)
+    log_p = jax.jit(likelihood.decoder_log_prob, static_argnums=3)(x_0, mean, log_variance, levels)
     assert np.isfinite(log_p).all() and (log_p <= 0).all()
     np.testing.assert_allclose(np.exp(np.asarray(log_p, np.float64)).sum(-1), 1, atol=1e-6)
     total = lambda mean, log_variance: likelihood.decoder_log_prob(x_0, mean, log_variance, levels).sum()  # noqa: E731
@@ -30,9 +30,9 @@ def test_the_decoder_is_the_gaussian_s_mass_in_the_bin(levels, x64):
     mean, sd, x_0 = np.meshgrid([-1.1, -0.4, 0.0, 0.63, 1.0], [0.002, 0.02, 0.3, 5.0], np.linspace(-1, 1, levels))
     keep = abs(x_0 - mean) / sd < 60
     mean, sd, x_0 = mean[keep], sd[keep], x_0[keep]
-    log_p = lambda mean, log_variance: likelihood.decoder_log_prob(x_0, mean, log_variance, levels)  # noqa: E731
+    log_p = jax.jit(lambda mean, log_variance: likelihood.decoder_log_prob(x_0, mean, log_variance, levels))
     np.testing.assert_allclose(log_p(mean, 2 * np.log(sd)), scipy_log_prob(x_0, mean, sd, levels), rtol=1e-9, atol=1e-9)
-    by_mean, by_log_variance = jax.grad(lambda m, v: log_p(m, v).sum(), (0, 1))(mean, 2 * np.log(sd))
+    by_mean, by_log_variance = jax.jit(jax.grad(lambda m, v: log_p(m, v).sum(), (0, 1)))(mean, 2 * np.log(sd))
     h = 1e-5 * sd
     difference = scipy_log_prob(x_0, mean + h, sd, levels) - scipy_log_prob(x_0, mean - h, sd, levels)
     np.testing.assert_allclose(by_mean, difference / (2 * h), rtol=1e-4, atol=1e-4)
@@ -94,6 +94,7 @@ def test_every_gray_level_is_recovered_from_its_rounded_value(dtype, levels):
     exact = 2 * k / (levels - 1) - 1
     x_0 = jnp.asarray(exact, dtype)
     log_variance = jnp.full(levels, 2 * np.log(0.1 / (levels - 1)), jnp.float32)
-    log_p = likelihood.decoder_log_prob(x_0, jnp.float32(exact), log_variance, levels)
+    decoder = jax.jit(likelihood.decoder_log_prob, static_argnums=3)
+    log_p = decoder(x_0, jnp.float32(exact), log_variance, levels)
     # The bin is 10 standard deviations wide to each side.
     np.testing.assert_allclose(log_p, 0.0, atol=1e-6)

@@ -145,15 +145,15 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: schedules.path(lambda t: -8 * t, lambda v: v * jnp.nan, interval=(-1, 1)), "inverse"),
         (lambda: schedules.edm(80, 0.002), "0 < sigma_min"),
         (lambda: schedules.edm_steps(1), "num_steps must be a whole number of at least 2, got 1"),
-        (lambda: schedules.edm_steps(18, rho=0.0), "rho must be above 0"),
+        (lambda: schedules.edm_steps(18, rho=0.0), "rho must be a number above 0"),
         *(
             (lambda make=make, ends=ends: make(interval=ends), "in 0 ... 1000")
             for make in (schedules.rectified_flow, schedules.vp_linear, schedules.vp_cosine)
             for ends in ((0.0, 1001.0), (-0.5, 1000.0))
         ),
-        (lambda: timesteps.log_normal(std=0.0), "std must be above 0"),
+        (lambda: timesteps.log_normal(std=0.0), "std must be a number above 0"),
         (lambda: losses.simple(KEY, flow, gaussian(EDM), x, weighting="edm"), "ends in pure noise"),
-        (lambda: coordinates.precondition(gaussian(EDM), EDM, 0.0), "sigma_data must be above 0"),
+        (lambda: coordinates.precondition(gaussian(EDM), EDM, 0.0), "sigma_data must be a number above 0"),
         (lambda: schedules.rescale_zero_terminal_snr([0.1]), "one step"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -22,6 +22,7 @@ from diffusion_jax import (
     timesteps,
 )
 from diffusion_jax.denoiser import clip_x_0, convert, dynamic_threshold
+from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import Measurement
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
@@ -150,18 +151,17 @@ REFUSED = [
     *(case("increasing", schedules.from_betas, [0.1, 0.2], timesteps=times) for times in ([0, np.nan], [3, 3])),
     case("known: linear", schedules.betas, "lineal", 10),
     case("at least 1", schedules.betas, "linear", 0),
-    case(r"\(0, 1\]", schedules.betas, "linear", 10, beta_end=2.0),
-    case(r"\(0, 1\]", schedules.betas, "linear", 10, beta_end=0.0),
-    case(r"\(0, 1\]", schedules.betas, "linear", 10, beta_start=0.0),
+    case(r"beta_end .* in \(0, 1\]", schedules.betas, "linear", 10, beta_end=2.0),
+    case(r"beta_start .* in \(0, 1\]", schedules.betas, "linear", 10, beta_start=0.0),
     # respacing
     case("use ddim334 or ddim250", RESPACE, "ddim300"),
-    case(r"whole number in 1 \.\.\. 1000, got 0", RESPACE, "ddim0"),
+    case(r"whole number in \[1, 1000\], got 0", RESPACE, "ddim0"),
     *(case("write", RESPACE, steps) for steps in ("10,,5", "")),
-    case("must lie in 1", RESPACE, "2000"),
-    case("section 1 has 333 steps; its count must lie in 1 ... 333, got 0", RESPACE, "10,0,5"),
+    case(r"section 0 must be a whole number in \[1, 1000\]", RESPACE, "2000"),
+    case(r"section 1 must be a whole number in \[1, 333\], got 0", RESPACE, "10,0,5"),
     case("21 sections do not fit into 20 steps", schedules.respace, FULL, ",".join(21 * "1")),
-    *(case(r"whole number in 1 \.\.\. 1000", RESPACE, steps) for steps in (0, 1001, 2.5)),
-    case(r"whole number in 1 \.\.\. 1000", RESPACE, 1001, "karras"),
+    case("whole number", RESPACE, 2.5),
+    case("whole number", RESPACE, 1001, "karras"),
     case("visits step 1 twice", RESPACE, [1, 1]),
     *(case("0 ... 999", RESPACE, steps) for steps in ([-1, 4], [1000])),
     case("explicit steps", RESPACE, []),
@@ -182,7 +182,7 @@ REFUSED = [
     case("known: fixed_small", Denoiser, network, variance="fixed"),
     case("unknown prediction 'noise'; known: eps", Denoiser, network, "noise"),
     case("True, False or a function of x_0, got 1", Denoiser, network, clip=1),
-    case("sigma_data must be above 0, got 0", Denoiser, network, "x_0", sigma_data=0),
+    case("sigma_data must be a number above 0, got 0", Denoiser, network, "x_0", sigma_data=0),
     case("with sigma_data the network predicts x_0, not 'v'", Denoiser, network, "v", sigma_data=0.5),
     case(r"defined for a step .*schedule.transition", Denoiser(network, "x_prev"), X, AT),
     case("use form='eps'", guidance.classifier(network, LOG_PROB, form="mean"), X, AT),
@@ -190,7 +190,7 @@ REFUSED = [
     *(case("not at a single level", convert, X, X, AT, *names) for names in (("x_prev", "x_0"), ("eps", "x_prev"))),
     case("must be equal", convert, X, X[:1], AT),
     *(case("True, False or a function of x_0, got", clip_x_0, X, clip) for clip in ("no", 1, None)),
-    *(case("quantile", dynamic_threshold, quantile) for quantile in (0.0, 1.1)),
+    case("quantile", dynamic_threshold, 0.0),
     case("must be float in \\[-1, 1\\], not uint8; uint8 images need no conv", images.to_uint8, PIXELS),
     # losses
     case("known: none, snr", SIMPLE, X, weighting="p3"),
@@ -221,11 +221,11 @@ REFUSED = [
         for x in (jnp.zeros(3), jnp.zeros(()), 1.0)
     ),
     # likelihood
-    *(case(f"={strata} must lie in 1 ... 19", BOUND, network, X, strata=strata) for strata in (0, 20)),
+    case(r"strata, .* in \[1, 19\], got 20", BOUND, network, X, strata=20),
     case("twice the channels", BOUND, Denoiser(network, variance="learned"), X),
     case("gray_levels=256 and clip=True; .*gray_levels=None and clip=False", BOUND, network, X + 1.5),
     case("alpha_bar is 0", likelihood.bits_per_dim, KEY, JSD, network, X),
-    case("gray_levels=1", likelihood.decoder_log_prob, X, X, X, gray_levels=1),
+    case("gray_levels, .*, got 1", likelihood.decoder_log_prob, X, X, X, gray_levels=1),
     case("known: exact, tanh", likelihood.decoder_log_prob, X, X, X, cdf="erf"),
     case("scale must be float", likelihood.standardization_bits, np.array([1, 2])),
     # guidance
@@ -233,18 +233,18 @@ REFUSED = [
     case("use form='mean'", guidance.classifier, Denoiser(network, "x_prev"), LOG_PROB),
     case("unknown form 'sum'; known: eps, mean", guidance.classifier, network, LOG_PROB, form="sum"),
     case(r"low <= high, got \(7, 5\)", GUIDED, 3, 2.0, interval=(7, 5)),
-    case(r"0 \.\.\. 1, got 5", GUIDED, 3, 2.0, rescale=5),
+    case("rescale", GUIDED, 3, 2.0, rescale=5),
     case("null_y must be int, as y is; got float", GUIDED, 10.7, 2.0),
     case(r"scale has shape", guidance.classifier_free(lambda x, time, y: x, LABELS, 3, jnp.ones((2, 2))), X, AT),
     # samplers
     *(
-        case("order must be 1, 2 or 3", make, order)
+        case("order must be a whole number", make, order)
         for make in (sampling.dpm_solver_pp, sampling.deis, sampling.unipc)
-        for order in (0, 4, 2.0, True)
+        for order in (0, 4)
     ),
     case("a learned variance belongs to the network: Denoiser", sampling.ddpm, "learned"),
     case("fixed variance", DRAW, Denoiser(doubled, variance="learned_range"), X, sampling.ddpm("fixed_small")),
-    *(case("eta", sampling.ddim, eta) for eta in (-0.1, 1.5)),
+    case("eta", sampling.ddim, 1.5),
     case("bh1", sampling.unipc, variant="bh3"),
     *(
         case(f"{name} must be .*, got {re.escape(str(bad))}", sampling.heun, **{name: bad})
@@ -268,27 +268,26 @@ REFUSED = [
         for schedule in (JSD, EDM)
     ),
     case(r"such as sampling.ddim\(\), got 'ddim'", SAMPLE, X, "ddim"),
-    *(case(f"start={start} must be an index", SAMPLE, X, DDPM, start=start) for start in (-1, 20, True)),
+    case(r"start, an index .* in \[0, 19\], got 20", SAMPLE, X, DDPM, start=20),
     case(r"indices \(int\), got \[1.7\]", SAMPLE, X, DDPM, trajectory=[1.7]),
     case("sequence of indices", SAMPLE, X, DDPM, trajectory=3),
     case("keeps indices in 0 ... 19", SAMPLE, X, DDPM, trajectory=[20]),
     case("keeps indices in 1 ... 19", SAMPLE, X, DDPM, trajectory=[0], final_step=False),
     case("must be a sampler such as", sampling.default_spacing, sampling.heun, FULL, network),
     # encode
-    *(case(f"start={start} must be an index", ENCODE, X, start=start) for start in (3.5, 20)),
-    *(case(f"order must be 1 or 2, got {order}", ENCODE, X, order=order) for order in (2.0, 3)),
+    case("start, an index", ENCODE, X, start=20),
+    case(r"order .* in \[1, 2\], got 3", ENCODE, X, order=3),
     case("x_prev", sampling.encode, FULL, Denoiser(network, "x_prev"), X),
     case("clip is for order 1", sampling.encode, FULL, Denoiser(network), X, order=2),
     case("a projection of x_0 has no inverse", sampling.encode, FULL, editing.project(network, GRAY_ONLY), X),
     case("x_0 must have a batch axis", ENCODE, 1.0),
     # editing
     case("must be a sampler such as", editing.replacement, "ddim", X, MASK),
-    case("whole numbers of at least 1, got 2.5", REPAINT, X, MASK, resamplings=2.5, jump=5),
-    case("whole numbers of at least 1, got 10 and 5.0", REPAINT, X, MASK, jump=5.0),
-    case("at least 1, got 0", REPAINT, X, MASK, resamplings=0),
+    case("jump .* of at least 1, got 5.0", REPAINT, X, MASK, jump=5.0),
+    case("resamplings .* of at least 1, got 0", REPAINT, X, MASK, resamplings=0),
     case("jump=20 must be below the 20 steps of the schedule", REPAINT, X, MASK, resamplings=2, jump=20),
     case("which has a state; use ddpm", REPAINT, X, MASK, sampling.dpm_solver_pp(), jump=3),
-    *(case("strength", editing.sdedit, KEY, FULL, network, X, sampling.ddim(), strength=s) for s in (0, 1.1)),
+    case("strength", editing.sdedit, KEY, FULL, network, X, sampling.ddim(), strength=0),
     case("8x6 cannot be divided into squares of 4", editing.average_pool(4).measure, jnp.zeros((1, 8, 6, 1))),
     case("only a deterministic sampler decodes", INTERPOLATE, X, [0.5], sampling.ddpm()),
     case("a denoiser takes a noise level, .* or a step, .*; got int", Denoiser(network), X, 5),
@@ -316,6 +315,24 @@ REFUSED = [
         for name, output in {"tuple": (X, {}), "NoneType": None, "dict": {"eps": X}}.items()
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "limits", "words"),
+    [
+        ((-0.1, 1.1, np.nan), (0, 0.5, np.float32(1)), (0, 1), r"a number in \[0, 1\]"),
+        ((0, np.inf), (1e-9, 1), (0,), "a number above 0"),
+        ((2, 0, 1.0, True), (1, np.int64(1)), (1, 1), r"a whole number in \[1, 1\]"),
+        ((-1, np.inf), (0, 2.5), (0,), "a number of at least 0"),
+    ],
+)
+def test_numbers_within_limits(bad, good, limits, words):
+    options = {"above": "above" in words, "whole": "whole" in words}
+    for value in good:
+        require_number("x", value, *limits, **options)
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"x must be {words}, got "):
+            require_number("x", value, *limits, **options)
 
 
 @pytest.mark.parametrize(("call", "words"), REFUSED)

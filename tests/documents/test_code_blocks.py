@@ -103,6 +103,7 @@ def test_an_example_belongs_to_a_public_function_and_calls_it(page):
         assert re.search(r"^\w+: \[[^\]]+\]\([^)]+\)$", text, re.MULTILINE), f"{function} has no link to its guide"
 
 
+@pytest.mark.thorough
 def test_the_samples_of_readme_have_the_moments_of_the_data():
     """10,000 samples: the standard errors are 0.2% of the mean, 0.7% of the deviation and 0.004 of the correlation."""
     namespace, printed = run_python(ROOT / "README.md")

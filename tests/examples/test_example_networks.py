@@ -166,6 +166,7 @@ def test_without_equinox_the_error_is_one_line(monkeypatch):
     assert importlib.util.find_spec("equinox") is not None
 
 
+@pytest.mark.thorough
 def test_low_rank_changes_of_a_trained_network(tmp_path):
     """The first output is that of the weights; training changes the small matrices only, and the output."""
     config, weights = array_config("vectors", ""), tmp_path / "net.safetensors"

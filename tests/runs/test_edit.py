@@ -99,7 +99,10 @@ def test_invalid_editing_options_are_refused(root, files):
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
         ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single row of sampling.class, not 10"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
-        ({"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3}, "level=7 must be an index"),
+        (
+            {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},
+            "level, an index of the steps .*, got 7",
+        ),
     ):
         with pytest.raises(errors.UserError, match=words):
             edit.run(editing_config(files, **overrides), root / "conditional")

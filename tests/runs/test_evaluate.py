@@ -135,7 +135,7 @@ def test_what_cannot_be_evaluated_is_refused(trained, monkeypatch):
     monkeypatch.setitem(ode_likelihood.log_density.__kwdefaults__, "max_steps", 3)
     failing = {"ode": True, "num_examples": 4, "strata": 1}
     for options, words in (
-        ({"strata": T}, f"strata={T} must lie in 1 ... {T - 1}"),
+        ({"strata": T}, f"strata, .*, got {T}"),
         (failing, "did not converge for 4 of 4 images; try a larger"),
     ):
         with pytest.raises(errors.UserError, match=words):

@@ -195,7 +195,7 @@ def test_commands_that_do_not_fit_are_refused_in_one_line(exact):
     y = str(root / "wrong.npy")
     for settings, words in (
         ({"task": "sparse", "noise": 1.0, "image": y}, "needs editing.operator=FILE.npy, where the file was measured"),
-        ({"task": "sparse", "noise": 1.0, "image": y, "operator": y}, r"points must be \[P, 1\]"),
+        ({"task": "sparse", "noise": 1.0, "image": y, "operator": y}, "points of 2 numbers need as many spatial axes"),
         ({"task": "deblur", "noise": 1.0, "image": y}, r"holds float64 \[3, 2\]; it must be .* shape \[8, 2\]"),
         ({"task": "deblur", "noise": 1.0, "image": y, "example": 1}, "exclude each other"),
         ({"task": "deblur", "noise": 1.0, "example": 9999}, "must be below 400"),

@@ -126,7 +126,9 @@ ZERO_TERMINAL = schedules.from_betas(schedules.rescale_zero_terminal_snr(schedul
 FLOW = schedules.from_path(schedules.rectified_flow(), np.linspace(1, 1000, 1000))
 
 
-@pytest.mark.parametrize("full", [FLOW, ZERO_TERMINAL], ids=["flow", "zero terminal"])
+@pytest.mark.parametrize(
+    "full", [FLOW, pytest.param(ZERO_TERMINAL, marks=pytest.mark.thorough)], ids=["flow", "zero terminal"]
+)
 def test_ten_steps_from_pure_noise(full):
     """Churn adds no noise to pure noise, and UniPC does not correct the step from it, which is infinitely long.
 
