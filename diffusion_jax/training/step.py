@@ -298,15 +298,15 @@ def make_train_step(
             examples = random_flip(key_flip, examples)
         grads, values = gradient(state.params, state.loss_history, key_loss, examples)
         loss = values["loss"].mean()
-        if frozen := config["optimizer"]["frozen"]:
-            is_frozen = find_frozen(frozen, grads)
-            grads = jax.tree.map(lambda frozen, g: jnp.zeros_like(g) if frozen else g, is_frozen, grads)
+        frozen = config["optimizer"]["frozen"]
+        is_frozen = find_frozen(frozen, grads) if frozen else jax.tree.map(lambda _: False, grads)
+        grads = jax.tree.map(lambda frozen, g: jnp.zeros_like(g) if frozen else g, is_frozen, grads)
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
-        if frozen:  # rounding would move the average step by step, by up to 2e-4 of a value
-            ema_params = jax.tree.map(lambda frozen, ema, p: p if frozen else ema, is_frozen, ema_params, params)
+        # Rounding would move the average of a frozen parameter step by step, by up to 2e-4 of its value.
+        ema_params = jax.tree.map(lambda frozen, ema, p: p if frozen else ema, is_frozen, ema_params, params)
         history = state.loss_history
         if history is not None:
             history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
