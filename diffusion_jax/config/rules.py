@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import fnmatch
 import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -80,10 +81,17 @@ def _network(config: ConfigDict) -> list[Rule]:
     height, width = _height_and_width(config)
     divides = 0 < low < height and height % low == 0 and width % (height // low) == 0
     problem = f"is not for upsamplers (data.low_resolution={low}), whose condition is the small image"
-    joins = config.model.architecture == "ncsn++" and not config.model.resample_blocks
-    joined = "needs residual blocks that change the resolution"
+    model, path = config.model, config.diffusion.path
+    is_ncsnpp = model.architecture == "ncsn++"
+    joins, joined = is_ncsnpp and not model.resample_blocks, "needs residual blocks that change the resolution"
+    is_long = is_ncsnpp and model.time_scale == 1 and path != "edm" and ":" not in f"{path}"
+    shorter, suited = (
+        "diffusion.path=edm or --config.model.time_scale=0.001",
+        "has frequencies for network times of about 1",
+    )
     return [
         Rule("model.architecture", joins, joined, "ddpm", "model.resample_blocks=True"),
+        Rule("model.architecture", is_long, suited, "ddpm", shorter),
         Rule("diffusion.conditioning_noise", noise and not low, "is for upsamplers (data.low_resolution)", 0),
         Rule("data.low_resolution", low and is_classifier(config), "is for diffusion models, not for classifiers", 0),
         Rule("data.low_resolution", low and not divides, f"must divide the size of images, data.image_size={size}", 0),
@@ -112,7 +120,9 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     draws_steps = timesteps in ("antithetic", "loss_second_moment")
     decays_early = optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps
     is_ncsnpp, frozen = config.model.architecture == "ncsn++", optimizer.frozen
-    trains_frequencies = is_ncsnpp and not isinstance(frozen, str) and "time_fourier" not in frozen
+    frequencies = ("time_fourier", "time_fourier/frequencies")
+    names = [] if isinstance(frozen, str) else [fnmatch.filter(frequencies, pattern) for pattern in frozen]
+    trains_frequencies = is_ncsnpp and not isinstance(frozen, str) and not any(names)
     untrained_part = "must name the frequencies of ncsn++, which are not trained"
     exceed = f"must exceed optimizer.warmup_steps={optimizer.warmup_steps}"
     is_simple, is_hybrid, is_adam = chain and loss == "simple", chain and loss == "hybrid", optimizer.name == "adam"
@@ -274,7 +284,11 @@ def _without_effect(config: ConfigDict) -> list[Rule]:
     unguided, scale = options.guidance_scale == 1, "sampling.guidance_scale=SCALE"
     no_classifier, no_guidance = "has no effect without a classifier", "has no effect without guidance"
     is_scaled = options.classifier_scale != 1 and not options.classifier
+    model = config.model
+    is_ncsnpp, own = model.architecture == "ncsn++", "has no effect on ncsn++, which has frequencies of its own"
     return rules + [
+        Rule("model.embedding_cos_first", is_ncsnpp and model.embedding_cos_first, own, False),
+        Rule("model.embedding_freq_shift", is_ncsnpp and model.embedding_freq_shift != 1, own, 1.0),
         Rule("sampling.classifier_scale", is_scaled, no_classifier, 1, "sampling.classifier=PATH"),
         Rule("sampling.guidance_interval", options.guidance_interval and unguided, no_guidance, (), scale),
         Rule("sampling.guidance_rescale", options.guidance_rescale and unguided, no_guidance, 0, scale),

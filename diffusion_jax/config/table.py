@@ -193,7 +193,7 @@ MODEL: dict[str, Setting] = {
         "ddpm",
         Choice("ddpm", "ddpm++", "ncsn++"),
         "Variant of the network: ddpm (Ho et al., OpenAI), or ddpm++ or ncsn++ (Song et al., EDM; also set "
-        "`model.resample_blocks`).",
+        "`model.resample_blocks`, and for ncsn++ `diffusion.path=edm` and `optimizer.frozen=time_fourier`).",
     ),
     "embedding_cos_first": Setting(
         False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."

@@ -73,9 +73,10 @@ class Encoder(nn.Module):
       upsampling path, only the last block of a level is followed by self-attention; the first convolution has `channels`
       channels; labels and condition vectors are added to the sines and cosines of the time, before its dense layers. DDPM++
       itself also has `resample_blocks`, and 4 blocks a level. "ncsn++" (Song et al., as EDM has it) differs from DDPM++ in
-      its filters for changes of the resolution, [1, 3, 3, 1] / 8 along each axis; in a sum, after each reduction, with a
-      convolution of the input or of the last such sum; and in 2 `channels` sines and cosines of random frequencies, drawn
-      from N(0, 16^2) at initialization and not trained. NCSN++ needs `resample_blocks`.
+      its filter for changes of the resolution, [1, 3, 3, 1] along each axis; after each reduction, it adds the input, or the
+      last such sum, after a convolution and the filter, and divides by sqrt(2); it has 2 `channels` sines and cosines of
+      random frequencies, N(0, 16^2) at initialization and not trained, which suit network times of about 1. NCSN++ needs
+      `resample_blocks`, and uses neither `embedding_cos_first` nor `embedding_freq_shift`.
     embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
     time_scale: multiplies the network time before its embedding; 1000 in OpenAI's networks with EDM's preconditioning.
     downsample_padding: before and after each side in the stride-2 convolution; OpenAI's is (1, 1).

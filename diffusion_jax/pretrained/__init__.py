@@ -40,7 +40,7 @@ from diffusion_jax.errors import (
     list_names,
     shorten,
 )
-from diffusion_jax.pretrained import diffusers, edm, ho, openai, parameters
+from diffusion_jax.pretrained import catalog, diffusers, edm, ho, openai, parameters
 from diffusion_jax.pretrained.catalog import PublishedWeights, available, find_reported, format_available
 from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
@@ -134,6 +134,9 @@ def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: b
         provenance = Provenance(pathlib.Path(path).stem, {"family": net.family}, provenance.details)
     if hub.is_hub(path):
         provenance = dataclasses.replace(provenance, details={**provenance.details, **hub.download(str(path)).origin})
+    elif not net.provenance.settings:
+        origin_of_name = catalog.find_origin(pathlib.Path(path).name)
+        provenance = dataclasses.replace(provenance, details={**provenance.details, **origin_of_name})
     return dataclasses.replace(net, provenance=provenance)
 
 
@@ -142,7 +145,8 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
     path = own if own.is_file() else path
     if not path.is_dir():
         if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
-            raise PretrainedError(f"{path}: no such file or folder")
+            page = catalog.find_page(str(path))
+            raise PretrainedError(f"{path}: no such file or folder" + f"; download it from {page}" * bool(page))
         tensors = parameters.open_tensors(path, ema)
         if ho.is_ho(tensors.shapes):
             return ho.load_ho(path, tensors, flags, with_params)

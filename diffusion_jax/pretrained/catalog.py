@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -97,10 +98,23 @@ _FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # by paper and na
         "edm-cifar10-32x32-uncond-vp.pkl": (1.97, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
         "edm-cifar10-32x32-cond-ve.pkl": (1.79, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
         "edm-cifar10-32x32-uncond-ve.pkl": (1.98, _CIFAR10 | _HEUN | {"sampling.steps": 18}),
+        **{
+            f"edm-{data}-64x64-uncond-{kind}.pkl": (fid, _HEUN | {"sampling.steps": 40})
+            for data, fids in (("ffhq", (2.39, 2.53)), ("afhqv2", (1.96, 2.16)))
+            for kind, fid in zip(("vp", "ve"), fids, strict=True)
+        },
         "edm-imagenet-64x64-cond-adm.pkl": (1.36, _HEUN | _CHURN | {"sampling.steps": 256}),
     },
     "Song et al. 2023": {
-        "cd_imagenet64_lpips.pt": (6.20, {"sampling.sampler": "consistency", "sampling.steps": 1}),
+        f"{file}.pt": (fid, {"sampling.sampler": "consistency", "sampling.steps": 1})
+        for file, fid in {
+            "cd_imagenet64_lpips": 6.20,
+            "ct_imagenet64": 13.0,
+            "cd_bedroom256_lpips": 7.80,
+            "ct_bedroom256": 16.0,
+            "cd_cat256_lpips": 11.0,
+            "ct_cat256": 20.7,
+        }.items()
     },
 }
 _PROTOCOL = {
@@ -155,8 +169,28 @@ def available() -> tuple[PublishedWeights, ...]:
 
 def find_reported(path: str) -> Reported | None:
     """Returns what the paper reports for weights, by the published name of the repository or file; None if unknown."""
-    name = pathlib.PurePath(path.partition("@")[0] if hub.is_hub(path) else path).name
-    return None if hub.is_hub(path) and not path.startswith("hf://google/") else _REPORTED.get(name)
+    name = _file_name(path)
+    is_other = hub.is_hub(path) and not path.startswith("hf://google/") and not name.endswith((".pt", ".pkl"))
+    return None if is_other else _REPORTED.get(name)
+
+
+@functools.cache
+def find_origin(name: str) -> dict[str, str]:
+    """Returns the source, license and page of a file with a published name, and prints them; {} for other names."""
+    known = next((known for known in available() if known.name == name), None)
+    if known is None:
+        return {}
+    print(f"License of {name}, if it is the published file: {known.license} ({known.page})", flush=True)
+    return {"source": name, "license": known.license, "page": known.page}
+
+
+def find_page(path: str) -> str:
+    """Returns the page from which a file with a published name is downloaded; "" for other names."""
+    return next((known.page for known in available() if known.name == _file_name(path)), "")
+
+
+def _file_name(path: str) -> str:
+    return pathlib.PurePath(path.partition("@")[0] if hub.is_hub(path) else path).name
 
 
 def format_available() -> str:

@@ -14,6 +14,7 @@ from diffusion_jax.pretrained import Model, format_summary, origin
 from diffusion_jax.report.card import facts
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
+from diffusion_jax.storage import objects
 
 SAMPLES = "samples.png"  # beside the card
 
@@ -43,7 +44,7 @@ def model_card(
     if run is not None and run.config is not None:
         metadata["datasets"] = [run.config.data.dataset]
     where = location.removeprefix("hf://") or to.name
-    diffusers = f"\n\n# or\nimages = diffusers.DDPMPipeline.from_pretrained({where!r})().images"
+    diffusers = f"\n\n# or, after import diffusers\nimages = diffusers.DDPMPipeline.from_pretrained({where!r})().images"
     source = origin(net)
     stated = license or source.get("license", "")
     made_from = f"{_escape(license)}." if license else "To be filled in."
@@ -61,7 +62,7 @@ def model_card(
         to_fill="" if license else "the license (here and above), ",
         data=f"## Training data\n\n{_escape(data)}\n\n" if data else "",
         samples=f"![samples]({SAMPLES})\n\n" if (to / SAMPLES).is_file() else "",
-        diffusers=diffusers if has_diffusers else "",
+        diffusers=diffusers if has_diffusers and not objects.is_url(location) else "",
         summary=format_summary(net),
         run="" if run is None else "".join(f"{part}\n\n" for part in (_training(run, net), _metrics(run, net)) if part),
     )

@@ -9,7 +9,7 @@ import tempfile
 from diffusion_jax.errors import PretrainedError, UserError
 from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.files import write_text
-from diffusion_jax.pretrained import Model, save_diffusers, save_safetensors
+from diffusion_jax.pretrained import Model, origin, save_diffusers, save_safetensors
 from diffusion_jax.report.model_card import SAMPLES, model_card
 from diffusion_jax.storage import hub, objects
 from diffusion_jax.untrusted import leads_out
@@ -30,9 +30,12 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
         hub.check_repository(to)
     elif objects.is_url(to):
         if objects.open_store(to).list():
-            raise UserError(f"{to} has objects already; give a new prefix")
+            raise UserError(f"{to} has objects already; delete them, or give a new prefix")
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{to} is not an empty folder; give a new one")
+    source = origin(net)
+    if source and source["license"].lower().replace(" ", "-") != license.lower():
+        print(f"Note: the weights come from {source['source']} (license: {source['license']}), published as {license}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "weights"  # its name is not in the files
         try:

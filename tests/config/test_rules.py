@@ -17,7 +17,8 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "data.normalization=none",
     ],
     "network": [
-        "model.architecture=ncsn++",
+        f"model.architecture=ncsn++ {EDM}",
+        "model.architecture=ncsn++ model.resample_blocks=True",
         "diffusion.conditioning_noise=0.1",
         f"{SMALL} diffusion.loss=classify",
         "data.low_resolution=5",
@@ -51,7 +52,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "diffusion.loss=hybrid",
         FLOATS,
         "optimizer.weight_decay=0.1",
-        "model.architecture=ncsn++ model.resample_blocks=True optimizer.frozen=mid_*",
+        f"model.architecture=ncsn++ model.resample_blocks=True {EDM} optimizer.frozen=mid_*",
         "optimizer.schedule=cosine optimizer.decay_steps=5000",
     ],
     "training run": [
@@ -95,6 +96,8 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "sampling.churn_range=0.05,50",
         "sampling.churn_noise=1.1",
         "sampling.order=3",
+        "model.architecture=ncsn++ model.embedding_cos_first=True",
+        "model.architecture=ncsn++ model.embedding_freq_shift=0",
         "sampling.classifier_scale=4",
         "sampling.guidance_interval=10,200",
         "sampling.guidance_rescale=0.7",

@@ -59,6 +59,7 @@ def test_names_on_the_hub_are_well_formed():
     [
         ("hf://google/ddpm-cifar10-32@main", 3.17),
         ("hf://someone/ddpm-cifar10-32", None),
+        ("hf://someone/edm/edm-ffhq-64x64-uncond-ve.pkl@v1", 2.53),
         ("weights/ddpm-ema-cat-256", 19.75),
         ("weights/lsun_horse.pt", 2.57),
         ("weights/mine.pt", None),
@@ -78,3 +79,13 @@ def test_settings_of_papers_exist():
         assert reported.settings.keys() <= SETTINGS.keys()
     guided = pretrained.find_reported("256x256_diffusion.pt")
     assert guided.settings["sampling.classifier"].removesuffix(".pt") in openai.FILES
+
+
+def test_the_license_and_the_page_of_a_published_file_are_known_by_its_name(tmp_path, capsys):
+    name = "edm-cifar10-32x32-uncond-ve.pkl"
+    for _ in range(2):
+        assert catalog.find_origin(name)["license"] == "CC BY-NC-SA 4.0"
+    assert capsys.readouterr().out.count(f"License of {name}") == 1
+    assert catalog.find_origin("mine.pkl") == {} and not capsys.readouterr().out
+    with pytest.raises(pretrained.PretrainedError, match="download it from https://github.com/NVlabs/edm$"):
+        pretrained.load(tmp_path / name)

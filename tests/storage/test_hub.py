@@ -212,6 +212,10 @@ def test_license_travels_with_what_is_made_from_the_weights(serve, tmp_path, cap
     assert pretrained.load(tmp_path / "own.safetensors").provenance.details["license"] == "apache-2.0"
     card = (tmp_path / "own.md").read_text()
     assert card.startswith('---\nlicense: "apache-2.0"\n') and f"hf://a/b@{COMMIT} | apache-2.0" in card
+    capsys.readouterr()
+    for license, differs in (("mit", True), ("Apache-2.0", False)):
+        publish("hf://a/b", str(tmp_path / license), f"--license={license}", "--data=x")
+        assert (f"(license: apache-2.0), published as {license}" in capsys.readouterr().out) == differs
     __main__.main(["convert", str(tmp_path / "f"), str(tmp_path / "plain.safetensors")])
     assert (tmp_path / "plain.md").read_text().startswith('---\nlicense: "unknown"  # fill in\n')
 
@@ -281,7 +285,7 @@ def test_weights_are_published_once_to_a_bucket(tmp_path, bucket_url, monkeypatc
     assert params_equal(pretrained.load(tmp_path / "f"), pretrained.load(to))
     with pytest.raises(SystemExit):
         publish(tmp_path / "f", to, *flags)
-    assert "has objects already; give a new prefix" in capsys.readouterr().err
+    assert "has objects already; delete them" in capsys.readouterr().err
     publish(tmp_path / "f", f"{bucket_url}/weights/ci", *flags)  # a neighbor
 
 
