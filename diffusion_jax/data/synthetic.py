@@ -32,6 +32,18 @@ import numpy as np
 from diffusion_jax.data.sources import InMemory, example_shape
 from diffusion_jax.errors import DataError
 
+__all__ = [
+    "CONDITIONAL",
+    "FIELD",
+    "MOONS",
+    "SERIES",
+    "VOLUME",
+    "ConditionalDistribution",
+    "FieldDistribution",
+    "MoonsDistribution",
+    "SeriesDistribution",
+]
+
 _HALF_LOG_2_PI_E = 0.5 * math.log(2 * math.pi * math.e)
 _BLOCK = 4096
 _NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
