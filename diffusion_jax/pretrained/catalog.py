@@ -17,6 +17,12 @@ _GOOGLE = (
 )
 _REPOSITORIES = {"improved": "improved-diffusion", "adm": "guided-diffusion"}
 _REPOSITORIES |= dict.fromkeys(("edm", "consistency"), "consistency_models")
+_HO = {  # Ho et al.'s weights in the PyTorch port: the step, and parameters in thousands
+    "cifar10": (790_000, 35_746),
+    "lsun_bedroom": (2_388_000, 113_673),
+    "lsun_cat": (1_761_000, 113_673),
+    "lsun_church": (4_432_000, 113_673),
+}
 _EDM = {  # EDM's files, and their parameters in thousands
     "edm-cifar10-32x32-cond-vp": 55_734,
     "edm-cifar10-32x32-uncond-vp": 55_733,
@@ -155,6 +161,10 @@ def available() -> tuple[PublishedWeights, ...]:
         size = 143 if name.endswith("32") else 455
         page = f"https://huggingface.co/google/ddpm-{name}"
         found.append(PublishedWeights(f"hf://google/ddpm-{name}", "diffusers", size, "Apache-2.0", page))
+    for data, (step, thousands) in _HO.items():
+        files = [f"{prefix}diffusion_{data}_model/model-{step}.ckpt" for prefix in ("ema_", "")]
+        page = "https://github.com/pesser/pytorch_diffusion"
+        found += [PublishedWeights(file, "Ho et al.", round(thousands * 4e-3), "MIT", page) for file in files]
     for file, preset in openai.FILES.items():
         page = _OPENAI + _REPOSITORIES[preset.partition("_")[0]]
         found.append(PublishedWeights(f"{file}.pt", "OpenAI", round(_THOUSANDS[preset] * 4e-3), "MIT", page))

@@ -17,7 +17,7 @@ def test_list_names_what_loads(capsys):
     assert len(set(names)) == len(names) and "hf://google/ddpm-cifar10-32" in names
     for weights in known:
         file = weights.name.removesuffix(".pt").removesuffix(".pkl")
-        assert file.startswith(("hf://google/ddpm-", "edm-")) or file in openai.FILES
+        assert file.startswith(("hf://google/ddpm-", "edm-")) or "diffusion_" in file or file in openai.FILES
         assert weights.license in ("Apache-2.0", "MIT", "CC BY-NC-SA 4.0") and weights.page.startswith("https://")
         assert weights.sha256 is None  # no source at hand states one
     __main__.main(["list"])
@@ -33,6 +33,7 @@ DDPMPP = UNet(architecture="ddpm++", resample_blocks=True, num_res_blocks=4)
     "file, model, size",
     [
         ("cifar10_uncond_50M_500K.pt", preset("improved_cifar10"), 32),
+        ("ema_diffusion_lsun_cat_model/model-1761000.ckpt", preset("ddpm_256"), 256),
         ("64x64_classifier.pt", preset("adm_classifier64"), 64),
         ("edm-cifar10-32x32-cond-vp.pkl", DDPMPP.clone(channel_multipliers=(2, 2, 2), num_classes=10), 32),
         ("edm-ffhq-64x64-uncond-vp.pkl", DDPMPP.clone(attention_levels=(2,)), 64),
