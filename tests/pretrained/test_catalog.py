@@ -60,7 +60,7 @@ def test_names_on_the_hub_are_well_formed():
     [
         ("hf://google/ddpm-cifar10-32@main", 3.17),
         ("hf://someone/ddpm-cifar10-32", None),
-        ("hf://someone/edm/edm-ffhq-64x64-uncond-ve.pkl@v1", 2.53),
+        ("hf://someone/edm/edm-cifar10-32x32-cond-vp.pkl@v1", 1.79),
         ("weights/ddpm-ema-cat-256", 19.75),
         ("weights/lsun_horse.pt", 2.57),
         ("weights/mine.pt", None),
