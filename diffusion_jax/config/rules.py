@@ -44,6 +44,11 @@ class Rule(NamedTuple):
     instead: str = ""
 
 
+def freezes(pattern: str, name: str) -> bool:
+    """Returns whether a pattern of `optimizer.frozen` is of a parameter, by its name, or of a module that contains it."""
+    return any(fnmatch.fnmatchcase(name, form) for form in (pattern, f"{pattern}/*"))
+
+
 def _every_config(config: ConfigDict) -> list[Rule]:
     names, channels = config.data, config.data.channels
     problem = f"must have one text for each of data.channels={channels}"
@@ -85,10 +90,8 @@ def _network(config: ConfigDict) -> list[Rule]:
     is_ncsnpp = model.architecture == "ncsn++"
     joins, joined = is_ncsnpp and not model.resample_blocks, "needs residual blocks that change the resolution"
     is_long = is_ncsnpp and model.time_scale == 1 and path != "edm" and ":" not in f"{path}"
-    shorter, suited = (
-        "diffusion.path=edm or --config.model.time_scale=0.001",
-        "has frequencies for network times of about 1",
-    )
+    suited = "has frequencies for network times of about 1"
+    shorter = "diffusion.path=edm or --config.model.time_scale=0.001"
     return [
         Rule("model.architecture", joins, joined, "ddpm", "model.resample_blocks=True"),
         Rule("model.architecture", is_long, suited, "ddpm", shorter),
@@ -120,9 +123,8 @@ def _train_step(config: ConfigDict) -> list[Rule]:
     draws_steps = timesteps in ("antithetic", "loss_second_moment")
     decays_early = optimizer.schedule != "constant" and optimizer.decay_steps <= optimizer.warmup_steps
     is_ncsnpp, frozen = config.model.architecture == "ncsn++", optimizer.frozen
-    frequencies = ("time_fourier", "time_fourier/frequencies")
-    names = [] if isinstance(frozen, str) else [fnmatch.filter(frequencies, pattern) for pattern in frozen]
-    trains_frequencies = is_ncsnpp and not isinstance(frozen, str) and not any(names)
+    names_them = isinstance(frozen, str) or any(freezes(pattern, "time_fourier/frequencies") for pattern in frozen)
+    trains_frequencies = is_ncsnpp and not names_them
     untrained_part = "must name the frequencies of ncsn++, which are not trained"
     exceed = f"must exceed optimizer.warmup_steps={optimizer.warmup_steps}"
     is_simple, is_hybrid, is_adam = chain and loss == "simple", chain and loss == "hybrid", optimizer.name == "adam"

@@ -145,8 +145,9 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
     path = own if own.is_file() else path
     if not path.is_dir():
         if not path.exists() and not parameters.is_tensorflow_checkpoint(path):
-            page = catalog.find_page(str(path))
-            raise PretrainedError(f"{path}: no such file or folder" + f"; download it from {page}" * bool(page))
+            known = catalog.find_known(str(path))
+            advice = f"; download it from {known.page}" if known else ""
+            raise PretrainedError(f"{path}: no such file or folder{advice}")
         tensors = parameters.open_tensors(path, ema)
         if ho.is_ho(tensors.shapes):
             return ho.load_ho(path, tensors, flags, with_params)

@@ -164,7 +164,7 @@ def available() -> tuple[PublishedWeights, ...]:
 
 def find_reported(path: str) -> Reported | None:
     """Returns what the paper reports for weights, by the published name of the repository or file; None if unknown."""
-    name = _file_name(path)
+    name = _name_of(path)
     is_other = hub.is_hub(path) and not path.startswith("hf://google/") and not name.endswith((".pt", ".pkl"))
     return None if is_other else _REPORTED.get(name)
 
@@ -172,19 +172,19 @@ def find_reported(path: str) -> Reported | None:
 @functools.cache
 def find_origin(name: str) -> dict[str, str]:
     """Returns the source, license and page of a file with a published name, and prints them; {} for other names."""
-    known = next((known for known in available() if known.name == name), None)
+    known = find_known(name)
     if known is None:
         return {}
     print(f"License of {name}, if it is the published file: {known.license} ({known.page})", flush=True)
     return {"source": name, "license": known.license, "page": known.page}
 
 
-def find_page(path: str) -> str:
-    """Returns the page from which a file with a published name is downloaded; "" for other names."""
-    return next((known.page for known in available() if known.name == _file_name(path)), "")
+def find_known(path: str) -> PublishedWeights | None:
+    """Returns the weights in `available` whose file has the name of a path; None for other names."""
+    return next((known for known in available() if known.name == _name_of(path)), None)
 
 
-def _file_name(path: str) -> str:
+def _name_of(path: str) -> str:
     return pathlib.PurePath(path.partition("@")[0] if hub.is_hub(path) else path).name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffusion_jax.config.rules import freezes
 from diffusion_jax.functions import find_function
 
 MAX_INITIAL_SHARE = 0.1  # largest weight of the random initial parameters in an EMA that is used
@@ -76,8 +76,7 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
     else:
         chosen = set()
         for pattern in frozen:
-            forms = pattern, f"{pattern}/*"  # a parameter, or all parameters of a module
-            matching = {name for name in every if any(fnmatch.fnmatchcase(name, form) for form in forms)}
+            matching = {name for name in every if freezes(pattern, name)}
             if not matching:
                 raise ValueError(f"optimizer.frozen: {pattern!r} freezes no parameter; {some}")
             chosen |= matching
