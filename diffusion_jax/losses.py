@@ -135,7 +135,7 @@ def simple(
     Args:
       key: draws t and eps.
       schedule: a schedule, or a path, for a continuous time.
-      denoiser: a `Denoiser`, of which this loss takes the output with guidance, or a plain function (x_t, network time) ->
+      denoiser: a `Denoiser`, whose output with guidance enters this loss, or a plain function (x_t, network time) ->
         output. The second half of the channels (a learned variance) does not enter this loss.
       x_0: images in [-1, 1], or other data [B, ..., C]. One example [..., C] is x_0[None].
       prediction: the quantity that a plain function predicts: eps (the default), x_0, v, x_prev (not on a path), score or

@@ -107,7 +107,7 @@ class RankTest(NamedTuple):
 
 
 def rank_test(found: Int[np.ndarray, "N"], num_samples: int) -> RankTest:
-    """Compares the mean and the variance of ranks with those of uniform ranks on 0 ... num_samples.
+    """Compares the ranks' mean and variance with the values for uniform ranks on 0 ... num_samples.
 
     Raises: ValueError for fewer than 2 samples.
     """
