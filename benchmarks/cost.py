@@ -1,6 +1,6 @@
 """Measures how cost grows with the batch size, the resolution and the number of sampling steps.
 
-    python benchmarks/cost.py [--plot=docs/images/cost.png] [--small]
+    python benchmarks/cost.py [--plot=docs/images/cost.svg] [--small]
 
 The network is DDPM's CIFAR-10 network in float32. Measured on this machine: one network call at several batch sizes and
 resolutions, and DDIM with several numbers of steps. Counted, not measured: a call's FLOPs, from the traced program (XLA's
@@ -140,10 +140,11 @@ def plot(costs: Costs):
     """Plots the costs, with one panel for each table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
-    figure.suptitle("Costs of the CIFAR-10 network on two CPU cores")
-    batch, steps, seconds, flops, activations, empty = figure.subplots(3, 2).ravel()
-    empty.remove()
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    figure.suptitle("What DDPM's network for CIFAR-10 costs on two CPU cores")
+    names = [["batch", "steps"], ["seconds", "flops"], ["activations", "activations"]]
+    panels = figure.subplot_mosaic(names)
+    batch, steps, seconds, flops, activations = panels.values()
     gflop, megabytes = zip(*costs.counted, strict=True)
     batch.plot(BATCHES, costs.by_batch, "o-", label="measured")
     batch.set(title="A network call, 32x32 pixels", xlabel="batch size", ylabel="seconds")
@@ -158,7 +159,7 @@ def plot(costs: Costs):
     activations.plot(COUNTED_SIZES, np.divide(megabytes, 1e3), "o-", label="traced program")
     activations.set(title="Activations of a train step", xlabel="width and height in pixels", ylabel="GB per image")
     ticks = (BATCHES, STEPS, COUNTED_SIZES, COUNTED_SIZES, COUNTED_SIZES)
-    for axes, values in zip(figure.axes, ticks, strict=True):
+    for axes, values in zip(panels.values(), ticks, strict=True):
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(values, map(str, values))
         axes.set_xticks([], minor=True)

@@ -4,7 +4,7 @@
 
 In DIR, the script runs the page's commands for `runs/drawings`, trained with --config.seed=SEED, and prints the wall and CPU
 seconds of each command; the compilation cache is also in DIR. A rerun in DIR uses the finished run. With --pictures, it also
-draws docs/images/first_pictures.png and docs/images/hero.webp.
+draws hero.webp, its last frame hero.png, and social.png in docs/images, and copies the picture of the samples there.
 
 A small convolutional network, trained on the drawings, judges the samples of the page's evaluation. The threshold is the
 confidence that 95% of new drawings exceed. The last line is a JSON object:
@@ -24,6 +24,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -157,58 +158,50 @@ def quality(images: np.ndarray, labels: np.ndarray, samples: np.ndarray, request
 # ---- Pictures
 
 
-def enlarge(image: np.ndarray, size: int) -> Image.Image:
-    """Enlarges a uint8 image [H, W, 3] smoothly to a square."""
-    return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def comparison(images: np.ndarray, labels: np.ndarray, samples: np.ndarray, requested: np.ndarray) -> Image.Image:
-    """Draws a row for each class: five drawings on the left, five samples on the right."""
-    tile, gap, count, margin, above = 96, 6, 5, 110, 40
-    middle = margin + count * (tile + gap) + 24
-    size = (middle + count * (tile + gap) + gap, above + len(NAMES) * (tile + gap) + gap)
-    picture = Image.new("RGB", size, "white")
-    draw, large, small = ImageDraw.Draw(picture), *(ImageFont.load_default(points) for points in (18, 16))
-    for left, title in ((margin, "drawings for training"), (middle, "samples of the trained network")):
-        draw.text((left, 10), title, "black", large)
-    for row, name in enumerate(NAMES):
-        top = above + row * (tile + gap)
-        draw.text((margin - 14, top + tile // 2), name, "black", small, anchor="rm")
-        for left, shown in ((margin, images[labels == row]), (middle, samples[requested == row])):
-            for column in range(count):
-                picture.paste(enlarge(shown[column], tile), (left + column * (tile + gap), top))
-    return picture
-
-
-def animation_frames(directory: pathlib.Path) -> list[Image.Image]:
-    """Returns pictures of samples being denoised, from noise to the finished samples."""
+def denoised(directory: pathlib.Path) -> list[np.ndarray]:
+    """Returns samples being denoised, uint8 [36, H, W, 3] each, from noise to the finished samples."""
     os.chdir(directory)  # the run's settings have relative paths
     workdir = directory / "runs" / "drawings"
     setup = SampleFile(load_config(workdir), workdir).setup
     indices = np.arange(COLUMNS * ROWS)
     samples, frames = setup.generate(
-        keys_of_samples(1, indices), indices, trajectory=np.arange(setup.schedule.num_timesteps)
+        keys_of_samples(1, indices), indices, trajectory=np.arange(0, setup.schedule.num_timesteps, 2)
     )
-    grids = [*np.asarray(to_uint8(frames.x_t)), np.asarray(to_uint8(samples))]
-    return [animation_frame(images) for images in grids]
+    return [*np.asarray(to_uint8(frames.x_t)), np.asarray(to_uint8(samples))]
 
 
-def animation_frame(images: np.ndarray) -> Image.Image:
-    """Draws samples as a grid whose columns are classes."""
-    picture = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, ROWS * (TILE + GAP) + GAP), "white")
+def draw_tiles(images: np.ndarray, columns: int, tile: int, gap: int) -> Image.Image:
+    """Draws samples [N, H, W, 3] as a grid with their own pixels, as many times larger as a tile is."""
+    count = len(images) // columns
+    picture = Image.new("RGB", (columns * (tile + gap) + gap, count * (tile + gap) + gap), "white")
     for i, image in enumerate(images):
-        row, column = divmod(i, COLUMNS)
-        picture.paste(enlarge(image, TILE), (GAP + column * (TILE + GAP), GAP + row * (TILE + GAP)))
+        row, column = divmod(i, columns)
+        large = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
+        picture.paste(large, (gap + column * (tile + gap), gap + row * (tile + gap)))
     return picture
 
 
-def draw_pictures(directory: pathlib.Path, *sets: np.ndarray) -> None:
-    """Writes the page's picture and the animation."""
-    comparison(*sets).save(IMAGES / "first_pictures.png", optimize=True)
-    frames = animation_frames(directory)
-    durations = [600, *[120] * (len(frames) - 2), 4000]  # milliseconds
-    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
-    frames[0].save(IMAGES / "hero.webp", quality=50, method=4, **options)
+def social_picture(images: np.ndarray) -> Image.Image:
+    """Draws the project's name above 30 samples, in the size of a link's picture on other sites."""
+    picture = Image.new("RGB", (1200, 630), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((60, 50), "diffusion_jax", "black", ImageFont.load_default(80))
+    draw.text((60, 155), "Denoising diffusion models in JAX", "black", ImageFont.load_default(40))
+    picture.paste(draw_tiles(images[:30], 10, 96, 12), (54, 240))
+    return picture
+
+
+def draw_pictures(directory: pathlib.Path) -> None:
+    """Writes the animation with its last frame, the social picture, and the program's own picture of 96 samples."""
+    (picture,) = (directory / "runs/drawings/samples").glob("*_n96.png")
+    shutil.copy(picture, IMAGES / "first_pictures.png")
+    grids = denoised(directory)
+    frames = [draw_tiles(images, COLUMNS, TILE, GAP) for images in grids]
+    durations = [600, *[200] * (len(frames) - 2), 4000]  # milliseconds
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 1}
+    frames[0].save(IMAGES / "hero.webp", lossless=True, method=4, **options)
+    frames[-1].save(IMAGES / "hero.png", optimize=True)
+    social_picture(grids[-1]).save(IMAGES / "social.png", optimize=True)
 
 
 def main() -> None:
@@ -229,7 +222,7 @@ def main() -> None:
         sets = images, labels, arrays["arr_0"], arrays["arr_1"]
     print(json.dumps(quality(*sets)))
     if options.pictures:
-        draw_pictures(directory, *sets)
+        draw_pictures(directory)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures every deterministic solver's error against the number of network calls, on a mixture of Gaussians.
 
-    python benchmarks/samplers.py [--spacing=karras] [--schedule=linear] [--deviation=0.05] [--plot=docs/images/samplers.png]
+    python benchmarks/samplers.py [--spacing=karras] [--schedule=linear] [--deviation=0.05] [--plot=docs/images/samplers.svg]
 
 The mixture has five modes in the plane with standard deviation 0.05. The exact eps is known, so the reference is the
 probability-flow map from x_T to x_0, computed by scipy's adaptive solver in float64; the error is the root mean square
@@ -95,7 +95,7 @@ def plot(errors, all_calls, spacing):
     """Plots errors, {solver: [error at each number of calls]}, with one panel for each family of solvers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 9), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7.5, 9), layout="constrained")
     figure.suptitle(
         f"Error of each solver with the spacing {spacing!r}\n(data: five modes at radius 0.8 with standard deviation {SD})"
     )

@@ -75,9 +75,9 @@ DRAWINGS = (
         shows_version=True,
     ),
     Drawing(
-        ("first_pictures.png", "hero.webp"),
+        ("first_pictures.png", "hero.webp", "hero.png", "social.png"),
         "python benchmarks/first_pictures.py runs/first_pictures --pictures",
-        ("benchmarks/first_pictures.py", "examples/drawings.py", "configs/drawings.py"),
+        ("benchmarks/first_pictures.py", "examples/drawings.py", "configs/drawings.py", *_SAMPLES),
     ),
     Drawing(
         ("first_arrays.png",),
@@ -94,27 +94,35 @@ DRAWINGS = (
     ),
     Drawing(
         tuple(f"edit_{task}.png" for task in _TASKS),
-        "python benchmarks/editing_pictures.py runs/editing_pictures",
-        ("benchmarks/editing_pictures.py", "configs/digits.py", _PICTURES),
+        "python benchmarks/first_pictures.py runs/first_pictures"
+        " && python benchmarks/editing_pictures.py runs/first_pictures",
+        ("benchmarks/editing_pictures.py", "examples/drawings.py", "configs/drawings.py", _PICTURES),
     ),
     _example("example_moons.png", "vectors", "moons"),
     _example("example_series.png", "series", "series"),
     _example("example_field.png", "field", "field"),
     _example("example_volume.png", "volume", "volume"),
     Drawing(
-        ("samplers.png",),
-        "python benchmarks/samplers.py --plot=docs/images/samplers.png",
+        ("samplers.svg",),
+        "python benchmarks/samplers.py --plot=docs/images/samplers.svg",
         ("benchmarks/samplers.py",),
     ),
-    Drawing(("cost.png",), "python benchmarks/cost.py --plot=docs/images/cost.png", ("benchmarks/cost.py",)),
+    Drawing(("cost.svg",), "python benchmarks/cost.py --plot=docs/images/cost.svg", ("benchmarks/cost.py",)),
     Drawing(
         tuple(
-            f"ddpm_{name}.png" for name in ("noising", "noise_schedules", "posterior", "bound_terms", "forward_reverse")
+            f"ddpm_{name}"
+            for name in (
+                "noising.png",
+                "noise_schedules.svg",
+                "posterior.svg",
+                "bound_terms.svg",
+                "forward_reverse.png",
+            )
         ),
         "python docs/pictures/ddpm_story.py",
         ("docs/pictures/ddpm_story.py",),
     ),
-    Drawing(("choosing.png",), "python docs/pictures/choosing.py", ("docs/pictures/choosing.py",)),
+    Drawing(("choosing.svg",), "python docs/pictures/choosing.py", ("docs/pictures/choosing.py",)),
     Drawing(("architecture.svg",), "", ("docs/contributing/architecture.md",)),
 )
 

@@ -25,7 +25,7 @@ import api_examples  # noqa: E402
 import diffusion_jax  # noqa: E402
 
 _MAX_BYTES = 1_000_000
-_LOADED = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "src", "video": "src"}
+_LOADED = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "srcset", "video": "src"}
 
 
 def public_modules() -> Iterator[str]:

@@ -70,6 +70,14 @@ napoleon_numpy_docstring = False
 # Pages in MyST Markdown, and notebooks.
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 4
+_description = "Denoising diffusion models in JAX: pure functions, a Flax U-Net, and training that resumes to the bit."
+myst_html_meta = {
+    "description lang=en": _description,
+    "property=og:title": "diffusion_jax",
+    "property=og:description": _description,
+}
+if BASE_URL:
+    myst_html_meta["property=og:image"] = f"{BASE_URL}/_static/social.png"
 myst_dmath_double_inline = True
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(cache_directory(ROOT, BUILD))
@@ -89,7 +97,7 @@ mathjax3_config = {
 html_theme = "sphinx_book_theme"
 html_title = "diffusion_jax"
 html_favicon = "_static/favicon.svg"
-html_static_path = ["_static"]
+html_static_path = ["_static", "images/hero.webp", "images/hero.png", "images/social.png"]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_search_scorer = str(DOCS / "_extensions" / "search_scorer.js")

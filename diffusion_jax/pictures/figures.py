@@ -148,7 +148,7 @@ def make_figure(
     entry_width = 0.45 + 0.07 * max((len(label) for label, _ in legend), default=0)
     legend_columns = max(1, min(len(legend), int(width / entry_width)))
     height = rows * size[1] + 0.16 * len(lines) + 0.2 * -(-len(legend) // legend_columns)
-    figure = Figure((width, height), dpi=110, layout="constrained")
+    figure = Figure((width, height), dpi=160, layout="constrained")
     figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=9, x=0.1 / width, ha="left")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in axes[len(names) :]:

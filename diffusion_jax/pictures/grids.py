@@ -51,6 +51,12 @@ def fill_cells(groups: Sequence[np.ndarray], rows: Sequence[int], columns: int) 
     return cells
 
 
+def fit_columns(count: int) -> int:
+    """Returns a number of columns near sqrt(count) with which all rows are full, if there is one."""
+    root = math.ceil(math.sqrt(count))
+    return next((columns for columns in range(root, 2 * root + 1) if count % columns == 0), root)
+
+
 def draw_grid(
     images: np.ndarray,
     title: str = "",
@@ -64,7 +70,7 @@ def draw_grid(
     Captions and headers are shortened to the width of the images.
     """
     n = len(images)
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = columns or fit_columns(n)
     cells = fill_cells([np.arange(n)], [math.ceil(n / columns)], columns)
     return draw_blocks([Block(images, cells, captions, headers)], title)
 

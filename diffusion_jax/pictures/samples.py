@@ -17,7 +17,7 @@ from diffusion_jax.images import is_of_images
 from diffusion_jax.metrics.of_arrays import as_examples, even_indices
 from diffusion_jax.pictures.channels import UNKNOWN, Channels, plain_text, to_plotted
 from diffusion_jax.pictures.figures import make_figure, note_shown
-from diffusion_jax.pictures.grids import Block, Picture, draw_blocks, draw_grid, fill_cells
+from diffusion_jax.pictures.grids import Block, Picture, draw_blocks, draw_grid, fill_cells, fit_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -298,11 +298,15 @@ def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) 
         return [np.flatnonzero(each.labels == y) for y in classes]
 
     groups = split(samples)
-    columns = columns or math.ceil(math.sqrt(len(samples.x)))
-    columns = min(columns, max(map(len, groups)))
+    columns = min(columns or fit_columns(len(samples.x)), max(map(len, groups)))
     rows = [math.ceil(len(group) / columns) for group in groups]
     row_names = []
     if classes is not None:
+        count = int(np.median([len(group) for group in groups]))
+        columns = count // max(1, round(count / columns))  # full rows for a class of this size
+        rows = [max(1, len(group) // columns) for group in groups]
+        if left_out := sum(max(0, len(group) - columns * height) for group, height in zip(groups, rows, strict=True)):
+            title += f"; {len(samples.x) - left_out} of {len(samples.x)} samples"
         for y, group, count in zip(classes, groups, rows, strict=True):
             name = samples.captions[group[0]] if samples.captions else f"class {y}"
             row_names += [name, *[""] * (count - 1)]

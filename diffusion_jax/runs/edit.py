@@ -81,7 +81,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     check_finite(results)
     shown = np.concatenate([np.float64(array).ravel() for array in given.values()])
     provenance = make_provenance(setup, editing=to_dict(options), given_digest=array_digest(shown))
-    title = f"Edit: {task.replace('_', ' ')}, {provenance.name}"
+    title = f"Edit, {task.replace('_', ' ')}: {setup.title}"
     provenance = dataclasses.replace(provenance, name=f"{task}_{provenance.name}_{provenance.digest[:6]}")
     arrays, channels = {"arr_0": results}, read_channels(config, workdir)
     if options.noise and measured is not None:

@@ -144,7 +144,8 @@ class SampleFile:
             # The samples come first, for programs that read the first array.
             arrays = {"arr_0": samples, "arr_1": rows["y"], **read_conditions(rows)}
             shown = samples[:_MAX_IMAGES_IN_GRID] if pictures.is_of_images(samples) else samples
-            picture = draw_beside_examples(self.workdir, self.setup, shown, f"Samples: {self.provenance.name}")
+            title = f"Samples: {self.setup.title}" + f"; the first {len(shown)}" * (len(shown) < len(samples))
+            picture = draw_beside_examples(self.workdir, self.setup, shown, title)
             write_samples(self.workdir, self.path, self.provenance, arrays, picture)
             chunks.delete()
             if pictures.is_of_images(samples) and samples.shape[2] <= _MAX_PIXELS_AS_TEXT:
@@ -281,7 +282,7 @@ def _write_trajectory(file: SampleFile) -> None:
 
     def draw_picture(frames: str, what: str):
         x = np.concatenate([arrays[frames], arrays["samples"][None]])
-        title = f"The first samples of {file.provenance.name}, {what}"
+        title = f"Samples {what}: {file.setup.title}"
         return pictures.draw_trajectory(x, arrays["times"], title, setup.captions(rows), channels)
 
     path = file.path.parent / "trajectories" / file.path.name

@@ -53,6 +53,17 @@ class SamplingSetup:
         """The model that guides, or None."""
         return self.options["classifier"]
 
+    @property
+    def title(self) -> str:
+        """The weights, the sampler, guidance and the seed, for titles of pictures."""
+        net, options, count = self.net, self.config.sampling, self.schedule.num_timesteps
+        kind = "EMA" if net.weights == "ema" else net.weights
+        parts = [net.provenance.name if net.step is None else f"step {net.step:,}, {kind} weights"]
+        parts.append(f"{options.sampler.rpartition(':')[2]}, {count} step{'s' * (count != 1)}")
+        parts[-1] += f", {options.spacing}" * (options.spacing is not None)
+        parts += [f"guidance {options.guidance_scale:g}"] * (options.guidance_scale != 1)
+        return "; ".join([*parts, f"seed {options.seed}"])
+
     def on_mesh(self, mesh: Mesh) -> SamplingSetup:
         """Returns the same setup with the parameters replicated over a mesh."""
         classifier = None if self.classifier is None else self.classifier.on_mesh(mesh)

@@ -1,4 +1,4 @@
-"""Draws the decisions of docs/guides/choosing.md: `python docs/pictures/choosing.py` writes docs/images/choosing.png.
+"""Draws the decisions of docs/guides/choosing.md: `python docs/pictures/choosing.py` writes docs/images/choosing.svg.
 
 The boxes have the settings of the page's first table, which has the measurements.
 """
@@ -10,7 +10,7 @@ import pathlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-IMAGE = pathlib.Path(__file__).parent.parent / "images" / "choosing.png"
+IMAGE = pathlib.Path(__file__).parent.parent / "images" / "choosing.svg"
 WIDTH, HEIGHT = 5.2, 6.1  # inches: letters are readable when a phone scales the picture to 360 pixels
 LEFT, RIGHT, STEP = 1.0, 3.62, 0.76  # the centers of both columns, and the height of a row
 BLUE, GREEN, GRAY = "#0072B2", "#009E73", "0.3"
@@ -74,4 +74,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    draw().savefig(IMAGE, dpi=250, facecolor="white")
+    draw().savefig(IMAGE, facecolor="white")

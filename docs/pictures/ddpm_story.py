@@ -266,6 +266,6 @@ def animate() -> None:
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     matplotlib.rcParams.update({"font.size": 10.5, "axes.titlesize": 11.5, "figure.titlesize": 11.5})
-    for draw in (noising, noise_schedules, posterior, bound_terms):
-        draw().savefig(IMAGES / f"ddpm_{draw.__name__}.png", dpi=125, facecolor="white")
+    for draw, suffix in ((noising, "png"), (noise_schedules, "svg"), (posterior, "svg"), (bound_terms, "svg")):
+        draw().savefig(IMAGES / f"ddpm_{draw.__name__}.{suffix}", dpi=250, facecolor="white")
     animate()

@@ -16,7 +16,6 @@ import io
 import json
 import re
 import shlex
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,37 +25,10 @@ import configs.digits
 from diffusion_jax import cli, config, schedules
 from diffusion_jax.runs import plan, workdir
 from helpers import published_files
+from helpers.pages import COMMAND, blocks, commands, name, pages
 from helpers.paths import ROOT
 
-COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python main\.py|diffusion-jax) ")
-BLOCK = re.compile(r"^ *(`{3,})[ ]*(\S*)[^\n]*\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
-
-
 EXAMPLES = ROOT / "docs" / "reference" / "api" / "examples"
-
-
-class Block(NamedTuple):
-    kind: str
-    text: str
-    line: int  # of the block's first line
-
-
-def pages():
-    """README.md, CONTRIBUTING.md and the pages of docs/, without notebooks, which Sphinx runs."""
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [path for path in paths if "_build" not in path.parts and not path.read_text().startswith("---\njupytext:")]
-
-
-def name(path):
-    return path.relative_to(ROOT).as_posix()
-
-
-def blocks(path):
-    """The blocks between backtick fences, from top to bottom."""
-    text = path.read_text()
-    return [Block(m[2], m[3], text.count("\n", 0, m.start(3)) + 1) for m in BLOCK.finditer(text)]
-
-
 WITH_PYTHON = [page for page in pages() if any(block.kind == "python" for block in blocks(page))]
 WITH_SHELL = [page for page in pages() if any(block.kind == "sh" for block in blocks(page))]
 
@@ -134,13 +106,6 @@ def test_the_story_fits_a_phone():
     for block in blocks(ROOT / "docs" / "concepts" / "ddpm.md"):
         if block.kind in ("python", "output"):
             assert max(len(line) for line in block.text.splitlines()) <= 47, block.line
-
-
-def commands(text):
-    """The commands in a shell block that this project's command line parses."""
-    for line in text.replace("\\\n", " ").splitlines():
-        if COMMAND.match(line.strip()):
-            yield line.strip()
 
 
 @functools.cache

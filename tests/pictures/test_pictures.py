@@ -224,21 +224,33 @@ def cell(picture, row, column, left):
     return picture[top : top + 96 : 48, side : side + 96 : 48]
 
 
-def test_each_class_has_a_row_with_its_training_data_at_the_left():
-    images = np.random.default_rng(1).integers(0, 256, (11, 2, 2, 1), dtype=np.uint8)
-    labels, classes = np.arange(7) % 2 + 3, np.array([4, 9, 3, 4])
+def test_each_class_has_full_rows_with_its_training_data_at_the_left():
+    """Seven samples of one class and six of the other fill two rows of three; one sample is left out."""
+    images = np.random.default_rng(1).integers(0, 256, (17, 2, 2, 1), dtype=np.uint8)
+    labels, classes = np.arange(13) % 2 + 3, np.array([4, 9, 3, 4])
     captions = [f"class {y}" for y in labels]
-    given = Examples(images[7:], ["a", "b", "c", "d"], classes)
-    picture = draw_samples(images[:7], "t", captions, labels=labels, examples=given)
+    given = Examples(images[13:], ["a", "b", "c", "d"], classes)
+    picture = draw_samples(images[:13], "t", captions, labels=labels, examples=given)
     left = picture.shape[1] - GAP - 4 * 100 - 3 * GAP  # four columns in all
-    for row, example, samples in ((0, 9, (0, 2, 4)), (1, 4, (6,)), (2, 7, (1, 3, 5))):
-        if row != 1:
+    for row, example, samples in (
+        (0, 15, (0, 2, 4)),
+        (1, None, (6, 8, 10)),
+        (2, 13, (1, 3, 5)),
+        (3, 16, (7, 9, 11)),
+    ):
+        if example is None:
+            assert (cell(picture, row, 0, left) == picture[-1, -1]).all()  # empty
+        else:
             np.testing.assert_array_equal(cell(picture, row, 0, left), images[example])
         for column, i in enumerate(samples):
             np.testing.assert_array_equal(cell(picture, row, column, left + 100 + 3 * GAP), images[i])
-    assert (cell(picture, 1, 0, left) == picture[-1, -1]).all()  # empty
-    names = picture[2 * LINE + GAP : 2 * LINE + GAP + 300 : 1, :left].max(axis=(1, 2)).reshape(3, 100).max(axis=1)
-    assert (names > 150).tolist() == [True, False, True]
+    names = picture[2 * LINE + GAP : 2 * LINE + GAP + 400 : 1, :left].max(axis=(1, 2)).reshape(4, 100).max(axis=1)
+    assert (names > 150).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (5, 5), (7, 3), (24, 6), (64, 8), (96, 12), (97, 10)])
+def test_all_rows_are_full_unless_a_prime_number_would_need_a_long_row(count, columns):
+    assert pictures.grids.fit_columns(count) == columns
 
 
 def test_many_classes_have_a_plain_grid():
@@ -403,12 +415,13 @@ def test_grids_and_text_show_the_images():
 
 def test_a_grid_with_text_has_the_images_of_one_without():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    plain, captioned = pictures.draw_grid(images), pictures.draw_grid(images, captions=["cat", "", "2", "3", 50 * "d"])
+    plain = pictures.draw_grid(images, columns=3)
+    captioned = pictures.draw_grid(images, columns=3, captions=["cat", "", "2", "3", 50 * "d"])
     for i in range(5):
         top, left = i // 3 * (100 + LINE) + GAP, i % 3 * 100 + GAP
         np.testing.assert_array_equal(captioned[top : top + 96, left : left + 96 : 12][::12], images[i])
         text = captioned[top + 96 : top + 96 + LINE, left : left + 96]
         assert (text == text[0, 0]).all() == (i == 1)
-    headed = pictures.draw_grid(images, " ".join(3 * [25 * "w"]), headers=["t = 999", "t = 0", "image"])
+    headed = pictures.draw_grid(images, " ".join(3 * [25 * "w"]), 3, headers=["t = 999", "t = 0", "image"])
     np.testing.assert_array_equal(headed[4 * LINE :], plain)  # three title lines and a header line
     assert (headed[3 * LINE : 4 * LINE, GAP:100] > 150).any()

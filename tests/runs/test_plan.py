@@ -51,6 +51,15 @@ def test_an_estimate_is_that_of_the_compiled_program():
     assert 0.8 < compiled.cost_analysis()["flops"] / 32 / traced.flops[False] < 1.25
 
 
+def test_the_counted_activations_do_not_depend_on_this_machine(monkeypatch):
+    """Convolutions have another form on CPUs, whose arguments are no new arrays."""
+    config = resolve(tiny_config())
+    here = plan.activations_per_example(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()
+    assert plan.activations_per_example(config) == here
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize(("memory", "words"), [(1e9, "first that fits"), (1e3, "none fits; smallest")])
 def test_a_plan_proposes_settings(memory, words, choices, capsys, monkeypatch):
