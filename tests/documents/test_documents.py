@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from diffusion_jax.metrics import MEANINGS
+from diffusion_jax.runs.logging import SCALARS
 from helpers.paths import ROOT
 
 NAMED = re.compile(r"`([\w./]+\.(?:py|pyi|toml|txt|md))(?::([A-Za-z_][\w.]*))?`")
@@ -73,6 +75,29 @@ def test_a_quantity_has_one_name(document):
     text = document.read_text()
     for former, name in ONE_NAME.items():
         assert not re.search(former, text, re.IGNORECASE), f"{document.name} has {former}; use {name}"
+
+
+def test_the_names_of_logged_numbers_are_those_of_the_report():
+    text = (ROOT / "docs" / "reference" / "file_formats.md").read_text()
+    rows = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]*?) ?\|", text.split("## metrics.jsonl")[1].split("\n## ")[0], re.MULTILINE
+    )
+    named = {key: title for keys, title in rows for key in re.findall(r"\w+", keys)}
+    assert {key: named.get(key) for key in SCALARS} == {key: scalar.chart for key, scalar in SCALARS.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        MEANINGS["close_share"].name,
+        SCALARS["loss_q1"].chart,
+        SCALARS["images_per_second"].label,
+        SCALARS["goodput"].chart,
+    ],
+)
+def test_the_glossary_has_a_number_by_its_name(name):
+    glossary = (ROOT / "docs" / "concepts" / "glossary.md").read_text()
+    assert re.search(rf"^{name}\n: ", glossary, re.MULTILINE | re.IGNORECASE), name
 
 
 def test_the_sidebar_has_the_groups_of_the_index_of_guides():
