@@ -50,8 +50,11 @@ def facts(run: RunFiles) -> dict[str, str]:
     return rows | {name: run.status[name] for name in _SHOWN_STATES if name in run.status}
 
 
-def newest_result(records: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """Describes the metric that `MEANINGS` lists first, in the newest record with a metric; None without a metric."""
+def newest_result(records: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Describes the metric that `MEANINGS` lists first, in the newest record with a metric; or a classifier's accuracy.
+
+    lines: of the log. Without a metric, the dictionary has only the verdict.
+    """
     order = [meaning.text for meaning in MEANINGS.values()]
     for i, record in reversed(list(enumerate(records))):
         values = reported_values(record)
@@ -68,7 +71,14 @@ def newest_result(records: Sequence[Mapping[str, Any]]) -> dict[str, str] | None
                 "verdict": _judge(key, meanings[key].better, record, records[:i]),
                 "others": others,
             }
-    return None
+    for line in [line for line in lines if "accuracy" in line][-1:]:
+        return {
+            "name": "accuracy on noisy training examples: higher is better; no standard error",
+            "value": f"{line['accuracy']:.3g}",
+            "source": f"Logged at step {line['step']:,}.",
+            "verdict": "A classifier guides the sampling of another model: sampling.classifier.",
+        }
+    return {"verdict": "No metric is measured yet: run --mode=evaluate."}
 
 
 def _source(record: Mapping[str, Any]) -> str:

@@ -115,7 +115,8 @@ def _summary(run: RunFiles, newest: Picture | None) -> Blocks:
     facts = card.facts(run)
     if not facts:
         return [{"text": "The directory holds no run yet: it has no config.json."}]
-    return [{"card": {"result": card.newest_result(run.measurements()), "facts": facts, "picture": newest}}]
+    result = card.newest_result(run.measurements(), run.lines)
+    return [{"card": {"result": result, "facts": facts, "picture": newest}}]
 
 
 def _curves(runs: Mapping[str, RunFiles]) -> Blocks:

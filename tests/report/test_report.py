@@ -128,16 +128,18 @@ def record(value, error, **settings):
     ],
 )
 def test_a_result_has_a_verdict(records, expected):
-    assert expected in newest_result(records)["verdict"]
+    assert expected in newest_result(records, [])["verdict"]
 
 
 def test_the_card_shows_the_metric_that_is_listed_first():
-    found = newest_result([{"precision": 0.5, "fid_clean": 3.5, "sampling": {"sampler": "ddim"}, "steps": 50}])
+    found = newest_result([{"precision": 0.5, "fid_clean": 3.5, "sampling": {"sampler": "ddim"}, "steps": 50}], [])
     assert found["name"].startswith("Frechet Inception distance (FID), clean resize: lower is better")
     assert found["value"] == "3.5" and "no standard error" in found["name"] and "ddim with 50 steps" in found["source"]
     several = {"kernel_distance": 0.1, "kernel_distance_standard_error": 0.04, "memorization": {"close_share": 0.0}}
-    assert newest_result([several])["others"] == "share of near copies 0"
-    assert newest_result([{"num_samples": 12}]) is None
+    assert newest_result([several], [])["others"] == "share of near copies 0"
+    assert newest_result([{"num_samples": 12}], []) == {"verdict": "No metric is measured yet: run --mode=evaluate."}
+    classifier = newest_result([], [{"step": 1, "accuracy": 0.2}, {"step": 2, "accuracy": 0.6172}, {"step": 3}])
+    assert classifier["value"] == "0.617" and "guides" in classifier["verdict"] and "step 2" in classifier["source"]
 
 
 def test_a_run_without_samples_and_metrics_is_readable(tmp_path):
@@ -145,7 +147,7 @@ def test_a_run_without_samples_and_metrics_is_readable(tmp_path):
     page = Page(write_report(tmp_path))
     assert page.sections == ["summary", "curves", "launches", "config", "environment", "reproduce"]
     (card,) = page.blocks("card")
-    assert card["result"] is None and card["picture"] is None and card["facts"]["loss"]
+    assert "run --mode=evaluate" in card["result"]["verdict"] and card["picture"] is None and card["facts"]["loss"]
     assert page.size < 2e6 and not page.report["notes"]
 
 

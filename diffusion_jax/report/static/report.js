@@ -491,14 +491,13 @@
   const makeTerms = (terms) => make("dl", {}, ...terms.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));
 
   const addCard = (section, { result, facts, picture }) => {
-    const parts = result
-      ? [
-          make("p", { className: "result" }, make("strong", {}, result.value), make("span", {}, result.name)),
-          make("p", { className: "verdict" }, result.verdict),
-          make("p", { className: "source" }, result.source + (result.others ? ` Also: ${result.others}.` : "")),
-        ]
-      : [make("p", { className: "verdict" }, "No metric is measured yet: run --mode=evaluate.")];
-    const shown = picture ? makeFigure(picture) : make("p", {}, "There are no samples yet.");
+    const parts = [make("p", { className: "verdict" }, result.verdict)];
+    if (result.value) {
+      const value = [make("strong", {}, result.value), make("span", {}, result.name)];
+      parts.unshift(make("p", { className: "result" }, ...value));
+      parts.push(make("p", { className: "source" }, result.source + (result.others ? ` Also: ${result.others}.` : "")));
+    }
+    const shown = picture ? makeFigure(picture) : make("p", {}, "There are no samples.");
     const answer = make("div", { className: "answer" }, ...parts);
     section.append(make("div", { className: "card" }, answer, makeTerms(Object.entries(facts)), shown));
   };
