@@ -302,8 +302,9 @@ def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) 
     rows = [math.ceil(len(group) / columns) for group in groups]
     row_names = []
     if classes is not None:
-        count = int(np.median([len(group) for group in groups]))
-        columns = count // max(1, round(count / columns))  # full rows for a class of this size
+        sizes = [len(group) for group in groups]
+        size = min(sizes) if max(sizes) < 2 * min(sizes) else max(sizes)
+        columns = size // max(1, round(size / columns))  # full rows for a class of this size
         rows = [max(1, len(group) // columns) for group in groups]
         if left_out := sum(max(0, len(group) - columns * height) for group, height in zip(groups, rows, strict=True)):
             title += f"; {len(samples.x) - left_out} of {len(samples.x)} samples"

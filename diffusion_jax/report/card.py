@@ -71,11 +71,11 @@ def newest_result(records: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[
                 "verdict": _judge(key, meanings[key].better, record, records[:i]),
                 "others": others,
             }
-    for line in [line for line in lines if "accuracy" in line][-1:]:
+    if measured := [line for line in lines if "accuracy" in line]:
         return {
             "name": "accuracy on noisy training examples: higher is better; no standard error",
-            "value": f"{line['accuracy']:.3g}",
-            "source": f"Logged at step {line['step']:,}.",
+            "value": f"{measured[-1]['accuracy']:.3g}",
+            "source": f"Logged at step {measured[-1]['step']:,}.",
             "verdict": "A classifier guides the sampling of another model: sampling.classifier.",
         }
     return {"verdict": "No metric is measured yet: run --mode=evaluate."}

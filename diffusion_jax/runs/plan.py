@@ -204,8 +204,10 @@ def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
         kept |= {named.get(variable, variable): variable.aval for variable in variables}
         if name not in _CHECKPOINTS:
             for inner in core.jaxprs_in_params(equation.params):
-                same = len(inner.invars) == len(equation.invars)  # a call, whose arguments are not other arrays
-                outer = dict(zip(inner.invars, equation.invars, strict=True)) if same else {}
+                is_call = name != "scan" and len(inner.invars) == len(
+                    equation.invars
+                )  # its arguments are no new arrays
+                outer = dict(zip(inner.invars, equation.invars, strict=True)) if is_call else {}
                 for variable, aval in _kept(inner).items():
                     variable = outer.get(variable, variable)
                     kept[named.get(variable, variable)] = aval

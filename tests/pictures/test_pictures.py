@@ -248,6 +248,12 @@ def test_each_class_has_full_rows_with_its_training_data_at_the_left():
     assert (names > 150).tolist() == [True, False, True, False]
 
 
+def test_a_rare_class_does_not_make_rows_of_one():
+    images, labels = np.zeros((103, 2, 2, 1), np.uint8), np.array([0] * 100 + [1, 2, 3])
+    height, width = draw_samples(images, "t", labels=labels).shape[:2]
+    assert (height - LINE) // 100 == 12 and 11 * 100 < width < 13 * 100  # 9 rows of 11, and three rows of one
+
+
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (5, 5), (7, 3), (24, 6), (64, 8), (96, 12), (97, 10)])
 def test_all_rows_are_full_unless_a_prime_number_would_need_a_long_row(count, columns):
     assert pictures.grids.fit_columns(count) == columns
