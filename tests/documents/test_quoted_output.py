@@ -146,7 +146,7 @@ def test_the_folder(tmp_path):
 def test_the_installation(tmp_path, capsys, monkeypatch):
     error, first_check, device = quoted("docs/start/install.md")
     devices.start()
-    check(device, capsys.readouterr().out, "[12] cpu devices?")
+    check(device, capsys.readouterr().out, r"\d+\.\d+\.\d+", "[12] cpu devices?")
     checks = types.SimpleNamespace(resume=lambda: "bit-identical after a checkpoint")
     ((_, line),) = first_contact.run_checks(checks, ["resume"])
     check(first_check, line, r"\d+ s")
