@@ -78,7 +78,8 @@ def run_example(file, capsys, *changed):
 
 FEW_STEPS = {"--config.training.num_steps": 2, "--config.training.sample_every": 0}
 FEW_STEPS |= {"--config.sampling.steps": 8, "--config.sampling.trajectory": 0}
-SMALL = FEW_STEPS | {"--config.model.channels": 8}
+SMALL = FEW_STEPS | {"--config.model.channels": 4, "--config.model.num_groups": 2}
+SMALL |= {"--config.model.channel_multipliers": "1,", "--config.evaluation.batch_size": 950}
 SHORT = 'TIME = {"train": 2000, "test": 200}, 24, 6000', 'TIME = {"train": 2000, "test": 200}, 24, 1'
 
 
@@ -92,7 +93,8 @@ def test_first_arrays(run, capsys):
 @pytest.mark.whole
 def test_sensors(run, capsys):
     run_example("reaction_diffusion.py", capsys, *SHORT)
-    _, edit, evaluate, _ = run("sensors.md", "runs/patterns", SMALL | {"--config.editing.method": "pigdm"})
+    fast = {"--config.editing.method": "pigdm", "--config.sampling.sampler": "ddim", "--config.sampling.steps": 1}
+    _, edit, evaluate, _ = run("sensors.md", "runs/patterns", SMALL | fast)
     chi_squared, calibration = quoted("docs/start/sensors.md")
     check(chi_squared, edit, r"1\.04")
     check(calibration.replace("mmps", "pigdm"), evaluate, "mean of channel 1 is too wide", r"[01]\.\d{3}")

@@ -25,7 +25,7 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
         images = arrays["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
     with Image.open(f"{path}.png") as picture:
-        shown = np.asarray(picture)[-(2 * 100 + 4) :, -(2 * 100 + 4) :]  # below the title, beside the training data
+        shown = np.asarray(picture)[-(100 + 4) :, -(3 * 100 + 4) :]  # a row of three below the title
         np.testing.assert_array_equal(shown[4:100:12, 4:100:12], images[0, :, :, 0])
     sample.run(tiny_config(**{"sampling.files": "png"}), trained)
     single = [np.asarray(Image.open(trained / "images" / path.name / f"{i:05d}.png")) for i in range(3)]
