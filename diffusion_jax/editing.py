@@ -1,4 +1,4 @@
-"""Editing images with an unconditional model: pure functions around the samplers.
+"""Editing images and arrays with a trained model: pure functions around the samplers.
 
     inpainting           `repaint`, `replacement` (wraps a sampler), `project` with `masked`
     image to image       `sdedit`

@@ -44,7 +44,8 @@ class Drawing(NamedTuple):
 
 
 _PICTURES = "diffusion_jax/pictures/*.py"
-_SAMPLES = (_PICTURES, "diffusion_jax/runs/examples.py")  # samples beside training examples
+_TITLES = tuple(f"diffusion_jax/runs/{name}.py" for name in ("sampling_setup", "sample", "edit"))
+_SAMPLES = (_PICTURES, "diffusion_jax/runs/examples.py", *_TITLES)  # samples beside training examples
 _REPORT = tuple(
     f"diffusion_jax/report/{name}" for name in ("card.py", "collect.py", "figures.py", "page.py", "static/*.*")
 )
@@ -90,13 +91,19 @@ DRAWINGS = (
         " && python main.py --workdir=runs/patterns --mode=edit --config.editing.task=sparse --config.editing.share=0.05"
         " --config.editing.noise=0.05 --config.editing.example=0 --config.editing.num_samples=32 --config.sampling.steps=25"
         ' && cp "$(ls -t runs/patterns/samples/edits/sparse_*.png | head -1)" docs/images/sensors.png',
-        ("examples/reaction_diffusion.py", "configs/patterns.py", "diffusion_jax/pictures/posterior.py"),
+        ("examples/reaction_diffusion.py", "configs/patterns.py", _PICTURES, *_TITLES),
     ),
     Drawing(
         tuple(f"edit_{task}.png" for task in _TASKS),
         "python benchmarks/first_pictures.py runs/first_pictures"
         " && python benchmarks/editing_pictures.py runs/first_pictures",
-        ("benchmarks/editing_pictures.py", "examples/drawings.py", "configs/drawings.py", _PICTURES),
+        (
+            "benchmarks/editing_pictures.py",
+            "benchmarks/first_pictures.py",
+            "examples/drawings.py",
+            "configs/drawings.py",
+        )
+        + (_PICTURES, *_TITLES),
     ),
     _example("example_moons.png", "vectors", "moons"),
     _example("example_series.png", "series", "series"),

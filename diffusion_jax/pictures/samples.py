@@ -286,7 +286,7 @@ def _note_invalid(*arrays: np.ndarray) -> list[str]:
 
 
 def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) -> np.ndarray:
-    """Draws images in blocks side by side; few classes have rows of their own in all sets that have classes."""
+    """Draws images in blocks side by side; few classes have full rows of their own in all sets that have classes."""
     samples, classes = sets[-1], None
     if samples.labels is not None:
         classes = np.unique(samples.labels)
@@ -299,8 +299,7 @@ def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) 
 
     groups = split(samples)
     columns = min(columns or fit_columns(len(samples.x)), max(map(len, groups)))
-    rows = [math.ceil(len(group) / columns) for group in groups]
-    row_names = []
+    rows, row_names = [math.ceil(len(group) / columns) for group in groups], []
     if classes is not None:
         sizes = [len(group) for group in groups]
         size = min(sizes) if max(sizes) < 2 * min(sizes) else max(sizes)

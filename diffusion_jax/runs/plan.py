@@ -204,9 +204,8 @@ def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
         kept |= {named.get(variable, variable): variable.aval for variable in variables}
         if name not in _CHECKPOINTS:
             for inner in core.jaxprs_in_params(equation.params):
-                is_call = name != "scan" and len(inner.invars) == len(
-                    equation.invars
-                )  # its arguments are no new arrays
+                # The arguments of a call are no new arrays; those of a scan are slices, which are.
+                is_call = name != "scan" and len(inner.invars) == len(equation.invars)
                 outer = dict(zip(inner.invars, equation.invars, strict=True)) if is_call else {}
                 for variable, aval in _kept(inner).items():
                     variable = outer.get(variable, variable)

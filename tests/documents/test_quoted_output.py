@@ -5,6 +5,7 @@ training, the machine or the moment stand for any numbers.
 """
 
 import importlib.util
+import inspect
 import pathlib
 import re
 import shlex
@@ -32,11 +33,11 @@ def quoted(page):
 
 
 def check(text, printed, *loose):
-    """Finds a text in what was printed, with other spaces. loose: patterns of what may be any text, as "..." may."""
+    """Finds a text, in which "..." is any text, in what was printed, with other spaces. loose: patterns of any word."""
     for part in loose:
         assert re.search(part, text), part
-        text = re.sub(part, "...", text)
-    pattern = r"\s+".join(map(re.escape, text.split())).replace(re.escape("..."), ".*?")
+        text = re.sub(part, "\0", text)
+    pattern = r"\s+".join(map(re.escape, text.split())).replace(re.escape("..."), ".*?").replace("\0", r"\S+")
     assert re.search(pattern, printed, re.DOTALL), f"{pattern}\n\nis not in\n\n{printed}"
 
 
@@ -86,8 +87,9 @@ SHORT = 'TIME = {"train": 2000, "test": 200}, 24, 6000', 'TIME = {"train": 2000,
 @pytest.mark.whole
 def test_first_arrays(run, capsys):
     printed = run_example("reaction_diffusion.py", capsys, *SHORT)
-    check(quoted("docs/start/first_arrays.md")[0], printed)
-    run("first_arrays.md", "runs/patterns", SMALL)
+    (text,) = quoted("docs/start/first_arrays.md")
+    check(text, printed)
+    run("first_arrays.md", "runs/patterns", SMALL)  # only that every block of the page runs
 
 
 @pytest.mark.whole
@@ -97,7 +99,8 @@ def test_sensors(run, capsys):
     _, edit, evaluate, _ = run("sensors.md", "runs/patterns", SMALL | fast)
     chi_squared, calibration = quoted("docs/start/sensors.md")
     check(chi_squared, edit, r"1\.04")
-    check(calibration.replace("mmps", "pigdm"), evaluate, "mean of channel 1 is too wide", r"[01]\.\d{3}")
+    calibration = calibration.replace("mmps", "pigdm").replace("mean of channel 1 is too wide", "...")
+    check(calibration, evaluate, r"[01]\.\d{3}")
 
 
 @pytest.mark.whole
@@ -107,26 +110,21 @@ def test_first_pictures_and_the_status(run, capsys, monkeypatch):
     training, sampling, metrics = quoted("docs/start/first_pictures.md")
     check(training, train)
     check(sampling.replace("step1500", "step2").replace("pp25", "pp8"), sample)
-    check(metrics.replace("step1500", "step2"), evaluate, r"copies  \S+")
+    check(metrics.replace("step1500", "step2"), evaluate, r"(?<=copies  )\S+")
 
     monkeypatch.setattr(RunDir, "find_holder", lambda directory: "process 4708 of vm")
     cli.main(["--workdir=runs/drawings", "--mode=status", "--config.training.num_steps=1500"])
     (screen,) = quoted("docs/guides/operations.md")
-    check(
-        screen,
-        capsys.readouterr().out,
-        r"\d[\d.,:]*",
-        "none yet",
-        "[█▇▆▅▄▃▂▁]+",
-        r"restore\s+\S+, start \S+, input \S+",
-    )
+    screen = screen.replace("none yet", "...").partition("; compile")[0]
+    check(screen, capsys.readouterr().out, r"\d[\d.,:]*", "[█▇▆▅▄▃▂▁]+")
 
 
 @pytest.mark.whole
 def test_the_plan():
     code, out, err = finish(start("--config=configs/cifar10.py", "--mode=plan", "--config.training.batch_size=8"))
     assert code == 0, err
-    check(quoted("docs/guides/speed_and_memory.md")[0], out)
+    (text,) = quoted("docs/guides/speed_and_memory.md")
+    check(text, out)
 
 
 def test_the_folder(tmp_path):
@@ -142,16 +140,19 @@ def test_the_folder(tmp_path):
     config, lines = digits_config(), []
     config.data.update(dataset="folder", data_dir=str(tmp_path), image_size=4, channels=3)
     data.load(config.data, log=lines.append)
-    check(quoted("docs/guides/your_images.md")[0], "\n".join(lines))
+    (text,) = quoted("docs/guides/your_images.md")
+    check(text, "\n".join(lines))
 
 
 def test_the_installation(tmp_path, capsys, monkeypatch):
     error, first_check, device = quoted("docs/start/install.md")
     devices.start()
-    check(device, capsys.readouterr().out, r"\d+\.\d+\.\d+", "[12] cpu devices?")
-    checks = types.SimpleNamespace(resume=lambda: "bit-identical after a checkpoint")
+    check(device.replace("1 cpu device", "..."), capsys.readouterr().out, r"\d+\.\d+\.\d+")
+    words = "bit-identical after a checkpoint"
+    assert words in inspect.getsource(first_contact.Checks.resume)
+    checks = types.SimpleNamespace(resume=lambda: words)
     ((_, line),) = first_contact.run_checks(checks, ["resume"])
-    check(first_check, line, r"\d+ s")
+    check(first_check, line, r"\d+")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda *name: None if name == ("tensorflow_datasets",) else find_spec(*name)
