@@ -22,12 +22,12 @@ import drawings
 
 SEED = 2  # drawings that training does not see
 TASKS = {
-    "inpaint": ["--config.sampling.steps=100", "--config.sampling.sampler=ddpm"],
-    "replace": ["--config.sampling.steps=100"],
-    "sdedit": ["--config.sampling.steps=100", "--config.editing.strength=0.6"],
-    "colorize": ["--config.sampling.steps=100"],
-    "super_resolution": ["--config.sampling.steps=100", "--config.editing.factor=4"],
-    "interpolate": ["--config.sampling.steps=100", "--config.sampling.sampler=ddim"],
+    "inpaint": ["--config.sampling.sampler=ddpm"],
+    "replace": [],
+    "sdedit": ["--config.editing.strength=0.6"],
+    "colorize": [],
+    "super_resolution": ["--config.editing.factor=4"],
+    "interpolate": ["--config.sampling.sampler=ddim"],
 }
 
 
@@ -48,7 +48,7 @@ def main():
     run = directory / "runs" / "drawings"
     files = [f"--config.editing.{setting}={directory}/{setting}.png" for setting in ("image", "other", "mask")]
     command = [sys.executable, str(ROOT / "main.py"), f"--workdir={run}", "--mode=edit", *files]
-    command += ["--config.sampling.class=house"]
+    command += ["--config.sampling.class=house", "--config.sampling.steps=100"]
     shutil.rmtree(run / "samples" / "edits", ignore_errors=True)
     for task, options in TASKS.items():
         subprocess.run([*command, f"--config.editing.task={task}", *options], check=True, cwd=directory)

@@ -164,13 +164,13 @@ def denoised(directory: pathlib.Path) -> list[np.ndarray]:
     workdir = directory / "runs" / "drawings"
     setup = SampleFile(load_config(workdir), workdir).setup
     indices = np.arange(COLUMNS * ROWS)
-    steps = np.arange(0, setup.schedule.num_timesteps, 2)  # half of them, for a smaller file
+    steps = np.arange(0, setup.schedule.num_timesteps, 2)  # every second step, for a smaller file
     samples, frames = setup.generate(keys_of_samples(1, indices), indices, trajectory=steps)
     return [*np.asarray(to_uint8(frames.x_t)), np.asarray(to_uint8(samples))]
 
 
 def draw_tiles(images: np.ndarray, columns: int, tile: int, gap: int) -> Image.Image:
-    """Draws samples [N, H, W, 3] as a grid. tile: width of a sample in the picture, a multiple of its own width."""
+    """Draws samples [N, H, W, 3] as a grid. tile: width of a sample in the picture, a multiple of W."""
     count = len(images) // columns
     picture = Image.new("RGB", (columns * (tile + gap) + gap, count * (tile + gap) + gap), "white")
     for i, image in enumerate(images):

@@ -97,7 +97,7 @@ class Text:
 
 
 class Choice:
-    """One of several names, numbers or None. A type's name may also be given as the type, such as jnp.bfloat16."""
+    """One of several names, numbers or None. jnp.bfloat16 and other types are allowed instead of their names."""
 
     def __init__(self, *choices: str | int | None):
         self.choices = choices

@@ -299,8 +299,10 @@ def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) 
 
     groups = split(samples)
     columns = min(columns or fit_columns(len(samples.x)), max(map(len, groups)))
-    rows, row_names = [math.ceil(len(group) / columns) for group in groups], []
-    if classes is not None:
+    row_names = []
+    if classes is None:
+        rows = [math.ceil(len(samples.x) / columns)]
+    else:
         sizes = [len(group) for group in groups]
         size = min(sizes) if max(sizes) < 2 * min(sizes) else max(sizes)
         columns = size // max(1, round(size / columns))  # full rows for a class of this size

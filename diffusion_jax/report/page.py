@@ -165,7 +165,7 @@ def _pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> Blocks:
 
 
 def _launches(run: RunFiles) -> Blocks:
-    """Returns the launches, of which report.js makes a table, and the names of unused checkpoints."""
+    """Returns the launches for a table, and the names of unused checkpoints."""
     checkpoints = run.directory / "checkpoints"
     unused = sorted(path.name for end in ("unreadable", "partial") for path in checkpoints.glob(f"*.{end}"))
     return [{"launches": {"launches": run.launches, "unused": unused}}] if run.launches else []

@@ -2,7 +2,8 @@
 
 tests/fixtures/runs_of_0_3 has the runs, their data and their FILE.py, as 0.3 wrote them, and expected.json: the logs and
 samples of 0.3. digits: an unconditional network. series: a condition. edm: EDM's path, preconditioning and draw. own: a
-network, loss and timestep sampler of FILE.py, which 0.3 stored as /runs/parts.py. own_path: a network, path and draw of it.
+network, loss and timestep sampler of FILE.py. own_path: a network, path and draw of FILE.py. 0.3 stored /runs/parts.py as
+the name of FILE.py.
 """
 
 import json
