@@ -58,6 +58,19 @@ def test_group_norm_equals_numpy():
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("mean", [0, 10, 60])
+def test_group_norm_of_a_bfloat16_array_is_as_precise_as_the_array(mean):
+    """The error of the sums is below the error of x, whose rounding is known here."""
+    exact = np.random.default_rng(1).normal(size=(4, 16, 16, 6)) + mean
+    x = jnp.asarray(exact, jnp.bfloat16)
+    norm = GroupNorm(2, 1e-6, jnp.dtype("float32"))
+    params = redraw(norm.init(jax.random.key(0), x))
+    layer = jax.tree.map(np.float64, params["params"])
+    true, rounded = (group_norm(np.float64(each), layer, epsilon=1e-6) for each in (exact, x))
+    assert np.abs(norm.apply(params, x) - rounded).max() < max(1e-4, 0.05 * np.abs(true - rounded).max())
+
+
+@pytest.mark.thorough
 def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
     """The value and the derivatives, also with respect to the shift, equal those of the norm applied to the sum."""
     keys = iter(jax.random.split(jax.random.key(0), 5))

@@ -46,9 +46,11 @@ def test_convolutions_are_the_explicit_sums(n, periodic):
         np.testing.assert_allclose(conv.apply(params, x), expected + bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
 @pytest.mark.parametrize("periodic", [False, True])
 @pytest.mark.parametrize("n", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
-def test_convolutions_of_upsampled_arrays_are_the_explicit_sums(n, periodic):
+def test_convolutions_of_upsampled_arrays_are_the_explicit_sums(n, periodic, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     conv, params, x = layer(n, periodic=periodic, upsample=True)
     large = np.asarray(x)
     for axis in range(1, n + 1):
