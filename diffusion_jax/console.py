@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.errors import shorten_middle
 
@@ -55,6 +57,11 @@ def format_time(seconds: float) -> str:
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
+def is_interactive() -> bool:
+    """Returns whether this process writes to a terminal, and not to a log file."""
+    return jax.process_index() == 0 and sys.stdout.isatty()
+
+
 class ProgressBar:
     """A progress bar in a terminal; a log file gets at most one line every ten seconds, and a final line."""
 
@@ -64,7 +71,7 @@ class ProgressBar:
         self._title, self._total, self._initial = shorten_middle(title, self._TITLE_WIDTH), total, done
         self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
-        if jax.process_index() == 0 and sys.stdout.isatty():
+        if is_interactive():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # errors need no bar
             from rich.table import Column
 
@@ -85,8 +92,8 @@ class ProgressBar:
         if self._rich:
             self._rich.stop()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` items are finished. note: other values to show (loss, speed)."""
+    def update(self, done: float, note: str = "") -> None:
+        """Shows that `done` items are finished; a terminal also shows fractions. note: other values to show (loss, speed)."""
         now = time.perf_counter()
         notes = [note] if note else []
         if done > self._initial:
@@ -97,6 +104,34 @@ class ProgressBar:
         elif now - self._last_line >= self._SECONDS_BETWEEN_LINES or done == self._total:
             self._last_line = now
             log("  ".join([f"{self._title} {done}/{self._total} ({100 * done // self._total}%)", *notes]))
+
+
+class CallCounter:
+    """Moves a progress bar within a batch of samples, by the calls of the denoiser, on one CPU at a terminal.
+
+    There the program calls the host at each call of the denoiser. JAX does not store such a program, so each launch compiles
+    it. num_calls: of the denoiser, for a batch.
+    """
+
+    def __init__(self, num_calls: int):
+        self._num_calls = num_calls
+        self._is_active = is_interactive() and jax.default_backend() == "cpu" and jax.device_count() == 1
+
+    def begin(self, bar: ProgressBar, done: int, size: int) -> None:
+        """Counts from 0 for a batch of `size` samples, after `done` earlier samples."""
+        self._bar, self._done, self._size, self._calls = bar, done, size, 0
+
+    def wrap(self, denoiser: Denoiser) -> Denoiser:
+        """Returns a denoiser that counts its calls."""
+        return dataclasses.replace(denoiser, stages=(*denoiser.stages, self._stage)) if self._is_active else denoiser
+
+    def _stage(self, evaluate: Callable, x_t, level, inputs):
+        jax.debug.callback(self._count)
+        return evaluate(x_t, level, inputs)
+
+    def _count(self) -> None:
+        self._calls = min(self._calls + 1, self._num_calls)
+        self._bar.update(self._done + self._size * self._calls / self._num_calls)
 
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:

@@ -268,10 +268,12 @@ class ChunkStore:
         size: int,
         compute: Callable[[int], Mapping[str, np.ndarray]],
         stall_timeout: float = 0.0,
+        begin: Callable[[ProgressBar, int, int], None] = lambda bar, done, size: None,
     ) -> int:
         """Computes and saves the missing chunks of `total` examples, `size` per chunk; returns the number of chunks.
 
-        Every process calls this, and can then read the chunks. title: of the progress bar. compute: chunk i -> arrays.
+        Every process calls this, and can then read the chunks. title: of the progress bar. compute: chunk i -> arrays. begin:
+        called before each chunk with the bar, the number of earlier examples and the chunk's own (`CallCounter.begin`).
         """
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
         finished = {int(stem) for stem in stems if stem.isdecimal()}
@@ -280,6 +282,7 @@ class ChunkStore:
             if missing:
                 log("Compiling the program and computing the first batch ...")
             for i in watch_batches(missing, stall_timeout):
+                begin(bar, i * size, min(size, total - i * size))
                 self.save(i, **compute(i))
                 bar.update(min((i + 1) * size, total))
         multihost_utils.sync_global_devices(f"{title}: written")

@@ -2,11 +2,14 @@
 
 import re
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from diffusion_jax import cli, console, models
+from diffusion_jax import Denoiser, cli, console, models, sampling, schedules
 from diffusion_jax.distributed import processes
 from diffusion_jax.errors import shorten_middle, wrap
 from diffusion_jax.evaluation import __main__ as evaluation
@@ -97,6 +100,27 @@ def test_bars_fit_a_terminal(title, note, is_terminal, narrow, capsys):
         bar.update(800_000, note)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).replace("\r", "\n")
     assert title[:8] in shown and "800000/800000" in shown and note in shown and is_narrow(shown)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun"])
+def test_a_bar_moves_within_a_batch_at_a_terminal_and_changes_no_sample(name, narrow):
+    """Elsewhere the denoiser is the same, so its program has no calls of the host."""
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("cosine", 100)), 4, "trailing")
+    sampler, x_T = sampling.SAMPLERS[name](), jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    denoiser = Denoiser(lambda x_t, time: jnp.tanh(x_t) * time[:, None, None, None] / 100)
+    num_calls = sampler.num_calls(schedule.num_timesteps)
+    assert console.CallCounter(num_calls).wrap(denoiser) is denoiser
+    narrow()
+    counter, shares = console.CallCounter(num_calls), []
+    bar = types.SimpleNamespace(update=shares.append)
+    draw = jax.jit(lambda denoiser: sampling.sample(jax.random.key(1), schedule, denoiser, x_T, sampler))
+    for done in (0, 2):
+        counter.begin(bar, done, 2)
+        samples = jax.block_until_ready(draw(counter.wrap(denoiser)))
+        jax.effects_barrier()
+        np.testing.assert_array_equal(samples, draw(denoiser))
+    assert shares == [done + 2 * i / num_calls for done in (0, 2) for i in range(1, num_calls + 1)]
+    assert draw._cache_size() == 2  # with and without the counter
 
 
 def test_layers_are_listed_in_the_order_of_execution(capsys):

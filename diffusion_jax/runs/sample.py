@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import diffusion_jax
 from diffusion_jax import data, pictures, pretrained, schedules
 from diffusion_jax.config import SETTINGS, clips_by_default, is_identity, resolve
-from diffusion_jax.console import log
+from diffusion_jax.console import CallCounter, log
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
@@ -130,14 +130,16 @@ class SampleFile:
         name = f"samples/.{self.provenance.name}_{self.provenance.digest}_{self.batch_size}"
         chunks = ChunkStore(self.workdir.subdirectory(name))
 
+        counter = CallCounter(self.setup.sampler.num_calls(self.setup.schedule.num_timesteps))
+
         def compute(i: int) -> dict[str, np.ndarray]:
             with as_user_error("config"):  # some errors occur only when the sampler is traced
-                samples = self.setup.generate_batch(options.seed, i, self.batch_size)
+                samples = self.setup.generate_batch(options.seed, i, self.batch_size, counter.wrap)
             check_finite(samples)
             return {"images": samples}
 
-        stall_timeout = self.config.training.stall_timeout
-        num_batches = chunks.fill("Sampling", options.num_samples, self.batch_size, compute, stall_timeout)
+        sizes, stall_timeout = (options.num_samples, self.batch_size), self.config.training.stall_timeout
+        num_batches = chunks.fill("Sampling", *sizes, compute, stall_timeout, counter.begin)
         if jax.process_index() == 0:
             samples = np.concatenate([chunks.load(i)["images"] for i in range(num_batches)])[: options.num_samples]
             rows = self.setup.rows(np.arange(len(samples)))

@@ -93,13 +93,19 @@ class SamplingSetup:
         denoiser = wrap(net.denoiser(**inputs, **self.options))
         return net.draw(key, count, self.schedule, denoiser, self.sampler, **arguments)
 
-    def generate_batch(self, seed: int, index: int, batch_size: int) -> np.ndarray:
+    def generate_batch(
+        self,
+        seed: int,
+        index: int,
+        batch_size: int,
+        wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
+    ) -> np.ndarray:
         """Generates samples index B ... (index + 1) B - 1 in the format of files (`to_examples`).
 
-        Every process must call this method, and gets all samples.
+        wrap: as for `generate`. Every process must call this method, and gets all samples.
         """
         indices = index * batch_size + np.arange(batch_size)
-        return self.to_examples(self.generate(keys_of_samples(seed, indices), indices))
+        return self.to_examples(self.generate(keys_of_samples(seed, indices), indices, wrap))
 
     def to_examples(self, samples: Any) -> np.ndarray:
         """Converts results of `net.sample` for files: images to uint8; continuous data stay in data units."""
