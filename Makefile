@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: setup demo test test-all test-slow faults fresh accelerator parity parity-slow mutants fuzz docs browser lint format reference pictures clean
+.PHONY: setup demo test test-all test-slow faults fresh accelerator tpu parity parity-slow mutants fuzz docs browser lint format reference pictures clean
 
 setup: $(STAMP)
 
@@ -38,7 +38,7 @@ test: setup
 
 # With runs of the program, several processes, and the slower tests of the library.
 test-all: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser and not tpu"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not parity and not faults"
@@ -55,6 +55,11 @@ fresh:
 # ten minutes: make accelerator EXTRA=cuda (or tpu).
 accelerator: setup
 	$(BIN)/python benchmarks/first_contact.py
+
+# Compiles small programs for four TPUs with libtpu, which needs no TPU: five minutes. Installs libtpu into the environment.
+tpu:
+	$(MAKE) setup EXTRA=tpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -s -m tpu
 
 parity: setup $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "parity and not slow"

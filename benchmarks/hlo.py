@@ -61,14 +61,24 @@ class Program:
     def executed(self, computation: str = "", count: int = 1) -> Iterator[tuple[Instruction, int]]:
         """Yields each scheduled instruction with the number of its executions, also inside of loops and conditionals.
 
-        A loop whose trip count is unknown counts once, and so does each branch of a conditional.
+        A loop with an unknown number of iterations counts once, and so does each branch of a conditional.
         """
         for instruction in self.computations[computation or self.entry].values():
             yield instruction, count
             if instruction.opcode in ("while", "conditional", "call"):
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.line)
                 for name in instruction.called:
-                    yield from self.executed(name, count * int(trips[1] if trips else 1))
+                    yield from self.executed(name, count * self._iterations(instruction))
+
+    def _iterations(self, instruction: Instruction) -> int:
+        """Returns a loop's number of iterations: as known, or the limit of its counter, as in a scan; 1 if it is unknown."""
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.line):
+            return int(known[1])
+        condition = re.search(r"condition=(%[\w.-]+)", instruction.line)
+        parts = self.computations[condition[1]].values() if condition else ()
+        if sum("direction=LT" in part.line for part in parts) != 1:
+            return 1
+        limits = [found[1] for part in parts if (found := re.match(r"s32\[\]\S* constant\((\d+)\)", part.line))]
+        return int(limits[0]) if len(limits) == 1 else 1
 
     def products(self, instruction: Instruction) -> Iterator[tuple[Instruction, list[str]]]:
         """Yields the convolutions and products of an instruction, also in a fusion, with the dtypes of their operands."""

@@ -35,7 +35,7 @@ from benchmarks.mutant_drawing import PACKAGE, Mutant, draw
 
 MEMORY = 8 * 2**30  # limit of each process, in bytes: a mutant can allocate any amount
 NO_TESTS = 5  # pytest's exit status if the marks select no test
-_APART = "not slow and not parity and not faults and not browser"
+_APART = "not slow and not parity and not faults and not browser and not tpu"
 QUICK = f"not whole and not thorough and {_APART}"  # `make test`
 OTHERS = f"(whole or thorough) and {_APART}"  # the rest of `make test-all`
 BEGIN, END = "<!-- make mutants: begin -->", "<!-- make mutants: end -->"

@@ -90,6 +90,12 @@ def lower_features(config: ConfigDict, mesh_devices: Sequence[Any]):
 PROGRAMS |= {"train": lower_train, "sample": lower_sample, "network": lower_network, "features": lower_features}
 
 
+def compile_program(name: str, config: ConfigDict, mesh_devices: Sequence[Any]):
+    """Compiles one of `PROGRAMS` for the devices of a topology."""
+    with mock.patch("jax.default_backend", lambda: "tpu"):  # the layers of `models` have another form for CPUs
+        return PROGRAMS[name](config, mesh_devices).compile()
+
+
 def _call(config: ConfigDict, mesh_devices: Sequence[Any]):
     """Returns (network(params, x_t, time, inputs), mesh, shapes of parameters, of a batch of x_t and of other inputs)."""
     program = training.build_program(config, mesh_devices)
@@ -230,10 +236,10 @@ def main(arguments: list[str] | None = None) -> None:
             devices.start_virtual(1)
             mesh_devices = topologies.tpu_devices(options.topology)
             versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "flax")}
-            print(f"{options.config}, {options.program}, {len(mesh_devices)} devices of {options.topology}, {versions}")
+            target = f"{len(mesh_devices)} devices of {options.topology}"
+            print(f"{options.config}, {options.program}, {target}, {versions}", flush=True)
             start, cpu = time.perf_counter(), time.process_time()
-            with mock.patch("jax.default_backend", lambda: "tpu"):  # the layers of `models` have another form for CPUs
-                compiled = PROGRAMS[options.program](config, mesh_devices).compile()
+            compiled = compile_program(options.program, config, mesh_devices)
             seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
             text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
             parts = {"arguments": "argument", "donated arguments": "alias", "output": "output", "temporaries": "temp"}

@@ -3,6 +3,7 @@
 import re
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +113,8 @@ def test_a_bar_moves_within_a_batch_at_a_terminal_and_changes_no_sample(name, na
     assert console.CallCounter(num_calls).wrap(denoiser) is denoiser
     narrow()
     counter, shares = console.CallCounter(num_calls), []
-    bar = types.SimpleNamespace(update=shares.append)
-    draw = jax.jit(lambda denoiser: sampling.sample(jax.random.key(1), schedule, denoiser, x_T, sampler))
+    bar: Any = types.SimpleNamespace(update=shares.append)
+    draw: Any = jax.jit(lambda denoiser: sampling.sample(jax.random.key(1), schedule, denoiser, x_T, sampler))
     for done in (0, 2):
         counter.begin(bar, done, 2)
         samples = jax.block_until_ready(draw(counter.wrap(denoiser)))

@@ -1,7 +1,10 @@
 """`make accelerator`: its checks on a CPU and in two processes, and the exit code."""
 
+import pathlib
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import first_contact
@@ -42,3 +45,10 @@ def test_a_failed_check_sets_the_exit_code_and_the_others_go_on(monkeypatch, cap
     monkeypatch.setattr(first_contact, "Checks", lambda directory: types.SimpleNamespace(**named))
     assert first_contact.main([]) == 1
     assert words(capsys.readouterr().out) == dict.fromkeys(first_contact.CHECKS, "ok") | {"resume": "FAILED"}
+
+
+def test_a_measured_step_stands_beside_the_estimate_of_a_tpu():
+    text = (pathlib.Path(__file__).parents[1] / "fixtures/tpu_program.txt").read_text()
+    assert first_contact.beside_estimate(text, 1323e-9).endswith("1,323 cycles, the measured time at 1 GHz")
+    here = jax.jit(jnp.tanh).lower(jnp.ones(3)).compile().as_text()
+    assert first_contact.beside_estimate(here, 1.0) == ""

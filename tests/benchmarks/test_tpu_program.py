@@ -32,6 +32,21 @@ def test_cycles_count_each_iteration_of_a_loop():
     assert hlo.block_of_network("jit(f)/transpose(jvp(UNet))/UNet._decode/up_1_upsample/dot") == "up_1_upsample"
 
 
+def test_a_scan_has_as_many_iterations_as_the_limit_of_its_counter():
+    known = ', backend_config={"known_trip_count":{"n":"5"}}'
+    condition = """%cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+"""
+    body = TEXT.index("%body")
+    text = (TEXT[:body] + condition + TEXT[body:]).replace(known, "")
+    assert hlo.Program(text).cycles == 1000 + 200 + 70 + 7 * 10 + 3
+    assert hlo.Program(text.replace("direction=LT", "direction=NE")).cycles == 1000 + 200 + 70 + 10 + 3
+
+
 def test_a_layout_pads_the_two_fastest_axes_to_its_tile():
     (image,) = hlo.read_arrays("bf16[8,32,32,3]{3,2,1,0:T(8,128)(2,1)}")
     assert (image.size, image.padded, image.in_memory) == (8 * 32 * 32 * 3 * 2, 8 * 32 * 32 * 128 * 2, True)
