@@ -164,8 +164,11 @@ class Dropout(nn.Module):
             return x
         channels = x.shape[-1]
         rng = self.make_rng("dropout") if rng is None else rng
-        pairs = jax.random.bits(rng, (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :channels]
+        half = -(-channels // 2)
+        # Drawn row by row, the same bits fill the vectors of a TPU, of which the bits of a pixel may be a half.
+        shape = (*x.shape[:-2], x.shape[-2] * half) if x.ndim > 3 else (*x.shape[:-1], half)
+        pairs = jax.random.bits(rng, shape, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], 2 * half)[..., :channels]
         num_dropped = max(1, min(round(self.rate * 2**16), 2**16 - 1))  # out of 2^16 values
         scaled = x.astype(jnp.float32) * (2**16 / (2**16 - num_dropped))
         return jnp.where(bits >= num_dropped, scaled, 0).astype(x.dtype)

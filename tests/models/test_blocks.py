@@ -107,6 +107,10 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     assert abs((y == 0).mean() - 0.1) < 4 * error
     np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - round(0.1 * 2**16) / 2**16)], rtol=1e-6)
     dropped = np.asarray(y == 0)
+    pairs = np.asarray(jax.random.bits(jax.random.key(0), (64, 16, 16, 4), jnp.uint32))  # two 16-bit numbers in each
+    numbers = np.stack([pairs % 2**16, pairs // 2**16], axis=-1).reshape(64, 16, 16, 8)
+    given = Dropout(0.1).apply({}, x, False, jax.random.key(0))
+    np.testing.assert_array_equal(given == 0, numbers[..., :7] < round(0.1 * 2**16))
     together = (dropped[..., 0] & dropped[..., 1]).mean()  # the two halves of one draw
     assert abs(together - 0.01) < 4 * np.sqrt(0.01 / dropped[..., 0].size)
     assert (drop(jax.random.key(1)) != y).any()
