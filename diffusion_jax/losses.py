@@ -41,7 +41,7 @@ class LossAux(NamedTuple):
     in the loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits
     per dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the
     network's output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR. scalars:
-    numbers of a loss of your own that training logs, by name; their means are weighted by the importance.
+    further numbers that training logs for your own loss, by name; their means are weighted by the importance.
     """
 
     t: Int[Array, "B"] | Float[Array, "B"]

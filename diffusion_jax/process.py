@@ -156,7 +156,7 @@ def p_mean_variance(
         learned        the second half of the output is the log variance
         learned_range  exp(f log beta + (1 - f) log beta-tilde), f = (output + 1) / 2 (Improved DDPM eq. 15)
       x_t: [B, ..., C].
-      variance: fixed_large or fixed_small, in place of a fixed variance of the denoiser.
+      variance: fixed_large or fixed_small, in place of the denoiser's fixed variance.
     Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the decoder's variance
       (`Schedule`); samplers add no noise there.
     Raises: ValueError as a call of `Denoiser`, and for a variance in place of a learned one.

@@ -62,7 +62,7 @@ def settings_digest(*settings: Any) -> str:
 
 
 def array_digest(*arrays: np.ndarray | None) -> str | None:
-    """Returns the SHA-256 of the values of arrays, one after another; None without an array."""
+    """Returns the SHA-256 of the values in arrays, one array after another; None without an array."""
     given = [np.ascontiguousarray(array).tobytes() for array in arrays if array is not None]
     return hashlib.sha256(b"".join(given)).hexdigest() if given else None
 

@@ -228,7 +228,7 @@ def _convert(name: str, value: Any, convert: Callable[[Any], Any], shown: str) -
 
 
 def _find_setting(name: str) -> Setting:
-    """Returns the entry of the table of settings. Raises: ConfigError for an unknown name."""
+    """Returns the entry in the table of settings. Raises: ConfigError for an unknown name."""
     if name in SETTINGS:
         return SETTINGS[name]
     problem, advice = f"unknown setting {name}", "docs/reference/configuration.md lists all settings"

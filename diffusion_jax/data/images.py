@@ -172,7 +172,7 @@ class Folder(EncodedImages):
 
 
 def find_folder(directory: str) -> pathlib.Path:
-    """Returns the local path of a folder of images. Raises: DataError if it does not exist."""
+    """Returns the local path of an image folder. Raises: DataError if it does not exist."""
     root = local_path(directory)
     if not directory or not root.is_dir():
         raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")

@@ -158,7 +158,7 @@ def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 class BatchFunction:
     """A function of parameters, numbers and a batch, compiled for a mesh that splits the batch.
 
-    batch_size: a multiple of the number of devices.
+    batch_size: a multiple of the device count.
     """
 
     def __init__(self, function: Callable, params: Any, mesh: Mesh, batch_size: int):

@@ -52,7 +52,7 @@ class FourierEmbedding(nn.Module):
 
 
 def times_of_rows(time, x_t) -> jax.Array:
-    """Returns the network time of each row of x_t [B, ...]: [B], from [B], or [] for one time. Raises: ValueError."""
+    """Returns the network time for each row of x_t [B, ...]: [B], from [B], or [] for one time. Raises: ValueError."""
     shape = x_t.shape[:1]
     if jnp.shape(time) not in ((), shape):
         raise ValueError(

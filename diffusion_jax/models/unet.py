@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         return self.remat if isinstance(self.remat, bool) else level in self.remat
 
     def waves(self, time, x_t) -> jax.Array:
-        """Returns the sines and cosines of the network time of x_t, [B] or [], as [B, channels]; 2 `channels` in NCSN++."""
+        """Returns [B, channels], the sines and cosines of the network time, [B] or []; 2 `channels` in NCSN++."""
         if self.time_scale != 1:
             time = jnp.asarray(time, jnp.float32) * self.time_scale
         time, options = times_of_rows(time, x_t), {"freq_shift": self.embedding_freq_shift}

@@ -573,7 +573,7 @@ def make_model(
 
 
 def format_schedule(diffusion: Mapping[str, Any]) -> str:
-    """Returns the name of the schedule of `config.diffusion`, or of the path and the shift of its log SNR."""
+    """Returns the name of the schedule in `config.diffusion`, or the path with the shift of its log SNR."""
     if not diffusion["path"]:
         return diffusion["schedule"]
     shift = diffusion["log_snr_shift"]

@@ -183,7 +183,7 @@ class _Files:
     """Reads the files of `config.editing` as examples [*spatial, C]: uint8, or floats in data units."""
 
     def __init__(self, config: ConfigDict, net: pretrained.Model, held_out: np.ndarray | None = None):
-        """held_out: an example in place of the file of `editing.image`."""
+        """held_out: an example in place of the file `editing.image`."""
         self._options, self.net, self.held_out = config.editing, net, held_out
         self._shape, self._size = net.example_shape, net.image_size
 

@@ -100,7 +100,7 @@ class Problem:
         return np.where(weight > 0, spread / np.where(weight > 0, weight, 1), np.nan)
 
     def chi_squared(self, samples: Any, y: np.ndarray) -> np.ndarray:
-        """Returns chi-squared for each measured number, [L, N], of the results of `draw`."""
+        """Returns chi-squared for each measured number, [L, N], from the results of `draw`."""
         x = data.to_model_units(np.asarray(samples), self.net.normalizations.get("x"))
         found = self._repeat(y, len(x)).chi_squared(x.reshape(-1, *x.shape[2:]))
         return np.asarray(found).reshape(x.shape[:2])

@@ -23,7 +23,7 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 class ddpm(Sampler):
     """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with the clip in DDPM's code).
 
-    variance: fixed_large or fixed_small, in place of the fixed variance of the denoiser; None keeps the denoiser's.
+    variance: fixed_large or fixed_small, in place of the denoiser's fixed variance; None keeps the denoiser's.
     Raises: ValueError for another variance, which belongs to the network; when called, for a denoiser with a learned one.
     """
 

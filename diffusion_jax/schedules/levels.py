@@ -47,7 +47,7 @@ class NoiseLevel(NamedTuple):
         return self
 
     def times(self, x_t: Float[Array, "B *shape"]) -> Float[Array, "B"]:
-        """Returns the network time of each row of x_t, in the dtype of x_t."""
+        """Returns the network time of each row, in the dtype of x_t."""
         return jnp.broadcast_to(self.time, x_t.shape[:1]).astype(x_t.dtype)
 
     def where(self, condition: Array, other: NoiseLevel) -> NoiseLevel:

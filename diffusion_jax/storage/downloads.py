@@ -137,7 +137,7 @@ def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed
 
 
 def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list[pathlib.Path]:
-    """Returns the paths of local copies of objects, which are downloaded if they are missing.
+    """Returns the paths of objects' local copies, which are downloaded if they are missing.
 
     Before a download, the least recently used copies, from all calls on this machine, are deleted until at most max_bytes
     will be stored. Copies that were used in the last minute are kept. objects: a part of `store.list()`.

@@ -200,7 +200,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 
 
 def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns (loss, values to log) of the result of the loss `name`.
+    """Returns (loss, values to log) from the result of the loss `name`.
 
     Raises: ValueError if a user's loss did not return (losses, aux), with losses, aux.importance, aux.t and scalars each [B].
     """
