@@ -34,10 +34,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import hlo
 from diffusion_jax import data, training
 from diffusion_jax.config import default
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import hlo, sharding
 from diffusion_jax.distributed.devices import silence_libraries
 from diffusion_jax.distributed.processes import (
     broadcast_from_process_0,

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -33,13 +32,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks import hlo, topologies
 from diffusion_jax import cli, data, models, pretrained, sampling, training
 from diffusion_jax.config import resolve
 from diffusion_jax.denoiser import Denoiser
-from diffusion_jax.distributed import devices, sharding
+from diffusion_jax.distributed import devices, hlo, sharding, topologies
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.inception import IMAGE_SIZE, Inception
+from diffusion_jax.models import layers
 from diffusion_jax.training.batches import abstract_batch
 
 NOTE = "The compiler's estimate, not a measurement."
@@ -92,7 +91,7 @@ PROGRAMS |= {"train": lower_train, "sample": lower_sample, "network": lower_netw
 
 def compile_program(name: str, config: ConfigDict, mesh_devices: Sequence[Any]):
     """Compiles one of `PROGRAMS` for the devices of a topology."""
-    with mock.patch("jax.default_backend", lambda: "tpu"):  # the layers of `models` have another form for CPUs
+    with layers.compiling_for("tpu"):
         return PROGRAMS[name](config, mesh_devices).compile()
 
 
@@ -225,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--read", default="", help="a text to read instead of compiling")
     options, overrides = parser.parse_known_args(arguments)
     try:
-        chip = topologies.CHIPS[topologies.topology_chip(options.topology)]
+        chip = topologies.find_chip(options.topology)
         config = resolve(cli.parse([f"--config={options.config}", "--mode=plan", *overrides]).config)
         found: dict[str, Any] = {"date": str(datetime.date.today()), "topology": options.topology}
         found |= {"program": options.program, "config": options.config, "overrides": overrides, "note": NOTE}

@@ -20,6 +20,7 @@ from diffusion_jax.config.values import (
     Number,
     OneOf,
     Text,
+    Topology,
     Tuple,
     ValueKind,
     optional,
@@ -404,7 +405,9 @@ MESH: dict[str, Setting] = {
         1, Integer(1), "Devices that split the batch and the state: parameters, optimizer, moving average."
     ),
     "device": Setting(
-        None, optional(Choice("v4", "v5e", "a100", "h100")), "Device whose memory `--mode=plan` fits the settings to."
+        None,
+        optional(OneOf(Choice("v4", "v5e", "a100", "h100"), Topology())),
+        "Device whose memory `--mode=plan` fits the settings to, or a TPU topology for which `--mode=plan` compiles.",
     ),
 }
 

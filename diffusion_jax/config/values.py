@@ -244,6 +244,17 @@ class FunctionName:
         return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") and os.path.isfile(file) else str(value)
 
 
+class Topology:
+    """A TPU topology: a chip, and the shape of a slice."""
+
+    allowed = "a TPU topology such as v5e:4x4"
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"v\d\w?:\d+(x\d+){1,2}", value):
+            raise ValueError
+        return value
+
+
 class NamedValues:
     """Values by name, for the keyword arguments of a function: numbers, texts, bools, None, or tuples of these."""
 

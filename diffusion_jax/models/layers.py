@@ -5,10 +5,12 @@ Arrays are [B, *spatial, C], with any number of spatial axes (convolutions: 1, 2
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +22,23 @@ from jax.custom_derivatives import SymbolicZero
 # For jax.checkpoint policies: names the results of products inside a block; all other values are cheap to recompute from
 # these results.
 KEPT_INSIDE = "inside blocks"
+
+
+_PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Traces layers as for devices of this platform, such as "tpu", which need not be present."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def _platform() -> str:
+    return _PLATFORM.get() or jax.default_backend()
 
 
 def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
@@ -182,7 +201,7 @@ def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.A
     """
     dilations = (options.get(name) or (1,) for name in ("lhs_dilation", "rhs_dilation"))
     is_common = options.get("feature_group_count", 1) == 1 and all(size == 1 for each in dilations for size in each)
-    if jax.default_backend() != "cpu" or not is_common:
+    if _platform() != "cpu" or not is_common:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
@@ -247,7 +266,7 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
     CPUs the gradient of this convolution takes 25 times as long.
     """
     batch, *spatial, _ = x.shape
-    if jax.default_backend() == "tpu":
+    if _platform() == "tpu":
         for axis in range(len(spatial)):
             before, after = ([(0, 0)] * axis + [each] for each in ((1, 0), (0, 1)))
             rest = [(0, 0)] * (kernel.ndim - axis - 1)

@@ -1,7 +1,8 @@
 """`--mode=plan`: notes about the settings, memory and FLOPs of a train step, and settings that fit a kind of device.
 
-This mode writes and compiles nothing. The notes name settings that cannot give good results; training logs the notes, too.
-Memory and FLOPs follow from array shapes, from the sharding rule of `distributed/sharding.py`, and from traced programs.
+This mode writes nothing. The notes name settings that cannot give good results; training logs the notes, too. Memory and
+FLOPs follow from array shapes, from the sharding rule of `distributed/sharding.py`, and from traced programs; or, for a TPU
+topology, from the compiled program.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, timesteps, training
 from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip, sampler_setting
-from diffusion_jax.console import log
-from diffusion_jax.distributed import sharding
+from diffusion_jax.console import log, log_compilation
+from diffusion_jax.distributed import hlo, sharding, topologies
 from diffusion_jax.errors import DataError, as_user_error
+from diffusion_jax.models import layers
 from diffusion_jax.schedules.respacing import DATA_STD
+from diffusion_jax.training.batches import abstract_batch
 from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
 from diffusion_jax.training.state import abstract_params
 
@@ -94,6 +97,9 @@ def run(config: ConfigDict) -> None:
     config, num_devices = resolve(config), jax.device_count()
     mesh, options = config.mesh, config.training
     given = Settings(mesh.fsdp, config.model.remat, options.accumulation_steps)
+    if mesh.device is not None and ":" in mesh.device:
+        compile_for(config, mesh.device)
+        return
     with as_user_error("config"):
         log_notes(config)
         training.build_program(config)  # checks the config
@@ -127,6 +133,35 @@ def run(config: ConfigDict) -> None:
         log(
             "    use more devices (--config.mesh.data), --config.model.dtype=bfloat16, or a smaller training.batch_size"
         )
+
+
+def compile_for(config: ConfigDict, topology: str) -> None:
+    """Compiles the train step for a TPU topology, and prints the bytes and the estimated cycles of a device.
+
+    Raises: UserError without libtpu, and for a step that the compiler refuses.
+    """
+    chip, devices = topologies.find_chip(topology), topologies.tpu_devices(topology)
+    with as_user_error("config"):
+        log_notes(config)
+        program = training.build_program(config, devices)
+    log("A large network takes many minutes to compile for a TPU.")
+    step = f"the train step for {len(devices)} devices of {topology}"
+    with log_compilation(step), layers.compiling_for("tpu"), as_user_error(f"mesh.device={topology}", RuntimeError):
+        compiled = program.train_step.lower(program.abstract_state, abstract_batch(config)).compile()
+    memory, cycles = compiled.memory_analysis(), hlo.Program(compiled.as_text()).cycles
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total, size = held + memory.temp_size_in_bytes, config.training.batch_size
+    shape, seconds = dict(program.mesh.shape), cycles / chip.clock
+    log(
+        f"On {len(devices)} devices of {topology} ({', '.join(f'{name} {n}' for name, n in shape.items())}), batch {size}:"
+    )
+    parts = f"state and batch {_bytes(held)} + temporaries {_bytes(memory.temp_size_in_bytes)}"
+    log(f"  memory per device   {_bytes(total)} ({parts}) of {_bytes(chip.memory)}")
+    speed = f"{1e3 * seconds:,.1f} ms at {chip.clock / 1e9:.2f} GHz, {size / max(seconds, 1e-9):,.0f} examples/s"
+    log(f"  step                {cycles:,} cycles: {speed}. The compiler's estimate, not a measurement")
+    if total > USABLE * chip.memory:
+        changes = "--config.model.remat=True, a larger --config.training.accumulation_steps or --config.mesh.fsdp"
+        log(f"  does not fit        compile again with {changes}")
 
 
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:

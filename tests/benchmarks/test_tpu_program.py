@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from benchmarks import hlo, topologies, tpu_program
+from benchmarks import tpu_program
+from diffusion_jax.distributed import hlo, topologies
 from diffusion_jax.errors import UserError
 
 STEP = "jit(train_step)/jvp(UNet)/UNet.encode/UNet.residual_block/down_0_block_0"

@@ -1,13 +1,16 @@
 """The plan: counted bytes and FLOPs, proposed settings, and notes about problems in a config."""
 
 import re
+import types
 
 import jax
 import pytest
 
 from diffusion_jax import data, training
 from diffusion_jax.config import default, default_classifier, experiment, experiment_names, override, resolve
-from diffusion_jax.distributed import sharding
+from diffusion_jax.distributed import sharding, topologies
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.layers import compiling_for
 from diffusion_jax.runs import plan
 from helpers.configs import tiny_config
 
@@ -51,15 +54,36 @@ def test_an_estimate_is_that_of_the_compiled_program():
     assert 0.8 < compiled.cost_analysis()["flops"] / 32 / traced.flops[False] < 1.25
 
 
-def test_the_counted_activations_do_not_depend_on_this_machine(monkeypatch):
+def test_the_counted_activations_do_not_depend_on_this_machine():
     """Convolutions have another form on CPUs, whose arguments are no new arrays."""
     config = resolve(tiny_config())
     here = plan.activations_per_example(config)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    jax.clear_caches()
-    there = plan.activations_per_example(config)
-    jax.clear_caches()
+    with compiling_for("tpu"):
+        there = plan.activations_per_example(config)
     assert there == here
+
+
+@pytest.mark.thorough
+def test_a_plan_for_a_topology_has_the_bytes_and_cycles_of_the_compiled_step(capsys, monkeypatch):
+    """With the CPU in place of a TPU: `make tpu` compiles for a TPU."""
+    config = tiny_config(**{"mesh.device": "v5e:2x2", "training.batch_size": 16})
+    with pytest.raises(UserError, match="needs libtpu"):
+        monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+        plan.run(config)
+    monkeypatch.setattr(topologies, "tpu_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(plan.hlo, "Program", lambda text: types.SimpleNamespace(cycles=3_000_000))
+    plan.run(config)
+    out = capsys.readouterr().out
+    assert "On 1 devices of v5e:2x2 (data 1, fsdp 1), batch 16:" in out and "fit" not in out
+    # The peak, 197 TFLOP/s, is 2^17 FLOP a cycle.
+    assert "3,000,000 cycles: 2.0 ms at 1.50 GHz, 8,016 examples/s. The compiler's estimate, not a measurement" in out
+    state = training.build_program(config).abstract_state
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    (held,) = re.findall(r"state and batch ([\d.]+) MB", out)
+    assert size < 1e6 * float(held) < 1.1 * size + 1e5
+    monkeypatch.setitem(topologies.CHIPS, "v5e", topologies.CHIPS["v5e"]._replace(memory=1e5))
+    plan.run(config)
+    assert "does not fit        compile again with --config.model.remat=True" in capsys.readouterr().out
 
 
 @pytest.mark.whole

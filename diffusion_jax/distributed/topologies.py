@@ -39,14 +39,14 @@ CHIPS = {
 }
 
 
-def topology_chip(topology: str) -> str:
-    """Returns the chip of a topology, such as "v5e" of "v5e:2x2". Raises: UserError for another form or another chip."""
-    chip, _, shape = topology.partition(":")
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+def find_chip(topology: str) -> Chip:
+    """Returns the chip of a topology, such as "v5e:2x2". Raises: UserError for another form or another chip."""
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(
             f"{topology!r} is not a TPU topology; use a chip ({', '.join(CHIPS)}) with a shape, such as v5e:4x4 or v4:2x2x1"
         )
-    return chip
+    return CHIPS[name]
 
 
 def tpu_devices(topology: str) -> list:
@@ -54,7 +54,7 @@ def tpu_devices(topology: str) -> list:
 
     Raises: UserError if libtpu is not installed, or for a topology that it does not know.
     """
-    topology_chip(topology)
+    find_chip(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs libtpu; pip install -r requirements/tpu.txt, or make setup EXTRA=tpu"

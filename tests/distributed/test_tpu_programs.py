@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks import hlo, topologies, tpu_program
+from benchmarks import tpu_program
 from diffusion_jax import cli, training
 from diffusion_jax.config import resolve
+from diffusion_jax.distributed import hlo, topologies
 
 pytestmark = pytest.mark.tpu
 
