@@ -30,9 +30,8 @@ class Chip(NamedTuple):
         return self.flops / self.flops_per_cycle
 
 
-# A device of v4 is one of the two cores in a chip.
 CHIPS = {
-    "v4": Chip(16e9, 137.5e12, 614e9, 2**17),
+    "v4": Chip(32e9, 275e12, 1228e9, 2**18),
     "v5e": Chip(16e9, 197e12, 819e9, 2**17),
     "v5p": Chip(95e9, 459e12, 2765e9, 2**18),
     "v6e": Chip(32e9, 918e12, 1640e9, 2**19),
@@ -63,7 +62,9 @@ def tpu_devices(topology: str) -> list:
     environment = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in (environment | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
         os.environ.setdefault(name, value)
+    # JAX's meshes need one device for each chip; by default v4 has one for each of a chip's two cores.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except Exception as error:  # the error's type differs between versions of JAX
         raise UserError(f"libtpu does not know the topology {topology!r}: {first_line(error)}") from error
