@@ -119,8 +119,8 @@ def read_arrays(text: str) -> tuple[Array, ...]:
         minor_first = [int(axis) for axis in order.split(",")] if order else []
         for axis, side in zip(minor_first, reversed(tiles), strict=False):
             padded[axis] = -(-shape[axis] // side) * side
-        sizes = (math.prod(dims) * BYTES[dtype] for dims in (shape, padded))
-        found.append(Array(dtype, shape, *sizes, "S(" not in rest))
+        size, full = (math.prod(dims) * BYTES[dtype] for dims in (shape, padded))
+        found.append(Array(dtype, shape, size, full, "S(" not in rest))
     return tuple(found)
 
 
@@ -156,10 +156,10 @@ def _closing(text: str, start: int) -> int:
 
 
 class Collective(NamedTuple):
-    """A collective of `count` executions over groups of `devices`; sent: bytes that a device sends in a ring, in all."""
+    """A collective over groups of `devices`; sent: the bytes that a device sends in a ring, in all of its `executions`."""
 
     kind: str
-    count: int
+    executions: int
     devices: int
     sent: float
 

@@ -148,7 +148,9 @@ def compile_for(config: ConfigDict, topology: str) -> None:
     step = f"the train step for {len(devices)} devices of {topology}"
     with log_compilation(step), layers.compiling_for("tpu"), as_user_error(f"mesh.device={topology}", RuntimeError):
         compiled = program.train_step.lower(program.abstract_state, abstract_batch(config)).compile()
-    memory, cycles = compiled.memory_analysis(), hlo.Program(compiled.as_text()).cycles
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # as compilers for TPUs give
+    cycles = hlo.Program(text).cycles
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total, size = held + memory.temp_size_in_bytes, config.training.batch_size
     shape, seconds = dict(program.mesh.shape), cycles / chip.clock
