@@ -234,7 +234,7 @@ def beside_estimate(text: str, seconds: float) -> str:
     cycles = hlo.Program(text).cycles
     if not cycles:  # other compilers have no estimates
         return ""
-    return f"; the compiler's estimate is {cycles:,} cycles, the measured time at {cycles / seconds / 1e9:.3g} GHz"
+    return f"; the compiler estimates {cycles:,} cycles, which take this time at {cycles / seconds / 1e9:.3g} GHz"
 
 
 CHECKS = ("outputs", "bfloat16", "resume", "fsdp", "steps_per_call", "step")

@@ -50,7 +50,7 @@ MODES = {
     "train_classifier": "train a classifier of noisy images, for guidance",
     "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
-    "plan": "estimate training on mesh.data times mesh.fsdp devices, which need not exist; writes nothing",
+    "plan": "estimate training on devices that need not exist: mesh.data times mesh.fsdp, or a TPU topology; writes nothing",
 }
 _DEBUG = "--debug"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a failed run; other file errors are bad input

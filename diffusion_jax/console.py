@@ -67,7 +67,7 @@ class ProgressBar:
 
     _SECONDS_BETWEEN_LINES, _TITLE_WIDTH = 10, 36  # with a bar, counts and the remaining time in 80 columns
 
-    def __init__(self, title: str, total: int, done: int = 0):
+    def __init__(self, title: str, total: int, done: float = 0):
         self._title, self._total, self._initial = shorten_middle(title, self._TITLE_WIDTH), total, done
         self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
@@ -92,6 +92,10 @@ class ProgressBar:
         if self._rich:
             self._rich.stop()
 
+    def start_clock(self, done: float) -> None:
+        """Leaves the time until now, in which `done` items were finished, out of the speed."""
+        self._initial, self._start_time = done, time.perf_counter()
+
     def update(self, done: float, note: str = "") -> None:
         """Shows that `done` items are finished; a terminal also shows fractions. note: other values to show (loss, speed)."""
         now = time.perf_counter()
@@ -114,7 +118,7 @@ class CallCounter:
     """
 
     def __init__(self, num_calls: int):
-        self._num_calls = num_calls
+        self._num_calls, self._is_compiled = num_calls, False
         self._is_active = is_interactive() and jax.default_backend() == "cpu" and jax.device_count() == 1
 
     def begin(self, bar: ProgressBar, done: int, size: int) -> None:
@@ -131,7 +135,11 @@ class CallCounter:
 
     def _count(self) -> None:
         self._calls = min(self._calls + 1, self._num_calls)
-        self._bar.update(self._done + self._size * self._calls / self._num_calls)
+        done = self._done + self._size * self._calls / self._num_calls
+        if not self._is_compiled:
+            self._is_compiled = True
+            self._bar.start_clock(done)
+        self._bar.update(done)
 
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:

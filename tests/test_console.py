@@ -112,8 +112,8 @@ def test_a_bar_moves_within_a_batch_at_a_terminal_and_changes_no_sample(name, na
     num_calls = sampler.num_calls(schedule.num_timesteps)
     assert console.CallCounter(num_calls).wrap(denoiser) is denoiser
     narrow()
-    counter, shares = console.CallCounter(num_calls), []
-    bar: Any = types.SimpleNamespace(update=shares.append)
+    counter, shares, starts = console.CallCounter(num_calls), [], []
+    bar: Any = types.SimpleNamespace(update=shares.append, start_clock=starts.append)
     draw: Any = jax.jit(lambda denoiser: sampling.sample(jax.random.key(1), schedule, denoiser, x_T, sampler))
     for done in (0, 2):
         counter.begin(bar, done, 2)
@@ -121,6 +121,7 @@ def test_a_bar_moves_within_a_batch_at_a_terminal_and_changes_no_sample(name, na
         jax.effects_barrier()
         np.testing.assert_array_equal(samples, draw(denoiser))
     assert shares == [done + 2 * i / num_calls for done in (0, 2) for i in range(1, num_calls + 1)]
+    assert starts == [2 / num_calls]  # so that the remaining time leaves out the compilation
     assert draw._cache_size() == 2  # with and without the counter
 
 

@@ -16,13 +16,14 @@ class Chip(NamedTuple):
     """Published figures of a device: bytes of memory, bfloat16 FLOP/s, and bytes/s between the device and its memory.
 
     flops_per_cycle: of all its matrix units. The compiler's cycles for a product of two bfloat16 matrices of 4096 x 4096
-    are 3% to 15% more than this.
+    are 3% to 15% more than this. axes: of a topology's shape.
     """
 
     memory: float
     flops: float
     bandwidth: float
     flops_per_cycle: int
+    axes: int
 
     @property
     def clock(self) -> float:
@@ -31,17 +32,17 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 1228e9, 2**18),
-    "v5e": Chip(16e9, 197e12, 819e9, 2**17),
-    "v5p": Chip(95e9, 459e12, 2765e9, 2**18),
-    "v6e": Chip(32e9, 918e12, 1640e9, 2**19),
+    "v4": Chip(32e9, 275e12, 1228e9, 2**18, 3),
+    "v5e": Chip(16e9, 197e12, 819e9, 2**17, 2),
+    "v5p": Chip(95e9, 459e12, 2765e9, 2**18, 3),
+    "v6e": Chip(32e9, 918e12, 1640e9, 2**19, 2),
 }
 
 
 def find_chip(topology: str) -> Chip:
     """Returns the chip of a topology, such as "v5e:2x2". Raises: UserError for another form or another chip."""
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if name not in CHIPS or not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[name].axes - 1), shape):
         raise UserError(
             f"{topology!r} is not a TPU topology; use a chip ({', '.join(CHIPS)}) with a shape, such as v5e:4x4 or v4:2x2x1"
         )

@@ -29,7 +29,10 @@ _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", defa
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Traces layers as for devices of this platform, such as "tpu", which need not be present."""
+    """Traces layers as for devices of this platform, such as "tpu", which need not be present.
+
+    What is traced inside must not be used outside: JAX keeps the traced form.
+    """
     token = _PLATFORM.set(platform)
     try:
         yield
@@ -95,9 +98,9 @@ class GroupNorm(nn.Module):
     """GroupNorm with float32 statistics in every compute dtype.
 
     Sums are computed over pixels first, channel by channel, then over the few channels in a group. The rest of the norm,
-    including additions and a scaling by the caller, is one multiplication and one addition per element. So x is read twice,
-    for the sums and for the result, and on TPUs often once. On CPUs this takes half the time of sums over groups, whose inner
-    loops are 4 channels long.
+    including additions and a scaling by the caller, is one multiplication and one addition per element. So x is read twice:
+    for the sums, and for the result. On CPUs this takes half the time of sums over groups, whose inner loops are 4 channels
+    long.
     """
 
     num_groups: int
@@ -130,25 +133,24 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
     channels = x.shape[-1]
     pixel_axes, to_pixels = tuple(range(1, x.ndim - 1)), (slice(None), *(None,) * (x.ndim - 2))
 
-    # As a product of matrices: TPUs need up to half a pass over x to sum [B, C] over the few channels in a group.
-    group = jnp.arange(channels) * num_groups // channels
-    same_group = jnp.where(group[:, None] == group, num_groups / channels, 0.0).astype(jnp.float32)
+    # As products of matrices: TPUs need up to half a pass over x to sum [B, C] over the few channels in a group.
+    members = jnp.arange(channels)[:, None] // (channels // num_groups) == jnp.arange(num_groups)
+    members, product = members.astype(jnp.float32), functools.partial(jnp.matmul, precision="highest")
 
     def mean_of_group(v):  # [B, C] to [B, C]
-        return jnp.matmul(v, same_group, precision="highest")
+        return product(product(v, members) / (channels // num_groups), members.T)
 
     shift = jnp.zeros(()) if shift is None else shift
-    # Sums are precise around a center close to the channel's mean. Sums around 0 have smaller errors than x in bfloat16, and
-    # TPUs compute these sums together with the convolution before the norm.
-    center = jnp.zeros((1, 1)) if x.dtype == jnp.bfloat16 else jax.lax.stop_gradient(_middle_mean(x))
+    center = jax.lax.stop_gradient(mean_of_group(_middle_mean(x) + shift) - shift)
+    change = shift - jax.lax.stop_gradient(shift)  # 0, with the derivative of the shift
+    # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c, and precise for a c close to the mean.
     x = x.astype(jnp.float32)
     centered = x - center[to_pixels]
     first, second = centered.mean(pixel_axes), jnp.square(centered).mean(pixel_axes)
-    mean = mean_of_group(center + shift + first)
-    change = center + shift - mean  # x + shift - mean = centered + change
-    variance = mean_of_group(second + change * (2 * first + change))
+    mean = mean_of_group(first + change)
+    variance = mean_of_group(second + change * (2 * first + change)) - jnp.square(mean)
     scale = scale * jax.lax.rsqrt(variance + epsilon)
-    bias = bias + (shift - mean) * scale
+    bias = bias + (change - center - mean) * scale
     if scale_shift is not None:
         scale, bias = scale * (1 + scale_shift[0]), bias * (1 + scale_shift[0]) + scale_shift[1]
     return (x * scale[to_pixels] + bias[to_pixels]).astype(dtype)
@@ -262,18 +264,17 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
     products by 4 (3 by 2 in a series, 27 by 8 in a volume). The kernel is summed in its own dtype, float32, and then rounded
     to x's dtype.
 
-    On TPUs, this is one convolution of x with zeros between its positions, whose kernel has 4 entries along each axis. On
-    CPUs the gradient of this convolution takes 25 times as long.
+    On TPUs, with zeros beyond the ends, this is one convolution of x with zeros between its positions, whose kernel has 4
+    entries along each axis. On CPUs the gradient of this convolution takes 25 times as long.
     """
     batch, *spatial, _ = x.shape
-    if _platform() == "tpu":
+    if _platform() == "tpu" and convolve is not convolve_periodic:
         for axis in range(len(spatial)):
             before, after = ([(0, 0)] * axis + [each] for each in ((1, 0), (0, 1)))
             rest = [(0, 0)] * (kernel.ndim - axis - 1)
             kernel = jnp.pad(kernel, before + rest) + jnp.pad(kernel, after + rest)
-        sides = ((1, 1) if convolve is convolve_periodic else (2, 2),) * len(spatial)
         options["lhs_dilation"] = (2,) * len(spatial)
-        return convolve(x, kernel.astype(x.dtype), strides, sides, **options)
+        return convolve(x, kernel.astype(x.dtype), strides, ((2, 2),) * len(spatial), **options)
 
     def sum_taps(kernel, axis):
         """Returns the two taps for the first copy and for the second copy."""

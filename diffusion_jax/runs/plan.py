@@ -21,7 +21,7 @@ from diffusion_jax import data, models, timesteps, training
 from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_clip, sampler_setting
 from diffusion_jax.console import log, log_compilation
 from diffusion_jax.distributed import hlo, sharding, topologies
-from diffusion_jax.errors import DataError, as_user_error
+from diffusion_jax.errors import DataError, UserError, as_user_error, first_line
 from diffusion_jax.models import layers
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import abstract_batch
@@ -93,7 +93,10 @@ class Traced(NamedTuple):
 
 
 def run(config: ConfigDict) -> None:
-    """Prints the plan for the present devices, and settings that fit `mesh.device` if it is set. Raises: UserError."""
+    """Prints the plan for the present devices, and settings that fit `mesh.device`, or the compiled plan for a topology.
+
+    Raises: UserError.
+    """
     config, num_devices = resolve(config), jax.device_count()
     mesh, options = config.mesh, config.training
     given = Settings(mesh.fsdp, config.model.remat, options.accumulation_steps)
@@ -141,13 +144,18 @@ def compile_for(config: ConfigDict, topology: str) -> None:
     Raises: UserError without libtpu, and for a step that the compiler refuses.
     """
     chip, devices = topologies.find_chip(topology), topologies.tpu_devices(topology)
-    with as_user_error("config"):
-        log_notes(config)
-        program = training.build_program(config, devices)
-    log("A large network takes many minutes to compile for a TPU.")
-    step = f"the train step for {len(devices)} devices of {topology}"
-    with log_compilation(step), layers.compiling_for("tpu"), as_user_error(f"mesh.device={topology}", RuntimeError):
-        compiled = program.train_step.lower(program.abstract_state, abstract_batch(config)).compile()
+    advice = "use --config.model.remat=True, a larger --config.training.accumulation_steps or --config.mesh.fsdp"
+    with layers.compiling_for("tpu"):
+        with as_user_error("config"):
+            log_notes(config)
+            program = training.build_program(config, devices)
+        log("A large network takes many minutes to compile for a TPU.")
+        try:
+            with log_compilation(f"the train step for {len(devices)} devices of {topology}"):
+                lowered = program.train_step.lower(program.abstract_state, abstract_batch(config))
+                compiled = lowered.compile()
+        except RuntimeError as error:  # such as too little memory
+            raise UserError(f"mesh.device={topology}: {first_line(error)}; {advice}", exit_code=1) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # as compilers for TPUs give
     cycles = hlo.Program(text).cycles
@@ -162,8 +170,7 @@ def compile_for(config: ConfigDict, topology: str) -> None:
     speed = f"{1e3 * seconds:,.1f} ms at {chip.clock / 1e9:.2f} GHz, {size / max(seconds, 1e-9):,.0f} examples/s"
     log(f"  step                {cycles:,} cycles: {speed}. The compiler's estimate, not a measurement")
     if total > USABLE * chip.memory:
-        changes = "--config.model.remat=True, a larger --config.training.accumulation_steps or --config.mesh.fsdp"
-        log(f"  does not fit        compile again with {changes}")
+        log(f"  does not fit        {advice}, and compile again")
 
 
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:

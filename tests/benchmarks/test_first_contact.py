@@ -49,6 +49,6 @@ def test_a_failed_check_sets_the_exit_code_and_the_others_go_on(monkeypatch, cap
 
 def test_a_measured_step_stands_beside_the_estimate_of_a_tpu():
     text = (pathlib.Path(__file__).parents[1] / "fixtures/tpu_program.txt").read_text()
-    assert first_contact.beside_estimate(text, 1323e-9).endswith("1,323 cycles, the measured time at 1 GHz")
+    assert first_contact.beside_estimate(text, 1323e-9).endswith("1,323 cycles, which take this time at 1 GHz")
     here = jax.jit(jnp.tanh).lower(jnp.ones(3)).compile().as_text()
     assert first_contact.beside_estimate(here, 1.0) == ""

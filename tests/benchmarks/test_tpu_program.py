@@ -94,7 +94,7 @@ def test_the_command_reads_a_text_and_writes_json(tmp_path, capsys):
 
 
 def test_a_wrong_topology_is_refused_in_one_line(monkeypatch):
-    for name in ("v5e", "v9:2x2", "v5e:four"):
+    for name in ("v5e", "v9:2x2", "v5e:four", "v5e:2x2x2", "v4:4x4"):
         with pytest.raises(UserError, match=r"is not a TPU topology; use a chip \(v4, v5e, v5p, v6e\)"):
             topologies.tpu_devices(name)
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)

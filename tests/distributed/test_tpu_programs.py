@@ -26,9 +26,8 @@ OVERRIDES = {
     "sampling.batch_size": 32,
     "sampling.steps": STEPS,
 }
-CYCLES = (
-    pathlib.Path(__file__).parents[1] / "fixtures/tpu_cycles.json"
-)  # of programs, by the versions that compiled them
+# Of programs, by the versions that compiled them.
+CYCLES = pathlib.Path(__file__).parents[1] / "fixtures/tpu_cycles.json"
 # Sums over groups of channels, and the gradient of the softmax, are products of float32 matrices.
 FLOAT32 = re.compile(r"jit\(_normalize\)|transpose.*/vmap\(BTNH,BSNH->BNTS\)")
 
@@ -53,7 +52,7 @@ def check(name: str, config, devices) -> tuple[hlo.Program, Any]:
     assert kind == "features" or not {each for each in products if not FLOAT32.search(each)}
     versions = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in ("jax", "libtpu"))
     recorded = json.loads(CYCLES.read_text()).get(versions, {}).get(name)
-    print(f"{versions}: {name} {program.cycles} cycles, {recorded or 'none'} recorded")
+    print(f"{versions}: {name} {program.cycles} cycles, {recorded or 'not compared: none'} recorded")
     if recorded:
         assert abs(program.cycles / recorded - 1) < 0.05
     return program, compiled

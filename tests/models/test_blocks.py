@@ -71,6 +71,19 @@ def test_group_norm_of_a_bfloat16_array_is_as_precise_as_the_array(mean):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_group_norm_of_a_constant_array_is_its_bias(dtype):
+    """The variance is 0, so the sums must not round to a negative number below -epsilon."""
+    norm = GroupNorm(32, 1e-6, jnp.dtype("float32"))
+    for mean in (8.125, 100.0):
+        x = jnp.full((1, 28, 28, 32), mean, dtype)
+        params = redraw(norm.init(jax.random.key(0), x))
+        y = norm.apply(params, x)
+        np.testing.assert_allclose(y - params["params"]["norm"]["bias"], 0, atol=1e-3 * mean)
+        assert np.isfinite(jax.grad(lambda x, p=params: jnp.sin(norm.apply(p, x)).sum())(x)).all()
+
+
+@pytest.mark.thorough
 def test_group_norm_of_a_shifted_array_scales_and_shifts_the_result():
     """The value and the derivatives, also with respect to the shift, equal those of the norm applied to the sum."""
     keys = iter(jax.random.split(jax.random.key(0), 5))

@@ -47,7 +47,7 @@ def drawn(monkeypatch):
     """Records the drawn batches' seeds and numbers, instead of drawing with a network."""
     calls = []
 
-    def draw(setup, seed, index, batch_size):
+    def draw(setup, seed, index, batch_size, wrap=None):
         calls.append((seed, index))
         return np.full((batch_size, 8, 8, 1), 10 * seed + index, np.uint8)
 

@@ -67,8 +67,8 @@ def test_the_counted_activations_do_not_depend_on_this_machine():
 def test_a_plan_for_a_topology_has_the_bytes_and_cycles_of_the_compiled_step(capsys, monkeypatch):
     """With the CPU in place of a TPU: `make tpu` compiles for a TPU."""
     config = tiny_config(**{"mesh.device": "v5e:2x2", "training.batch_size": 16})
-    with pytest.raises(UserError, match="needs libtpu"):
-        monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="needs libtpu"):
+        patch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
         plan.run(config)
     monkeypatch.setattr(topologies, "tpu_devices", lambda topology: jax.devices()[:1])
     monkeypatch.setattr(plan.hlo, "Program", lambda text: types.SimpleNamespace(cycles=3_000_000))
@@ -83,7 +83,16 @@ def test_a_plan_for_a_topology_has_the_bytes_and_cycles_of_the_compiled_step(cap
     assert size < 1e6 * float(held) < 1.1 * size + 1e5
     monkeypatch.setitem(topologies.CHIPS, "v5e", topologies.CHIPS["v5e"]._replace(memory=1e5))
     plan.run(config)
-    assert "does not fit        compile again with --config.model.remat=True" in capsys.readouterr().out
+    assert "does not fit        use --config.model.remat=True" in capsys.readouterr().out
+
+    def refuse(text):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 20G of 16G\nand many lines")
+
+    monkeypatch.setattr(plan, "abstract_batch", refuse)
+    with pytest.raises(
+        UserError, match=r"^mesh.device=v5e:2x2: RESOURCE_EXHAUSTED: 20G of 16G; use --config.model.remat=True"
+    ):
+        plan.run(config)
 
 
 @pytest.mark.whole
