@@ -67,8 +67,9 @@ class ProgressBar:
 
     _SECONDS_BETWEEN_LINES, _TITLE_WIDTH = 10, 36  # with a bar, counts and the remaining time in 80 columns
 
-    def __init__(self, title: str, total: int, done: float = 0):
-        self._title, self._total, self._initial = shorten_middle(title, self._TITLE_WIDTH), total, done
+    def __init__(self, title: str, total: int, done: int = 0):
+        self._title, self._total = shorten_middle(title, self._TITLE_WIDTH), total
+        self._initial: float = done
         self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
         if is_interactive():
