@@ -248,7 +248,7 @@ def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
         kept |= {named.get(variable, variable): variable.aval for variable in variables}
         if name not in _CHECKPOINTS:
             for inner in core.jaxprs_in_params(equation.params):
-                # The arguments of a call are no new arrays; those of a scan are slices, which are.
+                # A call's arguments are no new arrays; a scan's arguments are slices, which are new arrays.
                 is_call = name != "scan" and len(inner.invars) == len(equation.invars)
                 outer = dict(zip(inner.invars, equation.invars, strict=True)) if is_call else {}
                 for variable, aval in _kept(inner).items():

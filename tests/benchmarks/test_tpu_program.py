@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import tpu_program
+from benchmarks import tpu_program, work
 from diffusion_jax.distributed import hlo, topologies
 from diffusion_jax.errors import UserError
 
@@ -19,7 +19,7 @@ def test_cycles_count_each_iteration_of_a_loop():
     assert program.cycles == 1000 + 200 + 70 + 5 * 10 + 3
     kinds, blocks = {}, {}
     for instruction, count in program.executed():
-        kind, block = hlo.kind_of_work(program, instruction), hlo.block_of_network(instruction.op_name)
+        kind, block = work.kind_of_work(program, instruction), work.block_of_network(instruction.op_name)
         kinds[kind] = kinds.get(kind, 0) + count * instruction.cycles
         blocks[block] = blocks.get(block, 0) + count * instruction.cycles
     assert {kind: cycles for kind, cycles in kinds.items() if cycles} == {
@@ -30,7 +30,7 @@ def test_cycles_count_each_iteration_of_a_loop():
         "outside the network": 3,
     }
     assert blocks == {"down_0_block_0": 1200, "": 123}
-    assert hlo.block_of_network("jit(f)/transpose(jvp(UNet))/UNet._decode/up_1_upsample/dot") == "up_1_upsample"
+    assert work.block_of_network("jit(f)/transpose(jvp(UNet))/UNet._decode/up_1_upsample/dot") == "up_1_upsample"
 
 
 def test_a_scan_has_as_many_iterations_as_the_limit_of_its_counter():
@@ -58,14 +58,14 @@ def test_a_layout_pads_the_two_fastest_axes_to_its_tile():
 
 
 def test_bytes_of_collectives_are_those_of_a_ring():
-    reduced, gathered = hlo.collectives(hlo.Program(TEXT))
-    assert reduced == hlo.Collective("all-reduce", 1, 4, 2 * 3 / 4 * 72 * 4)
-    assert gathered == hlo.Collective("all-gather", 1, 2, 1 / 2 * 20 * 2)
+    reduced, gathered = work.collectives(hlo.Program(TEXT))
+    assert reduced == work.Collective("all-reduce", 1, 4, 2 * 3 / 4 * 72 * 4)
+    assert gathered == work.Collective("all-gather", 1, 2, 1 / 2 * 20 * 2)
     mesh = "mesh['a'=2,'b'=4,'c'=3] {'a','c'}, use_global_device_ids=true"
-    (named, _) = hlo.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", mesh)))
+    (named, _) = work.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", mesh)))
     assert named.devices == 6
     with pytest.raises(ValueError, match="unknown groups"):
-        hlo.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", "all")))
+        work.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", "all")))
     # data parallelism: one all-reduce of float32 gradients; fsdp: three times the bfloat16 parameters.
     assert tpu_program.ideal_bytes(72, 2, data=4, fsdp=1) == reduced.sent
     assert tpu_program.ideal_bytes(72, 2, data=1, fsdp=4) == 3 * 3 / 4 * 72 * 2

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks import tpu_program
+from benchmarks import tpu_program, work
 from diffusion_jax import cli, training
 from diffusion_jax.config import resolve
 from diffusion_jax.distributed import hlo, topologies
@@ -64,7 +64,7 @@ def test_a_train_step_donates_its_state_and_sends_gradients_once(devices):
     state = training.build_program(config, devices).abstract_state
     size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= size
-    sent = hlo.collectives(program)
+    sent = work.collectives(program)
     assert {each.kind for each in sent} == {"all-reduce"}
     # One for each dtype of the gradients; what else is sent are the random numbers of 32 timesteps.
     assert sum(each.sent > 100 * config.training.batch_size * 4 for each in sent) <= 2
@@ -74,15 +74,15 @@ def test_a_train_step_donates_its_state_and_sends_gradients_once(devices):
 
 def test_samplers_are_one_loop_whose_step_costs_little_more_than_a_network_call(devices):
     call, _ = check("network", config_with(), devices)
-    assert not hlo.collectives(call)
+    assert not work.collectives(call)
     for sampler in ("ddpm", "ddim", "dpm_solver_pp"):
         program, _ = check(sampler, config_with(**{"sampling.sampler": sampler}), devices)
         assert [each.opcode for each, _ in program.executed()].count("while") == 1
         assert STEPS * 0.5 * call.cycles < program.cycles < STEPS * 1.1 * call.cycles
-        assert sum(each.sent for each in hlo.collectives(program)) < 10_000  # random numbers of a few keys
+        assert sum(each.sent for each in work.collectives(program)) < 10_000  # random numbers of a few keys
 
 
 def test_features_send_nothing(devices, monkeypatch):
     monkeypatch.setattr(tpu_program, "IMAGE_SIZE", 96)  # 299 takes ten minutes to compile
     program, _ = check("features", config_with(**{"sampling.batch_size": 8}), devices)
-    assert not hlo.collectives(program)
+    assert not work.collectives(program)
