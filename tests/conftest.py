@@ -30,6 +30,13 @@ def cache_of_session(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_module():
+    """Compiled programs are dropped with their module: thousands of them exhaust a process's memory maps, which ends it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 for the duration of a test."""
