@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-The estimates are from `--mode=plan --config.mesh.device=`, which uses shapes and traced programs; nothing is compiled.
+The estimates are those of `--mode=plan --config.mesh.device=h100`, from shapes and traced programs; nothing is compiled.
 """
 
 import itertools
@@ -13,10 +13,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from configs import cifar10, imagenet_adm, lsun_church_256
 from diffusion_jax.config import resolve
-from diffusion_jax.distributed import devices
+from diffusion_jax.distributed import devices, topologies
 from diffusion_jax.runs import plan
 
-CHIPS = ("v5e", "h100")
+MEMORY = {"v5e": topologies.CHIPS["v5e"].memory, "h100": plan.DEVICES["h100"]}
 NETWORKS = {
     "DDPM CIFAR-10": cifar10.get_config,
     "DDPM LSUN-256": lsun_church_256.get_config,
@@ -36,9 +36,9 @@ def main() -> None:
         config.model.dtype = "bfloat16"
         config = resolve(config)
         traced = plan.trace(config, plan.remat_choices(config))
-        for device, count in itertools.product(CHIPS, (1, 8, 64)):
+        for device, count in itertools.product(MEMORY, (1, 8, 64)):
             found = plan.all_estimates(config, traced, count)
-            best = next((each for each in found if each.total <= plan.USABLE * plan.DEVICES[device]), None)
+            best = next((each for each in found if each.total <= plan.USABLE * MEMORY[device]), None)
             row = [f"{name}, {config.training.batch_size}", f"{count} x {device}"]
             if best is None:
                 row.append("nothing fits")

@@ -406,8 +406,8 @@ MESH: dict[str, Setting] = {
     ),
     "device": Setting(
         None,
-        optional(OneOf(Choice("v4", "v5e", "a100", "h100"), Topology())),
-        "Device whose memory `--mode=plan` fits the settings to, or a TPU topology for which `--mode=plan` compiles.",
+        optional(OneOf(Choice("a100", "h100"), Topology())),
+        "GPU whose memory `--mode=plan` fits the settings to, or a TPU topology for which `--mode=plan` compiles.",
     ),
 }
 

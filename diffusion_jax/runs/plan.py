@@ -1,4 +1,4 @@
-"""`--mode=plan`: notes about the settings, memory and FLOPs of a train step, and settings that fit a kind of device.
+"""`--mode=plan`: notes about the settings, memory and FLOPs of a train step, and settings that fit a kind of GPU.
 
 This mode writes nothing. The notes name settings that cannot give good results; training logs the notes, too. Memory and
 FLOPs follow from array shapes, from the sharding rule of `distributed/sharding.py`, and from traced programs; or, for a TPU
@@ -28,7 +28,7 @@ from diffusion_jax.training.batches import abstract_batch
 from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
 from diffusion_jax.training.state import abstract_params
 
-DEVICES = {"v4": 32e9, "v5e": 16e9, "a100": 80e9, "h100": 80e9}  # bytes of memory
+DEVICES = {"a100": 80e9, "h100": 80e9}  # bytes of memory
 USABLE = 0.9  # fraction of a device's memory; the runtime and fragmentation use the rest
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions
 _PRODUCTS = ("conv_general_dilated", "dot_general")
@@ -100,7 +100,7 @@ def run(config: ConfigDict) -> None:
     config, num_devices = resolve(config), jax.device_count()
     mesh, options = config.mesh, config.training
     given = Settings(mesh.fsdp, config.model.remat, options.accumulation_steps)
-    if mesh.device is not None and ":" in mesh.device:
+    if mesh.device not in (None, *DEVICES):
         compile_for(config, mesh.device)
         return
     with as_user_error("config"):

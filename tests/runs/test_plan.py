@@ -67,6 +67,8 @@ def test_the_counted_activations_do_not_depend_on_this_machine():
 def test_a_plan_for_a_topology_has_the_bytes_and_cycles_of_the_compiled_step(capsys, monkeypatch):
     """With the CPU in place of a TPU: `make tpu` compiles for a TPU."""
     config = tiny_config(**{"mesh.device": "v5e:2x2", "training.batch_size": 16})
+    with pytest.raises(UserError, match="'v5e' is not a TPU topology; use a chip"):
+        plan.run(tiny_config(**{"mesh.device": "v5e"}))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="needs libtpu"):
         patch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
         plan.run(config)
