@@ -23,15 +23,14 @@ from jax.custom_derivatives import SymbolicZero
 # these results.
 KEPT_INSIDE = "inside blocks"
 
-
 _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Traces layers as for devices of this platform, such as "tpu", which need not be present.
+    """Traces layers for devices of this platform, such as "tpu", which need not be present.
 
-    What is traced inside must not be used outside: JAX keeps the traced form.
+    A function that is traced inside must not be called outside: JAX keeps the traced form.
     """
     token = _PLATFORM.set(platform)
     try:
@@ -40,7 +39,8 @@ def compiling_for(platform: str) -> Iterator[None]:
         _PLATFORM.reset(token)
 
 
-def _platform() -> str:
+def platform() -> str:
+    """Returns the platform for which layers are traced: "cpu", "gpu" or "tpu"."""
     return _PLATFORM.get() or jax.default_backend()
 
 
@@ -203,7 +203,7 @@ def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.A
     """
     dilations = (options.get(name) or (1,) for name in ("lhs_dilation", "rhs_dilation"))
     is_common = options.get("feature_group_count", 1) == 1 and all(size == 1 for each in dilations for size in each)
-    if _platform() != "cpu" or not is_common:
+    if platform() != "cpu" or not is_common:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
@@ -268,7 +268,7 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
     entries along each axis. On CPUs the gradient of this convolution takes 25 times as long.
     """
     batch, *spatial, _ = x.shape
-    if _platform() == "tpu" and convolve is not convolve_periodic:
+    if platform() == "tpu" and convolve is not convolve_periodic:
         for axis in range(len(spatial)):
             before, after = ([(0, 0)] * axis + [each] for each in ((1, 0), (0, 1)))
             rest = [(0, 0)] * (kernel.ndim - axis - 1)

@@ -22,7 +22,6 @@ from diffusion_jax.config import is_classifier, is_continuous, resolve, resolve_
 from diffusion_jax.console import log, log_compilation
 from diffusion_jax.distributed import hlo, sharding, topologies
 from diffusion_jax.errors import DataError, UserError, as_user_error, first_line
-from diffusion_jax.models import layers
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import abstract_batch
 from diffusion_jax.training.optimizer import MAX_INITIAL_SHARE, initial_share
@@ -145,17 +144,16 @@ def compile_for(config: ConfigDict, topology: str) -> None:
     """
     chip, devices = topologies.find_chip(topology), topologies.tpu_devices(topology)
     advice = "use --config.model.remat=True, a larger --config.training.accumulation_steps or --config.mesh.fsdp"
-    with layers.compiling_for("tpu"):
-        with as_user_error("config"):
-            log_notes(config)
-            program = training.build_program(config, devices)
-        log("A large network takes many minutes to compile for a TPU.")
-        try:
-            with log_compilation(f"the train step for {len(devices)} devices of {topology}"):
-                lowered = program.train_step.lower(program.abstract_state, abstract_batch(config))
-                compiled = lowered.compile()
-        except RuntimeError as error:  # such as too little memory
-            raise UserError(f"mesh.device={topology}: {first_line(error)}; {advice}", exit_code=1) from error
+    with as_user_error("config"):
+        log_notes(config)
+        program = training.build_program(config, devices)
+    log("A large network takes many minutes to compile for a TPU.")
+    try:
+        with log_compilation(f"the train step for {len(devices)} devices of {topology}"):
+            lowered = program.train_step.lower(program.abstract_state, abstract_batch(config))
+            compiled = lowered.compile()
+    except RuntimeError as error:  # such as too little memory
+        raise UserError(f"mesh.device={topology}: {first_line(error)}; {advice}", exit_code=1) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # as compilers for TPUs give
     cycles = hlo.Program(text).cycles

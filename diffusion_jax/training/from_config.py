@@ -25,7 +25,7 @@ from diffusion_jax.config import (
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
 from diffusion_jax.functions import find_function
-from diffusion_jax.models import upsampling
+from diffusion_jax.models import layers, upsampling
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.training.batches import abstract_batch, condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
@@ -192,13 +192,11 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
     def gather_params(loss_fn: Callable) -> Callable:
         return sharding.gather_params(loss_fn, mesh, model.dtype, models.KEPT_NAMES if model.remat else ())
 
-    train_step = make_train_step(
-        config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params, platform
-    )
+    train_step = make_train_step(config, model, schedule, optimizer, learning_rate(config["optimizer"]), gather_params)
 
     def compiled(function: TrainStep, leading: int) -> Wrapped:
         return jax.jit(
-            function,
+            layers.compiling_for(platform)(function),
             donate_argnums=0,
             in_shardings=(state_shardings, sharding.batch_sharding(mesh, leading)),
             out_shardings=(state_shardings, replicated),

@@ -19,8 +19,7 @@ from diffusion_jax import coordinates, data, losses, timesteps
 from diffusion_jax.config import is_continuous, sampler_setting
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.functions import find_function
-from diffusion_jax.models import upsampling
-from diffusion_jax.models.layers import Dropout
+from diffusion_jax.models import layers, upsampling
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import Examples, condition_shape, random_flip, read_batch
@@ -67,7 +66,7 @@ class Microbatch:
     def dropout(self, layer: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext):
         """Linen interceptor: applies this microbatch's rows of a dropout mask for the whole batch."""
         module = context.module
-        if self.count == 1 or not isinstance(module, nn.Dropout | Dropout):
+        if self.count == 1 or not isinstance(module, nn.Dropout | layers.Dropout):
             return layer(*args, **kwargs)
         x, *others = args
         # A user's Linen network has this stream, except inside `nn.scan`, which passes only the streams that it names.
@@ -274,7 +273,6 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     gather_params: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
-    platform: str | None = None,
 ) -> TrainStep:
     """Builds train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
 
@@ -286,10 +284,9 @@ def make_train_step(
     weighted, so that the means are unbiased.
 
     gather_params: wraps a function of the parameters if the parameters are split over devices, as `sharding.gather_params`.
-    platform: of the devices that run the step, "cpu", "gpu" or "tpu"; by default of the present devices.
     """
-    objective, on_cpu = make_objective(config, model, schedule), (platform or jax.default_backend()) == "cpu"
-    gradient = _make_gradient(objective, config["training"]["accumulation_steps"], gather_params, on_cpu)
+    objective = make_objective(config, model, schedule)
+    gradient = _make_gradient(objective, config["training"]["accumulation_steps"], gather_params)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key_flip, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), state.step))
@@ -327,10 +324,7 @@ def make_train_step(
 
 
 def _make_gradient(
-    objective: Objective,
-    num_microbatches: int,
-    gather_params: Callable[[Callable], Callable],
-    on_cpu: bool,
+    objective: Objective, num_microbatches: int, gather_params: Callable[[Callable], Callable]
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, {name: values [B]}, with "loss")."""
 
@@ -354,7 +348,7 @@ def _make_gradient(
             return jax.tree.map(jnp.add, total, grads), values
 
         # On XLA's CPU backend, convolution gradients are many times slower inside a loop than outside.
-        unroll = num_microbatches if on_cpu else 1
+        unroll = num_microbatches if layers.platform() == "cpu" else 1
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, values = jax.lax.scan(add, zeros, jnp.arange(num_microbatches), unroll=unroll)
         grads = jax.tree.map(lambda g: g / num_microbatches, total)
