@@ -100,7 +100,7 @@ class _Solved(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Correction:
-    """The correction of `mmps`, or of `pigdm` with the deviation of white data."""
+    """The correction in `mmps`, or in `pigdm`, which assumes white data."""
 
     measurement: Measurement
     iterations: int = dataclasses.field(metadata={"static": True})

@@ -3,8 +3,8 @@
     def transformer(shapes: Shapes, *, width: int = 128, depth: int = 4, dropout: float = 0.0) -> nn.Module: ...
 
 The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)`. The
-network is called with those of the arguments `(x_t, time, y, condition, extra, train)` that its signature has. A keyword
-argument of the function with the name of a setting of `config.model`, such as `dropout`, gets this setting; all other keyword
+network is called with the arguments among `(x_t, time, y, condition, extra, train)` that its signature has. If a keyword
+argument is named like a setting in `config.model`, such as `dropout`, the argument gets this setting; all other keyword
 arguments are `config.model.options`.
 """
 
@@ -205,7 +205,7 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
         key = jax.random.key(0) if key is None else key
         nnx.replace_by_pure_dict(params_state, params)
         leaves, structure = jax.tree.flatten(rest)
-        random = [  # the keys, and counts of 0, of the module's streams of keys
+        random = [  # the module's streams of random numbers: their keys, and counts that start at 0
             jax.random.fold_in(key, i)
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
             else jnp.zeros(leaf.shape, leaf.dtype)

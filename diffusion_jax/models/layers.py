@@ -186,7 +186,7 @@ class Dropout(nn.Module):
         channels = x.shape[-1]
         rng = self.make_rng("dropout") if rng is None else rng
         half = -(-channels // 2)
-        # Drawn row by row, the same bits fill the vectors of a TPU, of which the bits of a pixel may be a half.
+        # Row by row, the same bits fill a TPU's vectors of 128 numbers; the bits for one pixel may fill only half a vector.
         shape = (*x.shape[:-2], x.shape[-2] * half) if x.ndim > 3 else (*x.shape[:-1], half)
         pairs = jax.random.bits(rng, shape, jnp.uint32)
         bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], 2 * half)[..., :channels]

@@ -1,4 +1,4 @@
-"""The sidebar: the captions of a page's table of contents above its groups of pages, which the theme leaves out."""
+"""The sidebar: a caption above each group of pages, as in the table of contents; the theme leaves the captions out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 
 
 def _groups(app: Sphinx) -> dict[str, str]:
-    """Returns {page: caption} of the first page of each group, outside of the first page of the site."""
+    """Returns {first page in a group: the group's caption}, for all groups that the site's first page does not list."""
     trees = (
         tree
         for page, toc in app.env.tocs.items()
