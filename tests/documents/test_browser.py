@@ -76,7 +76,7 @@ def test_a_sample_is_at_the_top_of_the_first_page(context, address):
 def search(context, address, words):
     """The addresses of the results, relative to the site, best first."""
     page, errors = open_page(context, f"{address}search.html?{urllib.parse.urlencode({'q': words})}")
-    page.wait_for_selector("#search-results .search-summary:not(:empty)", timeout=10_000)
+    page.wait_for_selector("#search-results .search-summary:not(:empty)", timeout=60_000)
     links = page.locator("#search-results li > a").evaluate_all("links => links.map(link => link.href)")
     assert not errors
     page.close()
