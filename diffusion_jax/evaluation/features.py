@@ -22,6 +22,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -284,10 +285,8 @@ def digits() -> FeatureExtractor:
     The metrics can only compare sets of generated digits with each other. `benchmarks/digits_features.py` trained the
     classifier on the reference images.
     """
-    from safetensors.numpy import load
-
     content = DIGITS_PATH.read_bytes()
-    flat = {tuple(name.split(".")): jnp.asarray(value) for name, value in load(content).items()}
+    flat = {tuple(name.split(".")): jnp.asarray(value) for name, value in safetensors.numpy.load(content).items()}
 
     def function(params, images):
         features, _ = cast(tuple, DigitsNetwork().apply({"params": params}, images))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.errors import PretrainedError
+from diffusion_jax.errors import PretrainedError, needs_extra
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.storage.downloads import local_path
 
@@ -267,7 +267,8 @@ def _tower(branch: str, towers: list[str]) -> str:
 
 def _read_graph(path: pathlib.Path, content: bytes) -> parameters.Tensors:
     """Reads the variables of a frozen TensorFlow graph, which are constants there. Raises: PretrainedError."""
-    tf = parameters.require_module("tensorflow", "TensorFlow")
+    with needs_extra(f"{path} needs TensorFlow", "tfds", PretrainedError):
+        import tensorflow as tf
     graph = tf.compat.v1.GraphDef()
     try:
         graph.ParseFromString(content)

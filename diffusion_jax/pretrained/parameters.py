@@ -20,9 +20,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from diffusion_jax import untrusted
-from diffusion_jax.errors import PretrainedError, first_line, list_names
+from diffusion_jax.errors import PretrainedError, first_line, list_names, needs_extra
 from diffusion_jax.pretrained import pickles
 from diffusion_jax.training.state import Network, abstract_params
 
@@ -86,7 +87,6 @@ def open_tensors(path: pathlib.Path, ema: bool = True) -> Tensors:
 
 
 def _open_safetensors(path: pathlib.Path) -> Tensors:
-    safetensors = require_module("safetensors", "safetensors")
     try:
         file = safetensors.safe_open(str(path), framework="numpy")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -97,14 +97,11 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file completely or not at all. Raises: PretrainedError, OSError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # safetensors would follow a link
-            save_file(dict(tensors), f"{folder}/{path.name}", dict(metadata))
+            safetensors.numpy.save_file(dict(tensors), f"{folder}/{path.name}", dict(metadata))
             os.replace(f"{folder}/{path.name}", path)
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise PretrainedError(f"{path} cannot be written: {error}") from None
 
 
@@ -126,7 +123,8 @@ _EMA_SUFFIX = "/ExponentialMovingAverage"
 
 
 def _open_tensorflow(path: pathlib.Path, ema: bool) -> Tensors:
-    tf = require_module("tensorflow", "TensorFlow")
+    with needs_extra(f"{path} needs TensorFlow", "tfds", PretrainedError):
+        import tensorflow as tf
     try:
         reader = tf.train.load_checkpoint(str(path))
         shapes = reader.get_variable_to_shape_map()
@@ -148,14 +146,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         return untrusted.read_json(path)
     except (OSError, ValueError) as error:
         raise PretrainedError(f"{path} cannot be read as JSON: {error}") from None
-
-
-def require_module(module: str, name: str):
-    """Imports a module that only some files need. Raises: PretrainedError if the module is not installed."""
-    try:
-        return __import__(module)
-    except ImportError:
-        raise PretrainedError(f"reading this file needs {name}: pip install {module}") from None
 
 
 # ---- Parameters
