@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from diffusion_jax.pretrained import openai
 from diffusion_jax.storage import hub
 
-_OPENAI = "https://github.com/openai/"
 _GOOGLE = (
     "cifar10-32",
     *(f"{kind}-256" for data in ("bedroom", "cat", "celebahq", "church") for kind in (data, f"ema-{data}")),
@@ -142,23 +141,22 @@ class PublishedWeights(NamedTuple):
 def available() -> tuple[PublishedWeights, ...]:
     """Returns the published weights that are known to load."""
     found = []
+
+    def add(name: str, family: str, thousands: int, license: str, page: str) -> None:
+        found.append(PublishedWeights(name, family, round(thousands * 4e-3), license, f"https://{page}"))
+
     for name in _GOOGLE:
-        size = 143 if name.endswith("32") else 455
-        page = f"https://huggingface.co/google/ddpm-{name}"
-        found.append(PublishedWeights(f"hf://google/ddpm-{name}", "diffusers", size, "Apache-2.0", page))
+        thousands = 35_746 if name.endswith("32") else 113_673
+        add(f"hf://google/ddpm-{name}", "diffusers", thousands, "Apache-2.0", f"huggingface.co/google/ddpm-{name}")
     for data, (step, thousands) in _HO.items():
-        files = [f"{prefix}diffusion_{data}_model/model-{step}.ckpt" for prefix in ("ema_", "")]
-        page = "https://github.com/pesser/pytorch_diffusion"
-        found += [PublishedWeights(file, "Ho et al.", round(thousands * 4e-3), "MIT", page) for file in files]
+        for prefix in ("ema_", ""):
+            file = f"{prefix}diffusion_{data}_model/model-{step}.ckpt"
+            add(file, "Ho et al.", thousands, "MIT", "github.com/pesser/pytorch_diffusion")
     for file, preset in openai.FILES.items():
-        page = _OPENAI + _REPOSITORIES[preset.partition("_")[0]]
-        found.append(PublishedWeights(f"{file}.pt", "OpenAI", round(_THOUSANDS[preset] * 4e-3), "MIT", page))
+        repository = _REPOSITORIES[preset.partition("_")[0]]
+        add(f"{file}.pt", "OpenAI", _THOUSANDS[preset], "MIT", f"github.com/openai/{repository}")
     for file, thousands in _EDM.items():
-        found.append(
-            PublishedWeights(
-                f"{file}.pkl", "EDM", round(thousands * 4e-3), "CC BY-NC-SA 4.0", "https://github.com/NVlabs/edm"
-            )
-        )
+        add(f"{file}.pkl", "EDM", thousands, "CC BY-NC-SA 4.0", "github.com/NVlabs/edm")
     return tuple(found)
 
 
