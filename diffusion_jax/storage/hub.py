@@ -73,11 +73,9 @@ def download(url: str) -> HubFiles:
             raise StorageError(f"{url} changed while it was downloaded; rerun the same command")
         digests = {name: lfs.sha256 if (lfs := files[name].lfs) else files[name].blob_id for name in needed}
     except (httpx2.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        folder, digests = (
-            _find_local(hub, pathlib.Path(constants.HF_HUB_CACHE), url, repository, revision, page, error),
-            {},
-        )
-        needed = _choose(url, _names_below(folder), file)
+        folder, digests = _find_local(hub, url, repository, revision, page, error), {}
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        needed = _choose(url, names, file)
     except OSError as error:  # also an answer of the Hub with a status
         login = "log in with `hf auth login` or set HF_TOKEN"
         reason = f"it cannot be downloaded ({first_line(error)}); rerun the same command"
@@ -94,7 +92,8 @@ def download(url: str) -> HubFiles:
         _check_digest(url, folder / name, digests.get(name) or (folder / name).resolve().name)
     license_name = _read_license(folder / _CARD)
     print(f"License of {url}: {license_name} ({page})", flush=True)
-    path = folder / (file or (needed[0] if _is_single(needed) else ""))
+    is_single = not any(name.endswith(".json") or "/" in name for name in needed)  # nothing describes the weights
+    path = folder / (file or (needed[0] if is_single else ""))
     source = f"{_SCHEME}{repository}{match[2]}@{folder.name}"
     return HubFiles(path, {"source": source, "license": license_name, "page": page})
 
@@ -156,19 +155,9 @@ def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
     return [*chosen, *card]
 
 
-def _is_single(needed: list[str]) -> bool:
-    """Whether these files are one file of weights, and nothing that describes it."""
-    return not any(name.endswith(".json") or "/" in name for name in needed)
-
-
-def _names_below(folder: pathlib.Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def _find_local(
-    hub: Any, cache: pathlib.Path, url: str, repository: str, revision: str, page: str, error: Exception
-) -> pathlib.Path:
+def _find_local(hub: Any, url: str, repository: str, revision: str, page: str, error: Exception) -> pathlib.Path:
     """Returns a folder with a revision's files, in huggingface_hub's cache or put there by hand. Raises: StorageError."""
+    cache = pathlib.Path(hub.constants.HF_HUB_CACHE)
     for found in hub.scan_cache_dir(cache).repos if cache.exists() else ():
         for version in found.revisions if (found.repo_id, found.repo_type) == (repository, "model") else ():
             if revision in (version.commit_hash, *version.refs):
