@@ -40,10 +40,7 @@ _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that a
     "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
     | dict(zip(_VARIANT, _VARIANTS["ddpm++"], strict=True)),
 }
-_FIELDS: dict[str, dict[str, Any]] = {  # of `UNet`, besides the fields that follow from the arguments
-    "DhariwalUNet": OPENAI | {"head_channels": 64, "scale_shift_norm": True},
-    "SongUNet": {},
-}
+_ADM = OPENAI | {"head_channels": 64, "scale_shift_norm": True}  # fields of `UNet` besides those of the arguments
 NAMING = parameters.Naming(  # after `_rename`
     {
         "block": "{direction}.{level}.block{number}",
@@ -100,7 +97,7 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
         raise PretrainedError(f"{path}: layers of fewer than 128 channels have other norms, which are not supported")
     levels = [size >> level for level in range(len(arguments["channel_mult"]))]
     model = UNet(
-        **_FIELDS[network]
+        **(_ADM if network == "DhariwalUNet" else {})
         | {
             "channels": arguments["model_channels"],
             "channel_multipliers": tuple(arguments["channel_mult"]),
