@@ -28,25 +28,6 @@ from diffusion_jax.config.values import (
 from diffusion_jax.denoiser import PREDICTIONS, VARIANCES
 from diffusion_jax.metrics import METRICS
 
-__all__ = [
-    "CLASSIFIER_DEFAULTS",
-    "GROUPS",
-    "NETWORK_SETTINGS",
-    "SETTINGS",
-    "Setting",
-    "clips_by_default",
-    "defaults",
-    "flatten",
-    "identity_settings",
-    "is_classifier",
-    "is_continuous",
-    "is_identity",
-    "is_upsampler",
-    "resolve_clip",
-    "sampler_setting",
-    "short_name",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:

@@ -37,8 +37,6 @@ from diffusion_jax.storage.downloads import MANIFEST
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.untrusted import check_regular, read_json
 
-__all__ = ["Checkpoints", "check_run_files", "find_corruption", "resume_hint", "write_manifest", "write_part"]
-
 Table = dict[str, tuple[int, str]]  # {file: (bytes, SHA-256)}
 
 _RUN_FILES = ("config.json", "data.json")  # each checkpoint has copies
