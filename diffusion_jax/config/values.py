@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -40,8 +39,8 @@ def _readings(text: str) -> Iterator[Any]:
     """Yields what a text may mean: None, a number, a bool, a tuple in brackets, a string, a tuple without brackets."""
     if text == "None":
         yield None
-    with contextlib.suppress(ValueError):
-        yield _to_number(text)
+    if not isinstance(number := _to_item(text), str):
+        yield number
     if text.lower() in ("true", "1", "false", "0"):
         yield text.lower() in ("true", "1")
     is_tuple = text[:1] + text[-1:] in ("()", "[]")
@@ -50,17 +49,13 @@ def _readings(text: str) -> Iterator[Any]:
     yield from [values, _unquote(text)] if is_tuple else [_unquote(text), values]
 
 
-def _to_number(text: str) -> int | float:
-    """Reads 10000, 1e4 or 0.5. Raises: ValueError."""
-    number = float(text)
-    return int(number) if number.is_integer() else number
-
-
-def _to_item(text: str) -> Any:
+def _to_item(text: str) -> int | float | str:
+    """Reads a number, such as 10000, 1e4 or 0.5; returns any other text without quotes."""
     try:
-        return _to_number(text)
+        number = float(text)
     except ValueError:
         return _unquote(text)
+    return int(number) if number.is_integer() else number
 
 
 def _first_allowed(checks: Sequence[Callable[[], Any]]) -> Any:
