@@ -27,7 +27,7 @@ from diffusion_jax.images import to_gray_levels, to_model_range
 from diffusion_jax.metrics import calibration
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
-from diffusion_jax.runs.edit import read_mask
+from diffusion_jax.runs.edit import EditFiles
 from diffusion_jax.runs.likelihood import load_held_out
 from diffusion_jax.runs.posterior import Problem
 from diffusion_jax.runs.sample import make_provenance
@@ -58,7 +58,8 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         setup = dataclasses.replace(setup, labels=np.asarray(batch["label"], np.int32))
     problem, y = None, np.zeros((total, 0), np.float32)
     if is_posterior:
-        problem = Problem.from_config(config, net, read_mask(config, net) if config.editing.task == "inpaint" else None)
+        mask = EditFiles(config, net).read_mask() if config.editing.task == "inpaint" else None
+        problem = Problem.from_config(config, net, mask)
         x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
         y = problem.simulate(x_0, np.arange(total))
     with as_user_error("config.evaluation.quantities"):

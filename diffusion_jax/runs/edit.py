@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     method = edit_method(options)
     net = open_model(config, workdir, sharding.one_device_mesh())
     held_out, conditions = (None, None) if options.example is None else _read_held_out(config, net)
-    setup, files = resolve_sampling(config, net, conditions), _Files(config, net, held_out)
+    setup, files = resolve_sampling(config, net, conditions), EditFiles(config, net, held_out)
     if task == "interpolate" or options.noise:
         for setting, rows in (("class", setup.labels), ("conditions", setup.conditions.get("condition"))):
             if rows is not None and len(rows) > 1:
@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
 
 
 def _read_edit(
-    files: _Files, task: str, options: ConfigDict, mask: np.ndarray | None
+    files: EditFiles, task: str, options: ConfigDict, mask: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], Any]:
     """Returns (the given examples by caption, the edit of `editing.EDITS`). Raises: UserError."""
     needed = inspect.signature(editing.EDITS[task]).parameters
@@ -120,7 +120,7 @@ def _read_edit(
 class _Measured:
     """A `Problem` with its y, float32 [1, ...] in network units. given: what is known, in data units, by caption."""
 
-    def __init__(self, config: ConfigDict, net: pretrained.Model, files: _Files, mask: np.ndarray | None):
+    def __init__(self, config: ConfigDict, net: pretrained.Model, files: EditFiles, mask: np.ndarray | None):
         """Reads or simulates y. Raises: UserError."""
         options, task = config.editing, config.editing.task
         if options.noise and options.num_samples < 2:
@@ -174,12 +174,7 @@ def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarra
     return batch_examples(batch)[0], conditions
 
 
-def read_mask(config: ConfigDict, net: pretrained.Model) -> np.ndarray:
-    """Reads `editing.mask` for examples of the model, as `_Files.read_mask`. Raises: UserError."""
-    return _Files(config, net).read_mask()
-
-
-class _Files:
+class EditFiles:
     """Reads the files of `config.editing` as examples [*spatial, C]: uint8, or floats in data units."""
 
     def __init__(self, config: ConfigDict, net: pretrained.Model, held_out: np.ndarray | None = None):

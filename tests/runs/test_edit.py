@@ -113,7 +113,7 @@ def test_a_mask_of_zeros_and_ones_keeps_the_ones(files, capsys):
     with Image.open(files / "mask.png") as mask:
         Image.fromarray(np.stack([np.asarray(mask) // 255] * 3, -1)).save(files / "ones.png")
     config = editing_config(files, **{"editing.mask": str(files / "ones.png")})
-    known = edit._Files(config, pretrained.from_config(config)).read_mask()
+    known = edit.EditFiles(config, pretrained.from_config(config)).read_mask()
     assert known[4:].all() and not known[:4].any()
     assert "The mask keeps 32 of 64 values (50%)" in capsys.readouterr().out
 

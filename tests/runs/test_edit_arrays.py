@@ -123,4 +123,4 @@ def test_files_and_tasks_that_do_not_fit_are_refused_in_one_line(roots, monkeypa
         assert "\n" not in str(caught.value)
     config = configured("series", root, "sdedit", **{"data.normalization": "limits", "data.limits": (0.0, 1.0)})
     with pytest.raises(errors.UserError, match=r"from .* to .*, outside data.limits=\(0.0, 1.0\)"):
-        edit._Files(config, pretrained.from_config(config)).read("image")
+        edit.EditFiles(config, pretrained.from_config(config)).read("image")

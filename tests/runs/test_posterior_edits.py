@@ -219,7 +219,7 @@ def test_noisy_images_are_measured_in_gray_levels(tmp_path):
     np.save(tmp_path / "y.npy", levels.astype(float) + 0.25)
     for name, y in (("y.png", levels), ("y.npy", levels + 0.25)):
         options = experiment_with(config, task="deblur", noise=12.75, image=str(tmp_path / name))
-        files = edit._Files(options, pretrained.from_config(config))
+        files = edit.EditFiles(options, pretrained.from_config(config))
         np.testing.assert_allclose(files.read_y(found, None)[0], y / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(to_gray_levels(np.array([-1.0, 1.0])), [0, 255])
     options = experiment_with(config, task="deblur", noise=1.0, image=str(tmp_path / "y.png"))
