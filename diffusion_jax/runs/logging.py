@@ -523,10 +523,8 @@ def compute_goodput(launches: list[dict[str, Any]]) -> tuple[dict[str, float], f
     launches: the result of `read_launches`. The fractions sum to 1. train is the goodput: time in training steps that were
     kept. repeated: steps that a kill lost and a rerun computed again. idle: time between launches.
     """
-    totals = {part: sum(launch["seconds"][part] for launch in launches) for part in PARTS} | {
-        "repeated": 0.0,
-        "idle": 0.0,
-    }
+    totals = {part: sum(launch["seconds"][part] for launch in launches) for part in PARTS}
+    totals |= {"repeated": 0.0, "idle": 0.0}
     for launch, following in itertools.pairwise(launches):
         totals["idle"] += max(following["start"] - launch["end"], 0.0)
         if steps := launch["last_step"] - launch["first_step"]:

@@ -106,14 +106,11 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
         return
     difference = "other values or labels"
     if old.get("classes") != names:
-        difference = (
-            f"classes {list_names(old.get('classes') or ['none'], 8)} then, {list_names(names or ['none'], 8)} now"
-        )
+        then, now = (list_names(each.get("classes") or ["none"], 8) for each in (old, new))
+        difference = f"classes {then} then, {now} now"
     if old.get("blocks") != new.get("blocks"):
-        orders = [
-            f"shuffled in {each['blocks']} files" if "blocks" in each else "shuffled as a whole" for each in (old, new)
-        ]
-        difference = f"{orders[0]} then, {orders[1]} now, by data.data_dir and data.disk_mb"
+        then, now = (f"in {each['blocks']} files" if "blocks" in each else "as a whole" for each in (old, new))
+        difference = f"shuffled {then} then, shuffled {now} now, by data.data_dir and data.disk_mb"
     advice = f"remove {path} and its copy in the newest checkpoint to continue with the new data"
     if normalizations:  # which data.json stores, and the weights need
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
@@ -172,9 +169,7 @@ def write_config_if_untrained(config: ConfigDict, workdir: RunDir) -> None:
 
 
 def normalize(config: ConfigDict, source: Source, normalizations: Normalizations) -> Source:
-    """Returns the source with standardized floats; images without conditions are returned unchanged."""
-    if not {"x", "condition"} & source.read([0]).keys():
-        return source
+    """Returns the source with standardized floats; images are unchanged."""
     bounded = ("x",) if config.data.normalization == "limits" else ()
     return data.Normalized(source, normalizations, bounded)
 
