@@ -183,8 +183,8 @@ def _find_beside(config: Any, folder: pathlib.Path) -> None:
         is_beside = isinstance(text, str) and ".py:" in text and (folder / text.rpartition(":")[0]).is_file()
         return str(folder.resolve() / text) if is_beside else text
 
-    for group in ("data", "model", "diffusion", "optimizer", "sampling", "evaluation", "logging"):
-        settings = config.get(group, {}) if isinstance(config, Mapping | ConfigDict) else {}
+    groups = config.values() if isinstance(config, Mapping | ConfigDict) else ()
+    for settings in [group for group in groups if isinstance(group, Mapping | ConfigDict)]:
         for name, value in settings.items():
             found = type(value)(map(absolute, value)) if isinstance(value, tuple | list) else absolute(value)
             if found is not value and found != value:

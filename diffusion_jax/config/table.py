@@ -143,9 +143,7 @@ MODEL: dict[str, Setting] = {
         "of `model` that the network does not have must keep their defaults.",
     ),
     "options": Setting(
-        {},
-        NamedValues(),
-        "Keyword arguments of the function in `model.kind`, as in --config.model.options.depth=4.",
+        {}, NamedValues(), "Keyword arguments of the function in `model.kind`, as in --config.model.options.depth=4."
     ),
     "channels": Setting(128, Integer(4), "Width at the first resolution, a multiple of `model.num_groups`."),
     "channel_multipliers": Setting(
@@ -167,9 +165,7 @@ MODEL: dict[str, Setting] = {
         False, Boolean(), "Whether residual blocks change the resolution (ADM), not convolutions."
     ),
     "scale_shift_norm": Setting(
-        False,
-        Boolean(),
-        "Whether the time embedding scales and shifts a block's second norm, instead of being added.",
+        False, Boolean(), "Whether the time embedding scales and shifts a block's second norm, instead of being added."
     ),
     "architecture": Setting(
         "ddpm",
@@ -264,9 +260,7 @@ DIFFUSION: dict[str, Setting] = {
         "0.5; -0.51 for standardized data) and 0.",
     ),
     "draw_std": Setting(
-        None,
-        optional(Number(above=0)),
-        "Standard deviation of log_normal and logit_normal; None as published.",
+        None, optional(Number(above=0)), "Standard deviation of log_normal and logit_normal; None as published."
     ),
     "preconditioning": Setting(
         "none",

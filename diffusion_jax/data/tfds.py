@@ -103,11 +103,8 @@ def prepare(name: str, data_dir: str | None) -> None:
     builder = make_builder(name, data_dir)
     if builder.is_prepared():
         return
-    root, elsewhere = (
-        builder.data_dir_root,
-        f"prepare it on another machine with: {_preparation_command(name, data_dir)}",
-    )
-    problem, path = "", builder.data_path
+    problem, path, root = "", builder.data_path, builder.data_dir_root
+    elsewhere = f"prepare it on another machine with: {_preparation_command(name, data_dir)}"
     if importlib.util.find_spec("tensorflow") is None:
         problem = "TFDS needs TensorFlow to prepare a data set: pip install '.[tfds]'"
     elif path.exists():

@@ -358,9 +358,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     )
     handlers: dict[str, Any] = {
         name: ocp.PyTreeCheckpointHandler(
-            use_ocdbt=not is_split,
-            multiprocessing_options=options,
-            type_handler_registry=registry,
+            use_ocdbt=not is_split, multiprocessing_options=options, type_handler_registry=registry
         )
         for name in items
     }

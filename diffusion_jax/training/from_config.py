@@ -31,13 +31,7 @@ from diffusion_jax.training.batches import abstract_batch, condition_shape
 from diffusion_jax.training.optimizer import from_config as optimizer_from_config
 from diffusion_jax.training.optimizer import learning_rate
 from diffusion_jax.training.state import Network, TrainState, empty_averages, initial_state
-from diffusion_jax.training.step import (
-    TrainStep,
-    find_terms,
-    make_timestep_sampler,
-    make_train_step,
-    scan_steps,
-)
+from diffusion_jax.training.step import TrainStep, find_terms, make_timestep_sampler, make_train_step, scan_steps
 from diffusion_jax.untrusted import read_json
 
 
@@ -209,18 +203,12 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
     # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
     # calls.
     scans = options["steps_per_call"] > 1 and platform != "cpu"
+    once = devices.compiler_options(fast_compile=True, platform=platform)
     return TrainingProgram(
         mesh=mesh,
         model=model,
         schedule=schedule,
-        init=functools.partial(
-            jax.jit(
-                init,
-                out_shardings=state_shardings,
-                compiler_options=devices.compiler_options(fast_compile=True, platform=platform),
-            ),
-            seed,
-        ),
+        init=functools.partial(jax.jit(init, out_shardings=state_shardings, compiler_options=once), seed),
         empty_averages=jax.jit(lambda: empty_averages(terms), out_shardings=replicated),
         train_step=single_step,
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,

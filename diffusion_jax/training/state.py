@@ -90,11 +90,6 @@ def initial_history(config: Mapping[str, Any]) -> timesteps.LossHistory | None:
     return timesteps.loss_history(config["diffusion"]["num_timesteps"])
 
 
-def metric_names(terms: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of all train step metrics. terms: the names of what a loss logs besides the loss."""
-    return ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate")
-
-
 def make_average(total: jax.Array, count: jax.Array) -> Average:
     """Returns an average, total / count: the sums of the values and the weights, both float32 []."""
     return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
@@ -117,9 +112,9 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
 
 
 def empty_averages(terms: Sequence[str]) -> dict[str, Any]:
-    """Returns averages over no steps. terms: as for `metric_names`."""
-    zero = jnp.zeros((), jnp.float32)
-    averages = {name: make_average(zero, zero) for name in metric_names(terms)}
+    """Returns averages over no steps of all train step metrics. terms: what a loss logs besides the loss."""
+    names, zero = ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate"), jnp.zeros((), jnp.float32)
+    averages = {name: make_average(zero, zero) for name in names}
     return averages | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 
 
