@@ -65,8 +65,6 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     with as_user_error("config.evaluation.quantities"):
         truth, names = find_quantities(options.quantities, x if net.levels is None else x.astype(np.float64))
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, options.use_ema))
-    for note in setup.notes:
-        log(f"Note: {note}.")
     settings = {"editing": to_dict(config.editing)} if is_posterior else {}
     provenance = make_provenance(setup, **settings, given_digest=array_digest(x, y), calibration=[count, *names])
     what = f"{config.editing.task}_{problem.method}" if problem else "conditional"
@@ -89,11 +87,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     arrays = {name: np.concatenate([each[name] for each in loaded])[:total] for name in loaded[0]}
     multihost_utils.sync_global_devices("calibration chunks read")
     if jax.process_index() == 0:
-        labels = (
-            np.eye(net.num_classes)[setup.labels]
-            if net.num_classes and setup.labels is not None
-            else np.zeros((total, 0))
-        )
+        labels = np.eye(net.num_classes)[batch["label"]] if net.num_classes else np.zeros((total, 0))
         known = [y, labels, np.nan_to_num(conditions.get("condition", np.zeros((total, 0))))]
         inputs = np.concatenate([np.reshape(each, (total, -1)) for each in known], axis=1)
         _write(workdir, name, what, truth, names, arrays, inputs, {"provenance": provenance.settings, **settings})

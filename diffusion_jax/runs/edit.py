@@ -66,8 +66,6 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, config.sampling.use_ema))
     if jax.process_index() != 0:
         return
-    for note in setup.notes:
-        log(f"Note: {note}.")
     log(f"Compiling {task} ..." if method is None else f"Compiling {task} with {method} ...")
     key, rows = jax.random.key(config.sampling.seed), np.arange(1 if task == "interpolate" else options.num_samples)
     with as_user_error("config.editing"):
@@ -144,16 +142,13 @@ class _Measured:
         problem, net = self.problem, self.problem.net
         x = samples if net.levels is None else to_gray_levels(samples)
         arrays = {"mean": x.mean(axis=0), "deviation": x.std(axis=0, ddof=1), "measurement": self._values}
+        arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
         found = problem.chi_squared(samples[:, None], self.y)[:, 0]
         log_chi_squared(found, problem)
         title += f"; {problem.method}, noise {problem.options.noise:g}; mean and deviation of {len(x)} samples"
         shown = self.given[self._caption]
         picture = pictures.draw_posterior(x, shown, self._caption, self.truth, title, channels, net.is_images)
-        return {
-            **{k: v.astype(np.float32) for k, v in arrays.items()},
-            "chi_squared": found,
-            "truth": self.truth,
-        }, picture
+        return arrays | {"chi_squared": found, "truth": self.truth}, picture
 
 
 def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:

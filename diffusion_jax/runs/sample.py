@@ -103,8 +103,6 @@ class SampleFile:
         options, net = config.sampling, open_model(config, self.workdir)
         with as_user_error("config"):
             setup = resolve_sampling(config, net, conditions)
-        for note in setup.notes:
-            log(f"Note: {note}.")
         net = pretrained.load_weights(net, config, self.workdir, options.use_ema)
         self.setup = dataclasses.replace(setup, net=net)
         self.batch_size = -(-min(options.batch_size, options.num_samples) // net.num_devices) * net.num_devices

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, pretrained, sampling, schedules
 from diffusion_jax.config import check, find_broken, resolve, resolve_clip
+from diffusion_jax.console import log
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.denoiser import Denoiser, dynamic_threshold
 from diffusion_jax.errors import UserError, as_user_error, closest_names, list_names
@@ -35,7 +36,7 @@ class SamplingSetup:
     net: its parameters may be added later, with `dataclasses.replace`. config: complete, with a resolved clip. schedule: the
     steps of the sampler. options: clip and guidance, as arguments of `pretrained.Model.denoiser`. labels: int32 [N], or None.
     conditions: "condition" [N, ...] in data units and "condition_missing" bool [N], either may be absent. small_images: uint8
-    [N, h, w, C] for an upsampler, or None. Sample i uses row i modulo N of these arrays. notes: lines to log.
+    [N, h, w, C] for an upsampler, or None. Sample i uses row i modulo N of these arrays.
     """
 
     net: pretrained.Model
@@ -46,7 +47,6 @@ class SamplingSetup:
     labels: np.ndarray | None
     conditions: Mapping[str, np.ndarray]
     small_images: np.ndarray | None
-    notes: tuple[str, ...]
 
     @property
     def classifier(self) -> pretrained.Model | None:
@@ -87,7 +87,7 @@ class SamplingSetup:
         """
         net, count = self.net, len(indices)
         noise_std = self.config.sampling.low_resolution_noise
-        with warnings.catch_warnings():  # `notes` has the same warnings, with the names of settings
+        with warnings.catch_warnings():  # `resolve_sampling` has logged them with the names of settings
             warnings.simplefilter("ignore")
             inputs = net.inputs(count, **self.rows(indices), noise_std=noise_std, classifier=self.classifier)
         denoiser = wrap(net.denoiser(**inputs, **self.options))
@@ -131,7 +131,7 @@ def resolve_sampling(
     """Translates `config.sampling` for a model, and checks everything before anything is compiled.
 
     conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
-    names; classes are then checked only without a guiding classifier.
+    names, and logs nothing; classes are then checked only without a guiding classifier.
     Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
     config = resolve(config)
@@ -171,14 +171,15 @@ def resolve_sampling(
             f"class {unknown[0]} is not among the {len(net.class_names)} classes of the training data; its samples may be "
             "noise"
         )
-    notes += find_broken(config, "without effect")
+    for note in [*notes, *find_broken(config, "without effect")] if read_files else ():
+        log(f"Note: {note}.")
     guidance = {
         "clip": clip,
         "guidance_interval": options["guidance_interval"] or None,
         "classifier": classifier,
         **{name: options[name] for name in _GUIDANCE},
     }
-    return SamplingSetup(net, config, sampler, schedule, guidance, labels, conditions or {}, small_images, tuple(notes))
+    return SamplingSetup(net, config, sampler, schedule, guidance, labels, conditions or {}, small_images)
 
 
 # ---- Sampler and steps
