@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MAX_LANES = 16
 _BLOCKS_IN_WINDOW = 2
-_MIN_AHEAD = 16  # batches that are ready while the next block is downloaded
+_AHEAD, _AHEAD_OF_BLOCKS = 4, 16  # batches that a worker reads ahead; 16 are ready while the next block is downloaded
 
 
 class Batches:
@@ -98,21 +98,18 @@ def _shuffle(seed: int, epoch: int, low: int, high: int, block_lengths: tuple[in
     return (np.cumsum(lengths) - lengths)[blocks[rank]] + offsets
 
 
-def stream(
-    batches: Batches, start: int = 0, workers: int = 0, prefetch: int = 4
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+def stream(batches: Batches, start: int = 0, workers: int = 0) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterates over the batches from step `start`, prefetched by Grain.
 
     workers: processes that decode; 0 for a thread in this process, which suits data in memory. Each worker reads whole
     batches, or for data with blocks, its own rows of each batch, so that it downloads only the blocks of these rows.
-    prefetch: the number of batches that each worker (or the thread) reads ahead; for data with blocks at least 16.
     """
     import grain  # grain and absl's flags are slow to import; other data do not need them
     from absl import flags
 
-    parts = 1
+    prefetch, parts = _AHEAD, 1
     if batches.num_blocks > 1:
-        prefetch, parts = max(prefetch, _MIN_AHEAD), max(1, min(workers, len(batches.rows)))
+        prefetch, parts = _AHEAD_OF_BLOCKS, max(1, min(workers, len(batches.rows)))
         workers = min(workers, parts)
     rows = np.array_split(batches.rows, parts)  # each worker reads every n-th element, so always the same rows
     dataset = grain.MapDataset.range(start * parts, len(batches) * parts)
