@@ -271,6 +271,10 @@ def run(command: Command) -> None:
     if not trains:
         signals.HANDLER.install()  # JAX's preemption service, used only by training, has replaced the SIGTERM handler
     devices.start()
+    if trains and not (workdir / "checkpoints").exists():  # a finished run needs no data; the next imports are slow
+        from diffusion_jax import data
+
+        data.check_location(config.data)
     # This import takes almost a second, so the flags are checked first.
     function = importlib.import_module(f"diffusion_jax.runs.{'train' if trains else mode}").run
     if trains:

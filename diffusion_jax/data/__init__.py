@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from diffusion_jax.config import check, resolve
 from diffusion_jax.data.array_files import ArrayFiles
 from diffusion_jax.data.batches import Batches, stream
-from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, fit
+from diffusion_jax.data.images import Digits, EncodedImages, Folder, decode_once, find_folder, fit
 from diffusion_jax.data.normalization import (
     Normalization,
     Normalizations,
@@ -33,8 +33,9 @@ from diffusion_jax.data.sources import (
     read_classes,
     select_split,
 )
-from diffusion_jax.data.tfds import Tfds, natural_shape
+from diffusion_jax.data.tfds import Tfds, make_builder, natural_shape
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
+from diffusion_jax.storage.objects import is_url
 
 __all__ = [
     "SOURCES",
@@ -53,6 +54,7 @@ __all__ = [
     "UnreadableFilesError",
     "check_examples",
     "check_levels",
+    "check_location",
     "describe",
     "example_shape",
     "find_normalizations",
@@ -135,6 +137,21 @@ def load(
     selected = select_split(source, loaded, share, split)
     log(f"{len(selected):,} examples are in the split {split!r} (data.holdout={share}).")
     return selected
+
+
+def check_location(config: Mapping) -> None:
+    """Checks that the data of a config exist, without reading them; the contents of a bucket are not checked.
+
+    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a TFDS data
+    set that is missing from its directory and not to be downloaded.
+    """
+    config = resolve({"data": config})["data"]
+    check({"data": config}, "data")
+    source_class, directory = _source_class(config), config["data_dir"]
+    if source_class is Tfds and not is_url(directory):
+        make_builder(config["dataset"], directory or None, must_be_prepared=not config["download"])
+    if source_class is Folder and not is_url(directory):
+        find_folder(directory)
 
 
 def has_splits(config: Mapping) -> bool:

@@ -93,9 +93,7 @@ class Folder(EncodedImages):
         return cls(config["data_dir"], *check_image_settings(config))
 
     def __init__(self, directory: str, image_size: tuple[int, int] | None, channels: int):
-        root = local_path(directory)
-        if not directory or not root.is_dir():
-            raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+        root = find_folder(directory)
         self._root, self._resizes, self._channels = root, image_size is not None, channels
         paths, self._link_notes = find_files(root)
         files = [p for p in paths if p.suffix.lower() in _SUFFIXES]
@@ -171,6 +169,14 @@ class Folder(EncodedImages):
                 f"{self._size[1]}x{self._size[0]}; resize all images to one size, or use image_size"
             )
         return fit(image, self._size, self._channels)
+
+
+def find_folder(directory: str) -> pathlib.Path:
+    """Returns the local path of an image folder. Raises: DataError if it does not exist."""
+    root = local_path(directory)
+    if not directory or not root.is_dir():
+        raise DataError(f"data.data_dir={directory!r} is not a folder; give the folder of your images")
+    return root
 
 
 def decode_once(source: EncodedImages, config: Mapping, progress: Progress, log: Callable[[str], None]) -> InMemory:

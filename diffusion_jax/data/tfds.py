@@ -32,8 +32,11 @@ _SHARDS_LOCK = threading.Lock()
 _METADATA = (".json", ".txt")  # descriptions of a data set
 
 
-def make_builder(name: str, data_dir: str | None) -> Any:
-    """Returns TFDS's builder for a data set. Raises: DataError for an unknown name, or without TFDS."""
+def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = False) -> Any:
+    """Returns TFDS's builder for a data set.
+
+    Raises: DataError for an unknown name, without TFDS, or if the data set must be prepared and is not in the directory.
+    """
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise DataError(
             f"data.dataset={name!r} is a data set of TFDS, and tensorflow_datasets is not installed: pip install '.[tfds]'; "
@@ -49,6 +52,11 @@ def make_builder(name: str, data_dir: str | None) -> Any:
         raise DataError(
             f"data.dataset={name!r} must be a TFDS data set, 'digits', or 'folder' (with data.data_dir){reason}"
         ) from None
+    if must_be_prepared and not builder.is_prepared():
+        raise DataError(
+            f"the data set {name!r} is not in {builder.data_path.parent}; set data.data_dir, or prepare it with: "
+            f"{_preparation_command(name, data_dir)}"
+        )
     return builder
 
 
@@ -169,13 +177,8 @@ class Tfds(EncodedImages):
             prepare(name, local_data_dir(name, data_dir))
         self._name, self._split = name, split
         self._data_dir = local_data_dir(name, data_dir, _METADATA)
-        builder = make_builder(name, self._data_dir)
+        builder = make_builder(name, self._data_dir, must_be_prepared=True)
         directory = builder.data_path.parent
-        if not builder.is_prepared():
-            raise DataError(
-                f"the data set {name!r} is not in {directory}; set data.data_dir, or prepare it with: "
-                f"{_preparation_command(name, self._data_dir)}"
-            )
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             other = f"{data_dir or '~/tensorflow_datasets'}_array_record"  # TFDS keeps one format in a directory

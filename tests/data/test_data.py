@@ -120,6 +120,7 @@ def test_folders_and_settings_that_do_not_fit_are_refused(folder):
             load_logged(folder, **other)
 
 
+@pytest.mark.parametrize("function", [data.load, data.check_location])
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -128,6 +129,6 @@ def test_folders_and_settings_that_do_not_fit_are_refused(folder):
         ({"dataset": "mnist", "data_dir": "nowhere"}, "prepare it with: python -c .*download_and_prepare"),
     ],
 )
-def test_data_that_do_not_exist_are_refused(settings, words):
+def test_data_that_do_not_exist_are_refused(function, settings, words):
     with pytest.raises(data.DataError, match=words):
-        data.load({**CONFIG, **settings})
+        function({**CONFIG, **settings})
