@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.console import ProgressBar, log
-from diffusion_jax.distributed.processes import broadcast_from_process_0, watch_batches
+from diffusion_jax.distributed.processes import Watchdog, broadcast_from_process_0, is_multiprocess
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls, write_text
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, copy_objects, copy_path, is_small
@@ -278,13 +278,17 @@ class ChunkStore:
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
         finished = {int(stem) for stem in stems if stem.isdecimal()}
         missing = [i for i in range(-(-total // size)) if i not in finished]
-        with ProgressBar(title, total, min(len(finished) * size, total)) as bar:
+        watchdog = Watchdog(
+            stall_timeout if is_multiprocess() else 0
+        )  # a single process has no peer that could be stuck
+        with ProgressBar(title, total, min(len(finished) * size, total)) as bar, watchdog:
             if missing:
                 log("Compiling the program and computing the first batch ...")
-            for i in watch_batches(missing, stall_timeout):
+            for i in missing:
                 begin(bar, i * size, min(size, total - i * size))
                 self.save(i, **compute(i))
                 bar.update(min((i + 1) * size, total))
+                watchdog.record_step()
         multihost_utils.sync_global_devices(f"{title}: written")
         return -(-total // size)
 

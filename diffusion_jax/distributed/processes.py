@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -231,11 +231,3 @@ class Watchdog:
                     "checkpoint",
                     EXIT_PEER_LOST,
                 )
-
-
-def watch_batches(batches: Iterable[int], seconds: float) -> Iterator[int]:
-    """Yields `batches`; with several processes, where a peer could be stuck, limits the time for each batch."""
-    with Watchdog(seconds if is_multiprocess() else 0) as watchdog:
-        for batch in batches:
-            yield batch
-            watchdog.record_step()

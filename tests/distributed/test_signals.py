@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from diffusion_jax import run_dir
 from diffusion_jax.distributed import processes
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.errors import SaveError
@@ -31,16 +32,21 @@ def test_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
     assert "reading data may be stuck, or training.stall_timeout is too short" in calls[0][0]
 
 
-def test_watch_batches_limits_all_batches_but_the_first(monkeypatch):
-    ended = threading.Event()
+def test_computed_chunks_have_a_time_limit_except_the_first(monkeypatch, tmp_path):
+    ended, seen = threading.Event(), []
     monkeypatch.setattr(processes, "exit_now", lambda *_: ended.set())
-    # A single process waits for no other process.
-    assert list(processes.watch_batches(range(3), 0.1)) == [0, 1, 2] and not ended.is_set()
-    monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
-    seen = []
-    for batch in processes.watch_batches(range(2), 0.2):
-        seen.append(ended.wait(0.5 if batch == 0 else 20))
-    assert seen == [False, True]  # five times the duration of the first: 2.5 s
+
+    def fill(name, seconds, *waits):
+        def compute(i):
+            seen.append(ended.wait(waits[i]))
+            return {}
+
+        run_dir.ChunkStore(run_dir.RunDir(tmp_path / name)).fill("Computing", len(waits), 1, compute, seconds)
+
+    fill("one", 0.1, 0.2, 0.2, 0.2)  # a single process waits for no other process
+    monkeypatch.setattr(run_dir, "is_multiprocess", lambda: True)
+    fill("several", 0.2, 0.5, 20)
+    assert seen == [False, False, False, False, True]  # five times the duration of the first: 2.5 s
 
 
 IN_A_CALL = f"""
