@@ -184,7 +184,7 @@ def _find_beside(config: Any, folder: pathlib.Path) -> None:
         return str(folder.resolve() / text) if is_beside else text
 
     groups = config.values() if isinstance(config, Mapping | ConfigDict) else ()
-    for settings in [group for group in groups if isinstance(group, Mapping | ConfigDict)]:
+    for settings in [group for group in groups if isinstance(group, dict | ConfigDict)]:
         for name, value in settings.items():
             found = type(value)(map(absolute, value)) if isinstance(value, tuple | list) else absolute(value)
             if found is not value and found != value:
