@@ -21,7 +21,7 @@ def correlated_eps(x, time):
     """The exact eps of N(0, COVARIANCE); x [..., 2]."""
     log_snr = FULL.path.log_snr(time)[0]
     a, s2 = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
-    return jnp.sqrt(s2) * jnp.linalg.solve(a * COVARIANCE + s2 * jnp.eye(2), x[..., None])[..., 0]
+    return jnp.sqrt(s2) * x @ jnp.linalg.inv(a * COVARIANCE + s2 * jnp.eye(2))
 
 
 correlated = Denoiser(correlated_eps, clip=False)
@@ -47,7 +47,7 @@ def repainted(resamplings):
 @pytest.mark.thorough
 def test_repaint_approaches_the_conditional_mean_with_too_small_a_variance():
     mean, variance = RHO * KNOWN, S2 * (1 - RHO**2)
-    found = {r: repainted(r) for r in (1, 5, 10, 20)}
+    found = {r: repainted(r) for r in (1, 5, 20)}
     errors = {r: abs(m - mean) for r, (m, _) in found.items()}
     bar = {r: np.sqrt(v / N) for r, (_, v) in found.items()}
     print({r: (float(m), float(v)) for r, (m, v) in found.items()}, "exact", mean, variance)

@@ -160,7 +160,7 @@ def hub_server(**repositories):
     """Runs a server with repositories, {"a/b": Repository}; yields its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.repositories, server.uploaded = repositories, {}
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -1,5 +1,7 @@
 """A U-Net with a few thousand parameters: initialization, a compiled call, and weights without a zero."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,11 @@ def init(model, shape=(1, 8, 8, 3), y=None):
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
 
 
-def apply(model, params, *args, **kwargs):
-    """A model's output, compiled, because single operations would take longer to dispatch."""
-    train = kwargs.pop("train", False)
-    return jax.jit(lambda p, *a, **kw: model.apply({"params": p}, *a, train=train, **kw))(params, *args, **kwargs)
+@functools.cache
+def _compiled(model, train):
+    return jax.jit(lambda params, *args, **kwargs: model.apply({"params": params}, *args, train=train, **kwargs))
+
+
+def apply(model, params, *args, train=False, **kwargs):
+    """A model's output, compiled once for each model, because single operations would take longer to dispatch."""
+    return _compiled(model, train)(params, *args, **kwargs)

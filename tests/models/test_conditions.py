@@ -105,7 +105,7 @@ def both_dropped(label_rate, rate, n=4000):
     """(a function of labels and conditions that drops them at these rates, n labels 1 and conditions [2, -1])."""
     model = Dropped(num_classes=3, label_dropout=label_rate, condition_features=2, condition_dropout=rate)
     inputs = jnp.ones(n, jnp.int32), jnp.broadcast_to(jnp.array([2.0, -1.0]), (n, 2))
-    return lambda *given: apply(model, {}, *given, train=True, rngs={"dropout": jax.random.key(1)}), inputs
+    return lambda *given: model.apply({}, *given, train=True, rngs={"dropout": jax.random.key(1)}), inputs
 
 
 @pytest.mark.parametrize(("label_rate", "rate"), [(0.5, 0.6), (0.7, 0.4)])
