@@ -17,7 +17,7 @@ def array_config(kind, data_dir, **overrides) -> ConfigDict:
     if kind == "vectors":
         config.model.update(kind="mlp", channels=8, num_res_blocks=1)
     else:
-        config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+        config.model.update(channels=8, channel_multipliers=(1,), num_res_blocks=1, num_groups=4)
         config.model.attention_levels = ()
     return small_run(config, **overrides)
 

@@ -37,8 +37,9 @@ def small_run(config, **overrides):
 
 
 def tiny_config(**overrides):
+    """The digits with a network of one resolution, which compiles in half the time of two."""
     config = experiment("digits")
-    config.model.update(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4)
+    config.model.update(channels=8, channel_multipliers=(1,), num_res_blocks=1, num_groups=4)
     return small_run(config, **overrides)
 
 

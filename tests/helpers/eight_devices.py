@@ -18,15 +18,13 @@ from diffusion_jax.distributed import sharding
 from helpers.configs import a_batch, tiny_config
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-MESHES = [(1, 1), (2, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
+MESHES = [(1, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
 # Everything random: flips, timesteps, noise, dropout, dropped labels.
 DRAWING = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.3}
 
 
 def on(data: int, fsdp: int, **overrides):
-    return tiny_config(
-        **{"mesh.data": data, "mesh.fsdp": fsdp, "model.channel_multipliers": (1,), **DRAWING, **overrides}
-    )
+    return tiny_config(**{"mesh.data": data, "mesh.fsdp": fsdp, **DRAWING, **overrides})
 
 
 @functools.cache
@@ -90,7 +88,7 @@ def collectives(compiled) -> dict:
 
 def program():
     """The state's bytes and the bytes that a train step sends, for a network of 1.6 million parameters with fsdp=8."""
-    config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.channel_multipliers": (1,)})
+    config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128})
     built = training.build_program(config)
     state = built.abstract_state
     held = jax.tree.leaves((state.params, state.ema_params, state.opt_state))

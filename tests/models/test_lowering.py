@@ -19,6 +19,7 @@ from helpers.configs import a_batch, classifier_config, tiny_config
         {
             "model.dtype": "bfloat16",
             "model.remat": True,
+            "model.channel_multipliers": (1, 2),
             "model.attention_levels": (1,),
             "training.accumulation_steps": 2,
         },

@@ -14,7 +14,7 @@ from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, likelihood, plan, sample, train
 from diffusion_jax.training.step import make_timestep_sampler
 from helpers.array_configs import array_batch, array_config
-from helpers.configs import a_batch, tiny_config
+from helpers.configs import tiny_config
 
 EDM = {
     "diffusion.path": "edm",
@@ -31,18 +31,8 @@ VDM = {"diffusion.path": "vp_cosine", "diffusion.loss": "continuous_vlb", "diffu
     "settings", [EDM, *(pytest.param(s, marks=pytest.mark.whole) for s in (FLOW, VDM))], ids=["edm", "flow", "vdm"]
 )
 def test_a_train_step_on_a_path(settings):
-    check_train_step(array_config("vectors", "", **settings), array_batch("vectors"))
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("settings", [EDM, VDM], ids=["edm", "vdm"])
-def test_a_train_step_of_images_on_a_path(settings):
-    check_train_step(tiny_config(**settings), a_batch(tiny_config()))
-
-
-def check_train_step(config, batch):
-    state, step = training.create(config)
-    state, metrics = step(state, batch)
+    state, step = training.create(array_config("vectors", "", **settings))
+    _, metrics = step(state, array_batch("vectors"))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     in_bands = [metrics[f"loss_q{i}"] for i in (1, 2, 3, 4)]
     assert np.isfinite(in_bands).any()

@@ -18,7 +18,8 @@ from helpers.configs import tiny_config
 @pytest.fixture(scope="module")
 def choices():
     """(a config, all possible settings on eight devices), for a small network whose arrays are also split."""
-    config = resolve(tiny_config(**{"training.batch_size": 32, "data.image_size": 16, "model.num_groups": 4}))
+    settings = {"training.batch_size": 32, "data.image_size": 16, "model.channel_multipliers": (1, 2)}
+    config = resolve(tiny_config(**settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SPLIT_SIZE", 64)
         return config, plan.all_estimates(config, plan.trace(config, [False, (0,), True]), 8)

@@ -17,6 +17,7 @@ from helpers.object_stores import assert_complete_checkpoints
 from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.whole
+GS = pytest.mark.parametrize("scheme", ["gs"])
 
 
 def names_of_steps(store):
@@ -47,6 +48,7 @@ def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
     assert others == {"config", "data", "events", "examples", "goodput", "metrics"}
 
 
+@GS  # the services differ below ObjectStore only
 def test_weights_status_and_metrics_are_read_by_url(url, local):
     train.run(tiny_config(), BucketRunDir(url))
     net, expected = pretrained.load(url), pretrained.load(local)
@@ -82,6 +84,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local
     assert lines(BucketRunDir(url)) == lines(local)
 
 
+@GS
 def test_a_step_without_a_manifest_does_not_exist_and_is_deleted(url, local):
     train.run(tiny_config(), BucketRunDir(url))
     store = open_store(url)

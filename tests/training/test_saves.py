@@ -95,7 +95,7 @@ sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
 )
 def test_run_resumes_from_the_step_before_the_save_in_which_a_process_was_killed(tmp_path, victim, moment, capsys):
     program = changed_program(tmp_path, KILLED)
-    directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0, "model.channel_multipliers": (1,)}
+    directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0}
     flags = tiny_flags(directory, **overrides, **{"mesh.fsdp": 2, "training.num_steps": 100})
     flags += [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     pair = [start(*flags, f"--process_id={i}", program=program, MOMENT=moment) for i in range(2)]

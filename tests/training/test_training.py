@@ -39,7 +39,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     bound = {"loss": "hybrid", "variance": "learned_range", "timestep_sampler": "loss_second_moment"}
     after = []
     for parts in (1, 2):
-        config = tiny_config(**drawing, **{"model.channel_multipliers": (1,), "training.accumulation_steps": parts})
+        config = tiny_config(**drawing, **{"training.accumulation_steps": parts})
         config.diffusion.update(bound)
         state, train_step = training.create(config)
         leaves, tree = jax.tree.flatten(state.params)
