@@ -15,7 +15,6 @@ from diffusion_jax.measurements import Measurement
 from diffusion_jax.sampling import spacing
 from diffusion_jax.schedules import Transition
 from helpers.gaussian_mixtures import FULL
-from helpers.path_networks import EDM, FLOW, inner_times
 from helpers.samplers import NAMED
 
 KEY = jax.random.key(0)
@@ -356,33 +355,6 @@ def test_growing_errors_of_the_score_are_noted():
     reason = sampling.find_error_growth(sampling.ddim(), schedule, denoiser)
     noted = float(re.search(r"score has errors of 0.05, .* sample errors of ([\d.e+]+) times", reason)[1])
     assert abs(deviation_of_errors(schedule) / noted - 1) < 0.06
-
-
-# Conversions of outputs at any level of a path.
-
-
-def outputs(at, x_0, eps):
-    return {
-        "eps": eps,
-        "x_0": x_0,
-        "v": at.alpha * eps - at.sigma * x_0,
-        "score": -eps / at.sigma,
-        "flow": eps - x_0,
-    }
-
-
-@pytest.mark.parametrize("path", [EDM, FLOW, schedules.vp_cosine()], ids=["edm", "flow", "cosine"])
-def test_every_prediction_gives_every_other(path):
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        x_0, eps = jnp.asarray(rng.normal(size=(2, 5, 3)))
-        time = jnp.asarray(inner_times(path, 5))
-        x_t = process.q_sample(path, x_0, time, eps)
-        level = path.at(time, x_t)
-        values = outputs(level, x_0, eps)
-        for source, target in itertools.product(values, values):
-            result, expected = convert(values[source], x_t, level, source, target), values[target]
-            np.testing.assert_allclose(result, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("prediction", ["v", "x_0", "flow"])

@@ -13,6 +13,7 @@ import pytest
 from diffusion_jax import (
     Denoiser,
     arrays,
+    coordinates,
     editing,
     guidance,
     likelihood,
@@ -111,6 +112,11 @@ CASES = {
     "schedules.Path.log_snr": lambda x: FULL.path.log_snr(alone(x)),
     "schedules.Path.time_at_log_snr": lambda x: FULL.path.time_at_log_snr(alone(x)),
     **{f"losses, weighting {name}": lambda x, f=f: f(alone(x)) for name, f in losses.WEIGHTINGS.items()},
+    "losses.edm_weight": lambda x: losses.edm_weight(alone(x), np.float64(0.3)),
+    "schedules.shifted": lambda x: schedules.shifted(schedules.edm(), np.float64(-2)).at(0 * times(x), x),
+    "coordinates.precondition": lambda x: coordinates.precondition(exact, schedules.edm(), np.float64(0.3))(
+        x, 0 * times(x)
+    ),
     "losses.simple": lambda x: [
         losses.simple(KEY, FULL, f, x, prediction=prediction, weighting=weighting, timestep_sampler=timestep_sampler)
         for f, timestep_sampler in [(network, "uniform"), (exact, lambda key, b, n: (jnp.zeros(b, int), np.ones(b)))]

@@ -102,16 +102,6 @@ def test_respacing_keeps_the_digits_of_almost_clean_levels():
     np.testing.assert_allclose(short.betas[1], exact, rtol=1e-3)
 
 
-def test_a_numpy_scalar_does_not_change_the_dtype():
-    with jax.enable_x64(True):
-        x = jnp.ones((2, 3), jnp.float32)
-        path = schedules.shifted(EDM, -2 * np.log(3.0))
-        assert path.at(jnp.zeros(2, jnp.float32), x).alpha.dtype == jnp.float32
-        denoise_fn = coordinates.precondition(lambda x, time: x, EDM, np.float64(0.3))
-        loss, _ = losses.simple(KEY, path, denoise_fn, x, prediction="x_0", weighting="edm")
-        assert loss.dtype == jnp.float32 and losses.edm_weight(x, np.float64(0.3)).dtype == jnp.float32
-
-
 def test_bad_arguments_are_refused(unchecked_annotations):
     x, t, time = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.zeros(2)
     chain, flow = schedules.from_betas(schedules.betas("linear", 10)), schedules.rectified_flow()

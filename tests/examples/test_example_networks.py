@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import cli, models, pretrained, training
+from diffusion_jax import cli, data, models, pretrained, training
 from diffusion_jax import config as configs
 from diffusion_jax.functions import import_function
 from diffusion_jax.models import Shapes
 from diffusion_jax.runs import train
-from helpers.array_configs import array_batch, array_config
+from helpers.array_configs import array_batch, array_config, write_arrays
 from helpers.configs import a_batch, tiny_config
 from helpers.networks import redraw
 from helpers.paths import ROOT
+from helpers.work_directories import untrained
 
 OPTIONS = {
     "transformer.py:transformer": {"width": "12", "depth": "1", "heads": "2", "patch": "4"},
@@ -196,10 +197,11 @@ def test_low_rank_changes_of_a_trained_network(tmp_path):
 
 @pytest.mark.whole
 def test_low_rank_changes_of_a_run(tmp_path):
-    train.run(tiny_config(), tmp_path / "base")
+    config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"))
+    untrained(tmp_path / "base", config, data.load(config.data))
     texts = {"model.kind": f"{ROOT / 'examples' / 'low_rank.py'}:low_rank", "model.dropout": "0"}
     texts |= {"model.options.weights": str(tmp_path / "base"), "optimizer.frozen": "network/base/*,"}
-    train.run(configs.override(tiny_config(), texts), tmp_path / "low_rank")
+    train.run(configs.override(config, texts), tmp_path / "low_rank")
     net = pretrained.load(tmp_path / "low_rank", network=True)
     assert np.isfinite(net.sample(jax.random.key(0), 2, steps=2, spacing="log_snr")).all()
 

@@ -7,6 +7,16 @@ import numpy as np
 
 from helpers.networks import silu
 
+# The arguments of small networks, as in EDM's files.
+_COMMON = {"img_resolution": 8, "img_channels": 3, "label_dim": 5, "augment_dim": 9, "label_dropout": 0.1}
+_COMMON |= {"model_channels": 128, "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.1, "use_fp16": False}
+ADM = _COMMON | {"model_type": "DhariwalUNet", "channel_mult": [1, 2], "sigma_data": 0.4}
+DDPMPP = _COMMON | {"model_type": "SongUNet", "channel_mult": [2, 1], "embedding_type": "positional"}
+DDPMPP |= {"encoder_type": "standard", "decoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1]}
+OF_NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
+OF_NCSNPP |= {"resample_filter": [1, 3, 3, 1]}
+NCSNPP = DDPMPP | OF_NCSNPP | {"channel_mult": [1, 2, 1]}
+
 
 def convolve(x, weight, bias, more=0):
     """A convolution that keeps the size, or with padding for `more` pixels on each side."""

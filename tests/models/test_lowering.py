@@ -36,8 +36,14 @@ def test_train_step_lowers_for_tpu_and_cuda(overrides):
 
 
 def test_gpu_options_are_known_to_the_compiler():
-    """The compiler accepts the options' names and values; the effect is visible only on a GPU."""
-    jax.jit(lambda x: x + 1, compiler_options=devices.DETERMINISTIC).lower(jnp.zeros(())).compile()
+    """The compiler accepts the options' names and values, and no other name; the effect is visible only on a GPU."""
+
+    def compile_with(options):
+        return jax.jit(lambda x: x + 1, compiler_options=options).lower(jnp.zeros(())).compile()
+
+    assert compile_with(devices.DETERMINISTIC)(jnp.zeros(())) == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        compile_with({"xla_gpu_no_such_option": True})
 
 
 SMALL = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}

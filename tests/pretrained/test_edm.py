@@ -9,53 +9,9 @@ import pytest
 
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.pretrained import PretrainedError
-from helpers.edm_networks import Network
+from helpers.edm_networks import ADM, DDPMPP, NCSNPP, Network
 from helpers.published_files import worst
 from helpers.torch_files import edm_pickle
-
-ADM = {
-    "img_resolution": 8,
-    "img_channels": 3,
-    "label_dim": 5,
-    "use_fp16": False,
-    "model_type": "DhariwalUNet",
-    "augment_dim": 9,
-    "model_channels": 128,
-    "channel_mult": [1, 2],
-    "num_blocks": 1,
-    "attn_resolutions": [8],
-    "dropout": 0.1,
-    "label_dropout": 0.1,
-    "sigma_data": 0.4,
-}
-
-
-DDPMPP = {
-    "img_resolution": 8,
-    "img_channels": 3,
-    "label_dim": 5,
-    "use_fp16": False,
-    "model_type": "SongUNet",
-    "augment_dim": 9,
-    "model_channels": 128,
-    "channel_mult": [2, 1],
-    "num_blocks": 1,
-    "attn_resolutions": [8],
-    "dropout": 0.13,
-    "label_dropout": 0.1,
-    "embedding_type": "positional",
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "channel_mult_noise": 1,
-    "resample_filter": [1, 1],
-}
-NCSNPP = DDPMPP | {
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "channel_mult": [1, 2, 1],
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
 
 
 def write(path, arguments, **changes):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import pretrained
+from helpers.edm_networks import OF_NCSNPP
 from helpers.published_files import worst
 
 CODE = os.environ.get("EDM_CODE")
@@ -16,12 +17,6 @@ pytestmark = [pytest.mark.parity, pytest.mark.skipif(not CODE, reason="EDM_CODE 
 
 NARROW = {"img_resolution": 16, "img_channels": 3, "label_dim": 5, "channel_mult": [1, 2], "num_blocks": 1}
 NARROW |= {"model_channels": 128, "attn_resolutions": [8], "augment_dim": 9, "dropout": 0.13}
-NCSNPP = {
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
 CIFAR10 = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_channels": 128, "channel_mult": [2, 2, 2]}
 CIFAR10 |= {"augment_dim": 9, "dropout": 0.13}
 FFHQ = CIFAR10 | {"img_resolution": 64, "label_dim": 0, "channel_mult": [1, 2, 2, 2], "dropout": 0.05}
@@ -29,12 +24,12 @@ SONG = {"model_type": "SongUNet"}
 NETWORKS = {
     "adm": NARROW | {"model_type": "DhariwalUNet"},
     "ddpm++": NARROW | SONG,
-    "ncsn++": NARROW | SONG | NCSNPP,
+    "ncsn++": NARROW | SONG | OF_NCSNPP,
     "ddpm++ without classes": NARROW | SONG | {"label_dim": 0},
     "cifar10 vp": CIFAR10 | SONG,
-    "cifar10 ve": CIFAR10 | SONG | NCSNPP,
+    "cifar10 ve": CIFAR10 | SONG | OF_NCSNPP,
     "ffhq vp": FFHQ | SONG,
-    "ffhq ve": FFHQ | SONG | NCSNPP,
+    "ffhq ve": FFHQ | SONG | OF_NCSNPP,
 }
 FULL = ("cifar10 vp", "cifar10 ve", "ffhq vp", "ffhq ve")
 

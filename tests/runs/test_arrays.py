@@ -23,9 +23,7 @@ def the_samples(directory):
         return dict(arrays)
 
 
-@pytest.mark.parametrize(
-    "kind", ["vectors", pytest.param("series", marks=pytest.mark.whole), pytest.param("volume", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["vectors", pytest.param("series", marks=pytest.mark.whole)])
 def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     given = np.where(MISSING[:, None], np.nan, CONDITIONS)
     file = write_arrays(kind, tmp_path / "data.npz", condition=given, condition_missing=MISSING)

@@ -10,7 +10,7 @@ from diffusion_jax import cli, models, pretrained
 from diffusion_jax.pretrained import openai, parameters
 from diffusion_jax.report import write_report
 from diffusion_jax.runs import edit, evaluate, train
-from helpers.edm_networks import Network
+from helpers.edm_networks import ADM, DDPMPP, NCSNPP, Network
 from helpers.hub_server import Repository, hub_server
 from helpers.published_files import NARROW_FLAGS, ho_variables, save_with_tensorflow, stored, write_folder
 from helpers.torch_files import archive_bytes, edm_pickle, tensors
@@ -18,19 +18,7 @@ from helpers.torch_files import archive_bytes, edm_pickle, tensors
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants
 
-SONG = {"img_resolution": 8, "img_channels": 3, "label_dim": 3, "use_fp16": False, "model_type": "SongUNet"}
-SONG |= {"augment_dim": 2, "model_channels": 128, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}
-SONG |= {"dropout": 0.1, "label_dropout": 0, "resample_filter": [1, 1], "channel_mult_noise": 1}
-SONG |= {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard"}
-NCSNPP = {
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
-ADM = {name: value for name, value in SONG.items() if name not in (*NCSNPP, "decoder_type")} | {
-    "model_type": "DhariwalUNet"
-}
+SMALL = {"label_dim": 3, "augment_dim": 2, "channel_mult": [1, 1], "attn_resolutions": [4], "label_dropout": 0}
 NARROW = models.UNet(
     channels=32,
     channel_multipliers=(1, 1),
@@ -79,9 +67,9 @@ FAMILIES = {  # how the files are made, the file in the name, and what the file 
     "ho": (ho_files, "/model.ckpt-7", HO_FLAGS),
     "edm": (lambda _: {"edm_imagenet64_ema.pt": openai_file()}, "/edm_imagenet64_ema.pt", ""),
     "consistency": (lambda _: {"cd_imagenet64_l2.pt": openai_file()}, "/cd_imagenet64_l2.pt", ""),
-    "edm_adm": (lambda directory: {"adm.pkl": edm_file(directory, ADM)}, "/adm.pkl", ""),
-    "edm_ddpmpp": (lambda directory: {"edm-cifar10-32x32-cond-vp.pkl": edm_file(directory, SONG)}, "", ""),
-    "edm_ncsnpp": (lambda directory: {"ve.pkl": edm_file(directory, SONG | NCSNPP)}, "/ve.pkl", ""),
+    "edm_adm": (lambda directory: {"adm.pkl": edm_file(directory, ADM | SMALL)}, "/adm.pkl", ""),
+    "edm_ddpmpp": (lambda directory: {"edm-cifar10-32x32-cond-vp.pkl": edm_file(directory, DDPMPP | SMALL)}, "", ""),
+    "edm_ncsnpp": (lambda directory: {"ve.pkl": edm_file(directory, NCSNPP | SMALL)}, "/ve.pkl", ""),
 }
 
 

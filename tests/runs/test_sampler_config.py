@@ -10,7 +10,6 @@ import pytest
 from diffusion_jax import pretrained, sampling, schedules
 from diffusion_jax.config import SETTINGS
 from diffusion_jax.denoiser import clip_x_0, dynamic_threshold
-from diffusion_jax.errors import UserError
 from diffusion_jax.runs import sampling_setup
 from helpers.configs import conditional, tiny_config
 from helpers.samplers import NAMED
@@ -75,19 +74,3 @@ def test_steps_of_a_config_are_those_of_respace(steps, spacing, same):
     arguments = sampling_setup.steps_from_config({"steps": steps, "spacing": spacing})
     _, found = net.configure(net.denoiser(), sampling.ddpm(), *arguments)
     np.testing.assert_array_equal(found.timesteps, schedules.respace(net.schedule, *same).timesteps)
-
-
-@pytest.mark.parametrize(
-    ("steps", "spacing", "words"),
-    [
-        (5, "given", "sampling.spacing='given' needs network times"),
-        ((1, 2), "trailing", r"\(1, 2\) defines its own spacing; leave it out"),
-        ((1, 2.5), "openai", "section 0 must be a whole number .*, got 1.0"),
-        ((5, 5), "openai_ddim", r"\(5, 5\) defines its own spacing"),
-    ],
-)
-def test_steps_that_do_not_fit_the_spacing_are_refused(steps, spacing, words, unchecked_annotations):
-    config = tiny_config(**{"sampling.steps": steps, "sampling.spacing": spacing})
-    with pytest.raises(UserError, match=words) as caught:
-        sampling_setup.resolve_sampling(config, pretrained.from_config(config))
-    assert "\n" not in str(caught.value)

@@ -118,8 +118,6 @@ def test_every_solver_from_pure_noise(name):
     sampler, denoiser = MAKERS[name](), Denoiser(gaussian("v", zero), prediction="v", clip=False)
     x_0 = jax.jit(lambda x: sampling.sample(KEY, schedule, denoiser, x, sampler))(x_T)
     assert abs(x_0.mean() - M) < 0.02 and abs(x_0.std() - np.sqrt(S2)) < 0.05
-    with pytest.raises(ValueError, match="predict v, x_0 or flow"):
-        sampling.sample(KEY, schedule, gaussian(schedule=zero), x_T, sampler)
 
 
 ZERO_TERMINAL = schedules.from_betas(schedules.rescale_zero_terminal_snr(schedules.betas("linear", 1000)))
@@ -174,8 +172,6 @@ def test_learned_variances_do_not_change_deterministic_solvers():
         plain = sampling.sample(KEY, schedule, mixture(), x_T, sampler)
         learned = sampling.sample(KEY, schedule, Denoiser(doubled, variance="learned_range"), x_T, sampler)
         np.testing.assert_allclose(learned, plain, rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match="twice the channels"):
-            sampling.sample(KEY, schedule, Denoiser(mixture(), variance="learned_range"), x_T, sampler)
 
 
 @pytest.mark.thorough
