@@ -3,13 +3,11 @@
 Every disturbed run must end with a log and a last state that are bit-identical to an undisturbed run's.
 """
 
-import os
 import pathlib
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -19,8 +17,7 @@ import pytest
 from configs import digits
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.training import checkpoints
-from helpers.paths import ROOT
-from helpers.program import TWO_DEVICES, changed_program, free_port
+from helpers.program import TWO_DEVICES, changed_program, figure, free_port, start, until
 from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
@@ -38,25 +35,14 @@ def config(**overrides):
 
 def launch(directory, *more, program="main.py", log=None, **variables):
     """Starts the run's command; the output goes to a file beside the directory."""
-    flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
-    with (log or directory.with_suffix(".log")).open("a") as file:
-        return subprocess.Popen(
-            [sys.executable, program, "--config=configs/digits.py", f"--workdir={directory}", *flags, *more],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=file,
-        )
+    flags = ["--config=configs/digits.py", f"--workdir={directory}"]
+    flags += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    return start(*flags, *more, program=program, log=log or directory.with_suffix(".log"), **variables)
 
 
 def to_the_end(directory, *more, **variables):
     process = launch(directory, *more, **variables)
     assert process.wait(timeout=1200) == 0, directory.with_suffix(".log").read_text()
-
-
-def figure(text):
-    print(f"\nFIGURE {text}", flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -190,13 +176,6 @@ def joined(directory, *more, **variables):
         )
         for i in range(2)
     ]
-
-
-def until(condition, *processes):
-    limit = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < limit and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
 
 
 def close_to(directory, whole):

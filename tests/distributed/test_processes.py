@@ -18,7 +18,7 @@ from helpers.digits_features import by_hand
 from helpers.exact_runs import exact_run
 from helpers.paths import ROOT
 from helpers.program import ALL_MODES, evaluate, run_together, tiny_flags
-from helpers.work_directories import assert_close_losses, untrained
+from helpers.work_directories import assert_close_losses, take_arrays, untrained
 
 pytestmark = pytest.mark.whole
 
@@ -92,10 +92,7 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
     train.run(config, tmp_path / "one")
     sample.run(config, tmp_path / "one")
     assert_close_losses(tmp_path / "one", tmp_path / "two")
-    drawn = []
-    for name in ("one", "two"):
-        (path,) = (tmp_path / name / "samples").glob("*.npz")
-        drawn.append(np.load(path)["arr_0"])
+    drawn = [take_arrays(tmp_path / name / "samples")["arr_0"] for name in ("one", "two")]
     np.testing.assert_allclose(*drawn, rtol=1e-3)
 
 
@@ -149,17 +146,10 @@ def test_two_processes_with_two_devices_test_a_posterior_as_one_device(tmp_path)
         if key.startswith(("editing", "evaluation", "sampling", "model.kind"))
     ]
 
-    def take_result():
-        (path,) = (tmp_path / "run" / "calibration").glob("*.npz")
-        with np.load(path) as arrays:
-            found = dict(arrays)
-        path.unlink()
-        return found
-
     evaluate(config, tmp_path / "run")
-    one = take_result()
+    one = take_arrays(tmp_path / "run" / "calibration")
     run_together(2, f"--workdir={tmp_path / 'run'}", "--mode=evaluate", *flags)
-    two = take_result()
+    two = take_arrays(tmp_path / "run" / "calibration")
     assert one["samples"].shape == (10, 19, 10)
     for name in ("samples", "chi_squared"):
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4)

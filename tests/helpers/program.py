@@ -1,9 +1,11 @@
 """main.py as a person starts it."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 
 from diffusion_jax.config import flatten
 from diffusion_jax.runs import evaluate as evaluate_mode
@@ -46,17 +48,28 @@ def tiny_flags(directory, **overrides):
     return [f"--workdir={directory}", "--config=configs/digits.py", *(f"--config.{k}={v}" for k, v in as_flag.items())]
 
 
-def start(*arguments, program="main.py", start_new_session=False, **variables):
+def start(*arguments, program="main.py", log=None, start_new_session=False, **variables):
+    """Starts a program; its output goes to pipes, or is appended to the file `log`."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
-    return subprocess.Popen(
-        [sys.executable, program, *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=start_new_session,
-    )
+    options = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": start_new_session}
+    with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
+        return subprocess.Popen([sys.executable, program, *arguments], stdout=output, stderr=output, **options)
+
+
+def until(condition, *processes):
+    """Waits until a condition holds; fails after five minutes, or when a process ends before."""
+    limit = time.monotonic() + 300
+    while not condition():
+        if time.monotonic() > limit:
+            for process in processes:
+                process.kill()
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes if p.poll()]
+        time.sleep(0.05)
+
+
+def figure(text):
+    """Prints a result of `make faults` for docs/results/reliability.md."""
+    print(f"\nFIGURE {text}", flush=True)
 
 
 def finish(process):

@@ -32,6 +32,16 @@ def untrained(directory, config, source=None):
     return directory
 
 
+def take_arrays(folder, pattern="*.npz", has_picture=False):
+    """The arrays of the only file in a folder that matches the pattern; the file and its picture are removed."""
+    (path,) = folder.glob(pattern)
+    path.with_suffix(".png").unlink(missing_ok=not has_picture)
+    with np.load(path) as arrays:
+        found = dict(arrays)
+    path.unlink()
+    return found
+
+
 def lines(directory, without=SPEED):
     return [{key: value for key, value in row.items() if key not in without} for row in read_metrics(directory)]
 

@@ -1,5 +1,6 @@
 """EDM's weights: the networks against float64 NumPy, EDM's scaling and sampler, and what is refused."""
 
+import functools
 import itertools
 
 import jax
@@ -30,33 +31,27 @@ def inputs(arguments):
     return generator.standard_normal(shape).astype(np.float32), np.array([-1.2, 0.9], np.float32), y
 
 
-def load(folder, arguments):
-    """Returns (reference, weights, model) of a network with a null label."""
-    path = folder / "edm.pkl"
-    reference, weights = write(path, arguments)
-    net = pretrained.load(path)
-    assert not path.with_name("marker").exists()
-    return reference, weights, net
+KINDS = {"adm": ADM, "ddpmpp": DDPMPP, "ncsnpp": NCSNPP}
 
 
 @pytest.fixture(scope="module")
-def adm(tmp_path_factory):
-    return load(tmp_path_factory.mktemp("edm"), ADM)
+def load(tmp_path_factory):
+    """A function of a kind that returns (reference, weights, model) of a network with a null label."""
+
+    @functools.cache
+    def load(kind):
+        path = tmp_path_factory.mktemp(kind) / "edm.pkl"
+        reference, weights = write(path, KINDS[kind])
+        net = pretrained.load(path)
+        assert not path.with_name("marker").exists()
+        return reference, weights, net
+
+    return load
 
 
-@pytest.fixture(scope="module")
-def ddpmpp(tmp_path_factory):
-    return load(tmp_path_factory.mktemp("edm"), DDPMPP)
-
-
-@pytest.fixture(scope="module")
-def ncsnpp(tmp_path_factory):
-    return load(tmp_path_factory.mktemp("edm"), NCSNPP)
-
-
-@pytest.mark.parametrize("name", ["adm", "ddpmpp", "ncsnpp"])
-def test_network_agrees_with_numpy(request, name):
-    reference, weights, net = request.getfixturevalue(name)
+@pytest.mark.parametrize("kind", KINDS)
+def test_network_agrees_with_numpy(load, kind):
+    reference, weights, net = load(kind)
     x, time, y = inputs(ADM)
     run = jax.jit(net.model.apply)
     assert net.model.null_label == 5
@@ -67,10 +62,10 @@ def test_network_agrees_with_numpy(request, name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["adm", "ddpmpp", "ncsnpp"])
-def test_gradient_agrees_with_numpy(request, tmp_path, name):
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_agrees_with_numpy(load, tmp_path, kind):
     """The derivative along random weights of sum(u network(x)), as the reference's central difference has it."""
-    reference, weights, net = request.getfixturevalue(name)
+    reference, weights, net = load(kind)
     x, time, y = inputs(ADM)
     path = tmp_path / "direction.pkl"
     arguments = reference.arguments
@@ -104,9 +99,9 @@ def test_network_without_classes_agrees_with_numpy(tmp_path, given):
     assert worst(np.moveaxis(ours, -1, 1), reference(weights, np.moveaxis(x, -1, 1), time)) < 3e-6
 
 
-def test_denoiser_has_edm_s_scaling_and_sampler(adm):
+def test_denoiser_has_edm_s_scaling_and_sampler(load):
     """D(y; s) = c_skip y + c_out F(c_in y; log(s) / 4), sampled by Heun's method as EDM's equations have it."""
-    reference, weights, net = adm
+    reference, weights, net = load("adm")
     x, _, y = inputs(ADM)
 
     def denoise(noisy, sigma):  # [N, C, H, W], in EDM's units
@@ -143,9 +138,9 @@ def test_denoiser_has_edm_s_scaling_and_sampler(adm):
     assert worst(np.moveaxis(ours, -1, 1), theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
-def test_config_of_the_weights_has_their_sampler(request, name):
-    *_, net = request.getfixturevalue(name)
+@pytest.mark.parametrize("kind", ["adm", "ddpmpp"])
+def test_config_of_the_weights_has_their_sampler(load, kind):
+    *_, net = load(kind)
     settings = pretrained.config_settings(net)
     assert settings["sampling"] == {"clip": False, "sampler": "heun", "steps": 18, "spacing": "karras"}
     again = pretrained.from_config(settings)
@@ -174,9 +169,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_other_networks_are_refused(tmp_path, words):
+def test_other_networks_are_refused(load, tmp_path, words):
     kind, arguments, changes = REFUSED[words]
-    weights = Network("DhariwalUNet", ADM).draw() | changes
+    weights = load("adm")[1] | changes
     arrays = {f"model.{name}": value for name, value in weights.items()}
     (tmp_path / "edm.pkl").write_bytes(edm_pickle(kind, arrays, arguments, tmp_path / "marker"))
     with pytest.raises(PretrainedError, match=words):

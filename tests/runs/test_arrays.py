@@ -10,17 +10,11 @@ from diffusion_jax.provenance import params_digest
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.sampling_setup import resolve_sampling
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
-from helpers.work_directories import untrained
+from helpers.work_directories import take_arrays, untrained
 
 CONDITIONS = np.linspace(-3, 5, 24)[:, None]
 MISSING = np.arange(24) % 5 == 0
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
-
-
-def the_samples(directory):
-    (path,) = (directory / "samples").glob("*.npz")
-    with np.load(path) as arrays:
-        return dict(arrays)
 
 
 @pytest.mark.parametrize("kind", ["vectors", pytest.param("series", marks=pytest.mark.whole)])
@@ -46,7 +40,7 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     assert all(np.array_equal(given[0][name], given[1][name], name == "condition") for name in given[0])
     assert (tmp_path / "whole" / "samples" / "train_step00000004.png").stat().st_size > 1000
     sample.run(config, tmp_path / "whole")
-    arrays = the_samples(tmp_path / "whole")
+    arrays = take_arrays(tmp_path / "whole" / "samples")
     assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
     assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
     assert arrays["condition_missing"].tolist() == [False, True, False]

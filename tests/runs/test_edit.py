@@ -10,7 +10,7 @@ from diffusion_jax import Denoiser, data, editing, errors, guidance, pretrained,
 from diffusion_jax.runs import edit
 from helpers.configs import DRAWN, T, conditional, tiny_config
 from helpers.core_samples import agree, core_inputs
-from helpers.work_directories import untrained
+from helpers.work_directories import take_arrays, untrained
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,8 @@ def editing_config(files, **overrides):
 
 def edited(directory, config):
     """Runs an edit; returns the results."""
-    before = set((directory / "samples" / "edits").glob("*.npz"))
     edit.run(config, directory)
-    (path,) = set((directory / "samples" / "edits").glob("*.npz")) - before
-    assert path.with_suffix(".png").exists()
-    with np.load(path) as arrays:
-        return arrays["arr_0"]
+    return take_arrays(directory / "samples" / "edits", has_picture=True)["arr_0"]
 
 
 @pytest.mark.whole

@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax import data, errors, pretrained
 from diffusion_jax.runs import edit
 from helpers.array_configs import SHAPES, array_config, examples, write_arrays
-from helpers.work_directories import untrained
+from helpers.work_directories import take_arrays, untrained
 
 BASE = {
     "model.condition_features": 1,
@@ -58,11 +58,7 @@ def configured(kind, root, task, **overrides):
 
 def results(config, root):
     edit.run(config, root / "run")
-    (path,) = (root / "run" / "samples" / "edits").glob("*.npz")
-    assert path.with_suffix(".png").exists()
-    with np.load(path) as arrays:
-        x = arrays["arr_0"]
-    path.unlink()
+    x = take_arrays(root / "run" / "samples" / "edits", has_picture=True)["arr_0"]
     assert x.dtype == np.float32 and np.isfinite(x).all()
     return x
 

@@ -15,6 +15,7 @@ from diffusion_jax.runs.posterior import Problem
 from helpers.array_configs import SHAPES, array_config
 from helpers.configs import tiny_config
 from helpers.exact_runs import OFFSET, SCALE, covariance, exact_run
+from helpers.work_directories import take_arrays
 
 SHAPE = (8, 2)
 
@@ -31,12 +32,7 @@ def edited(exact, **settings):
     config = config.copy_and_resolve_references()
     config.editing.update(**settings)
     edit.run(config, root / "run")
-    (path,) = (root / "run" / "samples" / "edits").glob("*.npz")
-    assert path.with_suffix(".png").exists()
-    with np.load(path) as arrays:
-        found = dict(arrays)
-    path.unlink()
-    return found
+    return take_arrays(root / "run" / "samples" / "edits", has_picture=True)
 
 
 def exact_posterior(y, seen, noise):

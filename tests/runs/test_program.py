@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED
 from diffusion_jax.runs import train
 from helpers.configs import tiny_config
-from helpers.program import finish, start, tiny_flags
+from helpers.program import finish, start, tiny_flags, until
 from helpers.work_directories import last_state, lines
 
 IMPORTANCE_SAMPLED = {
@@ -25,16 +24,6 @@ IMPORTANCE_SAMPLED = {
 
 
 STOPPING = {signal.SIGTERM: ("stopped by SIGTERM", 75), signal.SIGINT: ("interrupted by Ctrl-C", 130)}
-
-
-def until(condition, process):
-    deadline = time.time() + 300
-    while not condition():
-        if time.time() > deadline:
-            process.kill()
-            process.wait()
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 def num_lines(directory):

@@ -11,6 +11,7 @@ from diffusion_jax.models import upsampling
 from diffusion_jax.runs import sample, sampling_setup
 from helpers.configs import DRAWN, T, conditional, upsampler_config
 from helpers.core_samples import agree, core_inputs
+from helpers.work_directories import take_arrays
 
 
 def by_hand(network, walked, sampler, batches=2, size=4):
@@ -26,12 +27,9 @@ def by_hand(network, walked, sampler, batches=2, size=4):
 
 
 def drawn(directory):
-    """(images, labels) of the newest .npz, removed again."""
-    (path,) = (directory / "samples").glob("step*.npz")
-    with np.load(path) as arrays:
-        found = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays else None
-    path.unlink()
-    return found
+    """(images, labels) of the only .npz, removed again."""
+    arrays = take_arrays(directory / "samples", "step*.npz")
+    return arrays["arr_0"], arrays.get("arr_1")
 
 
 @pytest.mark.whole

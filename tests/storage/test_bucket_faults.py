@@ -5,11 +5,8 @@ that readers ignore. The services are emulators behind a proxy that injects the 
 """
 
 import collections
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -22,8 +19,7 @@ from diffusion_jax.storage.objects import open_store
 from helpers.configs import tiny_config
 from helpers.fault_proxy import MUTATING, FaultProxy
 from helpers.object_stores import assert_complete_checkpoints, variables
-from helpers.paths import ROOT
-from helpers.program import changed_program, tiny_flags
+from helpers.program import changed_program, figure, finish, start, tiny_flags
 from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
@@ -44,28 +40,17 @@ locks._RENEW_SECONDS, locks._WAIT_SECONDS = 1.0, 3.0  # instead of tens
 """
 
 
-def figure(text):
-    print(f"\nFIGURE {text}", flush=True)
-
-
 class Runs:
     """Launches in one work directory, whose requests pass a proxy."""
 
     def __init__(self, url, proxy, log):
         self.url, self.proxy, self._log = url, proxy, log
         self._program = changed_program(log.parent, QUICK_LEASES)
-        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        self.environment |= variables(url.partition(":")[0], proxy.address)
+        self._variables = variables(url.partition(":")[0], proxy.address)
 
     def launch(self, **overrides):
-        with self._log.open("a") as file:
-            return subprocess.Popen(
-                [sys.executable, self._program, *tiny_flags(self.url, **OVERRIDES | overrides)],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=file,
-                stderr=file,
-            )
+        flags = tiny_flags(self.url, **OVERRIDES | overrides)
+        return start(*flags, program=self._program, log=self._log, **self._variables)
 
     def to_the_end(self, **overrides):
         assert self.launch(**overrides).wait(PATIENCE) == 0, self.text()
@@ -77,8 +62,8 @@ class Runs:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("faults") / "whole"
-    process = subprocess.run([sys.executable, "main.py", *tiny_flags(directory, **OVERRIDES)], cwd=ROOT)
-    assert process.returncode == 0
+    code, _, err = finish(start(*tiny_flags(directory, **OVERRIDES)))
+    assert code == 0, err
     return directory
 
 
