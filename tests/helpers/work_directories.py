@@ -33,9 +33,10 @@ def untrained(directory, config, source=None):
 
 
 def take_arrays(folder, pattern="*.npz", has_picture=False):
-    """The arrays of the only file in a folder that matches the pattern; the file and its picture are removed."""
+    """The arrays of the only file in a folder that matches the pattern; the file (and its picture) is removed."""
     (path,) = folder.glob(pattern)
-    path.with_suffix(".png").unlink(missing_ok=not has_picture)
+    if has_picture:
+        path.with_suffix(".png").unlink()
     with np.load(path) as arrays:
         found = dict(arrays)
     path.unlink()
