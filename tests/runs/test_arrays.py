@@ -17,9 +17,10 @@ MISSING = np.arange(24) % 5 == 0
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
 
 
-def test_a_run_trains_resumes_to_the_bit_and_samples(tmp_path):
+@pytest.mark.parametrize("kind", ["vectors", pytest.param("series", marks=pytest.mark.whole)])
+def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     given = np.where(MISSING[:, None], np.nan, CONDITIONS)
-    file = write_arrays("vectors", tmp_path / "data.npz", condition=given, condition_missing=MISSING)
+    file = write_arrays(kind, tmp_path / "data.npz", condition=given, condition_missing=MISSING)
     np.savez(tmp_path / "conditions.npz", condition=np.array([[1.0], [4.0]]), condition_missing=np.array([False, True]))
     overrides = {
         **CONDITIONAL,
@@ -28,19 +29,19 @@ def test_a_run_trains_resumes_to_the_bit_and_samples(tmp_path):
         "sampling.conditions": str(tmp_path / "conditions.npz"),
         "sampling.guidance_scale": 2.0,
     }
-    config = array_config("vectors", file, **overrides)
+    config = array_config(kind, file, **overrides)
     train.run(config, tmp_path / "whole")
     for num_steps in (2, 4):
-        train.run(array_config("vectors", file, **overrides, **{"training.num_steps": num_steps}), tmp_path / "parts")
+        train.run(array_config(kind, file, **overrides, **{"training.num_steps": num_steps}), tmp_path / "parts")
     digests = [params_digest(pretrained.load(tmp_path / name).params) for name in ("whole", "parts")]
     assert digests[0] == digests[1]
     given = [dict(np.load(tmp_path / name / "examples.npz")) for name in ("whole", "parts")]
-    assert given[0]["x"].shape == (24, *SHAPES["vectors"]) and given[0]["condition"].ndim == 2
+    assert given[0]["x"].shape == (24, *SHAPES[kind]) and given[0]["condition"].ndim == 2
     assert all(np.array_equal(given[0][name], given[1][name], name == "condition") for name in given[0])
     assert (tmp_path / "whole" / "samples" / "train_step00000004.png").stat().st_size > 1000
     sample.run(config, tmp_path / "whole")
     arrays = take_arrays(tmp_path / "whole" / "samples")
-    assert arrays["arr_0"].shape == (3, *SHAPES["vectors"]) and arrays["arr_0"].dtype == np.float32
+    assert arrays["arr_0"].shape == (3, *SHAPES[kind]) and arrays["arr_0"].dtype == np.float32
     assert arrays["condition"].tolist() == [[1.0], [4.0], [1.0]]
     assert arrays["condition_missing"].tolist() == [False, True, False]
     assert len(list((tmp_path / "whole" / "samples").rglob("*.png"))) == 4
