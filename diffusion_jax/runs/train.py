@@ -21,7 +21,13 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, models, pictures, pretrained, training
 from diffusion_jax.config import check, is_classifier, is_upsampler, resolve
-from diffusion_jax.console import ProgressBar, log, log_compilation, log_parameters, progress_over
+from diffusion_jax.console import (
+    ProgressBar,
+    log,
+    log_compilation,
+    log_parameters,
+    progress_over,
+)
 from diffusion_jax.data.sources import read_conditions
 from diffusion_jax.distributed import devices, sharding, signals
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST, Watchdog, barrier, broadcast_from_process_0
@@ -175,6 +181,7 @@ def _train(
     def is_due(every: int) -> bool:
         return every > 0 and (step == options.num_steps or step % every == 0)
 
+    state = _empty_averages_if_due(config, program, state, step)
     launch.begin(step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
     with contextlib.ExitStack() as stack:
         stack.push(lambda kind, error, _: launch.stop(error) if kind else None)
@@ -196,8 +203,6 @@ def _train(
         while step < options.num_steps and not must_stop:
             if count not in compiled:
                 compiled[count] = _compile(program, count, state, batch)
-            if step % options.log_every == 0:
-                state = dataclasses.replace(state, averages=program.empty_averages())
             if is_traced and num_calls == _FIRST_TRACED:
                 tracing.enter_context(_trace(workdir, in_flight))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -223,25 +228,26 @@ def _train(
                 with launch.measure("output"):
                     metrics.write_scalars(step, means | speed | {"goodput": launch.goodput()})
             watchdog.record_step()
+            state = _empty_averages_if_due(config, program, state, step)
             with launch.measure("output"):
                 checkpoints.check()
                 bar.update(in_flight.finished, note)
                 launch.record(in_flight.finished)
 
             must_stop = signals.HANDLER.requested()
-            draws, measures = preview and is_due(options.sample_every), is_due(config.evaluation.every)
-            if (draws or measures) and not must_stop:
+            if preview and is_due(options.sample_every) and not must_stop:
                 in_flight.drain()
                 with launch.measure("output"), watchdog.paused():
-                    kind = weights_kind(config, step)
-                    params = state.ema_params if kind == "ema" else state.params
-                    if preview and draws:
-                        _write_picture(workdir, metrics, step, preview(params), preview.setup, kind)
-                    if frechet_distance and measures:
-                        distance = frechet_distance(params)
-                        text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
-                        log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
-                        metrics.write_scalars(step, distance)
+                    kind, params = _sampling_weights(config, state, step)
+                    _write_picture(workdir, metrics, step, preview(params), preview.setup, kind)
+            if frechet_distance and is_due(config.evaluation.every) and not must_stop:
+                in_flight.drain()
+                with launch.measure("output"), watchdog.paused():
+                    kind, params = _sampling_weights(config, state, step)
+                    distance = frechet_distance(params)
+                    text = "".join(f"{name} {value:.4g}" for name, value in distance.items())
+                    log(f"{text} at step {step}{' (raw weights)' * (kind == 'raw')}")
+                    metrics.write_scalars(step, distance)
             if must_stop or is_due(options.checkpoint_every):
                 in_flight.drain()
                 with launch.measure("output"):
@@ -276,6 +282,21 @@ def _trace(workdir: RunDir, in_flight: StepsInFlight) -> Iterator[None]:
         jax.profiler.stop_trace()
         workdir.upload(workdir / "plugins")
         log(f"A trace of the train step: xprof --logdir={workdir} (pip install xprof).")
+
+
+def _empty_averages_if_due(
+    config: ConfigDict, program: training.TrainingProgram, state: training.TrainState, step: int
+) -> training.TrainState:
+    """Empties the averages of metrics if `training.log_every` divides the step; otherwise returns the state unchanged."""
+    if step % config.training.log_every:
+        return state
+    return dataclasses.replace(state, averages=program.empty_averages())
+
+
+def _sampling_weights(config: ConfigDict, state: training.TrainState, step: int) -> tuple[str, Any]:
+    """Returns ("ema", the EMA), or ("raw", the parameters) while the EMA holds too much of the initial parameters."""
+    kind = weights_kind(config, step)
+    return kind, state.ema_params if kind == "ema" else state.params
 
 
 def _check_finite(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:

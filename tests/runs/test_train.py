@@ -35,13 +35,6 @@ def test_a_run_writes_the_documented_files(trained):
 
 
 @pytest.mark.whole
-def test_a_line_has_the_means_since_the_line_before(trained, tmp_path):
-    train.run(tiny_config(**{"training.log_every": 1}), tmp_path)
-    losses, means = ([row["loss"] for row in lines(directory)] for directory in (tmp_path, trained))
-    assert means == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])], rel=1e-6)
-
-
-@pytest.mark.whole
 def test_pictures_are_written_at_their_interval_and_at_the_end(tmp_path):
     train.run(tiny_config(**{"training.sample_every": 3, "training.checkpoint_every": 4}), tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
