@@ -94,7 +94,11 @@ class SamplingSetup:
         return net.draw(key, count, self.schedule, denoiser, self.sampler, **arguments)
 
     def generate_batch(
-        self, seed: int, index: int, batch_size: int, wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser
+        self,
+        seed: int,
+        index: int,
+        batch_size: int,
+        wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
     ) -> np.ndarray:
         """Generates samples index B ... (index + 1) B - 1 in the format of files (`to_examples`).
 
@@ -147,15 +151,17 @@ def resolve_sampling(
         net.check_small_images(bool(net.low_resolution), options["low_resolution_noise"])
         if read_files:
             if options["classifier"]:
-                path = options["classifier"]
-                with as_user_error(f"sampling.classifier={path}", pretrained.PretrainedError):
-                    classifier = pretrained.load(path, ema=options["use_ema"])
-                classifier = classifier if net.mesh is None else classifier.on_mesh(net.mesh)
+                classifier = _load_classifier(options, net)
             if net.low_resolution:
                 small_images, given_labels = _read_small_images(options["low_resolution"], net)
             if conditions is None and options["conditions"]:
                 conditions = _load_conditions(options["conditions"])
-            with as_user_error(f"sampling.conditions={options['conditions'] or 'FILE.npy'}"):
+            if conditions is None and net.condition_shape is not None and not net.model.condition_dropout:
+                expected = ", ".join(map(str, ("N", *net.condition_shape)))
+                raise UserError(
+                    f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in data units"
+                )
+            with as_user_error(f"sampling.conditions={options['conditions']!r}"):
                 given = conditions or {}
                 net.check_condition(num_examples=len(given["condition"]) if given else 1, **given)
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
@@ -180,6 +186,14 @@ def resolve_sampling(
         **{name: options[name] for name in _GUIDANCE},
     }
     return SamplingSetup(net, config, sampler, schedule, guidance, labels, conditions or {}, small_images)
+
+
+def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretrained.Model:
+    """Loads the guiding classifier onto the model's devices. Raises: UserError."""
+    path = options["classifier"]
+    with as_user_error(f"sampling.classifier={path}", pretrained.PretrainedError):
+        classifier = pretrained.load(path, ema=options["use_ema"])
+    return classifier if net.mesh is None else classifier.on_mesh(net.mesh)
 
 
 # ---- Sampler and steps

@@ -92,7 +92,7 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(overrides,
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"model.condition_dropout": 0.0}, "sampling.conditions=FILE.npy: this network needs condition"),
+        ({"model.condition_dropout": 0.0}, r"set sampling.conditions=FILE.npy, numbers \[N, 1\] in data units"),
         ({"sampling.conditions": "misnamed.npz"}, "has only 'cond', 'x'"),
         ({"model.condition_features": 0, "model.condition_dropout": 0.0, "sampling.conditions": "wide.npy"}, "takes no cond"),
     ],
