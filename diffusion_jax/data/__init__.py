@@ -109,13 +109,7 @@ def load(
     config = resolve({"data": config})["data"]
     check({"data": config}, "data")
     share, split = config["holdout"], config["split"]
-    if share and (source is not None or _source_class(config).has_splits(config)):
-        reason = "not for a source that a program gives"
-        if source is None:
-            reason = f"and data.dataset={config['dataset']}, data.data_dir={config['data_dir']!r} has splits of its own"
-        raise DataError(
-            f"data.holdout={share} is for the folder or file of data.dataset=folder or arrays, {reason}: use 0"
-        )
+    _refuse_holdout(config, is_given=source is not None)
     source = CheckedSource.wrap(config, source) if source is not None else _source_class(config).from_config(config)
     log(f"{describe(source)}.")
     is_encoded = isinstance(source, EncodedImages)
@@ -168,3 +162,21 @@ def origin(config: Mapping) -> str:
 def _source_class(config: Mapping) -> type[NamedSource]:
     name = config["dataset"]
     return CheckedSource if ":" in name else SOURCES.get(name, Tfds)
+
+
+def _refuse_holdout(config: Mapping, is_given: bool = False) -> None:
+    """Raises: DataError for `data.holdout` on data with splits of their own. is_given: whether a program gives the source."""
+    source_class, reason = _source_class(config), ""
+    if not config["holdout"]:
+        return
+    if is_given:
+        reason = "not for a source that a program gives"
+    elif not source_class.of_files:
+        reason = f"and {config['dataset']!r} defines its splits itself"
+    elif source_class.has_splits(config):
+        reason = f"and {config['data_dir']} has splits of its own"
+    if reason:
+        raise DataError(
+            f"data.holdout={config['holdout']} is for one folder or file that data.dataset=folder or arrays reads, {reason}: "
+            "use data.holdout=0"
+        )
