@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-The estimates are those of `--mode=plan --config.mesh.device=h100`, from shapes and traced programs; nothing is compiled.
+The estimates are from shapes and traced programs, as in `--mode=plan --config.mesh.device=h100`; nothing is compiled.
 """
 
 import itertools

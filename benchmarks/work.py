@@ -39,8 +39,9 @@ def collectives(program: hlo.Program) -> list[Collective]:
 
 
 def _group_size(line: str) -> int:
-    """Returns the number of devices in a collective's groups: [groups,size]<=..., {{0,1},{2,3}}, or axes of mesh['x'=2,...].
+    """Returns the number of devices in each group of a collective.
 
+    Forms: [groups,size]<=..., {{0,1},{2,3}}, or axes of mesh['x'=2,...], in the order of device_ids=(...) if given.
     Raises: ValueError for another form.
     """
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

@@ -271,7 +271,7 @@ def run(command: Command) -> None:
     if not trains:
         signals.HANDLER.install()  # JAX's preemption service, used only by training, has replaced the SIGTERM handler
     devices.start()
-    if trains and not (workdir / "checkpoints").exists():  # a finished run needs no data; the next imports are slow
+    if trains and not (workdir / "checkpoints").exists():  # a finished run needs no data
         from diffusion_jax import data
 
         data.check_location(config.data)

@@ -278,9 +278,8 @@ class ChunkStore:
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
         finished = {int(stem) for stem in stems if stem.isdecimal()}
         missing = [i for i in range(-(-total // size)) if i not in finished]
-        watchdog = Watchdog(
-            stall_timeout if is_multiprocess() else 0
-        )  # a single process has no peer that could be stuck
+        # A single process has no peer that could be stuck.
+        watchdog = Watchdog(stall_timeout if is_multiprocess() else 0)
         with ProgressBar(title, total, min(len(finished) * size, total)) as bar, watchdog:
             if missing:
                 log("Compiling the program and computing the first batch ...")

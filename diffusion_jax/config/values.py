@@ -245,8 +245,8 @@ class Topology:
     allowed = "a TPU topology such as v5e:4x4"
 
     def check(self, value: Any) -> str:
-        # Configs of 0.3 may name a chip without a shape, which `--mode=plan` refuses.
-        if not isinstance(value, str) or not re.fullmatch(r"v\d\w?(:\d+(x\d+){1,2})?", value):
+        # Configs of 0.3 may have v4 or v5e without a shape, which `--mode=plan` refuses.
+        if not isinstance(value, str) or not re.fullmatch(r"v\d\w?:\d+(x\d+){1,2}|v4|v5e", value):
             raise ValueError
         return value
 

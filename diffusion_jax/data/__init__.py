@@ -142,6 +142,8 @@ def check_location(config: Mapping) -> None:
     config = resolve({"data": config})["data"]
     check({"data": config}, "data")
     source_class, directory = _source_class(config), config["data_dir"]
+    if not source_class.of_files:
+        _refuse_holdout(config)
     if source_class is Tfds and not is_url(directory):
         make_builder(config["dataset"], directory or None, must_be_prepared=not config["download"])
     if source_class is Folder and not is_url(directory):

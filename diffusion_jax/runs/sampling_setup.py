@@ -177,8 +177,9 @@ def resolve_sampling(
             f"class {unknown[0]} is not among the {len(net.class_names)} classes of the training data; its samples may be "
             "noise"
         )
-    for note in [*notes, *find_broken(config, "without effect")] if read_files else ():
-        log(f"Note: {note}.")
+    if read_files:
+        for note in [*notes, *find_broken(config, "without effect")]:
+            log(f"Note: {note}.")
     guidance = {
         "clip": clip,
         "guidance_interval": options["guidance_interval"] or None,

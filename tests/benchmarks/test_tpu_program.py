@@ -62,8 +62,10 @@ def test_bytes_of_collectives_are_those_of_a_ring():
     assert reduced == work.Collective("all-reduce", 1, 4, 2 * 3 / 4 * 72 * 4)
     assert gathered == work.Collective("all-gather", 1, 2, 1 / 2 * 20 * 2)
     mesh = "mesh['a'=2,'b'=4,'c'=3] {'a','c'}, use_global_device_ids=true"
-    (named, _) = work.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", mesh)))
-    assert named.devices == 6
+    ordered = "mesh['a'=2,'b'=4,'c'=3], device_ids=([8,3]T(1,0)) {'b','c'}"
+    for groups, devices in ((mesh, 6), (ordered, 12)):
+        (named, _) = work.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", groups)))
+        assert named.devices == devices
     with pytest.raises(ValueError, match="unknown groups"):
         work.collectives(hlo.Program(TEXT.replace("[1,4]<=[4]", "all")))
     # data parallelism: one all-reduce of float32 gradients; fsdp: three times the bfloat16 parameters.

@@ -63,7 +63,9 @@ def until(condition, *processes):
         if time.monotonic() > limit:
             for process in processes:
                 process.kill()
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes if p.poll()]
+        assert all(process.poll() is None for process in processes), [
+            p.communicate() for p in processes if p.poll() is not None
+        ]
         time.sleep(0.05)
 
 

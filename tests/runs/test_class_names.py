@@ -91,6 +91,8 @@ def test_classes_that_training_would_never_see_are_refused_at_the_launch(tmp_pat
     capsys.readouterr()
     sampling_setup.resolve_sampling(config, net)
     assert "Note: class 4 is not among the 3 classes" in capsys.readouterr().out
+    sampling_setup.resolve_sampling(config, net, read_files=False)  # as training, which repeats no notes
+    assert not capsys.readouterr().out
     config.sampling.label = 2
     sampling_setup.resolve_sampling(config, net)
     assert "class" not in capsys.readouterr().out

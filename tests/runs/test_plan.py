@@ -57,7 +57,7 @@ def test_an_estimate_is_that_of_the_compiled_program():
 
 def test_the_counted_activations_do_not_depend_on_this_machine():
     """Convolutions have another form on CPUs, whose arguments are no new arrays."""
-    config = resolve(tiny_config())
+    config = resolve(tiny_config(**{"model.channel_multipliers": (1, 2)}))
     here = plan.activations_per_example(config)
     with compiling_for("tpu"):
         there = plan.activations_per_example(config)
