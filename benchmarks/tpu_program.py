@@ -2,10 +2,14 @@
 
     python benchmarks/tpu_program.py cifar10 v5e:2x2 [--program=train] [--json=FILE] [--text=FILE] [--config.GROUP.NAME=VALUE]
     python benchmarks/tpu_program.py cifar10 v5e:2x2 --read=FILE    # a text that --text wrote, without compiling
+    python benchmarks/tpu_program.py cifar10 h100    # prints bytes only
 
-This needs libtpu (`make setup EXTRA=tpu`, or pip install -r requirements/tpu.txt). Programs: `train`, a train step; `sample`,
-a batch of samples with the sampler and steps of `config.sampling`; `network`, one network call for such a batch; `features`,
-FID's Inception for such a batch. All numbers are of one device, and cycles are the compiler's estimate.
+TPUs need libtpu (`make setup EXTRA=tpu`, or pip install -r requirements/tpu.txt). An H100 needs two packages, in the version
+of jax, and neither CUDA nor a GPU: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt.
+
+Programs: `train`, a train step; `sample`, a batch of samples with the sampler and steps of `config.sampling`; `network`, one
+network call for such a batch; `features`, FID's Inception for such a batch. All numbers are of one device, and cycles are the
+compiler's estimate.
 
 CIFAR-10's train step takes about 5 minutes of CPU time and 4 GB.
 """
@@ -16,8 +20,10 @@ import argparse
 import collections
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -29,6 +35,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -43,6 +50,18 @@ from diffusion_jax.models import layers
 from diffusion_jax.training.batches import abstract_batch
 
 NOTE = "The compiler's estimate, not a measurement."
+# How XLA describes an H100 to its compiler; clock, bandwidth and memory are NVIDIA's.
+H100 = """
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  l2_cache_size: 52428800 device_memory_size: 84929347584 memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98
+}
+"""
 MIN_PADDED = 2**20  # bytes; smaller arrays are not listed
 
 PROGRAMS: dict[str, Callable[[ConfigDict, Sequence[Any]], Any]] = {}
@@ -91,8 +110,8 @@ PROGRAMS |= {"train": lower_train, "sample": lower_sample, "network": lower_netw
 
 
 def compile_program(name: str, config: ConfigDict, mesh_devices: Sequence[Any]):
-    """Compiles one of `PROGRAMS` for the devices of a topology."""
-    with layers.compiling_for("tpu"):
+    """Compiles one of `PROGRAMS` for devices that need not be present."""
+    with layers.compiling_for(mesh_devices[0].platform):
         return PROGRAMS[name](config, mesh_devices).compile()
 
 
@@ -119,6 +138,19 @@ def _jit(function: Callable, mesh: Mesh, whole: tuple, rows: tuple, rest: tuple 
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     shardings = (everywhere,) * len(whole) + (split,) * len(rows) + (everywhere,) * len(rest)
     return jax.jit(function, in_shardings=shardings).lower(*whole, *rows, *rest)
+
+
+def h100_devices() -> list:
+    """Returns an H100 for which JAX's CUDA plugin compiles, without a GPU. Raises: UserError without the plugin."""
+    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+        version = importlib.metadata.version("jax")
+        raise UserError(
+            f"compiling for an H100 needs: pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
+        )
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of CUDA's libraries
+    # Autotuning would run kernels.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    return list(get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices)
 
 
 # ---- What the compiler knows
@@ -167,6 +199,11 @@ def table(title: str, head: Sequence[str], rows: Iterator[Sequence[Any]]) -> Non
         print(f"| {' | '.join(map(str, row))} |")
 
 
+def print_memory(sizes: Mapping[str, float]) -> None:
+    """Prints the table of bytes."""
+    table("Bytes of one device", ["what", "GB"], ((name, f"{size / 1e9:.3f}") for name, size in sizes.items()))
+
+
 def print_report(found: Mapping[str, Any], chip: topologies.Chip) -> None:
     """Prints the tables."""
     cycles = found["cycles"] or math.nan
@@ -175,9 +212,7 @@ def print_report(found: Mapping[str, Any], chip: topologies.Chip) -> None:
         return ((name, f"{count / 1e3:,.0f}", f"{count / cycles:.1%}") for name, count in counts.items() if count)
 
     if "memory" in found:
-        memory = found["memory"]
-        sizes = {"memory of the chip": chip.memory} | memory
-        table("Bytes of one device", ["what", "GB"], ((name, f"{size / 1e9:.3f}") for name, size in sizes.items()))
+        print_memory({"memory of the chip": chip.memory} | found["memory"])
         flops, moved, seconds = found["flops"], found["bytes_accessed"], found["seconds"]
         table(
             "Work of one device against the chip's peaks",
@@ -218,14 +253,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a file in configs/ without .py")
-    parser.add_argument("topology", help="such as v5e:2x2, v4:2x2x1, v5p:4x4x4 or v6e:8x8")
+    parser.add_argument("topology", help="such as v5e:2x2, v4:2x2x1, v5p:4x4x4 or v6e:8x8; or h100")
     parser.add_argument("--program", choices=PROGRAMS, default="train")
     parser.add_argument("--json", default="", help="the file to write")
     parser.add_argument("--text", default="", help="the file for the text of the program")
     parser.add_argument("--read", default="", help="a text to read instead of compiling")
     options, overrides = parser.parse_known_args(arguments)
     try:
-        chip = topologies.find_chip(options.topology)
+        on_gpu = options.topology == "h100"
+        chip = None if on_gpu else topologies.find_chip(options.topology)
         config = resolve(cli.parse([f"--config={options.config}", "--mode=plan", *overrides]).config)
         found: dict[str, Any] = {"date": str(datetime.date.today()), "topology": options.topology}
         found |= {"program": options.program, "config": options.config, "overrides": overrides, "note": NOTE}
@@ -234,21 +270,22 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             devices.silence_libraries()
             devices.start_virtual(1)
-            mesh_devices = topologies.tpu_devices(options.topology)
-            versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "flax")}
+            mesh_devices = h100_devices() if on_gpu else topologies.tpu_devices(options.topology)
+            names = ("jax", "jax-cuda12-plugin" if on_gpu else "libtpu", "flax")
+            versions = {name: importlib.metadata.version(name) for name in names}
             target = f"{len(mesh_devices)} devices of {options.topology}"
             print(f"{options.config}, {options.program}, {target}, {versions}", flush=True)
             start, cpu = time.perf_counter(), time.process_time()
             compiled = compile_program(options.program, config, mesh_devices)
             seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-            text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
+            text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis() or {}
             parts = {"arguments": "argument", "donated arguments": "alias", "output": "output", "temporaries": "temp"}
             found |= {
                 "versions": versions,
                 "compile": seconds,
                 "memory": {name: getattr(memory, f"{part}_size_in_bytes") for name, part in parts.items()},
-                "flops": cost["flops"],
-                "bytes_accessed": cost["bytes accessed"],
+                "flops": cost.get("flops"),
+                "bytes_accessed": cost.get("bytes accessed"),
             }
             print("Compiled in {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time.".format(**seconds))
             if options.program == "train":
@@ -263,8 +300,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     if options.text:
         pathlib.Path(options.text).write_text(text)
-    found |= report(text, chip)
-    print_report(found, chip)
+    if chip is None:  # a GPU's program has no estimate of cycles
+        print_memory(found["memory"])
+    else:
+        found |= report(text, chip)
+        print_report(found, chip)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(found, indent=1))
 
