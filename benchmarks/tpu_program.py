@@ -178,6 +178,7 @@ def report(text: str, chip: topologies.Chip) -> dict[str, Any]:
         "largest": sorted(largest, reverse=True)[:20],
         "padded": sorted(padded.values(), key=lambda each: -each[3])[:10],
         "collectives": [each._asdict() for each in work.collectives(program)],
+        "fused_collectives": work.num_fused_collectives(program),
         "float32_products": [i.op_name for i, _ in program.executed() for _, d in program.products(i) if "f32" in d],
         "host_calls": len(program.host_calls),
     }
@@ -239,7 +240,9 @@ def print_report(found: Mapping[str, Any], chip: topologies.Chip) -> None:
         sent[f"{each['kind']} over {each['devices']}"] += each["sent"]
     counts = collections.Counter(f"{each['kind']} over {each['devices']}" for each in found["collectives"])
     table("Collectives", ["kind", "number", "MB sent"], ((k, counts[k], f"{b / 1e6:,.2f}") for k, b in sent.items()))
-    if found.get("ideal_bytes"):
+    if found["fused_collectives"]:
+        print(f"\nFusions that contain collectives, whose bytes are not counted: {found['fused_collectives']}.")
+    elif found.get("ideal_bytes"):
         print(f"\nBytes sent: {sum(sent.values()) / found['ideal_bytes']:.3f} of the ideal.")
     arrays = (
         (f"{dtype}{list(shape)}", f"{size / 1e6:.2f}", f"{full / 1e6:.2f}", op)

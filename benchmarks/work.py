@@ -21,7 +21,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: hlo.Program) -> list[Collective]:
-    """Returns the collectives of a program; -done instructions are not counted again."""
+    """Returns the collectives of a program, except those in fusions; -done instructions are not counted again."""
     found = []
     for instruction, count in program.executed():
         kind = instruction.opcode.removesuffix("-start")
@@ -36,6 +36,20 @@ def collectives(program: hlo.Program) -> list[Collective]:
         factor = {"all-reduce": 2 * share, "reduce-scatter": devices - 1, "collective-permute": 1}.get(kind, share)
         found.append(Collective(kind, count, devices, count * size * factor))
     return found
+
+
+def num_fused_collectives(program: hlo.Program) -> int:
+    """Returns the number of executed fusions that contain a collective, such as a gather beside arithmetic."""
+
+    def is_collective(each: hlo.Instruction) -> bool:
+        return each.opcode.removesuffix("-start") in COLLECTIVES
+
+    return sum(
+        count
+        for instruction, count in program.executed()
+        if instruction.opcode == "fusion"
+        and any(is_collective(each) for name in instruction.called for each in program.computations[name].values())
+    )
 
 
 def _group_size(line: str) -> int:
