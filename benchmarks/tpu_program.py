@@ -1,4 +1,4 @@
-"""Compiles a config's program for TPUs, on a machine without TPUs, and prints what the compiler knows about the program.
+"""Compiles a config's program for TPUs or an H100, which need not be present, and prints what the compiler knows.
 
     python benchmarks/tpu_program.py cifar10 v5e:2x2 [--program=train] [--json=FILE] [--text=FILE] [--config.GROUP.NAME=VALUE]
     python benchmarks/tpu_program.py cifar10 v5e:2x2 --read=FILE    # a text that --text wrote, without compiling
@@ -268,6 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
         config = resolve(cli.parse([f"--config={options.config}", "--mode=plan", *overrides]).config)
         found: dict[str, Any] = {"date": str(datetime.date.today()), "topology": options.topology}
         found |= {"program": options.program, "config": options.config, "overrides": overrides, "note": NOTE}
+        if options.read and on_gpu:
+            raise UserError("--read reads the text of a TPU's program; use a topology such as v5e:2x2")
         if options.read:
             text = pathlib.Path(options.read).read_text()
         else:

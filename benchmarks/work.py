@@ -24,8 +24,7 @@ def collectives(program: hlo.Program) -> list[Collective]:
     """Returns the collectives of a program, except those in fusions; -done instructions are not counted again."""
     found = []
     for instruction, count in program.executed():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        if not (kind := _collective(instruction)):
             continue
         devices = 2 if kind == "collective-permute" else _group_size(instruction.line)
         arrays = instruction.arrays
@@ -40,16 +39,18 @@ def collectives(program: hlo.Program) -> list[Collective]:
 
 def num_fused_collectives(program: hlo.Program) -> int:
     """Returns the number of executed fusions that contain a collective, such as a gather beside arithmetic."""
-
-    def is_collective(each: hlo.Instruction) -> bool:
-        return each.opcode.removesuffix("-start") in COLLECTIVES
-
     return sum(
         count
         for instruction, count in program.executed()
         if instruction.opcode == "fusion"
-        and any(is_collective(each) for name in instruction.called for each in program.computations[name].values())
+        and any(_collective(each) for name in instruction.called for each in program.computations[name].values())
     )
+
+
+def _collective(instruction: hlo.Instruction) -> str:
+    """Returns the kind of collective that an instruction starts, or ""."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
 
 
 def _group_size(line: str) -> int:

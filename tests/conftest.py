@@ -32,7 +32,7 @@ def cache_of_session(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_module():
-    """Compiled programs are dropped with their module: thousands of them exhaust a process's memory maps, which ends it."""
+    """Compiled programs are dropped with their module: thousands of them need gigabytes and many memory maps."""
     yield
     jax.clear_caches()
 

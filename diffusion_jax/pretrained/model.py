@@ -220,8 +220,10 @@ class Model:
             assert isinstance(self.model, Conditional)
             conditions = {name: value for name, value in given.items() if name != "extra"}
             interval: Any = guidance_interval and tuple(map(np.float32, guidance_interval))
-            arguments = conditions, self.model.nulls(conditions), np.float32(guidance_scale)
-            denoiser = guidance.classifier_free(denoiser, *arguments, interval=interval, rescale=guidance_rescale)
+            nulls, scale = self.model.nulls(conditions), np.float32(guidance_scale)
+            denoiser = guidance.classifier_free(
+                denoiser, conditions, nulls, scale, interval=interval, rescale=guidance_rescale
+            )
         if classifier is not None:
             log_prob = guidance.class_log_prob(_Apply(classifier.model, classifier.params), y)
             denoiser = guidance.classifier(denoiser, log_prob, np.float32(classifier_scale), form=classifier_form)

@@ -132,10 +132,10 @@ def resolve_sampling(
     conditions: Mapping[str, np.ndarray] | None = None,
     read_files: bool = True,
 ) -> SamplingSetup:
-    """Translates `config.sampling` for a model, and checks everything before anything is compiled.
+    """Translates `config.sampling` for a model, checks everything before anything is compiled, and logs notes.
 
     conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
-    names, and logs nothing; classes are then checked only without a guiding classifier.
+    names, and logs no notes; classes are then checked only without a guiding classifier.
     Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
     config = resolve(config)

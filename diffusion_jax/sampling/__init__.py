@@ -61,5 +61,5 @@ def samplers_with(argument: str) -> list[str]:
 
 
 def arguments_of(make_sampler: Callable[..., Sampler]) -> set[str]:
-    """Returns the arguments that make a sampler with a name in `SAMPLERS`, or one of a class of your own."""
+    """Returns the names of the arguments of a sampler's constructor: a value of `SAMPLERS`, or your own class."""
     return set(inspect.signature(make_sampler).parameters)

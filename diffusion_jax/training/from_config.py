@@ -203,12 +203,12 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
     # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
     # calls.
     scans = options["steps_per_call"] > 1 and platform != "cpu"
-    once = devices.compiler_options(fast_compile=True, platform=platform)
+    fast_compile = devices.compiler_options(fast_compile=True, platform=platform)
     return TrainingProgram(
         mesh=mesh,
         model=model,
         schedule=schedule,
-        init=functools.partial(jax.jit(init, out_shardings=state_shardings, compiler_options=once), seed),
+        init=functools.partial(jax.jit(init, out_shardings=state_shardings, compiler_options=fast_compile), seed),
         empty_averages=jax.jit(lambda: empty_averages(terms), out_shardings=replicated),
         train_step=single_step,
         train_steps=compiled(scan_steps(train_step), 1) if scans else None,

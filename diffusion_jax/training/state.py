@@ -113,7 +113,8 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
 
 def empty_averages(terms: Sequence[str]) -> dict[str, Any]:
     """Returns averages over no steps of all train step metrics. terms: what a loss logs besides the loss."""
-    names, zero = ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate"), jnp.zeros((), jnp.float32)
+    names = ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate")
+    zero = jnp.zeros((), jnp.float32)
     averages = {name: make_average(zero, zero) for name in names}
     return averages | {"nonfinite_step": jnp.full((), -1, jnp.int32)}
 

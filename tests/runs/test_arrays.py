@@ -17,7 +17,9 @@ MISSING = np.arange(24) % 5 == 0
 CONDITIONAL = {"model.condition_features": 1, "model.condition_dropout": 0.25}
 
 
-@pytest.mark.parametrize("kind", ["vectors", pytest.param("series", marks=pytest.mark.whole)])
+@pytest.mark.parametrize(
+    "kind", ["vectors", pytest.param("series", marks=pytest.mark.whole), pytest.param("volume", marks=pytest.mark.slow)]
+)
 def test_a_run_trains_resumes_to_the_bit_and_samples(kind, tmp_path):
     given = np.where(MISSING[:, None], np.nan, CONDITIONS)
     file = write_arrays(kind, tmp_path / "data.npz", condition=given, condition_missing=MISSING)
