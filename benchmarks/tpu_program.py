@@ -184,13 +184,13 @@ def report(text: str, chip: topologies.Chip) -> dict[str, Any]:
     }
 
 
-def ideal_bytes(params: int, width: int, data: int, fsdp: int) -> float:
+def ideal_bytes(params: int, width: int, data: int, fsdp: int, remat: bool = False) -> float:
     """Returns the bytes that a device must send in a train step, with rings.
 
-    Two gathers and one reduce-scatter of the parameters around `fsdp`, in the layers' dtype (`width` bytes), and one
-    all-reduce of each float32 gradient around `data`.
+    One gather (two with model.remat) and one reduce-scatter of the parameters around `fsdp`, in the layers' dtype (`width`
+    bytes), and one all-reduce of each float32 gradient around `data`.
     """
-    return 3 * (fsdp - 1) / fsdp * params * width + 2 * (data - 1) / data * (params / fsdp) * 4
+    return (2 + remat) * (fsdp - 1) / fsdp * params * width + 2 * (data - 1) / data * (params / fsdp) * 4
 
 
 def table(title: str, head: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
                     sum(p.size for p in jax.tree.leaves(shapes.params)),
                     jnp.dtype(config.model.dtype).itemsize,
                 )
-                found["ideal_bytes"] = ideal_bytes(count, width, mesh.shape["data"], mesh.shape["fsdp"])
+                found["ideal_bytes"] = ideal_bytes(count, width, **mesh.shape, remat=bool(config.model.remat))
     except UserError as error:
         sys.exit(str(error))
     if options.text:

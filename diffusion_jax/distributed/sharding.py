@@ -1,9 +1,9 @@
 """The mesh of all devices, and how arrays are split over the mesh.
 
 Both mesh axes split the batch. The axis `fsdp` also splits the large leaves of parameters, optimizer state and EMA (FSDP, or
-ZeRO-3): a device gathers each layer's parameters when it needs them, again in the backward pass, and keeps only its own shard
-of the summed gradient. Activations stay on their device. XLA derives the collectives from the sharding constraints in
-`gather_params`; without these constraints, XLA would shard convolutions by kernel and send activations.
+ZeRO-3): a device gathers each layer's parameters when it needs them, and keeps only its own shard of the summed gradient.
+Activations stay on their device. XLA derives the collectives from the sharding constraints in `gather_params`; without these
+constraints, XLA would shard convolutions by kernel and send activations.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
     """Wraps function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
 
     Each leaf is gathered separately, and its gradient is scattered. dtype: the gathered leaves' dtype, in which the layers
-    compute. Gathered parameters are not stored for the backward pass but gathered again; all other values are stored.
-    kept_names: all values to store if `function` contains a jax.checkpoint, because this outer policy also applies inside.
+    compute. kept_names: if `function` contains a jax.checkpoint, the names of all values that it stores for the backward
+    pass; parameters are then gathered again in the backward pass. Otherwise gathered parameters are stored: a
+    jax.checkpoint around all layers would also keep TPUs from computing activation functions inside of other operations.
     """
     if mesh.shape["fsdp"] == 1:
         return function
@@ -130,11 +131,10 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
         full_params = jax.tree.map(lambda leaf, split: gather(leaf.astype(dtype)) if split else leaf, params, is_split)
         return function(full_params, *rest)
 
-    def keep(primitive, *_, **__):
-        return primitive.name != "sharding_constraint"
-
-    policy = jax.checkpoint_policies.save_only_these_names(*kept_names) if kept_names else keep
-    return jax.checkpoint(gathered, policy=policy)
+    if not kept_names:
+        return gathered
+    # This outer policy also applies inside of `function`.
+    return jax.checkpoint(gathered, policy=jax.checkpoint_policies.save_only_these_names(*kept_names))
 
 
 def check_divides(batch_size: int, mesh: Mesh, name: str, accumulation_steps: int = 1) -> None:

@@ -173,8 +173,6 @@ class Model:
         *,
         y=None,
         condition=None,
-        low=None,
-        noise_std=None,
         extra=None,
         clip: Clip | None = None,
         guidance_scale: float = 1.0,
@@ -186,10 +184,10 @@ class Model:
     ) -> Denoiser:
         """Returns the network as the `Denoiser` that samplers, losses and likelihoods take; arrays may be traced.
 
-        y: labels int [B] for a network with classes, or for the classifier. low: small images [B, h, w, C] in [-1, 1] for a
-        super-resolution network; noise_std: [B], the standard deviation of the noise on small images. condition: float [B, D]
-        or [B, *spatial, K] for a conditional network, in network units as x_t; `normalizations["condition"].apply` converts
-        from data units. extra: [B, K], further numbers for a network of your own that takes them.
+        y: labels int [B] for a network with classes, or for the classifier. condition: float [B, D] or [B, *spatial, K] for a
+        conditional network, in network units as x_t. `inputs` makes both from the arguments of `sample`: conditions in data
+        units, or the small images of a super-resolution network. extra: [B, K], further numbers for a network of your own
+        that takes them.
 
         clip: of x_0, by default the network's; for continuous data True is the network's, too.
         guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which
@@ -200,8 +198,6 @@ class Model:
         Raises: ValueError for guidance that the network does not allow, or a classifier for another x_t; TypeError for a
         classifier's weights.
         """
-        if low is not None:
-            condition = upsampling.condition(low, (len(low), *self.example_shape), noise_std)
         self.check_guidance(guidance_scale, condition is not None, classifier)
         given = {"y": y if self.num_classes else None, "condition": condition, "extra": extra}
         given = {name: value for name, value in given.items() if value is not None}
@@ -306,11 +302,12 @@ class Model:
         given = self.check_condition(condition, num_images, condition_missing)
         if given is not None:
             given = jnp.asarray(to_model_units(given, self.normalizations.get("condition")))
-        inputs: dict[str, Any] = {"y": self.check_labels(y, num_images, classifier), "condition": given}
+        y = self.check_labels(y, num_images, classifier)
         if low is not None:
-            inputs["low"] = to_model_range(low) if low.dtype == np.uint8 else low
-            inputs["noise_std"] = noise_std if self.conditioning_noise else None
-        return inputs
+            low = to_model_range(low) if low.dtype == np.uint8 else low
+            std = noise_std if self.conditioning_noise else None
+            given = upsampling.condition(low, (num_images, *self.example_shape), std)
+        return {"y": y, "condition": given}
 
     def draw(
         self,

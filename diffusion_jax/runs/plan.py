@@ -193,14 +193,16 @@ def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_
         backward = 2 * (activations[every[0]] - activations[every[1]]) / num_blocks + activations[True] / 2
     fsdp, remat, steps = settings
     microbatch = config["training"]["batch_size"] // num_devices // steps
-    largest = max(map(math.prod, traced.shapes)) * width if fsdp > 1 else 0
-    held = sum(math.prod(s) / (1 if sharding.split_axis(s, fsdp) is None else fsdp) for s in traced.shapes)
+    split = [math.prod(s) for s in traced.shapes if sharding.split_axis(s, fsdp) is not None]
+    held = sum(map(math.prod, traced.shapes)) - sum(split) + sum(split) / fsdp
+    # Without recomputation, all gathered parameters are stored for the backward pass.
+    gathered = width * (2 * max(split, default=0) if remat else sum(split))
     return Estimate(
         settings,
         state=4 * 4 * held,
         gradients=4 * held * (1 if steps == 1 else 2),
         activations=microbatch * activations[remat],
-        working=microbatch * backward + 2 * largest,
+        working=microbatch * backward + gathered,
     )
 
 

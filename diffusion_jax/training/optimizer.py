@@ -40,7 +40,7 @@ def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
 def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer of `config.optimizer`: clipping by the global norm (0 for none), then Adam or AdamW.
 
-    `update` takes the gradient's `global_norm` as the keyword argument `grad_norm`, because the metrics need it, too. Frozen
+    `update` takes the gradient's norm as the keyword argument `grad_norm`, because the metrics need it, too. Frozen
     parameters have no optimizer state, and updates of 0.
     """
     if ":" in config["name"]:
@@ -84,17 +84,6 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
         which = "every parameter" if chosen else "no parameter"
         raise ValueError(f"optimizer.frozen={frozen!r} freezes {which}; {some}")
     return jax.tree.map(lambda name: name in chosen, names)
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Computes the Euclidean norm of a float32 tree with at least one leaf.
-
-    Each leaf is summed over its last axis; then the sums of all leaves are added as one vector.
-    """
-    squares = [jnp.square(leaf) for leaf in jax.tree.leaves(tree)]
-    sums = [square.sum(-1).ravel() if square.ndim > 1 else square.ravel() for square in squares]
-    # Without a barrier, XLA adds the sums one by one, which compiles longer and rounds differently.
-    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(sums)).sum())
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:

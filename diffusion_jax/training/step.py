@@ -23,7 +23,7 @@ from diffusion_jax.models import layers, upsampling
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.training.batches import Examples, condition_shape, random_flip, read_batch
-from diffusion_jax.training.optimizer import ema_decay, find_frozen, global_norm
+from diffusion_jax.training.optimizer import ema_decay, find_frozen
 from diffusion_jax.training.state import (
     Network,
     TrainState,
@@ -298,7 +298,7 @@ def make_train_step(
         frozen = config["optimizer"]["frozen"]
         is_frozen = find_frozen(frozen, grads) if frozen else jax.tree.map(lambda _: False, grads)
         grads = jax.tree.map(lambda frozen, g: jnp.zeros_like(g) if frozen else g, is_frozen, grads)
-        grad_norm = global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay(state.step, config["ema"]))
@@ -308,7 +308,7 @@ def make_train_step(
         if history is not None:
             history = timesteps.record(history, values["t"], values["loss"] / values["importance"])
 
-        param_norm = global_norm(params)
+        param_norm = optax.tree.norm(params)
         scalars = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
         scalars["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         terms = values.keys() - {"loss", "importance", "t"}

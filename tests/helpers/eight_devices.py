@@ -88,13 +88,18 @@ def collectives(compiled) -> dict:
 
 def program():
     """The state's bytes and the bytes that a train step sends, for a network of 1.6 million parameters with fsdp=8."""
-    config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128})
-    built = training.build_program(config)
+
+    def build(remat: bool):
+        config = tiny_config(**{"mesh.fsdp": 8, "model.channels": 128, "model.remat": remat})
+        built = training.build_program(config)
+        return built, built.train_step.lower(built.abstract_state, a_batch(config)).compile()
+
+    (built, compiled), (_, recomputing) = build(False), build(True)
     state = built.abstract_state
     held = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
     params = jax.tree.leaves(state.params)
-    compiled = built.train_step.lower(state, a_batch(config)).compile()
     return collectives(compiled) | {
+        "remat": collectives(recomputing),
         "params": sum(leaf.size for leaf in params) * 4,
         "whole": sum(leaf.size for leaf in params if leaf.sharding.is_fully_replicated) * 4,
         "largest": max(leaf.size for leaf in params) * 4,

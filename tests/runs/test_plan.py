@@ -4,6 +4,8 @@ import re
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from diffusion_jax import data, training
@@ -36,7 +38,13 @@ def test_settings_trade_memory_for_time(choices):
     assert order.index(none.settings) < order.index(first.settings) < order.index(every.settings)
     split = by_settings[plan.Settings(1, False, 4)]
     assert split.activations == none.activations / 4 and split.gradients == 2 * none.gradients
-    assert by_settings[plan.Settings(8, False, 1)].state < none.state
+    split = by_settings[plan.Settings(8, False, 1)]
+    assert split.state < none.state
+    # Each element of a split array has 16 bytes of state, of which a device holds an eighth, and one gathered value.
+    width = jnp.dtype(choices[0]["model"]["dtype"]).itemsize
+    np.testing.assert_allclose(split.working - none.working, (none.state - split.state) * 8 / 7 / 16 * width)
+    every_split = by_settings[plan.Settings(8, True, 1)]
+    assert 0 < every_split.working - every.working < split.working - none.working
 
 
 @pytest.mark.whole
