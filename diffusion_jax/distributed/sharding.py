@@ -107,8 +107,8 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
 
     Each leaf is gathered separately, and its gradient is scattered. dtype: the gathered leaves' dtype, in which the layers
     compute. kept_names: if `function` contains a jax.checkpoint, the names of all values that it stores for the backward
-    pass; parameters are then gathered again in the backward pass. Otherwise gathered parameters are stored: a
-    jax.checkpoint around all layers would also keep TPUs from computing activation functions inside of other operations.
+    pass; parameters are then gathered again in the backward pass. Without names, gathered parameters are stored, because a
+    jax.checkpoint around all layers would make TPUs store each activation as a separate array.
     """
     if mesh.shape["fsdp"] == 1:
         return function
@@ -133,7 +133,7 @@ def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: 
 
     if not kept_names:
         return gathered
-    # This outer policy also applies inside of `function`.
+    # This outer policy also applies inside of `function`, so it needs all names.
     return jax.checkpoint(gathered, policy=jax.checkpoint_policies.save_only_these_names(*kept_names))
 
 

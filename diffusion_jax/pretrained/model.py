@@ -185,9 +185,9 @@ class Model:
         """Returns the network as the `Denoiser` that samplers, losses and likelihoods take; arrays may be traced.
 
         y: labels int [B] for a network with classes, or for the classifier. condition: float [B, D] or [B, *spatial, K] for a
-        conditional network, in network units as x_t. `inputs` makes both from the arguments of `sample`: conditions in data
-        units, or the small images of a super-resolution network. extra: [B, K], further numbers for a network of your own
-        that takes them.
+        conditional network, in network units as x_t; for a super-resolution network, `models.upsampling.condition(low, shape,
+        noise_std)`. `inputs` makes y and condition from the arguments of `sample`. extra: [B, K], further numbers for a
+        network of your own that takes them.
 
         clip: of x_0, by default the network's; for continuous data True is the network's, too.
         guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which

@@ -29,7 +29,7 @@ from diffusion_jax.training.state import abstract_params
 
 DEVICES = {"a100": 80e9, "h100": 80e9}  # bytes of memory
 USABLE = 0.9  # fraction of a device's memory; the runtime and fragmentation use the rest
-_CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions
+CHECKPOINTS = ("checkpoint", "remat", "remat2")  # the name of jax.checkpoint differs between versions
 _PRODUCTS = ("conv_general_dilated", "dot_general")
 _MAX_TRIAL_STEPS = 20  # shorter runs only show that the program works
 _MAX_TERMINAL_ALPHA_BAR = 0.01
@@ -195,7 +195,7 @@ def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_
     microbatch = config["training"]["batch_size"] // num_devices // steps
     split = [math.prod(s) for s in traced.shapes if sharding.split_axis(s, fsdp) is not None]
     held = sum(map(math.prod, traced.shapes)) - sum(split) + sum(split) / fsdp
-    # Without recomputation, all gathered parameters are stored for the backward pass.
+    # All gathered parameters are stored for the backward pass, or with recomputation about two arrays at a time.
     gathered = width * (2 * max(split, default=0) if remat else sum(split))
     return Estimate(
         settings,
@@ -246,7 +246,7 @@ def _kept(jaxpr: core.Jaxpr) -> dict[Any, Any]:
             named[result] = named.get(variable, variable)
             variables = [variable]
         kept |= {named.get(variable, variable): variable.aval for variable in variables}
-        if name not in _CHECKPOINTS:
+        if name not in CHECKPOINTS:
             for inner in core.jaxprs_in_params(equation.params):
                 # A call's arguments are no new arrays; a scan's arguments are slices, which are new arrays.
                 is_call = name != "scan" and len(inner.invars) == len(equation.invars)

@@ -55,9 +55,10 @@ def test_program_gathers_parameters_and_sums_gradients(measured):
 @pytest.mark.whole
 def test_remat_recomputes_every_block_with_sharded_parameters(measured):
     """model.remat repeats the first convolution in each recomputed block and nothing else; three of eight blocks have full
-    resolution."""
-    without, full_resolution, all_blocks = measured["program"]["convolutions"]
+    resolution. Without it there is no jax.checkpoint, whose stored values TPUs cannot fuse."""
+    (without, *_), (full_resolution, *_), (all_blocks, *_) = measured["program"]["traced"]
     assert (full_resolution - without, all_blocks - without) == (3, 8)
+    assert [has_checkpoint for _, has_checkpoint in measured["program"]["traced"]] == [False, True, True]
 
 
 @pytest.mark.whole

@@ -15,6 +15,7 @@ import numpy as np
 from diffusion_jax import config as configs
 from diffusion_jax import training
 from diffusion_jax.distributed import sharding
+from diffusion_jax.runs import plan
 from helpers.configs import a_batch, tiny_config
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -106,15 +107,16 @@ def program():
         "arguments": compiled.memory_analysis().argument_size_in_bytes,
         "held": sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in held),
         "init_temporary": built.init.func.lower(*built.init.args).compile().memory_analysis().temp_size_in_bytes,
-        "convolutions": [_convolutions(remat) for remat in (False, (0,), True)],
+        "traced": [_traced(remat) for remat in (False, (0,), True)],
     }
 
 
-def _convolutions(remat: bool | tuple[int, ...]) -> int:
-    """How many convolutions a train step of two resolutions with fsdp=8 has."""
+def _traced(remat: bool | tuple[int, ...]) -> tuple[int, bool]:
+    """How many convolutions a train step of two resolutions with fsdp=8 has, and whether it has a jax.checkpoint."""
     config = on(1, 8, **{"model.remat": remat, "model.channel_multipliers": (1, 2)})
     built = training.build_program(config)
-    return str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr).count("conv_general_dilated[")
+    text = str(built.train_step.trace(built.abstract_state, a_batch(config)).jaxpr)
+    return text.count("conv_general_dilated["), any(f"{name}[" in text for name in plan.CHECKPOINTS)
 
 
 if __name__ == "__main__":
