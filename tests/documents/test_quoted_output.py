@@ -96,6 +96,7 @@ def test_first_arrays(run, capsys):
 def test_sensors(run, capsys):
     run_example("reaction_diffusion.py", capsys, *SHORT)
     fast = {"--config.editing.method": "pigdm", "--config.sampling.sampler": "ddim", "--config.sampling.steps": 1}
+    fast |= {"--config.evaluation.batch_size": 190}  # 950 need 7 GB
     _, edit, evaluate, _ = run("sensors.md", "runs/patterns", SMALL | fast)
     chi_squared, calibration = quoted("docs/start/sensors.md")
     check(chi_squared, edit, r"1\.04")
