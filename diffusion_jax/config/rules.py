@@ -45,7 +45,7 @@ class Rule(NamedTuple):
 
 
 def freezes(pattern: str, name: str) -> bool:
-    """Returns whether a pattern of `optimizer.frozen` is of a parameter, by its name, or of a module that contains it."""
+    """Returns whether a pattern of `optimizer.frozen` names a parameter, or a module that contains it."""
     return any(fnmatch.fnmatchcase(name, form) for form in (pattern, f"{pattern}/*"))
 
 

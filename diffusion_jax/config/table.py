@@ -522,7 +522,7 @@ EDITING: dict[str, Setting] = {
     "example": Setting(
         None,
         optional(Integer(0)),
-        "Number of an example of `evaluation.split`, in place of `editing.image`; tasks that measure measure it.",
+        "Number of an example in `evaluation.split`, in place of `editing.image`; tasks with a measurement measure it.",
     ),
     "noise": Setting(
         0.0,

@@ -102,9 +102,9 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
       variance and other settings of `config.diffusion`.
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
-    network: for weights of your own network (`config.model.kind`), the function that makes the network; or {setting: name}
-      with functions of these names to use instead of those of the weights; or True to import the functions that the weights
-      name. No code is imported otherwise.
+    network: for weights of your own network (`config.model.kind`), the function that makes the network; or {setting: name},
+      functions that replace those that the weights name; or True to import the functions that the weights name. No code is
+      imported otherwise.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files. StorageError for a download that fails.
     """

@@ -23,7 +23,7 @@ _MAX_CONDITIONED = 256  # enough to find an example near a requested condition
 _MAX_BYTES = 2**23
 _NUM_CANDIDATES = 128  # further examples that are read to find every class
 _FAR = 1e6  # standard deviations between an example with and an example without a condition
-_QUANTILE = 0.005  # share of the values of the examples beyond each limit of a channel
+_QUANTILE = 0.005  # share of a channel's values below its lower limit, and above its upper limit
 
 
 def write_examples(source: data.Source, workdir: RunDir) -> None:
