@@ -248,8 +248,8 @@ class FeatureExtractor(NamedTuple):
 
     name: for reports. digest: changes with everything that changes the features. function: (params, uint8 images
     [B, H, W, C]) -> {"pool": [B, D]}, and "spatial" [B, S] for sFID; compiled unless params is None. head: [D, classes],
-    from features to logits, or None.
-    resize: Inception's resize method, one of RESIZES. published: whether the Frechet distance may be called FID.
+    from features to logits, or None. resize: a name in RESIZES, how images are resized for Inception. published: whether the
+    Frechet distance may be called FID.
     """
 
     name: str
