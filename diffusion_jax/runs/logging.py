@@ -408,6 +408,7 @@ class _MLflow:
         self._client.log_batch(self._id, metrics, synchronous=False)
 
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        self._mlflow.flush_async_logging()  # MLflow reads the run for the first image, and a file store must be complete then
         self._client.log_image(self._id, image, f"{name}/{step:08d}.png", synchronous=False)
 
     def close(self) -> None:
