@@ -261,11 +261,11 @@ class NamedValues:
             raise ValueError
         if wrong := [name for name in value if not str(name).isidentifier()]:
             raise ValueError(f"{wrong[0]} is not the name of an argument")
-        return {str(name): self._check_value(name, each) for name, each in value.items()}
+        return {str(name): self._convert_value(name, each) for name, each in value.items()}
 
-    def _check_value(self, name: Any, value: Any) -> Any:
+    def _convert_value(self, name: Any, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return tuple(self._check_value(name, each) for each in value)
+            return tuple(self._convert_value(name, each) for each in value)
         value = _to_scalar(value)
         if not (value is None or isinstance(value, bool | int | float | str)):
             raise ValueError(f"{name} is a {type(value).__name__}; give a number, text, bool, None or a tuple of these")

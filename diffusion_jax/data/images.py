@@ -26,10 +26,10 @@ from diffusion_jax.data.sources import (
     NamedSource,
     Progress,
     Source,
-    check_image_settings,
     classes_of_files,
     find_files,
     read_classes,
+    size_and_channels,
 )
 from diffusion_jax.errors import DataError, UnreadableFilesError, list_names
 from diffusion_jax.files import map_array, save_npz, user_cache
@@ -56,7 +56,7 @@ class Digits(InMemory, NamedSource):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Digits:
-        return cls(config["split"], *check_image_settings(config))
+        return cls(config["split"], *size_and_channels(config))
 
     def __init__(self, split: str, image_size: tuple[int, int], channels: int):
         if split not in ("train", "test"):
@@ -90,7 +90,7 @@ class Folder(EncodedImages):
 
     @classmethod
     def from_config(cls, config: Mapping) -> Folder:
-        return cls(config["data_dir"], *check_image_settings(config))
+        return cls(config["data_dir"], *size_and_channels(config))
 
     def __init__(self, directory: str, image_size: tuple[int, int] | None, channels: int):
         root = find_folder(directory)

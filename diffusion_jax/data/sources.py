@@ -265,7 +265,7 @@ def noun(config: Mapping) -> str:
     return "images" if is_of_images(config) else "examples"
 
 
-def check_image_settings(config: Mapping) -> tuple[tuple[int, int], int]:
+def size_and_channels(config: Mapping) -> tuple[tuple[int, int], int]:
     """Returns ((height, width), channels) for image files. Raises: DataError for settings that describe other data."""
     if not is_of_images(config):
         settings = ", ".join(f"data.{name}={config[name]}" for name in ("image_size", "channels", "levels"))

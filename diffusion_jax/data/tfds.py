@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from diffusion_jax.data.images import EncodedImages, fit
-from diffusion_jax.data.sources import check_image_settings, readable
+from diffusion_jax.data.sources import readable, size_and_channels
 from diffusion_jax.errors import DataError, shorten
 from diffusion_jax.files import with_urls
 from diffusion_jax.storage.downloads import cached_files, local_path
@@ -171,7 +171,7 @@ class Tfds(EncodedImages):
         return cls(config)
 
     def __init__(self, config: Mapping):
-        self._size, self._channels = check_image_settings(config)
+        self._size, self._channels = size_and_channels(config)
         name, split, data_dir = config["dataset"], config["split"], config["data_dir"]
         if config["download"] and not is_url(data_dir):
             prepare(name, local_data_dir(name, data_dir))

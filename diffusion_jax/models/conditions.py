@@ -136,7 +136,7 @@ class Conditional(nn.Module):
                 raise ValueError(f"{name}_dropout must lie in [0, 1), got {rate}")
             if rate and not is_given:
                 raise ValueError(f"{name}_dropout={rate} needs {name}s to drop; give {needed}, or use 0")
-        y, condition = self._check_labels(y), self._check_condition(condition, shape, len(x_t))
+        y, condition = self._prepare_labels(y), self._prepare_condition(condition, shape, len(x_t))
         return self._drop(y, condition) if train else (y, condition)
 
     def _drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
@@ -158,7 +158,7 @@ class Conditional(nn.Module):
         """bool [B], True with probability 1 - rate, drawn by `nn.Dropout` so that microbatches split one draw."""
         return nn.Dropout(rate, deterministic=False, name=name)(jnp.ones(jnp.shape(rows)[:1])) > 0
 
-    def _check_labels(self, y) -> jax.Array | None:
+    def _prepare_labels(self, y) -> jax.Array | None:
         """Returns y as int, with traced labels out of range mapped one beyond the embedding. Raises: ValueError."""
         if self.num_classes and y is None:
             raise ValueError(f"a network of {self.num_classes} classes needs y, the labels")
@@ -166,7 +166,7 @@ class Conditional(nn.Module):
             raise ValueError("labels were given to a network without classes (num_classes=0)")
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
-    def _check_condition(self, condition, example_shape, num_rows: int) -> jax.Array | None:
+    def _prepare_condition(self, condition, example_shape, num_rows: int) -> jax.Array | None:
         """Returns the condition as an array, with nulls for None; None for a network without. Raises: ValueError."""
         if example_shape is None:
             if condition is not None:

@@ -136,7 +136,7 @@ def parse_flags(text: str) -> dict[str, str]:
     return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
 
 
-def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the flags that describe a network to their types. Raises: PretrainedError for unknown flags or wrong types."""
     known, checked = [*_FLAGS, *_IGNORED_FLAGS], {}
     unknown = sorted(set(flags) - set(known))
@@ -185,7 +185,7 @@ def describe_openai(
 def _describe_by_flags(
     path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], flags: Mapping[str, Any]
 ) -> tuple[Model, bool]:
-    flags, missing = _check_flags(flags), []
+    flags, missing = _convert_flags(flags), []
 
     def require(*names: str, default: object = None) -> Any:
         """Returns the first given flag of `names`. default: the default in OpenAI's scripts, for the error message."""

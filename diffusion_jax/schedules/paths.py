@@ -318,7 +318,7 @@ def _call(function, x, xp):
         return np.asarray(function(jnp.asarray(x)))
 
 
-def _check_interval(name: str, interval, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
+def _to_interval(name: str, interval, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
     first, last = (float(end) for end in interval)
     if not low <= first < last <= high or not math.isfinite(last - first):
         allowed = f" in {low:g} ... {high:g}" if math.isfinite(low) else ""
@@ -335,7 +335,7 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, *, interval: tuple[
     """
     if not 0 < beta_min <= beta_max < math.inf:
         raise ValueError(f"the rates must be 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
-    return _VPLinear(float(beta_min), float(beta_max), _check_interval("interval", interval, 0, _MILLE))
+    return _VPLinear(float(beta_min), float(beta_max), _to_interval("interval", interval, 0, _MILLE))
 
 
 def vp_cosine(offset: float = 0.008, *, interval: tuple[float, float] = (0.01, 999.9)) -> Path:
@@ -346,7 +346,7 @@ def vp_cosine(offset: float = 0.008, *, interval: tuple[float, float] = (0.01, 9
     interval outside 0 ... 1000.
     """
     require_number("offset", offset, 0)
-    return _VPCosine(float(offset), _check_interval("interval", interval, 0, _MILLE))
+    return _VPCosine(float(offset), _to_interval("interval", interval, 0, _MILLE))
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Path:
@@ -366,7 +366,7 @@ def rectified_flow(*, interval: tuple[float, float] = (0.0, 1000.0)) -> Path:
     interval: at the ends of the default the log SNR is infinite. What needs finite ends, such as a bound, raises ValueError
     and needs an interval such as (1, 999). Raises: ValueError for an interval outside 0 ... 1000.
     """
-    return _RectifiedFlow(_check_interval("interval", interval, 0, _MILLE))
+    return _RectifiedFlow(_to_interval("interval", interval, 0, _MILLE))
 
 
 def shifted(path: Path, delta_log_snr: float) -> Path:
@@ -395,7 +395,7 @@ def path(
     Raises: ValueError for an interval that is not increasing and, unless traced, for a log SNR that does not decrease on it
       and an `inverse` that does not return the time.
     """
-    new = _Custom(log_snr, inverse, _check_interval("interval", interval))
+    new = _Custom(log_snr, inverse, _to_interval("interval", interval))
     with jax.ensure_compile_time_eval():
         values = new.log_snr(jnp.linspace(*new.interval, 64, dtype=jnp.float32))
     if not isinstance(values, Tracer) and not (np.diff(np.asarray(values)) < 0).all():
