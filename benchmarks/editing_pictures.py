@@ -48,7 +48,7 @@ def main():
     run = directory / "runs" / "drawings"
     files = [f"--config.editing.{setting}={directory}/{setting}.png" for setting in ("image", "other", "mask")]
     command = [sys.executable, str(ROOT / "main.py"), f"--workdir={run}", "--mode=edit", *files]
-    command += ["--config.sampling.class=house", "--config.sampling.steps=100"]
+    command += ["--config.sampling.label=house", "--config.sampling.steps=100"]
     shutil.rmtree(run / "samples" / "edits", ignore_errors=True)
     for task, options in TASKS.items():
         subprocess.run([*command, f"--config.editing.task={task}", *options], check=True, cwd=directory)

@@ -1,7 +1,7 @@
 """MNIST by class, with classifier-free guidance, small enough for a CPU.
 
 python main.py --config=configs/mnist_conditional.py --workdir=DIR
-python main.py --workdir=DIR --mode=sample --config.sampling.class=7 --config.sampling.guidance_scale=2
+python main.py --workdir=DIR --mode=sample --config.sampling.label=7 --config.sampling.guidance_scale=2
 """
 
 from diffusion_jax.config import ConfigDict, default

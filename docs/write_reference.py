@@ -126,7 +126,7 @@ def command_line() -> str:
     modes += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in cli.MODES.items()]
     settings = (
         "`--config.group.setting=VALUE` overrides a setting of the config: `--config.training.num_steps=1e4`,\n"
-        '`--config.sampling.class="(cats,dogs)"`. [Configuration](configuration.md) lists all settings.'
+        '`--config.sampling.label="(cats,dogs)"`. [Configuration](configuration.md) lists all settings.'
     )
     parts = [
         _COMMAND_LINE,

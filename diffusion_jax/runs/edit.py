@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     held_out, conditions = (None, None) if options.example is None else _read_held_out(config, net)
     setup, files = resolve_sampling(config, net, conditions), EditFiles(config, net, held_out)
     if task == "interpolate" or options.noise:
-        for setting, rows in (("class", setup.labels), ("conditions", setup.conditions.get("condition"))):
+        for setting, rows in (("label", setup.labels), ("conditions", setup.conditions.get("condition"))):
             if rows is not None and len(rows) > 1:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"

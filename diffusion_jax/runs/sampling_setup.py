@@ -282,7 +282,7 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
     if value is None:
         return np.arange(num_classes, dtype=np.int32) if num_classes else None
     if not num_classes:
-        raise UserError(f"sampling.class={value}, but the model has no classes (model.num_classes=0)")
+        raise UserError(f"sampling.label={value}, but the model has no classes (model.num_classes=0)")
     classes = value
     if isinstance(value, str) and value not in names:
         classes = [part.strip(" '\"") for part in value.strip("()[] ,").split(",")]
@@ -292,14 +292,14 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
             y = names.index(y) if y in names else int(y) if y.isdecimal() else y
         elif str(y) in names and names.index(str(y)) != y:
             raise UserError(
-                f"sampling.class={y} is ambiguous: {str(y)!r} is the name of class {names.index(str(y))}; give the name of "
-                f"the class, as in --config.sampling.class=\"'{y}'\""
+                f"sampling.label={y} is ambiguous: {str(y)!r} is the name of class {names.index(str(y))}; give the name of "
+                f"the class, as in --config.sampling.label=\"'{y}'\""
             )
         if type(y) is not int or not 0 <= y < num_classes:
             known = f" ({list_names(names, 20)})" if names else ""
             near = closest_names(y, names, count=3) if isinstance(y, str) else []
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"sampling.class={value} must be classes in 0 ... {num_classes - 1}{known}{hint}")
+            raise UserError(f"sampling.label={value} must be classes in 0 ... {num_classes - 1}{known}{hint}")
         indices.append(y)
     return np.array(indices, np.int32)
 

@@ -73,9 +73,9 @@ def test_a_classifier_has_the_defaults_of_its_own_network():
         ("sampling.clip", "dynamic", "dynamic"),
         ("sampling.guidance_interval", "0,inf", (0.0, float("inf"))),
         ("sampling.class", "7", 7),
-        ("sampling.class", "'7'", "7"),
-        ("sampling.class", "tench, Tinca tinca", "tench, Tinca tinca"),  # one name
-        ("sampling.class", "('tench, Tinca tinca', cat, 3)", ("tench, Tinca tinca", "cat", 3)),
+        ("sampling.label", "'7'", "7"),
+        ("sampling.label", "tench, Tinca tinca", "tench, Tinca tinca"),  # one name
+        ("sampling.label", "('tench, Tinca tinca', cat, 3)", ("tench, Tinca tinca", "cat", 3)),
         ("evaluation.metrics", "fid", ("fid",)),
         ("evaluation.metrics", "('fid', 'kid')", ("fid", "kid")),
     ],

@@ -112,7 +112,7 @@ def test_training_refuses_what_sampling_would(settings, words, tmp_path, monkeyp
 
 def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
     classes = {"model.num_classes": 10, "model.label_dropout": 0.1}
-    with pytest.raises(UserError, match="sampling.class=.*seven"):
+    with pytest.raises(UserError, match="sampling.label=.*seven"):
         train.run(tiny_config(**classes, **{"sampling.label": "(3,seven)"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

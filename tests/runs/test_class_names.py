@@ -52,8 +52,8 @@ def test_captions_have_the_names_that_differ_from_the_numbers():
         (("fox", 7), [9, 7]),
         ("9", [8]),  # a name, quoted
         (3, [3]),
-        (9, "sampling.class=9 is ambiguous: '9' is the name of class 8; give the name"),
-        ("fix", r"sampling.class=fix must be classes in 0 \.\.\. 9 \(0, .*\); did you mean fox\?"),
+        (9, "sampling.label=9 is ambiguous: '9' is the name of class 8; give the name"),
+        ("fix", r"sampling.label=fix must be classes in 0 \.\.\. 9 \(0, .*\); did you mean fox\?"),
     ],
 )
 def test_classes_by_number_or_name(label, classes):

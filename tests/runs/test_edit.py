@@ -93,7 +93,7 @@ def test_invalid_editing_options_are_refused(root, files):
         ({"editing.mask": str(files / "black.png")}, "black everywhere: nothing is kept"),
         ({"editing.mask": str(files / "wide.png")}, "has 9x5 pixels and the image has 8x8"),
         ({"editing.task": "interpolate", "sampling.label": 3}, "only a deterministic sampler decodes"),
-        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single row of sampling.class, not 10"),
+        ({"editing.task": "interpolate", "sampling.sampler": "ddim"}, "needs a single row of sampling.label, not 10"),
         ({"editing.task": "super_resolution", "editing.factor": 3}, "must divide the model's 8x8 pixels"),
         (
             {"editing.task": "interpolate", "editing.level": 7, "sampling.label": 3},

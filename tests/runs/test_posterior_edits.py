@@ -219,7 +219,7 @@ def test_noisy_images_are_measured_in_gray_levels(tmp_path):
         np.testing.assert_allclose(files.read_y(found, None)[0], y / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(to_gray_levels(np.array([-1.0, 1.0])), [0, 255])
     options = experiment_with(config, task="deblur", noise=1.0, image=str(tmp_path / "y.png"))
-    with pytest.raises(errors.UserError, match="needs a single row of sampling.class, not 10"):
+    with pytest.raises(errors.UserError, match="needs a single row of sampling.label, not 10"):
         edit.run(options, tmp_path / "none")
 
 
