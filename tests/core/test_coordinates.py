@@ -1,4 +1,4 @@
-"""Other coordinates: preconditioning, and networks of EDM and of flow matching, against the formulas of the papers."""
+"""Other coordinates: preconditioning, EDM's networks and flow matching, against the formulas of the papers."""
 
 import itertools
 

@@ -222,7 +222,7 @@ def test_the_parameters_of_a_pair_may_be_any_pytree(tmp_path):
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["linen", "of_nnx", "pair"])
 def test_microbatches_take_the_same_step(kind):
-    """The gradient of two microbatches is that of the batch, with the dropout layers of Linen."""
+    """Two microbatches have the gradient of the batch, with Linen's dropout layers."""
     losses = []
     for count in (1, 2):
         texts = {"model.dropout": "0.5"} if kind == "linen" else None

@@ -225,7 +225,7 @@ def cell(picture, row, column, left):
 
 
 def test_each_class_has_full_rows_with_its_training_data_at_the_left():
-    """Seven samples of one class and six of the other fill two rows of three; one sample is left out."""
+    """Seven samples of one class and six of the other: two rows of three for each class, and one sample is left out."""
     images = np.random.default_rng(1).integers(0, 256, (17, 2, 2, 1), dtype=np.uint8)
     labels, classes = np.arange(13) % 2 + 3, np.array([4, 9, 3, 4])
     captions = [f"class {y}" for y in labels]
