@@ -93,9 +93,9 @@ def p2_weight(snr: Float[ArrayLike, "*shape"], k: float = 1.0, gamma: float = 1.
 
 
 def edm_weight(snr: Float[ArrayLike, "*shape"], sigma_data: float = 0.5) -> Float[Array, "*shape"]:
-    """Weight 1 + 1 / (SNR d^2) on the eps error, equal to EDM's (s^2 + d^2) / (s d)^2 on the x_0 error, d = sigma_data.
+    """Weight 1 + 1 / (SNR d^2) on the eps error, equal to EDM's (s^2 + d^2) / (s d)^2 on the x_0 error.
 
-    s^2 = 1 / SNR. Karras et al. 2022, table 1.
+    d = sigma_data, s^2 = 1 / SNR. Karras et al. 2022, table 1.
     """
     snr = as_float("snr", snr)
     return 1.0 + 1.0 / (snr * jnp.asarray(sigma_data, snr.dtype) ** 2)

@@ -46,8 +46,8 @@ def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations
 
     In pure noise (alpha = 0), J has no digits, and D is not corrected; close to it, networks that predict eps or score lose
     digits of J as (sigma / alpha)^2, and those that predict v or x_0 do not.
-    Raises: ValueError for a number of iterations below 1, and as `Measurement.check`; when called, for a y in another shape
-      than A(x_0).
+    Raises: ValueError for a number of iterations below 1, and the errors of `Measurement.check`; when called, for a y
+      whose shape is not A(x_0)'s.
     """
     return _add(denoiser, _Correction(measurement, iterations))
 

@@ -135,8 +135,8 @@ class RunDir(os.PathLike):
 class BucketRunDir(RunDir):
     """A work directory or subdirectory in a bucket, with a local copy of its small files; `fetch` downloads large files.
 
-    A launch that writes has its own mirror, a copy that is deleted when the launch ends. A read_only launch shares a copy in
-    the user's cache, and raises PermissionError instead of uploading.
+    A launch that writes has a copy of its own, the mirror, which is deleted when the launch ends. A read_only launch shares a
+    copy in the user's cache, and raises PermissionError instead of uploading.
     """
 
     def __init__(self, url: str, read_only: bool = False):

@@ -169,7 +169,7 @@ class Encoder(nn.Module):
 
     @property
     def _resamplings(self) -> tuple[Callable, Callable]:
-        """The reduction and the enlargement in blocks that change the resolution."""
+        """(reduce, enlarge): the functions of the blocks that change the resolution."""
         return _SMOOTH[self.padding == "periodic"] if self.is_ncsnpp else (downsample_2x, upsample_2x)
 
     def _recomputes(self, level: int) -> bool:
@@ -259,10 +259,10 @@ class Encoder(nn.Module):
 class UNet(Encoder, Conditional):
     """The U-Net, by default Ho et al.'s.
 
-    `UNet(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, *spatial, out_channels] float32. An axis may
-    have any size: if 2^(levels - 1) does not divide the size, x_t and an array condition are padded inside with zeros at the
-    end to the next multiple, and the output is cropped. The padded positions take part in attention and in the statistics of
-    norms. Fields: `Encoder`'s, `Conditional`'s, and
+    `UNet(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, *spatial, out_channels] float32. With
+    zero padding an axis may have any size: the network pads x_t and an array condition with zeros at the end, to a multiple
+    of 2^(levels - 1), and crops the output. The padded positions take part in attention and in the statistics of norms.
+    Fields: `Encoder`'s, `Conditional`'s, and
 
     out_channels: output channels; None for as many as x_t has, or twice as many for a learned variance.
     """

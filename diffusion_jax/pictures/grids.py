@@ -126,7 +126,7 @@ def _draw_row_names(names: Sequence[str], block: np.ndarray, above: int) -> np.n
 
 
 def _line(text: str, width: int, channels: int) -> np.ndarray:
-    """Renders a line of text after a gap as uint8 [LINE, width, channels]; a long text is shortened."""
+    """Renders one line of text, indented by GAP: uint8 [LINE, width, channels]. A long text is shortened."""
     font, shown = ImageFont.load_default(LINE - 3), text
     while len(shown) > 1 and font.getlength(shown) > width - GAP:
         text = text[:-1]

@@ -261,7 +261,7 @@ class Model:
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
             of `editing.EDITS`. Each function is compiled once.
-          y: one label for all samples or int [N], for a network with classes, or for the classifier.
+          y: for a network or a classifier with classes, one label for all samples or int [N].
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
             with a leading axis N, in data units. With condition_dropout, None means no conditions.
           condition_missing: bool [N], True for samples without a condition, if only some of the samples have one.

@@ -183,7 +183,7 @@ class ObjectStore(abc.ABC):
     ) -> None:
         """Uploads several files in parallel. files: {path: name}. before_overwriting: as for `upload`.
 
-        Raises: an error; other files may have been uploaded.
+        Raises: the error of one file; other files may have been uploaded.
         """
         _run_all(self.upload, ((path, name, before_overwriting) for path, name in files.items()))
 

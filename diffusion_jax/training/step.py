@@ -153,8 +153,8 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
     """Builds the loss of `config.diffusion`: objective(params, history, key, examples, microbatch) -> (loss [B], values).
 
     history: `TrainState.loss_history`. examples: the result of `read_batch`. microbatch: the rows that the network sees;
-    results in all other rows have no meaning. values: "t", "importance" and what the loss logs, each [B]; the scalars of a
-    user's loss as "loss/NAME". objective raises ValueError for a user's loss that returns something else.
+    results in all other rows have no meaning. values: "t", "importance" and the terms that the loss logs, each [B]; the
+    scalars of a user's loss are "loss/NAME". objective raises ValueError if a user's loss returns a wrong type or shape.
     """
     (loss, options), diffusion = _loss_and_options(config), config["diffusion"]
     is_path, classifies = bool(diffusion["path"]), diffusion["loss"] == "classify"
