@@ -36,10 +36,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# With runs of the program, several processes, and the slower tests of the library. They compile more than they compute, so they do
-# with few optimizations; `make test` and `make parity` have all.
+# With runs of the program, several processes, and the slower tests of the library. Compiling takes longer than computing here, so
+# XLA optimizes little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test-all tests the programs that users run.
+test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test-all: setup
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser and not tpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser and not tpu"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not parity and not faults"

@@ -74,9 +74,9 @@ def compare(reference, samples):
     """Compares the statistics of samples and of new simulations, which have the same kill rates in the same order.
 
     NAME_z: the mean over the samples minus the mean over the simulations, in standard errors for independent sets, which are
-    too large for equal kill rates. kill_within_0.001: the share of samples whose kill rate differs by at most 0.001 from the
-    simulation's, which equals the requested rate up to 0.00003. within_error_bars: 1 if each |z| is at most 3 and the share
-    is at least 0.95, otherwise 0.
+    too large for equal kill rates. kill_within_0.001: the share of samples whose kill rate differs by less than 0.001 from
+    the simulation's, which equals the requested rate up to 0.00003. within_error_bars: 1 if each |z| is at most 3 and the
+    share is at least 0.95, otherwise 0.
     """
     if len(reference) != len(samples):
         raise ValueError(

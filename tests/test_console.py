@@ -119,7 +119,9 @@ def test_a_bar_moves_within_a_batch_at_a_terminal_and_changes_no_sample(name, na
         counter.begin(bar, done, 2)
         samples = jax.block_until_ready(draw(counter.wrap(denoiser)))
         jax.effects_barrier()
-        np.testing.assert_allclose(samples, draw(denoiser), rtol=1e-6)  # two programs may round differently
+        # With few optimizations, the two programs round differently.
+        rounding = 1e-6 * jax.config.read("jax_disable_most_optimizations")
+        np.testing.assert_allclose(samples, draw(denoiser), rtol=0, atol=rounding)
     assert shares == [done + 2 * i / num_calls for done in (0, 2) for i in range(1, num_calls + 1)]
     assert starts == [2 / num_calls]  # so that the remaining time leaves out the compilation
     assert draw._cache_size() == 2  # with and without the counter

@@ -234,6 +234,8 @@ def _find_setting(name: str) -> Setting:
     problem, advice = f"unknown setting {name}", "docs/reference/configuration.md lists all settings"
     if inside := [setting for setting in SETTINGS if setting.startswith(f"{name}.")]:
         problem, advice = f"{name} is a group", f"set one of its settings, such as {inside[0]}"
+    elif name in _ALIASES:
+        advice = f"use {_ALIASES[name]}"
     elif near := closest_names(name, [*SETTINGS, *filter(None, GROUPS)]):
         advice = f"did you mean {near[0]}?"
     raise ConfigError(f"{problem}; {advice}")

@@ -170,7 +170,7 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
 
 
 def _limit(num_tests: int) -> float:
-    """Returns the standard errors that the largest result of several tests exceeds in 0.27% of cases, for exact samples."""
+    """Returns how many standard errors the largest of several results exceeds in 0.27% of cases, for exact samples."""
     return statistics.NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / num_tests)
 
 

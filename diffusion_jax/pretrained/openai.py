@@ -138,7 +138,7 @@ def parse_flags(text: str) -> dict[str, str]:
 
 def _convert_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the flags that describe a network to their types. Raises: PretrainedError for unknown flags or wrong types."""
-    known, checked = [*_FLAGS, *_IGNORED_FLAGS], {}
+    known, converted = [*_FLAGS, *_IGNORED_FLAGS], {}
     unknown = sorted(set(flags) - set(known))
     if unknown:
         raise PretrainedError(
@@ -146,10 +146,10 @@ def _convert_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
         )
     for name in flags.keys() & _FLAGS.keys():
         try:
-            checked[name] = parse(_FLAGS[name], str(flags[name]))
+            converted[name] = parse(_FLAGS[name], str(flags[name]))
         except ValueError:
             raise PretrainedError(f"flags: {name}={flags[name]} must be {_FLAGS[name].allowed}") from None
-    return checked
+    return converted
 
 
 def is_openai(names) -> bool:

@@ -250,7 +250,7 @@ class _Writers:
             log(f"Note: {name} failed ({reason}): the run continues without it.")
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each writer. Trackers send in the background, and a user's may have `write_scalars` alone."""
+        """Calls a method of each writer. A user's tracker may have `write_scalars` alone."""
         for name, writer in list(self._writers.items()):
             with self._drop_if_it_fails(name):
                 if method == "write_evaluation" and not hasattr(writer, method):
@@ -401,6 +401,7 @@ class _MLflow:
 
         self._id = _tracked_run(workdir, "mlflow", create_run)
         self._client.update_run(self._id, status="RUNNING")
+        self._has_image = False
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         now, metric = int(1000 * time.time()), self._mlflow.entities.Metric
@@ -408,8 +409,10 @@ class _MLflow:
         self._client.log_batch(self._id, metrics, synchronous=False)
 
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
-        self._mlflow.flush_async_logging()  # MLflow reads the run for the first image, and a file store must be complete then
-        self._client.log_image(self._id, image, f"{name}/{step:08d}.png", synchronous=False)
+        if not self._has_image:  # MLflow reads the run then, and refuses a number's file that is still empty
+            self._mlflow.flush_async_logging()
+            self._has_image = True
+        self._client.log_image(self._id, image, f"{name}/{step:08d}.png")
 
     def close(self) -> None:
         self._mlflow.flush_async_logging()

@@ -112,7 +112,7 @@ def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
 def _read(
     batch: Mapping[str, Any], name: str, num_rows: int, kind: str, shape: tuple[int, ...], reason: str
 ) -> jax.Array:
-    """Returns the array `name`, which must have `num_rows` rows of `shape` with numbers of a kind, a key of `_KINDS`."""
+    """Returns the array `name`, which must be [num_rows, *shape]. kind: its dtype, a key of `_KINDS`."""
     found = ", ".join(map(repr, batch))
     if name in batch:
         value = batch[name]

@@ -31,6 +31,7 @@ def test_resolving_changes_nothing_twice_and_leaves_its_argument_alone():
     ("given", "line"),
     [
         ({"training": {"batchsize": 3}}, "unknown setting training.batchsize; did you mean training.batch_size?"),
+        ({"sampling": {"class": 3}}, "unknown setting sampling.class; use sampling.label"),
         ({"xyz": 3}, "unknown setting xyz; docs/reference/configuration.md lists all settings"),
         ({"training": 5}, "training is a group; set one of its settings, such as training.num_steps"),
         (

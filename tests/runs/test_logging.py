@@ -110,9 +110,9 @@ def tracked_points(name, workdir, metric="loss"):
 
 
 def append_slowly(path, text):
-    """A file is empty for a while, as on a busy machine, so that a reader in another thread may see it."""
+    """A file is empty for a while, as on a busy machine, so that a reader in another thread sees it."""
     with open(path, "a") as file:
-        time.sleep(0.05)
+        time.sleep(0.5)
         file.write(text)
 
 
@@ -127,6 +127,7 @@ def test_a_relaunch_and_results_continue_the_tracked_run(name, offline, monkeypa
         tracker = open_metrics((name,), offline)
         for step in steps:
             tracker.write_scalars(step, {"loss": 1 / step, "grad_norm": 2.0})
+            time.sleep(0.1)  # MLflow's thread has opened a file
             tracker.write_image(step, "samples", PICTURE, "Samples")
         tracker.close()
         time.sleep(1.1)  # W&B names a launch's folder by the second
