@@ -38,7 +38,7 @@ def check_regular(path: str | os.PathLike) -> None:
 
 
 def leads_out(path: pathlib.Path, directory: str | os.PathLike) -> bool:
-    """Whether a path in a directory is a link, or is in a linked folder, that leads out of the directory."""
+    """Whether a path in a directory leads out of the directory, through a link or a linked folder."""
     return not pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 

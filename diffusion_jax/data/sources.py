@@ -250,7 +250,7 @@ def readable(what: object) -> Iterator[None]:
 
 
 def example_shape(config: Mapping) -> tuple[int, ...]:
-    """Returns (*spatial, C) from `config.data`; `image_size` is the size of each spatial axis, or one size for two."""
+    """Returns (*spatial, C) from `config.data`; `image_size` is the size of each axis, or one number for a square."""
     size = config["image_size"]
     return (*(size if isinstance(size, tuple | list) else (size, size)), config["channels"])
 

@@ -1,4 +1,4 @@
-"""Starts and ends processes, also stuck processes; agreement between processes, and the loss of a process."""
+"""Joins processes to a run, and ends them even if they are stuck; shares values, and recognizes lost processes."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ class SignalHandler:
     process. Inside `saving`, the first signal is only recorded: the train loop of every process asks `requested` in each
     iteration, and saves if the answer is True. A second Ctrl-C ends the process at once.
 
-    With several processes, JAX's preemption service agrees on the step. The service handles SIGTERM from the time when the
-    processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
+    With several processes, JAX's preemption service chooses the step at which all processes save. The service handles
+    SIGTERM from the time when the processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
 
     resume_hint: returns the end of the message, how to resume.
     """

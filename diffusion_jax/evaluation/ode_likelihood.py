@@ -68,7 +68,8 @@ def log_density(
       trace: "hutchinson", the unbiased estimate v^T (d eps / dx) v with a vector v of random signs (FFJORD); an int, the mean
         over this number of vectors; "exact", with D derivatives.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
-      time: the network time of x, a number; None for the first time of the training path.
+      time: the network time of x, a number; None for the path's start, or if the log SNR is infinite there, for the
+        schedule's first timestep.
     Returns: OdeDensity.
     Raises: ValueError for an unknown trace, prediction x_prev, a tolerance that is not above 0, an output with another shape,
       or prediction eps or score if alpha_bar ends at 0.

@@ -158,7 +158,7 @@ def needs_features(names: Iterable[str], of_images: bool) -> bool:
 def choose_metrics(
     requested: Sequence[str] | None, spatial_axes: int, of_images: bool, has_features: bool
 ) -> tuple[str, ...]:
-    """Returns the requested metrics; by default feature metrics for images, and all that suit other examples.
+    """Returns the requested metrics; by default, feature metrics for images and all suitable metrics for other examples.
 
     spatial_axes: number of the examples' spatial axes. has_features: whether the examples' features are available.
     Raises: ValueError for a requested metric that does not suit the examples.

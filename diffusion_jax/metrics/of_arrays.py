@@ -197,8 +197,8 @@ def power_spectrum(x: Any) -> Curve:
 def autocorrelation(x: Any, *, periodic: bool = False) -> Curve:
     """The autocorrelation of series x [n, L, C]: E (x(s) - mean)(x(s + lag) - mean) / variance, for lags up to L / 2.
 
-    Assumes a stationary series: one mean and variance for all positions, and averages over positions. periodic: whether
-    position L equals position 0, so that every lag has L pairs; otherwise lag h has L - h pairs.
+    Assumes that series are stationary: uses one mean and one variance for all positions, and averages over positions.
+    periodic: whether position L equals position 0, so that every lag has L pairs; otherwise lag h has L - h pairs.
 
     Returns: Curve at the lags, int; exactly 1 at lag 0.
     Raises: ValueError for another shape, fewer than two examples, values that are not finite, or a constant channel.
@@ -371,7 +371,7 @@ def sliced_wasserstein(
 
 
 def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
-    """Returns W_2^2 [P] for sorted numbers [N, P] that belong to set 0, set 1 or, at -1, to none."""
+    """Returns W_2^2 [P] between sets 0 and 1 of the sorted numbers [N, P]; assignment [N, P]: the set, or -1 for none."""
     columns = values.shape[1]
     x, y = (values.T[(assignment == i).T].reshape(columns, -1) for i in (0, 1))
     n, m = x.shape[1], y.shape[1]

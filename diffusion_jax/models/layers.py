@@ -282,7 +282,7 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
         return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
     def convolve_copies(kernel, padding) -> list[jax.Array]:
-        """Returns [B, *spatial, K] for each copy of a position; copies along the last axis are adjacent."""
+        """Returns an output [B, *spatial, K] for each copy of a position; the last axis's copies are adjacent."""
         axis = len(padding)
         if axis == len(spatial):
             return [convolve(x, kernel.astype(x.dtype), strides, padding, **options)]

@@ -76,7 +76,7 @@ class Channels:
         return float(((x < low) | (x > high)).mean())
 
     def colors(self, channel: int) -> tuple[str, float, float]:
-        """Returns (color map, low, high): centered at 0 if both signs span at least a tenth of the limits."""
+        """Returns (color map, low, high): symmetric about 0 if each sign covers more than a tenth of the limits."""
         assert self.limits is not None
         low, high = self.limits[channel].tolist()
         if min(-low, high) <= 0.1 * (high - low):

@@ -126,8 +126,8 @@ class PublishedWeights(NamedTuple):
     """Weights that `pretrained.load` reads.
 
     name: what `load` takes: a name on the Hub, or the file, downloaded from `page`. family: as `Model.family` begins.
-    megabytes: about. license: of the weights, as the page states it. sha256: None if no source at hand states one; names on
-    the Hub are compared with the digest that the Hub states when they are downloaded.
+    megabytes: about. license: of the weights, as the page states it. sha256: None if unknown; downloads from the
+    Hub are compared with the digest that the Hub states.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Reads and writes diffusers folders: a UNet2DModel and a scheduler, each with its config.
 
 Every field of the network's config is used, or raises an error that names the field. From the scheduler's config, the fields
-that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults, because the
-published networks' values would give the right shapes and wrong images.
+that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults; with the
+values of published networks, shapes would be right but images wrong.
 """
 
 from __future__ import annotations

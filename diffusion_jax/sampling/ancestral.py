@@ -24,7 +24,7 @@ class ddpm(Sampler):
     """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with the clip in DDPM's code).
 
     variance: fixed_large or fixed_small, in place of the denoiser's fixed variance; None keeps the denoiser's.
-    Raises: ValueError for another variance, which belongs to the network; when called, for a denoiser with a learned one.
+    Raises: ValueError for another variance; when called, if `variance` is not None and the denoiser learned its variance.
     """
 
     variance: str | None = None

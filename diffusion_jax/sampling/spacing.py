@@ -66,9 +66,9 @@ def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
 def find_error_growth(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn) -> str | None:
     """Returns why errors of a trained network spoil the samples, or None.
 
-    An error d in the predicted eps gives x_0 the error d sigma / alpha, and in the score d sigma^2 / alpha. Without a clip, a
-    step that divides a large sigma / alpha by a large factor moves most of this error into x, and the last step moves all the
-    error.
+    An error d in the predicted eps gives x_0 the error d sigma / alpha; an error d in the score, d sigma^2 / alpha. Without
+    a clip, a step that divides a large sigma / alpha by a large factor moves most of this error into x, and the last step
+    moves all the error.
 
     The result is exact for ddpm, ddim and order 1, for data with standard deviation 1 and a network that is exact except for
     independent errors of 0.05 in its output where sigma > alpha. Samplers with order n >= 2 extrapolate; their errors are

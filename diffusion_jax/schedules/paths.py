@@ -78,7 +78,7 @@ class Path:
             return np.asarray(function(x, np), np.float64)
 
     def _log_snr_at_ends(self) -> list[Float[Array, ""]]:
-        """Returns the log SNR at both ends of `interval`, float32; traced for a traced path only."""
+        """Returns the log SNR at both ends of `interval`, float32; traced only if the path is traced."""
         with jax.ensure_compile_time_eval():
             return [self._log_snr(jnp.asarray(end, jnp.float32), jnp) for end in self.interval]
 

@@ -87,8 +87,8 @@ class Schedule:
     zero_terminal_snr: static; True when alpha_bar ends at 0, where eps contains no information about x_0, or so close to 0
       that its square root is 0 in float32.
 
-    The decoder's variance, of p(x_0 | x_1) at index 0, is the posterior variance at index 1 for a chain of betas and its
-    respacings, as in Ho's and OpenAI's code (ln = -9.8167 for linear-1000; beta for a single step). On a `Path` levels may be
+    For a chain of betas and its respacings, the decoder p(x_0 | x_1), at index 0, has the posterior variance of index 1, as
+    in Ho's and OpenAI's code (ln = -9.8167 for linear-1000); for a chain of one step, beta. On a `Path` levels may be
     so close that this is far below the uncertainty of x_0 given x_1, so its schedules have sigma_0^2 / alpha_0^2 instead, the
     variance of x_0 given x_1 for any smooth distribution of x_0 that is much wider.
     """

@@ -35,7 +35,7 @@ def _this_process() -> str:
 
 
 def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
-    """Calls `is_free` for half a minute until it returns True. Returns: the last result."""
+    """Calls `is_free` until it returns True, for at most half a minute. Returns: the last result."""
     start = shown = time.monotonic()
     print(f"Note: {holder} holds {name}; waiting {_WAIT_SECONDS:g} s.", flush=True)
     while (now := time.monotonic()) - start < _WAIT_SECONDS:

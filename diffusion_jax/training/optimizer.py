@@ -25,9 +25,9 @@ _SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
 
 
 def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
-    """Builds the learning rate schedule: linear warm-up from 0, then constant, or linear or cosine to 0 at `decay_steps`.
+    """Builds the learning rate: linear warm-up from 0, then constant, or a linear or cosine decay to 0 at `decay_steps`.
 
-    config: `config.optimizer`, whose `decay_steps` exceed `warmup_steps`.
+    config: `config.optimizer`, whose `decay_steps` is above `warmup_steps`.
     """
     peak, warmup = config["learning_rate"], config["warmup_steps"]
     steps = 0 if config["schedule"] == "constant" else config["decay_steps"] - warmup

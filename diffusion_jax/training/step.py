@@ -45,8 +45,8 @@ class Microbatch:
     """Every `count`-th row of a batch, starting at `index`, so that each device has equally many rows.
 
     Timesteps, noise and the masks of dropout layers are drawn for all B rows, so that the number of microbatches does not
-    change the results. The network sees only the rows of the microbatch. Random numbers that a user's network draws in
-    another way, such as in attention, differ between microbatches.
+    change the results. The network sees only the rows of the microbatch. Other random numbers of a user's network, such as
+    those in attention, differ between microbatches.
     """
 
     index: Any = 0
