@@ -323,7 +323,7 @@ def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], .
 
     arguments: of the command line, by default `sys.argv`; with --debug, the traceback of an error is printed before its
     line. bad_input: exception types that a wrong command raises, besides this package's errors and the errors of a user's
-    functions. Any other exception is raised again.
+    functions, an OSError and a package that is not installed. Any other exception is raised again.
     """
     signals.HANDLER.install()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
@@ -338,7 +338,7 @@ def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], .
 
 
 def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
-    """Returns the error to report: bad input for an unwritable directory, a failing bucket, otherwise `error` itself."""
+    """Returns the error to report: bad input for an unwritable directory, a failed run for a bucket, or `error` itself."""
     if isinstance(error, LockHeldError) or processes.is_peer_failure(error):
         return error
     if isinstance(workdir, BucketRunDir):  # the bucket worked when the program started

@@ -229,7 +229,7 @@ class Denoiser:
         at: `schedule.at(t, x_t)`, `path.at(time, x_t)`, or for x_prev `schedule.transition(t, x_t)`. The level converts the
         output, and its `time` is what the network gets; the two may belong to different levels, as in `sampling.encode`.
         Raises: ValueError for x_prev at a single level, an x_t that is not float, an output whose shape does not match
-          `variance`, and a denoiser with `mean_shift`.
+          `variance`, an `at` of another type, and a denoiser with `mean_shift` or `sigma_min`.
         """
         if not isinstance(at, NoiseLevel | Transition):
             raise ValueError(

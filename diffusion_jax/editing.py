@@ -167,8 +167,9 @@ def repaint(
         on a schedule with 250 steps. The network is called about `resamplings` times per step.
     Returns: images with the known pixels of x_0. With more resamplings, the mean of the unknown pixels approaches their
       conditional mean, but their variance falls below the conditional variance.
-    Raises: ValueError for a sampler with a state, a mask that does not broadcast to x_0, numbers below 1, or a jump that is
-      not below the number of steps.
+    Raises: ValueError for a sampler whose state is a tuple that is not empty (another state is not updated), a mask that does
+      not broadcast to x_0, numbers below 1, prediction eps or score if alpha_bar ends at 0, or, with resamplings above 1, a
+      jump that is not below the number of steps.
     """
     require_number("resamplings", resamplings, 1, whole=True)
     require_number("jump", jump, 1, whole=True)
@@ -273,8 +274,8 @@ def interpolate(
 
     encoding: order and start, as `sampling.encode`; only with t None. Encoding does not clip. The images are mixed at the
     noise level of index `start`, T - 1 by default.
-    Raises: ValueError for encoding options with an index t, a sampler with noise without t, if x and y differ in shape, and
-      as `sampling.sample`.
+    Raises: ValueError for encoding options with an index t, a sampler with noise without t, if x and y differ in shape, as
+      `sampling.sample`, and, with t None, as `sampling.encode`, such as for a projection.
     """
     if t is not None and encoding:
         raise ValueError(

@@ -42,11 +42,11 @@ class ConfigError(UserError, ValueError):
 
 
 class StorageError(UserError):
-    """An unusable object store: wrong URL, missing package, no credentials, no such bucket, or no permission."""
+    """An unusable bucket or Hub repository: wrong URL, missing package, no permission; or a disk that is too small."""
 
 
 class LeaseLostError(UserError):
-    """Another launch took over the work directory in an object store, so this launch must stop writing there."""
+    """Another launch took over the work directory in a bucket, or a local one was moved: this launch must stop writing."""
 
 
 class DataError(DiffusionJaxError):

@@ -57,8 +57,8 @@ def with_urls(text: str) -> str:
 def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Yields a new binary file in the directory of `path` for the block to write.
 
-    The file replaces `path`, which may be a link, when the block ends, and is deleted if the block raises. A file that a
-    killed program left is deleted an hour later.
+    The file replaces `path`, which may be a link, when the block ends, and is deleted if the block raises. The next write of
+    `path` deletes a file that a killed program left more than an hour before.
     """
     for left in path.parent.glob(f"{glob.escape(path.stem)}.partial.*{glob.escape(path.suffix)}"):
         with contextlib.suppress(OSError):

@@ -154,7 +154,7 @@ def classifier(
       log_prob: (x_t, network time) -> log p(y | x_t) [B], differentiable in x_t; for a classifier, `class_log_prob`.
       scale: s, one number or one per row.
       form: "eps" shifts the output, before a clip. "mean" shifts the mean of p(x_{t-1} | x_t) by the variance times s grad,
-        after the clip (ADM Algorithm 1), in `sampling.ddpm` only.
+        after the clip (ADM Algorithm 1), in `sampling.ddpm` only, and replaces an earlier shift of the mean.
     Raises: ValueError for form "eps" with prediction x_prev, or an unknown form.
     """
     require_known("form", form, ("eps", "mean"))

@@ -40,7 +40,7 @@ CDFS = ("exact", "tanh")
 
 
 class BitsPerDim(NamedTuple):
-    """The bound of each example in bits per dimension, its terms, and tables with K columns: K = T, or less with strata.
+    """The bound of each example in bits per dimension, its terms, and tables with K columns: T, or 1 + 2 S with S strata.
 
     total: prior + decoder + the transitions, or their estimate with strata.
     prior: L_T. decoder: L_0.
@@ -131,10 +131,11 @@ def decoder_log_prob(
     reach to infinity, so the probabilities of all levels sum to 1.
 
     Args:
-      log_variance: values below -60 count as -60.
+      log_variance: with gray levels, values below -60 count as -60.
       gray_levels: L, the data's number of gray levels in [-1, 1] (256; 17 for scikit-learn's digits); x_0 is rounded to the
         nearest level. None for continuous data: returns the log density of N(mean, variance) at x_0.
-      cdf: "exact", or "tanh" for OpenAI's approximation with their lower bound log 1e-12, to reproduce OpenAI's numbers.
+      cdf: "exact", or "tanh" for OpenAI's approximation with their lower bound log 1e-12, to reproduce OpenAI's numbers; not
+        used, and not checked, without gray levels.
     Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
       gray levels (NaN if x_0 is traced).
     """
@@ -243,7 +244,7 @@ def bits_per_dim(
       tables: False omits the tables, so that memory does not grow with T.
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; for prediction eps or score if alpha_bar ends at
       0; for strata outside 1 ... T - 1; for an x_0 that is not float [B, ..., C]; for an x_0 outside [-1, 1] with gray levels
-      or clip=True. Traced values outside make every field of their example NaN.
+      or clip=True. Traced values outside make every field of their example NaN, except t.
     """
     denoiser, total_steps = as_denoiser(denoiser), schedule.num_timesteps
     process.check_terminal_snr(schedule, denoiser.prediction)

@@ -3,10 +3,11 @@
 Each loss draws one noise level per example and returns one loss per example, so that the caller chooses the mean, and a
 `LossAux` with intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
 sum of both, which trains a learned variance), and for paths `continuous_vlb` (VDM's bound). `simple` and `classify` also take
-a path. `classify` trains a classifier of noisy images from labels.
+a path. `classify` trains a classifier of noisy images from labels, and returns a `ClassifyAux` instead.
 
 `timestep_sampler`, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`, draws the levels: by default "uniform" for
-the steps of a schedule and "stratified" on a path. `draw` is its name in 0.3 on a path, where "uniform" was stratified.
+the steps of a schedule and "stratified" on a path ("uniform_log_snr" in `continuous_vlb`). `draw` is its name in 0.3 on a
+path, where "uniform" was stratified.
 
 `LOSSES` maps config names to losses.
 
@@ -148,7 +149,8 @@ def simple(
     Returns: (loss [B], LossAux).
     Raises: ValueError for an unknown prediction, weighting or timestep sampler; a timestep sampler for paths on a schedule,
       or for schedules on a path; an output of the wrong shape; weights that are not [B]; an x_0 that is not float
-      [B, ..., C]; or a "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
+      [B, ..., C]; a `Denoiser` with corrections, limits or sigma_min, or with another prediction than `prediction`; or a
+      "truncated_snr" or "edm" weight for eps or score if alpha_bar ends at 0, where the weight is infinite.
     """
     denoiser = _denoiser(denoiser, prediction)
     if weighting in ("truncated_snr", "edm"):

@@ -37,8 +37,9 @@ class LinearOperator:
     """A linear measurement A as a pytree: other arrays in it, such as a mask, do not recompile.
 
     measure: A, from [B, *spatial, C] to y [B, ...], row by row. invert: a right inverse A+, with A A+ = I on the range of A;
-    None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y; an approximation only
-    makes a solution by iterations slower. None: estimated from 16 products with A.
+    None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y. Where it is 0, y is
+    hidden and ignored. Above 0, an approximation only makes a solution by iterations slower. None: estimated from 16
+    products with A, and no entry of y is hidden.
     """
 
     measure: LinearMap
@@ -67,9 +68,10 @@ class LinearOperator:
 class Measurement:
     """y = A(x_0) + N(0, R), a pytree: a new y and another noise do not recompile.
 
-    operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; what an operator hides,
-    such as a mask, is ignored. noise: the standard deviation, one number or an array that broadcasts to y (the error bars of
-    each pixel or channel); or a function that multiplies a y by the covariance R. 0 is for `editing.project` only.
+    operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; entries where the
+    operator's `diagonal` is 0, such as those that `masked` hides, are ignored. noise: the standard deviation, one number or
+    an array that broadcasts to y (the error bars of each pixel or channel); or a function that multiplies a y by the
+    covariance R. 0 is for `editing.project` only.
     """
 
     operator: LinearOperator
@@ -136,7 +138,8 @@ class Measurement:
     def chi_squared(self, x_0: BatchLike) -> Float[Array, "B"]:
         """Returns the mean over the measured numbers of (y - A(x_0))^2 / R: about 1 for an x_0 that explains y.
 
-        Entries that a mask hides (a diagonal of 0) do not count. Raises: ValueError for a noise that is a function.
+        Entries that a mask hides (a diagonal of 0) do not count. Raises: ValueError as `check` and `residual`, and for a
+        noise that is a function.
         """
         self.check()
         if callable(self.noise):
@@ -368,5 +371,8 @@ def _compose(outer, inner, x):
 
 
 def compose(outer: LinearOperator, inner: LinearOperator) -> LinearOperator:
-    """Returns the operator outer(inner(x_0))."""
+    """Returns the operator outer(inner(x_0)), without a right inverse and a `diagonal`.
+
+    So a mask in it hides no entries of y: they must be finite, and `Measurement.residual` compares them with 0.
+    """
     return LinearOperator(jax.tree_util.Partial(_compose, outer, inner))

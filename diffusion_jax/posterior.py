@@ -5,8 +5,9 @@
     smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
     dps      diffusion posterior sampling, a baseline that is not calibrated (Chung et al. 2023); pigdm_step is another
 
-`mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so every sampler draws from the posterior, as it draws from the
-prior. `dps` wraps a sampler, and `smc` is a sampling loop of its own.
+`mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so samplers draw from the posterior as they draw from the prior;
+only `consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
+of its own.
 
 By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. These two take
 p(y | x_t) = N(A D, R + A V A^T), which gives the gradient J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D in
@@ -57,8 +58,9 @@ def pigdm(
 ) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
 
-    iterations: of conjugate gradients, without calls of the network; one is exact where A A^T is diagonal. A call costs a
-    forward and a backward pass. For data with structure, `mmps` is closer to the posterior.
+    iterations: of conjugate gradients, without calls of the network; one is exact where R and A A^T are diagonal and the
+    operator's `diagonal` is exact, not estimated. A call costs a forward and a backward pass. For data with structure, `mmps`
+    is closer to the posterior.
     Raises: as `mmps`, and ValueError for a data_std that is not above 0.
     """
     require_number("data_std", data_std, 0, above=True)
@@ -274,16 +276,16 @@ def smc(
 ) -> Particles:
     """Twisted diffusion sampler (Wu et al. 2023): weighted particles of ancestral steps that know y.
 
-    Each step shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)), with the
-    variance v of x_0 given x_t for white data, as `pigdm`. The weights correct for the shift and the approximation, so that
-    the weighted particles follow p(x_0 | y) under the ancestral sampler as P grows, whatever the approximation.
+    Each step but the last shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)),
+    with the variance v of x_0 given x_t for white data, as `pigdm`. The weights correct for the shift and the approximation,
+    so that the weighted particles follow p(x_0 | y) under the ancestral sampler as P grows, whatever the approximation.
 
     Args:
       key: one key, or one for each example [B], so that an example's particles depend on its own key only.
       x_T: N(0, I); the particles of an example share its row of y. data_std: as `pigdm`.
       resample_below: an example is resampled where its effective sample size falls below this share of P.
-    Raises: ValueError for an x_T without both axes, a data_std that is not above 0, a noise that is a function, and as
-      `Measurement.check`.
+    Raises: ValueError for an x_T without both axes, a data_std that is not above 0, a noise that is a function, eps or score
+      from pure noise, and as `Measurement.check`.
     """
     denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
     if x_T.ndim < 2:
@@ -292,6 +294,7 @@ def smc(
     measurement.check()
     if callable(measurement.noise):
         raise ValueError("smc needs the noise as standard deviations, not as a function")
+    process.check_terminal_snr(schedule, denoiser.prediction)
     (count, rows), shape = x_T.shape[:2], x_T.shape[2:]
     keys = key if is_batch_of_keys(key) else jax.random.split(key, rows)
     if len(keys) != rows:

@@ -8,7 +8,7 @@ to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never a 
 variance) is defined for a schedule only.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
-functions raise ValueError for images that are not float, and for a t whose shape is neither [] nor [B].
+functions raise ValueError for images that are not float, and for a t whose shape is not the start of x's shape.
 """
 
 from __future__ import annotations
@@ -159,8 +159,11 @@ def p_mean_variance(
       variance: fixed_large or fixed_small, in place of the denoiser's fixed variance.
     Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the decoder's variance
       (`Schedule`); samplers add no noise there.
-    Raises: ValueError as a call of `Denoiser`, and for a variance in place of a learned one.
+    Raises: ValueError as a call of `Denoiser`, for another variance or one in place of a learned variance, and for x_prev
+      with corrections or limits.
     """
+    if variance not in (None, "fixed_small", "fixed_large"):
+        raise ValueError(f"variance={variance!r} must be fixed_small or fixed_large, or None for the denoiser's")
     return reverse(as_denoiser(denoiser), x_t, schedule.transition(t, x_t), variance)
 
 

@@ -30,7 +30,8 @@ from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
 
-_FOLDERS = ("checkpoints", "images", "metrics", "plugins", "samples", ".likelihood")  # of this package; W&B has its own
+# Of this package; W&B has its own.
+_FOLDERS = ("calibration", "checkpoints", "evaluation", "images", "metrics", "plugins", "samples", ".likelihood")
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
@@ -118,7 +119,8 @@ class RunDir(os.PathLike):
     def check_locks(self, local: bool = False) -> None:
         """Raises LeaseLostError if another launch has taken over a lock, or if a local directory was moved.
 
-        Process 0 calls this before it commits a step. local: no leases, which would be renewed over the network.
+        The train loop calls this for local locks after each call of the train step; process 0 calls it before it commits a
+        step in a bucket. local: no leases, which would be renewed over the network.
         """
         for lock in self._locks:
             if isinstance(lock, FileLock) or not local:

@@ -36,7 +36,7 @@ from diffusion_jax.errors import require_number
 from diffusion_jax.schedules import Path
 from diffusion_jax.types import TimestepSampler
 
-_SMALLEST = 2.0**-24  # half the float32 spacing below 1, so that no time is at a distribution's infinite end
+_SMALLEST = 2.0**-24  # the float32 spacing below 1, so that no time is at a distribution's infinite end
 # t and the density, as in the table above
 _Drawn: TypeAlias = tuple[Int32[Array, "B"] | Float[Array, "B"], Float[Array, "B"]]
 

@@ -1,6 +1,7 @@
 """Reads files that another person may have made: JSON, arrays and images, each with its limits.
 
-A reader takes regular files only, because a named pipe would block. Every error about the content is a ValueError.
+A reader takes regular files only, because a named pipe would block. Every error about the content is a ValueError, except
+an OSError for an image that is cut off.
 """
 
 from __future__ import annotations

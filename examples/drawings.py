@@ -95,7 +95,7 @@ def fish():
 
 
 def flower():
-    """Draws five to eight petals."""
+    """Draws five, six or eight petals."""
     canvas, hue, petals = sky(0.26, 0.34, y=0.4), random.choice([0.0, 0.06, 0.8, 0.9]), random.choice([5, 6, 8])
     canvas.polygon([(-0.1, 0), (0.1, 0), (0.2, 3), (0, 3)], GREEN)
     canvas.ellipse(0.6, 1.4, 0.5, 0.2, GREEN, -0.6)

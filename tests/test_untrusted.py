@@ -158,6 +158,10 @@ def test_links_out_of_a_run(tmp_path):
     (run / "samples" / "deep" / "out").symlink_to(tmp_path)
     (run / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
     assert find_links(RunDir(run)) == [run / "metrics.jsonl", run / "samples" / "deep" / "out"]
+    (tmp_path / "outside").mkdir()
+    for name in ("calibration", "evaluation"):
+        (run / name).symlink_to(tmp_path / "outside")
+    assert find_links(RunDir(run))[:2] == [run / "calibration", run / "evaluation"]
 
 
 # ---- Data

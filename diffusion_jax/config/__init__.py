@@ -89,7 +89,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
     """Completes a config, which may be partial, with the defaults.
 
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
-    Raises: ConfigError for an unknown setting, or a value with a wrong type or out of range.
+    Raises: ConfigError for an unknown setting, a value with a wrong type or out of range, or `data.channel_names` or
+    `data.channel_units` of another length than `data.channels`.
     """
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
@@ -101,8 +102,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
-    ConfigDict fields that refer to a replaced field (`get_ref`) follow it. If the text names a function for `model.kind`, the
-    settings of the network before get their defaults.
+    ConfigDict fields that refer to a replaced field (`get_ref`) follow it. If `model.kind` changes from or to a
+    function, the settings of the network before get their defaults.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
     given, values, options = flatten(config), {}, {}

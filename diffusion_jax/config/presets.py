@@ -1,4 +1,4 @@
-"""The published networks by name: the `model` settings that differ from the defaults.
+"""The published networks by name: the fields of `models.UNet` and `models.Classifier` that differ from the defaults.
 
 `models.preset` builds the networks. Super-resolution networks use the small image as their condition (`models.upsampling`).
 """

@@ -225,7 +225,7 @@ def _evaluation(config: ConfigDict) -> list[Rule]:
 
 
 def edit_method(options: ConfigDict) -> str | None:
-    """Returns the method of `config.editing`; None for a task that measures nothing."""
+    """Returns the method of `config.editing`; None for a task that measures nothing, or has no method without noise."""
     methods = _edit_methods(options)
     return options.method if options.method in methods else next(iter(methods), None)
 

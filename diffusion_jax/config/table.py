@@ -412,7 +412,8 @@ SAMPLING: dict[str, Setting] = {
         None,
         optional(Choice(*schedules.SPACINGS, "given")),
         'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
-        f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, otherwise trailing.",
+        f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, "
+        "unless alpha_bar ends at 0; otherwise trailing.",
     ),
     "eta": Setting(
         0.0,
@@ -606,7 +607,7 @@ EVALUATION: dict[str, Setting] = {
         "digits, none for continuous data, otherwise inception.",
     ),
     "inception": Setting(
-        "", PATH, 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics of samples.'
+        "", PATH, 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics that need it.'
     ),
     "metrics": Setting(
         None,

@@ -104,7 +104,7 @@ def load(
     set is downloaded and prepared first, if `data.download` is true.
     progress: called while the examples are read. log: called with lines about the examples.
     source: a source to load instead of the source in `config`; `data.holdout` must then be 0.
-    Raises: ConfigError for an invalid value; DataError with one line of advice.
+    Raises: ConfigError for an invalid value; DataError with one line of advice; StorageError for an unusable bucket.
     """
     config = resolve({"data": config})["data"]
     check({"data": config}, "data")
@@ -134,10 +134,11 @@ def load(
 
 
 def check_location(config: Mapping) -> None:
-    """Checks that the data of a config exist, without reading them; the contents of a bucket are not checked.
+    """Checks that the TFDS data set or the image folder of a config exists, without reading it.
 
-    config: as in `load`. Raises: ConfigError; DataError for an unknown data set, a folder that does not exist, or a TFDS data
-    set that is missing from its directory and not to be downloaded.
+    Not checked: data in a bucket, array files, and data from a function. config: as in `load`. Raises: ConfigError; DataError
+    for an unknown data set, a folder that does not exist, a TFDS data set that is missing from its directory and not to be
+    downloaded, or `data.holdout` for data that are not files.
     """
     config = resolve({"data": config})["data"]
     check({"data": config}, "data")

@@ -213,7 +213,7 @@ def _open_store(path: str) -> Any:
 
 
 def _is_array(store: Any, name: str) -> bool:
-    """Whether a name in a store is an array. Raises: DataError for an array of HDF5 whose values are in another file."""
+    """Whether a name in a store is an array in its file. Raises: DataError for "x" and other read arrays in another file."""
     is_hdf5 = type(store).__module__.startswith("h5py")
     is_elsewhere = is_hdf5 and "External" in type(store.get(name, getlink=True)).__name__
     if not is_elsewhere:
@@ -227,7 +227,7 @@ def _is_array(store: Any, name: str) -> bool:
 
 
 class _Rows:
-    """An array [N, ...] in a file, opened at the first read in each process; pickling copies only the path.
+    """An array [N, ...] in a file, opened here and at the first read in each other process; pickling copies no values.
 
     name: the array's name in an .npz, an HDF5 file or a Zarr store; "" for an .npy.
     shape, dtype: of the whole array, in native byte order. Raises: DataError for files that cannot be read.
@@ -246,7 +246,7 @@ class _Rows:
 
     @functools.cached_property
     def _opened(self) -> Any:
-        """Opens the array without reading its values."""
+        """Opens the array without reading its values, except for a compressed array of an .npz."""
         if not self._name:
             return np.lib.format.open_memmap(self._path, mode="r")
         return map_array(self._path, self._name) if _kind(self._path) == ".npz" else _open_store(self._path)[self._name]
@@ -312,6 +312,8 @@ def _open_folder(root: pathlib.Path, shape: tuple[int, ...]) -> tuple[dict[str, 
     files = [path for path in files if path.suffix.lower() == ".npy"]
     if not files:
         raise DataError(" ".join([f"no .npy files below {str(root)!r}; set data.data_dir to {_ALLOWED}", *notes]))
+    if not shape:
+        raise DataError(f"{str(root)!r} is a folder of .npy files; give the shape of one example")
     locations = [str(root / file) for file in files]
     row_shapes = (shape, shape[:-1]) if shape[-1] == 1 else (shape,)
     lengths, dtypes = [], []

@@ -1,7 +1,7 @@
 """Batches by step, and the order of the examples.
 
 Batches are a function of (seed, step), so that a run resumes from its last step number, on any number of processes. Each
-example is read once in each epoch; a batch may span two epochs.
+example is read once in each epoch; a batch may span two or more epochs.
 
 A source may consist of blocks that are read together, such as the files of a data set in a bucket. An epoch permutes the
 blocks. The rows of a batch form lanes. Each lane reads its own share of the permuted blocks, so a process downloads only the

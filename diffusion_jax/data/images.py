@@ -143,7 +143,7 @@ class Folder(EncodedImages):
         return notes
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Raises: UnreadableFilesError with all images that cannot be read."""
+        """Raises: UnreadableFilesError with all images that cannot be read; DataError for another size, if none was given."""
         images, failures = [], []
         for file in (self._files[i] for i in indices):
             try:

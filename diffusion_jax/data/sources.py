@@ -222,13 +222,13 @@ class SelectedExamples(DerivedSource):
 
     def __init__(self, source: Source, indices: np.ndarray):
         super().__init__(source)
-        self._indices, self.block_lengths = indices, ()
+        self.indices, self.block_lengths = indices, ()
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        return self.source.read(self._indices[indices])
+        return self.source.read(self.indices[indices])
 
 
 @contextlib.contextmanager
@@ -342,7 +342,7 @@ def check_examples(config: Mapping, source: Source) -> None:
 
 
 class CheckedSource(DerivedSource, NamedSource):
-    """A user's source. Every batch must have the same arrays, shapes and types as the first example."""
+    """A user's source. Every batch must have the arrays and shapes of the first example; types are converted to its types."""
 
     @classmethod
     def from_config(cls, config: Mapping) -> Source:
@@ -376,7 +376,10 @@ class CheckedSource(DerivedSource, NamedSource):
         self._expected = {name: (array.shape[1:], array.dtype) for name, array in first.items()}
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Raises: DataError for a batch with other arrays, other shapes or types, or labels outside `num_classes`."""
+        """Converts arrays to the types of the first example, such as float64 to float32, but not float to int.
+
+        Raises: DataError for other arrays or shapes, types that are not converted, or labels outside `num_classes`.
+        """
         batch = {name: np.asarray(array) for name, array in self.source.read(indices).items()}
         where = f"a source, read at the indices {indices[0]} ... {indices[-1]}," if len(indices) else "a source"
         found = {name: (array.dtype, array.shape) for name, array in batch.items()}

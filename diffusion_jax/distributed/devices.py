@@ -56,8 +56,8 @@ def silence_libraries() -> None:
 def collect_garbage_rarely() -> None:
     """Runs garbage collection every 100,000 new objects; Python's default is 700 or 2,000.
 
-    During tracing, nearly no object is garbage, and collection took over a third of the time. Older generations are collected
-    at every other collection, so that garbage in cycles, such as figures, does not accumulate.
+    During tracing, nearly no object is garbage, and collection took over a third of the time. Every third collection or so
+    includes older generations, so that garbage in cycles, such as figures, does not accumulate.
     """
     gc.set_threshold(100_000, 1, 1)
 
@@ -156,7 +156,8 @@ def compiler_options(
 ) -> dict[str, Any]:
     """Returns compiler options for outermost programs, such as the train step.
 
-    Options that XLA_FLAGS sets, or that jaxlib does not know, are left out. Another jit cannot call a program with options.
+    Options that XLA_FLAGS sets are left out, and on CPUs all options if jaxlib does not know one. Another jit cannot call a
+    program with options.
 
     deterministic: makes GPU results bit-identical between runs. Programs of CPUs and TPUs always add in the compiled order.
     fast_compile: halves the compile time on CPUs, for a program that runs once, such as initialization. platform: "cpu",

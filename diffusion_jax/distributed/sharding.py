@@ -64,7 +64,10 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Replicates over a mesh the arrays that are not on several devices; they are equal on every process."""
+    """Replicates over a mesh the arrays that are not on its devices already; they are equal on every process.
+
+    Arrays on the devices of several processes stay where they are.
+    """
     everywhere = replicated(mesh)
 
     def place_leaf(leaf):

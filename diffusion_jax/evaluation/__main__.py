@@ -16,9 +16,10 @@ from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_featur
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compares the samples with the reference, and adds a record to the output file. A rerun reuses cached features.
+    """Compares the samples with the reference, and adds a record to the output file.
 
-    Errors print one line and exit with code 2.
+    A rerun reuses the cached features of the reference, and after an interruption those of the samples. Errors print one line
+    and exit with code 2.
     """
     with program(argv, bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)
@@ -62,7 +63,7 @@ def make_parser() -> Parser:
     add("--inception", default="", help=f"{text}classify_image_graph_def.pb")
     add("--features", help="inception, digits, or module:function (examples [N, *spatial, C] -> features [N, D])")
     names = f"some of {', '.join(METRICS)}, and module:function"
-    add("--metrics", help=f"{names}; by default all metrics that suit the examples")
+    add("--metrics", help=f"{names}; by default feature metrics for images, all that suit for other examples")
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
     add("--batch_size", type=int, default=64, help="examples per batch; the metrics do not depend on the batch size")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")

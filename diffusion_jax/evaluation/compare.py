@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import diffusion_jax
-from diffusion_jax import pictures
+from diffusion_jax import data, pictures
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.features import (
     ExampleSet,
@@ -286,9 +286,10 @@ def _draw_neighbors(
     if shown.shape[-1] != examples.shape[-1]:  # gray and color images
         depth = max(shown.shape[-1], examples.shape[-1])
         shown, examples = (np.broadcast_to(x, (*x.shape[:-1], depth)) for x in (shown, examples))
-    return pictures.draw_neighbors(
-        shown, rows[suspects].tolist(), examples, distances[suspects, :nearest], title, channels
-    )
+    numbers = rows[suspects]
+    if isinstance(samples.source, data.SelectedExamples):
+        numbers = samples.source.indices[numbers]
+    return pictures.draw_neighbors(shown, numbers.tolist(), examples, distances[suspects, :nearest], title, channels)
 
 
 def log_values(record: Mapping[str, Any]) -> None:

@@ -255,7 +255,7 @@ def _numbered(name: str, i: int) -> str:
 
 
 def _tower(branch: str, towers: list[str]) -> str:
-    """Returns the scope of a convolution in its block; only branches with several convolutions have a tower."""
+    """Returns the scope of a convolution in its block; only branches with several layers, also a pool, have a tower."""
     match = re.fullmatch(r"(\w+?)(?:_(\d)([ab]?))?", branch)
     assert match is not None  # every convolution in a branch has such a name
     name, position, fork = match.groups()

@@ -10,7 +10,9 @@ the last level with a signal, where the density is N(0, I). The result is the de
 0.01 for linear-1000); `bits_per_dim` computes the likelihood of images from this density.
 
 The ODE does not use the steps of the schedule, so a respaced schedule has the likelihood of the original schedule. (Index 0
-of a respaced schedule may have more noise: a "trailing" spacing leaves the cleanest steps out.)
+of a respaced schedule may have more noise: a "trailing" spacing leaves the cleanest steps out.) Where the log SNR is infinite
+at an end of the path, as for rectified_flow, the ODE begins or ends at the outer step of `schedule` instead, and the
+likelihood depends on the spacing.
 
 The ODE and the ancestral chain are different models: neither likelihood bounds the other. Needs the extra `ode`.
 
@@ -151,7 +153,8 @@ def bits_per_dim(
     """Computes -log2 P(x_0) / D of images under the ODE: an upper bound, estimated with one draw of the dequantization.
 
     Images have D numbers with `gray_levels` values each, spaced w = 2 / (gray_levels - 1) apart in [-1, 1]; x_0 is rounded to
-    the nearest value. p is the density at the first noise level of the training schedule, also if `schedule` is respaced.
+    the nearest value. p is the density at the first noise level of the training schedule, also if `schedule` is respaced,
+    unless the log SNR is infinite at the path's start: then at the first step of `schedule`.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, with volume w^D. By
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is

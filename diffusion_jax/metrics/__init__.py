@@ -94,7 +94,8 @@ class Metric(NamedTuple):
 
     compute: (reference, samples, options) -> Result; `needs` names its inputs:
       moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
-      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C].
+      logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C]; images are not
+        standardized, but gray levels of 0 to 255.
       data: the same arrays in data units, float32, or float64 if an offset is more than 1000 scales.
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
@@ -247,7 +248,7 @@ def _sliced_wasserstein(reference: _Examples, samples: _Examples, options: Optio
 
 
 def _marginal_histograms(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    # Samples outside the reference's range, which could widen the bins without limit, do not count.
+    # Values of samples outside the reference's range, which could widen the bins without limit, count in the outermost bins.
     limits = of_arrays.value_range(reference)
     histograms = of_arrays.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
     distance = histograms.distance
@@ -512,7 +513,7 @@ def reported_values(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def format_value(value: float, error: float | None = None) -> str:
-    """Formats a number; with an error, rounds both to the first digit of the error, or to two if the first is 1."""
+    """Formats a number; with an error, rounds the decimals of both to its first digit, or to two if the first is 1."""
     if not error or not math.isfinite(error):
         return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
     first = math.floor(math.log10(error))  # the place of the error's first digit

@@ -86,7 +86,7 @@ def coverage(found: Int[np.ndarray, "N"], num_samples: int, level: float = 0.9) 
 
     found: ranks, as from `ranks`. level: the share that a calibrated sampler has. The interval leaves out (1 - level) / 2 of
     the num_samples + 1 ranks at both ends.
-    Raises: ValueError if this is not a whole number of ranks, such as for 0.9 and 10 samples; use 19 or 99.
+    Raises: ValueError if this is not a whole number of ranks above 0, such as for 0.9 and 10 samples; use 19 or 99.
     """
     share = float(is_covered(found, num_samples, level).mean())
     return share, float(np.sqrt(max(share * (1 - share), 1 / len(found)) / len(found)))
@@ -154,7 +154,8 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
     """Returns the errors that `find_calibration` finds in about 95% of repetitions, for Gaussian posteriors.
 
     Returns: (a shift in posterior deviations, the largest and the smallest ratio of the sampled and the exact deviation that
-    are found as too narrow and too wide). A ratio is 0 or infinite where no such error is found. One quantity has the error.
+    are found as too narrow and too wide). A ratio is 0 or infinite where no such error is found. One quantity has the error,
+    and `references` are given, whose tests raise the limit.
     """
     test = rank_test(np.zeros(num_examples, int), num_samples)  # for its standard errors
     reach = _limit(2 * num_quantities + 2) + statistics.NormalDist().inv_cdf(0.95)
@@ -196,7 +197,8 @@ def find_calibration(
     """Tests the ranks of Q quantities, and of their distance to `references` if they are given.
 
     A test fails beyond the number of standard errors that all tests together exceed in 0.27% of exact samplers.
-    names: of the quantities. Raises: ValueError for arrays in other shapes, and for names that do not fit.
+    names: of the quantities. Raises: ValueError for arrays in other shapes, numbers that are not finite, fewer than 2
+    samples, and names that do not fit.
     """
     truth, samples = np.asarray(truth), np.asarray(samples)
     if truth.ndim != 2:

@@ -37,7 +37,7 @@ def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExample
 
 
 class LazyExamples:
-    """Examples [n, *spatial, C] that are read on indexing; this package's metrics accept it as an array.
+    """Examples [n, *spatial, C] that are read on indexing; this module's functions accept it as an array.
 
     read: (indices int [b]) -> examples float32 [b, *spatial, C]. shape: the shape of the whole set.
     """

@@ -199,9 +199,9 @@ def nearest_neighbors(reference, queries, k: int = 1, others: bool = False) -> N
 def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> tuple[dict[str, float], Neighbors]:
     """Returns (a report on samples that copy reference images, the samples' k nearest neighbors).
 
-    reference, samples: features [N, D]. close_distance is the 1% quantile of nearest-neighbor distances within the
-    reference; close_share is the share of samples within close_distance of a reference image: about 0.01 for new images,
-    near 1 for copies.
+    reference, samples: features [N, D]. k: limited to the number of reference images. close_distance is the 1% quantile of
+    the nearest-neighbor distances above 0 within the reference, without duplicates; 0 if there are none. close_share is the
+    share of samples within close_distance of a reference image: about 0.01 for new images, near 1 for copies.
     """
     neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))
     reference_distances = nearest_neighbors(reference, reference, others=True).distances[:, 0]

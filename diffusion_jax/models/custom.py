@@ -2,10 +2,12 @@
 
     def transformer(shapes: Shapes, *, width: int = 128, depth: int = 4, dropout: float = 0.0) -> nn.Module: ...
 
-The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)`. The
-network is called with the arguments among `(x_t, time, y, condition, extra, train)` that its signature has. If a keyword
-argument is named like a setting in `config.model`, such as `dropout`, the argument gets this setting; all other keyword
-arguments are `config.model.options`.
+The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)`: of
+init(key) -> params and apply(params, ...) -> output. A function that returns an NNX module has an argument `rngs`. The
+network is called with the arguments among `(x_t, time, y, condition, extra, train)` that its signature has; `apply` may also
+have `key`, for random numbers, which is None outside of training. If a keyword argument is named like a setting in
+`config.model`, such as `dropout`, the argument gets this setting; all other keyword arguments but `rngs` are
+`config.model.options`.
 """
 
 from __future__ import annotations
@@ -262,7 +264,8 @@ def read_options(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits the keyword arguments of a function into settings of `config.model`, and options with their checked values.
 
-    Raises: ValueError for an option that the function does not take, or whose value does not fit the type hint.
+    Raises: ValueError for an option that the function does not take, or whose value does not fit the type hint, and for a
+      missing option without a default.
     """
     parameters = {
         name: each

@@ -48,7 +48,7 @@ def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: f
     """[sin(time w_i), cos(time w_i)] with w_i = 10000^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
 
     OpenAI's code has `cos_first=True, freq_shift=0`. time: float [B], in the network's unit of training; returns float32
-    [B, dim]. Raises: ValueError for an odd dim.
+    [B, dim]. Raises: ValueError for a dim that is odd or below 4.
     """
     if dim % 2 or dim < 4:
         raise ValueError(f"the embedding needs an even number of at least 4 dimensions, got {dim}")
@@ -378,7 +378,7 @@ class LayerFactory:
         return Conv(features, kernel_size, stride, padding=padding, conv_general_dilated=function, **options)
 
     def dense(self, features: int, name: str, *, last: bool = False, use_bias: bool = True) -> Dense:
-        """Makes a dense layer over the last axis. last: whether it ends a residual branch."""
+        """Makes a dense layer over the last axis. last: whether it ends a residual branch or the network."""
         return Dense(features, **self._options(name, last, use_bias))
 
     def attend(self, q, k, v) -> jax.Array:

@@ -19,13 +19,13 @@ class MLP(Conditional):
     x + dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all channels.
     Fields: `Conditional`'s (an array condition is [B, K] here), and
 
-    channels: width of every block, an even number.
+    channels: width of every block, an even number of at least 4.
     num_res_blocks: the number of blocks.
     scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
     initializer: "ho" or "openai", as in the U-Net. Both initialize the last layer in each block and in the network at 0 or
     close to 0.
     dropout: rate before the second dense layer in each block, in training only.
-    out_channels: output channels; None for as many as x_t has, or twice as many for a learned variance.
+    out_channels: output channels; None for as many as x_t has. A learned variance needs twice as many, given here.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
       float32.
     precision: as in the U-Net.

@@ -57,7 +57,8 @@ _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.rem
 class Encoder(nn.Module):
     """The downsampling path and the middle, with their fields and layers.
 
-    channels: width at the first level, a multiple of `num_groups`.
+    channels: the width that `channel_multipliers` multiplies. `num_groups` must divide the width of every level, and
+      `timestep_embedding` needs an even number of at least 4.
     channel_multipliers: the width of each level over `channels`, also fractional (ADM's first is 0.5 at 512 pixels); each
       level after the first halves the resolution.
     num_res_blocks: residual blocks in each level of the downsampling path; the upsampling path has one more.
@@ -264,7 +265,7 @@ class UNet(Encoder, Conditional):
     of 2^(levels - 1), and crops the output. The padded positions take part in attention and in the statistics of norms.
     Fields: `Encoder`'s, `Conditional`'s, and
 
-    out_channels: output channels; None for as many as x_t has, or twice as many for a learned variance.
+    out_channels: output channels; None for as many as x_t has. A learned variance needs twice as many, given here.
     """
 
     out_channels: int | None = None
@@ -333,7 +334,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        """x: [B, *spatial, C]; returns [B, features]. Raises: ValueError for other sizes than at initialization."""
+        """x: [B, *spatial, C]; returns [B, features]. Raises: ValueError if initialized with another number of positions."""
         b, *spatial, c = x.shape
         positions = math.prod(spatial)
         heads, tokens = split_heads(c, self.num_heads, self.head_channels), positions + 1
@@ -357,7 +358,8 @@ class Classifier(Encoder):
     """Class logits for x_t and its network time. `models.preset("adm_classifier128")` is ADM's for 128x128 ImageNet.
 
     `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
-    probabilities. The classifier accepts only the sizes at initialization, which 2^(levels - 1) must divide. Fields:
+    probabilities. The classifier accepts only sizes that 2^(levels - 1) divides, with as many positions as at initialization;
+    other sizes with this number, such as 8x2 for 4x4, raise no error but get wrong position embeddings. Fields:
     `Encoder`'s, and
 
     num_classes: the number of classes.
@@ -369,7 +371,8 @@ class Classifier(Encoder):
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
         """x_t: [B, *spatial, C]; time: float [B], or [] for all rows; train: whether dropout is active.
 
-        Raises: ValueError for sizes not divisible by 2^(levels - 1), or other than at initialization.
+        Raises: ValueError for arrays as `UNet`, for sizes not divisible by 2^(levels - 1), or with another number of
+          positions than at initialization, and for less than 2 classes.
         """
         self.check_input(x_t)
         self.check_divisible(x_t, "its pooling reads every position")

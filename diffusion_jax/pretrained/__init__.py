@@ -94,8 +94,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
     """Loads a trained network with its weights, schedule and settings.
 
     path: a diffusers folder (DDPMPipeline: UNet2DModel and a scheduler's config); OpenAI's .pt, under its published name or
-      with flags; a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the PyTorch port's .ckpt; a
-      work directory; a file from `save_safetensors`; or one of these on the Hugging Face Hub,
+      with flags; a TensorFlow checkpoint by Ho et al., given as the prefix .../model.ckpt-N, or the PyTorch port's .ckpt;
+      EDM's .pkl; a work directory; a file from `save_safetensors`; or one of these on the Hugging Face Hub,
       hf://OWNER/NAME[/FILE][@REVISION], which is downloaded once and verified. `available` lists published weights.
     flags: for OpenAI's files, a preset's name ("adm_imagenet256"), or flags for OpenAI's scripts, as a dict, as text
       ("--num_heads 4 --noise_schedule cosine ...") or as JSON; for unpublished networks from Ho et al.'s code, image_size,
@@ -106,7 +106,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
       functions that replace those that the weights name; or True to import the functions that the weights name. No code is
       imported otherwise.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
-    network fields; missing flags; unreadable files. StorageError for a download that fails.
+    network fields; missing flags; unreadable files. StorageError for a download that fails. UserError for a run without
+    checkpoints whose config does not fit the weights of its `init_from`.
     """
     return _read_or_raise(path, flags, ema, network, with_params=True)
 

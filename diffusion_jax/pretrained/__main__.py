@@ -8,9 +8,10 @@
 list prints the published weights that are known to load, with size, license and page. inspect prints a description of the
 weights at PATH, also hf://OWNER/NAME[/FILE][@REVISION]. convert writes the weights to TO: a file of this package if TO ends
 in .safetensors, else a diffusers folder. convert also writes a model card, README.md in the folder or NAME.md beside the
-file, with the run's data, settings and metrics. publish writes both formats, the model card and a picture of samples to TO:
-an empty folder, gs:// or s3://BUCKET/PREFIX, or hf://OWNER/NAME with a token. FLAGS: the name of a preset, OpenAI's flags,
-or JSON; --raw: use the raw weights, not the moving average.
+file, with the run's data, settings and metrics, unless this file exists. publish writes both formats (only this package's for
+a network that diffusers does not have), the model card and a run's newest picture of samples, if any, to TO: an empty folder,
+gs:// or s3://BUCKET/PREFIX, or hf://OWNER/NAME with a token. FLAGS: the name of a preset, OpenAI's flags, or JSON; --raw: use
+the raw weights, not the moving average.
 """
 
 import pathlib

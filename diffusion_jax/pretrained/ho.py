@@ -16,7 +16,7 @@ from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_model
 
-# Presets of `models`: the image size, and the `config.diffusion` settings that differ from `DIFFUSION_DEFAULTS`.
+# Presets of `models`: the image size, and the variance; other settings of `config.diffusion` are `DIFFUSION_DEFAULTS`.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm_cifar10": (32, {"variance": "fixed_large"}),
     "ddpm_256": (256, {"variance": "fixed_small"}),

@@ -252,12 +252,14 @@ class Model:
         gets the result as a NumPy array.
 
         Args:
-          key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only.
+          key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only;
+            with another `algorithm`, one key.
           num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the device count.
-          sampler: if steps is None, too, by default the sampler and steps of the weights' authors (`published_sampling`);
-            otherwise by default the ancestral `sampling.ddpm`.
-          steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule.
-            If steps is a number, the default spacing suits the sampler.
+          sampler: if steps and spacing are None, too, by default the sampler and steps of the weights' authors
+            (`published_sampling`); otherwise by default the ancestral `sampling.ddpm`, or `sampling.consistency` for a
+            consistency network, which takes no other sampler.
+          steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule,
+            or one step of a consistency network. If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
             of `editing.EDITS`. Each function is compiled once.
@@ -416,9 +418,9 @@ class Model:
             )
 
     def check_condition(self, condition=None, num_examples: int = 1, condition_missing=None) -> np.ndarray | None:
-        """Returns conditions [N, ...] in data units, NaN in rows without; None for an unconditional network.
+        """Returns conditions [N, ...] in data units, NaN in rows without; None for a network that takes no conditions.
 
-        Raises: ValueError.
+        Warns of conditions far outside the training data. Raises: ValueError.
         """
         shape = self.condition_shape
         if shape is None:

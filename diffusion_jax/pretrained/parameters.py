@@ -1,8 +1,9 @@
 """Reads tensors from untrusted files without executing their contents, and builds parameters from the tensors.
 
 The formats are safetensors, TensorFlow checkpoints and, by `pickles`, PyTorch's files and EDM's pickles. The format is
-detected from the first bytes, not from the file name. Parameters have paths such as ("down_1_block_0", "conv1", "kernel"); a
-`Naming` maps a path to the tensor name in another project's files.
+detected from the first bytes, not from the file name; a TensorFlow checkpoint is a prefix with a file PREFIX.index.
+Parameters have paths such as ("down_1_block_0", "conv1", "kernel"); a `Naming` maps a path to the tensor name in another
+project's files.
 """
 
 from __future__ import annotations

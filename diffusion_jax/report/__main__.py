@@ -2,8 +2,8 @@
 
     python -m diffusion_jax.report DIR... [--output=PATH]
 
-The page is one file that needs no network. For one run, the file is DIR/report.html; for several runs, report.html in the
-current directory. --output names another file. The runs may be training meanwhile.
+The page is one file that needs no network. For one local run, the file is DIR/report.html; for several runs, or a run in a
+bucket, report.html in the current directory. --output names another file. The runs may be training meanwhile.
 """
 
 import pathlib

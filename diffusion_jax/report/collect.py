@@ -106,7 +106,7 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
 
 
 def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[str], list[list[str]]]:
-    """Returns (columns, headings, rows of text) for measurements: the settings that differ, and the metrics.
+    """Returns (columns, headings, rows of text) for measurements: the main settings, others that differ, and the metrics.
 
     records: measurements, with a key "run" if they are of several runs.
     """

@@ -24,8 +24,8 @@ from diffusion_jax.untrusted import open_npz, read_image
 
 
 def even_subset(count: int, most: int) -> list[int]:
-    """Returns at most `most` numbers in 0 ... count - 1, evenly spread, including both ends."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
+    """Returns at most `most` numbers in 0 ... count - 1, evenly spread, with both ends; the last alone if `most` is 1."""
+    return np.unique(np.linspace(count - 1, 0, min(count, most)).round().astype(int)).tolist() if count else []
 
 
 # ---- Curves
@@ -202,7 +202,7 @@ def _frames(names: list[str], frames: list[tuple[str, list[Any]]], note: str, st
 
 
 def other_pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> tuple[list[Picture], list[str]]:
-    """Returns (other pictures in the directory and below samples/, newest first; names of pictures beyond the budget)."""
+    """Returns (other pictures in the directory, then below samples/, each newest first; names of pictures left out)."""
     paths = [path for pattern in ("*.png", "samples/**/*.png") for path in sample_files(run.directory, pattern)]
     paths = [path for path in paths if not path.name.startswith(_PREFIX)]
     paths = [path for path in paths if shown is None or _file_name(path) != shown["caption"]]

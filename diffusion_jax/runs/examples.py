@@ -21,15 +21,16 @@ _FILE = "examples.npz"
 _MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
 _MAX_CONDITIONED = 256  # enough to find an example near a requested condition
 _MAX_BYTES = 2**23
-_NUM_CANDIDATES = 128  # further examples that are read to find every class
+_NUM_CANDIDATES = 128  # further examples that are read to find more classes
 _FAR = 1e6  # standard deviations between an example with and an example without a condition
 _QUANTILE = 0.005  # share of a channel's values below its lower limit, and above its upper limit
 
 
 def write_examples(source: data.Source, workdir: RunDir) -> None:
-    """Writes examples of every class, or evenly spread examples, unless the run has a checkpoint.
+    """Writes examples of many classes, or evenly spread examples, unless the run has a checkpoint.
 
-    The file has the arrays of the source, in data units. Call this on process 0 only. source: not normalized.
+    A class may be missing if it is rare, or if the classes are more than the examples of the file, at most 16 for images. The
+    file has the arrays of the source, in data units. Call this on process 0 only. source: not normalized.
     """
     if committed_steps(workdir / "checkpoints"):
         return

@@ -104,7 +104,7 @@ class LikelihoodRun:
     """A run's newest weights and the examples of `evaluation.split`, to measure the likelihood.
 
     source: the examples, normalized. dataset, split: the origin of the examples; split is None for the source of a caller and
-    for a folder or file in `evaluation.data_dir`.
+    for a folder or file without splits, unless the model was trained on it ("train").
     standardization_bits: bits per dimension that standardization adds for continuous data. dequantization: for the ODE
     likelihood, else None. digest: a hash over everything that the numbers depend on.
     """

@@ -92,7 +92,7 @@ SCALARS: dict[str, Scalar] = {
 
 
 def describe_scalar(name: str) -> Scalar:
-    """Returns the entry of `SCALARS`; any other number is a metric of samples with a chart of its own."""
+    """Returns the entry of `SCALARS`; any other number, such as a metric of samples or loss/NAME, has a chart of its own."""
     return SCALARS.get(name) or Scalar("metrics", name.replace("_", " "), name, name)
 
 
@@ -496,7 +496,7 @@ class LaunchTimes:
         return compute_goodput([*self._launches[:-1], this])[0]["train"]
 
     def stop(self, error: BaseException) -> None:
-        """Records the error that ends the launch, unless the bucket caused the error. Write errors are ignored."""
+        """Records the error that ends the launch, except a StorageError or LeaseLostError. Write errors are ignored."""
         if isinstance(error, StorageError | LeaseLostError):
             return
         is_message = isinstance(error, DiffusionJaxError) or not isinstance(error, Exception)

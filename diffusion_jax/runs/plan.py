@@ -172,9 +172,10 @@ def compile_for(config: ConfigDict, topology: str) -> None:
 
 
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
-    """Traces the network once for each value of `model.remat` in `choices`."""
+    """Traces the network for each value of `model.remat` in `choices`, and for the values that `estimate` needs."""
     every = remat_choices(config)
-    needed = dict.fromkeys([*choices, *every[:2], every[-1]])  # `estimate` needs the last three
+    # `estimate` needs the first two values and, of a network that can recompute, True.
+    needed = dict.fromkeys([*choices, *every[:2], *[True] * (len(every) > 1)])
     variants = {remat: resolve({**config, "model": {**config["model"], "remat": remat}}) for remat in needed}
     activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]

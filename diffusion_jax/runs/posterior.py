@@ -30,7 +30,8 @@ _GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
 class Problem:
     """What `config.editing` measures of an example, with the network's and the data's units.
 
-    noise: the standard deviation in network units, a number or [C]. scale, shift: y in data units is scale * y + shift.
+    noise: the standard deviation in network units, a number or an array that broadcasts to y: [C], but [C, 1] for fourier and
+    [1] for colorize. scale, shift: y in data units is scale * y + shift.
     """
 
     options: ConfigDict

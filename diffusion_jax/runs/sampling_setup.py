@@ -135,7 +135,7 @@ def resolve_sampling(
     """Translates `config.sampling` for a model, checks everything before anything is compiled, and logs notes.
 
     conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
-    names, and logs no notes; classes are then checked only without a guiding classifier.
+    names, and logs no notes; classes of a guiding classifier are then not checked.
     Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
     config = resolve(config)

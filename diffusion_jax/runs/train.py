@@ -300,7 +300,7 @@ def _sampling_weights(config: ConfigDict, state: training.TrainState, step: int)
 
 
 def _check_finite(state: training.TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Returns the averages of metrics on the host. Raises: UserError if a loss or gradient was not finite."""
+    """Returns the averages of metrics on the host. Raises: UserError if a loss, gradient or parameter was not finite."""
     averages = jax.device_get(state.averages)
     if averages["nonfinite_step"] >= 0:
         steps = checkpoints.steps()
@@ -442,8 +442,9 @@ class SampleBatches:
     ):
         """net: without parameters. source: in data units; samples get the conditions of evenly spread examples.
 
-        num_images: the batch size, rounded down to a multiple of the device count. purpose: the samples' purpose, as a
-        phrase for the log. Raises: UserError or ValueError for settings that are not allowed.
+        num_images: the batch size, rounded down to a multiple of the device count, but at least one for each device.
+        purpose: the samples' purpose, as a phrase for the log. Raises: UserError or ValueError for settings that are not
+        allowed.
         """
         options, num_devices = to_dict(config), net.num_devices
         options["sampling"] |= {

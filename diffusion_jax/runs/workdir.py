@@ -29,6 +29,7 @@ from diffusion_jax.untrusted import read_json
 
 # Settings besides config.model that change the shapes of the network's parameters.
 _OF_THE_NETWORK = ("diffusion.loss", "diffusion.variance", "diffusion.conditioning_noise")
+_OF_THE_NETWORK += ("data.channels", "data.low_resolution")
 _NUM_HASHED_EXAMPLES = _NUM_CHECKED_IMAGES = 64
 
 
@@ -38,7 +39,10 @@ def to_dict(config: ConfigDict) -> dict:
 
 
 def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
-    """Reads the complete config of a work directory; None if there is none. Raises: UserError for a corrupted config."""
+    """Reads the complete config of a work directory; None if there is none.
+
+    Raises: UserError for a corrupted config, CheckpointError if config.json is missing and the newest checkpoint has a copy.
+    """
     path = local_path(directory, "config.json") / "config.json"
     if not path.exists():
         check_run_files(RunDir(path.parent))  # raises if checkpoints have a copy

@@ -128,9 +128,17 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WrappedSampler(Sampler):
-    """A sampler that changes the steps of another one; derive a class, and define `step` with `self.sampler.step`."""
+    """A sampler that changes the steps of another one; derive a class, and define `step` with `self.sampler.step`.
+
+    It equals only itself, because a derived class may hold arrays.
+    """
 
     sampler: Sampler
+
+    def __eq__(self, other: object) -> bool:  # `Sampler`'s would compare no fields of derived classes
+        return self is other
+
+    __hash__ = object.__hash__
 
     def __post_init__(self):
         super().__post_init__()

@@ -77,7 +77,7 @@ class _Multistep(Sampler):
         return empty_history(x_T, num_steps, self.order - 1)
 
     def _step_order(self, history: History, transition: Transition) -> Int[Array, ""]:
-        """Returns the order of this step: the least of `order`, the values so far, and the steps left."""
+        """Returns the least of `order`, the values so far and, if `lower_order_final`, the steps left; 1 to reach x_0."""
         order = jnp.minimum(self.order, history.steps_taken + 1)
         return (
             jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(_ends(transition), 1, order)
@@ -138,7 +138,7 @@ class dpm_solver_pp(_Multistep):
       e^{-2h}) is added ("SDE-DPM-Solver++").
     singlestep: takes steps in groups of `order`; each step in a group starts from the group's first x and uses all values
       since. Order 3 needs steps of similar length in lambda, as in any smooth spacing. The steps in a group share one noise
-      path.
+      path. `lower_order_final` lowers the order of the last step only, which is its own group.
     """
 
     _: dataclasses.KW_ONLY

@@ -156,9 +156,9 @@ def respace(
 
     Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
       schedule's, or the path's at steps between indices.
-    Raises: ValueError for an invalid string, a count that does not fit, an index or time outside the schedule, a repeated
-      step, an unknown spacing, a spacing for steps that are not an int, one step with "leading", "linspace" or "quadratic",
-      or tables that are not float64.
+    Raises: ValueError for an invalid string, a count that does not fit, an index outside the schedule, a network time outside
+      both its path's interval and its steps, a repeated step, an unknown spacing, a spacing for steps that are not an int,
+      one step with "leading", "linspace" or "quadratic", or tables that are not float64.
     """
     if isinstance(schedule, Path):
         schedule.transition(0, 0.0)  # raises

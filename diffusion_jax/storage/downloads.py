@@ -67,8 +67,9 @@ def copy_path(root: pathlib.Path, url: str) -> pathlib.Path:
 def is_small(name: str, found: Objects) -> bool:
     """Returns whether an object in a work directory is copied at once, instead of when it is read.
 
-    Samples and single images are not copied at once. From checkpoints, only the manifest and Orbax metadata of each committed
-    step are copied, so that the steps are known. TensorBoard events and traces (plugins/) are never read again.
+    Samples and single images are not copied at once. From checkpoints, only the manifest, Orbax metadata, config.json and
+    data.json of each committed step are copied, so that the steps are known. TensorBoard events and traces (plugins/) are
+    never read again.
     found: all objects in the work directory.
     """
     first, *others = parts = pathlib.PurePosixPath(name).parts
@@ -140,7 +141,7 @@ def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list
     """Returns the paths of objects' local copies, which are downloaded if they are missing.
 
     Before a download, the least recently used copies, from all calls on this machine, are deleted until at most max_bytes
-    will be stored. Copies that were used in the last minute are kept. objects: a part of `store.list()`.
+    will be stored and the disk has room. Copies used in the last minute are kept. objects: a part of `store.list()`.
     Raises: OSError; UserError if the disk is too small; StorageError for an object that is no longer the listed version.
     """
     import filelock  # not installed with the core

@@ -101,7 +101,7 @@ class Checkpoints:
         return committed_steps(self._directory)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copies the state to the host and writes it in the background. Raises: SaveError if an earlier save failed.
+        """Copies the state to the host and writes it in the background. Raises: as `finish`, for the earlier save.
 
         Waits until an earlier save is committed, and until the state is copied, but not until it is written.
         """
@@ -123,7 +123,8 @@ class Checkpoints:
     def _commit(self, step: int, reports: list[dict[str, Any]]) -> None:
         """Commits the step from the directories of all processes, and removes old steps.
 
-        Raises: OSError, also if a process could not write its arrays; LeaseLostError if another launch took over the bucket.
+        Raises: OSError, also if a process could not write its arrays; LeaseLostError if another launch took over the bucket,
+        or if a local directory was moved and arrays could not be written.
         """
         run_dir, partial = self._run_dir, self._directory / f"{step}.partial"
         parts = [partial / str(process) for process in range(len(reports))]
@@ -392,7 +393,7 @@ def check_run_files(workdir: RunDir) -> None:
     """Compares config.json and data.json with their copies in the newest checkpoint; a changed byte would change numbers.
 
     Logs a note about other changes: of settings that a launch may change, or if an earlier version wrote the checkpoint.
-    Raises: CheckpointError if a file is missing, or differs in what decides the numbers of the run.
+    Raises: CheckpointError if a file is missing, cannot be read, or differs in what decides the numbers of the run.
     """
     steps = committed_steps(workdir / "checkpoints")
     if not steps:

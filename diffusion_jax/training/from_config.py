@@ -70,7 +70,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
-    """Returns the schedule of published betas."""
+    """Returns the schedule of published betas, or of the betas that a user's function returns."""
     name, count = config["schedule"], config["num_timesteps"]
     if ":" in name:
         betas = find_function(name, "diffusion.schedule")(count)
@@ -88,7 +88,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
-    """Returns T levels of a path, evenly spaced in network time, with both ends where the log SNR is finite."""
+    """Returns T levels of a path, evenly spaced in network time, with its last, and its first if the log SNR is finite."""
     path = find_function(config["path"], "diffusion.path", schedules.PATHS)()
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
@@ -139,8 +139,8 @@ class TrainingProgram(NamedTuple):
 
     init: () -> TrainState, compiled, with the config's seed. empty_averages: () -> averages over no steps, compiled.
     train_step: (state, batch) -> (state, metrics), compiled, donates the state. train_steps: runs `training.steps_per_call`
-    train steps, on batches with a leading axis of that size; None for one step per call. abstract_state: the shapes, dtypes
-    and shardings of the state.
+    train steps, on batches with a leading axis of that size; None for one step per call, and on CPUs. abstract_state: the
+    shapes, dtypes and shardings of the state.
     """
 
     mesh: Mesh

@@ -38,7 +38,7 @@ def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
 
 
 def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer of `config.optimizer`: clipping by the global norm (0 for none), then Adam or AdamW.
+    """Builds the optimizer of `config.optimizer`: clipping by the global norm (0 for none), then Adam, AdamW or the user's.
 
     `update` takes the gradient's norm as the keyword argument `grad_norm`, because the metrics need it, too. Frozen
     parameters have no optimizer state, and updates of 0.
@@ -64,7 +64,7 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
 
     frozen: patterns such as "down_*", compared with the names of parameters, "down_0_block_0/conv_0/kernel", and with the
     names of all modules that contain them; or "module:function", a function from the name to a bool.
-    Raises: ValueError if no parameter or every parameter is frozen.
+    Raises: ValueError if a pattern freezes no parameter, and if no parameter or every parameter is frozen.
     """
     names = jax.tree_util.tree_map_with_path(
         lambda path, _: "/".join(str(getattr(entry, "key", entry)) for entry in path), params

@@ -84,6 +84,16 @@ def test_replacement_returns_the_known_pixels_with_any_sampler():
         assert 0.1 < x[:, 1].mean() < RHO * KNOWN + 0.1  # drawn toward what is known
 
 
+def test_compiled_samplers_keep_their_own_known_pixels():
+    """A sampler that wraps another one equals only itself, so that `jax.jit` does not use the program of an equal one."""
+    schedule, draw = schedules.respace(FULL, 3, "log_snr"), jax.jit(sampling.sample, static_argnames="sampler")
+    for known in (0.25, -0.75):
+        sampler = editing.replacement(sampling.ddim(), jnp.full((1, 2), known), MASK)
+        x = draw(KEY, schedule, correlated, jnp.zeros((1, 2)), sampler=sampler)
+        np.testing.assert_array_equal(x[:, 0], known)
+    assert sampler == sampler and sampler != editing.replacement(sampling.ddim(), sampler.x_0, MASK)
+
+
 def test_replacement_of_one_example_with_a_mask_for_each_row():
     schedule, x_0 = schedules.respace(FULL, 5, "log_snr"), jnp.array([[KNOWN, -0.4]])
     mask = jnp.array([[True, False], [False, True], [True, True]])

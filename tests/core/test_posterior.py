@@ -15,6 +15,7 @@ from diffusion_jax.measurements import LinearOperator, Measurement, masked, mix_
 PATH = schedules.edm(0.002, 80.0)
 X = np.zeros((2, 8), np.float32)
 KEY, STEPS = jax.random.key(0), schedules.edm_steps(4)
+FROM_PURE_NOISE = schedules.from_betas(schedules.betas("jsd", 4))
 NUM_MEASURED = {2: 1, 8: 5, 64: 30}
 
 
@@ -303,6 +304,10 @@ def test_new_measurements_and_inputs_do_not_compile_again():
         (
             lambda d, m: posterior.smc(KEY, STEPS, d, dataclasses.replace(m, noise=lambda u: u), jnp.zeros((4, 2, 8))),
             "smc needs the noise",
+        ),
+        (
+            lambda d, m: posterior.smc(KEY, FROM_PURE_NOISE, lambda x_t, time: x_t, m, jnp.zeros((4, 2, 8))),
+            "does not determine x_0",
         ),
     ],
 )

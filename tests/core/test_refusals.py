@@ -243,6 +243,7 @@ REFUSED = [
         for order in (0, 4)
     ),
     case("a learned variance belongs to the network: Denoiser", sampling.ddpm, "learned"),
+    case("must be fixed_small or fixed_large", process.p_mean_variance, FULL, network, X, T, "small"),
     case("fixed variance", DRAW, Denoiser(doubled, variance="learned_range"), X, sampling.ddpm("fixed_small")),
     case("eta", sampling.ddim, 1.5),
     case("bh1", sampling.unipc, variant="bh3"),

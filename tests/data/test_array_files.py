@@ -204,6 +204,8 @@ def test_folders_of_files_that_do_not_fit(tmp_path):
     assert "data.data_dir='' is empty; set it to an .npy, .npz" in message("")
     assert "no .npy files below" in message(tmp_path)
     path = save_npy(tmp_path / "a.npy", X)
+    with pytest.raises(DataError, match="give the shape of one example"):
+        ArrayFiles(str(tmp_path))
     for location in (path, tmp_path):
         found = message(location, "test")
         assert f"data.split='test': {location} has only 'train'; use data.split='train', or a folder that" in found

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import metrics
+from diffusion_jax import metrics, pictures
 from diffusion_jax.evaluation import __main__ as command
 from diffusion_jax.evaluation import compare, features
 from diffusion_jax.evaluation.features import open_set
@@ -16,6 +16,20 @@ from helpers.digits_features import by_hand
 from helpers.image_files import all_digits, save
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_captions_number_the_rows_of_the_file_if_some_are_left_out(tmp_path, monkeypatch):
+    rng, found = np.random.default_rng(0), []
+    reference, samples = rng.normal(size=(2, 11, 8, 1)).astype(np.float32)
+    for name, x in (("reference", reference), ("samples", samples)):
+        np.save(tmp_path / f"{name}.npy", x)
+    monkeypatch.setattr(compare, "MAX_EXAMPLES", 6)
+    draw = pictures.draw_neighbors
+    monkeypatch.setattr(pictures, "draw_neighbors", lambda *arguments: found.append(arguments[:2]) or draw(*arguments))
+    command.main([*(str(tmp_path / f"{name}.npy") for name in ("reference", "samples")), "--metrics=memorization"])
+    ((shown, numbers),) = found
+    assert max(numbers) > 5
+    np.testing.assert_array_equal(shown, samples[numbers])
 
 
 @pytest.mark.whole

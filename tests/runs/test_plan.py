@@ -63,6 +63,13 @@ def test_an_estimate_is_that_of_the_compiled_program():
     assert 0.8 < compiled.cost_analysis()["flops"] / 32 / traced.flops[False] < 1.25
 
 
+def test_levels_to_recompute_that_no_plan_proposes_are_planned():
+    config = resolve(tiny_config(**{"model.channel_multipliers": (1, 2), "model.remat": (1,)}))
+    activations = plan.trace(config, [(1,)]).activations
+    settings = plan.Settings(1, (1,), 1)
+    assert plan.estimate(config, plan.trace(config, [(1,)]), settings, 1).activations < 8 * activations[False]
+
+
 def test_the_counted_activations_do_not_depend_on_this_machine():
     """Convolutions have another form on CPUs, whose arguments are no new arrays."""
     config = resolve(tiny_config(**{"model.channel_multipliers": (1, 2)}))
