@@ -26,7 +26,7 @@ def together(scenario, count, num_devices, directory, *more):
 
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         outputs = list(pool.map(run, range(count)))
-    assert all(code == 0 for code, _, _ in outputs), outputs
+    assert [output for output in outputs if output[0] != 0] == []
     return [json.loads(out.splitlines()[-1]) for _, out, _ in outputs]
 
 
