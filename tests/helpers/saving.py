@@ -126,3 +126,4 @@ if __name__ == "__main__":
     devices.silence_libraries()
     scenarios = {function.__name__: function for function in (exchange, restore, fail)}
     print(json.dumps(scenarios[scenario](pathlib.Path(directory), *more)), flush=True)
+    jax.distributed.shutdown()  # waits for all, because a process is ended if the first one leaves before
