@@ -213,7 +213,7 @@ def _open_store(path: str) -> Any:
 
 
 def _is_array(store: Any, name: str) -> bool:
-    """Whether a name in a store is an array in its file. Raises: DataError for "x" and other read arrays in another file."""
+    """Whether a name in a store is an array in the store's file. Raises: DataError if an array to read is in another file."""
     is_hdf5 = type(store).__module__.startswith("h5py")
     is_elsewhere = is_hdf5 and "External" in type(store.get(name, getlink=True)).__name__
     if not is_elsewhere:

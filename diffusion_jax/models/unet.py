@@ -372,7 +372,7 @@ class Classifier(Encoder):
         """x_t: [B, *spatial, C]; time: float [B], or [] for all rows; train: whether dropout is active.
 
         Raises: ValueError for arrays as `UNet`, for sizes not divisible by 2^(levels - 1), or with another number of
-          positions than at initialization, and for less than 2 classes.
+          positions than at initialization, and for fewer than 2 classes.
         """
         self.check_input(x_t)
         self.check_divisible(x_t, "its pooling reads every position")

@@ -174,8 +174,8 @@ def compile_for(config: ConfigDict, topology: str) -> None:
 def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
     """Traces the network for each value of `model.remat` in `choices`, and for the values that `estimate` needs."""
     every = remat_choices(config)
-    # `estimate` needs the first two values and, of a network that can recompute, True.
-    needed = dict.fromkeys([*choices, *every[:2], *[True] * (len(every) > 1)])
+    for_estimate = [*every[:2], True] if len(every) > 1 else every
+    needed = dict.fromkeys([*choices, *for_estimate])
     variants = {remat: resolve({**config, "model": {**config["model"], "remat": remat}}) for remat in needed}
     activations = {remat: activations_per_example(variant) for remat, variant in variants.items()}
     shapes = [leaf.shape for leaf in jax.tree.leaves(_network(config, 1)[1])]

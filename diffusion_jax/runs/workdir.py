@@ -28,8 +28,13 @@ from diffusion_jax.training.state import Network
 from diffusion_jax.untrusted import read_json
 
 # Settings besides config.model that change the shapes of the network's parameters.
-_OF_THE_NETWORK = ("diffusion.loss", "diffusion.variance", "diffusion.conditioning_noise")
-_OF_THE_NETWORK += ("data.channels", "data.low_resolution")
+_OF_THE_NETWORK = (
+    "data.channels",
+    "data.low_resolution",
+    "diffusion.loss",
+    "diffusion.variance",
+    "diffusion.conditioning_noise",
+)
 _NUM_HASHED_EXAMPLES = _NUM_CHECKED_IMAGES = 64
 
 
