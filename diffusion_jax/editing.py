@@ -162,14 +162,14 @@ def repaint(
     Args:
       key, schedule, denoiser: as `sampling.sample`.
       x_0: pixels where `mask` is 0 are ignored.
-      sampler: a sampler without a state; the default is `sampling.ddpm()`.
+      sampler: one whose steps do not change its state; the default is `sampling.ddpm()`.
       resamplings: how often each interval of `jump` steps is denoised; 1 is `replacement`. The paper uses 10, with jump 10,
         on a schedule with 250 steps. The network is called about `resamplings` times per step.
     Returns: images with the known pixels of x_0. With more resamplings, the mean of the unknown pixels approaches their
       conditional mean, but their variance falls below the conditional variance.
-    Raises: ValueError for a sampler whose state is a tuple that is not empty (another state is not updated), a mask that does
-      not broadcast to x_0, numbers below 1, prediction eps or score if alpha_bar ends at 0, or, with resamplings above 1, a
-      jump that is not below the number of steps.
+    Raises: ValueError for a sampler whose steps change its state, a mask that does not broadcast to x_0, numbers below 1,
+      prediction eps or score if alpha_bar ends at 0, or, with resamplings above 1, a jump that is not below the number of
+      steps.
     """
     require_number("resamplings", resamplings, 1, whole=True)
     require_number("jump", jump, 1, whole=True)
@@ -181,8 +181,6 @@ def repaint(
     process.check_terminal_snr(schedule, denoiser.prediction)
     mask = _as_mask_for(mask, x_0)
     state = sampler.init_state(schedule, x_0, schedule.num_timesteps)
-    if isinstance(state, tuple) and state:
-        raise ValueError(f"repaint cannot use {type(sampler).__name__}, which has a state; use ddpm, ddim or heun")
     denoise_from, noise_to = _repaint_steps(schedule.num_timesteps, resamplings, jump)
     key_first, key_steps = jax.random.split(key)
 
@@ -191,6 +189,9 @@ def repaint(
         key_step, key_known, key_noise = jax.random.split(jax.random.fold_in(key_steps, i), 3)
         transition = schedule.transition(t, x_t)
         new = sampler.step(key_step, denoiser, x_t, transition, state)
+        if new.state is not state and jax.tree.leaves(new.state):
+            name = type(sampler).__name__
+            raise ValueError(f"repaint cannot use {name}, whose steps change its state; use ddpm, ddim or heun")
         x_prev = _replace_known(key_known, transition, new.x_prev, x_0, mask)
         # Draws q(x_s | x_{t-1}) for s = noise_to at once: several steps of DDPM eq. 2 compose to one Gaussian.
         beta = Transition.between(schedule.at(jnp.maximum(noise_to, 0), x_t), transition.target).beta

@@ -233,7 +233,7 @@ def read_all(
         return data.to_model_units(x, normalization)
 
     first = read(np.arange(1))
-    examples = LazyExamples(read, (len(source), *first.shape[1:]))
+    examples = LazyExamples(read, (len(source), *first.shape[1:]), first.dtype)
     if len(source) * first.nbytes > _MAX_BYTES_IN_MEMORY:
         return examples
     starts = range(0, len(source), CHUNK)  # a block at a time, because reading may need more memory than the result

@@ -271,7 +271,9 @@ def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Opti
     # Time and memory are quadratic in the number of channels.
     channels = even_indices(reference.shape[-1], _MAX_COVARIANCE_CHANNELS)
     shape = (*reference.shape[1:-1], len(channels))
-    sets = [LazyExamples(lambda rows, x=x: x[rows][..., channels], (len(x), *shape)) for x in (reference, samples)]
+    sets = [
+        LazyExamples(lambda rows, x=x: x[rows][..., channels], (len(x), *shape), x.dtype) for x in (reference, samples)
+    ]
     moments = [of_arrays.mean_and_covariance(x) for x in sets]
     means, covariances = ([getattr(each, name) for each in moments] for name in ("mean", "covariance"))
     values, (channel,) = _deviation("mean", means)
@@ -439,13 +441,14 @@ MEANINGS = {
     "energy_distance": Meaning(
         "energy distance",
         "lower",
-        "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized data, unbiased: 0 for equal distributions, within "
-        "a few same_distribution_std",
+        "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized arrays or of images in [-1, 1], unbiased: 0 for equal "
+        "distributions, within a few same_distribution_std",
     ),
     "sliced_wasserstein": Meaning(
         "sliced Wasserstein distance",
         "lower",
-        "root of the mean W_2^2 over directions, for standardized data; for equal distributions about same_distribution",
+        "root of the mean W_2^2 over directions, for standardized arrays or images in [-1, 1]; for equal distributions "
+        "about same_distribution",
     ),
     "histogram_distance": Meaning(
         "histogram distance",

@@ -32,20 +32,18 @@ def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExample
     """Selects `count` examples, evenly spread over the set, or all examples of a smaller set."""
     indices = even_indices(len(x), count)
     if isinstance(x, LazyExamples):
-        return LazyExamples(lambda rows: x[indices[rows]], (len(indices), *x.shape[1:]))
+        return LazyExamples(lambda rows: x[indices[rows]], (len(indices), *x.shape[1:]), x.dtype)
     return x if len(indices) == len(x) else x[indices]
 
 
 class LazyExamples:
     """Examples [n, *spatial, C] that are read on indexing; this module's functions accept it as an array.
 
-    read: (indices int [b]) -> examples float32 [b, *spatial, C]. shape: the shape of the whole set.
+    read: (indices int [b]) -> examples [b, *spatial, C] of the dtype. shape: the shape of the whole set.
     """
 
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]):
-        self._read, self.shape, self.ndim = read, shape, len(shape)
+    def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: np.dtype):
+        self._read, self.shape, self.ndim, self.dtype = read, shape, len(shape), dtype
 
     def __len__(self) -> int:
         return self.shape[0]

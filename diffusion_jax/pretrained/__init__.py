@@ -175,7 +175,7 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
     found = f"a file with {len(tensors.shapes)} tensors ({list_names(tensors.shapes, 3)})" if tensors else "a folder"
     raise PretrainedError(
         f"{path} is {found} with an unknown network; known: a diffusers folder (model_index.json, unet/config.json), a work "
-        "directory with checkpoints, and files from Ho et al., OpenAI or this package"
+        "directory with checkpoints, and files from Ho et al., OpenAI, EDM or this package"
     )
 
 

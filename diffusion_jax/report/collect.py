@@ -55,7 +55,10 @@ class RunFiles:
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """Returns the records of metrics.json, then the terms of likelihood.json as another record."""
+        """Returns the records of metrics.json and the terms of likelihood.json as another record, ordered by step.
+
+        Within a step, the likelihood comes last. Records without a step come first.
+        """
         found = self.likelihood
         terms = {key: value for key, value in found.items() if key.removesuffix("_standard_error") in MEANINGS}
         terms |= {key: found[key] for key in ("step", "weights", "dataset") if key in found}
@@ -63,7 +66,8 @@ class RunFiles:
             "reference": f"{found.get('dataset')}:{found.get('split')}",
             "num_reference": found.get("num_examples"),
         }
-        return [*self.records, terms | examples] if terms else self.records
+        records = [*self.records, terms | examples] if terms else self.records
+        return sorted(records, key=lambda record: step if isinstance(step := record.get("step"), int) else -1)
 
 
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:

@@ -100,6 +100,14 @@ def doubled(x, time):
     return jnp.concatenate([0.3 * x, x], axis=-1)
 
 
+class CountsSteps(sampling.Sampler):
+    def init_state(self, schedule, x_T, num_steps):
+        return {"steps": jnp.int32(0)}
+
+    def step(self, key, denoiser, x_t, transition, state):
+        return sampling.Step(x_t, x_t, {"steps": state["steps"] + 1})
+
+
 LABELS, MASK = jnp.array([0, 1]), X[..., :1] > 0
 AT, DDPM = FULL.at(T, X), sampling.ddpm()
 NOISE, V = jax.random.normal(KEY, (1000, 2)), Denoiser(network, "v", clip=False)
@@ -287,7 +295,8 @@ REFUSED = [
     case("jump .* of at least 1, got 5.0", REPAINT, X, MASK, jump=5.0),
     case("resamplings .* of at least 1, got 0", REPAINT, X, MASK, resamplings=0),
     case("jump=20 must be below the 20 steps of the schedule", REPAINT, X, MASK, resamplings=2, jump=20),
-    case("which has a state; use ddpm", REPAINT, X, MASK, sampling.dpm_solver_pp(), jump=3),
+    case("whose steps change its state; use ddpm", REPAINT, X, MASK, sampling.dpm_solver_pp(), jump=3),
+    case("CountsSteps, whose steps change its state", REPAINT, X, MASK, CountsSteps(), jump=3),
     case("strength", editing.sdedit, KEY, FULL, network, X, sampling.ddim(), strength=0),
     case("8x6 cannot be divided into squares of 4", editing.average_pool(4).measure, jnp.zeros((1, 8, 6, 1))),
     case("only a deterministic sampler decodes", INTERPOLATE, X, [0.5], sampling.ddpm()),

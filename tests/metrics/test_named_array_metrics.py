@@ -43,7 +43,7 @@ def own(name):
 def test_a_metric_of_the_user():
     x, y = series(1), series(2)
     assert own("mean_shift")(x, y, metrics.Options()).values == {"mean_shift": float(y.mean() - x.mean())}
-    lazy = LazyExamples(lambda indices: y[indices], y.shape)
+    lazy = LazyExamples(lambda indices: y[indices], y.shape, y.dtype)
     assert own("several_numbers")(x, lazy, metrics.Options()).values == {
         "one": 0.5,
         "other": pytest.approx(y.sum(dtype=np.float64)),
@@ -119,7 +119,10 @@ def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
     in_memory = [features.read_all(source, constants) for source in sources]
     monkeypatch.setattr(features, "_MAX_BYTES_IN_MEMORY", 1000)
     lazy = [features.read_all(source, constants) for source in sources]
-    assert all(isinstance(part, LazyExamples) for part in lazy)
+    assert all(isinstance(part, LazyExamples) and part.dtype == part[:2].dtype == np.float32 for part in lazy)
+    far = data.Normalization((3e5, 3e5), (10.0, 10.0))  # whose data units need float64
+    exact = features.read_all(data.InMemory({"x": 3e5 + x.astype(np.float64)}), far, in_data_units=True)
+    assert isinstance(exact, LazyExamples) and exact.dtype == exact[:2].dtype == np.float64
     np.testing.assert_allclose(in_memory[0], series(1), atol=1e-4)
     found = [Found(*sets, ARRAY_METRICS, constants).values for sets in (in_memory, lazy)]
     assert found[0] == found[1]

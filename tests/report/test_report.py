@@ -18,9 +18,10 @@ from diffusion_jax.report import __main__ as command
 from diffusion_jax.report import page as page_module
 from diffusion_jax.report import write_comparison, write_report
 from diffusion_jax.report.card import newest_result
-from diffusion_jax.report.collect import sample_command, train_command
+from diffusion_jax.report.collect import collect, sample_command, train_command
 from diffusion_jax.report.figures import make_series, run_clock, training_charts
 from diffusion_jax.report.model_card import model_card
+from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.workdir import to_dict
 from helpers.simulated_runs import START, simulated_lines, write_log, write_results, write_run
 
@@ -140,6 +141,19 @@ def test_the_card_shows_the_metric_that_is_listed_first():
     assert newest_result([{"num_samples": 12}], []) == {"verdict": "No metric is measured yet: run --mode=evaluate."}
     classifier = newest_result([], [{"step": 1, "accuracy": 0.2}, {"step": 2, "accuracy": 0.6172}, {"step": 3}])
     assert classifier["value"] == "0.617" and "guides" in classifier["verdict"] and "step 2" in classifier["source"]
+
+
+def test_measurements_are_ordered_by_the_step_of_the_weights(tmp_path):
+    (tmp_path / "likelihood.json").write_text(json.dumps({"step": 10, "bits_per_dim": 3.1, "dataset": "digits"}))
+    records = [{"step": 20, "precision": 0.5}, {"step": 10, "precision": 0.4}, {"precision": 0.3}]
+    (tmp_path / "metrics.json").write_text(json.dumps(records))
+    found = collect(RunDir(tmp_path)).measurements()
+    assert [(record.get("step"), record.get("precision")) for record in found] == [
+        (None, 0.3),
+        (10, 0.4),
+        (10, None),
+        (20, 0.5),
+    ]
 
 
 def test_a_run_without_samples_and_metrics_is_readable(tmp_path):
