@@ -154,14 +154,14 @@ def classifier(
       log_prob: (x_t, network time) -> log p(y | x_t) [B], differentiable in x_t; for a classifier, `class_log_prob`.
       scale: s, one number or one per row.
       form: "eps" shifts the output, before a clip. "mean" shifts the mean of p(x_{t-1} | x_t) by the variance times s grad,
-        after the clip (ADM Algorithm 1), in `sampling.ddpm` only, and replaces an earlier shift of the mean.
+        after the clip (ADM Algorithm 1), in `sampling.ddpm` only. The shifts of several classifiers add up.
     Raises: ValueError for form "eps" with prediction x_prev, or an unknown form.
     """
     require_known("form", form, ("eps", "mean"))
     denoiser = as_denoiser(denoiser)
     if form == "mean":
-        gradient = jax.tree_util.Partial(_gradient, as_node(log_prob), scale)
-        return dataclasses.replace(denoiser, mean_shift=gradient)
+        total = jax.tree_util.Partial(_total_gradient, denoiser.mean_shift, as_node(log_prob), scale)
+        return dataclasses.replace(denoiser, mean_shift=total)
     if denoiser.prediction == "x_prev":
         raise ValueError("classifier guidance cannot shift prediction 'x_prev'; use form='mean' and the sampler ddpm")
     stage = _Classifier(as_node(log_prob), scale, denoiser.prediction)
@@ -172,6 +172,11 @@ def _gradient(log_prob, scale, x_t, time):
     """s grad_x log p(y | x_t)."""
     gradient = jax.grad(lambda x_t: jnp.sum(log_prob(x_t, time)))(x_t)
     return _expand_rows(scale, x_t) * gradient
+
+
+def _total_gradient(earlier, log_prob, scale, x_t, time):
+    gradient = _gradient(log_prob, scale, x_t, time)
+    return gradient if earlier is None else earlier(x_t, time) + gradient
 
 
 @jax.tree_util.register_dataclass

@@ -106,12 +106,13 @@ def test_ddim_eta_1_is_ancestral_with_the_small_variance(x64):
 
 
 def test_mean_shift_moves_by_variance_times_gradient(x64):
-    """For a classifier with log p(y|x) linear in x, each step, including the last, moves by sigma^2 g."""
+    """For a classifier with log p(y|x) linear in x, each step, including the last, moves by sigma^2 g; two shifts add up."""
     full = thousand("linear")
     schedule = schedules.respace(full, [499])
     keep = Denoiser(lambda x_t, time: 0 * x_t, prediction="x_0")
     x_T, g = jnp.ones((1, 2)), jnp.array([[0.5, -2.0]])
-    guided = guidance.classifier(keep, lambda x_t, time: (x_t @ g.T)[:, 0], form="mean")
+    shift = functools.partial(guidance.classifier, log_prob=lambda x_t, time: (x_t @ g.T)[:, 0], form="mean")
+    guided = shift(shift(keep, scale=0.25), scale=0.75)
     plain, moved = (sampling.sample(KEY, schedule, denoiser, x_T, sampling.ddpm()) for denoiser in (keep, guided))
     np.testing.assert_allclose(moved - plain, schedule.transitions.fixed_large_variance[0] * g, rtol=1e-9)
 
