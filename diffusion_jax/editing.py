@@ -191,7 +191,7 @@ def repaint(
         new = sampler.step(key_step, denoiser, x_t, transition, state)
         if new.state is not state and jax.tree.leaves(new.state):
             name = type(sampler).__name__
-            raise ValueError(f"repaint cannot use {name}, whose steps change its state; use ddpm, ddim or heun")
+            raise ValueError(f"repaint cannot use {name}, whose steps change its state; use ddpm, ddim, euler or heun")
         x_prev = _replace_known(key_known, transition, new.x_prev, x_0, mask)
         # Draws q(x_s | x_{t-1}) for s = noise_to at once: several steps of DDPM eq. 2 compose to one Gaussian.
         beta = Transition.between(schedule.at(jnp.maximum(noise_to, 0), x_t), transition.target).beta
