@@ -46,7 +46,8 @@ settings, and so may any mapping:
 `--config.group.setting=VALUE` overrides a setting: whole numbers may be written as 1e4, tuples as `1,2` or `"(1, 2)"`.
 
 The column "identity" shows which settings decide the numbers of a run: a relaunch in the same work directory must not change
-these settings. All other settings may change between launches.
+these settings. All other settings may change between launches, except `data.data_dir` and `data.disk_mb` where they decide
+whether training shuffles by files.
 
 This page is the output of `make reference`.
 """

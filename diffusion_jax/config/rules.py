@@ -283,12 +283,14 @@ def _without_effect(config: ConfigDict) -> list[Rule]:
         for name, setting in SAMPLING.items()
         if (readers := sampling.samplers_with(name))
     ]
+    is_unused, all_steps = options.spacing and options.steps is None, "has no effect without a number of steps"
     unguided, scale = options.guidance_scale == 1, "sampling.guidance_scale=SCALE"
     no_classifier, no_guidance = "has no effect without a classifier", "has no effect without guidance"
     is_scaled = options.classifier_scale != 1 and not options.classifier
     model = config.model
     is_ncsnpp, own = model.architecture == "ncsn++", "has no effect on ncsn++, which has frequencies of its own"
     return rules + [
+        Rule("sampling.spacing", is_unused, all_steps, None, "sampling.steps=N"),
         Rule("model.embedding_cos_first", is_ncsnpp and model.embedding_cos_first, own, False),
         Rule("model.embedding_freq_shift", is_ncsnpp and model.embedding_freq_shift != 1, own, 1.0),
         Rule("sampling.classifier_scale", is_scaled, no_classifier, 1, "sampling.classifier=PATH"),

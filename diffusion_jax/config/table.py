@@ -241,8 +241,8 @@ DIFFUSION: dict[str, Setting] = {
         None,
         OneOf(Choice(*schedules.PATHS), Choice(None), FunctionName()),
         "Path, as `schedules.PATHS` names it, or a function () -> path. Training draws from its continuous noise levels, "
-        "instead of the schedule's; sampling and likelihoods use T levels, evenly spaced in network time. None for the "
-        "schedule.",
+        "instead of the schedule's; sampling and likelihoods use T levels, evenly spaced in network time, but in the log SNR "
+        "for likelihoods with variance=fixed_small. None for the schedule.",
     ),
     "log_snr_shift": Setting(
         0.0, Number(), "Number that is added to the log SNR of a path, and of every draw, for larger images."
@@ -412,7 +412,7 @@ SAMPLING: dict[str, Setting] = {
         None,
         optional(Choice(*schedules.SPACINGS, "given")),
         'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
-        f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps network whose errors would grow, "
+        f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps or score network whose errors would grow, "
         "unless alpha_bar ends at 0; otherwise trailing.",
     ),
     "eta": Setting(
@@ -435,8 +435,8 @@ SAMPLING: dict[str, Setting] = {
     "clip": Setting(
         None,
         OneOf(Boolean(), Choice("dynamic", None)),
-        "Whether x_0 is clipped to [-1, 1] at every step; None: for gray levels and for data with `data.limits`. dynamic: "
-        "x_0 is clipped to a quantile of |x_0| and divided by this quantile.",
+        "Whether x_0 is clipped to [-1, 1] at every step; None: for gray levels and for `data.normalization=limits`. "
+        "dynamic: x_0 is clipped to a quantile of |x_0|, at least 1, and divided by this quantile.",
     ),
     "clip_quantile": Setting(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
     "label": Setting(
@@ -604,7 +604,7 @@ EVALUATION: dict[str, Setting] = {
         "",
         OneOf(FunctionName(), Text()),
         'Feature extractor: inception, digits, or a function from examples to features; "": digits for the data set '
-        "digits, none for continuous data, otherwise inception.",
+        "digits, none for data that are not images, otherwise inception.",
     ),
     "inception": Setting(
         "", PATH, 'File of Inception\'s weights, a .pth or the TensorFlow graph; "" for no metrics that need it.'

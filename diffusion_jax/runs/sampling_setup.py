@@ -60,7 +60,7 @@ class SamplingSetup:
         kind = "EMA" if net.weights == "ema" else net.weights
         parts = [net.provenance.name if net.step is None else f"step {net.step:,}, {kind} weights"]
         parts.append(f"{options.sampler.rpartition(':')[2]}, {count} step{'s' * (count != 1)}")
-        parts[-1] += f", {options.spacing}" * (options.spacing is not None)
+        parts[-1] += f", {options.spacing}" * (options.spacing is not None and options.steps is not None)
         parts += [f"guidance {options.guidance_scale:g}"] * (options.guidance_scale != 1)
         return "; ".join([*parts, f"seed {options.seed}"])
 

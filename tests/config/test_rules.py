@@ -96,6 +96,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "sampling.churn_range=0.05,50",
         "sampling.churn_noise=1.1",
         "sampling.order=3",
+        "sampling.spacing=karras",
         "model.architecture=ncsn++ model.embedding_cos_first=True",
         "model.architecture=ncsn++ model.embedding_freq_shift=0",
         "sampling.classifier_scale=4",
