@@ -10,6 +10,7 @@ from diffusion_jax import cli, models, pretrained
 from diffusion_jax.pretrained import openai, parameters
 from diffusion_jax.report import write_report
 from diffusion_jax.runs import edit, evaluate, train
+from diffusion_jax.storage import hub
 from helpers.edm_networks import ADM, DDPMPP, NCSNPP, Network
 from helpers.hub_server import Repository, hub_server
 from helpers.published_files import NARROW_FLAGS, ho_variables, save_with_tensorflow, stored, write_folder
@@ -91,6 +92,7 @@ def command(tmp_path, monkeypatch):
     def parse(family, mode, *settings, workdir="run"):
         make_files, file, flags = FAMILIES[family]
         if not servers:
+            hub.download.cache_clear()  # whose files may be gone with an earlier test
             servers.append(hub_server(**{f"me/{family}": Repository(make_files(tmp_path))}))
             monkeypatch.setattr(constants, "ENDPOINT", servers[0].__enter__())
             template = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
