@@ -17,7 +17,7 @@ import pytest
 from configs import digits
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED
 from diffusion_jax.training import checkpoints
-from helpers.program import TWO_DEVICES, changed_program, figure, free_port, start, until
+from helpers.program import changed_program, figure, free_port, start, until
 from helpers.work_directories import last_state, lines
 
 pytestmark = pytest.mark.faults
@@ -171,7 +171,7 @@ def joined(directory, *more, **variables):
             "--num_processes=2",
             f"--process_id={i}",
             log=directory.with_suffix(f".{i}.log"),
-            XLA_FLAGS=TWO_DEVICES,
+            JAX_NUM_CPU_DEVICES="2",
             **variables,
         )
         for i in range(2)

@@ -8,7 +8,7 @@ import re
 import sys
 from unittest import mock
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 import jax
 import numpy as np
 

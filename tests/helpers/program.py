@@ -13,7 +13,6 @@ from diffusion_jax.runs import workdir
 from helpers.configs import digits_config, tiny_config
 from helpers.paths import ROOT
 
-TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 # Trains, and then runs the other modes in the same processes: starting a process takes longer than its steps.
 ALL_MODES = f"""
 import sys
@@ -89,7 +88,7 @@ def start_together(count, *flags, program="main.py"):
     """Starts the processes of one launch. Two processes have two devices each, so that arrays are split within and between
     processes."""
     joined = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
-    devices = {"XLA_FLAGS": TWO_DEVICES} if count == 2 else {}
+    devices = {"JAX_NUM_CPU_DEVICES": "2"} if count == 2 else {}
     return [start(*flags, *joined, f"--process_id={i}", program=str(program), **devices) for i in range(count)]
 
 

@@ -12,7 +12,6 @@ from helpers.configs import CONDITIONAL, DRAWN, conditional
 from helpers.program import changed_program, finish, start, tiny_flags
 from helpers.work_directories import untrained
 
-FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 # Replaces the conversion to gray levels.
 STORES_FLOATS = """
 import numpy as np
@@ -81,7 +80,7 @@ def test_images_for_any_batch_size_and_on_four_devices(tmp_path, monkeypatch):
     path.unlink()
     flags = tiny_flags(run, **CONDITIONAL | DRAWN | overrides(6, 8))
     program = changed_program(tmp_path, STORES_FLOATS)
-    code, out, err = finish(start(*flags, "--mode=sample", program=program, XLA_FLAGS=FOUR_DEVICES))
+    code, out, err = finish(start(*flags, "--mode=sample", program=program, JAX_NUM_CPU_DEVICES="4"))
     assert code == 0, out + err
     images["devices"] = np.load(path)["arr_0"]
     for sizes in ((1, 8), (3, 8), (8, 8), "devices"):
