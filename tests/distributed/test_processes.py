@@ -98,20 +98,20 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
 
 def test_two_processes_measure_arrays_as_one(tmp_path):
     """The same weights: likelihoods and metrics differ by rounding only, and each file is written once."""
-    data_file = str(write_arrays("series", tmp_path / "data.npz", 48, condition=np.linspace(-3, 5, 48)[:, None]))
+    data_file = str(write_arrays("vectors", tmp_path / "data.npz", 48, condition=np.linspace(-3, 5, 48)[:, None]))
     overrides = {"model.condition_features": 1, "diffusion.num_timesteps": 20, "evaluation.split": "train"}
     overrides |= {"evaluation.num_examples": 22, "evaluation.batch_size": 8, "evaluation.ode": True}
     overrides |= {"evaluation.num_samples": 42, "sampling.batch_size": 16, "sampling.sampler": "ddim"}
     config, source = (
-        array_config("series", data_file, **overrides),
-        data.ArrayFiles(data_file, "train", SHAPES["series"]),
+        array_config("vectors", data_file, **overrides),
+        data.ArrayFiles(data_file, "train", SHAPES["vectors"]),
     )
     for name in ("one", "two"):
         workdir.check_data(
             source, RunDir(untrained(tmp_path / name, config)), data.find_normalizations(config.data, source)
         )
     evaluate(config, tmp_path / "one")
-    file = write_config(tmp_path / "config.py", "series", data_file, overrides)
+    file = write_config(tmp_path / "config.py", "vectors", data_file, overrides)
     run_together(2, f"--config={file}", f"--workdir={tmp_path / 'two'}", "--mode=evaluate")
     reports, records = [], []
     for path in (tmp_path / "one", tmp_path / "two"):

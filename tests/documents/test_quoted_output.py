@@ -6,6 +6,7 @@ training, the machine or the moment stand for any numbers.
 
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import shlex
@@ -15,8 +16,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import first_contact
-from diffusion_jax import cli, data
+from diffusion_jax import cli, data, pretrained
+from diffusion_jax.config import experiment
 from diffusion_jax.distributed import devices
+from diffusion_jax.pretrained.parameters import parameter_shapes
 from diffusion_jax.run_dir import RunDir
 from helpers.configs import digits_config
 from helpers.pages import blocks, commands, name, pages
@@ -96,7 +99,7 @@ def test_first_arrays(run, capsys):
 def test_sensors(run, capsys):
     run_example("reaction_diffusion.py", capsys, *SHORT)
     fast = {"--config.editing.method": "pigdm", "--config.sampling.sampler": "ddim", "--config.sampling.steps": 1}
-    fast |= {"--config.evaluation.batch_size": 190}  # 950 need 7 GB
+    fast |= {"--config.evaluation.batch_size": 190, "--config.editing.iterations": 1}  # 950 need 7 GB
     _, edit, evaluate, _ = run("sensors.md", "runs/patterns", SMALL | fast)
     chi_squared, calibration = quoted("docs/start/sensors.md")
     check(chi_squared, edit, r"1\.04")
@@ -106,10 +109,14 @@ def test_sensors(run, capsys):
 
 @pytest.mark.whole
 def test_first_pictures_and_the_status(run, capsys, monkeypatch):
-    run_example("drawings.py", capsys)
-    train, sample, _, evaluate = run("first_pictures.md", "runs/drawings", FEW_STEPS)
+    run_example("drawings.py", capsys, "LARGE = 12", "LARGE = 2")
     training, sampling, metrics = quoted("docs/start/first_pictures.md")
-    check(training, train)
+    net = pretrained.from_config(experiment("drawings"))
+    shapes = parameter_shapes(net.model, net.example_shape)
+    assert f"{sum(map(math.prod, shapes.values())):,} parameters" in training
+    narrow = {"--config.model.channels": 8, "--config.model.channel_multipliers": "1,"}
+    train, sample, _, evaluate = run("first_pictures.md", "runs/drawings", FEW_STEPS | narrow)
+    check(training, train, r"1,064,547")
     check(sampling.replace("step1500", "step2").replace("pp25", "pp8"), sample)
     check(metrics.replace("step1500", "step2"), evaluate, r"(?<=copies  )\S+")
 

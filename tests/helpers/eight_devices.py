@@ -19,7 +19,7 @@ from diffusion_jax.runs import plan
 from helpers.configs import a_batch, tiny_config
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-MESHES = [(1, 1), (1, 4), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
+MESHES = [(1, 1), (8, 1), (2, 4)]  # data, fsdp: as many devices as their product
 # Everything random: flips, timesteps, noise, dropout, dropped labels.
 DRAWING = {"data.random_flip": True, "model.num_classes": 10, "model.label_dropout": 0.3}
 
