@@ -83,7 +83,7 @@ def run_example(file, capsys, *changed):
 FEW_STEPS = {"--config.training.num_steps": 2, "--config.training.sample_every": 0}
 FEW_STEPS |= {"--config.sampling.steps": 8, "--config.sampling.trajectory": 0}
 SMALL = FEW_STEPS | {"--config.model.channels": 4, "--config.model.num_groups": 2}
-SMALL |= {"--config.model.channel_multipliers": "1,", "--config.evaluation.batch_size": 950}
+SMALL |= {"--config.model.channel_multipliers": "1,1", "--config.evaluation.batch_size": 950}
 SHORT = 'TIME = {"train": 2000, "test": 200}, 24, 6000', 'TIME = {"train": 2000, "test": 200}, 24, 1'
 
 
