@@ -189,7 +189,8 @@ def repaint(
         key_step, key_known, key_noise = jax.random.split(jax.random.fold_in(key_steps, i), 3)
         transition = schedule.transition(t, x_t)
         new = sampler.step(key_step, denoiser, x_t, transition, state)
-        if new.state is not state and jax.tree.leaves(new.state):
+        before, after = jax.tree.leaves(state), jax.tree.leaves(new.state)
+        if after and [*map(id, after)] != [*map(id, before)]:
             name = type(sampler).__name__
             raise ValueError(f"repaint cannot use {name}, whose steps change its state; use ddpm, ddim, euler or heun")
         x_prev = _replace_known(key_known, transition, new.x_prev, x_0, mask)

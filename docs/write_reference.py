@@ -78,7 +78,7 @@ _EXIT_CODES = """### Exit codes
 | 130 | interrupted by Ctrl-C; training has saved a checkpoint; rerun the same command to resume |
 | 134 | ended by JAX's own service, because another process of the run was lost; rerun the same command to resume |
 | 137 | killed by SIGKILL; rerun the same command to resume |
-| 141 | the reader of the output ended first, as in `... \\| head` |
+| 141 | the reader of the output ended first, as in `... \\| head`; rerun the same command to resume |
 | 143 | stopped by SIGTERM before the program had started; rerun the same command |
 
 [Tested faults and exit codes](../results/reliability.md) lists the faults behind each code, and the tests.

@@ -411,7 +411,8 @@ SAMPLING: dict[str, Setting] = {
     "spacing": Setting(
         None,
         optional(Choice(*schedules.SPACINGS, "given")),
-        'Distribution of the steps over the timesteps; openai_ddim is OpenAI\'s "ddim50". None: log_snr for '
+        'Distribution of the steps over the timesteps, if `sampling.steps` is given; openai_ddim is OpenAI\'s "ddim50". '
+        "None: log_snr for "
         f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps or score network whose errors would grow, "
         "unless alpha_bar ends at 0; otherwise trailing.",
     ),

@@ -441,14 +441,14 @@ MEANINGS = {
     "energy_distance": Meaning(
         "energy distance",
         "lower",
-        "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized arrays or of images in [-1, 1], unbiased: 0 for equal "
-        "distributions, within a few same_distribution_std",
+        "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized arrays, or of images in gray levels of 0 to 255, "
+        "unbiased: 0 for equal distributions, within a few same_distribution_std",
     ),
     "sliced_wasserstein": Meaning(
         "sliced Wasserstein distance",
         "lower",
-        "root of the mean W_2^2 over directions, for standardized arrays or images in [-1, 1]; for equal distributions "
-        "about same_distribution",
+        "root of the mean W_2^2 over directions, for standardized arrays, or images in gray levels of 0 to 255; for "
+        "equal distributions about same_distribution",
     ),
     "histogram_distance": Meaning(
         "histogram distance",
@@ -457,13 +457,15 @@ MEANINGS = {
         "same_distribution",
     ),
     "mean_deviation": Meaning(
-        "deviation of the mean", "closer to 0", "samples minus data, for standardized channels, where |z| is largest"
+        "deviation of the mean",
+        "closer to 0",
+        "samples minus data, for standardized channels (of images: gray levels), where |z| is largest",
     ),
     "mean_z": Meaning("z of the mean", "closer to 0", _Z),
     "covariance_deviation": Meaning(
         "deviation of the covariance",
         "closer to 0",
-        "samples minus data, for standardized channels at one position, where |z| is largest",
+        "samples minus data, for standardized channels (of images: gray levels) at one position, where |z| is largest",
     ),
     "covariance_z": Meaning("z of the covariance", "closer to 0", _Z),
     "power_spectrum_deviation": Meaning(

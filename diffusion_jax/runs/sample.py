@@ -232,7 +232,7 @@ def _name_options(setup: SamplingSetup) -> str:
     if ":" in options["sampler"]:
         hashed["sampler"] = options["sampler"]
     words = [f"{options['sampler'].rpartition(':')[2]}{setup.schedule.num_timesteps}"]
-    words += [options["spacing"]] * (options["spacing"] is not None and options["steps"] is not None)
+    words += [options["spacing"]] * (options["spacing"] is not None)
     if options["label"] is not None and setup.labels is not None:
         labels = setup.labels.tolist()
         classes = "class" + "-".join(map(str, labels))

@@ -60,7 +60,7 @@ class SamplingSetup:
         kind = "EMA" if net.weights == "ema" else net.weights
         parts = [net.provenance.name if net.step is None else f"step {net.step:,}, {kind} weights"]
         parts.append(f"{options.sampler.rpartition(':')[2]}, {count} step{'s' * (count != 1)}")
-        parts[-1] += f", {options.spacing}" * (options.spacing is not None and options.steps is not None)
+        parts[-1] += f", {options.spacing}" * (options.spacing is not None)
         parts += [f"guidance {options.guidance_scale:g}"] * (options.guidance_scale != 1)
         return "; ".join([*parts, f"seed {options.seed}"])
 
@@ -180,6 +180,8 @@ def resolve_sampling(
     if read_files:
         for note in [*notes, *find_broken(config, "without effect")]:
             log(f"Note: {note}.")
+    if options["steps"] is None:
+        config.sampling.spacing = None  # which has no effect, so the names and the provenance of samples lack it
     guidance = {
         "clip": clip,
         "guidance_interval": options["guidance_interval"] or None,

@@ -97,7 +97,7 @@ def test_two_processes_of_split_parameters_train_and_sample_arrays_with_conditio
 
 
 def test_two_processes_measure_arrays_as_one(tmp_path):
-    """The same weights: likelihoods and metrics differ by rounding only, and each file is written once."""
+    """The same weights: likelihoods and the metrics of vectors differ by rounding only, and each file is written once."""
     data_file = str(write_arrays("vectors", tmp_path / "data.npz", 48, condition=np.linspace(-3, 5, 48)[:, None]))
     overrides = {"model.condition_features": 1, "diffusion.num_timesteps": 20, "evaluation.split": "train"}
     overrides |= {"evaluation.num_examples": 22, "evaluation.batch_size": 8, "evaluation.ode": True}

@@ -80,6 +80,7 @@ def test_settings_of_papers_exist():
         assert reported.settings.keys() <= SETTINGS.keys()
     guided = pretrained.find_reported("256x256_diffusion.pt")
     assert guided.settings["sampling.classifier"].removesuffix(".pt") in openai.FILES
+    assert guided.settings["sampling.classifier_form"] == "mean"  # as in the paper
 
 
 def test_the_license_and_the_page_of_a_published_file_are_known_by_its_name(tmp_path, capsys):

@@ -92,7 +92,7 @@ def command(tmp_path, monkeypatch):
     def parse(family, mode, *settings, workdir="run"):
         make_files, file, flags = FAMILIES[family]
         if not servers:
-            hub.download.cache_clear()  # whose files may be gone with an earlier test
+            hub.download.cache_clear()  # the cached files may be in the folder of an earlier test
             servers.append(hub_server(**{f"me/{family}": Repository(make_files(tmp_path))}))
             monkeypatch.setattr(constants, "ENDPOINT", servers[0].__enter__())
             template = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"

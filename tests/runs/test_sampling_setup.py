@@ -129,6 +129,7 @@ def test_different_sampling_options_have_different_file_names(root):
     """A file name contains the sampler, the steps, the classes and the guidance; a digest represents all other options."""
     names = {
         "ddpm5_guided2.0": {"guidance_scale": 2.0},
+        f"ddpm{T}": {"steps": None, "spacing": "karras"},
         "ddpm5_guided2.0000001": {"guidance_scale": 2.0000001},
         "ddim5_openai_class3-5": {"sampler": "ddim", "spacing": "openai", "label": (3, 5)},
     }
