@@ -90,8 +90,11 @@ _FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # by paper and na
             f"{size}x{size}_diffusion.pt": (
                 fid,
                 _ADM_STEPS
-                | {"sampling.classifier": f"{size}x{size}_classifier.pt", "sampling.classifier_scale": scale}
-                | {"sampling.classifier_form": "mean"},
+                | {
+                    "sampling.classifier": f"{size}x{size}_classifier.pt",
+                    "sampling.classifier_form": "mean",
+                    "sampling.classifier_scale": scale,
+                },
             )
             for size, fid, scale in ((128, 2.97, 0.5), (256, 4.59, 1.0), (512, 7.72, 4.0))
         },
