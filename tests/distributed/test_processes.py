@@ -13,11 +13,11 @@ from diffusion_jax.metrics import of_features
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import sample, train, workdir
 from helpers.array_configs import SHAPES, array_config, write_arrays
-from helpers.configs import tiny_config
+from helpers.configs import convolutions_config
 from helpers.digits_features import by_hand
 from helpers.exact_runs import exact_run
 from helpers.paths import ROOT
-from helpers.program import ALL_MODES, evaluate, run_together, tiny_flags
+from helpers.program import ALL_MODES, evaluate, flags_of, run_together
 from helpers.work_directories import assert_close_losses, take_arrays, untrained
 
 pytestmark = pytest.mark.whole
@@ -33,16 +33,16 @@ def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
     program = directory.with_suffix(".py")
     program.write_text(ALL_MODES)
-    first, second = run_together(2, *tiny_flags(directory, **OVERRIDES), program=program)
+    first, second = run_together(2, *flags_of(convolutions_config(**OVERRIDES), directory), program=program)
     assert "on 4 cpu devices" in first
     assert not any(word in second for word in ("jax ", "Training", "Sampling"))  # only process 0 prints
     return directory
 
 
 def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_path):
-    train.run(tiny_config(**OVERRIDES), tmp_path)
+    train.run(convolutions_config(**OVERRIDES), tmp_path)
     assert_close_losses(tmp_path, two)
-    evaluate(tiny_config(**OVERRIDES), tmp_path)
+    evaluate(convolutions_config(**OVERRIDES), tmp_path)
     reports = [json.loads((path / "likelihood.json").read_text()) for path in (tmp_path, two)]
     assert reports[0]["bits_per_dim"] == pytest.approx(reports[1]["bits_per_dim"], rel=1e-2)
     for path in (tmp_path, two):  # each process evaluates its own samples
@@ -51,12 +51,12 @@ def test_two_processes_log_the_losses_of_one_and_one_process_resumes(two, tmp_pa
         digits = data.Digits("train", (8, 8), 1)
         moments = [of_features.moments(by_hand(x)) for x in (digits.read(np.arange(len(digits)))["image"], drawn)]
         assert record["frechet_distance"] == pytest.approx(of_features.frechet_distance(*moments), rel=1e-4)
-    sample.run(tiny_config(**OVERRIDES), tmp_path)
+    sample.run(convolutions_config(**OVERRIDES), tmp_path)
     for path in (tmp_path, two):
         with np.load(path / "samples" / "step4_ema_ddpm2_seed0_n4.npz") as arrays:
             assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [0, 1, 2, 3]
     for path in (tmp_path, two):  # one device now, four devices before
-        train.run(tiny_config(**{**OVERRIDES, "training.num_steps": 6}), path)
+        train.run(convolutions_config(**{**OVERRIDES, "training.num_steps": 6}), path)
     assert_close_losses(tmp_path, two)
 
 

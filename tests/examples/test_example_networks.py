@@ -17,7 +17,7 @@ from diffusion_jax.models import Shapes
 from diffusion_jax.runs import train
 from helpers.array_configs import array_batch, array_config, write_arrays
 from helpers.configs import a_batch, tiny_config
-from helpers.networks import redraw
+from helpers.networks import redraw, shapes
 from helpers.paths import ROOT
 from helpers.work_directories import untrained
 
@@ -171,8 +171,8 @@ def test_without_equinox_the_error_is_one_line(monkeypatch):
 def test_low_rank_changes_of_a_trained_network(tmp_path):
     """The first output is that of the weights; training changes the small matrices only, and the output."""
     config, weights = array_config("vectors", ""), tmp_path / "net.safetensors"
-    params = training.model_from_config(config).init(jax.random.key(5), jnp.zeros((1, 3)), jnp.zeros(1))["params"]
-    base = pretrained.from_config(config, redraw(params))
+    params = redraw(shapes(training.model_from_config(config), jnp.zeros((1, 3)), jnp.zeros(1)))
+    base = pretrained.from_config(config, params)
     pretrained.save_safetensors(base, weights)
     texts = {"model.kind": f"{ROOT / 'examples' / 'low_rank.py'}:low_rank", "model.options.weights": str(weights)}
     texts |= {"model.options.rank": "2", "model.dropout": "0", "optimizer.frozen": "network/base/*,"}

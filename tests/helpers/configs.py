@@ -3,7 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.config import default_classifier, experiment
+from diffusion_jax.config import default_classifier, experiment, override
 
 TINY_CLASSIFIER = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": ()}
 TINY_CLASSIFIER |= {"num_groups": 4, "head_channels": 4, "num_classes": 3}
@@ -34,6 +34,11 @@ def small_run(config, **overrides):
     config.evaluation.num_samples = 0
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def convolutions_config(**overrides):
+    """The digits with two convolutions, which compile in a third of the time: for tests of runs, not of networks."""
+    return small_run(override(experiment("digits"), {"model.kind": "helpers.own_networks:linen"}), **overrides)
 
 
 def tiny_config(**overrides):

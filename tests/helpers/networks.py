@@ -10,7 +10,7 @@ TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "atte
 
 
 def redraw(params, seed=1):
-    """Redraws every array, including the layers that start at zero."""
+    """Draws arrays of these shapes, none of them zero."""
     rng = np.random.default_rng(seed)  # jax.random would compile a program for every shape
     return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), params)
 
@@ -23,6 +23,16 @@ def silu(x):
 def init(model, shape=(1, 8, 8, 3), y=None):
     """A model's parameters for images of this shape and labels y."""
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
+
+
+def shapes(model, *inputs, **named):
+    """The shapes of a model's parameters, for `redraw`: compiling the initialization takes longer than a forward pass."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **named))["params"]
+
+
+def shapes_for(model, shape=(1, 8, 8, 3), y=None):
+    """The shapes of a model's parameters for images of this shape and labels y."""
+    return shapes(model, jnp.zeros(shape), jnp.zeros(shape[0]), y)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import time
 from diffusion_jax.config import flatten
 from diffusion_jax.runs import evaluate as evaluate_mode
 from diffusion_jax.runs import workdir
-from helpers.configs import digits_config, tiny_config
+from helpers.configs import digits_config
 from helpers.paths import ROOT
 
 # Trains, and then runs the other modes in the same processes: starting a process takes longer than its steps.
@@ -37,11 +37,9 @@ def changed_program(directory, code):
     return str(path)
 
 
-def tiny_flags(directory, **overrides):
-    config, base = (
-        flatten(workdir.to_dict(tiny_config(**overrides))),
-        flatten(workdir.to_dict(digits_config())),
-    )
+def flags_of(config, directory):
+    """The command line of a run, with the settings that differ from the digits."""
+    config, base = flatten(workdir.to_dict(config)), flatten(workdir.to_dict(digits_config()))
     changed = {key: value for key, value in config.items() if value != base[key]}
     as_flag = {key: f"({','.join(map(str, v))},)" if isinstance(v, list) else v for key, v in changed.items()}
     return [f"--workdir={directory}", "--config=configs/digits.py", *(f"--config.{k}={v}" for k, v in as_flag.items())]
@@ -49,7 +47,8 @@ def tiny_flags(directory, **overrides):
 
 def start(*arguments, program="main.py", log=None, start_new_session=False, **variables):
     """Starts a program; its output goes to pipes, or is appended to the file `log`."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), **variables}
     options = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": start_new_session}
     with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
         return subprocess.Popen([sys.executable, program, *arguments], stdout=output, stderr=output, **options)

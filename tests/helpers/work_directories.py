@@ -1,6 +1,7 @@
 """Work directories without training, and comparisons of a run's files."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import data, training
@@ -13,21 +14,28 @@ from diffusion_jax.training.checkpoints import Checkpoints
 SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_wait", "logging", "goodput")
 
 
+def draw_weights(shapes, seed):
+    """Draws weights with variance 1 / fan_in, with which samples have many values between -1 and 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        is_scale, fan_in = path[-1].key == "scale", max(np.prod(leaf.shape[:-1]), 1)
+        return jnp.asarray(is_scale + rng.normal(size=leaf.shape) * fan_in**-0.5, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def untrained(directory, config, source=None):
-    """A work directory as training (on a source) leaves it, with weights at random: compiling a train step takes longest."""
-    state = training.build_program(config).init()
-    leaves, tree = jax.tree.flatten(state.params)
-
-    def moved(seed):
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-
-    params, ema_params = (jax.tree.unflatten(tree, moved(seed)) for seed in (2, 1))
+    """A work directory as training (on a source) leaves it, with drawn weights; nothing is compiled."""
+    state = training.build_program(config).abstract_state
+    zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state)
+    drawn = {name: draw_weights(getattr(state, name), seed) for name, seed in (("params", 2), ("ema_params", 1))}
+    state = zeros.replace(**drawn, averages=zeros.averages | {"nonfinite_step": zeros.averages["nonfinite_step"] - 1})
     workdir.write_config(config, directory)
     if source is not None:
         workdir.check_data(source, RunDir(directory), data.find_normalizations(config.data, source))
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(1, state.replace(params=params, ema_params=ema_params))
+        checkpoints.save(1, state)
         checkpoints.finish()
     return directory
 

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from diffusion_jax.runs import train
-from helpers.configs import DRAWN, FEW_SAMPLES, T, classifier_config, conditional, tiny_config, upsampler_config
+from helpers.configs import (
+    DRAWN,
+    FEW_SAMPLES,
+    T,
+    classifier_config,
+    conditional,
+    convolutions_config,
+    tiny_config,
+    upsampler_config,
+)
 from helpers.work_directories import untrained
 
 
@@ -15,7 +24,7 @@ from helpers.work_directories import untrained
 def trained(tmp_path_factory):
     """A run with 4 steps, which no test may change."""
     directory = tmp_path_factory.mktemp("run")
-    train.run(tiny_config(), directory)
+    train.run(convolutions_config(), directory)
     return directory
 
 
@@ -33,7 +42,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untrained_run(tmp_path_factory):
-    return untrained(tmp_path_factory.mktemp("untrained") / "run", tiny_config(**FEW_SAMPLES))
+    return untrained(tmp_path_factory.mktemp("untrained") / "run", convolutions_config(**FEW_SAMPLES))
 
 
 @pytest.fixture

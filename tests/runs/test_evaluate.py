@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import Denoiser, data, errors, likelihood, pictures, pretrained, run_dir, training
 from diffusion_jax.evaluation import ode_likelihood
-from helpers.configs import tiny_config
+from helpers.configs import convolutions_config
 from helpers.program import evaluate
 from helpers.work_directories import untrained
 
@@ -26,7 +26,7 @@ OVERRIDES = {
 
 
 def config_with(**overrides):
-    return tiny_config(**{**OVERRIDES, **overrides})
+    return convolutions_config(**{**OVERRIDES, **overrides})
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def report(directory):
 def bound_by_hand(config, directory, use_ema=True, split="test", seed=0, clip=True, **options):
     """The same images, batches and keys, through the core alone."""
     built = training.build_program(config)
-    params = pretrained.load(directory, ema=use_ema).params
+    params = pretrained.load(directory, ema=use_ema, network=True).params
     source = data.load(ConfigDict({**config.data, "split": split}))
 
     @jax.jit

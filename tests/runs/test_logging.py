@@ -15,7 +15,7 @@ from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs import logging
 from diffusion_jax.runs.logging import RunMetrics
 from helpers.array_configs import array_config
-from helpers.configs import tiny_config
+from helpers.configs import convolutions_config
 from helpers.work_directories import lines
 
 
@@ -29,7 +29,7 @@ def read_events(directory):
 def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
     scalars = {"loss": 1.0, "loss_q1": 2.0, "compute": 0.5, "grad_norm": 3.0, "frechet_distance": 4.0}
     picture = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
-    with RunMetrics(tiny_config(), RunDir(tmp_path), step=0) as metrics:
+    with RunMetrics(convolutions_config(), RunDir(tmp_path), step=0) as metrics:
         metrics.write_scalars(2, scalars)
         metrics.write_image(2, "samples", picture, "Samples after 2 steps")
     events = read_events(tmp_path)
@@ -47,7 +47,7 @@ def test_numbers_are_in_groups_beside_the_config_and_pictures(tmp_path):
 def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
     """The first launch is killed in the middle of a line and an event."""
     for step in (0, 4):
-        metrics = RunMetrics(tiny_config(), RunDir(tmp_path), step)
+        metrics = RunMetrics(convolutions_config(), RunDir(tmp_path), step)
         for later in (3, 5, 7) if step == 0 else (5, 6):
             metrics.write_scalars(later, {"loss": float(step)})
         metrics.flush()
@@ -64,7 +64,7 @@ def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
 
 def test_results_are_beside_the_events_of_training(tmp_path):
     """At the checkpoint's step; later events of the training launch stay."""
-    config = tiny_config()
+    config = convolutions_config()
     with RunMetrics(config, RunDir(tmp_path), step=0) as metrics:
         metrics.write_scalars(3, {"loss": 1.0})
         logging.write_evaluation(config, RunDir(tmp_path), 2, {"recall": 0.5})

@@ -14,7 +14,7 @@ from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.runs import evaluate, likelihood, plan, sample, train
 from diffusion_jax.training.step import make_timestep_sampler
 from helpers.array_configs import array_batch, array_config
-from helpers.configs import tiny_config
+from helpers.configs import convolutions_config, tiny_config
 
 EDM = {
     "diffusion.path": "edm",
@@ -135,7 +135,9 @@ def test_a_model_has_the_preconditioning_of_its_training(tmp_path):
 @pytest.mark.parametrize("settings", [EDM, FLOW], ids=["edm", "flow"])
 def test_every_mode_on_a_path(tmp_path, settings):
     overrides = {"evaluation.num_samples": 16, "evaluation.num_examples": 16, "evaluation.ode": True}
-    config = tiny_config(**settings, **{"sampling.sampler": "ddim", "sampling.steps": 4, "training.sample_every": 4})
+    config = convolutions_config(
+        **settings, **{"sampling.sampler": "ddim", "sampling.steps": 4, "training.sample_every": 4}
+    )
     train.run(config, tmp_path / "run")
     sample.run(config, tmp_path / "run")
     config.update_from_flattened_dict(overrides)

@@ -9,8 +9,8 @@ import pytest
 
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED
 from diffusion_jax.runs import train
-from helpers.configs import tiny_config
-from helpers.program import finish, start, tiny_flags, until
+from helpers.configs import convolutions_config
+from helpers.program import finish, flags_of, start, until
 from helpers.work_directories import last_state, lines
 
 IMPORTANCE_SAMPLED = {
@@ -49,7 +49,7 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
         "training.sample_every": num_steps // 3,
         **loss,
     }
-    flags = tiny_flags(tmp_path / "killed", **overrides)
+    flags = flags_of(convolutions_config(**overrides), tmp_path / "killed")
     for after, end in ends.items():
         process = start(*flags)
         until(lambda after=after: num_lines(tmp_path / "killed") > after, process)
@@ -63,12 +63,12 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
     code, out, err = finish(start(*flags))
     assert code == 0 and not err.strip(), err
     assert "Continuing from step" in out
-    train.run(tiny_config(**overrides), tmp_path / "whole")
+    train.run(convolutions_config(**overrides), tmp_path / "whole")
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     assert len(lines(tmp_path / "whole")) == num_steps
     for directory in ("killed", "whole"):
         assert len(list((tmp_path / directory / "samples").glob("train_step*.png"))) == 3
-    killed, whole = (last_state(tiny_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
+    killed, whole = (last_state(convolutions_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
     if loss:  # long after the warm-up
         assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0
@@ -77,7 +77,7 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
 @pytest.mark.whole
 def test_the_stored_config_is_used_if_none_is_given(trained):
     (trained / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # from a run in progress: sampling must keep it
-    flags = ["--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
+    flags = ["--trust_network", "--mode=sample", "--config.sampling.seed=5", "--config.sampling.steps=1,2"]
     code, out, err = finish(start("--workdir", str(trained), *flags))
     assert code == 0, err
     assert len(list((trained / "samples").glob("step4_ema_ddpm3_*_seed5_n3.npz"))) == 1 and "a picture:" in out
@@ -87,8 +87,8 @@ def test_the_stored_config_is_used_if_none_is_given(trained):
 
 @pytest.mark.whole
 def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path):
-    train.run(tiny_config(), tmp_path)
-    process = start(f"--workdir={tmp_path}", "--mode=sample", "--config.sampling.num_samples=100000")
+    train.run(convolutions_config(), tmp_path)
+    process = start(f"--workdir={tmp_path}", "--mode=sample", "--trust_network", "--config.sampling.num_samples=100000")
     until(lambda: list(tmp_path.glob("samples/.*/[0-9].npz")), process)
     parts = list(tmp_path.glob("samples/.*/[0-9].npz"))
     process.send_signal(signal.SIGTERM)
@@ -101,7 +101,7 @@ def test_a_signal_stops_sampling_at_once_and_finished_batches_are_kept(tmp_path)
 def test_ctrl_c_does_not_stop_the_processes_that_read_data(tmp_path):
     """A terminal sends Ctrl-C to all processes of the command; the step must still be saved, and one line printed."""
     streamed = {"data.memory_mb": 0, "data.workers": 1, "training.num_steps": 100_000, "training.log_every": 1}
-    flags = tiny_flags(tmp_path, **streamed, **{"training.checkpoint_every": 100_000})
+    flags = flags_of(convolutions_config(**streamed, **{"training.checkpoint_every": 100_000}), tmp_path)
     process = start(*flags, start_new_session=True)
     until(lambda: num_lines(tmp_path), process)
     os.killpg(process.pid, signal.SIGINT)

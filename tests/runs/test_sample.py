@@ -12,13 +12,13 @@ from diffusion_jax.provenance import Provenance, params_digest
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sample import picture_steps
 from diffusion_jax.runs.sampling_setup import SamplingSetup
-from helpers.configs import FEW_DRAWN, conditional, tiny_config
+from helpers.configs import FEW_DRAWN, conditional, convolutions_config
 from helpers.work_directories import reuse_or_draw, untrained
 
 
 @pytest.mark.whole
 def test_sampling_writes_a_grid_and_an_npz(trained):
-    sample.run(tiny_config(), trained)
+    sample.run(convolutions_config(), trained)
     path = trained / "samples" / "step4_ema_ddpm2_seed0_n3"
     with np.load(f"{path}.npz") as arrays:
         assert arrays.files == ["arr_0", "provenance"]
@@ -27,10 +27,10 @@ def test_sampling_writes_a_grid_and_an_npz(trained):
     with Image.open(f"{path}.png") as picture:
         shown = np.asarray(picture)[-(100 + 4) :, -(3 * 100 + 4) :]  # a row of three below the title
         np.testing.assert_array_equal(shown[4:100:12, 4:100:12], images[0, :, :, 0])
-    sample.run(tiny_config(**{"sampling.files": "png"}), trained)
+    sample.run(convolutions_config(**{"sampling.files": "png"}), trained)
     single = [np.asarray(Image.open(trained / "images" / path.name / f"{i:05d}.png")) for i in range(3)]
     np.testing.assert_array_equal(single, images[..., 0])
-    raw = tiny_config(
+    raw = convolutions_config(
         **{"sampling.use_ema": False, "sampling.sampler": "ddim", "sampling.trajectory": 2, "sampling.steps": 2}
     )
     sample.run(raw, trained)
@@ -72,7 +72,7 @@ def test_the_columns_of_a_trajectory_change_alike(steps, spacing):
 
 @pytest.mark.whole
 def test_interrupted_sampling_resumes(trained, monkeypatch):
-    config = tiny_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
+    config = convolutions_config(**{"sampling.num_samples": 7, "sampling.seed": 3})
     whole = trained / "samples" / "step4_ema_ddpm2_seed3_n7.npz"
     sample.run(config, trained)
     with np.load(whole) as arrays:
@@ -103,19 +103,19 @@ def test_interrupted_sampling_resumes(trained, monkeypatch):
 
 def test_sampling_without_a_run_is_refused(tmp_path):
     with pytest.raises(errors.PretrainedError, match="train first"):
-        sample.run(tiny_config(), tmp_path)
+        sample.run(convolutions_config(), tmp_path)
     with pytest.raises(errors.UserError, match="num_samples=0"):
-        sample.run(tiny_config(**{"sampling.num_samples": 0}), tmp_path)
+        sample.run(convolutions_config(**{"sampling.num_samples": 0}), tmp_path)
 
 
 @pytest.mark.whole
 @pytest.mark.usefixtures("own_cache")
 def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
     """Files with the same name: other settings, other weights from the same step, and a corrupted file."""
-    file = reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+    file = reuse_or_draw(convolutions_config(**FEW_DRAWN), run)
     assert len(drawn) == 3
-    for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}, {"model.remat": True}):
-        reuse_or_draw(tiny_config(**FEW_DRAWN | free), run)
+    for free in ({}, {"sampling.trajectory": 3, "sampling.preview_steps": 7}, {"data.workers": 3}):
+        reuse_or_draw(convolutions_config(**FEW_DRAWN | free), run)
     assert len(drawn) == 3 and "Sampling again" not in capsys.readouterr().out
     for damage, words in (
         (lambda: store_settings(file.path, num_steps=3), "other settings (num_steps: 3 there, 2 here)."),
@@ -124,11 +124,11 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
     ):
         damage()
         del drawn[:]
-        reuse_or_draw(tiny_config(**FEW_DRAWN), run)
+        reuse_or_draw(convolutions_config(**FEW_DRAWN), run)
         out = capsys.readouterr().out
         assert len(drawn) == 3 and f"Sampling again: {file.path} " in out and words in out
         assert Provenance.read(file.path).digest == file.provenance.digest
-    sample.run(tiny_config(**FEW_DRAWN), run)  # --mode=sample never reuses a file
+    sample.run(convolutions_config(**FEW_DRAWN), run)  # --mode=sample never reuses a file
     assert len(drawn) == 6
 
 

@@ -8,8 +8,8 @@ import pytest
 from diffusion_jax import pretrained, sampling
 from diffusion_jax.runs import sample
 from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
-from helpers.configs import CONDITIONAL, DRAWN, conditional
-from helpers.program import changed_program, finish, start, tiny_flags
+from helpers.configs import conditional
+from helpers.program import changed_program, finish, flags_of, start
 from helpers.work_directories import untrained
 
 # Replaces the conversion to gray levels.
@@ -78,7 +78,7 @@ def test_images_for_any_batch_size_and_on_four_devices(tmp_path, monkeypatch):
     # Batches of 6 samples become batches of 8, two on each device.
     path = run / "samples" / "step1_ema_ddim50_seed0_n8.npz"
     path.unlink()
-    flags = tiny_flags(run, **CONDITIONAL | DRAWN | overrides(6, 8))
+    flags = flags_of(conditional(**overrides(6, 8)), run)
     program = changed_program(tmp_path, STORES_FLOATS)
     code, out, err = finish(start(*flags, "--mode=sample", program=program, JAX_NUM_CPU_DEVICES="4"))
     assert code == 0, out + err

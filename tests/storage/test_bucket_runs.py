@@ -12,7 +12,7 @@ from diffusion_jax.runs import status, train
 from diffusion_jax.runs.logging import read_metrics
 from diffusion_jax.storage.objects import open_store
 from diffusion_jax.training.checkpoints import Checkpoints
-from helpers.configs import tiny_config
+from helpers.configs import convolutions_config
 from helpers.object_stores import assert_complete_checkpoints
 from helpers.work_directories import last_state, lines
 
@@ -32,31 +32,31 @@ def url(bucket_url):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     directory = tmp_path_factory.mktemp("local") / "run"
-    train.run(tiny_config(), directory)
+    train.run(convolutions_config(), directory)
     return directory
 
 
 def test_a_run_resumes_on_another_machine_and_equals_a_local_one(url, local):
-    train.run(tiny_config(**{"training.num_steps": 2}), BucketRunDir(url))
+    train.run(convolutions_config(**{"training.num_steps": 2}), BucketRunDir(url))
     second = BucketRunDir(url)
-    train.run(tiny_config(), second)
+    train.run(convolutions_config(), second)
     assert lines(second) == lines(local) == lines(BucketRunDir(url))
-    states = (last_state(tiny_config(), path) for path in (BucketRunDir(url), local))
+    states = (last_state(convolutions_config(), path) for path in (BucketRunDir(url), local))
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert_complete_checkpoints(url, [2, 4])
     others = {name.split("/")[0].split(".")[0] for name in open_store(url).list()} - {"checkpoints", ""}
-    assert others == {"config", "data", "events", "examples", "goodput", "metrics"}
+    assert others == {"config", "data", "events", "examples", "goodput", "metrics", "network"}
 
 
 @GS  # the services differ below ObjectStore only
 def test_weights_status_and_metrics_are_read_by_url(url, local):
-    train.run(tiny_config(), BucketRunDir(url))
-    net, expected = pretrained.load(url), pretrained.load(local)
+    train.run(convolutions_config(), BucketRunDir(url))
+    net, expected = (pretrained.load(place, network=True) for place in (url, local))
     jax.tree.map(np.testing.assert_array_equal, net.params, expected.params)
     assert [line["step"] for line in read_metrics(url)] == [2, 4]
-    shown = status.report(tiny_config(), BucketRunDir(url, read_only=True))
+    shown = status.report(convolutions_config(), BucketRunDir(url, read_only=True))
     assert "step 4 of 4 (100%)" in shown and "checkpoint  step 4" in shown
-    config = tiny_config(**{"training.num_steps": 2, "init_from": url})
+    config = convolutions_config(**{"training.num_steps": 2, "init_from": url})
     train.run(config, BucketRunDir(f"{url}-next"))
     assert "init_from" in json.loads(open_store(f"{url}-next").read("config.json"))
 
@@ -66,7 +66,7 @@ def test_weights_status_and_metrics_are_read_by_url(url, local):
     [("gs", "missing", "ema_params"), ("s3", "flipped", "rest")],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local, fault, item):
-    train.run(tiny_config(), BucketRunDir(url))
+    train.run(convolutions_config(), BucketRunDir(url))
     store = open_store(url)
     objects = {name: info for name, info in store.list(f"checkpoints/4/{item}/").items()}
     name = max(objects, key=lambda name: objects[name].size)
@@ -76,23 +76,23 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(url, local
     else:
         content[len(content) // 2] ^= 1
         store.write(name, bytes(content))
-    train.run(tiny_config(), BucketRunDir(url))
+    train.run(convolutions_config(), BucketRunDir(url))
     assert names_of_steps(store) == {"2", "4", "4.unreadable"}
     jax.tree.map(
-        np.testing.assert_array_equal, *(last_state(tiny_config(), path) for path in (BucketRunDir(url), local))
+        np.testing.assert_array_equal, *(last_state(convolutions_config(), path) for path in (BucketRunDir(url), local))
     )
     assert lines(BucketRunDir(url)) == lines(local)
 
 
 @GS
 def test_a_step_without_a_manifest_does_not_exist_and_is_deleted(url, local):
-    train.run(tiny_config(), BucketRunDir(url))
+    train.run(convolutions_config(), BucketRunDir(url))
     store = open_store(url)
     store.delete(["checkpoints/4/digests.json"])
     reader = BucketRunDir(url)
     assert committed_steps(reader / "checkpoints") == [2]
     with Checkpoints(reader.subdirectory("checkpoints"), read_only=True):
         assert "4" in names_of_steps(store)  # a reader changes nothing
-    train.run(tiny_config(**{"training.num_steps": 2}), BucketRunDir(url))  # finished: nothing to do
-    train.run(tiny_config(**{"training.num_steps": 3}), BucketRunDir(url))
+    train.run(convolutions_config(**{"training.num_steps": 2}), BucketRunDir(url))  # finished: nothing to do
+    train.run(convolutions_config(**{"training.num_steps": 3}), BucketRunDir(url))
     assert names_of_steps(store) == {"2", "3"}

@@ -9,7 +9,7 @@ from diffusion_jax.config import default
 from diffusion_jax.runs import sample, train
 from diffusion_jax.runs.train import SampleBatches
 from diffusion_jax.training.optimizer import ema_decay, initial_share, weights_kind
-from helpers.configs import tiny_config
+from helpers.configs import convolutions_config
 from helpers.work_directories import last_state
 
 
@@ -45,19 +45,19 @@ def test_the_default_average_is_used_from_step_23025_on():
 @pytest.mark.whole
 def test_early_pictures_and_samples_use_the_raw_weights_and_show_it(tmp_path, monkeypatch, capsys):
     """A run whose EMA still equals the initial weights."""
-    config, directory = tiny_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2}), tmp_path
+    config = convolutions_config(**{"ema.warmup": False, "ema.decay": 0.9999, "training.sample_every": 2})
     drawn, draw = [], SampleBatches.__call__
     monkeypatch.setattr(
         SampleBatches, "__call__", lambda self, params: (drawn.append(jax.device_get(params)), draw(self, params))[1]
     )
-    train.run(config, directory)
-    state = jax.device_get(last_state(config, directory))
+    train.run(config, tmp_path)
+    state = jax.device_get(last_state(config, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, drawn[-1], state.params)
     capsys.readouterr()
-    net = pretrained.load(directory)
+    net = pretrained.load(tmp_path, network=True)
     jax.tree.map(np.testing.assert_array_equal, net.params, state.params)
     assert net.weights == "raw"
     note = "at step 4 the EMA (ema.decay=0.9999) still holds 100% of the random initial weights, so the raw weights are used"
     assert f"Note: {note}." in capsys.readouterr().out
-    assert "_raw_" in sample.run(config, directory).path.name
+    assert "_raw_" in sample.run(config, tmp_path).path.name
     assert "(raw weights)" in capsys.readouterr().out
