@@ -5,6 +5,7 @@ Programs that tests start share the caches and run without the checks.
 
 import os
 import pathlib
+import re
 import tempfile
 
 import jax
@@ -57,3 +58,22 @@ def own_cache(tmp_path, monkeypatch):
     """An empty cache of features and an empty current directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def sampling_programs():
+    """Counts the sampling programs that were compiled since the last call."""
+    compiled = []
+
+    def listen(event, duration, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(fun_name)
+
+    def count():
+        number = sum(re.fullmatch(r"jit\(_?draw\)", name) is not None for name in compiled)
+        compiled.clear()
+        return number
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
-from diffusion_jax.denoiser import Denoiser
+from diffusion_jax.denoiser import Denoiser, as_node
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import list_differences
 from diffusion_jax.images import is_image_shape, to_model_range
@@ -262,7 +262,8 @@ class Model:
             or one step of a consistency network. If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
-            of `editing.EDITS`. Each function is compiled once.
+            of `editing.EDITS`. Each function is compiled once; arrays in a pytree, such as a `jax.tree_util.Partial`, do not
+            compile it again.
           y: for a network or a classifier with classes, one label for all samples or int [N].
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
             with a leading axis N, in data units. With condition_dropout, None means no conditions.
@@ -325,11 +326,12 @@ class Model:
         options = {}
         if trajectory is not False:
             options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())
-        static = algorithm, sampler, (num_images, *self.example_shape), tuple(options.items())
+        static, algorithm = (sampler, (num_images, *self.example_shape), tuple(options.items())), as_node(algorithm)
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
-            key, schedule, denoiser = sharding.place((jax.random.key_data(key), schedule, denoiser), self.mesh)
-        result = _compile(self.mesh)(static, key, schedule, denoiser)
+            arrays = jax.random.key_data(key), schedule, denoiser, algorithm
+            key, schedule, denoiser, algorithm = sharding.place(arrays, self.mesh)
+        result = _compile(self.mesh)(static, key, schedule, denoiser, algorithm)
         result = result if self.mesh is None else jax.tree.map(_gather, result)
         if not options:
             return self._to_data(result)
@@ -502,13 +504,13 @@ class _Apply:
 
 @functools.cache
 def _compile(mesh: Mesh | None) -> Callable:
-    """Compiles (static, key, schedule, denoiser) -> samples; static: (algorithm, sampler, shape of x_T, further arguments).
+    """Compiles (static, key, schedule, denoiser, algorithm) -> samples; static: (sampler, shape of x_T, further arguments).
 
     With a mesh, the batch is split over the devices, and the key argument is the key's data.
     """
 
-    def draw(static, key, schedule, denoiser):
-        algorithm, sampler, shape, options = static
+    def draw(static, key, schedule, denoiser, algorithm):
+        sampler, shape, options = static
         if mesh is not None:
             # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory
             # is not needed for gradients or activations.

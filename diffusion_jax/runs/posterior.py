@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, editing, posterior, pretrained
+from diffusion_jax import data, editing, posterior, pretrained, sampling
 from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
 from diffusion_jax.errors import as_user_error
@@ -125,12 +125,12 @@ class Problem:
         scale = self.net.sigma_data or 1.0
         iterations = {} if options.iterations is None else {"iterations": options.iterations}
         with as_user_error("config.editing"):
+            if self.method in ("smc", "dps"):
+                repeated.check()  # which traced values pass
             if self.method == "smc":
-                algorithm = functools.partial(_weighted, measurement=self._repeat(y, 1), count=count, data_std=scale)
-                x = setup.generate(key, indices, algorithm=algorithm)
+                x = setup.generate(key, indices, algorithm=_Smc(self._repeat(y, 1), count, scale))
             elif self.method == "dps":
-                sampler = posterior.dps(setup.sampler, repeated, options.zeta)
-                x = dataclasses.replace(setup, sampler=sampler).generate(key, indices)
+                x = setup.generate(key, indices, algorithm=_Dps(repeated, options.zeta))
             else:
                 wrap = {
                     "mmps": functools.partial(posterior.mmps, **iterations),
@@ -155,13 +155,33 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
         )
 
 
-def _weighted(key, schedule, denoiser, x_T, sampler, *, measurement: Measurement, count: int, data_std: float) -> Any:
-    """Returns `count` samples for each row of y, drawn from the weighted particles x_T [P * N, ...]."""
-    rows = len(measurement.y)
-    keys = key[:rows] if is_batch_of_keys(key) else jax.random.split(key, rows)
-    x_T, (keys_run, keys_draw) = x_T.reshape(-1, rows, *x_T.shape[1:]), split(keys)
-    found = posterior.smc(keys_run, schedule, denoiser, measurement, x_T, data_std=data_std)
-    resample = functools.partial(posterior.systematic_resample, count=count)
-    chosen = jax.vmap(resample, (0, 1), 1)(keys_draw, found.weights)
-    x = jnp.take_along_axis(found.x_0, chosen.reshape(*chosen.shape, *[1] * (x_T.ndim - 2)), axis=0)
-    return x.reshape(-1, *x.shape[2:])
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Dps:
+    """`posterior.dps` as the algorithm of `pretrained.Model.draw`, which another measurement does not compile again."""
+
+    measurement: Measurement
+    zeta: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key, schedule, denoiser, x_T, sampler) -> Any:
+        return sampling.sample(key, schedule, denoiser, x_T, posterior.dps(sampler, self.measurement, self.zeta))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Smc:
+    """`count` samples for each row of y, drawn from the weighted particles of `posterior.smc`; compiled as `_Dps`."""
+
+    measurement: Measurement
+    count: int = dataclasses.field(metadata={"static": True})
+    data_std: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key, schedule, denoiser, x_T, sampler) -> Any:
+        rows = len(self.measurement.y)
+        keys = key[:rows] if is_batch_of_keys(key) else jax.random.split(key, rows)
+        x_T, (keys_run, keys_draw) = x_T.reshape(-1, rows, *x_T.shape[1:]), split(keys)
+        found = posterior.smc(keys_run, schedule, denoiser, self.measurement, x_T, data_std=self.data_std)
+        resample = functools.partial(posterior.systematic_resample, count=self.count)
+        chosen = jax.vmap(resample, (0, 1), 1)(keys_draw, found.weights)
+        x = jnp.take_along_axis(found.x_0, chosen.reshape(*chosen.shape, *[1] * (x_T.ndim - 2)), axis=0)
+        return x.reshape(-1, *x.shape[2:])

@@ -1,7 +1,6 @@
 """`net.sample`, compiled once, against the core with the same keys."""
 
 import dataclasses
-import re
 import warnings
 
 import jax
@@ -30,25 +29,6 @@ def by_hand(denoiser, schedule, sampler, n):
     key_noise, key_steps = jax.random.split(KEY)
     x_T = jax.random.normal(key_noise, (n, 4, 4, 1))
     return jax.jit(lambda x: sampling.sample(key_steps, schedule, denoiser, x, sampler))(x_T)
-
-
-@pytest.fixture
-def sampling_programs():
-    """Counts the sampling programs that were compiled since the last call."""
-    compiled = []
-
-    def listen(event, duration, fun_name="", **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(fun_name)
-
-    def count():
-        number = sum(re.fullmatch(r"jit\(_?draw\)", name) is not None for name in compiled)
-        compiled.clear()
-        return number
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield count
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.thorough

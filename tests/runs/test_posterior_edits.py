@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from diffusion_jax.data import Normalization
 from diffusion_jax.images import to_gray_levels
 from diffusion_jax.runs import edit
 from diffusion_jax.runs.posterior import Problem
+from diffusion_jax.runs.sampling_setup import resolve_sampling
 from helpers.array_configs import SHAPES, array_config
 from helpers.configs import tiny_config
 from helpers.exact_runs import OFFSET, SCALE, covariance, exact_run
@@ -98,6 +100,20 @@ def test_a_held_out_example_is_measured_and_compared(exact, capsys):
     capsys.readouterr()
     edited(exact, task="inpaint", image=str(exact[0] / "rough.npy"), mask=_mask(exact[0]), noise=2.0, num_samples=2)
     assert "this model cannot explain the measurement with editing.noise=2" in capsys.readouterr().out
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("method", ["mmps", "dps", "smc"])
+def test_another_measurement_compiles_nothing(exact, method, sampling_programs):
+    root, config = exact
+    config = config.copy_and_resolve_references()
+    config.editing.update(task="inpaint", noise=0.5, method=method, particles=4)
+    config.sampling.update(sampler="ddpm", steps=4)
+    net = pretrained.load(root / "run", network=True)
+    setup, problem = resolve_sampling(config, net), Problem.from_config(config, net, np.arange(8)[:, None] < 5)
+    y = problem.simulate(np.zeros((2, *SHAPE), np.float32), np.arange(2))
+    first, second = (problem.draw(setup, each, 3, jax.random.key(0)) for each in (y, y + 1))
+    assert sampling_programs() == 1 and (first[..., :5, :] != second[..., :5, :]).all()
 
 
 def _mask(root):
