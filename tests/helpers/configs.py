@@ -68,4 +68,4 @@ def upsampler_config(**overrides):
 
 
 def conditional(**overrides):
-    return tiny_config(**{**CONDITIONAL, **DRAWN, **overrides})
+    return convolutions_config(**{**CONDITIONAL, **DRAWN, **overrides})

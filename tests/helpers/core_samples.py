@@ -9,7 +9,7 @@ from diffusion_jax.images import to_uint8
 def core_inputs(config, directory, steps=5, spacing="trailing"):
     """(respaced schedule, full schedule, model, EMA parameters) of a work directory, for sampling with the core alone."""
     built = training.build_program(config)
-    params = pretrained.load(directory).params
+    params = pretrained.load(directory, network=True).params
     return schedules.respace(built.schedule, steps, spacing), built.schedule, built.model, params
 
 

@@ -14,7 +14,6 @@ from helpers.configs import (
     classifier_config,
     conditional,
     convolutions_config,
-    tiny_config,
     upsampler_config,
 )
 from helpers.work_directories import untrained
@@ -33,7 +32,7 @@ def root(tmp_path_factory):
     """Untrained networks of several kinds, each in a work directory."""
     root = tmp_path_factory.mktemp("runs")
     untrained(root / "conditional", conditional())
-    untrained(root / "plain", tiny_config(**{"diffusion.num_timesteps": T, **DRAWN}))
+    untrained(root / "plain", convolutions_config(**{"diffusion.num_timesteps": T, **DRAWN}))
     untrained(root / "classifier", classifier_config(**{"diffusion.num_timesteps": T}))
     untrained(root / "other_classifier", classifier_config(**{"diffusion.num_timesteps": 2 * T}))
     untrained(root / "upsampler", upsampler_config(**DRAWN, **{"diffusion.conditioning_noise": 0.2}))

@@ -184,7 +184,7 @@ def test_steps_on_which_a_sampler_fails_are_refused(capsys):
         ({"sampling.low_resolution_noise": 0.5}, "noise_std=0.5 must lie in 0 ... 0.0"),
         ({"sampling.steps": T + 1}, f"config.sampling: steps={T + 1}: "),
         ({"sampling.steps": 19, "sampling.spacing": "quadratic"}, "visits step 0 twice"),
-        ({"sampling.classifier": "conditional"}, "the classifier holds another network"),
+        ({"sampling.classifier": "upsampler"}, "the classifier holds another network"),
         ({"sampling.classifier": "other_classifier"}, "another noise schedule"),
     ],
 )
