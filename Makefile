@@ -39,7 +39,7 @@ test: setup
 # With runs of the program, several processes, and the slower tests of the library. Compiling takes longer than computing here, so
 # XLA optimizes little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test-all tests the programs that users run.
 test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
-test-all: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false
+test-all: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser and not tpu"
 

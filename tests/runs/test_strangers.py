@@ -93,7 +93,8 @@ def test_the_settings_that_import():
     [name if name == "data.dataset" else pytest.param(name, marks=pytest.mark.whole) for name in IMPORTING],
 )
 def test_no_setting_of_a_run_imports(setting, run, evil, capsys):
-    for function in ("evil:make", f"{evil / 'evil.py'}:make"):
+    functions = ("evil:make", f"{evil / 'evil.py'}:make")  # both are recognized by the same line for every setting
+    for function in functions if setting == "data.dataset" else functions[1:]:
         value = (
             [function] if isinstance(SETTINGS[setting].default, tuple) or setting == "evaluation.metrics" else function
         )

@@ -12,9 +12,8 @@ from diffusion_jax.storage import objects, s3
 @pytest.fixture
 def store(bucket_url, proxy, scheme, monkeypatch):
     """A store whose client waits less between attempts."""
-    if scheme == "gs":
-        hurried = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
-        monkeypatch.setattr("gcsfs.retry.asyncio", hurried)
+    hurried = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
+    monkeypatch.setattr({"gs": "gcsfs.retry", "s3": "aiobotocore.endpoint"}[scheme] + ".asyncio", hurried)
     monkeypatch.setattr(objects, "time", types.SimpleNamespace(sleep=lambda seconds: None))
     opened = objects.open_store(f"{bucket_url}/run")
     opened.write("there", b"there")
