@@ -35,7 +35,7 @@ def num_lines(directory):
 @pytest.mark.parametrize(
     ("loss", "num_steps", "ends"),
     [
-        ({}, 150, {10: signal.SIGKILL, 40: signal.SIGTERM, 80: signal.SIGINT}),
+        ({}, 75, {10: signal.SIGKILL, 25: signal.SIGTERM, 45: signal.SIGINT}),
         pytest.param(IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}, marks=pytest.mark.slow),
     ],
 )
