@@ -16,7 +16,7 @@ import pytest
 from diffusion_jax.distributed.processes import EXIT_PREEMPTED
 from diffusion_jax.run_dir import BucketRunDir
 from diffusion_jax.storage.objects import open_store
-from helpers.configs import convolutions_config
+from helpers.configs import tiny_config
 from helpers.fault_proxy import MUTATING, FaultProxy
 from helpers.object_stores import assert_complete_checkpoints, variables
 from helpers.program import changed_program, figure, finish, flags_of, start
@@ -30,7 +30,7 @@ OVERRIDES |= {"training.checkpoints_kept": 2}
 
 
 def config(**overrides):
-    return convolutions_config(**OVERRIDES | overrides)
+    return tiny_config(**OVERRIDES | overrides)
 
 
 QUICK_LEASES = """
@@ -49,7 +49,7 @@ class Runs:
         self._variables = variables(url.partition(":")[0], proxy.address)
 
     def launch(self, **overrides):
-        flags = flags_of(convolutions_config(**OVERRIDES | overrides), self.url)
+        flags = flags_of(tiny_config(**OVERRIDES | overrides), self.url)
         return start(*flags, program=self._program, log=self._log, **self._variables)
 
     def to_the_end(self, **overrides):
@@ -62,7 +62,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("faults") / "whole"
-    code, _, err = finish(start(*flags_of(convolutions_config(**OVERRIDES), directory)))
+    code, _, err = finish(start(*flags_of(tiny_config(**OVERRIDES), directory)))
     assert code == 0, err
     return directory
 
