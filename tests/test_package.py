@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from diffusion_jax import training
+from diffusion_jax import data, models, training
 from diffusion_jax.config import is_classifier
 from helpers.paths import ROOT
 
@@ -130,7 +130,12 @@ def test_every_config_builds(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     built = training.build_program(config)
     assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(built.abstract_state.params))
-    classifier = is_classifier(config)
+    classifier, learned = is_classifier(config), config.diffusion.variance.startswith("learned")
+    if classifier or learned:  # else the output has the shape of an example
+        *spatial, channels = shape = data.example_shape(config.data)
+        inputs = models.initial_inputs(built.model, shape)
+        out = jax.eval_shape(lambda p: built.model.apply({"params": p}, **inputs), built.abstract_state.params)
+        assert out.shape == (1, *((config.model.num_classes,) if classifier else (*spatial, 2 * channels)))
     docstring = importlib.import_module(f"configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py --workdir=" in docstring
     assert ("--mode=train_classifier" in docstring) == classifier

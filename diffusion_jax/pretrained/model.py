@@ -262,8 +262,8 @@ class Model:
             or one step of a consistency network. If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
-            of `editing.EDITS`. Each function is compiled once; arrays in a pytree, such as a `jax.tree_util.Partial`, do not
-            compile it again.
+            of `editing.EDITS`. Each function is compiled once. If it is a pytree, such as a `jax.tree_util.Partial`, all
+            its leaves are traced, and new arrays do not compile it again.
           y: for a network or a classifier with classes, one label for all samples or int [N].
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
             with a leading axis N, in data units. With condition_dropout, None means no conditions.

@@ -126,7 +126,7 @@ class Problem:
         iterations = {} if options.iterations is None else {"iterations": options.iterations}
         with as_user_error("config.editing"):
             if self.method in ("smc", "dps"):
-                repeated.check()  # which traced values pass
+                repeated.check()  # here, because traced values in the compiled program cannot be checked
             if self.method == "smc":
                 x = setup.generate(key, indices, algorithm=_Smc(self._repeat(y, 1), count, scale))
             elif self.method == "dps":
@@ -158,7 +158,7 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Dps:
-    """`posterior.dps` as the algorithm of `pretrained.Model.draw`, which another measurement does not compile again."""
+    """`posterior.dps` as an algorithm of `pretrained.Model.draw`; a new measurement does not compile it again."""
 
     measurement: Measurement
     zeta: float = dataclasses.field(metadata={"static": True})
@@ -170,7 +170,7 @@ class _Dps:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Smc:
-    """`count` samples for each row of y, drawn from the weighted particles of `posterior.smc`; compiled as `_Dps`."""
+    """`count` samples for each row of y, drawn from the weighted particles of `posterior.smc`; used as `_Dps`."""
 
     measurement: Measurement
     count: int = dataclasses.field(metadata={"static": True})

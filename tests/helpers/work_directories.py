@@ -15,7 +15,7 @@ SPEED = ("images_per_second", "seconds_left", "step_seconds", "compute", "data_w
 
 
 def draw_weights(shapes, seed):
-    """Draws weights with variance 1 / fan_in, with which samples have many values between -1 and 1."""
+    """Draws kernels with variance 1 / fan_in, and scales around 1: samples have many values between -1 and 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -26,7 +26,7 @@ def draw_weights(shapes, seed):
 
 
 def untrained(directory, config, source=None):
-    """A work directory as training (on a source) leaves it, with drawn weights; nothing is compiled."""
+    """A run (on a source) whose checkpoint has drawn weights, and otherwise zeros; nothing is compiled."""
     state = training.build_program(config).abstract_state
     zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state)
     drawn = {name: draw_weights(getattr(state, name), seed) for name, seed in (("params", 2), ("ema_params", 1))}

@@ -16,7 +16,7 @@ from diffusion_jax.runs import train, workdir
 from diffusion_jax.runs.train import BatchLoader
 from diffusion_jax.storage import locks
 from helpers.array_configs import array_config, examples
-from helpers.configs import convolutions_config
+from helpers.configs import convolutions_config, tiny_config
 from helpers.work_directories import lines
 
 
@@ -65,9 +65,9 @@ def test_rerunning_a_finished_run_does_nothing(trained, capsys):
 
 @pytest.fixture(scope="module")
 def ten_steps(tmp_path_factory):
-    """The logged lines of 10 steps without a break, every second step."""
+    """The logged lines of 10 steps of a U-Net without a break, every second step."""
     directory = tmp_path_factory.mktemp("ten_steps")
-    train.run(convolutions_config(**{"training.num_steps": 10}), directory)
+    train.run(tiny_config(**{"training.num_steps": 10}), directory)
     return lines(directory)
 
 
@@ -75,7 +75,7 @@ def ten_steps(tmp_path_factory):
 def test_a_resumed_run_equals_an_uninterrupted_run(ten_steps, tmp_path, capsys):
     """7 steps (a checkpoint between two logged lines), then to 10: bit-identical to 10 steps without a break."""
     for steps in (7, 10):
-        train.run(convolutions_config(**{"training.num_steps": steps}), tmp_path)
+        train.run(tiny_config(**{"training.num_steps": steps}), tmp_path)
     assert "Continuing from step 7" in capsys.readouterr().out
     assert [row for row in lines(tmp_path) if row["step"] % 2 == 0] == ten_steps
 
@@ -186,10 +186,10 @@ def test_steps_per_call_can_change_between_launches(ten_steps, tmp_path, monkeyp
         raw = built.train_step.__wrapped__
         return built._replace(train_steps=jax.jit(training.scan_steps(raw)))
 
-    train.run(convolutions_config(**{"training.num_steps": 3}), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 3}), tmp_path)
     monkeypatch.setattr(training, "build_program", on_an_accelerator)
     fours = dict.fromkeys(("training.steps_per_call", "training.log_every", "training.checkpoint_every"), 4)
-    train.run(convolutions_config(**{"training.num_steps": 10}, **fours), tmp_path)
+    train.run(tiny_config(**{"training.num_steps": 10}, **fours), tmp_path)
     rows = lines(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4, 8, 10]
     np.testing.assert_allclose(rows[-1]["loss"], ten_steps[-1]["loss"], rtol=1e-3)

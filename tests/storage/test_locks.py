@@ -160,8 +160,8 @@ def test_a_lease_survives_faults(workdir, proxy):
     assert lease.acquire() is None and proxy.injected["lose"] == 1
     for fault in ("refuse", "lose", "cut", "silence", "delay"):
         injected = proxy.injected[fault]
-        proxy.inject(fault, "write", times=1, seconds=1)
-        wait_for(lambda fault=fault, injected=injected: proxy.injected[fault] == injected + 1)
+        proxy.inject(fault, "write", times=2, seconds=1)
+        wait_for(lambda fault=fault, injected=injected: proxy.injected[fault] == injected + 2)
         lease.check()
     lease.release()
     assert workdir.find_holder() is None

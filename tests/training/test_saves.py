@@ -9,7 +9,7 @@ import pytest
 from diffusion_jax.distributed.processes import EXIT_PEER_LOST
 from diffusion_jax.runs import train
 from diffusion_jax.storage.downloads import MANIFEST
-from helpers.configs import convolutions_config
+from helpers.configs import tiny_config
 from helpers.launcher import launch
 from helpers.program import changed_program, finish, flags_of, free_port, start
 
@@ -96,7 +96,7 @@ sharding.MIN_SPLIT_SIZE = 64  # splits the tiny network, too
 def test_run_resumes_from_the_step_before_the_save_in_which_a_process_was_killed(tmp_path, victim, moment, capsys):
     program = changed_program(tmp_path, KILLED)
     directory, overrides = tmp_path / "run", {"sampling.preview_samples": 0}
-    flags = flags_of(convolutions_config(**overrides, **{"mesh.fsdp": 2, "training.num_steps": 100}), directory)
+    flags = flags_of(tiny_config(**overrides, **{"mesh.fsdp": 2, "training.num_steps": 100}), directory)
     flags += [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     pair = [start(*flags, f"--process_id={i}", program=program, MOMENT=moment) for i in range(2)]
     (code, *_), (peer_code, _, peer_err) = (finish(pair[i]) for i in (victim, 1 - victim))
@@ -104,6 +104,6 @@ def test_run_resumes_from_the_step_before_the_save_in_which_a_process_was_killed
     if peer_code == EXIT_PEER_LOST:
         assert [line for line in peer_err.splitlines() if "another process of the run was lost" in line], peer_err
     assert "4.partial" in [path.name for path in (directory / "checkpoints").iterdir()]
-    train.run(convolutions_config(**overrides), directory)
+    train.run(tiny_config(**overrides), directory)
     assert "Continuing from step 2." in capsys.readouterr().out
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["2", "4"]
