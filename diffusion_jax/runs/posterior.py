@@ -170,7 +170,7 @@ class _Dps:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Smc:
-    """`count` samples for each row of y, drawn from the weighted particles of `posterior.smc`; used as `_Dps`."""
+    """An algorithm as `_Dps`: `count` samples for each row of y, drawn from the weighted particles of `posterior.smc`."""
 
     measurement: Measurement
     count: int = dataclasses.field(metadata={"static": True})

@@ -48,8 +48,8 @@ def test_the_exact_network_attains_the_minimum_of_the_eps_loss(name):
     """The optimal network's loss is the mean over t of alpha_bar s^2 / v_t."""
     sampler = timesteps.sampler_by_name(name, timesteps.loss_history(1000))
     draw = jax.jit(lambda key, x_0: losses.simple(key, SCHEDULE, optimal("eps"), x_0, timestep_sampler=sampler))
-    loss, parts = draw(jax.random.key(1), gaussian_data(10_000))
-    assert loss.shape == (10_000,) and parts.t.dtype == jnp.int32 and parts.t.max() < 1000
+    loss, parts = draw(jax.random.key(1), gaussian_data(40_000))
+    assert loss.shape == (40_000,) and parts.t.dtype == jnp.int32 and parts.t.max() < 1000
     v = SCHEDULE.alpha_bar * S2 + 1 - SCHEDULE.alpha_bar
     mean, error = mean_and_error(loss)
     assert abs(mean - (SCHEDULE.alpha_bar * S2 / v).mean()) < 4 * error

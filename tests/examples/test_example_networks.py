@@ -15,9 +15,10 @@ from diffusion_jax import config as configs
 from diffusion_jax.functions import import_function
 from diffusion_jax.models import Shapes
 from diffusion_jax.runs import train
+from diffusion_jax.training.state import abstract_params
 from helpers.array_configs import array_batch, array_config, write_arrays
 from helpers.configs import a_batch, tiny_config
-from helpers.networks import redraw, shapes
+from helpers.networks import redraw
 from helpers.paths import ROOT
 from helpers.work_directories import untrained
 
@@ -171,8 +172,7 @@ def test_without_equinox_the_error_is_one_line(monkeypatch):
 def test_low_rank_changes_of_a_trained_network(tmp_path):
     """The first output is that of the weights; training changes the small matrices only, and the output."""
     config, weights = array_config("vectors", ""), tmp_path / "net.safetensors"
-    params = redraw(shapes(training.model_from_config(config), jnp.zeros((1, 3)), jnp.zeros(1)))
-    base = pretrained.from_config(config, params)
+    base = pretrained.from_config(config, redraw(abstract_params(training.model_from_config(config), (3,))))
     pretrained.save_safetensors(base, weights)
     texts = {"model.kind": f"{ROOT / 'examples' / 'low_rank.py'}:low_rank", "model.options.weights": str(weights)}
     texts |= {"model.options.rank": "2", "model.dropout": "0", "optimizer.frozen": "network/base/*,"}

@@ -25,14 +25,14 @@ def init(model, shape=(1, 8, 8, 3), y=None):
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]), y)["params"]
 
 
-def shapes(model, *inputs, **named):
+def parameter_shapes(model, *inputs, **named):
     """The shapes of a model's parameters, for `redraw`: compiling the initialization takes longer than a forward pass."""
     return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **named))["params"]
 
 
-def shapes_for(model, shape=(1, 8, 8, 3), y=None):
-    """The shapes of a model's parameters for images of this shape and labels y."""
-    return shapes(model, jnp.zeros(shape), jnp.zeros(shape[0]), y)
+def init_shapes(model, shape=(1, 8, 8, 3), y=None):
+    """The shapes of what `init` returns."""
+    return jax.eval_shape(lambda: init(model, shape, y))
 
 
 @functools.cache

@@ -48,7 +48,8 @@ def flags_of(config, directory):
 def start(*arguments, program="main.py", log=None, start_new_session=False, **variables):
     """Starts a program; its output goes to pipes, or is appended to the file `log`."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment |= {"PYTHONPATH": str(ROOT / "tests"), **variables}
+    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]  # own networks are in helpers
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), **variables}
     options = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": start_new_session}
     with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
         return subprocess.Popen([sys.executable, program, *arguments], stdout=output, stderr=output, **options)

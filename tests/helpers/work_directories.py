@@ -19,7 +19,7 @@ def draw_weights(shapes, seed):
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        is_scale, fan_in = path[-1].key == "scale", max(np.prod(leaf.shape[:-1]), 1)
+        is_scale, fan_in = jax.tree_util.keystr(path).endswith("['scale']"), max(np.prod(leaf.shape[:-1]), 1)
         return jnp.asarray(is_scale + rng.normal(size=leaf.shape) * fan_in**-0.5, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax import models
 from diffusion_jax.models.layers import Dropout, GroupNorm, LayerFactory, ResBlock, convolve, downsample_2x, upsample_2x
-from helpers.networks import redraw, shapes, silu
+from helpers.networks import parameter_shapes, redraw, silu
 
 
 def conv3x3(x, layer):
@@ -33,7 +33,7 @@ def test_resampling_block_equals_adm_in_numpy(resample):
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     block = ResBlock(6, 0.0, True, layers, resample)
     x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 6, 4)), jax.random.normal(jax.random.key(1), (2, 5))
-    params = redraw(shapes(block, x, embedding, False))
+    params = redraw(parameter_shapes(block, x, embedding, False))
     out = block.apply({"params": params}, x, embedding, False)
     x, embedding, p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, embedding, params))
     if resample is downsample_2x:

@@ -12,7 +12,7 @@ from diffusion_jax.models import unet
 from diffusion_jax.models.layers import LayerFactory
 from diffusion_jax.runs import train, workdir
 from helpers.configs import TINY_CLASSIFIER, a_batch, classifier_config
-from helpers.networks import redraw, shapes
+from helpers.networks import parameter_shapes, redraw
 from helpers.work_directories import lines
 
 
@@ -23,7 +23,7 @@ def test_attention_pool_equals_numpy():
     layers = LayerFactory(num_groups=2, norm_epsilon=1e-5, initializer="openai", dtype=jnp.float32)
     pool = unet.AttentionPool(features=5, num_heads=1, head_channels=2, layers=layers)
     x = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
-    params = jax.tree.map(lambda leaf: 3 * leaf, redraw(shapes(pool, x)))
+    params = jax.tree.map(lambda leaf: 3 * leaf, redraw(parameter_shapes(pool, x)))
     out = pool.apply({"params": params}, x)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for image, got in zip(np.asarray(x, np.float64), out, strict=True):
@@ -45,7 +45,7 @@ def test_attention_pool_equals_numpy():
 def a_network():
     model = models.Classifier(**TINY_CLASSIFIER, dropout=0.5)
     shape = (2, 4, 8, 1)
-    params = redraw(shapes(model, jnp.zeros(shape), jnp.zeros(2)))
+    params = redraw(parameter_shapes(model, jnp.zeros(shape), jnp.zeros(2)))
     return model, params, jax.random.normal(jax.random.key(1), shape)
 
 

@@ -9,14 +9,14 @@ import pytest
 from diffusion_jax import models
 from diffusion_jax.models.conditions import Conditional
 from diffusion_jax.training.step import Microbatch
-from helpers.networks import TINY, apply, redraw, shapes, silu
+from helpers.networks import TINY, apply, parameter_shapes, redraw, silu
 
 SMALL = {"channels": 8, "num_res_blocks": 1, "dropout": 0.0}
 
 
 def parameters(model, *inputs, **named):
     """Parameters that are large enough for conditions to matter."""
-    params = redraw(shapes(model, *inputs, **named))
+    params = redraw(parameter_shapes(model, *inputs, **named))
     return jax.tree.map(lambda leaf: 3 * leaf, params)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import models
-from helpers.networks import apply, redraw, shapes_for, silu
+from helpers.networks import apply, init_shapes, redraw, silu
 
 FIELDS = {"channels": 8, "num_res_blocks": 2, "dropout": 0.0}
 
@@ -28,7 +28,7 @@ def test_the_network_in_numpy(scale_shift):
         np.array([0.0, 3, 40, 500, 999]),
         np.array([0, 1, 2, 0, 1]),
     )
-    params = redraw(shapes_for(model, (1, 2), y[:1]))
+    params = redraw(init_shapes(model, (1, 2), y[:1]))
     out = apply(model, params, x, jnp.float32(time), y)
     p = jax.tree.map(np.float64, params)
     w = 10_000.0 ** (-np.arange(4) / 3)

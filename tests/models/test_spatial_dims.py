@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax import models
 from diffusion_jax.models.layers import LayerFactory, compiling_for, downsample_2x, upsample_2x
-from helpers.networks import TINY, apply, redraw, shapes, shapes_for
+from helpers.networks import TINY, apply, init_shapes, parameter_shapes, redraw
 
 SIZES = {1: (6,), 2: (6, 4), 3: (4, 6, 2)}
 
@@ -96,8 +96,8 @@ def test_a_network_of_constant_slices_is_the_network_with_one_axis_less(n, field
     size = (8, 4)[: n - 1]
     large, small = (models.UNet(**TINY, **fields, padding="periodic", spatial_dims=d) for d in (n, n - 1))
     x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])
-    params = redraw(shapes_for(large, (1, 2, *size, 3)))
-    expected_tree = shapes_for(small, (1, *size, 3))
+    params = redraw(init_shapes(large, (1, 2, *size, 3)))
+    expected_tree = init_shapes(small, (1, *size, 3))
     assert jax.tree.map(jnp.shape, without_first_axis(params)) == jax.tree.map(jnp.shape, expected_tree)
     expected = apply(large, params, jnp.stack([x, x], axis=1), time)
     out = apply(small, without_first_axis(params), x, time)
@@ -114,7 +114,7 @@ def test_a_shift_of_a_periodic_array_shifts_the_output(n, fields):
     size = (8, 4, 4)[:n]
     x, time = jax.random.normal(jax.random.key(2), (2, *size, 3)), jnp.array([3.0, 700.0])
     model = models.UNet(**TINY, **fields, padding="periodic", spatial_dims=n)
-    params, axes = redraw(shapes_for(model, (1, *size, 3))), tuple(range(1, n + 1))
+    params, axes = redraw(init_shapes(model, (1, *size, 3))), tuple(range(1, n + 1))
 
     def error(model, shift):
         shifted, out = (apply(model, params, a, time) for a in (jnp.roll(x, shift, axes), x))
@@ -133,7 +133,7 @@ def test_any_size_is_padded_with_zeros_and_cropped(shape):
     model = models.UNet(**TINY, spatial_dims=n, condition_channels=2)
     even = tuple(-(-size // 2) * 2 for size in shape)
     x, condition = (jax.random.normal(jax.random.key(c), (2, *shape, c)) for c in (3, 2))
-    params = redraw(shapes(model, x, jnp.zeros(2), condition=condition))
+    params = redraw(parameter_shapes(model, x, jnp.zeros(2), condition=condition))
     out = apply(model, params, x, jnp.ones(2), condition=condition)
     widths = ((0, 0), *((0, e - s) for e, s in zip(even, shape, strict=True)), (0, 0))
     padded = apply(model, params, jnp.pad(x, widths), jnp.ones(2), condition=jnp.pad(condition, widths))

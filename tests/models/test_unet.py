@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax import models
 from diffusion_jax.models.layers import FourierEmbedding
 from helpers import own_networks
-from helpers.networks import TINY, apply, init, redraw, shapes_for
+from helpers.networks import TINY, apply, init, init_shapes, redraw
 
 
 def test_timestep_embedding_equals_published_values():
@@ -35,7 +35,7 @@ def test_one_time_serves_all_rows_and_another_number_of_times_is_refused(kind):
         "classifier": lambda: models.Classifier(**TINY, num_classes=3),
     }[kind]()
     x = jax.random.normal(jax.random.key(0), (3, *shape))
-    params = redraw(shapes_for(model, x.shape))
+    params = redraw(init_shapes(model, x.shape))
     one = apply(model, params, x, 7.0)
     np.testing.assert_array_equal(one, apply(model, params, x, jnp.full(3, 7.0)))
     assert (one != apply(model, params, x, jnp.float32(8.0))).any()
@@ -96,7 +96,7 @@ def test_initialization_equals_openai():
 def test_every_parameter_has_a_gradient(fields):
     model = models.UNet(**TINY, num_classes=3, **fields)
     x, y = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([0, 1])
-    params = redraw(shapes_for(model, y=y[:1]))
+    params = redraw(init_shapes(model, y=y[:1]))
     grads = jax.grad(lambda p: (apply(model, p, x, jnp.array([3.0, 700.0]), y) ** 2).sum())(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         if "['k']['bias']" not in jax.tree_util.keystr(path):  # a constant in all logits cancels in the softmax
@@ -107,7 +107,7 @@ def test_every_parameter_has_a_gradient(fields):
 def test_output_depends_on_labels_time_and_dropout():
     model = models.UNet(**{**TINY, "num_classes": 3, "dropout": 0.5})
     x = jnp.ones((1, 8, 8, 3))
-    params = redraw(shapes_for(model, y=jnp.zeros(1, int)))
+    params = redraw(init_shapes(model, y=jnp.zeros(1, int)))
     run = lambda t=0.0, y=0, **kw: apply(model, params, x, jnp.array([t]), jnp.array([y]), **kw)  # noqa: E731
     assert abs(run() - run(y=1)).max() > 1e-3 and abs(run() - run(t=500.0)).max() > 1e-3
     a, b = (run(train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1))
@@ -128,7 +128,7 @@ def test_output_depends_on_labels_time_and_dropout():
 def test_head_channels_equal_the_same_number_of_heads():
     x, time = jax.random.normal(jax.random.key(2), (1, 8, 8, 3)), jnp.array([3.0])
     by_number = models.UNet(**{**TINY, "num_heads": 4})  # one attention layer width, 16
-    params = redraw(shapes_for(by_number))
+    params = redraw(init_shapes(by_number))
     by_channels = models.UNet(**TINY, head_channels=4)
     split, counted = (apply(model, params, x, time) for model in (by_channels, by_number))
     np.testing.assert_allclose(split, counted, rtol=1e-5, atol=1e-5)  # two programs of some twenty layers
@@ -138,7 +138,7 @@ def test_head_channels_equal_the_same_number_of_heads():
 def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
     x, time = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([3.0, 700.0])
     plain = models.UNet(**TINY)
-    params = redraw(shapes_for(plain))
+    params = redraw(init_shapes(plain))
 
     def gradient_and_output(model):
         def loss(params):
@@ -156,7 +156,7 @@ def test_remat_keeps_the_output_and_bfloat16_changes_it_by_rounding():
     out = apply(half, params, x, time)
     # bfloat16 keeps 8 bits: 0.4% per rounding, with some tens of roundings in a row.
     assert out.dtype == jnp.float32 and np.linalg.norm(out - reference) < 0.05 * np.linalg.norm(reference)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_for(half)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(init_shapes(half)))
 
 
 IMAGE, VECTOR, TWO_SERIES, Y = (1, 8, 8, 3), (1, 2), (2, 8, 3), jnp.zeros(1, int)
@@ -205,7 +205,7 @@ def test_from_config_builds_a_unet_and_refuses_unknown_settings():
 def test_time_scale_multiplies_the_network_time():
     model = models.UNet(**TINY | {"channel_multipliers": (1,), "attention_levels": ()})
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
-    params = redraw(shapes_for(model, x.shape))
+    params = redraw(init_shapes(model, x.shape))
     run, scaled = jax.jit(model.apply), jax.jit(model.clone(time_scale=1000.0).apply)
     time = jnp.array([-1.5, 0.25])
     np.testing.assert_allclose(scaled({"params": params}, x, time), run({"params": params}, x, 1000 * time), atol=1e-5)

@@ -13,8 +13,9 @@ from diffusion_jax.data import Normalization
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.pretrained.model import make_model
 from diffusion_jax.runs import workdir
+from diffusion_jax.training.state import abstract_params
 from helpers.array_configs import SHAPES, array_config, write_arrays
-from helpers.networks import TINY, redraw, shapes
+from helpers.networks import TINY, redraw
 from helpers.work_directories import untrained
 
 KEY = jax.random.key(3)
@@ -29,8 +30,7 @@ def net_of(model, image_size, channels, **options):
     normalizations = {"x": Normalization((300.0,) * channels, (10.0,) * channels)}
     options = {"levels": None, "clip": False, "normalizations": normalizations, **options}
     description = make_model("random", model, image_size, DIFFUSION, channels, **options)
-    params = redraw(shapes(model, **models.initial_inputs(model, description.example_shape)))
-    return dataclasses.replace(description, params=params)
+    return description.with_params(redraw(abstract_params(model, description.example_shape)))
 
 
 def vectors_net(**options):

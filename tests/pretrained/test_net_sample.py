@@ -1,6 +1,5 @@
 """`net.sample`, compiled once, against the core with the same keys."""
 
-import dataclasses
 import warnings
 
 import jax
@@ -11,7 +10,8 @@ import pytest
 from diffusion_jax import Denoiser, editing, guidance, models, sampling, schedules
 from diffusion_jax.distributed import sharding
 from diffusion_jax.pretrained.model import make_model
-from helpers.networks import redraw, shapes
+from diffusion_jax.training.state import abstract_params
+from helpers.networks import redraw
 
 KEY = jax.random.key(0)
 FIELDS = {"channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_levels": (), "num_groups": 4}
@@ -21,8 +21,7 @@ def net_of(prediction="eps", variance="fixed_large", low_resolution=0, **fields)
     model = models.UNet(**FIELDS | {"out_channels": 2 if variance.startswith("learned") else 1} | fields)
     diffusion = {"schedule": "cosine", "num_timesteps": 100, "prediction": prediction, "variance": variance}
     found = make_model("test's", model, 4, diffusion, channels=1, low_resolution=low_resolution)
-    inputs = models.initial_inputs(found.model, found.example_shape)
-    return dataclasses.replace(found, params=redraw(shapes(found.model, **inputs)))
+    return found.with_params(redraw(abstract_params(found.model, found.example_shape)))
 
 
 def by_hand(denoiser, schedule, sampler, n):
@@ -51,7 +50,7 @@ def test_new_keys_parameters_labels_conditions_and_scales_compile_nothing(sampli
     model = models.Classifier(**FIELDS | {"num_classes": 3, "head_channels": 4})
     diffusion = {"schedule": "cosine", "num_timesteps": 100}
     classifier = make_model("test's", model, 4, diffusion, channels=1)
-    classifier = classifier.with_params(redraw(shapes(model, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))))
+    classifier = classifier.with_params(redraw(abstract_params(model, (4, 4, 1))))
 
     def moved(net):
         return net.with_params(jax.tree.map(lambda leaf: leaf * 1.1, net.params))

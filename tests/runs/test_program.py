@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax.distributed.processes import EXIT_INTERRUPTED
 from diffusion_jax.runs import train
-from helpers.configs import convolutions_config
+from helpers.configs import convolutions_config, tiny_config
 from helpers.program import finish, flags_of, start, until
 from helpers.work_directories import last_state, lines
 
@@ -35,7 +35,7 @@ def num_lines(directory):
 @pytest.mark.parametrize(
     ("loss", "num_steps", "ends"),
     [
-        ({}, 75, {10: signal.SIGKILL, 25: signal.SIGTERM, 45: signal.SIGINT}),
+        ({}, 150, {10: signal.SIGKILL, 40: signal.SIGTERM, 80: signal.SIGINT}),
         pytest.param(IMPORTANCE_SAMPLED, 60, {30: signal.SIGKILL}, marks=pytest.mark.slow),
     ],
 )
@@ -49,7 +49,7 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
         "training.sample_every": num_steps // 3,
         **loss,
     }
-    flags = flags_of(convolutions_config(**overrides), tmp_path / "killed")
+    flags = flags_of(tiny_config(**overrides), tmp_path / "killed")
     for after, end in ends.items():
         process = start(*flags)
         until(lambda after=after: num_lines(tmp_path / "killed") > after, process)
@@ -63,12 +63,12 @@ def test_a_killed_and_resumed_run_logs_the_same_losses(tmp_path, loss, num_steps
     code, out, err = finish(start(*flags))
     assert code == 0 and not err.strip(), err
     assert "Continuing from step" in out
-    train.run(convolutions_config(**overrides), tmp_path / "whole")
+    train.run(tiny_config(**overrides), tmp_path / "whole")
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     assert len(lines(tmp_path / "whole")) == num_steps
     for directory in ("killed", "whole"):
         assert len(list((tmp_path / directory / "samples").glob("train_step*.png"))) == 3
-    killed, whole = (last_state(convolutions_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
+    killed, whole = (last_state(tiny_config(**overrides), tmp_path / name) for name in ("killed", "whole"))
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
     if loss:  # long after the warm-up
         assert whole.loss_history.counts.min() > 10 and float(whole.loss_history.losses.std()) > 0

@@ -74,7 +74,7 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
-def test_every_solver_under_jit_vmap_and_grad(name):
+def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):
     schedule = schedules.respace(FULL, 6, "log_snr")
     sampler = MAKERS[name]()
     x_T = jax.random.normal(jax.random.key(1), (3, 2))
@@ -99,6 +99,12 @@ def test_every_solver_under_jit_vmap_and_grad(name):
     for i in range(2):
         moved = [compiled(KEY, schedule, x_T.at[0, i].add(sign * step)).sum() for sign in (1, -1)]
         np.testing.assert_allclose(slope[0, i], (moved[0] - moved[1]) / (2 * step), rtol=0.05, atol=5e-3)
+
+    def half(x, time):
+        return mixture()(x.astype(jnp.bfloat16), time).astype(jnp.bfloat16)
+
+    low = sampling.sample(KEY, schedule, Denoiser(half, clip=False), x_T.astype(jnp.bfloat16), sampler)
+    assert low.dtype == jnp.float32 and np.isfinite(low).all()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -32,10 +32,9 @@ def test_two_processes_do_everything_and_one_goes_on(bucket_url, tmp_path):
     assert {"likelihood.json", "metrics.json"} <= written.keys()
     assert any(name.startswith("samples/") and name.endswith(".npz") for name in written)
     assert not any("/." in name for name in written), written
-    train.run(convolutions_config(**OVERRIDES, **{"training.num_steps": 6}), tmp_path / "one")
-    train.run(
-        convolutions_config(**OVERRIDES, **{"training.num_steps": 6}), BucketRunDir(url)
-    )  # one process, one device
+    longer = convolutions_config(**OVERRIDES, **{"training.num_steps": 6})
+    train.run(longer, tmp_path / "one")
+    train.run(longer, BucketRunDir(url))  # one process, one device
     assert_close_losses(tmp_path / "one", BucketRunDir(url))
 
 
