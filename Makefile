@@ -33,13 +33,14 @@ demo: setup
 	@echo "These metrics of 100 samples show that all modes work. They are too uncertain to compare models. For 1,000 samples:"
 	@echo "    $(BIN)/python main.py --workdir=runs/digits --mode=evaluate"
 
+# Compiling takes longer than computing here, so XLA optimizes little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test tests
+# the programs that users run, as the gate does on a second Python.
+test test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+test test-all: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# With runs of the program, several processes, and the slower tests of the library. Compiling takes longer than computing here, so
-# XLA optimizes little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test-all tests the programs that users run.
-test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
-test-all: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+# With runs of the program, several processes, and the slower tests of the library.
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not parity and not faults and not browser and not tpu"
 
