@@ -127,6 +127,7 @@ def test_a_bar_moves_within_a_batch_at_a_terminal_and_changes_no_sample(name, na
     assert draw._cache_size() == 2  # with and without the counter
 
 
+@pytest.mark.thorough
 def test_layers_are_listed_in_the_order_of_execution(capsys):
     network = models.UNet(channels=8, channel_multipliers=(1, 2), num_groups=4, num_res_blocks=1, out_channels=1)
     console.log_parameters(lambda key: initial_params(key, network, (8, 8, 1)))

@@ -410,10 +410,13 @@ def test_error_bars_and_masks_of_each_example_hold_for_its_particles():
     x_T = jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.float32)
     denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", clip=False)
 
-    def weights(rows):
-        measurement = Measurement(masked(mask[rows]), y[rows], noise[rows].astype(np.float32))
-        return posterior.smc(jax.random.key(0), schedule, denoiser, measurement, x_T[:, rows]).weights
+    @jax.jit
+    def weights(mask, y, noise, x_T):
+        measurement = Measurement(masked(mask), y, noise)
+        return posterior.smc(jax.random.key(0), schedule, denoiser, measurement, x_T).weights
 
-    both = weights(slice(0, 2))
-    np.testing.assert_allclose(both, np.concatenate([weights(slice(0, 1)), weights(slice(1, 2))], axis=1), rtol=1e-5)
+    noise = noise.astype(np.float32)
+    both = weights(mask, y, noise, x_T)
+    each = [weights(mask[[i]], y[[i]], noise[[i]], x_T[:, [i]]) for i in (0, 1)]
+    np.testing.assert_allclose(both, np.concatenate(each, axis=1), rtol=1e-5)
     assert np.ptp(both) > 0.01

@@ -76,6 +76,7 @@ def check(source):
     assert (source.arrays["image"] == source.arrays["image"][:, :1, :1]).all()
 
 
+@pytest.mark.whole
 def test_a_missing_data_set_is_prepared_once(server, tmp_path, capsys):
     assert "prepare it with: python -c" in refusal(tmp_path, download=False) and server.requests == 0
     check(data.load(config(tmp_path / "new" / "tfds")))

@@ -142,6 +142,7 @@ def test_entropy_and_covariance_of_periodic_arrays_are_those_of_the_whole_matrix
     assert np.abs(z).max() < 5
 
 
+@pytest.mark.thorough
 def test_the_density_of_moons_is_that_of_the_draws():
     distribution, rng = synthetic.MOONS, np.random.default_rng(0)
     points = np.array([[1.0, 0.0], [0.5, 0.25], [0.0, 0.5], [-1.1, -0.2], [2.0, 0.3]])

@@ -32,6 +32,7 @@ def test_watchdog_ends_the_program_when_no_step_finishes(monkeypatch):
     assert "reading data may be stuck, or training.stall_timeout is too short" in calls[0][0]
 
 
+@pytest.mark.thorough
 def test_computed_chunks_have_a_time_limit_except_the_first(monkeypatch, tmp_path):
     ended, seen = threading.Event(), []
     monkeypatch.setattr(processes, "exit_now", lambda *_: ended.set())

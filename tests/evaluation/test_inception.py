@@ -85,6 +85,7 @@ def test_wrong_weight_files_are_refused(port, tmp_path):
             inception.load_inception(tmp_path / name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(32, 32), (47, 33), (299, 299), (400, 301)])
 def test_the_tf1_resize_equals_tensorflow(shape):
     import tensorflow as tf

@@ -89,6 +89,7 @@ def test_gradient_agrees_with_numpy(load, tmp_path, kind):
     assert abs(sum(parts) - derivative) < 1e-5 * np.linalg.norm(parts)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("given", [ADM, DDPMPP | {"channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [4]}])
 def test_network_without_classes_agrees_with_numpy(tmp_path, given):
     arguments = given | {"label_dim": 0, "augment_dim": 0, "img_channels": 1, "label_dropout": 0}
@@ -99,6 +100,7 @@ def test_network_without_classes_agrees_with_numpy(tmp_path, given):
     assert worst(np.moveaxis(ours, -1, 1), reference(weights, np.moveaxis(x, -1, 1), time)) < 3e-6
 
 
+@pytest.mark.thorough
 def test_denoiser_has_edm_s_scaling_and_sampler(load):
     """D(y; s) = c_skip y + c_out F(c_in y; log(s) / 4), sampled by Heun's method as EDM's equations have it."""
     reference, weights, net = load("adm")

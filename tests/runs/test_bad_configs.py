@@ -143,6 +143,7 @@ def test_a_rerun_with_the_same_weights_keeps_their_flags(tmp_path):
     assert cli.parse([*flags, "--pretrained_flags=other"]).config.init_flags == "other"
 
 
+@pytest.mark.whole
 def test_a_closed_output_ends_the_program_quietly(tmp_path):
     arguments = [sys.executable, "main.py", "--config=digits", f"--workdir={tmp_path}", "--mode=status"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

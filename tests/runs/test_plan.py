@@ -63,6 +63,7 @@ def test_an_estimate_is_that_of_the_compiled_program():
     assert 0.8 < compiled.cost_analysis()["flops"] / 32 / traced.flops[False] < 1.25
 
 
+@pytest.mark.thorough
 def test_levels_to_recompute_that_no_plan_proposes_are_planned():
     config = resolve(tiny_config(**{"model.channel_multipliers": (1, 2), "model.remat": (1,)}))
     traced = plan.trace(config, [(1,)])

@@ -220,6 +220,7 @@ def test_pictures_of_many_pixels_are_left_out(run, monkeypatch):
     assert page.count("data:image/") == 1 + 3 and "it has 64 pixels; the limit is 8" in page
 
 
+@pytest.mark.whole
 def test_a_run_that_is_moved_while_it_trains_stops(tmp_path, monkeypatch):
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 8})
     save = Checkpoints.save

@@ -204,6 +204,7 @@ def test_full_disk(serve, tmp_path, monkeypatch):
         pretrained.load("hf://a/b")
 
 
+@pytest.mark.thorough
 def test_license_travels_with_what_is_made_from_the_weights(serve, tmp_path, capsys):
     from diffusion_jax.pretrained import __main__
 
@@ -257,6 +258,7 @@ def test_a_published_run_is_loaded_by_its_name(serve, tmp_path, monkeypatch, cap
     )
 
 
+@pytest.mark.thorough
 def test_a_network_that_diffusers_lacks_is_published_in_one_format(tmp_path, monkeypatch, capsys):
     """A folder named .. is no folder of the temporary files, which are removed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -289,6 +291,7 @@ def test_weights_are_published_once_to_a_bucket(tmp_path, bucket_url, monkeypatc
     publish(tmp_path / "f", f"{bucket_url}/weights/ci", *flags)  # a neighbor
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_published_is_refused_in_one_line(serve, tmp_path, capsys):
     serve()
     pipeline(tmp_path)

@@ -185,6 +185,7 @@ with RunDir(sys.argv[1]).locked("is training"):
 """
 
 
+@pytest.mark.whole
 def test_a_file_is_locked_until_its_process_ends(tmp_path, capfd):
     workdir, path = RunDir(tmp_path), tmp_path / ".lock"
     assert workdir.find_holder() is None and not path.exists()
