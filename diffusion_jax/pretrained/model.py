@@ -246,7 +246,8 @@ class Model:
 
         If the offset of the normalization is more than 1000 times the scale, the result is a float64 NumPy array. The first
         call compiles one program. Later calls with the same sampler, number of samples and steps reuse the program for every
-        key, label, condition, parameters (`with_params`) and guidance scale other than 1.
+        key, label, condition, parameters (`with_params`) and guidance scale other than 1, and for every image and measurement
+        in a sampler that holds one, such as `editing.replacement`.
 
         With a mesh, every process must call this method, the parameters may have any sharding on the mesh, and every process
         gets the result as a NumPy array.
@@ -326,12 +327,13 @@ class Model:
         options = {}
         if trajectory is not False:
             options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())
-        static, algorithm = (sampler, (num_images, *self.example_shape), tuple(options.items())), as_node(algorithm)
+        is_static, algorithm = jax.tree_util.all_leaves([sampler]), as_node(algorithm)
+        static = sampler if is_static else None, (num_images, *self.example_shape), tuple(options.items())
+        arrays = key, schedule, denoiser, algorithm, None if is_static else sampler
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
-            arrays = jax.random.key_data(key), schedule, denoiser, algorithm
-            key, schedule, denoiser, algorithm = sharding.place(arrays, self.mesh)
-        result = _compile(self.mesh)(static, key, schedule, denoiser, algorithm)
+            arrays = sharding.place((jax.random.key_data(key), *arrays[1:]), self.mesh)
+        result = _compile(self.mesh)(static, *arrays)
         result = result if self.mesh is None else jax.tree.map(_gather, result)
         if not options:
             return self._to_data(result)
@@ -504,13 +506,14 @@ class _Apply:
 
 @functools.cache
 def _compile(mesh: Mesh | None) -> Callable:
-    """Compiles (static, key, schedule, denoiser, algorithm) -> samples; static: (sampler, shape of x_T, further arguments).
+    """Compiles (static, key, schedule, denoiser, algorithm, sampler) -> samples.
 
-    With a mesh, the batch is split over the devices, and the key argument is the key's data.
+    static: (sampler, shape of x_T, further arguments). A sampler that is a pytree is the last argument, and the static one is
+    None. With a mesh, the batch is split over the devices, and the key argument is the key's data.
     """
 
-    def draw(static, key, schedule, denoiser, algorithm):
-        sampler, shape, options = static
+    def draw(static, key, schedule, denoiser, algorithm, sampler):
+        static_sampler, shape, options = static
         if mesh is not None:
             # Sharded parameters of a run in progress are gathered once, because every step needs all parameters, and memory
             # is not needed for gradients or activations.
@@ -521,7 +524,7 @@ def _compile(mesh: Mesh | None) -> Callable:
         x_T = sampling.normal(key_noise, jnp.zeros(shape, jnp.float32))
         if mesh is not None:
             x_T = jax.lax.with_sharding_constraint(x_T, sharding.batch_sharding(mesh))
-        return algorithm(key_steps, schedule, denoiser, x_T, sampler, **dict(options))
+        return algorithm(key_steps, schedule, denoiser, x_T, sampler or static_sampler, **dict(options))
 
     return jax.jit(draw, static_argnums=0, compiler_options=None if mesh is None else devices.compiler_options())
 

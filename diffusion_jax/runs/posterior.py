@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, editing, posterior, pretrained, sampling
+from diffusion_jax import data, editing, posterior, pretrained
 from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
 from diffusion_jax.errors import as_user_error
@@ -125,12 +125,12 @@ class Problem:
         scale = self.net.sigma_data or 1.0
         iterations = {} if options.iterations is None else {"iterations": options.iterations}
         with as_user_error("config.editing"):
-            if self.method in ("smc", "dps"):
-                repeated.check()  # here, because traced values in the compiled program cannot be checked
             if self.method == "smc":
+                repeated.check()  # here, because traced values in the compiled program cannot be checked
                 x = setup.generate(key, indices, algorithm=_Smc(self._repeat(y, 1), count, scale))
             elif self.method == "dps":
-                x = setup.generate(key, indices, algorithm=_Dps(repeated, options.zeta))
+                sampler = posterior.dps(setup.sampler, repeated, options.zeta)
+                x = dataclasses.replace(setup, sampler=sampler).generate(key, indices)
             else:
                 wrap = {
                     "mmps": functools.partial(posterior.mmps, **iterations),
@@ -157,20 +157,8 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Dps:
-    """`posterior.dps` as an algorithm of `pretrained.Model.draw`; a new measurement does not compile it again."""
-
-    measurement: Measurement
-    zeta: float = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, key, schedule, denoiser, x_T, sampler) -> Any:
-        return sampling.sample(key, schedule, denoiser, x_T, posterior.dps(sampler, self.measurement, self.zeta))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class _Smc:
-    """An algorithm as `_Dps`: `count` samples for each row of y, drawn from the weighted particles of `posterior.smc`."""
+    """An algorithm of `pretrained.Model.draw`: `count` samples for each row of y, from the particles of `posterior.smc`."""
 
     measurement: Measurement
     count: int = dataclasses.field(metadata={"static": True})

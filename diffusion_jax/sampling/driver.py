@@ -130,10 +130,12 @@ class Sampler:
 class WrappedSampler(Sampler):
     """A sampler that changes the steps of another one; derive a class, and define `step` with `self.sampler.step`.
 
-    It equals only itself, because a derived class may hold arrays.
+    It equals only itself, because a derived class may hold arrays. If such a class is a pytree by
+    `jax.tree_util.register_dataclass`, other arrays do not compile `net.sample` again; JAX then calls `__post_init__` with
+    traced arrays and other leaves.
     """
 
-    sampler: Sampler
+    sampler: Sampler = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:  # `Sampler`'s would compare no fields of derived classes
         return self is other

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, editing, guidance, models, sampling, schedules
+from diffusion_jax import Denoiser, editing, guidance, models, posterior, sampling, schedules
 from diffusion_jax.distributed import sharding
+from diffusion_jax.measurements import Measurement, masked
 from diffusion_jax.pretrained.model import make_model
 from diffusion_jax.training.state import abstract_params
 from helpers.networks import redraw
@@ -90,6 +91,28 @@ def test_a_mesh_gives_the_same_samples_and_compiles_once(sampling_programs):
     other = split.with_params(jax.tree.map(lambda leaf: leaf * 1.1, split.params)).sample(KEY, n, **options)
     split.sample(KEY, n, **options | {"guidance_scale": 3.0})
     assert isinstance(other, np.ndarray) and sampling_programs() == 0
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["replacement", "dps", "pigdm_step"])
+def test_another_image_or_measurement_in_a_sampler_compiles_nothing(name, sampling_programs):
+    """Each draw has the known pixels or the measurement that its own sampler was given."""
+    net, mask = net_of("v"), np.ones((4, 4, 1), bool)
+
+    def sampler(value):
+        y = np.full((2, 4, 4, 1), value, np.float32)
+        if name == "replacement":
+            return editing.replacement(sampling.ddim(), y, mask)
+        return getattr(posterior, name)(sampling.ddim(), Measurement(masked(mask), y, 0.1))
+
+    first, second = (net.sample(KEY, 2, sampler=sampler(value), steps=4) for value in (0.25, -0.5))
+    assert sampling_programs() == 1
+    if name == "replacement":
+        assert (first == 0.25).all() and (second == -0.5).all()
+    else:
+        schedule = schedules.respace(net.schedule, 4, "trailing")
+        np.testing.assert_allclose(second, by_hand(net.denoiser(), schedule, sampler(-0.5), 2), atol=2e-4)
+        assert (first != second).all()
 
 
 @pytest.mark.thorough
