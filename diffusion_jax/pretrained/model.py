@@ -486,9 +486,15 @@ class Model:
         return jnp.broadcast_to(y, (num_images,)).astype(jnp.int32)
 
     def logits(self, x_t, time) -> jax.Array:
-        """Computes the logits [B, num_classes] of a classifier. Raises: TypeError for a diffusion model."""
+        """Computes the logits [B, num_classes] of a classifier.
+
+        Raises: TypeError for a diffusion model, ValueError for an x_t of another shape than [B, *spatial, C].
+        """
         if not isinstance(self.model, Classifier):
             raise TypeError("these weights are a diffusion model; use denoiser()")
+        if jnp.shape(x_t)[1:] != self.example_shape:
+            shape = list(jnp.shape(x_t)[1:])
+            raise ValueError(f"this classifier takes examples of shape {list(self.example_shape)}, got {shape}")
         return _Apply(self.model, self.params)(x_t, time)
 
 

@@ -24,6 +24,9 @@ def test_stored_networks_give_their_stored_outputs_and_come_back_from_one_file(n
     assert worst(output(net, arrays, shift=1), arrays["out"]) > 1e-4
     if "classifier" in name:
         np.testing.assert_allclose(net.logits(arrays["x"], jnp.float32(arrays["time"])), output(net, arrays), atol=1e-4)
+        tall = arrays["x"].reshape(len(arrays["x"]), -1, net.image_size[1] // 2, net.channels)  # as many positions
+        with pytest.raises(ValueError, match="takes examples of shape"):
+            net.logits(tall, arrays["time"])
         for wrong in (net.denoiser, lambda: net.sample(jax.random.key(0))):
             with pytest.raises(TypeError, match="use logits"):
                 wrong()
