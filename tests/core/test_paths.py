@@ -61,6 +61,7 @@ def test_a_path_gives_the_tables_of_the_discrete_schedule():
             # The last beta of the discrete schedule has a bound.
             np.testing.assert_allclose(found[:-1], table[:-1], rtol=1e-9, atol=1e-15)
     assert schedules.from_path(schedules.vp_cosine(interval=(0, 1000)), [500.0, 1000.0]).zero_terminal_snr
+    assert schedules.from_path(FLOW, [500.0, 1000.0]).zero_terminal_snr  # beyond the interval, in pure noise
 
 
 def test_a_schedule_keeps_its_path():
