@@ -34,7 +34,7 @@ demo: setup
 	@echo "    $(BIN)/python main.py --workdir=runs/digits --mode=evaluate"
 
 # Compiling takes longer than computing here, so XLA optimizes little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= make test tests
-# the programs that users run, as the gate does on a second Python.
+# the programs that users run, as .ci/run does on a second Python, and .github/workflows/ci.yml with test-all.
 test test-all mutants: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test test-all mutants: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 test: setup

@@ -101,21 +101,21 @@ def _replace_known(key, transition, x_prev, x_0, mask):
     return jnp.where(mask, jnp.where(target.sigma > 0, noised, x_0), x_prev)
 
 
-def replacement(sampler: Sampler, x_0: BatchLike, mask: Shaped[ArrayLike, "..."]) -> WrappedSampler:
+@dataclasses.dataclass(frozen=True, eq=False)
+class replacement(WrappedSampler, traced=("x_0", "mask")):
     """Inpainting by replacement (Song et al. 2021, appendix I.2): each step draws the known pixels from q(x_{t-1} | x_0).
 
     Wraps any other sampler. Known pixels are returned exactly. The network alone connects unknown pixels to known pixels, so
-    borders may be visible; `repaint` reduces them. Raises: ValueError for a mask that does not broadcast to x_0.
+    borders may be visible; `repaint` reduces them.
     """
-    x_0 = as_float("x_0", x_0)
-    return _Replacement(sampler, x_0, _as_mask_for(mask, x_0, several=True))
 
+    x_0: BatchLike
+    mask: Shaped[ArrayLike, "..."]
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Replacement(WrappedSampler):
-    x_0: Any
-    mask: Any
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "x_0", as_float("x_0", self.x_0))
+        object.__setattr__(self, "mask", _as_mask_for(self.mask, self.x_0, several=True))
 
     @property
     def is_stochastic(self) -> bool:

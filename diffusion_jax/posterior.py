@@ -31,7 +31,7 @@ from diffusion_jax.arrays import as_float
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import Measurement
-from diffusion_jax.sampling import Sampler, Step, WrappedSampler, normal
+from diffusion_jax.sampling import Step, WrappedSampler, normal
 from diffusion_jax.sampling.driver import fold_in, is_batch_of_keys, split
 from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
@@ -113,10 +113,6 @@ class _Correction:
         require_number("iterations", self.iterations, 1, whole=True)
         self.measurement.check()
 
-    def white_variance(self, level: NoiseLevel) -> Float[Array, "..."]:
-        """Returns `_white_variance`, for `mmps` with data_std 1: its preconditioner needs no better one."""
-        return _white_variance(level, 1.0 if self.data_std is None else self.data_std)
-
     def __call__(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> Denoised:
         prior, shift, _ = self.solve(predict, x_t, level)
         return prior.corrected(prior.own_x_0 + shift, x_t, level)
@@ -133,7 +129,7 @@ class _Correction:
         adjoint = operator.adjoint(x_0)
         # alpha is 0 in pure noise, where J and sigma^2 / alpha have no digits.
         scale = jnp.where(level.has_signal, level.sigma**2 / jnp.where(level.has_signal, level.alpha, 1.0), 0.0)
-        variance = self.white_variance(level)
+        variance = _white_variance(level, 1.0 if self.data_std is None else self.data_std)
 
         def shift_of(u):
             return scale * transposed(adjoint(u))[0]
@@ -186,22 +182,21 @@ def _conjugate_gradients(times_matrix, covariance, b, diagonal, iterations):
     return u, left.reshape(-1)
 
 
-def dps(sampler: Sampler, measurement: Measurement, zeta: float | np.floating = 1.0) -> WrappedSampler:
+@dataclasses.dataclass(frozen=True, eq=False)
+class dps(WrappedSampler, traced=("measurement", "zeta")):
     """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): after each step, minus zeta grad |y - A D|.
 
     Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is of one example, and D is clipped, as in the
     paper's code. Samples fit y, but are not of the posterior: their mean and deviation depend on zeta and on the number of
     steps. zeta: the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
     """
-    measurement.check()
-    return _Dps(sampler, measurement, zeta)
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Dps(WrappedSampler):
     measurement: Measurement
-    zeta: float | np.floating = dataclasses.field(metadata={"static": True})
+    zeta: float | np.floating = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.measurement.check()
 
     def num_calls(self, num_steps: int) -> int:
         return self.sampler.num_calls(num_steps) + num_steps
@@ -215,37 +210,36 @@ class _Dps(WrappedSampler):
             # The gradient of the root has no value at 0, where y is met.
             return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
 
-        return new._replace(x_prev=new.x_prev - self.zeta * jax.grad(distance)(x_t))
+        return new._replace(x_prev=new.x_prev - jnp.asarray(self.zeta, x_t.dtype) * jax.grad(distance)(x_t))
 
 
-def pigdm_step(
-    sampler: Sampler, measurement: Measurement, data_std: float = 1.0, iterations: int = 10
-) -> WrappedSampler:
+@dataclasses.dataclass(frozen=True, eq=False)
+class pigdm_step(WrappedSampler, traced=("measurement",)):
     """PiGDM with the weight of its paper (Song et al. 2023, Algorithm 1), a baseline that never converges.
 
     Adds alpha_s alpha_t v J^T A^T (R + v A A^T)^-1 (y - A D) after each step from level t to s. Wraps any other sampler; the
     paper uses `ddim(eta=1)` on variance-preserving schedules. On N(0, 1) with y of noise 0.5, samples have 0.41
     times the exact deviation with 100 steps, 0.22 times with 1,000, and are centered at y. Raises: ValueError as `pigdm`.
     """
-    require_number("data_std", data_std, 0, above=True)
-    correction = _Correction(measurement, iterations, float(data_std))
-    correction.check()
-    return _PigdmStep(sampler, correction)
 
+    measurement: Measurement
+    data_std: float = 1.0
+    iterations: int = 10
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class _PigdmStep(WrappedSampler):
-    correction: _Correction
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("data_std", self.data_std, 0, above=True)
+        _Correction(self.measurement, self.iterations).check()
 
     def num_calls(self, num_steps: int) -> int:
         return self.sampler.num_calls(num_steps) + num_steps
 
     def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
         new, level = self.sampler.step(key, denoiser, x_t, transition, state), transition.level
+        correction = _Correction(self.measurement, self.iterations, self.data_std)
         # The shift has the factor sigma^2 / alpha_t.
-        shift = self.correction.solve(lambda x_t: denoiser(x_t, transition), x_t, level).shift
-        weight = self.correction.white_variance(level) * transition.target.alpha * level.alpha**2 / level.sigma**2
+        shift = correction.solve(lambda x_t: denoiser(x_t, transition), x_t, level).shift
+        weight = _white_variance(level, self.data_std) * transition.target.alpha * level.alpha**2 / level.sigma**2
         return new._replace(x_prev=new.x_prev + weight * shift)
 
 

@@ -246,8 +246,8 @@ class Model:
 
         If the offset of the normalization is more than 1000 times the scale, the result is a float64 NumPy array. The first
         call compiles one program. Later calls with the same sampler, number of samples and steps reuse the program for every
-        key, label, condition, parameters (`with_params`) and guidance scale other than 1, and for every image and measurement
-        in a sampler that holds one, such as `editing.replacement`.
+        key, label, condition, parameters (`with_params`) and guidance scale other than 1, and for every image or measurement
+        that the sampler holds (`editing.replacement`, `posterior.dps`).
 
         With a mesh, every process must call this method, the parameters may have any sharding on the mesh, and every process
         gets the result as a NumPy array.
@@ -327,9 +327,9 @@ class Model:
         options = {}
         if trajectory is not False:
             options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())
-        is_static, algorithm = jax.tree_util.all_leaves([sampler]), as_node(algorithm)
+        is_static = any(isinstance(leaf, sampling.Sampler) for leaf in jax.tree.leaves(sampler))
         static = sampler if is_static else None, (num_images, *self.example_shape), tuple(options.items())
-        arrays = key, schedule, denoiser, algorithm, None if is_static else sampler
+        arrays = key, schedule, denoiser, as_node(algorithm), None if is_static else sampler
         if self.mesh is not None:
             sharding.check_divides(num_images, self.mesh, "num_images")
             arrays = sharding.place((jax.random.key_data(key), *arrays[1:]), self.mesh)
@@ -488,7 +488,7 @@ class Model:
     def logits(self, x_t, time) -> jax.Array:
         """Computes the logits [B, num_classes] of a classifier.
 
-        Raises: TypeError for a diffusion model, ValueError for an x_t of another shape than [B, *spatial, C].
+        Raises: TypeError for a diffusion model, ValueError for examples in another shape than the classifier's.
         """
         if not isinstance(self.model, Classifier):
             raise TypeError("these weights are a diffusion model; use denoiser()")
@@ -530,7 +530,8 @@ def _compile(mesh: Mesh | None) -> Callable:
         x_T = sampling.normal(key_noise, jnp.zeros(shape, jnp.float32))
         if mesh is not None:
             x_T = jax.lax.with_sharding_constraint(x_T, sharding.batch_sharding(mesh))
-        return algorithm(key_steps, schedule, denoiser, x_T, sampler or static_sampler, **dict(options))
+        sampler = static_sampler if sampler is None else sampler
+        return algorithm(key_steps, schedule, denoiser, x_T, sampler, **dict(options))
 
     return jax.jit(draw, static_argnums=0, compiler_options=None if mesh is None else devices.compiler_options())
 

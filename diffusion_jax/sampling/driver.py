@@ -7,8 +7,9 @@ program, and memory that does not grow with the number of steps unless the traje
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -130,12 +131,23 @@ class Sampler:
 class WrappedSampler(Sampler):
     """A sampler that changes the steps of another one; derive a class, and define `step` with `self.sampler.step`.
 
-    It equals only itself, because a derived class may hold arrays. If such a class is a pytree by
-    `jax.tree_util.register_dataclass`, other arrays do not compile `net.sample` again; JAX then calls `__post_init__` with
-    traced arrays and other leaves.
+    It equals only itself, because a derived class may hold arrays. A class that names the fields with its arrays,
+
+        @dataclasses.dataclass(frozen=True, eq=False)
+        class shifted(sampling.WrappedSampler, traced=("shift",)):
+            shift: jax.Array
+
+    is a pytree: `net.sample` traces all leaves of these fields, and new arrays do not compile it again.
     """
 
-    sampler: Sampler = dataclasses.field(metadata={"static": True})
+    sampler: Sampler
+
+    def __init_subclass__(cls, traced: tuple[str, ...] = (), **options: Any):
+        super().__init_subclass__(**options)
+        if traced:
+            jax.tree_util.register_pytree_node(
+                cls, functools.partial(_flatten, traced), functools.partial(_unflatten, cls)
+            )
 
     def __eq__(self, other: object) -> bool:  # `Sampler`'s would compare no fields of derived classes
         return self is other
@@ -159,6 +171,24 @@ class WrappedSampler(Sampler):
 
     def init_state(self, schedule: Schedule, x_T: Batch, num_steps: int) -> PyTree:
         return self.sampler.init_state(schedule, x_T, num_steps)
+
+
+def _flatten(traced: tuple[str, ...], sampler: WrappedSampler) -> tuple[list[Any], Any]:
+    """Returns the children of a sampler, and its other fields. The inner sampler is a child if it is a pytree."""
+    fields = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    names = traced if jax.tree_util.all_leaves([sampler.sampler]) else ("sampler", *traced)
+    children = [fields.pop(name) for name in names]
+    others = names, tuple(fields.items())
+    hash(others)  # raises TypeError for an array or a tracer here, before JAX compares it with fields of other samplers
+    return children, others
+
+
+def _unflatten(cls: type[WrappedSampler], others: Any, children: Sequence[Any]) -> WrappedSampler:
+    """Returns a sampler without calling `__post_init__`, because JAX makes copies with other leaves, such as axes."""
+    (names, fields), sampler = others, object.__new__(cls)
+    for name, value in (*fields, *zip(names, children, strict=True)):
+        object.__setattr__(sampler, name, value)
+    return sampler
 
 
 def is_batch_of_keys(key: Key[Array, "..."]) -> bool:

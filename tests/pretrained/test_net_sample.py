@@ -1,6 +1,8 @@
 """`net.sample`, compiled once, against the core with the same keys."""
 
+import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,26 +95,79 @@ def test_a_mesh_gives_the_same_samples_and_compiles_once(sampling_programs):
     assert isinstance(other, np.ndarray) and sampling_programs() == 0
 
 
+def measured(value):
+    """All values but the first row of the image, measured with noise 0.1."""
+    mask = np.ones((4, 4, 1), bool)
+    mask[0] = False
+    return Measurement(masked(mask), np.full((2, 4, 4, 1), value, np.float32), 0.1)
+
+
+def replaced(sampler, value):
+    """A sampler that replaces the first row of the image."""
+    mask = np.zeros((4, 4, 1), bool)
+    mask[0] = True
+    return editing.replacement(sampler, np.full((2, 4, 4, 1), value, np.float32), mask)
+
+
+HOLDING = {
+    "replacement": lambda value: replaced(sampling.ddim(), value),
+    "dps": lambda value: posterior.dps(sampling.ddim(), measured(value), 0.5 + value),
+    "pigdm_step": lambda value: posterior.pigdm_step(sampling.ddim(eta=1.0), measured(value)),
+    "dps of replacement": lambda value: posterior.dps(replaced(sampling.ddim(), value), measured(value)),
+    "replacement of dps": lambda value: replaced(posterior.dps(sampling.ddim(), measured(value)), value),
+}
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["replacement", "dps", "pigdm_step"])
+@pytest.mark.parametrize("name", HOLDING)
 def test_another_image_or_measurement_in_a_sampler_compiles_nothing(name, sampling_programs):
-    """Each draw has the known pixels or the measurement that its own sampler was given."""
-    net, mask = net_of("v"), np.ones((4, 4, 1), bool)
-
-    def sampler(value):
-        y = np.full((2, 4, 4, 1), value, np.float32)
-        if name == "replacement":
-            return editing.replacement(sampling.ddim(), y, mask)
-        return getattr(posterior, name)(sampling.ddim(), Measurement(masked(mask), y, 0.1))
-
-    first, second = (net.sample(KEY, 2, sampler=sampler(value), steps=4) for value in (0.25, -0.5))
+    """Samples are of the image and the measurement that their own sampler holds."""
+    net = net_of("v")
+    first, second = (net.sample(KEY, 2, sampler=HOLDING[name](value), steps=4) for value in (0.25, -0.1))
     assert sampling_programs() == 1
-    if name == "replacement":
-        assert (first == 0.25).all() and (second == -0.5).all()
-    else:
-        schedule = schedules.respace(net.schedule, 4, "trailing")
-        np.testing.assert_allclose(second, by_hand(net.denoiser(), schedule, sampler(-0.5), 2), atol=2e-4)
-        assert (first != second).all()
+    schedule = schedules.respace(net.schedule, 4, "trailing")
+    np.testing.assert_allclose(second, by_hand(net.denoiser(), schedule, HOLDING[name](-0.1), 2), atol=2e-4)
+    assert abs(first - second).max() > 0.01
+
+
+@pytest.mark.thorough
+def test_a_draw_has_a_gradient_by_what_a_sampler_holds():
+    """Also after a draw with the same number."""
+    net = net_of("v", "fixed_large")
+
+    def mean(zeta):
+        return net.sample(KEY, 2, sampler=posterior.dps(sampling.ddim(), measured(0.25), zeta), steps=4).mean()
+
+    slope = (mean(0.55) - mean(0.45)) / 0.1
+    assert abs(mean(0.5) - mean(0.4)) > 1e-3
+    np.testing.assert_allclose(jax.grad(mean)(0.5), slope, rtol=0.05)
+
+
+@pytest.mark.thorough
+def test_a_wrapped_sampler_of_a_user_may_hold_arrays(sampling_programs):
+    """Without `traced` the sampler compiles for itself; a field that is neither traced nor hashable is an error."""
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class shifted(sampling.WrappedSampler):
+        shift: Any
+
+        def step(self, key, denoiser, x_t, transition, state):
+            new = self.sampler.step(key, denoiser, x_t, transition, state)
+            return new._replace(x_prev=new.x_prev + self.shift)
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class scaled(shifted, traced=("shift",)):
+        factor: Any = 1.0
+
+    net, shifts = net_of("v"), [jnp.zeros((4, 4, 1)), jnp.ones((4, 4, 1))]
+    for make, programs in ((shifted, 2), (scaled, 1)):
+        first, second = (net.sample(KEY, 2, sampler=make(sampling.ddim(), shift), steps=4) for shift in shifts)
+        assert sampling_programs() == programs
+        np.testing.assert_allclose(first, net.sample(KEY, 2, sampler=sampling.ddim(), steps=4), atol=1e-5)
+        assert (second != first).all()
+        sampling_programs()
+    with pytest.raises(TypeError, match="unhashable"):
+        net.sample(KEY, 2, sampler=scaled(sampling.ddim(), *shifts), steps=4)
 
 
 @pytest.mark.thorough
