@@ -49,6 +49,7 @@ CORE = {
         "core/test_refusals.py",
         "core/test_dtypes.py",
         "core/test_guidance.py",
+        "sampling/test_consistency.py",
     ),
     "process.py": ("core/test_process.py", "core/test_refusals.py", "core/test_dtypes.py", "sampling"),
     "schedules": (

@@ -52,6 +52,11 @@ def test_the_adjoint_the_diagonal_and_the_inverse_are_of_the_matrix(name, axes):
         np.testing.assert_allclose(operator.measure(operator.invert(y)), y, rtol=1e-5, atol=1e-5)
 
 
+def test_decimation_keeps_every_second_entry_of_images():
+    x = x_of(2)
+    np.testing.assert_array_equal(measurements.decimate(2).measure(x), x[:, ::2, ::2])
+
+
 def test_the_pseudoinverse_of_mixed_channels_gives_the_channels_back():
     operator, x = OPERATORS["mix_channels"](1), x_of(1)
     np.testing.assert_allclose(operator.invert(operator.measure(x)), x, rtol=1e-4, atol=1e-5)

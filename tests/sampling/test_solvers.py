@@ -72,6 +72,19 @@ def test_orders_of_convergence_on_a_mixture(name, truth_of_the_mixture, x64):
     assert np.log2(errors[0] / errors[1]) > least
 
 
+@pytest.mark.parametrize("sampler", [sampling.unipc(2), sampling.deis(2), sampling.dpm_solver_pp(2)])
+def test_gradients_are_finite_from_equal_parts_of_signal_and_noise(sampler):
+    """lambda is 0 there, as at the levels before the first step, whose values are unused."""
+    schedule = schedules.from_betas([0.2, 0.375])
+    assert schedule.alpha_bar[-1] == 0.5
+    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, clip=False)
+    slope = jax.grad(lambda x: sampling.sample(KEY, schedule, denoiser, x, sampler).sum())(jnp.ones((1, 1)))
+    # Two steps of DDIM: x_0 and eps are 0.5 x at sigma = alpha, and the last step returns x_0.
+    (alpha, sigma), first = np.sqrt([0.8, 0.2]), (1 - 0.5 * np.sqrt(0.5)) / np.sqrt(0.5)
+    x = alpha * first + sigma * 0.5
+    np.testing.assert_allclose(slope, (1 - 0.5 * sigma) / alpha * x, rtol=1e-5)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_every_solver_under_jit_vmap_grad_and_bfloat16(name):

@@ -93,6 +93,9 @@ CONSTANT, JSD, WARMUP = (schedules.from_betas(schedules.betas(n, 1000)) for n in
         # Each of these combinations draws noise, although the network is exact: the measured distances are 0.6 to 1e6.
         *((ALONG_EPS, COSINE, (10, spacing), True) for spacing in ("trailing", "linspace", "gaussian")),
         (EXTRAPOLATING, WARMUP, (10, "leading"), True),
+        # Distances of 0.40 and 0.42, too near 0.5; order 1 has 0.14.
+        ([sampling.unipc(2), sampling.unipc(3)], WARMUP, (10, "leading"), True),
+        ([sampling.unipc(1)], WARMUP, (10, "leading"), False),
         *((ALONG_EPS, COSINE, (count, "log_snr"), False) for count in (10, 20, 50)),
         (EXTRAPOLATING, WARMUP, (50, "log_snr"), False),
         (FINE, CONSTANT, (2, "trailing"), False),
