@@ -47,6 +47,7 @@ def test_requirements_are_those_of_the_core_and_of_the_extras_for_training_and_t
     assert "-e ." in (ROOT / "requirements.txt").read_text().splitlines()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("module", ["jaxtyping", "optax"])
 def test_a_missing_requirement_is_an_error_of_one_line(module, tmp_path):
     """Of the core, which the command line itself imports, and of a mode."""

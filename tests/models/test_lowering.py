@@ -118,7 +118,8 @@ def test_the_setting_sets_the_precision_of_the_train_step(make_config):
     assert precisions(text) == {"HIGHEST"}
 
 
-@pytest.mark.parametrize("name", ["images", pytest.param("volumes", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["images", "volumes"])
 def test_gradients_in_a_loop_have_convolutions_that_are_fast_on_cpus(name):
     """Other orders of the kernel's axes take 20 times as long in a loop."""
     model = NETWORKS[name].clone(resample_blocks=True)

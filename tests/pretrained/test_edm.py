@@ -49,7 +49,9 @@ def load(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.thorough] * (kind != "ddpmpp")) for kind in KINDS]
+)
 def test_network_agrees_with_numpy(load, kind):
     reference, weights, net = load(kind)
     x, time, y = inputs(ADM)

@@ -45,6 +45,7 @@ def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
     assert read_launches(tmp_path / "none") == []
 
 
+@pytest.mark.thorough
 def test_the_status_of_a_run(tmp_path, capsys):
     run = tmp_path / "run"
     config = array_config("vectors", write_arrays("vectors", tmp_path / "data.npz"), **{"training.num_steps": 2})

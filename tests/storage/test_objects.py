@@ -133,6 +133,7 @@ def test_missing_credentials_are_named(scheme, variable, words, tmp_path):
     assert code == 2 and out.startswith(f"{scheme}://bucket/run: no valid credentials {words}") and out.count("\n") == 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
 def test_a_missing_package_is_named(scheme, package, tmp_path):
     (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')")

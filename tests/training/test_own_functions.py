@@ -60,6 +60,7 @@ def metrics_of(config):
     return jax.device_get(step(state, array_batch("vectors"))[1])
 
 
+@pytest.mark.thorough
 def test_a_loss_on_a_path_gets_the_timestep_sampler():
     """`draw` is the sampler's name in 0.3."""
     sampler = {"diffusion__timestep_sampler": "log_normal", "diffusion__loss": own_networks.half_loss}
