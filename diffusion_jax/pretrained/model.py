@@ -492,9 +492,8 @@ class Model:
         """
         if not isinstance(self.model, Classifier):
             raise TypeError("these weights are a diffusion model; use denoiser()")
-        if jnp.shape(x_t)[1:] != self.example_shape:
-            shape = list(jnp.shape(x_t)[1:])
-            raise ValueError(f"this classifier takes examples of shape {list(self.example_shape)}, got {shape}")
+        if (shape := jnp.shape(x_t)[1:]) != self.example_shape:
+            raise ValueError(f"this classifier takes examples of shape {list(self.example_shape)}, got {list(shape)}")
         return _Apply(self.model, self.params)(x_t, time)
 
 

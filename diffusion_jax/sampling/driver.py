@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -144,6 +145,8 @@ class WrappedSampler(Sampler):
 
     def __init_subclass__(cls, traced: tuple[str, ...] = (), **options: Any):
         super().__init_subclass__(**options)
+        if unknown := set(traced) - {name for base in cls.__mro__ for name in inspect.get_annotations(base)}:
+            raise TypeError(f"{cls.__name__} has no field {min(unknown)!r}: traced names fields with arrays")
         if traced:
             jax.tree_util.register_pytree_node(
                 cls, functools.partial(_flatten, traced), functools.partial(_unflatten, cls)

@@ -106,7 +106,7 @@ def test_replacement_of_one_example_with_a_mask_for_each_row():
 
 def test_sdedit_has_the_mean_and_variance_of_its_closed_form():
     """From x_0 through q(x_t | x_0) and back along DDIM: mean and variance in closed form."""
-    n, value = 20_000, 1.2
+    n, value = 50_000, 1.2
     x_0 = jnp.full((n, 1), value)
     schedule = schedules.respace(FULL, 200, "log_snr")
     for strength in (0.1, 1.0):

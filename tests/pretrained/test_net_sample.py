@@ -95,20 +95,20 @@ def test_a_mesh_gives_the_same_samples_and_compiles_once(sampling_programs):
     assert isinstance(other, np.ndarray) and sampling_programs() == 0
 
 
+FIRST_ROW = np.arange(4)[:, None, None] == 0
+
+
 def measured(value):
-    """All values but the first row of the image, measured with noise 0.1."""
-    mask = np.ones((4, 4, 1), bool)
-    mask[0] = False
-    return Measurement(masked(mask), np.full((2, 4, 4, 1), value, np.float32), 0.1)
+    """A measurement of all rows but the first, with noise 0.1: each entry is `value`."""
+    return Measurement(masked(~FIRST_ROW), np.full((2, 4, 4, 1), value, np.float32), 0.1)
 
 
 def replaced(sampler, value):
-    """A sampler that replaces the first row of the image."""
-    mask = np.zeros((4, 4, 1), bool)
-    mask[0] = True
-    return editing.replacement(sampler, np.full((2, 4, 4, 1), value, np.float32), mask)
+    """A sampler that replaces the first row of each image by `value`."""
+    return editing.replacement(sampler, np.full((2, 4, 4, 1), value, np.float32), FIRST_ROW)
 
 
+# Samplers that hold an image, a measurement or both, in which each entry has this value.
 HOLDING = {
     "replacement": lambda value: replaced(sampling.ddim(), value),
     "dps": lambda value: posterior.dps(sampling.ddim(), measured(value), 0.5 + value),
@@ -168,6 +168,8 @@ def test_a_wrapped_sampler_of_a_user_may_hold_arrays(sampling_programs):
         sampling_programs()
     with pytest.raises(TypeError, match="unhashable"):
         net.sample(KEY, 2, sampler=scaled(sampling.ddim(), *shifts), steps=4)
+    with pytest.raises(TypeError, match="shfit"):
+        type("misspelled", (shifted,), {}, traced=("shfit",))
 
 
 @pytest.mark.thorough
