@@ -216,7 +216,7 @@ def _config_with_weights(
 ) -> tuple[ConfigDict, dict[str, str]]:
     """Returns `config`, by default the config of the weights, and the overrides that start training from the weights.
 
-    trusted: functions to import instead of those of the weights, by setting, or True for all that the weights name.
+    trusted: functions to import in place of functions that the weights name, by setting; or True to import the named ones.
     """
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 

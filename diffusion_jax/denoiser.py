@@ -175,7 +175,7 @@ class Denoiser:
     clip: of the predicted x_0: True clips to [-1, 1], the range of images; False, for data outside this range, does nothing;
       a function x_0 -> x_0 is applied (`dynamic_threshold`).
     sigma_data: the standard deviation of x_0, for a network in EDM's scaling (`coordinates.precondition`), whose prediction
-      is x_0; None for a network that gets x_t itself.
+      is x_0; None for no preconditioning.
     sigma_min: above 0 for a consistency network (Song et al. 2023), which maps x_t to the end of the probability-flow ODE's
       path, at this sigma / alpha, and not to the mean of x_0. Only `sampling.consistency` takes it; a call raises ValueError.
     inputs: further arguments of the network by name, with a row for each row of x_t, such as {"y": labels}.

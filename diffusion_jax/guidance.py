@@ -65,7 +65,7 @@ def classifier_free(
       denoiser: its network is called as network(x_t [2 B, ...], network time [2 B], y=y [2 B, ...]).
       y: the conditions, or a dict of the network's inputs, such as {"y": labels, "condition": vectors}. null_y: the condition
         that means "none" (`UNet.null_label`, `UNet.null_condition`), in a shape that broadcasts to y's shape, or a dict of
-        null conditions. An array of y that null_y repeats is not guided.
+        null conditions. To leave an input unguided, pass the same array in y and null_y.
       scale: s, one number or one per row: [B] or [B, 1, ..., 1].
       interval: (low, high), the network times from low to high at which s applies; at other times s is 1 (Kynkaanniemi et
         al. 2024). For levels sigma / alpha: `schedule.path.time_at_log_snr(-2 * jnp.log(levels))`.

@@ -1,4 +1,4 @@
-"""The table of all settings, by group, and questions about a config that several modules ask."""
+"""The table of all settings, by group, and predicates on a config."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from diffusion_jax.metrics import METRICS, Options, choose_metrics, needs_featur
 def main(argv: list[str] | None = None) -> None:
     """Compares the samples with the reference, and adds a record to the output file.
 
-    A rerun reuses the cached features of the reference, and after an interruption those of the samples. Errors print one line
-    and exit with code 2.
+    A rerun reuses the reference's cached features, and after an interruption also the samples' cached features. Errors print
+    one line and exit with code 2.
     """
     with program(argv, bad_input=(ValueError,)):
         arguments = make_parser().parse_args(argv)

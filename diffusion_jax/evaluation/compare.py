@@ -183,7 +183,7 @@ def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
-    """Raises: ValueError if `count` is fewer examples than a metric needs. name: the set or setting, for the message."""
+    """Raises: ValueError if a metric needs more than `count` examples. name: the set or setting, for the message."""
     for metric in metric_names:
         minimum = find_metric(metric).minimum
         if count < minimum:

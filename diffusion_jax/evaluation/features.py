@@ -188,7 +188,7 @@ def open_file(path: pathlib.Path, name: str) -> ExampleSet:
 
 
 def _read_labels(path: pathlib.Path, count: int) -> np.ndarray | None:
-    """Returns the labels of samples in an .npz, arr_1; None if it does not hold an integer for each of `count` examples."""
+    """Returns the labels in an .npz of samples, the array arr_1; None if arr_1 is not `count` integers."""
     with zipfile.ZipFile(path) as archive:
         if "arr_1.npy" not in archive.namelist():
             return None

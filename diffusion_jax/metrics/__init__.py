@@ -409,7 +409,7 @@ _FALLS = "it falls with the number of samples"
 _MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
 _Z = "z-score of the deviation; |z| is below the limit in 19 of 20 measurements of equal distributions"
 
-# By the name in a record, without a resize.
+# Keys: names in metrics.json, without the suffix of a resize.
 MEANINGS = {
     "fid": Meaning("Frechet Inception distance (FID)", "lower", f"{_DISTANCE}; {_FALLS}"),
     "frechet_distance": Meaning("Frechet distance", "lower", f"{_DISTANCE}; {_FALLS}"),

@@ -4,8 +4,8 @@
 
 The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)`: of
 init(key) -> params and apply(params, ...) -> output. A function that returns an NNX module has an argument `rngs`. The
-network is called with the arguments among `(x_t, time, y, condition, extra, train)` that its signature has; `apply` may also
-have `key`, for random numbers, which is None outside of training. If a keyword argument is named like a setting in
+network receives only the arguments named in its signature, from `(x_t, time, y, condition, extra, train)`. `apply` may also
+name `key`, for random numbers; this key is None outside of training. If a keyword argument is named like a setting in
 `config.model`, such as `dropout`, the argument gets this setting; all other keyword arguments but `rngs` are
 `config.model.options`.
 """

@@ -114,7 +114,7 @@ def _draw_block(block: Block, above: int, below: int) -> np.ndarray:
 
 
 def _draw_row_names(names: Sequence[str], block: np.ndarray, above: int) -> np.ndarray:
-    """Draws a text at the middle of each row of a drawn block, on as many pixels as the longest text needs."""
+    """Draws a column of row labels for a drawn block, as wide as the longest label."""
     font = ImageFont.load_default(LINE - 3)
     width = GAP + min(_MAX_ROW_NAME, math.ceil(max(map(font.getlength, names))))
     column = np.full((len(block), width, block.shape[-1]), _BACKGROUND, np.uint8)

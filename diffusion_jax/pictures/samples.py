@@ -263,7 +263,7 @@ def _captions(examples: Examples, count: int, with_name: bool = False) -> list[s
 
 
 def _rows_of_channels(names: Sequence[str], count: int, channels: Channels) -> tuple[list[int], list[str]]:
-    """Returns (the channel, a name) of a row for each example and each of `count` channels."""
+    """Returns the channel and the name of each row: `count` rows, one per channel, for each example."""
     numbers = list(range(count)) * len(names)
     if count == 1:
         return numbers, list(names)

@@ -40,7 +40,10 @@ _NETWORKS: dict[str, dict[str, Any]] = {  # the arguments of each network that a
     "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
     | dict(zip(_VARIANT, _VARIANTS["ddpm++"], strict=True)),
 }
-_ADM = OPENAI | {"head_channels": 64, "scale_shift_norm": True}  # fields of `UNet` besides those of the arguments
+_ADM = OPENAI | {
+    "head_channels": 64,
+    "scale_shift_norm": True,
+}  # fields of `UNet` that the pickle's arguments do not give
 NAMING = parameters.Naming(  # after `_rename`
     {
         "block": "{direction}.{level}.block{number}",

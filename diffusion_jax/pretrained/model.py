@@ -63,7 +63,7 @@ class Model:
     "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
     these values to [-1, 1]. class_names: the labels' names, () if unknown. provenance: where the weights are from: a name
     for files, and for a run "step" and "weights", ema or raw. sigma_data: the standard deviation of x_0 for EDM's
-    preconditioning; None for a network that gets x_t itself. sigma_min: as `Denoiser` takes it. published_sampling: the
+    preconditioning; None for no preconditioning. sigma_min: as `Denoiser` takes it. published_sampling: the
     sampler of the weights' authors, as settings of `config.sampling`: "sampler", "steps", "spacing"; {} for the ancestral
     sampler with all steps. mesh: the devices that `sample` splits its batch over; None for one device.
     """
@@ -298,7 +298,7 @@ class Model:
         noise_std=0.0,
         classifier: Model | None = None,
     ) -> dict[str, Any]:
-        """Checks the arguments of `sample`, and converts them to those of `denoiser`: rows, in the network's units.
+        """Checks the arguments of `sample`, and converts them to arguments of `denoiser`: rows, in the network's units.
 
         Raises: ValueError.
         """

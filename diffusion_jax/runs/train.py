@@ -354,7 +354,7 @@ class BatchLoader:
     def next(self, step: int) -> tuple[Any, int]:
         """Returns (batch, number of steps) for the call that starts at `step`; (None, 0) after the last step.
 
-        Calls of `steps_per_call` steps start at its multiples, also after a rerun; all other steps are single calls.
+        A call runs `steps_per_call` steps if it starts at a multiple of that number, also after a rerun; otherwise one step.
         """
         count = self._options.steps_per_call
         if step == self._options.num_steps:

@@ -8,8 +8,9 @@ lambda' = lambda + h, with the x_0 prediction D,
     x' = (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du             (DPM-Solver eq. 3.4; DEIS)
 
 These methods differ in the choice of polynomial. A step's order is at most the number of values so far. The step to x_0
-has order 1: it returns the predicted x_0. Their common options: `order`, 1 to 3; `lower_order_final`, True for at most order
-n in the n-th step from the end, which is necessary with few steps. All raise ValueError for an order outside 1 to 3.
+has order 1: it returns the predicted x_0. Their common options: `order`, 1 to 3; `lower_order_final`, True to lower the order
+in the last steps (at most n in the n-th step from the end), for stability with few steps. All raise ValueError for an order
+outside 1 to 3.
 
 Heun's method and PNDM make several network calls in some steps.
 """

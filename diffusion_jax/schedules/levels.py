@@ -94,9 +94,9 @@ class Transition(NamedTuple):
     def between(cls, level: NoiseLevel, target: NoiseLevel, path: Any = None) -> Transition:
         """Returns the step between any two noise levels, accurate also where they are close.
 
-        The variances are those of a step to less noise; a step to more noise, as `sampling.encode` takes, has none. With r,
-        the ratio of the SNRs: c_0 = alpha' (1 - r), c_t = sqrt(r) sigma' / sigma, beta = sigma^2 (1 - r) and
-        beta-tilde = sigma'^2 (1 - r). The decoder's variance is sigma^2 / alpha^2, as on a `Path`.
+        Only a step to less noise has variances; `sampling.encode` takes steps to more noise. With the ratio r of both SNRs,
+        c_0 = alpha' (1 - r), c_t = sqrt(r) sigma' / sigma, beta = sigma^2 (1 - r) and beta-tilde = sigma'^2 (1 - r). The
+        decoder's variance is sigma^2 / alpha^2, as on a `Path`.
         """
         lost = -jnp.expm1(level.log_snr - target.log_snr)  # 1 - r
         is_last = target.sigma == 0

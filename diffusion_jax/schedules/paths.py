@@ -8,7 +8,7 @@ of a network): paths differ in the noise level at each time, and in what the net
     x_t = level.alpha * x_0 + level.sigma * eps
 
 `from_path(path, times)` in `schedule.py` makes a `Schedule` with the noise levels at some times, for the losses of a chain
-and for samplers. In turn, `schedule.path` is the path through a schedule's steps.
+and for samplers. Conversely, `schedule.path` gives the noise levels between a schedule's steps.
 """
 
 from __future__ import annotations
