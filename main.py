@@ -1,4 +1,4 @@
-"""The command line of a clone.
+"""Runs the command line from a clone of the repository.
 
     python main.py --config=configs/NAME.py --workdir=DIR [--mode=MODE] [--config.group.setting=value ...]
 

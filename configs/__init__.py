@@ -1,1 +1,1 @@
-"""Experiments: each file has hyperparameters alone, a `get_config()`, and a docstring with the command that runs it."""
+"""Experiments: each file has a `get_config()` that only sets hyperparameters, and a docstring with the command to run it."""

@@ -9,7 +9,7 @@ from diffusion_jax.config import ConfigDict, default_classifier
 
 
 def get_config() -> ConfigDict:
-    """Three levels of 32, 16 and 8 pixels, half as wide, with the diffusion model's schedule."""
+    """Three levels of 32, 16 and 8 pixels, with half the width of ADM's classifier and the diffusion model's schedule."""
     config = default_classifier()
     config.model.update(channels=64, channel_multipliers=(1, 2, 3), attention_levels=(1, 2), head_channels=64)
     config.model.update(resample_blocks=True, scale_shift_norm=True)

@@ -4,8 +4,8 @@
 
 Times, prediction, optimizer, batch size and length as in torchcfm's CIFAR-10 example. Differences: DDPM's U-Net instead of
 ADM's, with the input x_t of variance 1 instead of z, and the time 1000 tau instead of tau; samples by Euler's method with 100
-calls instead of dopri5. Published result: FID 3.66 with dopri5, an adaptive solver that this project does not have; it is no
-FID for 100 steps of Euler's method. Expected, not measured: half of the time of cifar10.
+calls instead of dopri5. Published result: FID 3.66 with dopri5, an adaptive solver that this project does not have;
+this FID does not apply to 100 steps of Euler's method. Expected, not measured: half of the time of cifar10.
 """
 
 from diffusion_jax.config import ConfigDict, default

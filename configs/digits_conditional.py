@@ -1,4 +1,4 @@
-"""Digits by class, with classifier-free guidance: about two minutes to samples of a requested digit on two CPU cores.
+"""Digits by class, with classifier-free guidance: samples of a requested digit after about two minutes on two CPU cores.
 
 python main.py --config=configs/digits_conditional.py --workdir=runs/conditional
 """

@@ -37,8 +37,8 @@ def get_config(variant: str = "hybrid") -> ConfigDict:
     if variant == "conditional":
         config.data.dataset = "imagenet_resized/64x64"
         config.model.update(channels=192, num_classes=1000)
-        # The published run rescaled neither the timesteps nor the bound: one sampled term had weight 1, the whole bound
-        # 1 / T.
+        # The published run rescaled neither the timesteps nor the bound: one sampled term had weight 1, so
+        # the whole bound, a sum of T terms, had weight 1 / T.
         config.diffusion.update(rescale_timesteps=False, vlb_weight=1 / 4000)
         config.training.update(num_steps=250_000, batch_size=2048)
         config.optimizer.learning_rate = 3e-4

@@ -12,7 +12,7 @@
 
 Expected, not measured: years on one current GPU; these models are for pods. `--config.model.dtype=bfloat16` and
 `--config.model.remat=True` save memory. Needs the TFDS data set imagenet2012, whose files TFDS asks you to download by hand.
-imagenet_classifier.py has the guiding classifiers, imagenet256_upsample.py and imagenet512_upsample.py the upsamplers.
+The guiding classifiers are in imagenet_classifier.py, the upsamplers in imagenet256_upsample.py and imagenet512_upsample.py.
 """
 
 from diffusion_jax.config import ConfigDict, default

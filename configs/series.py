@@ -12,7 +12,7 @@ from diffusion_jax.config import ConfigDict, default
 
 
 def get_config() -> ConfigDict:
-    """The series."""
+    """A small network that predicts v, for series with two channels."""
     config = default()
     config.data.update(dataset="diffusion_jax.data.synthetic:series", image_size=(64,), channels=2)
     config.data.update(levels=None, random_flip=False)

@@ -7,7 +7,7 @@
 | argument | vectors |
 |---|---|
 | moons (the default) | two half circles with noise in the plane |
-| conditional | points on a spiral in the plane, at the place that a number gives: `--config.sampling.conditions=FILE` |
+| conditional | points on a spiral in the plane; a number gives the position: `--config.sampling.conditions=FILE` |
 
 `python benchmarks/known_distributions.py moons conditional` compares the samples with the exact distributions.
 """
@@ -24,7 +24,7 @@ def get_config(variant: str = "moons") -> ConfigDict:
     config.data.update(levels=None, random_flip=False)
     config.model.update(kind="mlp", channels=64, num_res_blocks=4, scale_shift_norm=True, dropout=0.0)
     config.diffusion.update(schedule="cosine", prediction="v", timestep_sampler="stratified")
-    config.training.update(num_steps=8000, batch_size=256, sample_every=0)  # the moons are thin curves
+    config.training.update(num_steps=8000, batch_size=256, sample_every=0)  # many steps: the moons are thin curves
     config.training.update(checkpoint_every=1000, checkpoint_keep_every=0)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine", decay_steps=8000)
     config.ema.update(decay=0.999, warmup=True)

@@ -1,4 +1,4 @@
-"""Conversions and checks of arrays, which every function of the core applies to its arguments."""
+"""Conversions and checks that the functions of the core apply to their array arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
 
 
 def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:
-    """`as_float`, for an x with a batch axis. Raises: ValueError as `as_float`, and for a number or one vector."""
+    """Returns `as_float(name, x)`. Raises: ValueError as `as_float`, and for a number or one vector, without a batch axis."""
     x = as_float(name, x)
     if x.ndim < 2:
         raise ValueError(
@@ -52,6 +52,6 @@ def check_same_shape(
 
 
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether an array with `shape` broadcasts to `target` without changing it."""
+    """Whether an array with `shape` broadcasts to `target` without enlarging `target`."""
     sizes = zip(shape[::-1], target[::-1], strict=False)
     return len(shape) <= len(target) and all(size in (1, other) for size, other in sizes)

@@ -50,7 +50,7 @@ MODES = {
     "train_classifier": "train a classifier of noisy images, for guidance",
     "status": "print progress, speed, checkpoint, losses and goodput of a work directory; reads only",
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
-    "plan": "estimate training on devices that need not exist: mesh.data times mesh.fsdp, or a TPU topology; writes nothing",
+    "plan": "estimate training without the devices: mesh.data times mesh.fsdp devices, or a TPU topology; writes nothing",
 }
 _DEBUG = "--debug"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a failed run; other file errors are bad input
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Returns the parser of all flags except the `--config.group.setting` overrides.
 
-    arguments: of the command line; the help describes the network that they name.
+    arguments: the command-line arguments; the help describes the network in --config.model.kind=module:function.
     """
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     experiments = f"  {', '.join(configs.experiment_names())}"
@@ -102,7 +102,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add("--workdir", metavar="DIR", help="directory of the run: checkpoints, metrics, samples")
     add("--mode", default="train", choices=MODES, metavar="MODE", help="one of the listed modes (default: train)")
     add("--pretrained", metavar="PATH", help="weights to start from, as for pretrained.load")
-    text = "settings that the weights' file lacks: a preset, OpenAI's flags, or JSON"
+    text = "settings missing from the weights' file: a preset, OpenAI's flags, or JSON"
     add("--pretrained_flags", metavar="FLAGS", default="", help=text)
     add("--trust_network", action="store_true", help="import the functions that a run names, such as model.kind")
     add("--follow_links", action="store_true", help="write through links that lead out of the work directory")
@@ -194,7 +194,7 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
 
 def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
     """Opens the work directory. Raises: UserError if the path cannot be a work directory."""
-    # A report leaves out what links lead to.
+    # A report leaves out files behind links.
     opened = open_run_dir(workdir, mode == "status", follow_links=follow_links or mode in ("plan", "report"))
     if isinstance(opened, BucketRunDir):
         return opened
@@ -203,7 +203,7 @@ def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
     if mode in ("status", "report") and not path.exists():
         problem = f"no such directory; --mode={mode} reads the directory of a run"
     elif not existing.is_dir():
-        problem = f"{existing} is a file; give a directory, which need not exist yet"
+        problem = f"{existing} is a file; give a directory (a new one is made)"
     elif existing != path.absolute() and not os.access(existing, os.W_OK):
         problem = f"no directory can be made in {existing}; give another directory"
     if problem:
@@ -216,7 +216,7 @@ def _config_with_weights(
 ) -> tuple[ConfigDict, dict[str, str]]:
     """Returns `config`, by default the config of the weights, and the overrides that start training from the weights.
 
-    trusted: functions to import in place of functions that the weights name, by setting; or True to import the named ones.
+    trusted: {setting: function} to import in place of the functions that the weights name; True imports the named functions.
     """
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
@@ -254,7 +254,7 @@ def run(command: Command) -> None:
     if workdir is None or mode == "plan":
         from diffusion_jax.runs import plan
 
-        devices.start_virtual(max(1, config.mesh.data) * max(1, config.mesh.fsdp))  # -1 of present devices counts as 1
+        devices.start_virtual(max(1, config.mesh.data) * max(1, config.mesh.fsdp))  # -1, all devices, counts as 1
         return plan.run(config)
     if mode == "status":
         from diffusion_jax.runs import status
@@ -321,9 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Runs the block as a program: an error, a signal or a broken output pipe ends it with one line and an exit code.
 
-    arguments: of the command line, by default `sys.argv`; with --debug, the traceback of an error is printed before its
-    line. bad_input: exception types that a wrong command raises, besides this package's errors and the errors of a user's
-    functions, an OSError and a package that is not installed. Any other exception is raised again.
+    arguments: the command-line arguments, by default `sys.argv`; --debug prints the traceback of an error before the line.
+    bad_input: further exception types that end the program with one line. This package's errors, errors in a user's
+    functions, OSError and missing packages always do; any other exception is raised again.
     """
     signals.HANDLER.install()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout

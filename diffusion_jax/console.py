@@ -34,7 +34,7 @@ def log_parameters(init: Callable[[jax.Array], Mapping[str, Any]]) -> None:
     """
     levels: collections.Counter[str] = collections.Counter()
 
-    def count(key: jax.Array) -> None:  # inside, because a transformed function sorts the layers that it returns
+    def count(key: jax.Array) -> None:  # counts inside, because JAX sorts the keys of a returned dict
         for layer, params in init(key).items():
             levels["_".join(layer.split("_")[:2])] += sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -73,7 +73,7 @@ class ProgressBar:
         self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
         if is_interactive():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # errors need no bar
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # only a bar needs rich
             from rich.table import Column
 
             columns = [
@@ -94,7 +94,7 @@ class ProgressBar:
             self._rich.stop()
 
     def start_clock(self, done: float) -> None:
-        """Leaves the time until now, in which `done` items were finished, out of the speed."""
+        """Excludes the time until now, and the `done` items finished by now, from the speed."""
         self._initial, self._start_time = done, time.perf_counter()
 
     def update(self, done: float, note: str = "") -> None:
@@ -112,10 +112,10 @@ class ProgressBar:
 
 
 class CallCounter:
-    """Moves a progress bar within a batch of samples, by the calls of the denoiser, on one CPU at a terminal.
+    """Advances a progress bar within a batch of samples, at each denoiser call; only on one CPU device, at a terminal.
 
-    There the program calls the host at each call of the denoiser. JAX does not store such a program, so each launch compiles
-    it. num_calls: of the denoiser, for a batch.
+    The compiled program then calls the host at each denoiser call. JAX does not cache such a program, so each launch
+    compiles it. num_calls: the number of denoiser calls for a batch.
     """
 
     def __init__(self, num_calls: int):

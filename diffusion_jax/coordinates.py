@@ -1,13 +1,13 @@
 """Converts networks in the coordinates of EDM or flow matching to networks of x_t.
 
-The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Others rescale x_t:
+The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Other processes rescale x_t:
 
     EDM (Karras et al. 2022)                y = x_t / alpha = x_0 + s eps                        s = sigma / alpha
     flow matching (Lipman et al. 2023)      z = x_t / (alpha + sigma) = (1 - tau) x_0 + tau eps  tau = sigma / (alpha + sigma)
 
-The functions return a denoise_fn(x_t, time) for any loss and, in a `Denoiser`, for any sampler. `path` gives the noise level
-at the network time, and is a `Path` or the `Schedule` that samples. A second half of channels in the output, a learned
-variance, is unchanged.
+The functions return a denoise_fn(x_t, time) for any loss and, in a `Denoiser`, for any sampler. `path`, a `Path` or the
+`Schedule` used for sampling, gives the noise level at a network time. If the network learned a variance, the second half of
+the output's channels is unchanged.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def _level_at(path: Path | Schedule, time: Float[Array, "B"], x_t: Batch) -> Noi
 
 
 def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 0.5) -> DenoiseFn:
-    """EDM's preconditioning (Karras et al. 2022, table 1): a network whose input and output have variance 1, as x_0.
+    """Returns a denoise_fn that predicts x_0, from a network with EDM's preconditioning (Karras et al. 2022, table 1).
 
     With d = sigma_data, the result predicts x_0 = c_skip y + c_out F(c_in y), where c_in y = x_t / r,
     c_skip y = d^2 alpha x_t / r^2 and c_out = d sigma / r for r^2 = sigma^2 + d^2 alpha^2. For d = 1, F is -v.
 
-    network: F, called with c_in y and the network time, which is log(s) / 4 on the path `schedules.edm`, and with the
-      keyword arguments of the result.
+    network: F, with an input and a target of variance 1. F is called with c_in y, the network time, which is log(s) / 4 on
+      the path `schedules.edm`, and the keyword arguments of the result.
     sigma_data: the standard deviation of x_0. Raises: ValueError for a sigma_data that is not positive.
     """
     denoiser = Denoiser(network, "x_0", sigma_data=sigma_data)
@@ -47,7 +47,7 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
 
 
 def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
-    """A denoiser D(y, s) of EDM or k-diffusion, x_0 from y = x_0 + s eps, as a denoise_fn that predicts x_0.
+    """Converts a denoiser D(y, s) of EDM or k-diffusion, which predicts x_0 from y = x_0 + s eps, to a denoise_fn of x_0.
 
     denoiser: called with y [B, ...] and s [B]. The path must not reach pure noise, where y is not finite.
     """
@@ -55,7 +55,7 @@ def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Pa
 
 
 def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
-    """A velocity u(z, tau) of flow matching, eps - x_0 from z = (1 - tau) x_0 + tau eps, as a denoise_fn that predicts flow.
+    """Converts a velocity u(z, tau) of flow matching, eps - x_0 at z = (1 - tau) x_0 + tau eps, to a denoise_fn of flow.
 
     velocity: called with z [B, ...] and tau [B]. For a network whose time runs from noise (0) to data (1), pass
     `lambda z, tau: -network(z, 1 - tau)`.

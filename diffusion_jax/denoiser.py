@@ -1,4 +1,4 @@
-"""`Denoiser`: a network, with all that its output means, as one value for losses, samplers, guidance and likelihoods.
+"""`Denoiser`: a network and the meaning of its output in one value, for losses, samplers, guidance and likelihoods.
 
     denoiser = Denoiser(network, prediction="v", clip=False)
     d = denoiser(x_t, schedule.at(t, x_t))         # d.x_0, d.eps
@@ -47,7 +47,7 @@ class Quantity(NamedTuple):
 
 
 def _x_0_of_eps(eps, x_t, at):
-    # eps does not determine x_0 where alpha is 0: NaN, not a finite number by rounding.
+    # Where alpha is 0, eps does not determine x_0: returns NaN, not a finite number that consists of rounding errors.
     return (x_t - at.sigma * eps) / jnp.where(at.alpha > 0, at.alpha, jnp.nan)
 
 
@@ -100,7 +100,7 @@ def quantity(prediction: str, at: NoiseLevel | Transition | None = None) -> Quan
     if prediction == "x_prev" and isinstance(at, NoiseLevel):
         raise ValueError(
             "prediction 'x_prev' is defined for a step from one noise level to another (schedule.transition(t, x_t)), not at "
-            "a single level, where the samplers heun and pndm call the network, too"
+            "a single level; the samplers heun and pndm also call the network at single levels: use another sampler"
         )
     return QUANTITIES[prediction]
 
@@ -108,7 +108,7 @@ def quantity(prediction: str, at: NoiseLevel | Transition | None = None) -> Quan
 def convert(
     output: BatchLike, x_t: BatchLike, at: NoiseLevel | Transition, prediction: str = "eps", wanted: str = "x_0"
 ) -> Batch:
-    """Converts a network's output, of the quantity `prediction`, to the quantity `wanted`.
+    """Converts a network's output from the quantity `prediction` to the quantity `wanted`.
 
     at: the noise level of x_t; a `Transition` for x_prev. Results are float32, or float64 for float64 arrays under x64.
     Raises: ValueError for an unknown quantity, differing shapes, x_prev at a single level, or eps or score at a level with
@@ -132,7 +132,7 @@ class Denoised(NamedTuple):
 
     x_0: after the limits (clip, projection). eps: computed from this x_0, so that x_t = alpha x_0 + sigma eps.
     own_x_0, own_eps: the same before the limits. output: the network's output after guidance, [B, ..., C or 2 C]. learned:
-    the second half of its channels for a learned variance, else None.
+    the second half of the output's channels for a learned variance, else None.
     """
 
     x_0: Batch
@@ -177,17 +177,17 @@ class Denoiser:
     sigma_data: the standard deviation of x_0, for a network in EDM's scaling (`coordinates.precondition`), whose prediction
       is x_0; None for no preconditioning.
     sigma_min: above 0 for a consistency network (Song et al. 2023), which maps x_t to the end of the probability-flow ODE's
-      path, at this sigma / alpha, and not to the mean of x_0. Only `sampling.consistency` takes it; a call raises ValueError.
+      path, at sigma / alpha = sigma_min, not the mean of x_0. Only `sampling.consistency` takes it; a call raises ValueError.
     inputs: further arguments of the network by name, with a row for each row of x_t, such as {"y": labels}.
-    stages: functions (evaluate, x_t, level, inputs) -> output around the network, where evaluate(x_t, level, inputs) calls
-      what is inside: guidance.
+    stages: guidance, as functions (evaluate, x_t, level, inputs) -> output around the network, where evaluate(x_t, level,
+      inputs) calls the inner stages and the network.
     corrections: functions (predict, x_t, level) -> `Denoised`, where predict(x_t) is the prediction so far, such as
       lambda predict, x_t, level: (d := predict(x_t)).corrected(d.x_0 + shift, x_t, level).
     limits: functions x_0 -> x_0 after the clip: projections.
-    mean_shift: (x_t, network time) -> g, or None; `process.p_mean_variance` shifts the mean by the variance times g. Only
-      `sampling.ddpm` uses this mean; a call raises ValueError.
-    Raises: ValueError for an unknown prediction or variance, and for a sigma_data with another prediction than x_0 or not
-      above 0, and for a sigma_min below 0 or without sigma_data.
+    mean_shift: (x_t, network time) -> g, or None; `process.p_mean_variance` shifts the mean by the variance times g. Among
+      the samplers, only `ddpm` uses this mean; calling the denoiser raises ValueError.
+    Raises: ValueError for an unknown prediction or variance; a sigma_data that is not above 0, or with another prediction
+      than x_0; a sigma_min below 0, or without sigma_data.
     """
 
     network: Any
@@ -226,8 +226,8 @@ class Denoiser:
     def __call__(self, x_t: BatchLike, at: NoiseLevel | Transition) -> Denoised:
         """Predicts x_0 and eps from x_t [B, ...] at a noise level, one for each row or one for all rows.
 
-        at: `schedule.at(t, x_t)`, `path.at(time, x_t)`, or for x_prev `schedule.transition(t, x_t)`. The level converts the
-        output, and its `time` is what the network gets; the two may belong to different levels, as in `sampling.encode`.
+        at: `schedule.at(t, x_t)`, `path.at(time, x_t)`, or for x_prev `schedule.transition(t, x_t)`. Its alpha and sigma
+        convert the output; its `time`, which may belong to another level, as in `sampling.encode`, is the network's time.
         Raises: ValueError for x_prev at a single level, an x_t that is not float, an output whose shape does not match
           `variance`, an `at` of another type, and a denoiser with `mean_shift` or `sigma_min`.
         """
@@ -243,8 +243,7 @@ class Denoiser:
             )
         if self.sigma_min:
             raise ValueError(
-                "a consistency network predicts the end of the ODE's path and not the mean of x_0, which only the sampler "
-                "consistency takes"
+                "a consistency network predicts the end of the ODE's path, not the mean of x_0; use the sampler consistency"
             )
         x_t, row = as_float("x_t", x_t), quantity(self.prediction, at)
 
@@ -265,16 +264,16 @@ class Denoiser:
         return denoised._replace(x_0=x_0, eps=QUANTITIES["x_0"].eps(x_0, x_t, at))
 
     def output(self, x_t: BatchLike, at: NoiseLevel | Transition) -> Float[Array, "B *output_shape"]:
-        """Returns the network's output with guidance, in the dtype of x_t; `prediction` says which quantity it is."""
+        """Returns the network's output with guidance, in the dtype of x_t: the quantity `prediction`."""
         x_t, evaluate = as_float("x_t", x_t), self._evaluate
         for stage in self.stages:
             evaluate = functools.partial(stage, evaluate)
         return evaluate(x_t, at.level, self.inputs)
 
     def _evaluate(self, x_t: Batch, level: NoiseLevel, inputs: Mapping[str, Any]) -> Float[Array, "B *output_shape"]:
-        """Calls the network, with `sigma_data` in EDM's scaling (Karras et al. 2022, table 1).
+        """Calls the network; if `sigma_data` is set, in EDM's scaling (Karras et al. 2022, table 1).
 
-        With `sigma_min`, the scaling returns the input at this level (Song et al. 2023, appendix C).
+        With `sigma_min`, the result where sigma / alpha is sigma_min is x_t / alpha (Song et al. 2023, appendix C).
         """
         time = level.times(x_t)
 
@@ -292,7 +291,7 @@ class Denoiser:
         return jnp.concatenate([skip + d * sigma / r * output[..., :channels], output[..., channels:]], axis=-1)
 
     def with_output(self, output: Float[Array, "B *output_shape"]) -> Denoiser:
-        """Returns the denoiser with a network and guidance whose output is known, to compute what else depends on it."""
+        """Returns the denoiser with a known output in place of network and guidance, to compute values from this output."""
         return dataclasses.replace(
             self,
             network=jax.tree_util.Partial(_known_output, output),
@@ -312,12 +311,12 @@ def _known_output(output, x_t, time):
 
 
 def as_denoiser(network: Denoiser | DenoiseFn, **fields: Any) -> Denoiser:
-    """Returns a denoiser as it is, and a plain function (x_t, network time) -> output as one with these fields."""
+    """Returns a denoiser unchanged; makes a `Denoiser` with these fields from a function (x_t, network time) -> output."""
     return network if isinstance(network, Denoiser) else Denoiser(network, **fields)
 
 
 def as_node(function: Any) -> Any:
-    """Makes a plain function a pytree without arrays, so that it can be a part of a pytree; others stay as they are."""
+    """Wraps a plain function as a pytree without arrays, so that a pytree can contain it; returns other values unchanged."""
     is_leaf = callable(function) and jax.tree_util.all_leaves([function])
     return jax.tree_util.Partial(function) if is_leaf else function
 

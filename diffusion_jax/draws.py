@@ -1,4 +1,4 @@
-"""The timestep samplers of a path under their names of 0.3; use `timesteps`."""
+"""The names that the timestep samplers for paths had in version 0.3; use `timesteps` instead."""
 
 from diffusion_jax import timesteps
 from diffusion_jax.timesteps import log_normal, logit_normal, uniform_log_snr

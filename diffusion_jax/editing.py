@@ -2,8 +2,8 @@
 
     inpainting           `repaint`, `replacement` (wraps a sampler), `project` with `masked`
     image to image       `sdedit`
-    linear measurements  `project`: colorization, super-resolution, any y = A x_0 without noise, for any sampler; the
-                         operators of `measurements`, and `posterior` for y with noise
+    linear measurements  `project`: colorization, super-resolution, any y = A x_0 without noise, with any sampler;
+                         `measurements` has the operators, and `posterior` handles y with noise
     between two images   `interpolate`
 
 `EDITS` and `MEASUREMENTS` map the names of `--mode=edit` to edits and to operators.
@@ -86,7 +86,7 @@ def _add_noise(key, schedule, x_0, t):
 
 
 def _as_mask_for(mask, x_0, several=False):
-    """`as_mask`, for a mask that broadcasts to x_0, else ValueError. several: allows masks [B, ...] for a single x_0."""
+    """Returns `as_mask(mask)`; ValueError if it does not broadcast to x_0. several: allows masks [B, ...] for one x_0."""
     mask, shape = as_mask(mask), jnp.shape(x_0)
     has_rows = several and shape[0] == 1 and mask.ndim == len(shape)
     if not broadcasts_to(mask.shape, mask.shape[:1] + shape[1:] if has_rows else shape):
@@ -129,8 +129,7 @@ class replacement(WrappedSampler, traced=("x_0", "mask")):
 def _repaint_steps(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:
     """RePaint's steps: the index of each denoising step, and the index to noise to after it (-1 for no noising).
 
-    Every `jump`-th index from 0, except the highest such indices, is visited `resamplings` times (Lugmayr et al. 2022,
-    appendix B).
+    Each multiple of `jump` below num_timesteps - jump is visited `resamplings` times (Lugmayr et al. 2022, appendix B).
     """
     remaining = dict.fromkeys(range(0, num_timesteps - jump, jump), resamplings - 1)
     t, denoise_from, noise_to = num_timesteps - 1, [], []
@@ -162,7 +161,7 @@ def repaint(
     Args:
       key, schedule, denoiser: as `sampling.sample`.
       x_0: pixels where `mask` is 0 are ignored.
-      sampler: one whose steps do not change its state; the default is `sampling.ddpm()`.
+      sampler: a sampler without a state that changes between steps; the default is `sampling.ddpm()`.
       resamplings: how often each interval of `jump` steps is denoised; 1 is `replacement`. The paper uses 10, with jump 10,
         on a schedule with 250 steps. The network is called about `resamplings` times per step.
     Returns: images with the known pixels of x_0. With more resamplings, the mean of the unknown pixels approaches their
@@ -208,9 +207,9 @@ def repaint(
 def project(denoiser: Denoiser | DenoiseFn, measurement: Measurement) -> Denoiser:
     """Projects x_0 on A x_0 = y: x_0 + A+ (y - A x_0) (DDNM, Wang et al. 2023 eq. 12), after the denoiser's clip.
 
-    `project(denoiser, Measurement(average_pool(4), y))` samples images whose 4x4 means are y, with `sampling.ddpm()`; for
-    eta, use `sampling.ddim`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding.
-    `sampling.ddpm` refuses prediction x_prev, whose mean is the network's output.
+    `project(denoiser, Measurement(average_pool(4), y))` samples images whose 4x4 means are y, with `sampling.ddpm()`, or
+    with `sampling.ddim(eta)`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding.
+    `sampling.ddpm` raises ValueError for prediction x_prev, because its mean is the network's output.
     Raises: ValueError for a noise other than 0, and an operator without a right inverse.
     """
     noise: Any = measurement.noise
@@ -248,7 +247,7 @@ def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
 
     lengths = dot(x, x) * dot(y, y)
     cosine = dot(x, y) / jnp.sqrt(jnp.where(lengths > 0, lengths, 1.0))
-    # Parallel vectors and 0 define no arc, so the interpolation is linear.
+    # Parallel vectors and zero vectors define no arc, so the interpolation is linear.
     straight = (lengths == 0) | (jnp.abs(cosine) > 1 - 1e-7)
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
     a = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / jnp.sin(angle))
@@ -268,7 +267,7 @@ def interpolate(
     t: int | np.integer | None = None,
     **encoding: Any,
 ) -> Float[Array, "W B *shape"]:
-    """Images between x (weight 0) and y (weight 1).
+    """Returns images between x (weight 0) and y (weight 1).
 
     t None: both images are encoded to noise (DDIM section 5.3), mixed by `slerp`, and sampled; for deterministic samplers.
     t an index: both images are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every
@@ -276,8 +275,8 @@ def interpolate(
 
     encoding: order and start, as `sampling.encode`; only with t None. Encoding does not clip. The images are mixed at the
     noise level of index `start`, T - 1 by default.
-    Raises: ValueError for encoding options with an index t, a sampler with noise without t, if x and y differ in shape, as
-      `sampling.sample`, and, with t None, as `sampling.encode`, such as for a projection.
+    Raises: ValueError for encoding options with an index t, for a stochastic sampler with t None, and if x and y differ in
+      shape; also as `sampling.sample` and, with t None, as `sampling.encode`, for instance for a projection.
     """
     if t is not None and encoding:
         raise ValueError(

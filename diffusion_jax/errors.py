@@ -96,7 +96,7 @@ def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's text, at most 200 characters; the type's name without a text."""
+    """Returns the first line of an exception's text, at most 200 characters; the type's name if the text is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -135,7 +135,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def require_known(what: str, name: Any, known: Iterable[str]) -> None:
-    """Raises: ValueError if a name of `what` is not among the known names."""
+    """Raises ValueError for a name that is not known. what: the noun in the message, such as "variance"."""
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
@@ -143,7 +143,7 @@ def require_known(what: str, name: Any, known: Iterable[str]) -> None:
 def require_number(
     name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False, whole: bool = False
 ) -> None:
-    """Raises: ValueError for a value outside [low, high]. above: low itself is not allowed. whole: only whole numbers are."""
+    """Raises: ValueError for a value outside [low, high]. above: excludes low itself. whole: allows only whole numbers."""
     is_kind = not whole or (isinstance(value, int | np.integer) and not isinstance(value, bool))
     if is_kind and (low < value if above else low <= value) and value <= high and value < math.inf:
         return
@@ -154,7 +154,7 @@ def require_number(
 
 
 def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:
-    """Returns the code and the line where a user's function raised an exception; None if no code of a user was running.
+    """Returns the code and the line where a user's function raised an exception; None if no user code was running.
 
     This is the innermost call in a file of `user_files`, otherwise in any file that belongs neither to this package nor to
     Python and its installed packages.
@@ -169,7 +169,7 @@ def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:
 
 
 def describe_exception(error: BaseException, with_type: bool = False) -> str:
-    """Returns the text of an exception, after the function, line, file and type if a user's function raised it.
+    """Returns an exception's text; if a user's function raised it, function, line, file and type come before the text.
 
     with_type: also names the type of other exceptions.
     """
@@ -182,9 +182,9 @@ def describe_exception(error: BaseException, with_type: bool = False) -> str:
 
 @contextlib.contextmanager
 def needs_extra(what: str, extra: str, kind: type[DiffusionJaxError] = UserError) -> Iterator[None]:
-    """Turns a failed import in the block into an error of a kind that names the extra to install.
+    """Turns an ImportError in the block into an error of type `kind` that names the extra to install.
 
-    what: the start of the message, such as "gs:// needs gcsfs". extra: in pyproject.toml.
+    what: the start of the message, such as "gs:// needs gcsfs". extra: its name in pyproject.toml.
     """
     try:
         yield

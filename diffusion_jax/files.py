@@ -34,7 +34,7 @@ def downloads_root() -> pathlib.Path:
 
 
 def mirrors_root() -> pathlib.Path:
-    """Returns the directory for mirrors of work directories that launches write: RANDOM/gs/BUCKET/NAME below it."""
+    """Returns the directory for mirrors, the local copies of launches that write to a bucket: RANDOM/gs/BUCKET/NAME below."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     return pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_mirrors_{user}"
 
@@ -58,13 +58,13 @@ def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Yields a new binary file in the directory of `path` for the block to write.
 
     The file replaces `path`, which may be a link, when the block ends, and is deleted if the block raises. The next write of
-    `path` deletes a file that a killed program left more than an hour before.
+    `path` deletes files of killed programs if they are more than an hour old.
     """
     for left in path.parent.glob(f"{glob.escape(path.stem)}.partial.*{glob.escape(path.suffix)}"):
         with contextlib.suppress(OSError):
             if left.lstat().st_mtime < time.time() - 3600:
                 left.unlink()
-    # A link in the directory leads nowhere: the name is random and new. The descriptor keeps the directory if it is renamed.
+    # No existing link can have this random name. The descriptor still refers to the directory if the directory is renamed.
     name = f"{path.stem}.partial.{secrets.token_hex(8)}{path.suffix}"
     has_descriptors = os.open in os.supports_dir_fd
     directory = os.open(path.parent, os.O_RDONLY) if has_descriptors else None

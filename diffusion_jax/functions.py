@@ -45,7 +45,7 @@ def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = 
 def _import_file(path: str) -> types.ModuleType:
     """Imports a Python file, once in each process.
 
-    The text runs, which a user reads before trusting the file, and not a compiled copy in __pycache__, which may differ.
+    Runs the source text, which a user reads before trusting the file. A compiled copy in __pycache__ may differ from it.
     """
     path = os.path.realpath(path)
     if path not in sys.modules:

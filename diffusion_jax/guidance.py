@@ -56,10 +56,10 @@ def classifier_free(
     interval: tuple[Real[ArrayLike, ""], Real[ArrayLike, ""]] | None = None,
     rescale: float = 0.0,
 ) -> Denoiser:
-    """(1 - s) unconditional + s conditional (Ho & Salimans 2022 eq. 6 with s = 1 + w), in one call of twice the batch.
+    """Guides a denoiser: (1 - s) unconditional + s conditional output (Ho & Salimans 2022 eq. 6, s = 1 + w).
 
-    s = 1 is bit-identical to the conditional half of that call and s = 0 to the unconditional half. The same mixture applies
-    to eps, x_0, v, x_prev, the score and flow, which are linear functions of each other.
+    Both outputs come from one network call with twice the batch. s = 1 is bit-identical to the conditional half and s = 0 to
+    the unconditional half. The same mixture applies to all predictions, which are linear functions of each other.
 
     Args:
       denoiser: its network is called as network(x_t [2 B, ...], network time [2 B], y=y [2 B, ...]).
@@ -68,7 +68,7 @@ def classifier_free(
         null conditions. To leave an input unguided, pass the same array in y and null_y.
       scale: s, one number or one per row: [B] or [B, 1, ..., 1].
       interval: (low, high), the network times from low to high at which s applies; at other times s is 1 (Kynkaanniemi et
-        al. 2024). For levels sigma / alpha: `schedule.path.time_at_log_snr(-2 * jnp.log(levels))`.
+        al. 2024). To convert levels sigma / alpha to times: `schedule.path.time_at_log_snr(-2 * jnp.log(levels))`.
       rescale: phi from Lin et al. 2024 section 3.4, in 0 ... 1, against the overexposure that a large s causes: 1 rescales
         each example to the standard deviation of the conditional output; 0 does nothing.
     Returns: the denoiser, with the learned variance of the conditional output.
@@ -84,7 +84,7 @@ def classifier_free(
     both = jax.tree.map(lambda y, null: _append_null(jnp.asarray(y), null), y, null_y)
     denoiser = as_denoiser(denoiser)
     stage = _ClassifierFree(both, scale, interval, rescale)
-    # Innermost, because a classifier's labels are for B rows.
+    # Innermost, because this stage doubles the rows, and a classifier's labels are for B rows.
     return dataclasses.replace(denoiser, stages=(stage, *denoiser.stages))
 
 
@@ -102,7 +102,7 @@ class _ClassifierFree:
         for part in jax.tree.leaves(self.both):
             if 2 * x_t.shape[0] != part.shape[0]:
                 raise ValueError(
-                    f"y has {part.shape[0] // 2} rows but x_t has {x_t.shape[0]}; give each row of x_t a condition"
+                    f"y has {part.shape[0] // 2} rows but x_t has {x_t.shape[0]}; give one condition for each row of x_t"
                 )
         x_twice, level_twice, inputs = jax.tree.map(
             lambda value: jnp.concatenate([value, value]) if jnp.ndim(value) else value, (x_t, level, dict(inputs))
@@ -126,10 +126,10 @@ class _ClassifierFree:
 
 
 def class_log_prob(logits_fn: LogitsFn, y: Integer[ArrayLike, "B"] | None) -> LogProbFn:
-    """log p(y | x_t) from a classifier's logits [B, K], as a pytree of y and of `logits_fn`, if that is one.
+    """Returns the function log p(y | x_t) of a classifier's logits [B, K]: a pytree of y and, if a pytree, `logits_fn`.
 
     y: labels in 0 ... K - 1; a traced label out of range gives NaN. Raises: ValueError, when called, for labels that are not
-    int or out of range, or if there are not as many labels as rows.
+    int or out of range, or if the numbers of labels and rows differ.
     """
     return jax.tree_util.Partial(_class_log_prob, as_node(logits_fn), y)
 
@@ -146,7 +146,7 @@ def classifier(
     *,
     form: str = "eps",
 ) -> Denoiser:
-    """eps - s sigma grad_x log p(y | x_t) (ADM eq. 14), for any prediction of the network.
+    """Guides a denoiser with a classifier: eps - s sigma grad_x log p(y | x_t) (ADM eq. 14), for any prediction.
 
     At s = 1 and with the exact gradient, the result is the eps of the conditional data.
 

@@ -7,7 +7,7 @@
 examples with D numbers; `gaussian_kl` and `decoder_log_prob` return nats. Index t of a table holds L_t for the 0-based t:
 L_0 is the decoder, and index t >= 1 is the papers' transition from x_{t+1} to x_t.
 
-Gray levels, and clipping x_0, assume data in [-1, 1] (exceeded by at most 1/32, by rounding). Other data need
+Gray levels, and clipping x_0, assume data in [-1, 1], with a tolerance of 1/32 for rounding. Other data need
 gray_levels=None and clip=False: otherwise values outside raise ValueError, or give NaN if they are traced.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
@@ -40,13 +40,13 @@ CDFS = ("exact", "tanh")
 
 
 class BitsPerDim(NamedTuple):
-    """The bound of each example in bits per dimension, its terms, and tables with K columns: T, or 1 + 2 S with S strata.
+    """The bound of each example in bits per dimension, its terms, and tables with K = T columns, or 1 + 2 S with S strata.
 
-    total: prior + decoder + the transitions, or their estimate with strata.
+    total: prior + decoder + transitions; with strata, an estimate of the transitions.
     prior: L_T. decoder: L_0.
-    standard_error: the error of `total` from drawing steps; None if every step was visited.
+    standard_error: the error of `total` from the random choice of steps; None if every step was visited.
     t: the index of each table column. vlb: L_t at t. mse, x_0_mse: mean squared errors of eps and x_0, computed from the x_0
-      in the bound (after the clip). All are None with tables=False.
+      in the bound (after the clip). These four are None with tables=False.
     """
 
     total: Float[Array, "B"]
@@ -200,9 +200,9 @@ def bound_term(
     """Computes one term of the bound at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
     denoiser: as `process.p_mean_variance`. gray_levels, cdf: as `decoder_log_prob`.
-    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) behind them).
-    Raises: ValueError as both functions, and for an x_0 outside [-1, 1] with gray levels or a clip to this range (NaN if x_0
-      is traced).
+    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) in this term).
+    Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`, and for an x_0 outside [-1, 1] with gray levels
+      or a clip to this range (NaN if x_0 is traced).
     """
     denoiser, (x_0, x_t) = as_denoiser(denoiser), promote(x_0=x_0, x_t=x_t)
     x_0 = in_model_range(x_0, gray_levels, denoiser.clip)
@@ -233,8 +233,8 @@ def bits_per_dim(
     Args:
       key: draws the noise of every step and, with strata, the steps.
       denoiser: as `process.p_mean_variance`; a plain function predicts eps, with the variance fixed_large and a clip. Ho's
-        and OpenAI's numbers are with clip. On the levels of a path, fixed_large is near the bound of the exact variance;
-        fixed_small needs many levels, even in the log SNR.
+        and OpenAI's numbers are with a clip. On the levels of a path, the bound with fixed_large is near the bound with the
+        exact variance; fixed_small needs many levels that are evenly spaced in log SNR.
       x_0: images in [-1, 1]; other data [B, ..., C] with gray_levels=None and clip=False.
       gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits measure the density of x_0 and may be
         negative; add `standardization_bits` for the density of the data before standardization.
@@ -283,7 +283,7 @@ def bits_per_dim(
 
 
 def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]:
-    """Bits per dimension to add to the bits of x = (data - offset) / scale, so that the density is in data units.
+    """Returns the bits per dimension to add for x = (data - offset) / scale, so that the density is in data units.
 
     By the change of variables -log p(data) = -log p(x) + sum log |scale|, so the result is the mean of log2 |scale|. Add it
     to `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. Nats

@@ -6,8 +6,8 @@ sum of both, which trains a learned variance), and for paths `continuous_vlb` (V
 a path. `classify` trains a classifier of noisy images from labels, and returns a `ClassifyAux` instead.
 
 `timestep_sampler`, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`, draws the levels: by default "uniform" for
-the steps of a schedule and "stratified" on a path ("uniform_log_snr" in `continuous_vlb`). `draw` is its name in 0.3 on a
-path, where "uniform" was stratified.
+the steps of a schedule and "stratified" on a path ("uniform_log_snr" in `continuous_vlb`). `draw` is the argument's name in
+version 0.3 for paths, with "uniform" for "stratified".
 
 `LOSSES` maps config names to losses.
 
@@ -38,7 +38,7 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LogitsFn, TimestepS
 class LossAux(NamedTuple):
     """The intermediate values of a loss.
 
-    t: the drawn levels, as `at` of the schedule or path takes them. importance: the weight from the timestep sampler, already
+    t: the drawn levels, indices of a schedule or times on a path. importance: the weight from the timestep sampler, already
     in the loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits
     per dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the
     network's output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR. scalars:
@@ -238,13 +238,13 @@ def continuous_vlb(
 ) -> tuple[Float[Array, "B"], LossAux]:
     """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
 
-    1/2 E || eps - eps_theta ||^2 / p(log SNR), with the density p of the drawn log SNR: the mean is the integral over the log
-    SNR between the ends of the path's interval, for every draw. As T grows, `vlb` without the decoder, for a fixed variance,
-    converges to this loss. The loss depends on the path only through the ends of the path's interval.
+    1/2 E || eps - eps_theta ||^2 / p(log SNR), with the density p of the drawn log SNR. For every timestep sampler, the mean
+    is the integral over the log SNR between the ends of the path's interval, so the loss depends on the path only through
+    these ends. As T grows, `vlb` without the decoder, for a fixed variance, converges to this loss.
 
     Args:
       key, denoiser, x_0, prediction: as `simple`.
-      timestep_sampler, draw: as `simple`, by default "uniform_log_snr"; they change the variance of the estimate alone.
+      timestep_sampler, draw: as `simple`, by default "uniform_log_snr"; they change only the variance of the estimate.
     Returns: (loss [B], LossAux).
     Raises: ValueError as `simple`, for a schedule, and for a path whose log SNR is infinite at an end of the interval.
     """
@@ -319,7 +319,7 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch,
     if draw is not None and timestep_sampler is not None and timestep_sampler is not draw:
         raise ValueError("draw is the earlier name of timestep_sampler on a path; give timestep_sampler alone")
     if draw is not None and not is_path:
-        raise ValueError(f"draw={draw} draws levels of a path, and this is a schedule; use timestep_sampler")
+        raise ValueError(f"draw={draw} needs a path, but got a schedule; use timestep_sampler")
     sampler = timestep_sampler if draw is None else draw
     if sampler is None or draw == "uniform":
         sampler = "stratified" if is_path else "uniform"
@@ -340,7 +340,7 @@ def _draw_noise(key, schedule, x_0, timestep_sampler, draw=None) -> tuple[Batch,
 
 
 def _denoiser(network: Denoiser | DenoiseFn, prediction: str | None, **defaults: Any) -> Denoiser:
-    """Returns the denoiser of a loss; defaults: fields of a plain function's. Raises: ValueError for two predictions."""
+    """Returns a loss's denoiser. defaults: fields for a plain function. Raises: ValueError for two different predictions."""
     if not isinstance(network, Denoiser):
         return as_denoiser(network, prediction="eps" if prediction is None else prediction, **defaults)
     if prediction not in (None, network.prediction):
@@ -360,8 +360,8 @@ def _predict(key, schedule, denoiser, x_0, timestep_sampler, draw=None) -> LossA
     x_0, level, drawn = _draw_noise(key, schedule, x_0, timestep_sampler, draw)
     if denoiser.corrections or denoiser.limits or denoiser.sigma_min:
         raise ValueError(
-            "a loss trains the network's output as the mean of x_0 or eps, which corrections and limits do not change, and "
-            "which a consistency network (sigma_min) does not predict; leave them out"
+            "a loss trains the network without corrections and limits, to predict a mean and not the end of the ODE's path "
+            "(sigma_min); leave them out of the denoiser"
         )
     at, x_t = _at(schedule, denoiser.prediction, drawn["t"], x_0), drawn["x_t"]
     target = quantity(denoiser.prediction, at).value(x_0, drawn["eps"], x_t, at)
@@ -393,7 +393,7 @@ def _weight_of_target(schedule, aux, prediction, weighting):
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
     at: Any = _at(schedule, prediction, aux.t, aux.mse)
     level = at.level
-    # Without signal, a small one: 1 / SNR is finite, and its product with the slope of v has its limit.
+    # Pure noise gets a tiny signal, so that 1 / SNR is finite and its product with the squared slope of v is near its limit.
     level = NoiseLevel.at_log_snr(jnp.full_like(level.alpha, 2 * math.log(1e-10)), level.time).where(
         ~level.has_signal, level
     )

@@ -34,12 +34,12 @@ _NUM_PROBES = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearOperator:
-    """A linear measurement A as a pytree: other arrays in it, such as a mask, do not recompile.
+    """A linear measurement A as a pytree: new values of its arrays, such as a mask, cause no recompilation.
 
     measure: A, from [B, *spatial, C] to y [B, ...], row by row. invert: a right inverse A+, with A A+ = I on the range of A;
-    None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y. Where it is 0, y is
-    hidden and ignored. Above 0, an approximation only makes a solution by iterations slower. None: estimated from 16
-    products with A, and no entry of y is hidden.
+    None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y. Entries of y
+    with a diagonal of 0 are hidden: they are ignored. Elsewhere an approximation suffices; it only slows down iterative
+    solvers. None: estimated from 16 products with A, and no entry of y is hidden.
     """
 
     measure: LinearMap
@@ -66,12 +66,12 @@ class LinearOperator:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measurement:
-    """y = A(x_0) + N(0, R), a pytree: a new y and another noise do not recompile.
+    """A measurement y = A(x_0) + N(0, R), a pytree: a new y or noise causes no recompilation.
 
     operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; entries where the
     operator's `diagonal` is 0, such as those that `masked` hides, are ignored. noise: the standard deviation, one number or
-    an array that broadcasts to y (the error bars of each pixel or channel); or a function that multiplies a y by the
-    covariance R. 0 is for `editing.project` only.
+    an array that broadcasts to y (the error bars of each pixel or channel); or a function u -> R u, with the covariance
+    R and u shaped like y. 0 is for `editing.project` only.
     """
 
     operator: LinearOperator
@@ -98,7 +98,7 @@ class Measurement:
             measured = np.broadcast_to(True if diagonal is None else _on_host(diagonal) != 0, values.shape)
             if not np.isfinite(values[measured]).all():
                 raise ValueError(
-                    "y has values that are not finite; hide them by an operator such as measurements.masked"
+                    "y has values that are not finite; hide them with an operator such as measurements.masked"
                 )
         if callable(self.noise):
             return
@@ -326,9 +326,9 @@ def _transform(mask, x):
 def fourier(mask: Shaped[ArrayLike, "*spatial"]) -> LinearOperator:
     """Measures chosen coefficients of the orthonormal Fourier transform over all spatial axes, as in magnetic resonance.
 
-    mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; of the last axis only the first n // 2 + 1, because the
-    others are conjugates. y: [B, ..., n // 2 + 1, C, 2], real and imaginary parts, each with noise of its own; where
-    nothing is measured, y is ignored.
+    mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; along the last axis, only the first n // 2 + 1 count,
+    because the others are conjugates. y: [B, ..., n // 2 + 1, C, 2], real and imaginary parts, each with noise of its own;
+    entries of y that are not measured are ignored.
     """
     mask = as_mask(mask)
     grid = jnp.meshgrid(*(jnp.arange(size) for size in mask.shape), indexing="ij")
@@ -371,8 +371,8 @@ def _compose(outer, inner, x):
 
 
 def compose(outer: LinearOperator, inner: LinearOperator) -> LinearOperator:
-    """Returns the operator outer(inner(x_0)), without a right inverse and a `diagonal`.
+    """Returns the operator outer(inner(x_0)), which has neither a right inverse nor a `diagonal`.
 
-    So a mask in it hides no entries of y: they must be finite, and `Measurement.residual` compares them with 0.
+    So a mask in it hides no entries of y: all must be finite, and `Measurement.residual` compares masked entries with 0.
     """
     return LinearOperator(jax.tree_util.Partial(_compose, outer, inner))

@@ -3,16 +3,16 @@
     mmps     moment matching posterior sampling, the recommended method, exact for Gaussian data (Rozet et al. 2024)
     pigdm    pseudoinverse guidance, exact for white data N(0, data_std^2 I) (Song et al. 2023)
     smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
-    dps      diffusion posterior sampling, a baseline that is not calibrated (Chung et al. 2023); pigdm_step is another
+    dps      diffusion posterior sampling, an uncalibrated baseline (Chung et al. 2023); `pigdm_step` is another baseline
 
 `mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so samplers draw from the posterior as they draw from the prior;
 only `consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
 of its own.
 
-By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. These two take
-p(y | x_t) = N(A D, R + A V A^T), which gives the gradient J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D in
-x_t. The covariance of x_0 given x_t is V = (sigma^2 / alpha) J, which `mmps` uses; `pigdm` replaces V by the covariance of
-white data. D is the denoiser before its clip. Rows of a batch do not change each other.
+By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. `mmps` and `pigdm`
+assume p(y | x_t) = N(A D, R + A V A^T). The gradient is then J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D
+in x_t. The covariance of x_0 given x_t is V = (sigma^2 / alpha) J, which `mmps` uses; `pigdm` replaces V by the covariance of
+white data. D is the denoiser's x_0 before the clip. Rows of a batch do not change each other.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations
 
     iterations: of preconditioned conjugate gradients; each multiplies by the transposed Jacobian once, so a call costs one
     forward and 1 + iterations backward passes. More iterations than numbers in y change nothing. `relative_residual` measures
-    what they leave. The denoiser must not be scaled by guidance: with classifier-free guidance, samples are of the posterior
-    for scale 1 only.
+    the remaining error. Classifier-free guidance must have scale 1, because samples with another scale do not follow the
+    posterior.
 
-    In pure noise (alpha = 0), J has no digits, and D is not corrected; close to it, networks that predict eps or score lose
-    digits of J as (sigma / alpha)^2, and those that predict v or x_0 do not.
+    In pure noise (alpha = 0), J has no digits, and D is not corrected. Near pure noise, the error of J grows as
+    (sigma / alpha)^2 for networks that predict eps or score, but not for networks that predict v or x_0.
     Raises: ValueError for a number of iterations below 1, and the errors of `Measurement.check`; when called, for a y
       whose shape is not A(x_0)'s.
     """
@@ -58,7 +58,7 @@ def pigdm(
 ) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
 
-    iterations: of conjugate gradients, without calls of the network; one is exact where R and A A^T are diagonal and the
+    iterations: of conjugate gradients, without network calls; one iteration is exact if R and A A^T are diagonal and the
     operator's `diagonal` is exact, not estimated. A call costs a forward and a backward pass. For data with structure, `mmps`
     is closer to the posterior.
     Raises: as `mmps`, and ValueError for a data_std that is not above 0.
@@ -76,7 +76,7 @@ def _add(denoiser, correction: _Correction) -> Denoiser:
 def relative_residual(
     denoiser: Denoiser | DenoiseFn, measurement: Measurement, x_t: BatchLike, level: NoiseLevel, *, iterations: int = 3
 ) -> Float[Array, "B"]:
-    """Returns what `iterations` of `mmps` leave of its linear system, |M u - b| / |b| for each example; 0 is exact.
+    """Returns the relative error |M u - b| / |b| of the linear system in `mmps` after `iterations`, per example; 0 is exact.
 
     Raises: as `mmps`.
     """
@@ -148,9 +148,9 @@ class _Correction:
 def _conjugate_gradients(times_matrix, covariance, b, diagonal, iterations):
     """Solves M u = b, M = R + A V A^T, for each row with Jacobi's preconditioner; returns u and |M u - b| / |b|.
 
-    V is a covariance, so the curvature p^T M p is at least p^T R p. The Jacobian of a trained network may break this, and a
-    curvature near 0 makes a step of many deviations: a row stops where the curvature is below half of p^T R p (rounding),
-    with what it has, or at its first iteration with b / diagonal.
+    For an exact covariance V, the curvature p^T M p is at least p^T R p. A trained network may violate this bound, and a
+    curvature near 0 makes a step of many deviations. So a row stops if the curvature is at most half of p^T R p (rounding):
+    the row's result is the current u, or b / diagonal at the first iteration.
     """
     axes = tuple(range(1, b.ndim))
 
@@ -184,11 +184,11 @@ def _conjugate_gradients(times_matrix, covariance, b, diagonal, iterations):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class dps(WrappedSampler, traced=("measurement", "zeta")):
-    """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): after each step, minus zeta grad |y - A D|.
+    """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): subtracts zeta grad |y - A D| after each step.
 
-    Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is of one example, and D is clipped, as in the
-    paper's code. Samples fit y, but are not of the posterior: their mean and deviation depend on zeta and on the number of
-    steps. zeta: the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
+    Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is taken per example, and D is clipped, as in
+    the paper's code. Samples fit y, but do not follow the posterior: their mean and deviation depend on zeta and on the
+    number of steps. zeta: the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
     """
 
     measurement: Measurement
@@ -215,11 +215,11 @@ class dps(WrappedSampler, traced=("measurement", "zeta")):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class pigdm_step(WrappedSampler, traced=("measurement",)):
-    """PiGDM with the weight of its paper (Song et al. 2023, Algorithm 1), a baseline that never converges.
+    """PiGDM with the paper's weight (Song et al. 2023, Algorithm 1), a baseline that never converges.
 
     Adds alpha_s alpha_t v J^T A^T (R + v A A^T)^-1 (y - A D) after each step from level t to s. Wraps any other sampler; the
-    paper uses `ddim(eta=1)` on variance-preserving schedules. On N(0, 1) with y of noise 0.5, samples have 0.41
-    times the exact deviation with 100 steps, 0.22 times with 1,000, and are centered at y. Raises: ValueError as `pigdm`.
+    paper uses `ddim(eta=1)` on variance-preserving schedules. For data N(0, 1) and y with noise 0.5, samples
+    are centered at y with 0.41 times the exact deviation (100 steps) or 0.22 times (1,000). Raises: ValueError as `pigdm`.
     """
 
     measurement: Measurement
@@ -257,7 +257,7 @@ class Particles(NamedTuple):
 
 
 def systematic_resample(key: Key[Array, ""], weights: Float[Array, "P"], count: int | None = None) -> Int[Array, "N"]:
-    """Returns the indices of `count` particles, P by default: each appears its weight times count, rounded up or down."""
+    """Returns `count` particle indices, P by default; index i appears weights[i] * count times, rounded up or down."""
     count = len(weights) if count is None else count
     points = (jnp.arange(count) + jax.random.uniform(key, (), weights.dtype)) / count
     ends = jnp.cumsum(weights)
@@ -274,11 +274,11 @@ def smc(
     data_std: float = 1.0,
     resample_below: float = 0.5,
 ) -> Particles:
-    """Twisted diffusion sampler (Wu et al. 2023): weighted particles of ancestral steps that know y.
+    """Twisted diffusion sampler (Wu et al. 2023): weighted particles from ancestral steps guided by y.
 
     Each step but the last shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)),
     with the variance v of x_0 given x_t for white data, as `pigdm`. The weights correct for the shift and the approximation,
-    so that the weighted particles follow p(x_0 | y) under the ancestral sampler as P grows, whatever the approximation.
+    so that as P grows, the weighted particles follow p(x_0 | y) for the ancestral sampler, whatever the approximation.
 
     Args:
       key: one key, or one for each example [B], so that an example's particles depend on its own key only.
@@ -331,6 +331,9 @@ def smc(
     def weights_of(log_weights):
         return jax.nn.softmax(log_weights, axis=0)
 
+    def effective_number(weights):
+        return 1 / jnp.sum(jnp.square(weights), axis=0)
+
     def step(carry, t):
         log_weights, x, (values, gradient, mean, variance) = carry
         key_noise, key_resample = split(fold_in(keys, t))
@@ -342,7 +345,7 @@ def smc(
         new = evaluate(x, t - 1)
         log_weights = log_weights + per_example(ratio + new[0] - values)
         weights = weights_of(log_weights)
-        effective = 1 / jnp.sum(jnp.square(weights), axis=0)
+        effective = effective_number(weights)
         is_low = effective < resample_below * count
         drawn = jax.vmap(systematic_resample, (0, 1), 1)(key_resample, weights)
         chosen = jnp.where(is_low, drawn, jnp.arange(count)[:, None])
@@ -357,10 +360,9 @@ def smc(
     )
     log_weights, _, (values, _, x_0, _) = carry  # the last step has no noise
     weights = weights_of(log_weights + per_example(log_likelihood(x_0, 0.0) - values))
-    final = 1 / jnp.sum(jnp.square(weights), axis=0)
     return Particles(
         x_0.reshape(count, rows, *shape),
         weights,
-        jnp.concatenate([effective, final[None]]),
+        jnp.concatenate([effective, effective_number(weights)[None]]),
         jnp.concatenate([resampled, jnp.zeros_like(resampled[:1])]),
     )

@@ -4,8 +4,8 @@ All functions are pure functions of arrays and a `Schedule`. Shapes: x_0, x_t an
 [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index for the papers' t = 1 ... T. A scalar t applies to every row, and
 to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never a value at another index.
 
-`q_mean_variance` and `q_sample` also take a `Path` with t float [B], the network time. What concerns a step (x_{t-1} and its
-variance) is defined for a schedule only.
+`q_mean_variance` and `q_sample` also take a `Path` with t float [B], the network time. Steps (x_{t-1} and its variance) are
+defined for a schedule only.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic. All
 functions raise ValueError for images that are not float, and for a t whose shape is not the start of x's shape.
@@ -91,7 +91,7 @@ def q_step(schedule: Schedule, x_prev: BatchLike, t: Index, eps: BatchLike) -> B
 def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) -> Gaussian:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7.
 
-    At index 0 the mean is x_0 and the variance 0; the log variance is finite there, the decoder's (`Schedule`).
+    At index 0 the mean is x_0 and the variance 0; the log variance is the decoder's finite log variance (`Schedule`).
     Raises: ValueError if x_0 and x_t differ in shape.
     """
     check_same_shape("x_0", x_0, "x_t", x_t)
@@ -159,8 +159,8 @@ def p_mean_variance(
       variance: fixed_large or fixed_small, in place of the denoiser's fixed variance.
     Returns: Reverse(mean, variance, log_variance, x_0). At index 0 both fixed variances are the decoder's variance
       (`Schedule`); samplers add no noise there.
-    Raises: ValueError as a call of `Denoiser`, for another variance or one in place of a learned variance, and for x_prev
-      with corrections or limits.
+    Raises: ValueError as a call of `Denoiser`, for another `variance`, for a `variance` in place of a learned variance, and
+      for x_prev with corrections or limits.
     """
     if variance not in (None, "fixed_small", "fixed_large"):
         raise ValueError(f"variance={variance!r} must be fixed_small or fixed_large, or None for the denoiser's")

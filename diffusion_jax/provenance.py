@@ -17,7 +17,7 @@ from diffusion_jax.config import flatten
 from diffusion_jax.errors import list_differences, shorten
 from diffusion_jax.untrusted import open_npz, parse_json
 
-_ARRAY = "provenance"  # its name in an .npz
+_ARRAY = "provenance"  # the name of the record in an .npz
 
 
 @dataclasses.dataclass(frozen=True)

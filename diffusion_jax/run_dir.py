@@ -30,7 +30,7 @@ from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
 
-# Of this package; W&B has its own.
+# The folders that this package writes; W&B writes others.
 _FOLDERS = ("calibration", "checkpoints", "evaluation", "images", "metrics", "plugins", "samples", ".likelihood")
 
 
@@ -119,8 +119,8 @@ class RunDir(os.PathLike):
     def check_locks(self, local: bool = False) -> None:
         """Raises LeaseLostError if another launch has taken over a lock, or if a local directory was moved.
 
-        The train loop calls this for local locks after each call of the train step; process 0 calls it before it commits a
-        step in a bucket. local: no leases, which would be renewed over the network.
+        The train loop checks local locks after each call of the train step; process 0 checks all locks before it commits a
+        step in a bucket. local: skips leases, because their check uses the network.
         """
         for lock in self._locks:
             if isinstance(lock, FileLock) or not local:
@@ -192,7 +192,7 @@ class BucketRunDir(RunDir):
 
     def _writable_store(self) -> ObjectStore:
         if self._read_only:
-            raise PermissionError(f"{self} is only read")
+            raise PermissionError(f"{self} is open for reading only")
         return self.store
 
     def _make_lock(self) -> FileLock | Lease:
@@ -242,7 +242,7 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
 
 
 def find_links(directory: RunDir) -> list[pathlib.Path]:
-    """Lists links out of a local run: files, and the folders of this package with all that is below them."""
+    """Lists the links that lead out of a local run, among its files and everything in the folders of this package."""
     own = [path for path in directory.path.glob("*") if path.name.startswith(_FOLDERS) or not path.is_dir()]
     below = [each for path in own for each in path.rglob("*")]
     return sorted(path for path in own + below if path.is_symlink() and leads_out(path, directory))

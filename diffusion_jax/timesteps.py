@@ -12,8 +12,8 @@ of the objective: `losses.simple` does not divide by the density, so levels that
 loss. `losses.continuous_vlb` divides by the density, and has the same mean for every sampler.
 
 `uniform` and `stratified` are for both, `antithetic` and `loss_second_moment` for the steps of a schedule, and `log_normal`,
-`logit_normal` and `uniform_log_snr` for a path. Levels outside of a path's interval are never drawn; the density accounts for
-it. `TIMESTEP_SAMPLERS` maps config names to timestep samplers.
+`logit_normal` and `uniform_log_snr` for a path. No level outside a path's interval is drawn; the density is normalized over
+the interval. `TIMESTEP_SAMPLERS` maps config names to timestep samplers.
 
 Results are int32 and float32, with x64 on or off.
 """
@@ -66,7 +66,7 @@ def uniform(key: Key[Array, ""], batch_size: int, levels: int | Path) -> _Drawn:
 
 
 def stratified(key: Key[Array, ""], batch_size: int, levels: int | Path) -> _Drawn:
-    """`uniform` for each t alone, but the batch covers all levels evenly (Kingma et al. 2021, appendix I.1).
+    """Draws each t as `uniform`, but so that the batch covers all levels evenly (Kingma et al. 2021, appendix I.1).
 
     The batch shares one uniform offset, which reduces the variance of the batch mean.
     """
@@ -99,7 +99,7 @@ class _OnPath:
         return jnp.clip(levels.time_at_log_snr(log_snr), first, last), log_density
 
     def _draw(self, path, probability):
-        """Returns the log SNRs with these probabilities [B] of less noise, and their log densities."""
+        """Returns the log SNRs at these quantiles [B], from the least noise to the most, and their log densities."""
         raise NotImplementedError
 
 
@@ -142,7 +142,7 @@ class log_normal(_OnPath):
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0, *, stratified: bool = True) -> log_normal:
-    """logit(tau) is normal, tau = sigma / (alpha + sigma) the time of flow matching: SD3's (Esser et al. 2024, eq. 19).
+    """SD3's levels: logit(tau) is normal, for flow matching's tau = sigma / (alpha + sigma) (Esser et al. 2024, eq. 19).
 
     The same family as `log_normal`, because logit(tau) = log(sigma / alpha).
     """

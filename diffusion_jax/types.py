@@ -56,4 +56,4 @@ class TimestepSampler(Protocol):
     ) -> tuple[Int[Array, "B"] | Float[Array, "B"], Float[ArrayLike, "B"]]: ...
 
 
-LevelDraw = TimestepSampler  # its name in 0.3, on a path
+LevelDraw = TimestepSampler  # the name in version 0.3, for paths

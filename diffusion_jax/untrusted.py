@@ -66,7 +66,7 @@ def parse_json(text: str, kind: type = dict) -> Any:
 
 
 def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Reads the header of an .npy: (shape, is in Fortran's order, dtype). num_bytes: of header and values.
+    """Reads the header of an .npy: (shape, is in Fortran's order, dtype). num_bytes: the size of header and values.
 
     Raises: ValueError, also for an array of Python objects and for a shape of more values than the file has.
     """
@@ -75,7 +75,7 @@ def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dt
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(cast(Any, file))
     except Exception as error:  # NumPy parses the header as Python, with any error of the tokenizer
-        raise ValueError(f"not an array of NumPy ({error})") from error
+        raise ValueError(f"not a NumPy array ({error})") from error
     if dtype.hasobject or not dtype.itemsize:
         raise ValueError("arrays of Python objects are not read")
     if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > num_bytes:
@@ -103,7 +103,7 @@ def open_npz(path: str | os.PathLike, limit: float = NPZ_BYTES) -> Iterator[Any]
 
 
 def read_image(source: pathlib.Path | io.BytesIO, max_pixels: int = IMAGE_PIXELS, upright: bool = False) -> Image.Image:
-    """Decodes a PNG, JPEG, WebP or BMP; of an animation, the first frame. upright: turned as EXIF says.
+    """Decodes a PNG, JPEG, WebP or BMP; of an animation, the first frame. upright: rotates by the EXIF orientation.
 
     Raises: ValueError, OSError.
     """

@@ -251,9 +251,7 @@ def test_a_flipped_byte_of_an_uncompressed_npz_is_found(tmp_path, monkeypatch):
         data.ArrayFiles(str(path))
     monkeypatch.setattr("diffusion_jax.data.array_files._CHECKED_BYTES", 1000)
     notes = data.ArrayFiles(str(path)).notes()
-    assert notes == [
-        f"The checksums of {path} are not checked, because it is large; python -m zipfile -t {path} does it."
-    ]
+    assert notes == [f"The checksums of {path} are not checked, because it is large; type: python -m zipfile -t {path}"]
 
 
 LEGACY = {"type": "tensorflow_datasets.core.features.features_dict.FeaturesDict"}

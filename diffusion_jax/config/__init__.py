@@ -103,7 +103,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
     ConfigDict fields that refer to a replaced field (`get_ref`) follow it. If `model.kind` changes from or to a
-    function, the settings of the network before get their defaults.
+    function, the settings of the previous network are reset to the defaults.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
     given, values, options = flatten(config), {}, {}
@@ -115,7 +115,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
         values[name] = _convert(name, text, functools.partial(parse, _find_setting(name).kind), text)
     before, kind = given.get("model.kind", ""), values.get("model.kind", given.get("model.kind", ""))
     if f"{before}{kind}".count(":") and short_name(before) != short_name(kind):
-        # The settings of another network mean nothing to this network.
+        # The settings of the previous network do not apply to the new network.
         values = {name: SETTINGS[name].default for name in NETWORK_SETTINGS} | values
     if options:
         values["model.options"] = {**values.get("model.options", given.get("model.options", {})), **options}
@@ -130,7 +130,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
 def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the settings whose functions would be imported, {"model.kind": "module:function"}. config: may be partial.
 
-    The synthetic data of this package's own experiments are not listed: they run nothing that a config writes.
+    The synthetic data of this package's own experiments are not listed: they run no code that a config names.
     """
     found = {}
     for name, value in flatten(config).items():
@@ -178,7 +178,7 @@ def experiment(name: str) -> ConfigDict:
 
 
 def _find_beside(config: Any, folder: pathlib.Path) -> None:
-    """Makes the paths of functions' files absolute if the files are in the folder of the config."""
+    """Makes FILE.py in settings FILE.py:function absolute if the file is in the folder of the config."""
 
     def absolute(text: Any) -> Any:
         is_beside = isinstance(text, str) and ".py:" in text and (folder / text.rpartition(":")[0]).is_file()

@@ -299,8 +299,8 @@ def _without_effect(config: ConfigDict) -> list[Rule]:
     ]
 
 
-# By what the settings are for: every config is checked in `config.resolve`, each other table where that begins. Settings
-# without an effect are only logged.
+# Tables by the use of their settings. "config" is checked in `config.resolve`, each other table before its settings are used.
+# Broken rules of "without effect" are only logged.
 RULES = {
     "config": _every_config,
     "data": _data,
@@ -315,9 +315,9 @@ RULES = {
 
 
 def find_broken(config: Mapping[str, Any], table: str) -> list[str]:
-    """Returns a message for each problem with broken rules in a table, a key of `RULES`.
+    """Returns the messages of the broken rules in a table; rules with the same problem share a message.
 
-    config: complete; for the table "data" it may consist of the group `data`.
+    config: complete; for the table "data", the group `data` is enough. table: a key of `RULES`.
     """
     values, found = flatten(config), collections.defaultdict(list)
     for rule in RULES[table](config):

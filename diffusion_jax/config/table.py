@@ -240,9 +240,9 @@ DIFFUSION: dict[str, Setting] = {
     "path": Setting(
         None,
         OneOf(Choice(*schedules.PATHS), Choice(None), FunctionName()),
-        "Path, as `schedules.PATHS` names it, or a function () -> path. Training draws from its continuous noise levels, "
-        "instead of the schedule's; sampling and likelihoods use T levels, evenly spaced in network time, but in the log SNR "
-        "for likelihoods with variance=fixed_small. None for the schedule.",
+        "Path, as `schedules.PATHS` names it, or a function () -> path. Training draws the path's continuous noise levels, "
+        "instead of the schedule's. Sampling and likelihoods use T levels: evenly spaced in the log SNR for likelihoods with "
+        "variance=fixed_small, otherwise in network time. None for the schedule.",
     ),
     "log_snr_shift": Setting(
         0.0, Number(), "Number that is added to the log SNR of a path, and of every draw, for larger images."
@@ -256,8 +256,8 @@ DIFFUSION: dict[str, Setting] = {
     "draw_mean": Setting(
         None,
         optional(Number()),
-        "Mean of log_normal and logit_normal; None for the published -1.2 (EDM, for data with standard deviation "
-        "0.5; -0.51 for standardized data) and 0.",
+        "Mean of log_normal and logit_normal; None for the published values, -1.2 and 0. EDM's -1.2 is for data with "
+        "standard deviation 0.5; for standardized data, the same levels have the mean -0.51.",
     ),
     "draw_std": Setting(
         None, optional(Number(above=0)), "Standard deviation of log_normal and logit_normal; None as published."
@@ -413,8 +413,8 @@ SAMPLING: dict[str, Setting] = {
         optional(Choice(*schedules.SPACINGS, "given")),
         'Distribution of the steps over the timesteps, if `sampling.steps` is given; openai_ddim is OpenAI\'s "ddim50". '
         "None: log_snr for "
-        f"{', '.join(_SAMPLERS_ALONG_EPS)} and an unclipped eps or score network whose errors would grow, "
-        "unless alpha_bar ends at 0; otherwise trailing.",
+        f"{', '.join(_SAMPLERS_ALONG_EPS)}, and if the errors of an unclipped eps or score network would grow; "
+        "otherwise, and if alpha_bar ends at 0, trailing.",
     ),
     "eta": Setting(
         0.0,
@@ -495,7 +495,7 @@ SAMPLING: dict[str, Setting] = {
     "use_ema": Setting(
         True,
         Boolean(),
-        "Whether to use the parameters' moving average, once its share of the initial weights is at most a tenth.",
+        "Whether to use the parameters' moving average, once the initial weights are at most a tenth of the average.",
     ),
     "trajectory": Setting(
         0,
@@ -518,8 +518,8 @@ EDITING: dict[str, Setting] = {
     "image": Setting(
         "",
         PATH,
-        "Image to edit, or the measurement; for data that are not images, and for measurements in another shape or with "
-        "noise, an .npy in data units.",
+        "Image to edit, or the measurement: an image file, or an .npy in data units, for data that are not images and for "
+        "measurements with noise.",
     ),
     "example": Setting(
         None,
@@ -629,7 +629,7 @@ EVALUATION: dict[str, Setting] = {
         "Examples of `evaluation.split` that the metric calibration measures, starting with the first.",
     ),
     "calibration_samples": Setting(
-        19, Integer(2), "Samples for each of these examples; 19 or 99 for the coverage of 90% intervals."
+        19, Integer(2), "Samples for each calibration example; 19 or 99 for the coverage of 90% intervals."
     ),
     "quantities": Setting(
         ("means", "entries"),

@@ -273,6 +273,6 @@ class NamedValues:
 
 
 def read_value(text: str) -> Any:
-    """Returns the first reading of a command-line argument, for an option, whose kind only the function knows."""
+    """Returns the first reading of a command-line argument; for `model.options`, whose kinds of values are unknown."""
     text = text.strip()
     return text == "True" if text in ("True", "False") else next(_readings(text))

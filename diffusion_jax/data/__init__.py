@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 
-# By the name in `data.dataset`. Other names are TFDS data sets, or module:function.
+# Keys: values of `data.dataset`. All other values are TFDS data sets, or module:function.
 SOURCES: dict[str, type[NamedSource]] = {"digits": Digits, "folder": Folder, "arrays": ArrayFiles}
 
 
@@ -137,8 +137,8 @@ def check_location(config: Mapping) -> None:
     """Checks that the TFDS data set or the image folder of a config exists, without reading it.
 
     Not checked: data in a bucket, array files, and data from a function. config: as in `load`. Raises: ConfigError; DataError
-    for an unknown data set, a folder that does not exist, a TFDS data set that is missing from its directory and not to be
-    downloaded, or `data.holdout` for data that are not files.
+    for an unknown data set, a folder that does not exist, a TFDS data set that is not in its directory while
+    `data.download` is false, or `data.holdout` for data that are not files.
     """
     config = resolve({"data": config})["data"]
     check({"data": config}, "data")
@@ -168,18 +168,18 @@ def _source_class(config: Mapping) -> type[NamedSource]:
 
 
 def _refuse_holdout(config: Mapping, is_given: bool = False) -> None:
-    """Raises: DataError for `data.holdout` on data with splits of their own. is_given: whether a program gives the source."""
+    """Raises: DataError for `data.holdout` on data with their own splits, or (is_given) on a source that a program passes."""
     source_class, reason = _source_class(config), ""
     if not config["holdout"]:
         return
     if is_given:
-        reason = "not for a source that a program gives"
+        reason = "but the program gives a source"
     elif not source_class.of_files:
-        reason = f"and {config['dataset']!r} defines its splits itself"
+        reason = f"but {config['dataset']!r} has its own splits"
     elif source_class.has_splits(config):
-        reason = f"and {config['data_dir']} has splits of its own"
+        reason = f"but {config['data_dir']} has its own splits"
     if reason:
         raise DataError(
-            f"data.holdout={config['holdout']} is for one folder or file that data.dataset=folder or arrays reads, {reason}: "
+            f"data.holdout={config['holdout']} needs data.dataset=folder or arrays with one folder or file, {reason}: "
             "use data.holdout=0"
         )

@@ -41,7 +41,7 @@ class ArrayFiles(Arrays, NamedSource):
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
     - `.npz` with "x" or "image", optionally "label", "condition" and "condition_missing" (bool [N], True for examples
-      without a condition); or with samples, "arr_0". Arrays are memory-mapped; a compressed array is loaded instead.
+      without a condition); or with samples ("arr_0"). Arrays are memory-mapped; a compressed array is loaded instead.
     - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Small chunks are read fastest.
     - a folder with `.npy` files, searched recursively in path order, without hidden files. Each file holds one example
       [*spatial, C] or several [n, *spatial, C]. If every file is in a subfolder, each subfolder is a class.
@@ -69,7 +69,7 @@ class ArrayFiles(Arrays, NamedSource):
 
     @classmethod
     def has_splits(cls, config: Mapping) -> bool:
-        """False for a single file, store or folder of files."""
+        """Whether the path is a folder with splits; False for a single file, store or folder of files."""
         names = _split_entries(local_path(config["data_dir"])).keys() if config["data_dir"] else set()
         return config["split"] in names or bool(names & _SPLIT_NAMES)
 
@@ -136,7 +136,7 @@ def _find_split(path: str, split: str) -> pathlib.Path:
 
 
 def _split_entries(root: pathlib.Path) -> dict[str, list[str]]:
-    """Maps split names to the files and folders, without hidden names, that can be a split; {} for a file or store."""
+    """Maps each possible split name to its files and folders, without hidden names; {} for a file or store."""
     entries = collections.defaultdict(list)
     if not root.is_dir() or _kind(root.name):
         return {}
@@ -189,12 +189,10 @@ def _list_arrays(path: pathlib.Path) -> list[str]:
 
 
 def _check_checksums(path: pathlib.Path) -> list[str]:
-    """Checks the checksums of an .npz, whose arrays are mapped without them, or returns a note. Raises: DataError."""
+    """Checks the checksums of an .npz, which memory-mapping skips; returns a note for a large file. Raises: DataError."""
     with readable(path), zipfile.ZipFile(path) as archive:
         if sum(each.file_size for each in archive.infolist()) > _CHECKED_BYTES:
-            return [
-                f"The checksums of {path} are not checked, because it is large; python -m zipfile -t {path} does it."
-            ]
+            return [f"The checksums of {path} are not checked, because it is large; type: python -m zipfile -t {path}"]
         if damaged := archive.testzip():
             raise ValueError(f"Bad CRC-32 for file {damaged!r}")
     return []
@@ -227,7 +225,7 @@ def _is_array(store: Any, name: str) -> bool:
 
 
 class _Rows:
-    """An array [N, ...] in a file, opened here and at the first read in each other process; pickling copies no values.
+    """An array [N, ...] in a file. Pickling copies no values: another process opens the file at its first read.
 
     name: the array's name in an .npz, an HDF5 file or a Zarr store; "" for an .npy.
     shape, dtype: of the whole array, in native byte order. Raises: DataError for files that cannot be read.
@@ -288,7 +286,7 @@ class _FolderRows:
         for i in map(int, np.unique(indices)):
             with readable(self._paths[i]):
                 array = np.lib.format.open_memmap(self._paths[i], mode="r").reshape(-1, *self.shape[1:])
-                values[indices == i] = array[rows[indices == i] - self._ends[i]]  # counted from the end of the file
+                values[indices == i] = array[rows[indices == i] - self._ends[i]]  # negative: from the file's end
         return values
 
 

@@ -59,7 +59,7 @@ class Batches:
         return self._source.read(self.indices(step, rows))
 
     def indices(self, step: int, rows: np.ndarray) -> np.ndarray:
-        """Returns the examples int64 [n] in n rows of the batch at a step."""
+        """Returns the indices, int64 [n], of the examples in n rows of the batch at a step."""
         num_lanes = len(self._lane_ends) - 1
         lanes, places = np.divmod(rows, self._batch_size // num_lanes)
         starts, lengths = self._lane_ends[lanes], np.diff(self._lane_ends)[lanes]
@@ -76,7 +76,7 @@ class Batches:
         return indices
 
     def _order(self, epoch: int, low: int, high: int) -> np.ndarray:
-        """Returns the examples of a window, positions low ... high - 1 of an epoch, in random order; keeps recent results."""
+        """Returns the shuffled example indices of a window, positions low ... high - 1 of an epoch; keeps recent results."""
         order = self._orders.get((epoch, low))
         if order is None:
             while len(self._orders) >= 2 * (len(self._lane_ends) - 1):
@@ -86,7 +86,7 @@ class Batches:
 
 
 def _shuffle(seed: int, epoch: int, low: int, high: int, block_lengths: tuple[int, ...]) -> np.ndarray:
-    """Returns the examples int64 [high - low] at these positions of an epoch's permuted blocks, in random order."""
+    """Returns shuffled example indices, int64 [high - low]: positions low ... high - 1 of an epoch's permuted blocks."""
     positions = low + np.random.default_rng((seed, epoch, low)).permutation(high - low)
     if len(block_lengths) == 1:
         return positions
@@ -104,7 +104,7 @@ def stream(batches: Batches, start: int = 0, workers: int = 0) -> grain.DatasetI
     workers: processes that decode; 0 for a thread in this process, which suits data in memory. Each worker reads whole
     batches, or for data with blocks, its own rows of each batch, so that it downloads only the blocks of these rows.
     """
-    import grain  # grain and absl's flags are slow to import; other data do not need them
+    import grain  # grain and absl's flags are slow to import, and only this function needs them
     from absl import flags
 
     prefetch, parts = _AHEAD, 1

@@ -1,7 +1,7 @@
 """Image sources: scikit-learn's digits, a folder of image files, and a cache for decoded images.
 
-The cache is in the user's cache directory, so that a data set is decoded once and not at every launch. The SHA-256 of the
-encoded files (names and contents) and the decoding settings names a cache file, so a changed source has another name.
+The cache is in the user's cache directory, so that a data set is decoded once and not at every launch. A cache file
+is named by the SHA-256 of the encoded files (names and contents) and the decoding settings: changed files are decoded again.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Folder(EncodedImages):
         return notes
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Raises: UnreadableFilesError with all images that cannot be read; DataError for another size, if none was given."""
+        """Raises: UnreadableFilesError with all unreadable images; DataError for unequal sizes if `image_size` is None."""
         images, failures = [], []
         for file in (self._files[i] for i in indices):
             try:

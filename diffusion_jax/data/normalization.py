@@ -41,7 +41,7 @@ class Normalization:
         return np.dtype(np.float64 if large else np.float32)
 
     def apply(self, data: np.ndarray) -> np.ndarray:
-        """Converts data [n, *spatial, C] to float32 x, computed in float64: float32 would round an offset of many scales."""
+        """Converts data [n, *spatial, C] to float32 x. Computes in float64, because float32 would round a large offset."""
         x = np.subtract(data, np.asarray(self.offset), dtype=np.float64)
         x /= np.asarray(self.scale)
         return x.astype(np.float32)
@@ -59,7 +59,7 @@ class Normalization:
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
 
     def describe_outside(self, conditions: np.ndarray) -> str:
-        """Describes the first of conditions [N, ..., C] outside [low, high], widened by a tenth, with advice; "" for none."""
+        """Describes the first condition of [N, ..., C] outside [low, high], widened by a tenth, with advice; "" for none."""
         if not self.low:
             return ""
         low, high = np.asarray(self.low), np.asarray(self.high)
@@ -114,7 +114,7 @@ class Normalized(DerivedSource):
         self.normalizations, self._bounded = dict(normalizations), tuple(bounded)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Raises: DataError for values that are not finite, or outside the limits."""
+        """Reads and standardizes examples. Raises: DataError for values that are not finite, or outside the limits."""
         batch = dict(self.source.read(indices))
         for name in [name for name in ("x", "condition") if name in batch]:
             values, x = batch[name], to_model_units(batch[name], self.normalizations.get(name))
@@ -135,7 +135,7 @@ def _check_finite(name: str, values: np.ndarray, indices: Sequence[int] | np.nda
     bad = np.argwhere(~np.isfinite(values))
     if bad.size:
         what = "" if name == "x" else f" in its {name}"
-        advice = "" if name == "x" else ", or give it no condition by the array condition_missing, bool [N]"
+        advice = "" if name == "x" else ", or mark it in the array condition_missing, bool [N]"
         raise DataError(
             f"example {indices[bad[0, 0]]} has values that are not finite{what}; remove or repair it{advice}"
         )
@@ -146,12 +146,12 @@ def find_normalizations(
 ) -> Normalizations:
     """Computes the normalizations that `config.data` describes, from the source of the training split.
 
-    `data.normalization` applies to float data: auto standardizes each channel by its mean and standard deviation, computed in
-    one pass over the source; limits maps `data.limits` to [-1, 1]; none does nothing. auto and limits standardize conditions.
+    `data.normalization` applies to float data: auto standardizes each channel by its mean and standard deviation, in one pass
+    over the source; limits maps `data.limits` to [-1, 1]; none does nothing. auto and limits also standardize conditions.
 
-    progress: called only if there is a pass.
-    Raises: ConfigError for settings that contradict each other; DataError for values that are not finite, a constant channel
-    or no condition.
+    progress: called only if the source is read in a pass.
+    Raises: ConfigError for settings that contradict each other; DataError for values that are not finite, a constant channel,
+    or conditions that are all missing.
     """
     config = resolve({"data": config})["data"]
     check({"data": config}, "data")
@@ -206,7 +206,7 @@ class _Totals:
 
 
 def _standardization(name: str, total: _Totals) -> Normalization:
-    """Raises: DataError for channels that are constant up to rounding."""
+    """Returns the constants that standardize. Raises: DataError for channels that are constant up to rounding."""
     mean, deviation = total.mean, np.sqrt(total.squares / total.count)
     constant = np.flatnonzero(deviation <= relative_rounding(total.dtype) * np.maximum(-total.low, total.high))
     if constant.size:

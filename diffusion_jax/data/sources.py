@@ -21,7 +21,7 @@ _BLOCK_BYTES = 2**24
 _NUM_CHECKED = 4
 _ARRAYS = ("x", "image", "label", "condition", "condition_missing")
 
-# (numbers of examples in the chunks that are read, number of all examples) -> the same numbers; shows the progress.
+# Shows the progress: (numbers of examples in the chunks, as they are read; number of all examples) -> the same numbers.
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
@@ -85,14 +85,14 @@ def batch_examples(batch: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def read_conditions(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays "condition" and "condition_missing" of a batch, or of a file, that exist."""
+    """Returns the arrays "condition" and "condition_missing" of a batch or file, if they exist."""
     return {name: batch[name] for name in ("condition", "condition_missing") if name in batch}
 
 
 def find_files(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     """Returns (the files below a folder, relative to the folder, in path order and without hidden files; notes).
 
-    Links out of the folder are not files of the data set.
+    Links out of the folder are skipped.
     """
     found = list(root.rglob("*"))
     links = {path for path in found if path.is_symlink() and leads_out(path, root)}
@@ -150,7 +150,7 @@ class NamedSource(Source):
 
 
 class Arrays:
-    """A source of arrays by the names of `Source.read`: NumPy arrays, or arrays in files that are read by indexing."""
+    """A source of arrays, named as in `Source.read`: NumPy arrays, or arrays in files that are read by indexing."""
 
     block_lengths: Sequence[int] = ()
 
@@ -278,14 +278,14 @@ def size_and_channels(config: Mapping) -> tuple[tuple[int, int], int]:
 
 
 def check_levels(images: np.ndarray, levels: int) -> None:
-    """Raises DataError for uint8 images with values other than `levels` even gray levels, as a likelihood needs them."""
+    """Raises DataError if uint8 images have values outside the `levels` evenly spaced gray levels that a likelihood needs."""
     grid = np.arange(256) * ((levels - 1) / 255)
     is_between = np.abs(grid - np.round(grid)) * (255 / (levels - 1)) > 0.5  # gray levels may be rounded to integers
     wrong = images[is_between[images]]
     if wrong.size:
         raise DataError(
             f"data.levels={levels}, but the images contain the value {wrong[0]}, which is not one of {levels} even gray "
-            "levels (resized images have others); use data.levels=256, in a new --workdir"
+            "levels (resizing makes other values); use data.levels=256, in a new --workdir"
         )
 
 
@@ -325,7 +325,7 @@ def check_examples(config: Mapping, source: Source) -> None:
             f"the examples have shape {list(found)}, not {list(shape)} as data.image_size and data.channels say{advice}"
         )
     label, condition, missing = map(arrays.get, ("label", "condition", "condition_missing"))
-    wrong: dict[str, str] = {}  # what these arrays must be
+    wrong: dict[str, str] = {}  # name of a wrong array: what the array must be
     if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
         wrong["label"] = "integers [n]"
     if condition is not None:
@@ -342,7 +342,7 @@ def check_examples(config: Mapping, source: Source) -> None:
 
 
 class CheckedSource(DerivedSource, NamedSource):
-    """A user's source. Every batch must have the arrays and shapes of the first example; types are converted to its types."""
+    """A user's source. Batches must have the first example's arrays and shapes, and are converted to that example's types."""
 
     @classmethod
     def from_config(cls, config: Mapping) -> Source:
@@ -389,7 +389,7 @@ class CheckedSource(DerivedSource, NamedSource):
             for name, (dtype, shape) in expected.items()
         ):
             listed = (", ".join(f'"{k}" {d} {list(s)}' for k, (d, s) in arrays.items()) for arrays in (found, expected))
-            raise DataError("{} returns {}, not as for its first example {}".format(where, *listed))
+            raise DataError("{} returns {}; its first example has {}".format(where, *listed))
         batch = {name: batch[name].astype(dtype, copy=False) for name, (dtype, _) in expected.items()}
         labels = batch.get("label", np.zeros(0, int))
         if self.num_classes and labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
@@ -406,7 +406,7 @@ class CheckedSource(DerivedSource, NamedSource):
 def are_held_out(keys: Iterable[bytes], share: float) -> np.ndarray:
     """Returns bool [N]: whether the SHA-256 of each example's key falls into the held-out share.
 
-    An example's split does not change when other examples come, go or move; examples with equal keys share a split.
+    An example's split does not depend on other examples or their order; examples with equal keys share a split.
     """
     hashes = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
     return np.array([value < share * 2**64 for value in hashes], bool)
@@ -420,7 +420,7 @@ def select_split(source: NamedSource, loaded: Source, share: float, split: str) 
     held_out = are_held_out(source.holdout_keys(loaded), share)
     if held_out.all() or not held_out.any():
         raise DataError(
-            f"data.holdout={share} holds out {held_out.sum():,} of {len(held_out):,} examples; each split needs one: use "
-            "another share"
+            f"data.holdout={share} holds out {held_out.sum():,} of {len(held_out):,} examples; each split needs at "
+            "least one: use another share"
         )
     return SelectedExamples(loaded, np.flatnonzero(held_out == (split == "test")))

@@ -9,7 +9,7 @@
 | `diffusion_jax.data.synthetic:conditional` | 0, 2 | `CONDITIONAL`: a Gaussian that depends on a continuous condition |
 
 Spatial axes have any size. Each data set has a split "train" with 20,000 examples and a split "test" with 4,000, drawn
-independently. A distribution has its exact covariance, spectrum, density or conditional mean, its entropy, and `sample`.
+independently. The methods return the exact covariance, spectrum, density or conditional mean, the entropy, and samples.
 
     --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2
 
@@ -51,7 +51,7 @@ _NUM_EXAMPLES = {"train": 20_000, "test": 4_000}
 
 @dataclasses.dataclass(frozen=True)
 class SeriesDistribution:
-    """A stationary Gaussian series with C channels: a damped oscillation that reaches channels with delays, and rough noise.
+    """A stationary Gaussian series with C channels: a damped oscillation, delayed in each channel, plus rough noise.
 
     x_c(s) = mean_c + scale_c (a_c u(s - delay_c) + sqrt(1 - a_c^2) v_c(s)), a_c = oscillating_c, with
     E u(s + h) u(s) = exp(-|h| / damping) cos(2 pi frequency h), and rough parts v (Matern processes of smoothness 1/2) with
@@ -71,7 +71,7 @@ class SeriesDistribution:
     correlation: float = 0.5
 
     def cross_covariance(self, lags: np.ndarray) -> np.ndarray:
-        """E (x_c(s + h) - mean_c) (x_d(s) - mean_d) at lags h [K]; [K, C, C]."""
+        """Returns E (x_c(s + h) - mean_c) (x_d(s) - mean_d) at lags h [K]: [K, C, C]."""
         lags = np.asarray(lags, np.float64)[:, None, None]
         delays, amplitudes, scales = (np.array(v) for v in (self.delays, self.oscillating, self.scales))
         shifted = lags - delays[:, None] + delays
@@ -128,9 +128,9 @@ class FieldDistribution:
     noise: float
 
     def _transfer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The transfer from the fields' white noises u to the channels, without the scales: complex [*K, C, J]."""
+        """Returns the filter from the fields' J white noises to the channels, without the scales: complex [*K, C, J]."""
         if len(shape) != len(self.lengths[0]):
-            raise ValueError(f"shape={shape} must have {len(self.lengths[0])} spatial axes, as this distribution")
+            raise ValueError(f"shape={shape} must have {len(self.lengths[0])} spatial axes, like this distribution")
         frequencies = np.stack(np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"), axis=-1)
         squares = np.square(2 * np.pi * frequencies) @ np.square(self.lengths).T
         power = (1 + squares) ** -np.array(self.exponents)
@@ -145,7 +145,7 @@ class FieldDistribution:
         return standardized * np.outer(self.scales, self.scales)
 
     def cross_covariance(self, shape: tuple[int, ...]) -> np.ndarray:
-        """E (x_c(s + r) - mean_c) (x_d(s) - mean_d) at every lag r, modulo the shape: [*shape, C, C]."""
+        """Returns E (x_c(s + r) - mean_c) (x_d(s) - mean_d) at every lag r, modulo the shape: [*shape, C, C]."""
         return np.fft.ifftn(self.spectrum(shape), axes=tuple(range(len(shape)))).real
 
     def entropy(self, shape: tuple[int, ...]) -> float:

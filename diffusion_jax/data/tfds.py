@@ -62,7 +62,7 @@ def make_builder(name: str, data_dir: str | None, *, must_be_prepared: bool = Fa
 
 @functools.cache
 def _refuse_imports(base: Any) -> None:
-    """Makes TFDS refuse the types of features that features.json names, unless they are TFDS's own or already imported."""
+    """Makes TFDS refuse feature types in features.json, except TFDS's own types and types that are already imported."""
     find = base.cls_from_name.__func__
 
     def find_type(cls, name: str) -> Any:
@@ -141,7 +141,7 @@ def prepare(name: str, data_dir: str | None) -> None:
 
 
 def _unanswered_host(builder: Any) -> str:
-    """Names a data set's server that does not answer, and why; "" if the first answers. TFDS would try for minutes."""
+    """Returns "HOST does not answer (REASON)" for a data set's first URL, or "". TFDS would try for minutes."""
     import requests
 
     url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
@@ -159,7 +159,7 @@ def _unanswered_host(builder: Any) -> str:
     thread = threading.Thread(target=request, daemon=True)  # because name resolution has no timeout
     thread.start()
     thread.join(_ANSWER_SECONDS)
-    reason = failures[0] if failures else f"nothing in {_ANSWER_SECONDS:.0f} s"
+    reason = failures[0] if failures else f"no answer in {_ANSWER_SECONDS:.0f} s"
     return f"{urlsplit(url).netloc} does not answer ({reason})" if reason else ""
 
 
@@ -196,7 +196,7 @@ class Tfds(EncodedImages):
         self.num_classes = getattr(features["label"], "num_classes", 0) or 0 if "label" in features else 0
         self.class_names = tuple(features["label"].names) if self.num_classes else ()
         self._shards: _TfRecords | _BucketShards | None = None
-        if is_url(data_dir):  # an array_record data set above data.disk_mb is streamed; any other is copied as a whole
+        if is_url(data_dir):  # an array_record data set above data.disk_mb is streamed; others are copied as a whole
             if file_format == "array_record" and builder.info.dataset_size > config["disk_mb"] * 2**20:
                 self._shards = _BucketShards(instructions, config["disk_mb"])
                 self.block_lengths = self._shards.lengths
@@ -238,7 +238,7 @@ class Tfds(EncodedImages):
 
 
 class _TfRecords:
-    """The records in TFDS's file instructions for tfrecord files, in order. Picklable.
+    """The records that TFDS's file instructions select in tfrecord files, in order. Picklable.
 
     The offsets of all records are computed once from the record lengths. Raises: DataError for files that are missing or do
     not contain the expected records. The checksums of the data are not verified.
@@ -263,9 +263,9 @@ class _TfRecords:
 
 
 class _BucketShards:
-    """The records in TFDS's file instructions for array_record files in a bucket, in order. Picklable.
+    """The records that TFDS's file instructions select in a bucket's array_record files, in order. Picklable.
 
-    A file is downloaded when one of its records is read. disk_mb: as for `storage.downloads.cached_files`, in megabytes.
+    A file is downloaded when one of its records is read. disk_mb: `max_bytes` of `downloads.cached_files`, in megabytes.
     lengths: the number of records in each file.
     """
 
@@ -278,7 +278,7 @@ class _BucketShards:
 
     @functools.cached_property
     def _opened(self) -> tuple[ObjectStore, dict[str, ObjectInfo], dict[int, Any]]:
-        """(the bucket's folder, its objects by name, readers of the files that the last call read by their positions)."""
+        """Returns (the bucket's folder, its objects by name, {position of a file: reader} for the files of the last read)."""
         store = open_store(with_urls(str(pathlib.Path(self._instructions[0].filename).parent)))
         return store, store.list(), {}
 
@@ -320,7 +320,7 @@ class _BucketShards:
                     f"{store.url}/{names[shard]} is corrupted: {found}, expected {expected:,}; copy the data set again"
                 )
             opened[shard] = reader
-        for shard in opened.keys() - set(shards):  # the space of a deleted file is free when its reader is closed
+        for shard in opened.keys() - set(shards):  # a deleted file's space is freed only when its reader is closed
             del opened[shard]
         return opened
 

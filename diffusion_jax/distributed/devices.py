@@ -156,12 +156,12 @@ def compiler_options(
 ) -> dict[str, Any]:
     """Returns compiler options for outermost programs, such as the train step.
 
-    Options that XLA_FLAGS sets are left out, and on CPUs all options if jaxlib does not know one. Another jit cannot call a
-    program with options.
+    Options that XLA_FLAGS sets are left out. On CPUs, all options are left out if jaxlib does not know one of them. Another
+    jit cannot call a program with options.
 
     deterministic: makes GPU results bit-identical between runs. Programs of CPUs and TPUs always add in the compiled order.
     fast_compile: halves the compile time on CPUs, for a program that runs once, such as initialization. platform: "cpu",
-    "gpu" or "tpu"; by default the present devices'.
+    "gpu" or "tpu"; by default that of the present devices.
     """
     backend = platform or jax.default_backend()
     on_cpu, on_gpu = _FAST_COMPILE if fast_compile else _CONVOLUTIONS, DETERMINISTIC if deterministic else {}

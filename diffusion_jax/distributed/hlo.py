@@ -29,7 +29,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """An instruction. cycles: estimated, of one execution. called: the names of computations; line: its text."""
+    """An instruction. cycles: estimate for one execution. called: names of called computations. line: text after the name."""
 
     name: str
     opcode: str
@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
 
 
 class Program:
-    """Computations by name, each {name of an instruction: Instruction}, as in the text of a scheduled HLO module."""
+    """The computations in the text of a scheduled HLO module: {computation's name: {instruction's name: Instruction}}."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -69,7 +69,7 @@ class Program:
                     yield from self.executed(name, count * self._iterations(instruction))
 
     def _iterations(self, instruction: Instruction) -> int:
-        """Returns a loop's number of iterations: as known, or the limit of its counter, as in a scan; 1 if it is unknown."""
+        """Returns a loop's number of iterations: as stated, or the limit of its counter, as in a scan; 1 if unknown."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.line):
             return int(known[1])
         condition = re.search(r"condition=(%[\w.-]+)", instruction.line)
@@ -107,7 +107,7 @@ class Program:
 
 
 def read_arrays(text: str) -> tuple[Array, ...]:
-    """Returns the arrays of a type, such as bf16[32,32,3]{2,1,0:T(8,128)(2,1)}, or of a tuple of types."""
+    """Returns the arrays in the text of a type, such as bf16[32,32,3]{2,1,0:T(8,128)(2,1)}, or of a tuple of types."""
     found = []
     for dtype, dimensions, order, tile, rest in _ARRAY.findall(text):
         if dtype not in BYTES:
@@ -145,7 +145,7 @@ def _read_instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`."""
+    """Returns the index of the parenthesis that closes the parenthesis at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)

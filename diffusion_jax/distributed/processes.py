@@ -129,7 +129,7 @@ def gather(value: Any) -> list[Any]:
 def broadcast_from_process_0(function: Callable[[], _T]) -> _T:
     """Calls `function` on process 0, and returns the value on every process.
 
-    This avoids differences between processes, because file systems may show each process another state. The value is passed
+    All processes then agree, even if a file system shows them different states. The value is passed
     as JSON. Raises: on process 0 the error of `function`; on other processes an OSError with the same message.
     """
     error, result = None, {}
@@ -184,9 +184,9 @@ def abort_process(message: str, exit_code: int) -> None:
 class Watchdog:
     """A thread that ends the process with one line when no step has finished for too long.
 
-    The limit is `seconds`, or five times the longest step if longer; 0 for no limit. The first step has no limit, because it
-    may include compilation and connects the processes. The watchdog is a thread, because a process with a stuck peer waits
-    inside a collective, where no Python code runs.
+    The limit is `seconds`, or five times the longest step if that is longer; `seconds`=0 is no limit. The first step has no
+    limit, because it may include compilation and connects the processes. The watchdog is a thread, because a process with a
+    stuck peer waits inside a collective, where no Python code runs.
     """
 
     def __init__(self, seconds: float):

@@ -64,7 +64,7 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Replicates over a mesh the arrays that are not on its devices already; they are equal on every process.
+    """Replicates arrays over a mesh, except arrays already on its devices; arrays must be equal on every process.
 
     Arrays on the devices of several processes stay where they are.
     """
@@ -106,7 +106,7 @@ def state_sharding(mesh: Mesh, state: _State) -> _State:
 
 
 def gather_params(function: Callable, mesh: Mesh, dtype: DTypeLike, kept_names: Sequence[str] = ()) -> Callable:
-    """Wraps function(params, *rest), to be differentiated by params, for parameters that are split over `fsdp`.
+    """Wraps a function (params, *rest) for parameters that are split over `fsdp`; the wrapper is differentiable by params.
 
     Each leaf is gathered separately, and its gradient is scattered. dtype: the gathered leaves' dtype, in which the layers
     compute. kept_names: if `function` contains a jax.checkpoint, the names of all values that it stores for the backward
@@ -165,7 +165,7 @@ class BatchFunction:
     """
 
     def __init__(self, function: Callable, params: Any, mesh: Mesh, batch_size: int):
-        """function: (params, *numbers, batch) -> arrays [B, ...]. batch_size: rounded up to a multiple."""
+        """function: (params, *numbers, batch) -> arrays [B, ...]. batch_size: rounded up to a multiple of mesh.size."""
         whole, self._by_rows = replicated(mesh), batch_sharding(mesh)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._params, self._own_rows = jax.device_put(params, whole), process_rows(self.batch_size, mesh)
@@ -179,8 +179,8 @@ class BatchFunction:
     def __call__(self, read: Callable[[np.ndarray], Any], start: int, count: int, *numbers: np.generic) -> Any:
         """Computes the results for the batch that starts at example `start`, and returns them on every process.
 
-        read: indices -> arrays; each process reads the rows for its own devices. count: of all examples, so that the last
-        batch may be smaller.
+        read: indices -> arrays; each process reads the rows for its own devices. count: the number of all examples; the
+        last batch may be smaller.
         """
         # The last batch is padded with copies of the last example, whose results are dropped.
         own = read(np.minimum(start + self._own_rows, count - 1))

@@ -36,11 +36,11 @@ class StoppedBySignal(BaseException):
 
 
 class SignalHandler:
-    """Handles SIGTERM and Ctrl-C from `install`, or inside `saving`.
+    """Handles SIGTERM and Ctrl-C after `install`, or inside `saving`.
 
     A signal ends the process at once with one line: result files are written completely or not at all, and locks end with the
-    process. Inside `saving`, the first signal is only recorded: the train loop of every process asks `requested` in each
-    iteration, and saves if the answer is True. A second Ctrl-C ends the process at once.
+    process. Inside `saving`, the first signal is only recorded: the train loop of every process calls `requested` in each
+    iteration, and saves if the result is True. A second Ctrl-C ends the process at once.
 
     With several processes, JAX's preemption service chooses the step at which all processes save. The service handles
     SIGTERM from the time when the processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
@@ -75,7 +75,7 @@ class SignalHandler:
         if self._writer is None:
             return
         for number, before in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: Python did not install it
+            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: not installed by Python
         signal.set_wakeup_fd(self._descriptor)
         self._writer.close()
         self._thread.join()
@@ -83,7 +83,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Records signals inside the block, so that the train loop can save; installs the handlers if no program did."""
+        """Records signals inside the block, so that the train loop can save; calls `install` if no program did."""
         self._number, self._interrupted, self._num_calls = None, False, 0
         is_in_program, self._is_saving = self._writer is not None, True
         if not is_in_program:

@@ -15,8 +15,8 @@ from diffusion_jax.errors import UserError, first_line
 class Chip(NamedTuple):
     """Published figures of a device: bytes of memory, bfloat16 FLOP/s, and bytes/s between the device and its memory.
 
-    flops_per_cycle: of all its matrix units. The compiler's cycles for a product of two bfloat16 matrices of 4096 x 4096
-    are 3% to 15% more than this. axes: of a topology's shape.
+    flops_per_cycle: of all matrix units. For a product of two 4096 x 4096 bfloat16 matrices, the compiler estimates 3% to 15%
+    more cycles than this number gives. axes: the number of axes in a topology's shape.
     """
 
     memory: float
@@ -52,7 +52,7 @@ def find_chip(topology: str) -> Chip:
 def tpu_devices(topology: str) -> list:
     """Returns the devices of a topology, such as "v5e:2x2". Programs compile for them but do not run.
 
-    Raises: UserError if libtpu is not installed, or for a topology that it does not know.
+    Raises: UserError if libtpu is not installed, or for a topology that libtpu does not know.
     """
     find_chip(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -63,7 +63,7 @@ def tpu_devices(topology: str) -> list:
     environment = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in (environment | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
         os.environ.setdefault(name, value)
-    # JAX's meshes need one device for each chip; by default v4 has one for each of a chip's two cores.
+    # JAX's meshes need one device for each chip; by default, each of a v4 chip's two cores is a device.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

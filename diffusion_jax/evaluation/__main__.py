@@ -63,7 +63,7 @@ def make_parser() -> Parser:
     add("--inception", default="", help=f"{text}classify_image_graph_def.pb")
     add("--features", help="inception, digits, or module:function (examples [N, *spatial, C] -> features [N, D])")
     names = f"some of {', '.join(METRICS)}, and module:function"
-    add("--metrics", help=f"{names}; by default feature metrics for images, all that suit for other examples")
+    add("--metrics", help=f"{names}; by default feature metrics for images, all suitable metrics for other examples")
     add("--resize", default="tf1", help="to 299 pixels: tf1 (FID), pytorch (pytorch-fid's) or clean (clean-fid's)")
     add("--batch_size", type=int, default=64, help="examples per batch; the metrics do not depend on the batch size")
     add("--data_dir", default="", help="directory of the data sets, by default ~/tensorflow_datasets")

@@ -41,7 +41,7 @@ from diffusion_jax.untrusted import open_npz, read_json
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
 _Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # other limits: NAME_limit
-# Entries of a record besides metrics, which no metric of the user may replace.
+# Entries of a record besides metrics; a user's metric must not have these names.
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
 _RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
 _RECORD_KEYS |= {"dataset", "conditions", "versions", "backend", "drawn_with", "init_from", "run"}
@@ -225,7 +225,7 @@ def _possible_metrics(
         log(f"Not measured: {'; '.join(missing)}.")
     names = [name for name, reason in reasons.items() if not reason]
     if not names:
-        raise ValueError("nothing is left to measure; name other metrics")
+        raise ValueError("none of the metrics can be computed; choose other metrics")
     if extractor and extractor.name == "inception" and not extractor.published:
         log("Note: these weights are not the published Inception weights for FID, so no metric is called FID.")
     for each in (reference, samples):
@@ -273,7 +273,7 @@ def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
 def _draw_neighbors(
     reference: ExampleSet, samples: ExampleSet, result: Result, space: str, channels: pictures.Channels
 ) -> pictures.Picture:
-    """Draws the samples nearest to reference examples, each in a row with these examples. space: what distances compare."""
+    """Draws the samples closest to the reference, each before its nearest examples. space: the compared features."""
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
     one, other = (pathlib.Path(each.name).name for each in (reference, samples))
@@ -303,7 +303,7 @@ def log_values(record: Mapping[str, Any]) -> None:
 
 
 def remarks(key: str, record: Mapping[str, Any]) -> list[str]:
-    """Returns the better direction of a metric, and what it is for equal distributions, as far as known."""
+    """Returns a metric's better direction and its value for equal distributions, if known."""
     meaning = find_meaning(key)
     found = [f"{meaning.better} is better"] if meaning and meaning.better else []
     expected = _EXPECTED_CLOSE_SHARE if key == "close_share" else record.get(f"{key}_same_distribution")

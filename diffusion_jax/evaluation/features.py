@@ -77,7 +77,7 @@ class ExampleSet:
     """A set of examples, or feature statistics, which may come from more examples than the file has.
 
     statistics: ADM's (mu, sigma, mu_s, sigma_s) or pytorch-fid's (mu, sigma). Statistics files do not store the number of
-    examples, so `count` is 0.
+    examples, so `Moments.count` is 0.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ExampleSet:
 
     @property
     def is_of_images(self) -> bool:
-        """Whether the examples are images, also for statistics, which always describe images."""
+        """Whether the examples are images; True for statistics, which always describe images."""
         return self.examples is None or is_of_images(self.first)
 
     @functools.cached_property
@@ -120,7 +120,7 @@ def sample_files(workdir: pathlib.Path, pattern: str = "samples/*.npz") -> list[
 
 
 def _modified_time(path: pathlib.Path) -> float:
-    """Returns when a file was last written; 0 for a file that was removed meanwhile, or a link to none."""
+    """Returns when a file was last written; 0 for a file that was removed meanwhile, or a broken link."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -161,7 +161,7 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
 
 
 def open_file(path: pathlib.Path, name: str) -> ExampleSet:
-    """Opens the examples and statistics in a file, for samples with their labels (arr_1). Raises: ValueError, DataError."""
+    """Opens the examples and statistics in a file; samples include their labels (arr_1). Raises: ValueError, DataError."""
     statistics, has_examples = None, True
     if is_npz := path.is_file() and zipfile.is_zipfile(path):
         with readable(path), open_npz(path, limit=math.inf) as arrays:
@@ -192,7 +192,7 @@ def _read_labels(path: pathlib.Path, count: int) -> np.ndarray | None:
     with zipfile.ZipFile(path) as archive:
         if "arr_1.npy" not in archive.namelist():
             return None
-        with archive.open("arr_1.npy") as file:  # its size is not known to be small
+        with archive.open("arr_1.npy") as file:  # reads only the header, because the array may be large
             shape, _, dtype = read_header(file, archive.getinfo("arr_1.npy").file_size)
     if shape != (count,) or dtype.kind not in "iu":
         return None
@@ -223,7 +223,7 @@ def read_all(
 ) -> np.ndarray | LazyExamples:
     """Returns all examples, standardized, float32 [n, *spatial, C]: in memory up to 1 GiB, otherwise read when needed.
 
-    normalization: None leaves the values unchanged. in_data_units: not standardized, as `normalization.data_dtype`.
+    normalization: None leaves the values unchanged. in_data_units: data units instead, as `normalization.data_dtype`.
     """
 
     def read(indices: np.ndarray) -> np.ndarray:
@@ -282,8 +282,8 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
 def digits() -> FeatureExtractor:
     """Returns this package's small classifier of scikit-learn's digits, for 8x8 gray images.
 
-    The metrics can only compare sets of generated digits with each other. `benchmarks/digits_features.py` trained the
-    classifier on the reference images.
+    The metrics can only compare sets of generated digits with each other, because `benchmarks/digits_features.py` trained
+    the classifier on the reference images.
     """
     content = DIGITS_PATH.read_bytes()
     flat = {tuple(name.split(".")): jnp.asarray(value) for name, value in safetensors.numpy.load(content).items()}

@@ -184,7 +184,7 @@ class Inception(nn.Module):
     """Computes the features "pool" and "spatial" of images, float32 [B, 299, 299, 3], scaled to about [-1, 1].
 
     pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of TensorFlow's mixed_6/conv at 17x17
-    positions. The last layer, from pool to 1008 classes, is only a parameter.
+    positions. The last layer, from pool to 1008 classes, only adds parameters.
     """
 
     @nn.compact
@@ -255,7 +255,7 @@ def _numbered(name: str, i: int) -> str:
 
 
 def _tower(branch: str, towers: list[str]) -> str:
-    """Returns the scope of a convolution in its block; only branches with several layers, also a pool, have a tower."""
+    """Returns the scope of a convolution in its block; only branches with several layers (a pool counts) have a tower."""
     match = re.fullmatch(r"(\w+?)(?:_(\d)([ab]?))?", branch)
     assert match is not None  # every convolution in a branch has such a name
     name, position, fork = match.groups()
@@ -266,7 +266,7 @@ def _tower(branch: str, towers: list[str]) -> str:
 
 
 def _read_graph(path: pathlib.Path, content: bytes) -> parameters.Tensors:
-    """Reads the variables of a frozen TensorFlow graph, which are constants there. Raises: PretrainedError."""
+    """Reads the variables of a frozen TensorFlow graph, which are stored as constants. Raises: PretrainedError."""
     with needs_extra(f"{path} needs TensorFlow", "tfds", PretrainedError):
         import tensorflow as tf
     graph = tf.compat.v1.GraphDef()

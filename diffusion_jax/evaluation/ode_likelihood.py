@@ -130,7 +130,7 @@ def log_density(
 
 
 def _finite_ends(schedule: Schedule, dtype) -> list[jax.Array]:
-    """Returns log(sigma / alpha) at the ends of the path or, where the path's is infinite, at the schedule's outer steps."""
+    """Returns log(sigma / alpha) at both ends of the path; at the schedule's outer step instead of an infinite value."""
     steps = schedule.timesteps[0], schedule.timesteps[-2:][0] if schedule.zero_terminal_snr else schedule.timesteps[-1]
     ends = []
     for end, step in zip(schedule.path.interval, steps, strict=True):
@@ -164,8 +164,8 @@ def bits_per_dim(
       step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
       - log2 P(x_0 | x_1)], without an offset, because the decoder includes it. x_1 is at index 0 of `schedule`, where a
       respaced schedule may have more noise.
-    none: for continuous data; -log2 p(x_0) / D, which may be negative, with x_0 in place of x_1. For standardized data add
-      `likelihood.standardization_bits`.
+    none: for continuous data; -log2 p(x_0) / D, which may be negative, as if x_0 had the first noise level. For standardized
+      data add `likelihood.standardization_bits`.
 
     Args: as `log_density`; the variational decoder has the denoiser's variance and a clip to [-1, 1], and the exact CDF;
       gray_levels: may be None for continuous data with dequantization "none".

@@ -2,9 +2,9 @@
 
 `of_features` compares features [N, D] of two sets, and `of_arrays` compares the examples, float arrays [n, *spatial, C].
 
-A metric is a function (reference, samples, options) -> `Result` and one line in `METRICS`. The setting `evaluation.metrics`,
-the command's `--metrics`, records, pictures and reports follow this table; both settings also take the name of a user's
-function.
+A metric is a function (reference, samples, options) -> `Result` and one line in `METRICS`. Records, pictures and reports
+follow this table. The setting `evaluation.metrics` and the option `--metrics` take names in the table, and the name of a
+user's function.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Metric(NamedTuple):
       data: the same arrays in data units, float32, or float64 if an offset is more than 1000 scales.
       vectors: the features of images, or the examples for other data.
     minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
-    records, with features from the published Inception and from other extractors; the result's names are then endings of
-    this name. conditions: the parameters of a user's function that take labels or conditions, {name: whether it is required}.
+    records, with features from the published Inception and from other extractors; the names in `Result.values` are then
+    suffixes. conditions: the parameters of a user's function that take labels or conditions, {name: whether it is required}.
     """
 
     compute: Callable[[Any, Any, Options], Result]
@@ -193,7 +193,7 @@ def _frechet_distance(reference: Moments, samples: Moments, options: Options) ->
 
 
 def _kid(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
-    # A quarter of small sets, because the variance over subsets that are nearly a whole set is not informative.
+    # At most a quarter of a set: the variance over subsets that are nearly the whole set is not informative.
     size = min(_KID_SUBSET_SIZE, min(len(reference), len(samples)) // 4)
     settings = {"subsets": 100, "subset_size": size, "seed": 2020}
     kid = of_features.kid(reference, samples, **settings)
@@ -207,7 +207,7 @@ def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Option
 
 
 def _shares(function: Callable, k: int) -> Metric:
-    """Returns a metric of two numbers, which the function's name joins, from manifolds of k neighbors."""
+    """Returns a metric with two numbers from manifolds of k neighbors; the function's name joins both names."""
     name = function.__name__
 
     def compute(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
@@ -393,7 +393,7 @@ METRICS: dict[str, Metric] = {
 
 
 class Meaning(NamedTuple):
-    """A number of a record, for people.
+    """The description of a number in records.
 
     name: with the unit. better: "lower", "higher" or "closer to 0"; "" for a number that does not rank models. text: the
     definition.
@@ -518,7 +518,7 @@ def reported_values(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def format_value(value: float, error: float | None = None) -> str:
-    """Formats a number; with an error, rounds the decimals of both to its first digit, or to two if the first is 1."""
+    """Formats a number; with an error, both have the decimals of the error's first digit, or of two if the first is 1."""
     if not error or not math.isfinite(error):
         return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
     first = math.floor(math.log10(error))  # the place of the error's first digit

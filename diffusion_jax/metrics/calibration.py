@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-_FALSE_ALARM = 0.0027  # of all tests together: three standard deviations for one
+_FALSE_ALARM = 0.0027  # probability, for all tests together; three standard deviations for a single test
 
 
 def ranks(
@@ -43,7 +43,7 @@ def distance_ranks(
     references: Float[np.ndarray, "N *shape"],
     seed: int = 0,
 ) -> Int[np.ndarray, "N"]:
-    """Returns the ranks of the distance to a reference point of each example (TARP): the truth's among the samples'.
+    """Returns the rank of each truth's distance to a reference point among the distances of its samples (TARP).
 
     references: in the units of the truth; points that depend on the measurement, such as an estimate of the truth from the
     measurement, find samples that ignore the measurement. The units of the numbers weight the distance.
@@ -112,9 +112,7 @@ def rank_test(found: Int[np.ndarray, "N"], num_samples: int) -> RankTest:
     Raises: ValueError for fewer than 2 samples.
     """
     if num_samples < 2:
-        raise ValueError(
-            f"a rank among {num_samples} sample{'s' * (num_samples != 1)} has no test; draw at least 2, better 19"
-        )
+        raise ValueError(f"a test of ranks needs at least 2 samples of each example, better 19; got {num_samples}")
     levels = np.arange(num_samples + 1) - num_samples / 2
     variance, fourth = np.mean(levels**2), np.mean(levels**4)
     centered = np.asarray(found) - num_samples / 2
@@ -153,9 +151,9 @@ def cross_predict(
 def detectable_errors(num_examples: int, num_samples: int, num_quantities: int = 1) -> tuple[float, float, float]:
     """Returns the errors that `find_calibration` finds in about 95% of repetitions, for Gaussian posteriors.
 
-    Returns: (a shift in posterior deviations, the largest and the smallest ratio of the sampled and the exact deviation that
-    are found as too narrow and too wide). A ratio is 0 or infinite where no such error is found. One quantity has the error,
-    and `references` are given, whose tests raise the limit.
+    Returns: (the smallest shift, in posterior deviations; the largest ratio of the sampled to the exact deviation that is
+    found as too narrow; the smallest ratio that is found as too wide). A ratio is 0 or infinite if no such error is found.
+    Assumes that one quantity has the error, and that `references` are given, whose tests raise the limit.
     """
     test = rank_test(np.zeros(num_examples, int), num_samples)  # for its standard errors
     reach = _limit(2 * num_quantities + 2) + statistics.NormalDist().inv_cdf(0.95)
@@ -171,14 +169,14 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
 
 
 def _limit(num_tests: int) -> float:
-    """Returns how many standard errors the largest of several results exceeds in 0.27% of cases, for exact samples."""
+    """Returns the number of standard errors that the largest result exceeds in 0.27% of cases, for exact samples."""
     return statistics.NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / num_tests)
 
 
 class Calibration(NamedTuple):
     """The result of `find_calibration`.
 
-    ranks: [N] for each quantity by name, and "distance" for the ranks of distances. tests: of these ranks. coverage: (share,
+    ranks: [N] for each quantity by name, and "distance" for the ranks of distances. tests: by these names. coverage: (share,
     standard error) of 90% intervals by name, empty if the number of samples does not allow them. sentence: the result.
     """
 
@@ -196,7 +194,7 @@ def find_calibration(
 ) -> Calibration:
     """Tests the ranks of Q quantities, and of their distance to `references` if they are given.
 
-    A test fails beyond the number of standard errors that all tests together exceed in 0.27% of exact samplers.
+    A test fails beyond a number of standard errors that, for exact samplers, the largest result exceeds in 0.27% of cases.
     names: of the quantities. Raises: ValueError for arrays in other shapes, numbers that are not finite, fewer than 2
     samples, and names that do not fit.
     """

@@ -149,7 +149,7 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
 
 
 def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
-    """Precision, the share of samples in the reference's manifold, and recall, with the sets exchanged; both in [0, 1].
+    """Returns precision, the share of samples in the reference's manifold, and recall, the same with the sets exchanged.
 
     Kynkaanniemi et al. 2019. A set's manifold is the union of balls around the members; a ball's radius is the distance to
     the k-th nearest other member. Distances that are equal up to rounding count as equal, so that repeated points and
@@ -200,7 +200,7 @@ def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) 
     """Returns (a report on samples that copy reference images, the samples' k nearest neighbors).
 
     reference, samples: features [N, D]. k: limited to the number of reference images. close_distance is the 1% quantile of
-    the nearest-neighbor distances above 0 within the reference, without duplicates; 0 if there are none. close_share is the
+    the nearest-neighbor distances in the reference, except 0 (duplicates); 0 if there are no others. close_share is the
     share of samples within close_distance of a reference image: about 0.01 for new images, near 1 for copies.
     """
     neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))

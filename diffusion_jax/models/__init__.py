@@ -40,7 +40,7 @@ __all__ = [
 
 _Network = UNet | MLP | CustomNetwork | Classifier
 _KINDS: dict[str, type[UNet] | type[MLP]] = {"unet": UNet, "mlp": MLP}
-# For errors: what a kind is, and the kind that fits other data.
+# For errors: the name of the network's kind, and advice for data that do not fit.
 _DESCRIPTIONS: dict[type, tuple[str, str]] = {
     UNet: ("a U-Net (model.kind=unet)", "vectors (data.image_size=()) need model.kind=mlp"),
     MLP: ("an MLP (model.kind=mlp)", "data with spatial axes need model.kind=unet"),
@@ -79,11 +79,11 @@ def from_config(
     function: Callable | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Any:
-    """Builds the network whose fields are the settings of `config.model`, and the field `spatial_dims`, which has no setting.
+    """Builds a network from the settings of `config.model`; `config` may also give the field `spatial_dims`.
 
-    kind: the class; by default the setting `kind`, or a U-Net without this setting. Settings that only the U-Net has must
-    keep their defaults for another network. function: replaces the function that `config.kind` names. shape: of an example,
-    (*spatial, C), for a check.
+    kind: the network's class; None to use the setting `kind`, by default a U-Net. Settings that only the U-Net has must
+    keep their defaults for another network. function: replaces the function that `config.kind` names. shape: the shape of
+    an example, (*spatial, C), to check that the network fits.
     Raises: ValueError for a setting that is not a field, and for a U-Net or an MLP that does not fit the shape.
     """
     options: dict[str, Any] = {

@@ -50,8 +50,7 @@ class Conditional(nn.Module):
       without, because zeros can be data. At 0 there is no null condition. A network with condition_dropout accepts
       condition=None for no conditions, and `null_condition` (NaN everywhere) for an example without a condition. Training
       drops label and condition together with the smaller of the two probabilities, because guidance also calls the network
-      without both inputs. With the difference between the probabilities, only the input with the larger probability is
-      dropped.
+      with neither. The input with the larger probability is also dropped alone, so that both probabilities hold.
     """
 
     num_classes: int = 0
@@ -120,7 +119,7 @@ class Conditional(nn.Module):
         return jnp.concatenate(parts, axis=-1), embedding
 
     def _prepare(self, y, condition, x_t, train: bool) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns the checked (labels, conditions), which training drops. Raises: ValueError, as `add_conditions`."""
+        """Returns (labels, conditions), checked and, in training, partly dropped. Raises: ValueError, as `add_conditions`."""
         shape = condition_shape(vars(self), x_t.shape[1:-1])
         if self.condition_features and self.condition_channels:
             raise ValueError(
@@ -159,7 +158,7 @@ class Conditional(nn.Module):
         return nn.Dropout(rate, deterministic=False, name=name)(jnp.ones(jnp.shape(rows)[:1])) > 0
 
     def _prepare_labels(self, y) -> jax.Array | None:
-        """Returns y as int, with traced labels out of range mapped one beyond the embedding. Raises: ValueError."""
+        """Returns y as int; traced labels out of range become an index whose embedding is NaN. Raises: ValueError."""
         if self.num_classes and y is None:
             raise ValueError(f"a network of {self.num_classes} classes needs y, the labels")
         if not self.num_classes and y is not None:
@@ -167,7 +166,7 @@ class Conditional(nn.Module):
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
     def _prepare_condition(self, condition, example_shape, num_rows: int) -> jax.Array | None:
-        """Returns the condition as an array, with nulls for None; None for a network without. Raises: ValueError."""
+        """Returns the condition as an array, nulls for None; None if the network takes no conditions. Raises: ValueError."""
         if example_shape is None:
             if condition is not None:
                 raise ValueError(

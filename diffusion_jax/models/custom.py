@@ -2,11 +2,11 @@
 
     def transformer(shapes: Shapes, *, width: int = 128, depth: int = 4, dropout: float = 0.0) -> nn.Module: ...
 
-The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)`: of
-init(key) -> params and apply(params, ...) -> output. A function that returns an NNX module has an argument `rngs`. The
-network receives only the arguments named in its signature, from `(x_t, time, y, condition, extra, train)`. `apply` may also
-name `key`, for random numbers; this key is None outside of training. If a keyword argument is named like a setting in
-`config.model`, such as `dropout`, the argument gets this setting; all other keyword arguments but `rngs` are
+The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)` of
+the functions init(key) -> params and apply(params, ...) -> output. A function that returns an NNX module has an argument
+`rngs`. The network receives only the arguments named in its signature, from `(x_t, time, y, condition, extra, train)`.
+`apply` may also name `key`, for random numbers; this key is None outside of training. If a keyword argument is named like a
+setting in `config.model`, such as `dropout`, the argument gets this setting; all other keyword arguments but `rngs` are
 `config.model.options`.
 """
 
@@ -46,14 +46,14 @@ class Shapes(NamedTuple):
 
 
 class CustomNetwork(Conditional):
-    """The network of a user's function, with the labels and conditions of `Conditional`, which training drops.
+    """A network made by a user's function. The labels and conditions, and their dropout in training, are `Conditional`'s.
 
     `CustomNetwork(...).apply({"params": params}, x_t, time, y, train, condition, extra)` -> [B, *spatial, out_channels]
     float32. The null label is `num_classes`. A null condition is the network's attribute `null_condition`, a number or an
     array that broadcasts to the condition; without this attribute, conditions cannot be dropped.
 
     kind: the name of the function, "module:function". function: makes the network; its arguments are described above.
-    settings: settings of `config.model` that the function takes. options: its other keyword arguments. Both are pairs
+    settings: settings of `config.model` that the function takes. options: other keyword arguments. Both are pairs
     (name, value), sorted. out_channels: channels of the output; None for x_t's number of channels. dtype: "bfloat16" casts
     the parameters, x_t and the condition before each call, and the output to float32; the time and `extra` stay float32.
     """
@@ -111,7 +111,7 @@ class CustomNetwork(Conditional):
         Raises: ValueError, one line: an output of another shape; an input without effect; a dropout above 0 without random
           numbers; variables that a call changes, such as the averages of BatchNorm.
         """
-        plain = self.clone(label_dropout=0.0, condition_dropout=0.0)  # without the random numbers of the program
+        plain = self.clone(label_dropout=0.0, condition_dropout=0.0)  # only the user's network draws random numbers
         inputs: dict[str, Any] = {
             name: jnp.repeat(value, 2, axis=0) for name, value in initial_inputs(plain, shape).items()
         }
@@ -221,7 +221,7 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
 
 
 def _plain_functions(init: Callable, function: Callable) -> _Functions:
-    """Stores the parameters, which may be any pytree such as an Equinox module, in nested dicts, as files need."""
+    """Wraps (init, apply) so that the parameters, any pytree such as an Equinox module, become nested dicts for files."""
     paths, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init, jax.random.key(0)))
     names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ("value",) for path, _ in paths]
 
@@ -237,7 +237,7 @@ def _plain_functions(init: Callable, function: Callable) -> _Functions:
 
 
 def _known_arguments(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the inputs that a signature has."""
+    """Returns the inputs that the function has as arguments."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in inputs.items() if name in names}
 
@@ -274,7 +274,7 @@ def read_options(
     }
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # hints of names that are imported for type checkers only, or no function
+    except (NameError, TypeError):  # names imported only for type checking, or a callable that is not a function
         hints = {}
     taken = {name: settings[name] for name in parameters if name in settings}
     known = {name: value for name, value in parameters.items() if name not in settings}

@@ -47,7 +47,7 @@ def platform() -> str:
 def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
     """[sin(time w_i), cos(time w_i)] with w_i = 10000^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
 
-    OpenAI's code has `cos_first=True, freq_shift=0`. time: float [B], in the network's unit of training; returns float32
+    OpenAI's code has `cos_first=True, freq_shift=0`. time: float [B], in the same unit as in training; returns float32
     [B, dim]. Raises: ValueError for a dim that is odd or below 4.
     """
     if dim % 2 or dim < 4:
@@ -66,7 +66,7 @@ class FourierEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, time) -> jax.Array:
-        """time: float [B], in the network's unit of training; returns float32 [B, 2 num_frequencies]."""
+        """time: float [B], in the same unit as in training; returns float32 [B, 2 num_frequencies]."""
         draw = nn.initializers.normal(16.0)
         frequencies = jax.lax.stop_gradient(self.param("frequencies", draw, (self.num_frequencies,), jnp.float32))
         angles = jnp.asarray(time, jnp.float32)[:, None] * (2 * math.pi * frequencies)
@@ -74,7 +74,7 @@ class FourierEmbedding(nn.Module):
 
 
 def times_of_rows(time, x_t) -> jax.Array:
-    """Returns the network time for each row of x_t [B, ...]: [B], from [B], or [] for one time. Raises: ValueError."""
+    """Returns the network time of each row of x_t [B, ...], as [B]. time: [B], or [] for all rows. Raises: ValueError."""
     shape = x_t.shape[:1]
     if jnp.shape(time) not in ((), shape):
         raise ValueError(
@@ -133,7 +133,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
     channels = x.shape[-1]
     pixel_axes, to_pixels = tuple(range(1, x.ndim - 1)), (slice(None), *(None,) * (x.ndim - 2))
 
-    # As products of matrices: TPUs need up to half a pass over x to sum [B, C] over the few channels in a group.
+    # Matrix products, because a plain sum of [B, C] over groups of few channels takes TPUs up to half a pass over x.
     members = jnp.arange(channels)[:, None] // (channels // num_groups) == jnp.arange(num_groups)
     members, product = members.astype(jnp.float32), functools.partial(jnp.matmul, precision="highest")
 
@@ -143,7 +143,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
     shift = jnp.zeros(()) if shift is None else shift
     center = jax.lax.stop_gradient(mean_of_group(_middle_mean(x) + shift) - shift)
     change = shift - jax.lax.stop_gradient(shift)  # 0, with the derivative of the shift
-    # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c, and precise for a c close to the mean.
+    # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c; this is precise if c is close to the mean.
     x = x.astype(jnp.float32)
     centered = x - center[to_pixels]
     first, second = centered.mean(pixel_axes), jnp.square(centered).mean(pixel_axes)
@@ -186,7 +186,7 @@ class Dropout(nn.Module):
         channels = x.shape[-1]
         rng = self.make_rng("dropout") if rng is None else rng
         half = -(-channels // 2)
-        # Row by row, the same bits fill a TPU's vectors of 128 numbers; the bits for one pixel may fill only half a vector.
+        # Bits are drawn for whole rows, to fill a TPU's vectors of 128 numbers; one pixel's bits may fill only half a vector.
         shape = (*x.shape[:-2], x.shape[-2] * half) if x.ndim > 3 else (*x.shape[:-1], half)
         pairs = jax.random.bits(rng, shape, jnp.uint32)
         bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], 2 * half)[..., :channels]
@@ -196,7 +196,7 @@ class Dropout(nn.Module):
 
 
 def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, where CPUs need another form for fast gradients.
+    """Computes `jax.lax.conv_general_dilated`; on CPUs, in a form with faster gradients.
 
     XLA's gradient of a convolution with three axes is slow on CPUs, so volumes [B, D, H, W, C] are convolved one slice of the
     kernel at a time: a train step of configs/volume.py takes 1.09 s without slices and 0.55 s with slices.
@@ -223,10 +223,10 @@ def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _convolve(x, kernel, strides, padding, precision):
-    """A convolution for CPUs whose gradient for x has a kernel with the axes [*spatial, in, out], as the convolution has.
+    """A convolution for CPUs; its gradient for x is a convolution with the same order of kernel axes, [*spatial, in, out].
 
     In loops, such as samplers, XLA computes a convolution with a kernel [*spatial, out, in] 20 times slower. So in loops on
-    CPUs, gradients are fast, and forward derivatives, which have the other order, are slow.
+    CPUs, gradients are fast, and forward derivatives, which need a kernel [*spatial, out, in], are slow.
     """
     return _convolve_with_axes("IO", x, kernel, strides, padding, precision)
 
@@ -239,7 +239,7 @@ def _convolve_with_axes(kernel_axes, x, kernel, strides, padding, precision):
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
 def _convolve_jvp(strides, padding, precision, primals, tangents):
-    """The derivative for x has the other order of axes, because transposing it, for the gradient, exchanges them."""
+    """Uses a kernel [*spatial, out, in] for dx, because the transposition to a gradient exchanges these two axes."""
     (x, kernel), (dx, dkernel), options = primals, tangents, (strides, padding, precision)
     y = _convolve(x, kernel, *options)
     terms = []
@@ -296,7 +296,7 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
 
 
 def _promote_except_kernel(x, kernel, bias, dtype):
-    """Leaves the kernel's dtype to `convolve_upsampled`, which sums taps before it rounds them."""
+    """Casts x and the bias; `convolve_upsampled` sums the kernel's taps first, and then casts the sums itself."""
     return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
 
 
@@ -349,7 +349,7 @@ class LayerFactory:
         return options | {"use_bias": use_bias, "name": name}
 
     def _kernel_init(self, last: bool):
-        """The last layer in each residual branch and in the network starts at 0 (OpenAI) or close to 0 (Ho et al.)."""
+        """Returns a kernel initializer: 0 (OpenAI) or close to 0 (Ho et al.) for the last layer in a branch or network."""
         if self.initializer == "openai":
             return nn.initializers.zeros if last else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         return nn.initializers.variance_scaling(1e-10 if last else 1.0, "fan_avg", "uniform")
@@ -499,7 +499,7 @@ class ResBlock(nn.Module):
 
 
 def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
-    """The number of heads in a layer: channels / head_channels if given, else num_heads. Raises: ValueError."""
+    """Returns the number of heads in a layer: channels / head_channels if given, else num_heads. Raises: ValueError."""
     name, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
     if value < 1 or channels % value:
         raise ValueError(f"{name}={value} does not divide an attention layer of {channels} channels")

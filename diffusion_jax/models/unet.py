@@ -59,30 +59,30 @@ class Encoder(nn.Module):
 
     channels: the width that `channel_multipliers` multiplies. `num_groups` must divide the width of every level, and
       `timestep_embedding` needs an even number of at least 4.
-    channel_multipliers: the width of each level over `channels`, also fractional (ADM's first is 0.5 at 512 pixels); each
-      level after the first halves the resolution.
+    channel_multipliers: the width of each level divided by `channels`; may be fractional (ADM's first is 0.5 at 512
+      pixels). Each level after the first halves the resolution.
     num_res_blocks: residual blocks in each level of the downsampling path; the upsampling path has one more.
     attention_levels: levels with self-attention after each block; (1,) is 16x16 for 32-pixel images, (4,) for 256-pixel
       images. The middle always has self-attention.
     num_heads: attention heads in every layer; head_channels: the channels per head instead, so that wider layers have more
       heads (ADM's are 64).
-    resample_blocks: levels are joined by a residual block that averages 2x2 pixels, or repeats them, in both its branches
-      (ADM), instead of a stride-2 convolution, or a repetition and a convolution.
+    resample_blocks: the resolution changes in residual blocks, which average 2x2 pixels or repeat pixels in both branches
+      (ADM). By default a stride-2 convolution reduces, and a repetition with a convolution enlarges.
     scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
-    architecture: "ddpm", or "ddpm++" (Song et al. 2021, appendix H, as EDM has it): the sum in each residual block and
+    architecture: "ddpm", or "ddpm++" (Song et al. 2021, appendix H, in EDM's form): the sum in each residual block and
       attention layer is divided by sqrt(2); blocks that change the resolution have a projection in their shortcut; in the
       upsampling path, only the last block of a level is followed by self-attention; the first convolution has `channels`
       channels; labels and condition vectors are added to the sines and cosines of the time, before its dense layers. DDPM++
-      itself also has `resample_blocks`, and 4 blocks a level. "ncsn++" (Song et al., as EDM has it) differs from DDPM++ in
-      its filter for changes of the resolution, [1, 3, 3, 1] along each axis; after each reduction, it adds the input, or the
-      last such sum, after a convolution and the filter, and divides by sqrt(2); it has 2 `channels` sines and cosines of
+      itself also has `resample_blocks`, and 4 blocks a level. "ncsn++" (Song et al., in EDM's form) differs from DDPM++:
+      changes of the resolution use the filter [1, 3, 3, 1] along each axis; each reduction adds the convolved and filtered
+      input (later, the previous such sum) and divides by sqrt(2); the time embedding has 2 `channels` sines and cosines of
       random frequencies, N(0, 16^2) at initialization and not trained, which suit network times of about 1. NCSN++ needs
       `resample_blocks`, and uses neither `embedding_cos_first` nor `embedding_freq_shift`.
     embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
     time_scale: multiplies the network time before its embedding; 1000 in OpenAI's networks with EDM's preconditioning.
-    downsample_padding: before and after each side in the stride-2 convolution; OpenAI's is (1, 1).
+    downsample_padding: the padding before and after each axis in the stride-2 convolution; OpenAI's is (1, 1).
     num_groups, norm_epsilon: for every GroupNorm; OpenAI's epsilon is 1e-5.
-    initializer: "ho" or "openai", PyTorch's default for kernels, N(0, 1) for classes (biases start at 0 in both).
+    initializer: "ho" or "openai" (PyTorch's default for kernels, N(0, 1) for classes). Biases start at 0 in both.
     dropout: rate before the second convolution in each block, in training only.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics, the softmax and the
       output stay float32.
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
       bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three bfloat16 products per float32 product);
       "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
     remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
-      levels to recompute. Level 0 has most activations.
+      levels to recompute. Level 0 has the most activations.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
     padding: "zeros", or "periodic" for data on a torus: convolutions wrap around at the ends of an array, so that shifting a
       U-Net's input by a multiple of 2^(levels - 1) positions shifts the output.
@@ -278,8 +278,8 @@ class UNet(Encoder, Conditional):
         [B, *spatial, K] for a network with condition_channels; None, with condition_dropout, for no conditions.
 
         Raises: ValueError for arrays that are not float or whose number of axes does not fit `spatial_dims`, sizes not
-          divisible by 2^(levels - 1) if the padding is periodic, labels or conditions for a network without (and the
-          reverse), labels that are not int or out of range, or a condition with another shape.
+          divisible by 2^(levels - 1) if the padding is periodic, labels or conditions that are missing or that the network
+          does not take, labels that are not int or out of range, or a condition with another shape.
         """
         self.check_input(x_t)
         embedding, features = self.waves(time, x_t), 4 * self.channels
@@ -299,7 +299,7 @@ class UNet(Encoder, Conditional):
         if not any(missing):
             return x
         if self.padding == "periodic":
-            self.check_divisible(x, "with padding='periodic' they are the period")
+            self.check_divisible(x, "with padding='periodic' the sizes are the period")
         return jnp.pad(x, ((0, 0), *((0, size) for size in missing), (0, 0)))
 
     def _decode(self, h, skips: list[jax.Array], embedding, train: bool) -> jax.Array:
@@ -323,8 +323,8 @@ class UNet(Encoder, Conditional):
 class AttentionPool(nn.Module):
     """[B, *spatial, C] -> [B, features]: attention from the mean of all positions to the positions and itself, as in CLIP.
 
-    The mean precedes the N positions (H W in an image), each of the N + 1 tokens has a learned position embedding, and one
-    attention layer with the mean as its only query is projected to `features`.
+    The N + 1 tokens are the mean and the N positions (H W in an image), each with a learned position embedding. The output
+    of one attention layer, with the mean as the only query, is projected to `features`.
     """
 
     features: int

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def downsample(x_0, height: int) -> jax.Array:
-    """Downsamples images [B, H, W, C] to `height`, the width in proportion: means over squares of H / height pixels.
+    """Downsamples images [B, H, W, C] to `height`, the width in proportion, by means over squares with side H / height.
 
     Raises: ValueError if the squares do not divide the image.
     """
@@ -39,11 +39,11 @@ def condition_channels(channels: int, conditioning_noise: float) -> int:
 
 
 def condition(low, shape: tuple[int, ...], noise_std=None) -> jax.Array:
-    """Makes the condition of a super-resolution network: the resized small image and a constant channel of the noise's std.
+    """Makes a super-resolution network's condition: the resized small image and, with noise_std, a constant channel of it.
 
     low: [B, h, w, C], in [-1, 1] plus any noise; at H x W it is not resized. shape: (B, H, W, C) of x_t. noise_std: float, or
     [B], the standard deviation of the noise, for a network trained with `diffusion.conditioning_noise`.
-    Returns: [B, H, W, C], or C + 1 channels. Raises: ValueError for images whose batch or channels differ from x_t's.
+    Returns: [B, H, W, C], or C + 1 channels with noise_std. Raises: ValueError if batch or channels differ from x_t's.
     """
     if low.shape[0] != shape[0] or low.shape[-1] != shape[-1]:
         raise ValueError(f"x_t {shape} needs as many small images with as many channels, got {low.shape}")

@@ -24,7 +24,7 @@ class Channels:
     limits: np.ndarray | None = None
 
     def fit(self, *sets: Any, quantile: float = 0.0) -> Channels:
-        """Adds limits that suit sets of examples [n, *spatial, C]; returns channels that have limits unchanged.
+        """Returns channels with limits that suit sets of examples [n, *spatial, C]; existing limits are kept.
 
         quantile: share of the values beyond each limit, before a margin is added; nonfinite values do not count.
         """

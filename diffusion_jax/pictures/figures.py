@@ -55,7 +55,7 @@ def draw_rate_distortion(
 ) -> Figure:
     """Plots the root mean squared error against the rate (DDPM figure 5), and the lossless rate.
 
-    lossless: None if no code is lossless. units: for the rate and for the distortion.
+    lossless: None for continuous data, which have no lossless code. units: for the rate and for the distortion.
     """
     code: dict[str, Any] = {"color": "C0", "linewidth": 1.5}
     line: dict[str, Any] = {"color": "C3", "linestyle": "--"}
@@ -82,7 +82,7 @@ def draw_curves(curves: Curves, title: str, channels: Channels = UNKNOWN) -> Fig
     legend = [(name, {"color": color}) for name, color in zip(("data", "samples"), _COLORS, strict=True)]
     size = (5.5, 3.6) if len(shown) == 1 else (3.8, 2.6)
     labels: Sequence[Any] = curves.labels
-    if channels.units:  # each panel has its own
+    if channels.units:  # each panel has its own unit
         units = [channels.unit(channel) or "1" for channel in range(len(shown))]
         labels = [[label.replace("data units", unit) for unit in units] for label in labels]
     figure, axes = make_figure(title, notes, names, min(len(shown), 3), size, labels=labels, legend=legend)

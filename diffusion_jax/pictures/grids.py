@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 def fill_cells(groups: Sequence[np.ndarray], rows: Sequence[int], columns: int) -> np.ndarray:
-    """Returns cells in which each group of image numbers has some rows; numbers beyond these rows are left out."""
+    """Returns cells in which group i of image numbers fills `rows[i]` rows; numbers that do not fit are left out."""
     cells = np.full((sum(rows), columns), -1)
     for group, start, count in zip(groups, np.cumsum([0, *rows]), rows, strict=False):
         chosen = group[: count * columns]
@@ -139,7 +139,7 @@ def _line(text: str, width: int, channels: int) -> np.ndarray:
 def as_text(images: np.ndarray, columns: int) -> str:
     """Converts the first uint8 images [N, H, W, C] to text of at most `columns` characters a line; "" if no image fits.
 
-    The images stand in a row. Each pixel is two characters.
+    The images are side by side. Each pixel is two characters.
     """
     images = images[: (columns + _TEXT_GAP) // (2 * images.shape[2] + _TEXT_GAP)]
     if not len(images):

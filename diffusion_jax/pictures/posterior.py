@@ -30,7 +30,7 @@ def draw_posterior(
     """Draws samples [N, *spatial, C] of one posterior: mean, deviation, four samples, and the error in deviations.
 
     All arrays are in data units, images in gray levels. Series are lines, and vectors are lines over their channels; fields
-    are colored images, volumes their central slices along the first axis. Color images have one row, with the largest
+    are colored images, and volumes are central slices along the first axis. Color images have one row, with the largest
     deviation and error of the three channels.
 
     measurement: an example with NaN where nothing is measured, or an array [*other, C]. truth: None if unknown.
@@ -130,7 +130,7 @@ def _draw_fields(
     channels: Channels,
     is_color: bool,
 ) -> Figure:
-    """Draws a row of images for each channel: values, then the deviation and the error with color bars of their own."""
+    """Draws a row of images for each channel: values, then the deviation and the error with separate color bars."""
     import matplotlib
 
     def of_channel(array: np.ndarray, c: int) -> np.ndarray:
@@ -161,7 +161,7 @@ def _draw_fields(
                 options = {"cmap": "viridis", "vmin": 0, "vmax": float(shown.max())}
             elif header in errors:
                 options, unit_shown = {"cmap": "RdBu_r", "vmin": -_MAX_Z, "vmax": _MAX_Z}, "deviations"
-            elif not is_value:  # sums along rays have values of their own
+            elif not is_value:  # sums along rays have another range
                 options, shown = {"cmap": "viridis", "aspect": "auto"}, array.mean(axis=-1) if is_color else shown
             cmap = matplotlib.colormaps[options.pop("cmap")].with_extremes(bad="0.85")
             image = panel.imshow(shown, cmap=cmap, interpolation="nearest", **options)

@@ -1,4 +1,4 @@
-"""Samples in data units, beside training examples, given examples or neighbors, and while they are denoised.
+"""Pictures of samples in data units: beside training examples, given examples or neighbors, or being denoised.
 
 Series are lines, fields are images with color bars, volumes are slices and projections, vectors are histograms, and images
 are grids. Only a subset of large sets and arrays is drawn; the title shows what is left out, and how many values are NaN or
@@ -100,14 +100,14 @@ def draw_samples(
 ) -> Picture:
     """Draws samples x [n, *spatial, C] with at most three spatial axes, beside examples.
 
-    Images: a grid, with the examples in a block at the left, and with a row for each class if there are few. Series: a panel
-    for each example, with a line for each channel; if there are many channels, or channels differ in unit or scale, panels
-    for each channel with all examples. Fields: a column for each example and a row for each channel. Volumes: for each
+    Images: a grid, with the examples in a block at the left, and with rows for each class if there are few classes. Series: a
+    panel for each example, with a line for each channel; if there are many channels, or channels differ in unit or scale,
+    panels for each channel with all examples. Fields: a column for each example and a row for each channel. Volumes: for each
     example and channel, the three central slices, and along each axis the values farthest from 0. Vectors: a histogram for
     each channel, and a scatter plot for two channels.
 
-    If the examples have pairs, the picture shows evenly spread samples instead of the first samples, and fields have the
-    example of each sample above the sample.
+    If the examples have pairs, the picture shows evenly spread samples instead of the first samples, and each field is
+    below its example.
 
     Args:
       captions: a text for each sample, for instance the class; not for vectors. columns: number of columns in a grid, or in
@@ -174,7 +174,7 @@ def draw_trajectory(
     are colored images (for volumes, the central slice along the first axis), with a row for each sample and channel. Vectors
     are points in one panel for each time, with the first two channels as coordinates, or a histogram of a single channel.
 
-    Noise may exceed the limits of the channels: lines and points leave the panel, and colors are those at the ends.
+    Noise may exceed the limits of the channels: lines and points are cut off at the edge of the panel, and colors saturate.
 
     times: for all columns except the last. captions: one for each sample. channels: without limits, they get limits that suit
     the final samples. Raises: ValueError for no sample, or more spatial axes.
@@ -286,7 +286,7 @@ def _note_invalid(*arrays: np.ndarray) -> list[str]:
 
 
 def _draw_image_sets(sets: Sequence[Examples], title: str, columns: int | None) -> np.ndarray:
-    """Draws images in blocks side by side; few classes have full rows of their own in all sets that have classes."""
+    """Draws a block of images for each set, side by side; with few classes, each class has its own rows."""
     samples, classes = sets[-1], None
     if samples.labels is not None:
         classes = np.unique(samples.labels)
@@ -444,7 +444,7 @@ def _draw_vectors(
     headers: Sequence[str] = (),
     columns: int = 4,
 ) -> Figure:
-    """Draws vectors [n, 1] as histograms or [n, 2] as points, which may contain NaN; samples and examples share a panel.
+    """Draws vectors [n, 1], as histograms, or [n, 2], as points; NaN is allowed. Samples and examples share a panel.
 
     numbers: the channels of each panel. set_names: the names of the samples, and of the examples if there are any.
     """

@@ -86,7 +86,7 @@ _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "fun
 _FUNCTIONS = ("model.kind", "diffusion.path", "diffusion.schedule")
 
 Flags = str | Mapping[str, Any] | None
-# Of functions that weights name: all of them, or the functions to use instead, by setting, {"model.kind": "net.py:make"}.
+# The functions named in weights that may be imported: True for all; the network's function; or replacements by setting.
 Trust = Callable | bool | Mapping[str, str] | None
 
 
@@ -103,8 +103,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
     network: for weights of your own network (`config.model.kind`), the function that makes the network; or {setting: name},
-      functions that replace those that the weights name; or True to import the functions that the weights name. No code is
-      imported otherwise.
+      functions that replace those named in the weights; or True to import the functions named in the weights. Otherwise no
+      code is imported.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files. StorageError for a download that fails. UserError for a run without
     checkpoints whose config does not fit the weights of its `init_from`.
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
 
 
 def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
-    """Like `load`, but does not read the parameters, which are None. Raises: as `load`, except for values."""
+    """Like `load`, but does not read the parameters, which are None. Raises: as `load`, without its checks of values."""
     return _read_or_raise(path, flags, ema, network, with_params=False)
 
 
@@ -200,7 +200,7 @@ def from_config(
     """Builds the model that a config describes. params: for instance the parameters of a `TrainState`.
 
     config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model. network: replaces
-    the function that `config.model.kind` names; or the network of the config, if it exists already.
+    the function that `config.model.kind` names; or the config's network, if it is already built.
     Raises: ConfigError for a value that its setting does not allow; ValueError for a config that cannot be built.
     """
     config = resolve(config)
@@ -282,7 +282,7 @@ def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -
         try:
             stored = read_json(local_path(directory, "data.json") / "data.json")
             return tuple(map(str, stored["classes"]))
-        except (OSError, ValueError, KeyError, TypeError):  # published weights have none
+        except (OSError, ValueError, KeyError, TypeError):  # published weights have no data.json
             return ()
 
     has_classes = bool(config["model"]["num_classes"])
@@ -373,7 +373,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
 
 
 def _digest(text: str, tensors: Mapping[str, Any]) -> str:
-    """Returns the hash of a file's description and tensors, which `load` converts to float32."""
+    """Returns the hash of a file's description and of its tensors in float32, the dtype that `load` returns."""
     return settings_digest(
         text, params_digest({name: np.asarray(value, np.float32) for name, value in tensors.items()})
     )

@@ -30,8 +30,10 @@ def make_parser() -> Parser:
     parser.add_argument("command", choices=_COMMANDS, help="convert and publish also write the weights")
     parser.add_argument("path", nargs="?", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder to write")
-    parser.add_argument("--license", default="", help="for publish: of the weights, as the Hub names it, such as mit")
-    parser.add_argument("--data", default="", help="for publish: what the weights were trained on, in words")
+    parser.add_argument(
+        "--license", default="", help="for publish: the weights' license, by its name on the Hub, such as mit"
+    )
+    parser.add_argument("--data", default="", help="for publish: a description of the training data")
     parser.add_argument("--flags", help="settings that the file does not contain")
     parser.add_argument("--trust_network", action="store_true", help="import the functions that the weights name")
     parser.add_argument("--raw", action="store_true", help="the raw weights, not their moving average")
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         if card.exists():
             return print(f"{card} exists and stays as it is.")
         write_text(card, model_card(net, to, workdir))
-        advice = "" if pretrained.origin(net) else ", whose license is to be filled in"
+        advice = "" if pretrained.origin(net) else " (fill in the license)"
         print(f"Model card{advice}: {card}")
 
 

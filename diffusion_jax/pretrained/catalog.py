@@ -60,7 +60,7 @@ _THOUSANDS = {
 
 
 class Reported(NamedTuple):
-    """The FID that a paper reports. settings: of the config, by full name, as far as the paper or its code states them."""
+    """The FID that a paper reports. settings: the config settings that the paper or its code states, by full name."""
 
     fid: float
     paper: str
@@ -129,9 +129,9 @@ _REPORTED = {
 class PublishedWeights(NamedTuple):
     """Weights that `pretrained.load` reads.
 
-    name: what `load` takes: a name on the Hub, or the file, downloaded from `page`. family: as `Model.family` begins.
-    megabytes: about. license: of the weights, as the page states it. sha256: None if unknown; downloads from the
-    Hub are compared with the digest that the Hub states.
+    name: the argument of `load`: a name on the Hub, or a file to download from `page`. family: the start of `Model.family`.
+    megabytes: the approximate size. license: the weights' license according to the page. sha256: None if unknown; downloads
+    from the Hub are compared with the Hub's digest.
     """
 
     name: str
@@ -165,7 +165,7 @@ def available() -> tuple[PublishedWeights, ...]:
 
 
 def find_reported(path: str) -> Reported | None:
-    """Returns what the paper reports for weights, by the published name of the repository or file; None if unknown."""
+    """Returns the reported FID of weights, given the published name of the repository or file; None if unknown."""
     name = _name_of(path)
     is_other = hub.is_hub(path) and not path.startswith("hf://google/") and not name.endswith((".pt", ".pkl"))
     return None if is_other else _REPORTED.get(name)

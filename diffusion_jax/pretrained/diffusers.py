@@ -1,8 +1,8 @@
 """Reads and writes diffusers folders: a UNet2DModel and a scheduler, each with its config.
 
 Every field of the network's config is used, or raises an error that names the field. From the scheduler's config, the fields
-that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults; with the
-values of published networks, shapes would be right but images wrong.
+that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults: with
+the values of published networks instead, the shapes would fit but the images would be wrong.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def _open_weights(network: pathlib.Path) -> tuple[pathlib.Path, parameters.Tenso
 def save_diffusers(net: Model, folder: str | os.PathLike) -> None:
     """Writes a folder for `DDPMPipeline.from_pretrained`: safetensors and both configs, completely or not at all.
 
-    Raises: PretrainedError, before anything is written, that names the field which diffusers does not support; OSError.
+    Raises: PretrainedError, before anything is written, that names the unsupported fields; OSError.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,8 +1,8 @@
 """EDM's weights (Karras et al. 2022, https://github.com/NVlabs/edm): pickles of the networks, read by `pickles`.
 
-A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. ADM, and DDPM++ and
-NCSN++, as EDM writes them (DhariwalUNet, SongUNet) are this package's U-Net: the names, the rows of q, k and v, and the
-layout of the class embedding differ.
+A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. EDM's ADM
+(DhariwalUNet), DDPM++ and NCSN++ (SongUNet) become this package's U-Net. Only the names of tensors, the order of the rows of
+q, k and v, and the layout of the class embedding differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffusion_jax.pretrained.openai import EDM_DIFFUSION, EDM_SAMPLING, split_a
 
 _PRECONDITIONING = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5, "use_fp16": False}
 _VARIANT = ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
-_VARIANTS = {  # the arguments of SongUNet with these names, in each `architecture`; no other values are read
+_VARIANTS = {  # SongUNet's arguments named in `_VARIANT`, for each `architecture`; other values raise an error
     "ddpm++": ("positional", 1, "standard", "standard", [1, 1]),
     "ncsn++": ("fourier", 2, "residual", "standard", [1, 3, 3, 1]),
 }
@@ -71,7 +71,7 @@ NAMING = parameters.Naming(  # after `_rename`
 
 
 def is_edm(tensors: parameters.Tensors) -> bool:
-    """Returns whether a file is a pickle of EDM's."""
+    """Returns whether a file is one of EDM's pickles."""
     return tensors.framework == "PyTorch" and "class" in tensors.metadata
 
 
@@ -124,10 +124,10 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
 
 
 def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], model: UNet) -> parameters.Tensors:
-    """Returns the tensors with levels in place of sizes in their names, and with this package's rows.
+    """Returns the tensors with levels instead of sizes in their names, and with rows in this package's order.
 
-    levels: the size at each level. Leaves out what has no effect in sampling: the filters, after a check that they are the
-    network's, and the input for augmentations, whose labels are zeros.
+    levels: the size at each level. Leaves out the resampling filters, after a check that they are the network's, and the
+    layer for augmentation labels, which are zeros in sampling.
     """
     taps = np.array([1, 3, 3, 1] if model.is_ncsnpp else [1, 1])
     old: dict[str, str] = {}
@@ -155,7 +155,7 @@ def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], 
             value = np.moveaxis(value.reshape(-1, 3, *value.shape[1:]), 1, 0).reshape(value.shape)
         elif name == "map_label.weight":  # a product with a one-hot vector; no class is a vector of zeros
             value = np.pad(value.T, ((0, 1 if model.label_dropout else 0), (0, 0)))
-            if model.is_plus_plus:  # the vector has the length sqrt(classes), and the product a bias
+            if model.is_plus_plus:  # the vector is scaled to length sqrt(classes), and the layer has a bias
                 value = value * math.sqrt(model.num_classes) + tensors.read(label_bias)
         return value
 

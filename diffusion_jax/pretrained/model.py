@@ -62,7 +62,7 @@ class Model:
     continuous data. normalizations: `data.Normalization`, from data units to network units, for "x" (continuous data) and
     "condition"; arrays without an entry are already in network units. limits: (low, high) if the normalization of "x" maps
     these values to [-1, 1]. class_names: the labels' names, () if unknown. provenance: where the weights are from: a name
-    for files, and for a run "step" and "weights", ema or raw. sigma_data: the standard deviation of x_0 for EDM's
+    for output files, and the "step" and "weights" (ema or raw) of a run. sigma_data: the standard deviation of x_0 for EDM's
     preconditioning; None for no preconditioning. sigma_min: as `Denoiser` takes it. published_sampling: the
     sampler of the weights' authors, as settings of `config.sampling`: "sampler", "steps", "spacing"; {} for the ancestral
     sampler with all steps. mesh: the devices that `sample` splits its batch over; None for one device.
@@ -150,7 +150,7 @@ class Model:
         return dataclasses.replace(self, params=params, mesh=mesh)
 
     def find_differences(self, other: Model) -> list[str]:
-        """Returns a phrase, `other` first, for each difference between two models in x_t, its units, or the output."""
+        """Returns a phrase for each difference of two models in x_t, its units or the output; `other`'s value is first."""
         arrays, names = ["x"], []
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
             arrays, names = ["x", "condition"], ["prediction", "sigma_data", "sigma_min"]
@@ -189,7 +189,7 @@ class Model:
         noise_std)`. `inputs` makes y and condition from the arguments of `sample`. extra: [B, K], further numbers for a
         network of your own that takes them.
 
-        clip: of x_0, by default the network's; for continuous data True is the network's, too.
+        clip: the clip of x_0. None, and for continuous data also True, is the network's clip.
         guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which
         drops the labels and conditions for which the network has a null (label_dropout, condition_dropout). A scale of 1
         turns guidance off. classifier: a classifier's model for the same x_t, which guides with classifier_scale in the form
@@ -256,14 +256,14 @@ class Model:
           key: one key for the batch, or a key for each sample [N], so that the noise of a sample depends on its key only;
             with another `algorithm`, one key.
           num_images: N, the number of samples, drawn in one batch; with a mesh, a multiple of the device count.
-          sampler: if steps and spacing are None, too, by default the sampler and steps of the weights' authors
-            (`published_sampling`); otherwise by default the ancestral `sampling.ddpm`, or `sampling.consistency` for a
-            consistency network, which takes no other sampler.
+          sampler: if sampler, steps and spacing are all None, the sampler and steps of the weights' authors are used, if
+            known (`published_sampling`). Otherwise the default is the ancestral `sampling.ddpm`, or `sampling.consistency`
+            for a consistency network, which takes no other sampler.
           steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule,
             or one step of a consistency network. If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
-          algorithm: a function with the arguments and the result of `sampling.sample`, in its place, for example an edit
-            of `editing.EDITS`. Each function is compiled once. If it is a pytree, such as a `jax.tree_util.Partial`, all
+          algorithm: a function to call instead of `sampling.sample`, with the same arguments and result, for example an
+            edit of `editing.EDITS`. Each function is compiled once. If it is a pytree, such as a `jax.tree_util.Partial`, all
             its leaves are traced, and new arrays do not compile it again.
           y: for a network or a classifier with classes, one label for all samples or int [N].
           condition: for a conditional network, one condition for all samples, [D] or [*spatial, K], or one for each sample,
@@ -298,7 +298,7 @@ class Model:
         noise_std=0.0,
         classifier: Model | None = None,
     ) -> dict[str, Any]:
-        """Checks the arguments of `sample`, and converts them to arguments of `denoiser`: rows, in the network's units.
+        """Checks the arguments of `sample`, and converts them to arguments of `denoiser`: a row per sample, in network units.
 
         Raises: ValueError.
         """
@@ -412,9 +412,9 @@ class Model:
             raise ValueError(f"the classifier was trained on other data or x_t ({'; '.join(differences)})")
 
     def check_small_images(self, is_given: bool, noise_std) -> None:
-        """Raises: ValueError if the network does not take small images, or not this noise on small images."""
+        """Raises: ValueError if small images are missing or not allowed, or have more noise than the network allows."""
         if is_given != bool(self.low_resolution):
-            raise ValueError("low= is required by super-resolution networks and allowed for no other")
+            raise ValueError("low= is for super-resolution networks only, which require it")
         if np.max(noise_std) > self.conditioning_noise:
             raise ValueError(
                 f"noise_std={noise_std} must lie in 0 ... {self.conditioning_noise}, the noise that the network was "
@@ -422,7 +422,7 @@ class Model:
             )
 
     def check_condition(self, condition=None, num_examples: int = 1, condition_missing=None) -> np.ndarray | None:
-        """Returns conditions [N, ...] in data units, NaN in rows without; None for a network that takes no conditions.
+        """Returns conditions [N, ...] in data units, NaN in rows without a condition; None for a network without conditions.
 
         Warns of conditions far outside the training data. Raises: ValueError.
         """
@@ -513,7 +513,7 @@ class _Apply:
 def _compile(mesh: Mesh | None) -> Callable:
     """Compiles (static, key, schedule, denoiser, algorithm, sampler) -> samples.
 
-    static: (sampler, shape of x_T, further arguments). A sampler that is a pytree is the last argument, and the static one is
+    static: (sampler, shape of x_T, further arguments). A sampler that is a pytree is the last argument, and static holds
     None. With a mesh, the batch is split over the devices, and the key argument is the key's data.
     """
 

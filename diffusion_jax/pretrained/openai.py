@@ -90,7 +90,7 @@ _FLAGS: dict[str, ValueKind] = {
     "dropout": Number(),
     "noise_schedule": Text(),
 }
-# Flags in OpenAI's scripts that do not change the network's output, or that its tensors determine.
+# Flags in OpenAI's scripts that do not change the network's output, or that the tensors determine.
 _IGNORED_FLAGS = (
     "num_channels num_res_blocks channel_mult attention_resolutions class_cond learn_sigma use_scale_shift_norm "
     "resblock_updown classifier_width classifier_pool classifier_attention_resolutions "
@@ -160,7 +160,7 @@ def is_openai(names) -> bool:
 def describe_openai(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None
 ) -> tuple[Model, bool]:
-    """Infers the model of a state dict. Returns: (model without parameters, whether its attention has the new order).
+    """Infers the model of a state dict. Returns: (model without parameters, whether the attention has the new order).
 
     flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None to use the file's name.
     Raises: PretrainedError for unknown or missing flags.
@@ -205,7 +205,7 @@ def _describe_by_flags(
         "prediction": "x_0" if flags.get("predict_xstart") else "eps",
         "variance": "fixed_large",
     }
-    if num_timesteps not in (None, 1000):  # 1000 has no effect
+    if num_timesteps not in (None, 1000):  # with 1000 steps, rescaling changes nothing
         diffusion["rescale_timesteps"] = require("rescale_timesteps", default="True in Improved DDPM, False in ADM")
     fields: dict[str, Any] = {"head_channels": 64}
     if not is_classifier:

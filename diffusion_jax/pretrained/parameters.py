@@ -1,7 +1,7 @@
 """Reads tensors from untrusted files without executing their contents, and builds parameters from the tensors.
 
 The formats are safetensors, TensorFlow checkpoints and, by `pickles`, PyTorch's files and EDM's pickles. The format is
-detected from the first bytes, not from the file name; a TensorFlow checkpoint is a prefix with a file PREFIX.index.
+detected from the first bytes, not from the file name; a TensorFlow checkpoint is given by its prefix.
 Parameters have paths such as ("down_1_block_0", "conv1", "kernel"); a `Naming` maps a path to the tensor name in another
 project's files.
 """
@@ -156,11 +156,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 class Naming:
     """The names of parameters in another project's files.
 
-    table: {name here: name there} of modules and of the layers in a block; other names are the same there. The modules of a
-    level are "block", "attn", "downsample" and "upsample", or "downsample_conv" and "upsample_conv" if they are convolutions.
-    Their names there are format strings of half ("input" or "output"), direction ("down" or "up"), level, order (the level,
-    counted in the order of computation), number (in the level), position (in the half; conv_in is the first in "input"), and
-    after_attention (2 if the level has attention, else 1).
+    table: {this package's name: other name} for modules and for the layers in a block; names without an entry are equal.
+    The modules of a level are "block", "attn", "downsample" and "upsample", or "downsample_conv" and "upsample_conv" if they
+    are convolutions. Their other names are format strings of half ("input" or "output"), direction ("down" or "up"), level,
+    order (the level, counted in the order of computation), number (in the level), position (in the half; conv_in is the first
+    in "input"), and after_attention (2 if the level has attention, else 1).
     """
 
     table: Mapping[str, str]
@@ -222,7 +222,7 @@ def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndar
 
 
 def to_torch(value: np.ndarray, path: Path) -> np.ndarray:
-    """The inverse of `from_torch`. In PyTorch, the 1x1 projection in a residual block is a convolution."""
+    """Inverts `from_torch`. The projection in a residual block, a matrix in Flax, becomes a 1x1 convolution."""
     value = value.transpose(_torch_axes(path, value.ndim))
     return np.ascontiguousarray(value[:, :, None, None] if path[-2:] == ("skip", "kernel") else value)
 

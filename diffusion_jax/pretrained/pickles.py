@@ -1,8 +1,8 @@
-"""Reads PyTorch's files and EDM's pickles without running what is in them. Needs no PyTorch.
+"""Reads PyTorch's files and EDM's pickles without running code from the files. Needs no PyTorch.
 
 A pickle is a program: loading it in the usual way calls any function that it names, and EDM's pickles (Karras et al. 2022)
-carry source code for `exec`. `read_pickle` interprets the program itself. It imports nothing, and knows a few functions and
-classes by name, each of which makes an inert value: containers, `Tensor`, `Record`. Every other name is refused.
+carry source code for `exec`. `read_pickle` interprets the program itself. It imports nothing. It accepts the names
+of a few functions and classes, and makes an inert value for each: containers, `Tensor`, `Record`. Other names are refused.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A function or class that a pickle names and that may be used as `_CALLS` and `_CLASSES` describe."""
+    """The name of an allowed function or class in a pickle; `_CALLS` and `_CLASSES` implement most of them."""
 
     name: str
 
 
 @dataclasses.dataclass
 class _Array:
-    """A NumPy array or dtype while its state is missing."""
+    """A NumPy array or dtype whose state is set by a later operation of the pickle."""
 
     value: Any = None
 
@@ -101,12 +101,12 @@ def _rebuild_tensor(storage, offset, shape, strides, *gradient) -> Tensor:
 
 
 def _persistent_object(meta) -> Record:
-    """The object of a class whose source, meta["module_src"], is in the file; the source is not used."""
+    """Returns a record for an object whose class has its source, meta["module_src"], in the file; the source is not used."""
     return Record(_text(meta["class_name"]), meta["state"])
 
 
-# A value may contain another one many times, which contains a third one many times: to compare, hash or print such a value
-# would never end.
+# Types are checked before values are compared, hashed or printed, which would never end for a list that holds a second list
+# many times, which holds a third list many times, and so on.
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"a {type(value).__name__} in place of a text")
@@ -367,7 +367,7 @@ def format_json(value: Any) -> str:
 def module_tensors(module: Record) -> Iterator[tuple[str, Tensor]]:
     """Yields the name, as in a state dict, and the tensor of each parameter and buffer of a PyTorch module.
 
-    Raises: ValueError for a module that occurs twice, which could be 2^60 modules in a small file.
+    Raises: ValueError for a module that occurs twice, because a small file could then describe 2^60 modules.
     """
     seen: set[int] = set()
 

@@ -40,6 +40,6 @@ def write_comparison(directories: Sequence[str | os.PathLike], output: pathlib.P
     opened = [open_run_dir(directory, read_only=True) for directory in directories]
     for directory in opened:
         if not directory.path.is_dir():
-            raise UserError(f"{directory} is no directory; name work directories of runs")
+            raise UserError(f"{directory} is not a directory; give work directories of runs")
     runs = [collect(directory) for directory in opened]
     write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))

@@ -1,4 +1,4 @@
-"""The answers of a report: what was trained on what, the newest result with a verdict, and whether runs can be compared."""
+"""Texts of a report: what was trained on which data, the newest result with a verdict, and warnings for comparisons."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def facts(run: RunFiles) -> dict[str, str]:
 
 
 def newest_result(records: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Describes the metric that `MEANINGS` lists first, in the newest record with a metric; or a classifier's accuracy.
+    """Describes the newest record with a metric, by the metric that `MEANINGS` lists first; or a classifier's accuracy.
 
     lines: of the log. Without a metric, the dictionary has only the verdict.
     """
@@ -113,7 +113,7 @@ def protocol(record: Mapping[str, Any]) -> str:
 
 
 def find_differences(runs: Mapping[str, RunFiles]) -> list[str]:
-    """Returns warnings where compared runs have other data, objectives or noise of the samples."""
+    """Returns a warning for each difference between runs: in the data, the objectives, or the noise of the samples."""
     known, warnings = [configs.flatten(run.config) for run in runs.values() if run.config is not None], []
     for what, prefix, effect in (
         ("data", "data.", "losses and metrics cannot be compared"),

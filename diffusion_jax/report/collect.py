@@ -29,7 +29,7 @@ from diffusion_jax.runs.workdir import load_config
 from diffusion_jax.untrusted import read_json
 
 _FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
-# What the metrics of a record depend on, besides the options of the sampler.
+# Entries of a record that change its metrics, besides the options of the sampler.
 _SETTINGS = ("run", "dataset", "init_from", "weights", "step", "steps", "features", "features_digest", "resize")
 _SETTINGS += ("reference", "samples", "num_reference", "num_samples")
 _Record = dict[str, Any]
@@ -73,7 +73,7 @@ class RunFiles:
 def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
     """Reads a work directory without its large files. config: used if the directory stores no config."""
     links = {path.relative_to(workdir.path).as_posix() for path in find_links(workdir)}
-    notes = [f"Left out, because they are links out of the run: {list_names(sorted(links), 5)}"] * bool(links)
+    notes = [f"Left out, because these links lead outside the run: {list_names(sorted(links), 5)}"] * bool(links)
     workdir.fetch(workdir / "samples")
 
     def read(what: str, function: Callable[[], Any], otherwise: Any, files: Sequence[str] = ()) -> Any:
@@ -83,7 +83,7 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
             return function()
         except FileNotFoundError:
             return otherwise
-        except Exception as error:  # a stranger's file may hold any values
+        except Exception as error:  # an untrusted file may hold any values
             notes.append(f"{what} could not be read: {shorten(with_urls(' '.join(str(error).split())), 300)}")
             return otherwise
 

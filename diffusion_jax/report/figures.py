@@ -37,7 +37,7 @@ _MAX_OTHER_CHARTS = 12
 
 
 def training_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]], max_points: int = MAX_POINTS) -> list[Chart]:
-    """Returns the charts of the logs of runs, {run: lines}: one for each chart in `SCALARS`, then of other numbers.
+    """Returns the charts of logs {run: lines}: first the charts in `SCALARS`, then charts of other numbers.
 
     For several runs, each number has its own chart, with a line for each run.
     """
@@ -59,7 +59,7 @@ def training_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]], max_points:
 
 
 def run_clock(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> dict[str, list[float]]:
-    """Returns at most `max_points` steps, and the seconds of training until each of them; [] if no time is logged."""
+    """Returns at most `max_points` steps, and the seconds of training until each step; [] if no time is logged."""
     steps, step_seconds = _column(lines, "step_seconds")
     seconds = np.cumsum(np.maximum(step_seconds, 0) * np.diff(steps, prepend=0))
     chosen = even_subset(len(steps), max_points)
@@ -153,7 +153,7 @@ def newest_samples(run: RunFiles, budget: Budget) -> Picture | None:
 
 
 def training_samples(runs: Mapping[str, RunFiles], budget: Budget) -> list[dict[str, Any]]:
-    """Returns pictures samples/train_step*.png to step through: of the steps that all runs have, or of each run's newest."""
+    """Returns pictures samples/train_step*.png to step through: the steps that all runs share, or else each run's newest."""
     found: list[dict[int, pathlib.Path]] = []
     for run in runs.values():
         paths = sample_files(run.directory, f"samples/{_PREFIX}*.png")
@@ -186,7 +186,7 @@ def denoising(run: RunFiles, budget: Budget) -> list[dict[str, Any]]:
         run.notes.append(f"{path.name} could not be read: {error}")
         return []
     if not pictures.is_of_images(samples):
-        return []  # `other_pictures` shows its picture
+        return []  # `other_pictures` shows the trajectory's PNG
     frames = []
     for caption, *both in zip([*captions, "finished samples"], x_t, x_0, strict=True):
         drawn = [budget.embed(pictures.draw_grid(images), caption, _FRAME_SIDE) for images in both]

@@ -30,7 +30,7 @@ def model_card(
     """Returns the card of converted weights as Markdown that begins with metadata.
 
     to: the file or folder of the weights, with samples.png if the card is to show it. workdir: the work directory of the run
-    that trained the weights. license, data, location: of published weights; location is what `pretrained.load` gets.
+    that trained the weights. license, data, location: for published weights; `pretrained.load` takes the location.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
     is_converted = not location and to.suffix != ".safetensors"
@@ -91,7 +91,7 @@ def _metrics(run: RunFiles, net: Model) -> str:
     weights = {"weights": net.weights, "step": net.step}.items()
     records = [record for record in run.measurements() if weights <= record.items()]
     if not records:
-        return "## Metrics\n\nNothing was measured of these weights: run `--mode=evaluate`."
+        return "## Metrics\n\nThese weights have no metrics yet: run `--mode=evaluate`."
     _, header, rows = table_cells(records)
     return f"## Metrics\n\nA row for each measurement, ± one standard error:\n\n{_table(header, rows)}"
 

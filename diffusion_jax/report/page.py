@@ -85,7 +85,7 @@ def _page(title: str, runs: Mapping[str, RunFiles], sections: Sections) -> str:
         try:
             blocks = make()
             json.dumps(blocks, allow_nan=False)
-        except Exception as error:  # a stranger's file may hold any values
+        except Exception as error:  # an untrusted file may hold any values
             problems.append(f"{name} is left out, because a file holds invalid values ({shorten(str(error), 200)})")
             continue
         if blocks:
@@ -95,7 +95,7 @@ def _page(title: str, runs: Mapping[str, RunFiles], sections: Sections) -> str:
     report = {"notes": [*notes, *problems], "sections": shown}
     static = importlib.resources.files("diffusion_jax.report") / "static"
     files = {path.name.replace(".", "_"): path.read_text() for path in static.iterdir() if path.name != "model_card.md"}
-    # Without "<", no text in the JSON can end its element.
+    # Without "<", no text in the JSON can end the script element around the JSON.
     text = json.dumps(report, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return string.Template(files.pop("page_html")).substitute(
         files, title=title, written=written, version=diffusion_jax.__version__, report=text
@@ -103,7 +103,7 @@ def _page(title: str, runs: Mapping[str, RunFiles], sections: Sections) -> str:
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> dict[str, Any]:
-    """Returns a block; the first cell of each row is the row's heading."""
+    """Returns a block with a table; the first cell of each row is the row's heading."""
     return {"table": {"caption": caption, "header": header, "rows": rows, "kind": kind}}
 
 
@@ -159,7 +159,7 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Blocks:
 
 def _pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> Blocks:
     others, left_out = figures.other_pictures(run, budget, shown)
-    text = f"Left out, because this file stays small: {list_names(left_out, 10)}."
+    text = f"Left out to keep this file small: {list_names(left_out, 10)}."
     gallery: Blocks = [{"gallery": others}]
     return gallery * bool(others) + [{"text": text}] * bool(left_out)
 

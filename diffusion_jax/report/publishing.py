@@ -16,11 +16,11 @@ from diffusion_jax.untrusted import leads_out
 
 
 def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, data: str) -> str:
-    """Writes the weights in this package's format, and in diffusers' where it has the network, with a card and samples.
+    """Writes weights with a card and samples, in this package's format, and in diffusers' if diffusers has the network.
 
     to: a folder, or gs:// or s3://BUCKET/PREFIX, that is empty or does not exist, or hf://OWNER/NAME. workdir: the work
-    directory of the run that trained the weights: its settings, its metrics with their protocol, and a picture of its newest
-    samples are in the card. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
+    directory of the run that trained the weights; the card has the run's settings, metrics with their protocol, and a picture
+    of the newest samples. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
     Returns: the name for `pretrained.load`. Raises: UserError, PretrainedError, StorageError, OSError.
     """
     to, target = to.rstrip("/"), pathlib.Path(to).expanduser()
@@ -37,7 +37,7 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
     if source and source["license"].lower().replace(" ", "-") != license.lower():
         print(f"Note: the weights come from {source['source']} (license: {source['license']}), published as {license}.")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / "weights"  # its name is not in the files
+        folder = pathlib.Path(temporary) / "weights"  # the files do not contain this name
         try:
             save_diffusers(net, folder)
         except PretrainedError as error:

@@ -1,7 +1,7 @@
-"""The metric calibration: whether held-out examples look like samples given their measurements, or their conditions.
+"""Tests, for the metric calibration, whether held-out examples look like samples given the same measurement or condition.
 
-calibration/NAME.json has a sentence, the ranks' tests, coverage and chi-squared with standard errors, and the errors that
-this number of examples would find; NAME.npz the quantities; NAME.png the distributions of the ranks.
+calibration/NAME.json has the result as a sentence, the rank tests, coverage and chi-squared with standard errors, and the
+sizes of the errors that the test can detect. NAME.npz has the quantities, and NAME.png shows the distributions of the ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BINS = 10
 
 
 def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Draws samples for held-out examples, of the posterior in `config.editing` or of a conditional model, and tests them.
+    """Tests the samples of the posterior in `config.editing`, or of a conditional model, against held-out examples.
 
     Raises: UserError, DataError, PretrainedError.
     """
@@ -95,7 +95,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
 
 
 def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draws samples [count, N, ...] for the examples `rows`; each depends on its example and its number alone."""
+    """Draws samples [count, N, ...] for the examples `rows`; samples do not depend on the batch that they are drawn in."""
     drawn = count if problem is None else problem.num_drawn(count)
     keys = keys_of_samples(seed, (np.arange(drawn)[:, None] * len(y) + rows).ravel())
     some = dataclasses.replace(
@@ -110,9 +110,9 @@ def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, 
 
 
 def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Returns (numbers [N, Q] of examples [N, *spatial, C] in data units, their names), as `evaluation.quantities` says.
+    """Returns (numbers [N, Q] of examples [N, *spatial, C] in data units, the names of the numbers).
 
-    Raises: ValueError for a function with another result.
+    wanted: `evaluation.quantities`. Raises: ValueError for a user's function that does not return a dict of arrays [N].
     """
     found: dict[str, np.ndarray] = {}
     spatial = x.shape[1:-1]
@@ -154,8 +154,8 @@ def _write(
     found = calibration.find_calibration(truth / scale, samples / scale, references, names)
     shift, narrow, wide = calibration.detectable_errors(total, count, len(names))
     power = (
-        f"finds a shift of {shift:.2f} deviations, or deviations below {narrow:.2f} or above {wide:.2f} times the exact "
-        "ones, of one quantity, with 95% probability"
+        f"finds these errors in one quantity with 95% probability: a shift of {shift:.2f} deviations, or a deviation below "
+        f"{narrow:.2f} or above {wide:.2f} times the exact deviation"
     )
     record: dict[str, Any] = {"sentence": found.sentence, "num_examples": total, "num_samples": count, "power": power}
     log(f"Calibration of {what.replace('_', ' ')}: {found.sentence}. This test {power}.")
@@ -164,7 +164,7 @@ def _write(
         record |= {"chi_squared": float(chi.mean()), "chi_squared_standard_error": float(chi.std() / total**0.5)}
         log(f"Chi-squared for each measured number: {chi.mean():.3f} +- {chi.std() / total**0.5:.3f}.")
     if found.coverage:
-        # Quantities of one example depend on each other, so the error is of the examples' shares.
+        # The quantities of an example are correlated, so the standard error is computed from one share per example.
         inside = np.mean([calibration.is_covered(found.ranks[name], count) for name in names], axis=0)
         record |= {"coverage": float(inside.mean()), "coverage_standard_error": float(inside.std() / total**0.5)}
         log(f"90% intervals hold {inside.mean():.3f} +- {inside.std() / total**0.5:.3f} of the true values.")

@@ -32,17 +32,17 @@ from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
-# What the pictures call a measurement, if not so.
+# Captions of the measurement in pictures; "measurement" for all other tasks.
 _CAPTIONS = {"inpaint": "known", "colorize": "gray", "super_resolution": "small", "tomography": "sums along rays"}
-_GRAY = 127  # for pixels that the model paints; mask values above 127 of 255 mark known pixels
+_GRAY = 127  # color of unknown pixels in pictures; mask values above 127 of 255 mark known pixels
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Edits `editing.image` or draws samples given a measurement: writes a picture and an .npz with the results.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data. With `editing.noise`, also mean
-    and deviation of the samples, the measurement, the truth if it is known, all in data units (images: gray levels of
-    0 to 255), and chi_squared [N].
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data. With `editing.noise`, the
+    .npz also has chi_squared [N] and, in data units (images: gray levels of 0 to 255), mean and deviation of the samples,
+    measurement, and, if known, truth.
 
     Raises: UserError, DataError, PretrainedError.
     """
@@ -116,15 +116,17 @@ def _read_edit(
 
 
 class _Measured:
-    """A `Problem` with its y, float32 [1, ...] in network units. given: what is known, in data units, by caption."""
+    """A `Problem` with its y, float32 [1, ...] in network units. given: y, and any known truth, for pictures, by caption."""
 
     def __init__(self, config: ConfigDict, net: pretrained.Model, files: EditFiles, mask: np.ndarray | None):
         """Reads or simulates y. Raises: UserError."""
         options, task = config.editing, config.editing.task
         if options.noise and options.num_samples < 2:
-            raise UserError(f"editing.num_samples={options.num_samples} has no deviation; use at least 2")
+            raise UserError(
+                f"editing.num_samples={options.num_samples} is too few for a standard deviation; use at least 2"
+            )
         if options.noise and config.sampling.guidance_scale != 1:
-            log("Note: with a sampling.guidance_scale other than 1, the samples are not of the posterior.")
+            log("Note: with a sampling.guidance_scale other than 1, the samples are not posterior samples.")
         self.problem, self.truth = Problem.from_config(config, net, mask), files.held_out
         self.y = files.read_y(self.problem, mask)
         self.given = {} if self.truth is None else {"truth": self.truth}
@@ -154,7 +156,7 @@ class _Measured:
 def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:
     """Returns the example `editing.example` of `evaluation.split`, in data units, and its conditions.
 
-    The config gets the example's class, unless it has one. Raises: UserError, DataError.
+    Sets `sampling.label` to the class of the example, unless a label is set. Raises: UserError, DataError.
     """
     options = config.editing
     source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
@@ -194,8 +196,8 @@ class EditFiles:
     def read(self, setting: str, shape: tuple[int, ...] = (), known: np.ndarray | None = None) -> np.ndarray:
         """Reads the example that `config.editing[setting]` names.
 
-        shape: if it is not an example's. known: mask of the values that must be finite and within `data.limits`; None for all
-        values. Measurements with noise may have any real numbers. Raises: UserError.
+        shape: the required shape; () for an example's. known: mask of the values that must be finite and in `data.limits`;
+        None for all values. Measurements with noise may have any real numbers. Raises: UserError.
         """
         is_continuous, limits = self.net.levels is None, self.net.limits
         is_noisy = bool(self._options.noise)
@@ -221,8 +223,8 @@ class EditFiles:
             values = example if known is None else example[np.broadcast_to(known, shape)]
             if not np.isfinite(values).all():
                 problem = (
-                    "has values that are not finite; repair them (editing.task=inpaint generates values that editing.mask "
-                    "leaves out)"
+                    "has values that are not finite; replace them, or use editing.task=inpaint with an editing.mask that "
+                    "is False there"
                 )
             elif values.size and limits and not is_noisy and (values.min() < limits[0] or values.max() > limits[1]):
                 low, high = values.min(), values.max()
@@ -240,7 +242,7 @@ class EditFiles:
             raise UserError(
                 f"editing.task={task!r} with a file needs editing.operator=FILE.npy, where the file was measured"
             )
-        if task == "colorize":  # the gray values of an image of any color
+        if task == "colorize":  # the file has an example, whose gray values are the measurement
             return np.asarray(problem.operator.measure(self.to_model(self.read("image"))))
         y = self.read("image", problem.y_shape, mask)
         y = y if mask is None else np.where(mask, y, 0).astype(y.dtype)
@@ -285,7 +287,7 @@ class EditFiles:
         return known
 
     def to_model(self, example: np.ndarray, copies: int = 1) -> jax.Array:
-        """Repeats an example: float32 [copies, *spatial, C] in the model's range."""
+        """Converts an example to network units and repeats it: float32 [copies, *spatial, C]."""
         if self.net.levels is None:
             x = jnp.asarray(data.to_model_units(example[None], self.net.normalizations.get("x")))
         else:

@@ -37,7 +37,7 @@ from diffusion_jax.training import condition_shape
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Tests the calibration, measures the likelihood of `evaluation.split`, and computes sample metrics, as the config says.
+    """Runs the measurements that the config selects: calibration, likelihood of `evaluation.split`, metrics of samples.
 
     Raises: UserError, DataError, PretrainedError.
     """
@@ -87,7 +87,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
     conditions, settings = None, {"dataset": config.data.dataset, "reported": reported}
     if condition_shape(config) is not None:
         settings["conditions"] = config.sampling.conditions or f"conditions of {reference.name}"
-        if not config.sampling.conditions:  # one for each sample, from evenly spread examples
+        if not config.sampling.conditions:  # a condition for each sample, from evenly spread examples
             conditions = read_conditions(reference.limit(options.num_samples).conditions)
     file = SampleFile(sampling_config, workdir, conditions)
     drawn_with = file.setup.rows(np.arange(1))
@@ -126,7 +126,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
 
 
 def _find_reported(config: ConfigDict, workdir: RunDir) -> dict[str, Any] | None:
-    """Returns what the paper reports for the weights of `init_from`, if they were not trained since, for the record."""
+    """Returns the FID that a paper reports for `init_from`; None if unknown, or if these weights were trained further."""
     found = pretrained.find_reported(config.init_from)
     if found is None or committed_steps(workdir / "checkpoints"):
         return None
@@ -161,7 +161,7 @@ def load_pipeline(config: ConfigDict, workdir: RunDir) -> FeaturePipeline:
         raise UserError("these data have no features: set evaluation.features=module:function")
     with as_user_error("config.evaluation"):
         extractor = features.from_name(name, options.inception, of_images=data.is_of_images(config.data))
-        if extractor.params is not None:  # refuses other sizes before anything is drawn
+        if extractor.params is not None:  # checks the image size before samples are drawn
             image = jax.ShapeDtypeStruct((1, *data.example_shape(config.data)), np.uint8)
             jax.eval_shape(extractor.function, extractor.params, image)
     return FeaturePipeline(extractor, sharding.make_mesh(config.mesh), options.batch_size, workdir)

@@ -22,15 +22,15 @@ _MAX_EXAMPLES, _MAX_VECTORS = 16, 1000  # vectors are points of a histogram
 _MAX_CONDITIONED = 256  # enough to find an example near a requested condition
 _MAX_BYTES = 2**23
 _NUM_CANDIDATES = 128  # further examples that are read to find more classes
-_FAR = 1e6  # standard deviations between an example with and an example without a condition
+_FAR = 1e6  # distance, in standard deviations, between examples with and without a condition
 _QUANTILE = 0.005  # share of a channel's values below its lower limit, and above its upper limit
 
 
 def write_examples(source: data.Source, workdir: RunDir) -> None:
     """Writes examples of many classes, or evenly spread examples, unless the run has a checkpoint.
 
-    A class may be missing if it is rare, or if the classes are more than the examples of the file, at most 16 for images. The
-    file has the arrays of the source, in data units. Call this on process 0 only. source: not normalized.
+    A class may be missing if it is rare, or if there are more classes than stored examples (at most 16 for images). The file
+    has the arrays of the source, in data units. Call this on process 0 only. source: not normalized.
     """
     if committed_steps(workdir / "checkpoints"):
         return
@@ -42,7 +42,7 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
     first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
     batch = source.read(even_indices(first_block, count + (_NUM_CANDIDATES if "label" in first else 0)))
     labels = np.asarray(batch.get("label", np.arange(len(batch_examples(batch)))))
-    place = [np.count_nonzero(labels[:i] == y) for i, y in enumerate(labels)]  # among the candidates of its class
+    place = [np.count_nonzero(labels[:i] == y) for i, y in enumerate(labels)]  # rank among the candidates of the class
     chosen = np.lexsort((labels, place))[: max(count, len(np.unique(labels)))]
     chosen = chosen[even_indices(len(chosen), count)]
     path = workdir / _FILE
@@ -78,7 +78,7 @@ def read_channels(
 
 
 def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndarray, title: str) -> pictures.Picture:
-    """Draws samples of a setup beside the stored examples, if possible with the nearest conditions.
+    """Draws samples of a setup beside stored examples, if possible beside the examples with the nearest conditions.
 
     For an upsampler, each image follows its small image.
     """
@@ -106,10 +106,10 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
 
 
 def _nearest(stored: Mapping[str, np.ndarray], requested: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns, for each requested condition, the index of the nearest stored condition, in standard deviations.
+    """Returns, for each requested condition, the index of the nearest stored condition; distances are in standard deviations.
 
-    Both have "condition" [n, F] and "condition_missing" bool [n], as `SamplingSetup.conditions`. Examples without a condition
-    are nearest to each other.
+    Both arguments have "condition" [n, F] and "condition_missing" bool [n], as `SamplingSetup.conditions`. Examples without
+    a condition are nearest to each other.
     """
     values, missing = stored["condition"], _missing(stored)
     deviation = values[~missing].std(axis=0) if not missing.all() else np.ones(values.shape[1])

@@ -1,7 +1,7 @@
-"""The likelihood of held-out examples, which `--mode=evaluate` measures first.
+"""Measures the likelihood of held-out examples, for `--mode=evaluate`.
 
-likelihood.json has the bits per dimension, their terms and standard errors; likelihood.npz the terms at every timestep;
-likelihood_terms.png and rate_distortion.png show them. For continuous data, the likelihood is a density in data units,
+likelihood.json has the bits per dimension, their terms and standard errors; likelihood.npz has the terms at every timestep,
+which likelihood_terms.png and rate_distortion.png show. For continuous data, the likelihood is a density in data units,
 reported in nats per dimension, too.
 """
 
@@ -90,10 +90,10 @@ def measure_likelihood(
 
 
 def bound_schedule(diffusion: Mapping[str, Any], schedule: Schedule) -> Schedule:
-    """Returns the schedule for the bound of `config.diffusion`: on a path with fixed_small, steps even in the log SNR.
+    """Returns the schedule for the bound: on a path with fixed_small, evenly spaced in the log SNR; otherwise `schedule`.
 
-    The cleanest of the training schedule's steps, which are even in network time, divide sigma by large factors. The excess
-    of the bound with fixed_small grows with these factors (76 bits for 1,000 steps of vp_linear and N(0, 1); 0.1 bits here).
+    With even steps in network time, the cleanest steps divide sigma by large factors, and fixed_small makes the bound too
+    large (by 76 bits for 1,000 steps of vp_linear and N(0, 1); by 0.1 bits with even steps in the log SNR).
     """
     if diffusion["path"] and diffusion["variance"] == "fixed_small":
         return respace(schedule, schedule.num_timesteps, "log_snr")
@@ -103,8 +103,8 @@ def bound_schedule(diffusion: Mapping[str, Any], schedule: Schedule) -> Schedule
 class LikelihoodRun:
     """A run's newest weights and the examples of `evaluation.split`, to measure the likelihood.
 
-    source: the examples, normalized. dataset, split: the origin of the examples; split is None for the source of a caller and
-    for a folder or file without splits, unless the model was trained on it ("train").
+    source: the examples, normalized. dataset, split: the origin of the examples; split is None for a caller's source; for a
+    folder or file without splits, split is "train" if the model was trained on the data, otherwise None.
     standardization_bits: bits per dimension that standardization adds for continuous data. dequantization: for the ODE
     likelihood, else None. digest: a hash over everything that the numbers depend on.
     """

@@ -92,7 +92,7 @@ SCALARS: dict[str, Scalar] = {
 
 
 def describe_scalar(name: str) -> Scalar:
-    """Returns the entry of `SCALARS`; any other number, such as a metric of samples or loss/NAME, has a chart of its own."""
+    """Returns the entry in `SCALARS`; for other names, such as a sample metric or loss/NAME, an entry with its own chart."""
     return SCALARS.get(name) or Scalar("metrics", name.replace("_", " "), name, name)
 
 
@@ -409,7 +409,7 @@ class _MLflow:
         self._client.log_batch(self._id, metrics, synchronous=False)
 
     def write_image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
-        if not self._has_image:  # MLflow reads the run then, and refuses a number's file that is still empty
+        if not self._has_image:  # logging an image makes MLflow read all metric files, and an empty file is an error
             self._mlflow.flush_async_logging()
             self._has_image = True
         self._client.log_image(self._id, image, f"{name}/{step:08d}.png")
@@ -513,7 +513,7 @@ def read_launches(workdir: RunDir | pathlib.Path) -> list[dict[str, Any]]:
         try:
             numbers = [launch[name] for name in ("start", "end", "first_step", "last_step")]
             return all(abs(number) < 2**53 for number in [*numbers, *(launch["seconds"][part] for part in PARTS)])
-        except (LookupError, TypeError):  # a stranger's file may hold any values
+        except (LookupError, TypeError):  # an untrusted file may hold any values
             return False
 
     with contextlib.suppress(OSError, ValueError):

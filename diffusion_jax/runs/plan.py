@@ -155,7 +155,7 @@ def compile_for(config: ConfigDict, topology: str) -> None:
     except RuntimeError as error:  # such as too little memory
         raise UserError(f"mesh.device={topology}: {first_line(error)}; {advice}", exit_code=1) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None  # as compilers for TPUs give
+    assert memory is not None and text is not None  # TPU compilers return both
     cycles = hlo.Program(text).cycles
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total, size = held + memory.temp_size_in_bytes, config.training.batch_size
@@ -186,10 +186,10 @@ def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_
     """Estimates the memory of one device when a complete config trains on `num_devices` devices."""
     activations, width = traced.activations, jnp.dtype(config["model"]["dtype"]).itemsize
     if len(every := traced.choices) == 1:
-        backward = activations[every[0]]  # of an unknown network, at most a gradient for each activation
+        backward = activations[every[0]]  # an unknown network has at most one gradient for each activation
     else:
         # The backward pass of a block holds the block's activations and equally many gradients. The gradients of all skip
-        # connections, half of the arrays between blocks, wait for the encoder. Blocks at full resolution are the largest.
+        # connections, half of the arrays between blocks, are kept for the encoder. Blocks at full resolution are the largest.
         num_blocks = 2 * config["model"]["num_res_blocks"] + 1
         backward = 2 * (activations[every[0]] - activations[every[1]]) / num_blocks + activations[True] / 2
     fsdp, remat, steps = settings

@@ -28,7 +28,7 @@ _GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What `config.editing` measures of an example, with the network's and the data's units.
+    """The measurement that `config.editing` describes, in network units and in data units.
 
     noise: the standard deviation in network units, a number or an array that broadcasts to y: [C], but [C, 1] for fourier and
     [1] for colorize. scale, shift: y in data units is scale * y + shift.
@@ -44,7 +44,7 @@ class Problem:
 
     @classmethod
     def from_config(cls, config: ConfigDict, net: pretrained.Model, mask: np.ndarray | None = None) -> Problem:
-        """mask: as `runs.edit` reads it. Raises: UserError."""
+        """Builds the measurement of a config. mask: from `runs.edit.EditFiles.read_mask`. Raises: UserError."""
         options, shape, task = config.editing, net.example_shape, config.editing.task
         array = load_arrays("editing.operator", options.operator) if options.operator else None
         arguments = {**options.to_dict(), "mask": mask, "array": array}
@@ -91,7 +91,7 @@ class Problem:
         return (y + self.noise * np.stack(draws)).astype(np.float32)
 
     def show(self, y: np.ndarray) -> np.ndarray:
-        """Returns y, in data units, as an example [*spatial, C] where that is possible; NaN where nothing is measured."""
+        """Returns y, in data units, for pictures: if possible as an example [*spatial, C]; NaN where nothing is measured."""
         if self.options.task in ("deblur", "tomography"):
             return y
         adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
@@ -101,7 +101,7 @@ class Problem:
         return np.where(weight > 0, spread / np.where(weight > 0, weight, 1), np.nan)
 
     def chi_squared(self, samples: Any, y: np.ndarray) -> np.ndarray:
-        """Returns chi-squared for each measured number, [L, N], from the results of `draw`."""
+        """Returns chi-squared divided by the number of measured numbers, [L, N], for samples from `draw`."""
         x = data.to_model_units(np.asarray(samples), self.net.normalizations.get("x"))
         found = self._repeat(y, len(x)).chi_squared(x.reshape(-1, *x.shape[2:]))
         return np.asarray(found).reshape(x.shape[:2])
@@ -110,7 +110,7 @@ class Problem:
         return Measurement(self.operator, jnp.tile(y, (count, *[1] * (y.ndim - 1))), self.noise)
 
     def num_drawn(self, count: int) -> int:
-        """The number of samples to draw for `count` of a row: smc draws particles, and chooses among them."""
+        """Returns how many samples are drawn to get `count` samples for a row of y; smc chooses among its particles."""
         return max(self.options.particles, count) if self.method == "smc" else count
 
     def draw(self, setup: SamplingSetup, y: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
@@ -145,7 +145,7 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
     """Logs chi-squared for each measured number, and whether the prior can explain the measurement."""
     found, count = float(np.mean(values)), problem.num_measured
     log(
-        f"Chi-squared for each of {count:,} measured numbers: {found:.3g}, about 1 if the samples explain the measurement."
+        f"Chi-squared per measured number ({count:,} numbers): {found:.3g}, about 1 if the samples explain the measurement."
     )
     if found > max(2.0, 1 + 5 * (2 / count) ** 0.5):
         log(

@@ -36,17 +36,17 @@ from diffusion_jax.untrusted import open_npz
 _FILES = ("classifier", "low_resolution", "conditions")  # settings of `config.sampling` that name files
 # Settings of `config.sampling` that a record omits, because the settings change no sample or the record has their result.
 _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "batch_size", "use_ema", "files")
-# Settings that file names show, or for `clip` only if it is not the default.
+# Settings that the digest in file names omits: file names show them; `clip` is in the digest if it is not the default.
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME = 40  # characters
 _TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # samples in the denoising picture; vectors are points
-_LOG_SNRS = -5.0, 3.0  # lowest and highest log SNR of its columns, besides the noise
+_LOG_SNRS = -5.0, 3.0  # lowest and highest log SNR of the denoising picture's columns, besides the noisiest step
 _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT = 12
 
 
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
-    """Writes samples as an .npz and a PNG grid.
+    """Writes samples as an .npz and a PNG picture.
 
     With `sampling.trajectory`, also the first samples being denoised; with `sampling.files=png`, each image as a file.
 
@@ -82,8 +82,8 @@ def _write_images(file: SampleFile) -> None:
 class SampleFile:
     """The samples of a config: PATH.npz with the samples, and PATH.png with a picture.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data; arr_1, the labels,
-    condition, the conditions in data units, and condition_missing, if there are any; provenance.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data, and the provenance. If the
+    samples have labels or conditions, it also has arr_1 (labels), condition (in data units) or condition_missing.
 
     path: the .npz. setup: the model and the settings. provenance: everything that decides the values.
     """
@@ -154,7 +154,7 @@ class SampleFile:
             log(f"{len(samples)} {noun}: {self.path}, a picture: {self.path.with_suffix('.png')}")
 
     def _check_space(self) -> None:
-        """Raises: UserError if the samples do not fit on disk or in memory, each twice while a file is written."""
+        """Raises: UserError if disk or memory is too small for two copies of the samples, which writing the file needs."""
         count, shape = self.config.sampling.num_samples, self.setup.net.example_shape
         needed = 2 * count * math.prod(shape) * (1 if self.setup.net.is_images else 4)
         free = shutil.disk_usage(self.workdir).free
@@ -168,7 +168,7 @@ class SampleFile:
             )
 
     def _find_difference(self) -> str | None:
-        """Explains why the file must be drawn again; returns "" if there is no file, None if it has these settings."""
+        """Returns why the samples must be drawn again; "" if there is no file, None if the file has these settings."""
         if not self.workdir.fetch(self.path).exists():
             return ""
         stored = Provenance.read(self.path)
@@ -184,7 +184,7 @@ class SampleFile:
 def make_provenance(setup: SamplingSetup, **settings: Any) -> Provenance:
     """Returns the record of samples or edits; its name is the start of the file name.
 
-    The settings are everything that decides the values, except settings that only change rounding. settings: added to them.
+    The record has all settings that decide the values, except settings that only change rounding. settings: further entries.
     """
     net, classifier, options = setup.net, setup.classifier, to_dict(setup.config)
     sampling = {k: v for k, v in options["sampling"].items() if k not in (*_SETTINGS_WITHOUT_EFFECT, *_FILES)}
@@ -269,7 +269,7 @@ def _write_trajectory(file: SampleFile) -> None:
     step (DDPM figure 6); times, the network times; samples [rows, *spatial, C], equal to the file's samples up to rounding.
     """
     log("Compiling the sampler of the trajectory ...")
-    setup, options = file.setup.on_mesh(sharding.one_device_mesh()), file.config.sampling  # only process 0 is here
+    setup, options = file.setup.on_mesh(sharding.one_device_mesh()), file.config.sampling  # only process 0 runs this
     rows = _TRAJECTORY_POINTS if len(setup.net.example_shape) == 1 else _TRAJECTORY_ROWS
     rows = min(rows, file.batch_size, options.num_samples)
     steps = picture_steps(setup.schedule, options.trajectory - 1)

@@ -87,7 +87,7 @@ class SamplingSetup:
         """
         net, count = self.net, len(indices)
         noise_std = self.config.sampling.low_resolution_noise
-        with warnings.catch_warnings():  # `resolve_sampling` has logged them with the names of settings
+        with warnings.catch_warnings():  # `resolve_sampling` has logged these warnings
             warnings.simplefilter("ignore")
             inputs = net.inputs(count, **self.rows(indices), noise_std=noise_std, classifier=self.classifier)
         denoiser = wrap(net.denoiser(**inputs, **self.options))
@@ -132,7 +132,7 @@ def resolve_sampling(
     conditions: Mapping[str, np.ndarray] | None = None,
     read_files: bool = True,
 ) -> SamplingSetup:
-    """Translates `config.sampling` for a model, checks everything before anything is compiled, and logs notes.
+    """Returns the setup that `config.sampling` describes; checks settings before anything is compiled, and logs notes.
 
     conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
     names, and logs no notes; classes of a guiding classifier are then not checked.
@@ -181,7 +181,7 @@ def resolve_sampling(
         for note in [*notes, *find_broken(config, "without effect")]:
             log(f"Note: {note}.")
     if options["steps"] is None:
-        config.sampling.spacing = None  # which has no effect, so the names and the provenance of samples lack it
+        config.sampling.spacing = None  # without steps, spacing has no effect, so names and provenance omit it
     guidance = {
         "clip": clip,
         "guidance_interval": options["guidance_interval"] or None,
@@ -205,7 +205,7 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
 def sampler_from_config(options: Mapping[str, Any]) -> sampling.Sampler:
     """Builds the sampler that `config.sampling` names; each constructor argument is the setting with the same name.
 
-    Raises: ValueError for values that the sampler does not allow, and for a function of the user that makes no sampler.
+    Raises: ValueError for values that the sampler does not allow, and for a user's function that does not make a sampler.
     """
     make_sampler = find_function(options["sampler"], "sampling.sampler", sampling.SAMPLERS)
     settings = {name: value for name, value in options.items() if name != "churn_range" or value}
@@ -234,7 +234,7 @@ def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 
 def check_finite(samples: np.ndarray) -> None:
-    """Raises: UserError for samples that are not finite. Images were already rounded to gray levels."""
+    """Raises: UserError for samples that are not finite. Images are not checked, because they are already gray levels."""
     if samples.dtype != np.uint8 and not np.isfinite(samples).all():
         raise UserError(
             "the samples have values that are not finite: use more sampling.steps, another sampling.sampler, or "
@@ -249,7 +249,7 @@ def check_finite(samples: np.ndarray) -> None:
 def make_captions(
     net: pretrained.Model, labels: np.ndarray | None, conditions: Mapping[str, np.ndarray]
 ) -> list[str] | None:
-    """Returns captions with classes and condition vectors, or None without either. conditions: as in `SamplingSetup`.
+    """Returns captions with classes and condition vectors; None if there are neither. conditions: as in `SamplingSetup`.
 
     Captions of images are short: the class, or the numbers of the condition.
     """
@@ -316,7 +316,7 @@ def _load_conditions(path: str) -> dict[str, np.ndarray]:
     if "condition" not in loaded or not loaded["condition"].size:
         found = "an empty array" if "condition" in loaded else f"only {list_names(map(repr, loaded), 8)}"
         raise UserError(
-            f"sampling.conditions={path!r} has {found}, and not numbers in an .npy or as 'condition' in an .npz"
+            f"sampling.conditions={path!r} has {found}; give an .npy of numbers, or an .npz with the array 'condition'"
         )
     return read_conditions(loaded)
 

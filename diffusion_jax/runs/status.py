@@ -38,7 +38,7 @@ def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
 def describe(
     config: ConfigDict, workdir: RunDir, lines: list[dict[str, Any]], now: float | None = None
 ) -> dict[str, str]:
-    """Returns the state of a work directory as {name: text}. lines: the result of `read_metrics`. now: None for no ages."""
+    """Returns the state of a work directory as {name: text}. lines: the result of `read_metrics`. now: None omits ages."""
     num_steps = config.training.num_steps
     saved, holder = committed_steps(workdir / "checkpoints"), workdir.find_holder()
     launches = read_launches(workdir)

@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
-      source: the training data; replaces the data set that `config.data` names. Its other settings must describe `source`.
+      source: training data that replace the data set in `config.data`, whose other settings must describe `source`.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; signals.StoppedBySignal after a signal.
     """
@@ -368,7 +368,7 @@ class BatchLoader:
         """Reads one batch of this process. Raises: UserError if a process that decodes images was killed."""
         try:
             return next(self._stream)
-        except RuntimeError as error:  # Grain's
+        except RuntimeError as error:  # from Grain
             if "Worker process was terminated" not in str(error):
                 raise
             raise UserError(

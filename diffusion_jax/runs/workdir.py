@@ -39,7 +39,7 @@ _NUM_HASHED_EXAMPLES = _NUM_CHECKED_IMAGES = 64
 
 
 def to_dict(config: ConfigDict) -> dict:
-    """A config as plain JSON values."""
+    """Converts a config to plain JSON values."""
     return json.loads(config.to_json())
 
 
@@ -75,7 +75,7 @@ def config_from_weights(path: str, flags: str = "", network: bool | Mapping[str,
 
 
 def check_identity(config: ConfigDict, workdir: RunDir) -> None:
-    """Raises: UserError that lists every differing setting if the directory holds another run; as `check_run_files`.
+    """Raises: UserError with all differing settings if the directory holds another run; the errors of `check_run_files`.
 
     Without a checkpoint, any config is allowed: an earlier launch failed or stopped before its first checkpoint.
     """
@@ -121,7 +121,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
         then, now = (f"in {each['blocks']} files" if "blocks" in each else "as a whole" for each in (old, new))
         difference = f"shuffled {then} then, shuffled {now} now, by data.data_dir and data.disk_mb"
     advice = f"remove {path} and its copy in the newest checkpoint to continue with the new data"
-    if normalizations:  # which data.json stores, and the weights need
+    if normalizations:  # the weights depend on the normalizations in data.json
         advice = f"start a new run from its weights with --pretrained={workdir} --workdir=NEW"
     raise UserError(
         f"the data differ from the training data of {workdir} ({old.get('images')} examples then, {len(source)} now, "
@@ -143,7 +143,7 @@ def digest_of_some(source: Source) -> str:
 
 
 def check_network_source(network: Network, workdir: RunDir, records: bool = False) -> None:
-    """Logs a note if a user's network is defined by another file than the file with which the run began.
+    """Logs a note if the file that defines a user's network changed since the run began.
 
     records: whether the SHA-256 of the file is recorded before the first checkpoint.
     """
@@ -205,7 +205,7 @@ def run_normalizations(config: ConfigDict, source: Source, workdir: RunDir) -> N
 def check_source(config: ConfigDict, source: Source, must_have_all_classes: bool = False) -> None:
     """Raises: UserError or DataError if labels or conditions do not fit the network, or gray levels do not fit the loss.
 
-    must_have_all_classes: because training on the source begins, and would not learn the other classes of the network.
+    must_have_all_classes: whether the source must have every class of the network, for training from scratch.
     """
     levels = config.data.levels if config.diffusion.loss in ("vlb", "hybrid") else None
     batch = source.read(np.arange(min(1 if levels is None else _NUM_CHECKED_IMAGES, len(source))))
@@ -221,7 +221,7 @@ def check_source(config: ConfigDict, source: Source, must_have_all_classes: bool
         advice = "a classifier needs labeled images" if is_classifier(config) else "use model.num_classes=0"
         problem = f"has no labels (an array 'label', or a subfolder for each class with no file outside); {advice}"
     elif not source_classes:
-        problem = "does not tell its number of classes; give its source the attribute num_classes"
+        problem = "have no number of classes; add the attribute num_classes to their source"
     if num_classes and problem:
         raise UserError(f"model.num_classes={num_classes}, but the data {problem}")
 

@@ -129,8 +129,8 @@ def encode(
     """DDIM inversion: x_0 to x_T along the probability-flow ODE (DDIM section 4.3), the inverse of deterministic samplers.
 
     Args:
-      schedule: as `sample`. denoiser: as `sample`, but a plain function is not clipped; not x_prev. A clip, for order 1 only,
-        applies to the predicted x_0 at each step (and keeps eps, as diffusers does).
+      schedule: as `sample`. denoiser: as `sample`, but a plain function has no clip; not for x_prev. A clip, for order 1
+        only, applies to the predicted x_0 at each step (and keeps eps, as diffusers does).
       order: 1 is DDIM's step with the network evaluated at (x_{t-1}, t), with one call per step; 2 is Heun's step, with two
         calls; `heun()` then reconstructs x_0 much more closely.
       start: the index to stop at, where `sample(..., start=start)` starts; the default is T - 1.
@@ -159,7 +159,7 @@ def encode(
         return heun().step(jax.random.key(0), unclipped, x, backward, ()).x_prev.astype(x.dtype), None
 
     def first_order_step(x: Batch, t, at_end: Batch | None = None) -> Batch:
-        """DDIM's step with the network time of the upper level. at_end: x there, to evaluate the network in place of x."""
+        """DDIM's step with the network time of the upper level. at_end: x at that level, for the network in place of x."""
         transition = schedule.transition(t, x)
         lower, upper = transition.target._replace(time=transition.level.time), transition.level
         # Without noise, x_0 and the score do not determine eps, so they are converted with the upper level.

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     state: PyTree = ()
 
 
-_MAX_STD = 10.0  # of x_T with a signal below 0.1: only data with a standard deviation above 100 give more
+_MAX_STD = 10.0  # of x_T where alpha is at most 0.1; only data with a standard deviation above 100 exceed it
 
 
 class Stability(NamedTuple):
@@ -58,8 +58,8 @@ class Stability(NamedTuple):
 class Sampler:
     """The step from x_t to x_{t-1}, as a value: samplers with equal options are equal and have equal hashes.
 
-    A sampler is a frozen dataclass, so that it can be a static argument of `jax.jit`. It knows nothing of the network: what
-    the output means, its clip and its guidance belong to the `Denoiser`. To write your own, derive a class and define `step`,
+    A sampler is a frozen dataclass, so that it can be a static argument of `jax.jit`. It does not depend on the network: the
+    meaning of the output, clip and guidance belong to the `Denoiser`. To write your own, derive a class and define `step`,
     and `init_state` if it has a state:
 
         @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WrappedSampler(Sampler):
-    """A sampler that changes the steps of another one; derive a class, and define `step` with `self.sampler.step`.
+    """A sampler that changes the steps of another sampler; derive a class, and define `step` with `self.sampler.step`.
 
     It equals only itself, because a derived class may hold arrays. A class that names the fields with its arrays,
 

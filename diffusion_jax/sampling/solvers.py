@@ -78,7 +78,7 @@ class _Multistep(Sampler):
         return empty_history(x_T, num_steps, self.order - 1)
 
     def _step_order(self, history: History, transition: Transition) -> Int[Array, ""]:
-        """Returns the least of `order`, the values so far and, if `lower_order_final`, the steps left; 1 to reach x_0."""
+        """Returns the least of `order`, values so far and, if `lower_order_final`, steps left; 1 for the step to x_0."""
         order = jnp.minimum(self.order, history.steps_taken + 1)
         return (
             jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(_ends(transition), 1, order)
@@ -103,7 +103,7 @@ def _slopes(values, gaps):
 
 
 def _gaps(nodes):
-    """Differences of lambda; 1 for equal nodes, which belong to steps before the first, whose values are unused."""
+    """Returns differences of lambda; 1 for the equal, unused nodes before the first step."""
     gaps = [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
@@ -138,8 +138,8 @@ class dpm_solver_pp(_Multistep):
     sde: solves the reverse SDE instead of the ODE: the integrand's rate doubles, and noise with variance sigma'^2 (1 -
       e^{-2h}) is added ("SDE-DPM-Solver++").
     singlestep: takes steps in groups of `order`; each step in a group starts from the group's first x and uses all values
-      since. Order 3 needs steps of similar length in lambda, as in any smooth spacing. The steps in a group share one noise
-      path. `lower_order_final` lowers the order of the last step only, which is its own group.
+      in the group so far. Order 3 needs steps of similar length in lambda, as in any smooth spacing. The steps in a group
+      share one noise path. `lower_order_final` lowers the order of the last step only, which is its own group.
     """
 
     _: dataclasses.KW_ONLY
@@ -250,7 +250,7 @@ class unipc(_Multistep):
     def _move(self, x, nodes, target, values, value_at_target=None):
         """Moves x from nodes[0] to `target` with the values at `nodes` (UniPC eq. 3, with h -> -h for x_0).
 
-        value_at_target: makes the move a corrector's.
+        value_at_target: the value at `target`, for the corrector.
         """
         current = nodes[0]
         h = current.lam - target.lam
@@ -301,9 +301,9 @@ class heun(Sampler):
     fails if sigma falls by many octaves in one step, as in the first steps of a cosine schedule: respace with "karras" or
     "log_snr". Not for the prediction x_prev.
 
-    churn: S_churn; above 0, each step first multiplies sigma, the standard deviation of the noise in x / alpha, by
-      1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the path, with fresh noise scaled by
-      S_noise = `churn_noise`, if sigma is in `churn_range` (S_tmin, S_tmax).
+    churn: S_churn. Above 0, each step with sigma, the standard deviation of the noise in x / alpha, in `churn_range` (S_tmin,
+      S_tmax) first adds fresh noise: sigma is multiplied by 1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the
+      path. `churn_noise` (S_noise) scales the fresh noise.
     Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
     """
 
@@ -344,7 +344,7 @@ class heun(Sampler):
             eps = (denoised.eps + denoiser(euler, target).eps) / 2
             return jnp.where(target.sigma > 0, ddim_step(denoised, eps, level, target), euler)
 
-        # The branch saves the last step's second call. A loop of its own for that step would compile the network once more.
+        # The branch saves the last step's second call. A separate loop for that step would compile the network again.
         x_prev = jax.lax.cond(_ends(transition), lambda: euler, corrected)
         return Step(x_prev, denoised.x_0, state)
 

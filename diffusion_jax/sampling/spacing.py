@@ -1,10 +1,10 @@
 """The default spacing for a sampler, and checks for steps on which a sampler fails.
 
-A step that removes too much noise at once returns noise or blurred images, without an error. Noise levels alone predict this
-on Gaussian data, whose probability flow has a closed form, and so has the error of each step. The standard deviation of the
-data must be known: 0.5, about the value for images in [-1, 1], where it decides whether a solver fails, and an argument for
-the last step, which blurs narrow data. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's
-exact distribution.
+A step that removes too much noise at once returns noise or blurred images, without an error. For Gaussian data, noise levels
+alone predict this, because the probability flow and the error of each step have closed forms. The checks need the data's
+standard deviation: `find_problem` assumes 0.5, about the value for images in [-1, 1], `find_error_growth` assumes 1, and
+`find_blur` takes an argument. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's exact
+distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusion_jax.schedules import Schedule, respace
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.types import DenoiseFn
 
-_MIN_WIDTH = 0.9  # ratio of the standard deviations of samples and data below which the last step is noted
+_MIN_WIDTH = 0.9  # `find_blur` reports a smaller ratio of the standard deviations of samples and data
 _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained network
 # By `Stability.order`: about the norm of the Adams-Bashforth weights, (3/2, -1/2) and so on; it multiplies independent
 # errors.
@@ -100,8 +100,8 @@ def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
     """Returns why the last step blurs samples, whatever the sampler, or None.
 
     The last step returns the network's x_0, the mean of all data that agree with x_t. For an exact network on Gaussian data,
-    samples have 1 / sqrt(1 + (sigma / (alpha data_std))^2) of the data's standard deviation, with the noise level of the
-    last step; below 0.9 is noted.
+    samples have 1 / sqrt(1 + (sigma / (alpha data_std))^2) times the data's standard deviation, with sigma and alpha of the
+    last step. The result is None if this ratio is at least 0.9.
 
     schedule: respaced, not traced. data_std: the standard deviation of x_0, or of its narrowest detail; the default is for
     standardized data. The schedule and the network do not contain it.
@@ -113,8 +113,8 @@ def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
     if not sigma.size or width[0] >= _MIN_WIDTH:
         return None
     return (
-        f"the last step removes noise of {sigma[0] / data_std:.3g} times the data's standard deviation at once, which blurs "
-        f"the samples: it makes them {width[0]:.2g} times as wide as the data"
+        f"the last step removes noise of {sigma[0] / data_std:.3g} times the data's standard deviation at once and blurs the "
+        f"samples: they are {width[0]:.2g} times as wide as the data"
     )
 
 

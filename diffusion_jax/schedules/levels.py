@@ -33,7 +33,7 @@ class NoiseLevel(NamedTuple):
 
     @property
     def has_signal(self) -> Array:
-        """Whether x_t has digits of x_0: below alpha = 1e-10, sigma / alpha makes any number of a rounding error."""
+        """Whether x_t has digits of x_0: below alpha = 1e-10, dividing by alpha turns rounding errors into any number."""
         return self.alpha > 1e-10
 
     @classmethod
@@ -43,7 +43,7 @@ class NoiseLevel(NamedTuple):
 
     @property
     def level(self) -> NoiseLevel:
-        """The level itself, so that a level and a `Transition` are read alike."""
+        """The level itself, so that `at.level` is a level for a `NoiseLevel` and a `Transition`."""
         return self
 
     def times(self, x_t: Float[Array, "B *shape"]) -> Float[Array, "B"]:
@@ -94,7 +94,7 @@ class Transition(NamedTuple):
     def between(cls, level: NoiseLevel, target: NoiseLevel, path: Any = None) -> Transition:
         """Returns the step between any two noise levels, accurate also where they are close.
 
-        Only a step to less noise has variances; `sampling.encode` takes steps to more noise. With the ratio r of both SNRs,
+        Only a step to less noise has variances; `sampling.encode` takes steps to more noise. With r = SNR / SNR',
         c_0 = alpha' (1 - r), c_t = sqrt(r) sigma' / sigma, beta = sigma^2 (1 - r) and beta-tilde = sigma'^2 (1 - r). The
         decoder's variance is sigma^2 / alpha^2, as on a `Path`.
         """

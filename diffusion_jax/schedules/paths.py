@@ -61,8 +61,8 @@ class Path:
     def log_snr(self, time: Num[ArrayLike, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
         """Returns log(alpha^2 / sigma^2) at any network time.
 
-        For float64 NumPy arrays, NumPy computes it in float64, unless the path is traced; other times give JAX arrays,
-        float32, or float64 for a float64 time with x64 on.
+        For float64 NumPy times, NumPy computes the result in float64, unless the path contains JAX arrays. Other times give
+        JAX arrays: float32, or float64 for a float64 time with x64 on.
         """
         return self._evaluate(self._log_snr, time)
 
@@ -342,7 +342,7 @@ def vp_cosine(offset: float = 0.008, *, interval: tuple[float, float] = (0.01, 9
     """Improved DDPM's cosine schedule in continuous time (eq. 17), without the bound 0.999 for beta.
 
     With u = time / 1000: alpha_bar = f(u) / f(0), f(u) = cos^2((u + offset) / (1 + offset) pi/2).
-    interval: without the ends of 0 ... 1000, where the log SNR is infinite. Raises: ValueError for a negative offset and an
+    interval: the default excludes 0 and 1000, where the log SNR is infinite. Raises: ValueError for a negative offset and an
     interval outside 0 ... 1000.
     """
     require_number("offset", offset, 0)
@@ -363,20 +363,20 @@ def rectified_flow(*, interval: tuple[float, float] = (0.0, 1000.0)) -> Path:
     """The straight path z = (1 - tau) x_0 + tau eps of flow matching (Lipman et al. 2023, Liu et al. 2023); time is 1000 tau.
 
     x_t = z / sqrt((1 - tau)^2 + tau^2), so sigma / alpha = tau / (1 - tau).
-    interval: at the ends of the default the log SNR is infinite. What needs finite ends, such as a bound, raises ValueError
-    and needs an interval such as (1, 999). Raises: ValueError for an interval outside 0 ... 1000.
+    interval: at the ends of the default the log SNR is infinite. Functions that need finite ends, such as a bound, raise
+    ValueError for the default, and need an interval such as (1, 999). Raises: ValueError for an interval outside 0 ... 1000.
     """
     return _RectifiedFlow(_to_interval("interval", interval, 0, _MILLE))
 
 
 def shifted(path: Path, delta_log_snr: float) -> Path:
-    """The path with the log SNR plus a constant at every time.
+    """Returns the path with `delta_log_snr` added to the log SNR at every time.
 
     Images with d times the width need 2 log(1/d) for the same signal in averaged pixels (Hoogeboom et al. 2023, "simple
     diffusion", eq. 5). SD3's shift of rectified flow from n to m pixels (Esser et al. 2024, eq. 23) is log(n / m).
 
     A network trained on this path gets the time of `path`, before the shift. For a network that was trained on `path` itself,
-    or as SD3's, which gets the shifted tau, use `from_path(path, times)` with shifted times instead.
+    or that gets the shifted tau, as SD3's, use `from_path(path, times)` with shifted times instead.
     """
     is_scalar = isinstance(delta_log_snr, np.generic)  # a float64 scalar would make every level float64 under x64
     return _Shifted(path, float(delta_log_snr) if is_scalar else delta_log_snr)

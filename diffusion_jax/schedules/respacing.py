@@ -86,7 +86,7 @@ def _read_text(text: str) -> tuple[int | list[int], str]:
 def _spaced(schedule: Schedule, count, spacing: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns `count` steps with a named spacing: indices, or (network times, log SNR) between indices.
 
-    If the schedule ends in pure noise, levels between indices do, too, and sigma is spaced up to the last step with signal.
+    If the schedule ends in pure noise, so do levels between indices; sigma is then spaced up to the last step with signal.
     """
     total = schedule.num_timesteps
     require_number("the number of steps", count, 1, total, whole=True)
@@ -149,16 +149,16 @@ def respace(
             log_snr    log sigma (DPM-Solver section 3.3)
             gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data with standard deviation 0.5
               (Sabour et al. 2024, section 3.1, derive it for their own bound).
-          If alpha_bar ends at 0, the last step is pure noise, and the others reach to the last step with signal;
+          If alpha_bar ends at 0, the last step is pure noise, and the step before it is the last step with signal;
         several ints with the spacing "openai", as the string "a,b,c";
         or explicit steps, in any order: indices (int), or network times (float).
       spacing: only for an int, or for the sections of "openai"; strings and explicit steps define their own.
 
     Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
-      schedule's, or the path's at steps between indices.
+      schedule's; at steps between indices it comes from the path.
     Raises: ValueError for an invalid string, a count that does not fit, an index outside the schedule, a network time outside
-      both its path's interval and its steps, a repeated step, an unknown spacing, a spacing for steps that are not an int,
-      one step with "leading", "linspace" or "quadratic", or tables that are not float64.
+      both the path's interval and the schedule's steps, a repeated step, an unknown spacing, a spacing for steps that are not
+      an int, one step with "leading", "linspace" or "quadratic", or tables that are not float64.
     """
     if isinstance(schedule, Path):
         schedule.transition(0, 0.0)  # raises

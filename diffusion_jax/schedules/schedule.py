@@ -78,8 +78,8 @@ def betas(
 class Schedule:
     """The steps of a chain; build it with `from_betas`, `from_path` or `respace`.
 
-    A pytree whose leaves are float64 NumPy arrays [T]; `at` and `transition` read them, in the dtype of the arrays that they
-    meet. Index t runs from 0 (the papers' t = 1) to T - 1.
+    A pytree whose leaves are float64 NumPy arrays [T]; `at` and `transition` read them, in the dtype of the argument
+    `like`. Index t runs from 0 (the papers' t = 1) to T - 1.
 
     transitions: the steps from x_t to x_{t-1}, as tables.
     alpha_bar: the product of 1 - beta up to t.
@@ -88,9 +88,9 @@ class Schedule:
       that its square root is 0 in float32.
 
     For a chain of betas and its respacings, the decoder p(x_0 | x_1), at index 0, has the posterior variance of index 1, as
-    in Ho's and OpenAI's code (ln = -9.8167 for linear-1000); for a chain of one step, beta. On a `Path` levels may be
-    so close that this is far below the uncertainty of x_0 given x_1, so its schedules have sigma_0^2 / alpha_0^2 instead, the
-    variance of x_0 given x_1 for any smooth distribution of x_0 that is much wider.
+    in Ho's and OpenAI's code (ln = -9.8167 for linear-1000); for a chain of one step, beta. The levels of a
+    `Path` may be so close that this variance is far below the uncertainty of x_0 given x_1. Schedules from a path have
+    sigma_0^2 / alpha_0^2 instead, the variance of x_0 given x_1 for any smooth distribution of x_0 that is much wider.
     """
 
     transitions: Transition

@@ -1,1 +1,1 @@
-"""Objects in buckets of Google Cloud Storage and S3, and leases on them."""
+"""Objects in buckets (Google Cloud Storage, S3), their local copies, locks, and weights on the Hugging Face Hub."""

@@ -30,12 +30,12 @@ Objects = Mapping[str, ObjectInfo]
 
 
 def local_path(location: str | os.PathLike, below: str = "", suffixes: tuple[str, ...] = ("",)) -> pathlib.Path:
-    """Returns a local path: `path` with "~" expanded, or for a URL, the path of a downloaded copy.
+    """Returns a local path: `location` with "~" expanded, or for a URL, the path of a downloaded copy.
 
     Files that have not changed since the last call are not downloaded again. From a work directory, only samples and the
     objects that `is_small` selects are downloaded. hf:// names weights on the Hugging Face Hub (`hub.download`). below,
-    suffixes: only objects whose names in the folder begin with `below` and end with a suffix are needed; the Hub's ignore
-    both arguments. If the URL names no object, the returned path does not exist.
+    suffixes: only objects whose names in the folder begin with `below` and end with a suffix are needed; both
+    arguments are ignored for hf://. If the URL names no object, the returned path does not exist.
     Raises: StorageError, OSError; UserError if the disk is too small.
     """
     text = os.fspath(location)
@@ -86,7 +86,7 @@ def copy_objects(
 ) -> None:
     """Downloads objects that have changed since the last call, and removes the copies of deleted objects.
 
-    An object is copied to `copy_path(root, URL)`; one file for each store below `root` has the tags of the copies.
+    An object is copied to `copy_path(root, URL)`; a file for each store, below `root`, has the tags of the copies.
     prefix: only objects whose names start with this are listed. is_needed: (name, listed objects) -> bool.
     Raises: OSError; UserError if the disk is too small.
     """
@@ -114,7 +114,7 @@ def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed
             path.unlink(missing_ok=True)
             with contextlib.suppress(
                 OSError
-            ):  # a directory that is not empty; empty ones would count as splits or classes
+            ):  # a directory that is not empty; empty directories would count as splits or classes
                 for parent in itertools.takewhile(lambda parent: parent != directory, path.parents):
                     parent.rmdir()
         tags = {key: tag for key, tag in tags.items() if key not in deleted}
@@ -175,7 +175,7 @@ def _touch(path: pathlib.Path) -> bool:
 
 
 def _make_room(root: pathlib.Path, size: int, max_bytes: float) -> None:
-    """Deletes the least recently used copies for `size` further bytes. Raises: UserError if the disk is too small."""
+    """Deletes the least recently used copies to make room for `size` bytes. Raises: UserError if the disk is too small."""
     found = []
     for path in root.iterdir():
         with contextlib.suppress(FileNotFoundError):  # deleted by another process

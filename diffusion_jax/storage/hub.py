@@ -1,7 +1,7 @@
 """Weights on the Hugging Face Hub, hf://OWNER/NAME[/FILE][@REVISION], read through huggingface_hub and its cache.
 
-The token, the cache, offline mode and mirrors are huggingface_hub's: HF_TOKEN or `hf auth login`, HF_HOME, HF_HUB_OFFLINE,
-HF_ENDPOINT. Every file is compared with the digest that the Hub states for it.
+huggingface_hub's settings apply: HF_TOKEN or `hf auth login` (token), HF_HOME (cache), HF_HUB_OFFLINE, HF_ENDPOINT (mirror).
+Every file is compared with the digest that the Hub states for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffusion_jax.files import downloads_root, require_space
 
 _SCHEME = "hf://"
 _FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([\w.-]+|refs/[\w./-]+))?")
-_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of several in one folder, the first is read
+_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")  # in order of preference, in each folder
 _NOT_READ = ("samples/", "images/", "plugins/", "evaluation/", "events.out.tfevents.")  # in a published work directory
 _CARD, _CARD_LENGTH = "README.md", 65536
 OWN_FILE = "diffusion_jax.safetensors"  # published weights in this package's format, beside diffusers'
@@ -43,11 +43,11 @@ def is_hub(text: str | os.PathLike) -> bool:
 
 @functools.cache  # a program that reads the weights several times gets one version of them
 def download(url: str) -> HubFiles:
-    """Downloads the weights that a name on the Hub means, unless the cache has them, and prints their license.
+    """Downloads weights from the Hub, unless the cache has them, and prints their license.
 
-    url: of a repository, from which the files of one network are downloaded; or of a file or folder in it. REVISION: a
+    url: a repository, of which only one network's files are downloaded, or a file or folder in it. REVISION: a
     branch, a tag or a commit. A dropped connection is resumed; a rerun downloads only files that were not finished. Without
-    network, the cache or a folder put there by hand is read.
+    network, the cache is read, or a folder that was filled by hand.
     Raises: StorageError, one line, for a wrong name, a missing or gated repository, a digest that differs, a full disk, or no
     network.
     """
@@ -76,7 +76,7 @@ def download(url: str) -> HubFiles:
         folder, digests = _find_local(hub, url, repository, revision, page, error), {}
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         needed = _choose(url, names, file)
-    except OSError as error:  # also an answer of the Hub with a status
+    except OSError as error:  # includes HTTP errors from the Hub
         login = "log in with `hf auth login` or set HF_TOKEN"
         reason = f"it cannot be downloaded ({first_line(error)}); rerun the same command"
         if isinstance(error, errors.GatedRepoError):
@@ -110,7 +110,7 @@ def upload(folder: pathlib.Path, url: str) -> None:
     try:
         hub.HfApi().create_repo(repository, exist_ok=True)
         hub.HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Publish weights")
-    except (httpx2.TransportError, OSError, ValueError) as error:  # also an answer of the Hub with a status
+    except (httpx2.TransportError, OSError, ValueError) as error:  # includes HTTP errors from the Hub
         status = getattr(getattr(error, "response", None), "status_code", None)
         login = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         advice = login if status in (401, 403) else ""
@@ -126,7 +126,7 @@ def check_repository(url: str) -> str:
 
 
 def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
-    """Returns the names of the files of one network, and of the card. Raises: StorageError for none, or several networks."""
+    """Returns the file names of one network and its model card. Raises: StorageError for no network, or for several."""
     names = sorted(names)
     card = [name for name in names if name == _CARD]
     if file:  # a file, a folder, or the prefix of a TensorFlow checkpoint
@@ -174,7 +174,7 @@ def _find_local(hub: Any, url: str, repository: str, revision: str, page: str, e
 def _check_digest(url: str, path: pathlib.Path, digest: str) -> None:
     """Compares a file with its digest: SHA-256, or git's SHA-1 for small files. Raises: StorageError, and removes the file.
 
-    digest: any other text is no digest, and nothing is compared: a file put there by hand.
+    A file is not compared if `digest` is another text, as for a file that was put into the folder by hand.
     """
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
         return

@@ -71,7 +71,7 @@ class FileLock:
     def acquire(self) -> str | None:
         """Acquires the lock; waits half a minute for a holder that may be about to end.
 
-        Returns: None, or the holder if another process keeps the lock. A file system without locks is a note.
+        Returns: None, or the holder if another process keeps the lock. Prints a note if the file system has no locks.
         """
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
@@ -85,8 +85,8 @@ class FileLock:
         return None
 
     def check(self) -> None:
-        """Raises LeaseLostError if the directory was moved: files that are written by its path would start another run."""
-        with contextlib.suppress(OSError):  # of a network file system that does not answer now
+        """Raises LeaseLostError if the directory was moved: files written to the old path would start another run."""
+        with contextlib.suppress(OSError):  # a network file system may not answer at the moment
             if self._text and not (self._path.exists() and self._path.read_text() == self._text):
                 raise LeaseLostError(
                     f"{self._path.parent} was moved or deleted while this program wrote to it, so it stops; rerun the "
@@ -133,7 +133,7 @@ class Lease:
     def acquire(self) -> str | None:
         """Acquires the lease and starts renewing it. Returns: None, or the holder if another process keeps the lease.
 
-        Raises: StorageError if the service ignores the conditions of writes, OSError.
+        Raises: StorageError if the service ignores write conditions; OSError.
         """
         content, tag = self._read()
         if "holder" in content:

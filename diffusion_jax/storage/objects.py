@@ -97,8 +97,8 @@ class ObjectStore(abc.ABC):
     def _write_if(self, key: str, data: bytes, tag: str) -> str:
         """Overwrites version `tag` of the object `key` in the bucket; with tag "", creates a new object.
 
-        Returns: the tag of the new version. Raises: if the object has another version, exists already or does not exist, an
-        error that `_call` converts to a FileExistsError or FileNotFoundError.
+        Returns: the tag of the new version. Raises: if `tag` is not the object's current version, an error that `_call`
+        converts to a FileExistsError or FileNotFoundError.
         """
 
     @abc.abstractmethod
@@ -265,6 +265,6 @@ class ObjectStore(abc.ABC):
 
 
 def _run_all(function: Callable[..., None], arguments: Iterable[tuple]) -> None:
-    """Calls a function in threads. Raises: an error of a call, after all running calls have ended; others are dropped."""
+    """Calls a function in threads. Raises: the error of one call, after all running calls have ended; cancels other calls."""
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         list(pool.map(lambda each: function(*each), arguments))

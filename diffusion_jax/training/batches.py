@@ -13,7 +13,7 @@ from diffusion_jax import data, models
 from diffusion_jax.config import is_continuous
 from diffusion_jax.images import to_model_range
 
-_KINDS = {  # {name in messages: (the dtypes, the dtype of a batch of the program)}
+_KINDS = {  # {name in messages: (accepted dtypes, the dtype in the program's own batches)}
     "bool": (jnp.bool_, np.bool_),
     "uint8": (jnp.uint8, np.uint8),
     "int": (jnp.integer, np.int32),
@@ -65,8 +65,8 @@ def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
     Only names, shapes and dtypes are checked, so this works under jit. batch: "image", uint8 [B, *spatial, C], is scaled to
     [-1, 1]; or "x", float [B, *spatial, C], is not scaled. "label", int [B], is read only for a network with classes or a
     classifier; "condition", float [B, D] or [B, *spatial, K], and the optional "condition_missing", bool [B], True for
-    examples without a condition, only for a conditional network. For NaN in the condition of any other example, x_0 and thus
-    the loss become NaN, because traced values cannot be refused.
+    examples without a condition, only for a conditional network. If the condition of any other example has a NaN, x_0 and
+    thus the loss become NaN, because traced values cannot raise an error.
     Raises: ValueError for any other batch, and for settings that contradict the batch.
     """
     names = list(batch) if isinstance(batch, Mapping) else [type(batch).__name__]
@@ -84,7 +84,7 @@ def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
     arrays = {each: _read(batch, each, num_rows, *expected) for each, expected in _expected(config, name).items()}
     levels, loss, mirrors = config["data"]["levels"], config["diffusion"]["loss"], config["data"]["random_flip"]
     is_float, bounds = name == "x", loss in ("vlb", "hybrid")
-    problems = {  # what `config.check` cannot know: the levels of a config also describe float data in a batch
+    problems = {  # `config.check` does not know whether a batch has uint8 images or float data
         'data.levels=None is for continuous data ("x"): use data.levels=256': not is_float and levels is None,
         "data.random_flip=True mirrors only uint8 images: use data.random_flip=False": is_float and mirrors,
         f'data.levels={levels}: the loss {loss} on "x" is a bound for continuous data; use data.levels=None, or give uint8 '

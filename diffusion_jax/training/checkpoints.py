@@ -2,12 +2,12 @@
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
 (optimizer, step, averages of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
-Orbax restores a flipped bit as another number, without an error. `check_run_files` compares its config.json and data.json.
+Orbax restores a flipped bit as another number, without an error. `check_run_files` reads a step's config.json and data.json.
 
-Each process writes its arrays into its own directory, `<step>.partial/<process>`, which other processes need not see: Orbax
-is set up as if each process were the only process. Process 0 moves all files into its directory, writes the digests, and
-renames the directory to `<step>`. In a bucket, each process uploads its files; process 0 uploads the digests last. So a
-launch that is killed at any moment leaves a complete step, or files that readers ignore and the next launch removes.
+Each process writes its arrays into its own directory, `<step>.partial/<process>`: Orbax is set up as if each process were
+the only process. Process 0 moves all files into its directory, writes the digests, and renames the directory to `<step>`. In
+a bucket, each process uploads its files; process 0 uploads the digests last. So a launch that is killed at any moment leaves
+a complete step, or files that readers ignore and the next launch removes.
 """
 
 from __future__ import annotations
@@ -335,13 +335,13 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     """Writes the arrays of this process into the directory `part`, and uploads the files if the run is in a bucket.
 
     If no array is split over processes, process 0 writes everything into a few files (OCDBT). Otherwise every chunk has its
-    own file (zarr), so that all processes write different file names, and all files together are one Orbax checkpoint.
+    own file (zarr), so that no two processes write the same file, and all files together are one Orbax checkpoint.
 
     items: {name: result of `copy_to_host`}. Returns: the digests of the files that the step needs. Raises: OSError;
     LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
-    # Without parents, which are missing if the run was moved. Other processes may have no directory of checkpoints.
+    # Process 0 of a local run makes no parents: they are missing if the run was moved. Other processes may lack the parents.
     is_first = jax.process_index() == 0
     part.parent.mkdir(parents=isinstance(run_dir, BucketRunDir) or not is_first, exist_ok=True)
     if size > shutil.disk_usage(part.parent).free:  # on a full disk, tensorstore prints a traceback for every array
@@ -370,12 +370,12 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
         if is_first and path.is_file():
             shutil.copyfile(path, part / path.name)
     files = {path.relative_to(part).as_posix(): path for path in part.rglob("*") if path.is_file()}
-    # Metadata of a step and its items describe all arrays; process 0 writes complete metadata.
+    # Process 0's metadata of the step and of its items are complete, so the same files of other processes are left out.
     table = {name: digest(path) for name, path in files.items() if is_first or name.count("/") > 1}
     if isinstance(run_dir, BucketRunDir):
         name = run_dir.object_name(run_dir / step)
         uploads: dict[str | os.PathLike, str] = {part / file: f"{name}/{file}" for file in table}
-        # A launch that was suspended may have lost the lease, and the other launch may have saved this step.
+        # A launch that was suspended may have lost the lease to another launch, which may have saved this step.
         run_dir.store.upload_all(uploads, before_overwriting=run_dir.check_locks)
         if not is_first:
             shutil.rmtree(part.parent, ignore_errors=True)
@@ -390,10 +390,10 @@ def digest(path: pathlib.Path) -> tuple[int, str]:
 
 
 def check_run_files(workdir: RunDir) -> None:
-    """Compares config.json and data.json with their copies in the newest checkpoint; a changed byte would change numbers.
+    """Compares config.json and data.json with their copies in the newest checkpoint; a changed byte can change results.
 
-    Logs a note about other changes: of settings that a launch may change, or if an earlier version wrote the checkpoint.
-    Raises: CheckpointError if a file is missing, cannot be read, or differs in what decides the numbers of the run.
+    Logs a note about changes of settings that a launch may change, and about checkpoints of earlier versions, without copies.
+    Raises: CheckpointError if a file is missing, cannot be read, or differs in values that change the results.
     """
     steps = committed_steps(workdir / "checkpoints")
     if not steps:
@@ -401,12 +401,14 @@ def check_run_files(workdir: RunDir) -> None:
     newest = workdir / "checkpoints" / str(steps[-1])
     paths = {workdir / name: newest / name for name in _RUN_FILES}
     if not any(copy.exists() for copy in paths.values()):
-        log(f"Note: {newest} has no copies of {' and '.join(_RUN_FILES)} to find changes; the next checkpoint has.")
+        log(
+            f"Note: {newest} has no copies of {' and '.join(_RUN_FILES)} to find changes; the next checkpoint has copies."
+        )
     for path, copy in paths.items():
         if not copy.exists():
             continue
         if not path.exists():
-            otherwise = f"; to go on without it: rm {copy}" * (path.name != "config.json")
+            otherwise = f"; to continue without it: rm {copy}" * (path.name != "config.json")
             raise CheckpointError(f"{path} is missing; to restore it: cp {copy} {path}{otherwise}")
         stored: list[Any] = []
         for file, advice in ((copy, f"remove it: rm {copy}"), (path, f"restore it: cp {copy} {path}")):

@@ -88,7 +88,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
-    """Returns T levels of a path, evenly spaced in network time, with its last, and its first if the log SNR is finite."""
+    """Returns T levels, evenly spaced in network time from the path's start (excluded at infinite log SNR) to its end."""
     path = find_function(config["path"], "diffusion.path", schedules.PATHS)()
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
@@ -121,7 +121,7 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
 
 
 def _refuse_lost_levels(config: Mapping[str, Any], path: schedules.Path) -> None:
-    """Raises: ValueError if the levels that training draws have no finite density, as levels outside the path."""
+    """Raises: ValueError if training draws levels without a finite density, such as levels outside the path."""
     _, log_density = make_timestep_sampler(config)(jax.random.key(0), 16, path)
     lost, name = np.asarray(log_density)[~np.isfinite(log_density)], config[drawn := sampler_setting(config)]
     if lost.size:
@@ -157,7 +157,7 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
     """Builds the network, the schedule and the compiled functions of a config.
 
     config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. mesh_devices: the devices
-    of the mesh, by default the present devices; devices of a topology compile only. Raises: ConfigError for
+    of the mesh, by default the present devices; for devices of a topology, programs only compile. Raises: ConfigError for
     values that a setting does not allow; ValueError for a config that cannot be built.
     Functions of `config.diffusion` are traced, so their errors are raised here.
     """

@@ -38,7 +38,7 @@ def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
 
 
 def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer of `config.optimizer`: clipping by the global norm (0 for none), then Adam, AdamW or the user's.
+    """Builds the optimizer of `config.optimizer`: global-norm clipping (0 for none), then Adam, AdamW or a user's optimizer.
 
     `update` takes the gradient's norm as the keyword argument `grad_norm`, because the metrics need it, too. Frozen
     parameters have no optimizer state, and updates of 0.

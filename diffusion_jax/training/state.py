@@ -1,7 +1,7 @@
 """The training state: everything that a run needs besides its config, including averages of the metrics.
 
-The averages are a dictionary {name: Average}, which the train loop empties after each multiple of `training.log_every`. Its
-`nonfinite_step` is the first step with a loss, gradient or parameters that were not finite, or -1.
+The averages are a dictionary {name: Average}, which the train loop empties after each multiple of `training.log_every`. The
+entry `nonfinite_step` is the first step with a loss, gradient or parameters that were not finite, or -1.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def initial_history(config: Mapping[str, Any]) -> timesteps.LossHistory | None:
 
 
 def make_average(total: jax.Array, count: jax.Array) -> Average:
-    """Returns an average, total / count: the sums of the values and the weights, both float32 []."""
+    """Returns the average total / count. total, count: the sums of the values and of the weights, float32 []."""
     return Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 
@@ -112,7 +112,7 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
 
 
 def empty_averages(terms: Sequence[str]) -> dict[str, Any]:
-    """Returns averages over no steps of all train step metrics. terms: what a loss logs besides the loss."""
+    """Returns the averages of all train step metrics over no steps. terms: names of further values that a loss logs."""
     names = ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate")
     zero = jnp.zeros((), jnp.float32)
     averages = {name: make_average(zero, zero) for name in names}

@@ -46,7 +46,7 @@ class Microbatch:
 
     Timesteps, noise and the masks of dropout layers are drawn for all B rows, so that the number of microbatches does not
     change the results. The network sees only the rows of the microbatch. Other random numbers of a user's network, such as
-    those in attention, differ between microbatches.
+    dropout inside of attention, differ between microbatches.
     """
 
     index: Any = 0
@@ -84,7 +84,7 @@ _LOSS_TERMS = {"vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("ac
 
 
 def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """Returns the function in `losses` that a config names, and its keyword arguments from settings.
+    """Returns the loss function that a config names, and its keyword arguments from settings.
 
     The timestep sampler is not included, because it may need the loss history.
     """
@@ -107,12 +107,12 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
                     f"use {default}"
                 )
     if ":" not in diffusion["loss"]:
-        names -= {"prediction"}  # of the denoiser
+        names -= {"prediction"}  # an argument of the denoiser
     return loss, {name: settings[name] for name in names & settings.keys() - {"timestep_sampler"}}
 
 
 def _sampler_arguments(diffusion: Mapping[str, Any]) -> set[str]:
-    """Returns the arguments of a loss that take the timestep sampler; losses of 0.3 have `draw` for a path."""
+    """Returns the arguments of a loss that take the timestep sampler; losses written for 0.3 have `draw` for a path."""
     return {"timestep_sampler", "draw"} if diffusion["path"] else {"timestep_sampler"}
 
 
@@ -135,7 +135,7 @@ def make_timestep_sampler(
 
 
 def sigma_data(diffusion: Mapping[str, Any], is_continuous: bool) -> float:
-    """Returns the standard deviation of x_0 for EDM's constants: the setting, 1 for standardized data or 0.5 for images."""
+    """Returns the standard deviation of x_0 for EDM's constants: the setting, or 1 for standardized data, 0.5 for images."""
     return diffusion["sigma_data"] or (1.0 if is_continuous else DATA_STD)
 
 
@@ -224,11 +224,10 @@ def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array
 
 
 def find_terms(config: Mapping[str, Any], model: Network, schedule: Schedule) -> tuple[str, ...]:
-    """Returns the names of what the loss logs besides the loss. A user's loss is evaluated with a linear network.
+    """Returns the names of the values that the loss logs besides the loss. Evaluates a user's loss with a linear network.
 
-    Raises: ValueError if a user's loss returns something else than a loss, or relates the examples of a batch, which a
-    microbatch does not have: the losses of a microbatch must be the same numbers if the output in all other rows is 0, as
-    `Microbatch.put` makes it.
+    Raises: ValueError if a user's loss returns a wrong type or shape, or if it does not allow microbatches. In a microbatch,
+    `Microbatch.put` sets the network's output to 0 in all other rows, which must not change the losses of the microbatch.
     """
     name, microbatch = config["diffusion"]["loss"], Microbatch(0, config["training"]["accumulation_steps"])
     if ":" not in name:
@@ -258,7 +257,7 @@ def find_terms(config: Mapping[str, Any], model: Network, schedule: Schedule) ->
     of_batch, of_microbatch = (
         losses_of(weights, examples) for weights in (whole, microbatch.put(microbatch.take(whole)))
     )
-    if not np.allclose(of_batch, of_microbatch, rtol=1e-5, atol=0, equal_nan=True):  # room for rounding alone
+    if not np.allclose(of_batch, of_microbatch, rtol=1e-5, atol=0, equal_nan=True):  # tolerates only rounding
         raise ValueError(
             f"diffusion.loss={name}: the loss of an example changes with the network's outputs for other examples, which "
             f"a microbatch does not have; use training.accumulation_steps=1 and not {microbatch.count}"

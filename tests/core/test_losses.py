@@ -243,7 +243,7 @@ def test_importance_sampling_is_unbiased_and_has_less_variance():
     ("schedule", "options", "words"),
     [
         (schedules.edm(), {"draw": "log_normal", "timestep_sampler": "uniform"}, "give timestep_sampler alone"),
-        (SCHEDULE, {"draw": "uniform"}, "draw=uniform draws levels of a path"),
+        (SCHEDULE, {"draw": "uniform"}, "draw=uniform needs a path"),
         (schedules.edm(), {"timestep_sampler": first_step}, "it returned indices of steps"),
     ],
 )

@@ -118,7 +118,7 @@ def test_bad_arguments_are_refused(unchecked_annotations):
         (lambda: losses.vlb(KEY, EDM, learned, x), "from_path"),
         (lambda: losses.hybrid(KEY, EDM, learned, x), "from_path"),
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, timestep_sampler="antithetic"), "on a path use stratified"),
-        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="log_normal"), "log_normal draws levels of a path"),
+        (lambda: losses.simple(KEY, chain, gaussian(chain), x, draw="log_normal"), "log_normal needs a path"),
         (lambda: losses.simple(KEY, EDM, gaussian(EDM), x, draw="gaussian"), "unknown timestep_sampler 'gaussian'"),
         (lambda: losses.continuous_vlb(KEY, chain, gaussian(chain), x), "needs a path"),
         (lambda: losses.continuous_vlb(KEY, flow, gaussian(EDM), x), "interval="),

@@ -398,6 +398,7 @@ def test_smc_resamples_where_few_particles_count():
     np.testing.assert_array_equal(found.resampled[:-1], low[:-1])
     assert np.asarray(found.resampled).any(axis=0).all() and not found.resampled[-1].any()
     np.testing.assert_allclose(found.weights.sum(axis=0), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.effective[-1], 1 / np.square(found.weights).sum(axis=0), rtol=1e-5)
     exact_mean = (0.9 / 0.05**2 + 1 / 0.2**2) / (1 / 0.05**2 + 1 / 0.2**2)
     mean = jnp.sum(found.weights * found.x_0[..., 0], axis=0)
     np.testing.assert_allclose(mean, exact_mean, atol=0.04)

@@ -304,7 +304,7 @@ REFUSED = [
     case("the network is a Denoiser already", Denoiser, Denoiser(network)),
     case("a condition for each row", guidance.classifier_free, network, 3, 4, 2.0),
     case("a path has no steps", schedules.respace, schedules.edm(), 5),
-    case("corrections and limits do not", losses.simple, KEY, FULL, editing.project(network, GRAY_ONLY), X),
+    case("corrections and limits", losses.simple, KEY, FULL, editing.project(network, GRAY_ONLY), X),
     case("interpolate does not take ordr with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, ordr=7),
     case("interpolate does not take order with t=3", INTERPOLATE, X, [0.5], sampling.ddim(), t=3, order=2),
     case(r"x has shape \(2, 4, 4, 3\) but y has \(1, 4, 4, 3\)", INTERPOLATE, X[:1], [0.5], sampling.ddim(), t=3),

@@ -94,11 +94,11 @@ def test_what_has_no_holdout_is_refused_in_one_line(tmp_path):
         np.save(splits / f"{split}.npy", examples("series"))
     cifar10 = settings(dataset="cifar10", image_size=8, channels=1)
     for function, config, words in (
-        (data.load, cifar10, "data.holdout=0.3 is for .*cifar10' defines its splits itself"),
+        (data.load, cifar10, "data.holdout=0.3 .*'cifar10'"),
         (data.load, of_arrays(file, split="validation"), "data.split='validation' is not one of data.holdout=0.3"),
         (data.load, of_arrays(file) | {"holdout": 1e-9}, "data.holdout=1e-09 holds out 0 of 24 examples"),
-        (data.load, of_arrays(splits), "has splits of its own"),
-        (lambda config: data.load(config, source=given), of_arrays(""), "not for a source that a program gives"),
+        (data.load, of_arrays(splits), "its own splits"),
+        (lambda config: data.load(config, source=given), of_arrays(""), "the program gives a source"),
     ):
         with pytest.raises((data.DataError, ConfigError), match=words):
             function(config)

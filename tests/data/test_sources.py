@@ -46,11 +46,11 @@ def labeled(i):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (later(lambda i: {"x": np.ones((len(i), 4), int)}, of_x), r'"x" float64 .*, not .*"x" int64 \[\d+, 4\]$'),
-        (later(of_x, lambda i: {"x": X[i, :1]}), r'"x" float64 \[\d+, 1\], not as .*"x" float64 \[\d+, 4\]$'),
-        (later(of_x, lambda i: {"x": np.ones((len(i), 5))}), r'\[\d+, 5\], not as .*"x" float64 \[\d+, 4\]$'),
-        (later(labeled, of_x), r'\d\], not as for its first example "x" .*, "label" int'),
-        (later(of_x, labeled), r'"label" int64 \[\d+\], not as for its first example "x" float64 \[\d+, 4\]$'),
+        (later(lambda i: {"x": np.ones((len(i), 4), int)}, of_x), r'"x" float64 .*; its .*"x" int64 \[\d+, 4\]$'),
+        (later(of_x, lambda i: {"x": X[i, :1]}), r'"x" float64 \[\d+, 1\]; its .*"x" float64 \[\d+, 4\]$'),
+        (later(of_x, lambda i: {"x": np.ones((len(i), 5))}), r'\[\d+, 5\]; its .*"x" float64 \[\d+, 4\]$'),
+        (later(labeled, of_x), r'\d\]; its .*"x" .*, "label" int'),
+        (later(of_x, labeled), r'"label" int64 \[\d+\]; its .*"x" float64 \[\d+, 4\]$'),
         (lambda i: {"x": X[i], "label": i % 4}, "labels from 0 to 3; num_classes=3 allows 0 ... 2"),
         (lambda i: {"x": X[i], "label": i % 3 - 1}, "labels from -1 to .*; num_classes=3"),
     ],
@@ -133,5 +133,5 @@ def test_a_line_of_the_registry_adds_a_data_set(monkeypatch):
     lines = []
     assert data.is_in_memory(data.load(config, log=lines.append)) and lines == ["600 images of 2 classes."]
     assert data.has_splits(config) and data.origin(config) == "stripes:train"
-    with pytest.raises(data.DataError, match="'stripes' defines its splits itself"):
+    with pytest.raises(data.DataError, match="data.holdout.*'stripes'"):
         data.load(config | {"holdout": 0.5})

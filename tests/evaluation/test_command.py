@@ -165,7 +165,7 @@ def test_the_command_refuses_invalid_arguments(tmp_path, capsys):
         (("digits", "no_such/thing"), "no_such/thing: no such file or folder, and as a data set"),
         ((wide, good, "--features=digits"), "the features have 3 and 64 dimensions"),
         ((negative, good, "--features=digits"), "the covariance has the eigenvalue -1"),
-        (("digits", good, "--metrics=is,sfid"), "nothing is left to measure"),
+        (("digits", good, "--metrics=is,sfid"), "none of the metrics can be computed"),
         (("digits", good, "--metrics=fid,fad"), "'fad' is unknown; known: fid, sfid"),
         (("digits", good, "--features=inception"), "need inception=PATH, the weights of FID"),
         ((good, wider, "--features=digits"), "8x8 images and .*wider.npz has 16x16 images, .*--image_size"),

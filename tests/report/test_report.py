@@ -319,7 +319,7 @@ def test_the_command_and_the_mode_write_a_page_and_nothing_else(tmp_path, capsys
         (tmp_path / "report.html").unlink()
     with pytest.raises(SystemExit) as caught:
         command.main([str(tmp_path / "missing")])
-    assert caught.value.code == 2 and "is no directory" in capsys.readouterr().err
+    assert caught.value.code == 2 and "is not a directory" in capsys.readouterr().err
 
 
 # ---- Parts
@@ -416,7 +416,7 @@ def test_a_card_is_filled_from_the_run(run, tmp_path):
     ):
         assert text in card, text
     card = model_card(of_weights(net, "raw"), tmp_path / "digits", directory)  # the metrics belong to other weights
-    assert "Nothing was measured of these weights" in card
+    assert "These weights have no metrics yet" in card
     card = model_card(net, tmp_path / "x.safetensors", None)  # as for published weights
     assert front_matter(card)["library_name"] == "diffusion_jax"
     assert "## Training" not in card and "network times 0 ..." in card

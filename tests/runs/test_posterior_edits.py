@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 from PIL import Image
 
 from diffusion_jax import errors, pretrained
@@ -79,7 +80,7 @@ def test_samples_given_noisy_sensors_have_the_exact_mean_and_deviation(exact, me
     x = (found["arr_0"] - OFFSET) / SCALE
     residual = (x.reshape(400, -1) @ seen.reshape(6, -1).T - y.ravel()) / np.tile(0.4 / SCALE, 3)
     np.testing.assert_allclose(found["chi_squared"], (residual**2).mean(axis=1), rtol=1e-2)
-    assert "Chi-squared for each of 6 measured numbers: " in (printed := capsys.readouterr().out)
+    assert "Chi-squared per measured number (6 numbers): " in (printed := capsys.readouterr().out)
     assert "far above 1" not in printed
 
 
@@ -182,6 +183,9 @@ def test_units_of_measurements(kind, task, y_shape):
         seen = np.isfinite(shown).all(axis=-1)
         assert seen.sum() == y_shape[0]
         np.testing.assert_allclose(shown[seen], (x * scale + offset)[0][seen], rtol=1e-5)
+    elif task == "deblur":  # y has the blurred fields
+        blurred = scipy.ndimage.gaussian_filter(x, (0, 0.6, 0.6, 0), truncate=3, mode="mirror")
+        np.testing.assert_allclose(y, blurred, atol=1e-5)
     elif task == "super_resolution":
         np.testing.assert_allclose(found.operator.measure(shown[None]), in_data[:1], rtol=1e-5)
 
@@ -211,7 +215,7 @@ def test_commands_that_do_not_fit_are_refused_in_one_line(exact):
         ({"task": "deblur", "noise": 1.0, "image": y}, r"holds float64 \[3, 2\]; it must be .* shape \[8, 2\]"),
         ({"task": "deblur", "noise": 1.0, "image": y, "example": 1}, "exclude each other"),
         ({"task": "deblur", "noise": 1.0, "example": 9999}, "must be below 400"),
-        ({"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1}, "has no deviation; use at least 2"),
+        ({"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1}, "editing.num_samples=1"),
         ({"task": "deblur", "noise": 1.0, "example": 0, "method": "smc"}, "takes the steps of ddpm, not of "),
         ({"task": "super_resolution", "noise": 1.0, "example": 0, "factor": 3}, "factor=3 must divide"),
     ):

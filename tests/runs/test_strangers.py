@@ -202,7 +202,9 @@ def test_a_report_shows_no_file_of_its_reader(run, tmp_path):
     (run / "metrics.jsonl").symlink_to(tmp_path / "private.jsonl")
     page = write_report(open_run_dir(run, follow_links=True)).read_text()
     assert page.count("data:image/") == 1
-    assert "Left out, because they are links out of the run: goodput.json, metrics.jsonl, samples/private.png" in page
+    assert (
+        "Left out, because these links lead outside the run: goodput.json, metrics.jsonl, samples/private.png" in page
+    )
     assert "private words" not in page and "7654321" not in page.replace(",", "")
     shutil.rmtree(run / "samples")
     (tmp_path / "pictures").mkdir()
