@@ -167,8 +167,8 @@ class Denoiser:
     clip, and limits. `guidance` and `editing` add a function to a part of the pipeline; functions for different parts may be
     added in any order. `dataclasses.replace` changes any field.
 
-    network: called as network(x_t [B, ...], network time [B], **inputs); it returns the shape of x_t, or twice its channels
-      for a learned variance. A function, or a pytree that can be called, such as an Equinox module or
+    network: called as network(x_t [B, ...], network time [B], **inputs); its output has the shape of x_t, or twice
+      the channels for a learned variance. A function, or a pytree that can be called, such as an Equinox module or
       `jax.tree_util.Partial(function, params)`, whose arrays may change without a compilation.
     prediction: the quantity in the output: eps, x_0, v, x_prev, score or flow.
     variance: of p(x_{t-1} | x_t), as `process.p_mean_variance`.

@@ -191,7 +191,7 @@ class _Classifier:
     def __call__(self, evaluate, x_t, level, inputs):
         output = evaluate(x_t, level, inputs)
         slope = QUANTITIES[self.prediction].slope(level)
-        # d eps = -s sigma g, converted to the prediction. Pure noise is independent of y, so that g is 0 there.
+        # Guidance adds -scale sigma grad log p(y | x_t) to eps, here in the network's quantity. In pure noise it adds 0.
         factor = jnp.where(level.has_signal, -level.sigma / jnp.where(level.has_signal, slope, 1.0), 0.0)
         shift = factor * _gradient(self.log_prob, self.scale, x_t, level.times(x_t))
         channels = x_t.shape[-1]

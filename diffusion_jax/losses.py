@@ -351,7 +351,7 @@ def _denoiser(network: Denoiser | DenoiseFn, prediction: str | None, **defaults:
 
 
 def _at(schedule, prediction, t, like):
-    """Returns the noise level at t, or for x_prev the step from it."""
+    """Returns the noise level at t; for prediction x_prev, the transition from x_t to x_{t-1}."""
     return schedule.transition(t, like) if prediction == "x_prev" else schedule.at(t, like)
 
 

@@ -735,7 +735,7 @@ def is_continuous(config: Mapping[str, Any]) -> bool:
 
 
 def sampler_setting(diffusion: Mapping[str, Any]) -> str:
-    """Returns the setting of `config.diffusion` that names the timestep sampler; on a path, `draw` may replace it."""
+    """Returns the setting that chooses the noise levels: "draw" if a path has a `draw`, else "timestep_sampler"."""
     return "draw" if diffusion["path"] and diffusion["draw"] != "uniform" else "timestep_sampler"
 
 

@@ -118,7 +118,8 @@ def _keep_freed_memory() -> None:
     """Makes glibc reuse freed blocks of up to 1 GB. Environment variables that configure glibc take precedence.
 
     By default, glibc returns freed blocks to the system, and each step spends a tenth to a fifth of its time on new pages.
-    All threads share one heap, because a separate heap holds at most 64 MB. Threads that already have a heap keep it.
+    This function also makes all threads share one heap, because a separate heap holds at most 64 MB, except threads that
+    already have a heap.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -48,7 +48,7 @@ def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
         os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
     time.sleep(delay)
     with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():  # data workers would wait for this process
+        for child in multiprocessing.active_children():  # they would wait for this process forever
             child.kill()
     os._exit(exit_code)
 

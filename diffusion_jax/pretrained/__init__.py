@@ -226,7 +226,7 @@ def from_config(
 def _trusted_functions(
     path: pathlib.Path, settings: Mapping[str, Any], network: Trust
 ) -> tuple[dict[str, Any], Callable | None]:
-    """Returns the settings with the functions to import, and the function that makes the network (None: this package's).
+    """Returns the settings, with replaced functions, and the function that makes the network (None: a built-in network).
 
     settings: a config, or its groups "model" and "diffusion". network: as for `load`.
     Raises: PretrainedError if a function may not be imported.

@@ -20,8 +20,8 @@ from diffusion_jax.types import DenoiseFn
 
 _MIN_WIDTH = 0.9  # `find_blur` reports a smaller ratio of the standard deviations of samples and data
 _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained network
-# By `Stability.order`: about the norm of the Adams-Bashforth weights, (3/2, -1/2) and so on; it multiplies independent
-# errors.
+# {`Stability.order`: factor by which extrapolation enlarges independent errors}, about the norm of the Adams-Bashforth
+# weights, such as (3/2, -1/2) for order 2.
 _EXTRAPOLATION = {1: 1.0, 2: 1.7, 3: 2.4, 4: 3.7}
 
 

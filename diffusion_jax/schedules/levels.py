@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 class NoiseLevel(NamedTuple):
     """The noise level of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1: one for each row of x_t, or one for all.
 
-    alpha, sigma, log_snr, log(alpha^2 / sigma^2): [B, 1, ..., 1] or [], shapes that multiply x_t. time: the network time, [B]
-    or [].
+    alpha, sigma, and log_snr = log(alpha^2 / sigma^2): [B, 1, ..., 1] or [], which broadcast against x_t. time: the network
+    time, [B] or [].
     """
 
     alpha: Float[Array, "..."]

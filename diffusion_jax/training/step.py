@@ -201,7 +201,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (loss, values to log) from the result of the loss `name`.
 
-    Raises: ValueError if a user's loss did not return (losses, aux), with losses, aux.importance, aux.t and scalars each [B].
+    Raises: ValueError if a user's loss did not return (losses, aux), or losses, aux.t, aux.importance or a scalar not [B].
     """
     expected = f"diffusion.loss={name} must return (losses [{batch_size}], losses.LossAux), one loss for each example"
     if not isinstance(result, tuple) or len(result) != 2:

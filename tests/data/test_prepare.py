@@ -110,7 +110,9 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: waiting.wait(20) and [])  # it has no timeout
     monkeypatch.setattr(source_of_tfds, "_ANSWER_SECONDS", 0.2)
     said = refusal(tmp_path)
-    assert "nowhere.invalid does not answer (no answer in 0 s); set data.data_dir to its directory, or prepare it" in said
+    assert (
+        "nowhere.invalid does not answer (no answer in 0 s); set data.data_dir to its directory, or prepare it" in said
+    )
     assert "on another machine with: python -c" in said and not list(tmp_path.iterdir())
     waiting.set()
 
