@@ -94,7 +94,7 @@ CORE = {
 ELSEWHERE = {
     "__init__.py": ("test_package.py",),
     "cli.py": ("runs",),
-    "config": ("config", "test_installation.py", "runs/test_bad_configs.py"),
+    "config": ("config", "test_installation.py", "runs/test_bad_configs.py", "runs/test_strangers.py"),
     "console.py": ("test_console.py",),
     "data": ("data", "examples"),
     "distributed": ("distributed", "training/test_saves.py"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from diffusion_jax import metrics
 from diffusion_jax.metrics import of_features
 
 
@@ -53,6 +54,13 @@ def test_kid_by_its_definition():
     exact = within - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 144
     found = of_features.kid(x, y, subsets=3, subset_size=12)
     assert found.mean == pytest.approx(exact, rel=1e-12) and found.std == pytest.approx(0, abs=1e-12)
+
+
+def test_kid_has_the_published_subsets_of_1000_and_smaller_ones_of_few_examples():
+    x = gaussian(0, 4100, 2)
+    for count, size in ((100, 25), (4100, 1000)):
+        found = metrics.METRICS["kid"].compute(x[:count], x[:count], metrics.Options()).values
+        assert (found["_subset_size"], found["_subsets"]) == (size, 100)
 
 
 def test_kid_of_one_distribution_is_zero_and_its_error_is_honest():

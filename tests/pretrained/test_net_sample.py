@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import Denoiser, editing, guidance, models, posterior, sampling, schedules
+from diffusion_jax.data import Normalization
 from diffusion_jax.distributed import sharding
 from diffusion_jax.measurements import Measurement, masked
 from diffusion_jax.pretrained.model import make_model
@@ -226,3 +227,23 @@ def test_what_does_not_fit_a_net_is_one_line():
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="num_images=0 must be at least 1"):
         plain.sample(KEY, 0)
+
+
+def test_models_differ_in_units_and_output():
+    """Weights of other units or another output load without an error, and give wrong samples."""
+    net = net_of()
+    x, wide = Normalization((0.5,), (1.0,)), Normalization((0.5,), (2.0,))
+    units = dataclasses.replace(net, normalizations={"x": x, "condition": x})
+    assert not units.find_differences(units)
+    for other, expected in (
+        ({"normalizations": {"x": wide, "condition": x}}, ["x: (data - (0.5)) / (2) there, (data - (0.5)) / (1) here"]),
+        ({"normalizations": {"x": x}}, ["condition: none there, (data - (0.5)) / (1) here"]),
+        ({"levels": None}, ["levels: None there, 256 here"]),
+        (
+            {"prediction": "v", "sigma_data": 1.0},
+            ["prediction: 'v' there, 'eps' here", "sigma_data: 1.0 there, None here"],
+        ),
+        ({"variance": "fixed_small"}, []),  # the same output
+        ({"schedule": schedules.respace(net.schedule, 10)}, ["another noise schedule"]),
+    ):
+        assert units.find_differences(dataclasses.replace(units, **other)) == expected
