@@ -172,7 +172,7 @@ def test_steps_on_which_a_sampler_fails_are_refused(capsys):
     of({"sampler": "ddim", "steps": 20, "clip": False}, **cosine, prediction="v")
     assert not capsys.readouterr().out
     of({"sampler": "ddim", "steps": 5}, schedule="constant", num_timesteps=1000)
-    words = "blurs the samples: it makes them 0.13 times as wide as the data; use spacing='log_snr' or more steps"
+    words = "blurs the samples: they are 0.13 times as wide as the data; use spacing='log_snr' or more steps"
     assert words in capsys.readouterr().out
 
 

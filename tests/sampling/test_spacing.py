@@ -135,7 +135,7 @@ def test_a_last_step_that_makes_the_samples_narrow_is_noted(full, steps, spacing
     width, reason = abs(float(x_0[0, 0])) / data_std, sampling.find_blur(schedule, data_std)
     assert (reason is not None) == (width < 0.9)
     if reason:
-        noted = re.search(r"it makes them ([\d.]+) times as wide as the data", reason)[1]
+        noted = re.search(r"they are ([\d.]+) times as wide as the data", reason)[1]
         assert abs(width / float(noted) - 1) < 0.1
 
 
