@@ -38,8 +38,8 @@ class LinearOperator:
 
     measure: A, from [B, *spatial, C] to y [B, ...], row by row. invert: a right inverse A+, with A A+ = I on the range of A;
     None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y. Entries of y
-    with a diagonal of 0 are hidden: they are ignored. Elsewhere an approximation suffices; it only slows down iterative
-    solvers. None: estimated from 16 products with A, and no entry of y is hidden.
+    with a diagonal of 0 are hidden: they are ignored. For other entries an approximation suffices, but slows down iterative
+    solvers. If `diagonal` is None, it is estimated from 16 products with A, and no entry of y is hidden.
     """
 
     measure: LinearMap
@@ -66,11 +66,11 @@ class LinearOperator:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measurement:
-    """A measurement y = A(x_0) + N(0, R), a pytree: a new y or noise causes no recompilation.
+    """A measurement y = A(x_0) + N(0, R), as a pytree: a new y or noise causes no recompilation.
 
     operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; entries where the
-    operator's `diagonal` is 0, such as those that `masked` hides, are ignored. noise: the standard deviation, one number or
-    an array that broadcasts to y (the error bars of each pixel or channel); or a function u -> R u, with the covariance
+    operator's `diagonal` is 0, such as the unknown pixels of `masked`, are ignored. noise: the standard deviation, one number
+    or an array that broadcasts to y (the error bars of each pixel or channel); or a function u -> R u, with the covariance
     R and u shaped like y. 0 is for `editing.project` only.
     """
 
@@ -88,7 +88,7 @@ class Measurement:
             object.__setattr__(self, "noise", as_node(self.noise))
 
     def check(self) -> None:
-        """Checks the values that are not traced.
+        """Checks y and the noise, except traced values.
 
         Raises: ValueError for a y that is not float, or not finite where it is measured; a noise that is not above 0, or does
           not broadcast to y.
@@ -109,10 +109,10 @@ class Measurement:
             raise ValueError("noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project")
 
     def covariance(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
-        """Returns R u."""
+        """Returns R u for a u that is 0 where the operator hides entries; a function's result is 0 there, too."""
         noise: Any = self.noise
         if callable(noise):
-            return jnp.asarray(noise(u)).astype(u.dtype)
+            return self._hide(jnp.asarray(noise(u)).astype(u.dtype))
         return jnp.square(jnp.asarray(noise, u.dtype)) * u
 
     def variances(self, dtype: Any) -> Float[Array, "..."]:
@@ -125,18 +125,22 @@ class Measurement:
         return jnp.maximum(estimate, 1e-3 * jnp.mean(estimate))
 
     def residual(self, x_0: Batch) -> Float[Array, "B *y_shape"]:
-        """Returns y - A(x_0), and 0 where the operator hides the entry. Raises: ValueError for a y in another shape."""
-        found, y, diagonal = self.operator.measure(x_0), as_float("y", self.y), self.operator.diagonal
+        """Returns y - A(x_0), and 0 for hidden entries of y. Raises: ValueError if y and A(x_0) differ in shape."""
+        found, y = self.operator.measure(x_0), as_float("y", self.y)
         if found.shape != y.shape:
             raise ValueError(
                 f"y has shape {y.shape}, but the operator measures {found.shape} for x_0 {x_0.shape}; give each example its "
                 "own row of y"
             )
-        difference = y.astype(x_0.dtype) - found
-        return difference if diagonal is None else jnp.where(jnp.asarray(diagonal) > 0, difference, 0.0)
+        return self._hide(y.astype(x_0.dtype) - found)
+
+    def _hide(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
+        """Returns u, with 0 where the operator hides entries."""
+        diagonal = self.operator.diagonal
+        return u if diagonal is None else jnp.where(jnp.asarray(diagonal) > 0, u, 0.0)
 
     def chi_squared(self, x_0: BatchLike) -> Float[Array, "B"]:
-        """Returns the mean over the measured numbers of (y - A(x_0))^2 / R: about 1 for an x_0 that explains y.
+        """Returns the mean of (y - A(x_0))^2 / R over the measured entries: about 1 for an x_0 that explains y.
 
         Entries that a mask hides (a diagonal of 0) do not count. Raises: ValueError as `check` and `residual`, and for a
         noise that is a function.
@@ -302,7 +306,7 @@ def _interpolate(points, x):
 def at_points(points: Float[ArrayLike, "P axes"]) -> LinearOperator:
     """Measures P points by linear interpolation between the nearest entries. y: [B, P, C].
 
-    points: positions in entries along each spatial axis, from 0, the first entry, to n - 1; positions outside are at the
+    points: a position along each spatial axis: 0 at the first entry, n - 1 at the last. Positions outside are moved to the
     border.
     """
     points = as_float("points", points)
@@ -326,9 +330,9 @@ def _transform(mask, x):
 def fourier(mask: Shaped[ArrayLike, "*spatial"]) -> LinearOperator:
     """Measures chosen coefficients of the orthonormal Fourier transform over all spatial axes, as in magnetic resonance.
 
-    mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; along the last axis, only the first n // 2 + 1 count,
-    because the others are conjugates. y: [B, ..., n // 2 + 1, C, 2], real and imaginary parts, each with noise of its own;
-    entries of y that are not measured are ignored.
+    mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; along the last axis, only the first n // 2 + 1
+    frequencies count, because the others have conjugate coefficients. y: [B, ..., n // 2 + 1, C, 2], real and imaginary
+    parts, each with noise of its own; entries of y that are not measured are ignored.
     """
     mask = as_mask(mask)
     grid = jnp.meshgrid(*(jnp.arange(size) for size in mask.shape), indexing="ij")
@@ -361,7 +365,7 @@ def _project_rays(angles, x):
 def radon(angles: Float[ArrayLike, "A"]) -> LinearOperator:
     """Tomography: measures the sums along parallel rays through square images, at A angles in radians.
 
-    y: [B, A, n, C]; the sums of angle 0 are over the first spatial axis. Values outside of the image are 0.
+    y: [B, A, n, C]; at angle 0, the sums run along the first spatial axis. Values outside of the image are 0.
     """
     return LinearOperator(jax.tree_util.Partial(_project_rays, as_float("angles", angles)))
 
@@ -373,6 +377,6 @@ def _compose(outer, inner, x):
 def compose(outer: LinearOperator, inner: LinearOperator) -> LinearOperator:
     """Returns the operator outer(inner(x_0)), which has neither a right inverse nor a `diagonal`.
 
-    So a mask in it hides no entries of y: all must be finite, and `Measurement.residual` compares masked entries with 0.
+    So a mask in `outer` or `inner` hides no entries of y: they must be finite, and `residual` compares masked entries with 0.
     """
     return LinearOperator(jax.tree_util.Partial(_compose, outer, inner))

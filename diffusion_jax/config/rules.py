@@ -255,12 +255,14 @@ def _edit(config: ConfigDict) -> list[Rule]:
         options.example is not None and options.image,
         f"and editing.image={options.image!r} exclude each other",
     )
+    has_no_gray = task == "colorize" and is_continuous(config)
     lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
     sampler = config.sampling.sampler
     lacks_steps = method == "smc" and sampler != "ddpm" and ":" not in sampler
     return [
         Rule("editing.example", has_two, two, None, 'editing.image=""'),
         Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),
+        Rule("editing.task", has_no_gray, "is for images, and data.levels=None is continuous data", "inpaint"),
         Rule(
             "editing.method", lacks_steps, f"takes the steps of ddpm, not of {sampler}", None, "sampling.sampler=ddpm"
         ),

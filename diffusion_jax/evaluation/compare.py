@@ -36,11 +36,12 @@ from diffusion_jax.metrics import (
     reported_name,
     reported_values,
 )
+from diffusion_jax.metrics.of_arrays import even_indices
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
-_Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # other limits: NAME_limit
+_Z_LIMITS = {name: "mean_and_covariance_z_limit" for name in ("mean_z", "covariance_z")}  # others: NAME_limit
 # Entries of a record besides metrics; a user's metric must not have these names.
 _RECORD_KEYS = {"files", "notes", "num_reference", "num_samples", "reference", "reference_sha256", "samples"}
 _RECORD_KEYS |= {"samples_sha256", "features", "features_digest", "resize", "steps", "step", "weights", "sampling"}
@@ -164,7 +165,7 @@ def compare(
 
 
 def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Returns how the samples in a file were drawn, as settings for a record; {} if the file stores no settings."""
+    """Returns the settings with which the samples in a file were drawn, for a record; {} if the file stores no settings."""
     stored = Provenance.read(path)
     if stored is None:
         return {}
@@ -193,8 +194,8 @@ def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
 def find_conditions(metric: str, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the labels and conditions that a user's function takes, by parameter; NaN for a missing condition.
 
-    sets: the arrays "label", "condition" and "condition_missing" of the "reference" and the "samples", if they have them.
-    Raises: ValueError if a set has no such array, unless the parameter has a default value.
+    sets: {"reference" or "samples": {name: array}}, where the names are "label", "condition" and "condition_missing".
+    Raises: ValueError if a set lacks the array for a parameter without a default value.
     """
     found = {}
     for parameter, is_required in find_metric(metric).conditions.items():
@@ -273,9 +274,12 @@ def check_comparable(reference: ExampleSet, samples: ExampleSet) -> None:
 def _draw_neighbors(
     reference: ExampleSet, samples: ExampleSet, result: Result, space: str, channels: pictures.Channels
 ) -> pictures.Picture:
-    """Draws the samples closest to the reference, each before its nearest examples. space: the compared features."""
+    """Draws the samples closest to the reference, each before its nearest examples. space: the features in the title."""
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
+    if samples.is_of_images:  # rows of the pools become numbers of examples
+        indices = even_indices(len(reference.source), MAX_EXAMPLES)[indices]
+        rows = even_indices(len(samples.source), MAX_EXAMPLES)[rows]
     one, other = (pathlib.Path(each.name).name for each in (reference, samples))
     title = f"Samples of {other} and their nearest examples in {one}; Euclidean distances of {space}; at most "
     title += f"{result.values['memorization']['close_distance']:.3g} is close"
@@ -328,7 +332,7 @@ def add_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the records of a metrics.json, [] if the file does not exist. Raises: ValueError for another file."""
+    """Reads the records of a metrics.json, [] if the file does not exist. Raises: ValueError for other contents."""
     if not path.exists():
         return []
     problem = "not a list of records"

@@ -1,4 +1,4 @@
-"""Example sets to compare, and their features: by FID's Inception, a small digits classifier, or a user's function.
+"""Example sets to compare, and their features, by FID's Inception, a small digits classifier, or a user's function.
 
 A set is a file with samples or arrays, a folder, a run, a data set, or statistics of features. Features are cached in chunks,
 so that an interrupted launch can resume, and the features of a reference are computed once for all comparisons.
@@ -60,9 +60,9 @@ _MAX_BYTES_IN_MEMORY = 2**30
 class SetFeatures(NamedTuple):
     """An example set's features.
 
-    pool: float32 [N, D], features of the first 50,000 examples; None for sets that have only statistics. moments: feature
-    moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the examples or
-    statistics. chunks: the cached features.
+    pool: float32 [N, D], features of at most 50,000 evenly spread examples; None for sets that have only statistics. moments:
+    feature moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the examples
+    or statistics. chunks: the cached features.
     """
 
     pool: np.ndarray | None
@@ -74,7 +74,7 @@ class SetFeatures(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSet:
-    """A set of examples, or feature statistics, which may come from more examples than the file has.
+    """A set of examples, feature statistics, or both; the statistics may come from more examples than the file has.
 
     statistics: ADM's (mu, sigma, mu_s, sigma_s) or pytorch-fid's (mu, sigma). Statistics files do not store the number of
     examples, so `Moments.count` is 0.
@@ -86,7 +86,7 @@ class ExampleSet:
 
     @property
     def source(self) -> data.Source:
-        """The examples, if the set has more than statistics."""
+        """The examples of a set that does not only have statistics."""
         assert self.examples is not None
         return self.examples
 
@@ -108,7 +108,7 @@ class ExampleSet:
         return {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
 
     def limit(self, count: int) -> ExampleSet:
-        """Returns at most `count` examples, evenly spread, because neighbors may be similar."""
+        """Returns the set with at most `count` examples, evenly spread, because neighboring examples may be similar."""
         chosen = even_indices(len(self.source), count)
         return dataclasses.replace(self, examples=data.SelectedExamples(self.source, chosen))
 
@@ -223,7 +223,8 @@ def read_all(
 ) -> np.ndarray | LazyExamples:
     """Returns all examples, standardized, float32 [n, *spatial, C]: in memory up to 1 GiB, otherwise read when needed.
 
-    normalization: None leaves the values unchanged. in_data_units: data units instead, as `normalization.data_dtype`.
+    normalization: None leaves the values unchanged. in_data_units: whether to return data units, in the dtype
+    `normalization.data_dtype`.
     """
 
     def read(indices: np.ndarray) -> np.ndarray:
@@ -246,10 +247,10 @@ def read_all(
 class FeatureExtractor(NamedTuple):
     """A function from images to features, with its parameters.
 
-    name: for reports. digest: changes with everything that changes the features. function: (params, uint8 images
-    [B, H, W, C]) -> {"pool": [B, D]}, and "spatial" [B, S] for sFID; compiled unless params is None. head: [D, classes],
-    from features to logits, or None. resize: a name in RESIZES, how images are resized for Inception. published: whether the
-    Frechet distance may be called FID.
+    name: the name in reports. digest: a hash that changes with everything that changes the features. function: (params, uint8
+    images [B, H, W, C]) -> {"pool": [B, D]}, and "spatial" [B, S] for sFID; compiled unless params is None. head: [D,
+    classes], from features to logits, or None. resize: a name in RESIZES, how images are resized for Inception. published:
+    whether the Frechet distance may be called FID.
     """
 
     name: str
@@ -282,8 +283,8 @@ def inception(path: str | os.PathLike, resize: str = "tf1") -> FeatureExtractor:
 def digits() -> FeatureExtractor:
     """Returns this package's small classifier of scikit-learn's digits, for 8x8 gray images.
 
-    The metrics can only compare sets of generated digits with each other, because `benchmarks/digits_features.py` trained
-    the classifier on the reference images.
+    With these features, metrics can only compare sets of generated digits with each other, because
+    `benchmarks/digits_features.py` trained the classifier on the reference images.
     """
     content = DIGITS_PATH.read_bytes()
     flat = {tuple(name.split(".")): jnp.asarray(value) for name, value in safetensors.numpy.load(content).items()}
@@ -358,7 +359,7 @@ class DigitsNetwork(nn.Module):
 class FeaturePipeline:
     """Computes features with an extractor, in batches of `batch_size` over a mesh.
 
-    workdir: the cache for several processes, because each process must see the features; one process uses the user's cache.
+    workdir: holds the cache for several processes, because all must read the features; one process uses the user's cache.
     """
 
     def __init__(self, extractor: FeatureExtractor, mesh: Mesh, batch_size: int, workdir: RunDir | None = None):
@@ -401,7 +402,7 @@ class FeaturePipeline:
     def extract_set(self, examples: ExampleSet, folder: str = "references") -> SetFeatures:
         """Computes a set's features, stored in the cache folder "references" or "samples".
 
-        Statistics in the set's file take precedence over the examples, which may be fewer.
+        Statistics in the set's file take precedence, because they may come from more examples than the file has.
         """
         source, name, statistics = examples.examples, pathlib.Path(examples.name).name, examples.statistics
         if source is None:
@@ -420,8 +421,8 @@ class FeaturePipeline:
             return self._extract(lambda rows: read_examples(source, first + rows), min(CHUNK, count - first))
 
         num_chunks = chunks.fill(f"Features of {name}", count, CHUNK, compute)
-        num_in_pool = min(num_chunks, -(-MAX_EXAMPLES // CHUNK))
-        pool = np.concatenate([chunks.load(i)["pool"] for i in range(num_in_pool)])[:MAX_EXAMPLES]
+        rows = even_indices(count, MAX_EXAMPLES)
+        pool = np.concatenate([chunks.load(i)["pool"][rows[rows // CHUNK == i] % CHUNK] for i in range(num_chunks)])
         if statistics is not None:
             return statistics._replace(pool=pool, chunks=chunks)
         moments = moments_of_chunks(chunks.load(i)["pool"] for i in range(num_chunks))

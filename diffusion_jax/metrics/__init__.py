@@ -2,9 +2,9 @@
 
 `of_features` compares features [N, D] of two sets, and `of_arrays` compares the examples, float arrays [n, *spatial, C].
 
-A metric is a function (reference, samples, options) -> `Result` and one line in `METRICS`. Records, pictures and reports
-follow this table. The setting `evaluation.metrics` and the option `--metrics` take names in the table, and the name of a
-user's function.
+A metric is a function (reference, samples, options) -> `Result` with an entry in `METRICS`. A new entry needs no change of
+the code for records, pictures and reports. The setting `evaluation.metrics` and the option `--metrics` accept the names in
+this table, and "module:function" for a user's function.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from diffusion_jax.metrics import of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, ValueAndError, even_indices, select
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
-MAX_EXAMPLES = 50_000  # in a set of arrays, as in the image metrics
+MAX_EXAMPLES = 50_000  # limit for a set of arrays, and for the features of images in memory
 # The parameters of a user's function that take the labels and conditions of a set.
 _CONDITIONS = ("reference_label", "samples_label", "reference_condition", "samples_condition")
 _KID_SUBSET_SIZE = 1000
 _IS_SPLIT_SIZE = 5000
 _FEW_PER_DIMENSION = 10  # with fewer samples per dimension, the bias of the Frechet distance is noticeable
 _GROUPS = 20  # for the jackknives
-_ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # limits: examples per set, and products in all distances of a set
+_ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # limits: examples, multiplications for all distances
 _NEIGHBORS, _NEIGHBOR_PRODUCTS, _NEIGHBOR_BYTES = 5, 1e13, 2**31
 _MAX_COVARIANCE_CHANNELS = 512
 _BINS, _PROJECTIONS, _SLICED_EXAMPLES = 50, 256, 20_000
@@ -39,11 +39,11 @@ _Examples = np.ndarray | LazyExamples
 
 
 class Options(NamedTuple):
-    """Options for array metrics, besides the two sets.
+    """The options of a metric, besides the two sets.
 
-    seed: for random directions. normalization: maps standardized examples to data units,
-    examples * scale + offset; None if they have these units already. periodic: whether series are periodic.
-    conditions: the arrays for a user's function by parameter (`Metric.conditions`), a row for each of its examples.
+    seed: the seed of random directions. normalization: maps standardized examples to data units,
+    examples * scale + offset; None if the examples are already in data units. periodic: whether series are periodic.
+    conditions: {parameter: array} for a user's function (`Metric.conditions`), with one row for each example.
     """
 
     seed: int = 0
@@ -61,8 +61,9 @@ class Options(NamedTuple):
 class Curves(NamedTuple):
     """A statistic of both sets to draw, with one panel per channel, in data units.
 
-    name: the picture's name. x: float [K], or bin edges [C, K + 1]. reference, samples: `value` [K, C] with its
-    `standard_error`. labels: for the axes. notes: a text for each channel, or (). logarithmic: whether both axes are.
+    name: the picture's name. x: float [K], or bin edges [C, K + 1]. reference, samples: the statistic of each set, `value`
+    [K, C] and `standard_error`. labels: the labels of the axes. notes: a text for each channel, or (). logarithmic: whether
+    both axes are logarithmic.
     """
 
     name: str
@@ -78,7 +79,8 @@ class Result(NamedTuple):
     """The result of a metric.
 
     values: numbers and settings for the record. arrays: statistics of both sets in data units. curves: a picture
-    of these statistics. neighbors, rows: the nearest reference examples for the samples at these rows. note: for the user.
+    of these statistics. neighbors: the nearest reference examples of the samples with the indices `rows`. note: a text for
+    the user.
     """
 
     values: Mapping[str, Any]
@@ -96,11 +98,12 @@ class Metric(NamedTuple):
       moments, spatial: `Moments` of features and of Inception's spatial features. pool: features [N, D].
       logits: Inception's class logits [N, classes]. examples: standardized arrays [n, *spatial, C]; images are not
         standardized, but gray levels of 0 to 255.
-      data: the same arrays in data units, float32, or float64 if an offset is more than 1000 scales.
+      data: the examples in data units, float32, or float64 if an offset is more than 1000 times its scale.
       vectors: the features of images, or the examples for other data.
-    minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: the names in
-    records, with features from the published Inception and from other extractors; the names in `Result.values` are then
-    suffixes. conditions: the parameters of a user's function that take labels or conditions, {name: whether it is required}.
+    minimum: required number of examples in each set. spatial_axes: allowed numbers of spatial axes. names: (the name in
+    records for features from the published Inception, the name for other features), to which the keys of `Result.values` are
+    appended; None if the keys are complete names. conditions: the parameters of a user's function that take labels or
+    conditions, {name: whether it is required}.
     """
 
     compute: Callable[[Any, Any, Options], Result]
@@ -112,7 +115,7 @@ class Metric(NamedTuple):
 
 
 def find_metric(name: str) -> Metric:
-    """Returns the entry of `METRICS`, or the metric of a user's function "module:function". Raises: ValueError."""
+    """Returns the entry of `METRICS` with this name, or a metric for a user's "module:function". Raises: ValueError."""
     if name in METRICS:
         return METRICS[name]
     if ":" not in name:
@@ -151,7 +154,7 @@ def reported_name(metric: str, published: bool, resize: str | None = None) -> st
 
 
 def needs_features(names: Iterable[str], of_images: bool) -> bool:
-    """Whether any of the metrics compares features, for images or for other arrays."""
+    """Returns whether any of the metrics needs features. of_images: whether the examples are images."""
     kinds = {find_metric(name).needs for name in names} - {"data", "examples"}
     return bool(kinds if of_images else kinds - {"vectors"})
 
@@ -207,7 +210,7 @@ def _inception_score(reference: np.ndarray, samples: np.ndarray, options: Option
 
 
 def _shares(function: Callable, k: int) -> Metric:
-    """Returns a metric with two numbers from manifolds of k neighbors; the function's name joins both names."""
+    """Returns a metric of two numbers, whose names are the two words in the function's name, such as precision_recall."""
     name = function.__name__
 
     def compute(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
@@ -248,7 +251,7 @@ def _sliced_wasserstein(reference: _Examples, samples: _Examples, options: Optio
 
 
 def _marginal_histograms(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    # Values of samples outside the reference's range, which could widen the bins without limit, count in the outermost bins.
+    # Values outside the reference's range count in the outermost bins, because samples could widen the bins without limit.
     limits = of_arrays.value_range(reference)
     histograms = of_arrays.marginal_histograms(reference, samples, _BINS, limits=limits, groups=_GROUPS)
     distance = histograms.distance
@@ -276,8 +279,9 @@ def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Opti
     ]
     moments = [of_arrays.mean_and_covariance(x) for x in sets]
     means, covariances = ([getattr(each, name) for each in moments] for name in ("mean", "covariance"))
-    values, (channel,) = _deviation("mean", means)
-    of_covariance, indices = _deviation("covariance", covariances)
+    sizes = len(reference), len(samples)
+    values, (channel,) = _deviation("mean", means, sizes)
+    of_covariance, indices = _deviation("covariance", covariances, sizes)
     values |= of_covariance
     values["mean_channel"] = int(channels[channel])
     values["covariance_channels"] = [int(channels[i]) for i in indices]
@@ -291,7 +295,7 @@ def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Opti
 
 def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) -> Result:
     spectra = [of_arrays.power_spectrum(x) for x in (reference, samples)]
-    values, (shell, channel) = _deviation("power_spectrum", spectra, relative=True)
+    values, (shell, channel) = _deviation("power_spectrum", spectra, (len(reference), len(samples)), relative=True)
     frequencies = spectra[0].x
     values["power_spectrum_frequency"] = float(frequencies[shell])
     values["power_spectrum_channel"] = channel
@@ -313,7 +317,7 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
         found = [of_arrays.autocorrelation(x, periodic=options.periodic) for x in (reference, samples)]
     except ValueError as error:  # a constant channel; other metrics allow it
         return Result({}, note=f"no autocorrelation: {error}")
-    values, (lag, channel) = _deviation("autocorrelation", found)
+    values, (lag, channel) = _deviation("autocorrelation", found, (len(reference), len(samples)))
     values["autocorrelation_lag"] = int(found[0].x[lag])
     values["autocorrelation_channel"] = channel
     values["autocorrelation_z_limit"] = largest_z(max(found[0].value[1:].size, 1))
@@ -323,13 +327,13 @@ def _autocorrelation(reference: _Examples, samples: _Examples, options: Options)
 
 
 def _named(name: str, distance: ValueAndError, **settings: Any) -> dict[str, Any]:
-    """Returns {name: value, name_standard_error: ...} for a distance, and the settings."""
+    """Returns {name: value, name_standard_error: ..., name_SETTING: ...} for a distance and its settings."""
     numbers = {field: x for field, x in distance._asdict().items() if x is not None} | settings
     return {name if field == "value" else f"{name}_{field}": x for field, x in numbers.items()}
 
 
 def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Returns a statistic of both sets, the reference and the samples, with standard errors, by array name."""
+    """Returns {array name: values or standard errors} for the statistics (of the reference, of the samples)."""
     return {
         f"{name}_{side}{end}": np.asarray(getattr(statistic, field))
         for side, statistic in zip(("reference", "samples"), pair, strict=True)
@@ -343,27 +347,32 @@ def _rescaled(statistic: Any, factor: np.ndarray, shift: Any = 0.0) -> Any:
     return statistic._replace(value=value, standard_error=error)
 
 
-def _deviation(name: str, pair: Sequence[Any], relative: bool = False) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _deviation(
+    name: str, pair: Sequence[Any], sizes: tuple[int, int], relative: bool = False
+) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Returns (the deviation of the samples where |z| is largest, with standard error and z-score; its index).
 
-    pair: the statistic of the reference, then the statistic of the samples.
+    pair, sizes: the statistic of the reference and the statistic of the samples, with the sizes of the two sets.
     """
-    difference = pair[1].value - pair[0].value
+    (x, x_error), (y, y_error) = ((part.value, part.standard_error) for part in pair)
+    n, m = sizes
+    # Equal distributions have one variance. Its estimate from a small set alone is low where the set's value is low.
+    variance = (np.square(n * x_error) + np.square(m * y_error)) / (n + m)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal numbers without an error have the z-score 0
-        z = np.where(difference == 0, 0.0, difference / np.hypot(pair[1].standard_error, pair[0].standard_error))
+        z = np.where(y == x, 0.0, (y - x) / np.sqrt(variance * (1 / n + 1 / m)))
     index = np.unravel_index(int(np.argmax(np.abs(np.nan_to_num(z, nan=0.0)))), z.shape)
-    (x, x_error), (y, y_error) = ((float(part.value[index]), float(part.standard_error[index])) for part in pair)
+    x, x_error, y, y_error = (float(each[index]) for each in (x, x_error, y, y_error))
     deviation, error = y - x, math.hypot(x_error, y_error)
     if relative:
         deviation, error = (y / x - 1, math.hypot(y_error, x_error * y / x) / x) if x else (math.inf, math.inf)
     values = {f"{name}_deviation": deviation, f"{name}_deviation_standard_error": error, f"{name}_z": float(z[index])}
-    # JSON has no infinity. Values are infinite only if a number of the data is 0 or has no error.
+    # JSON has no infinity. Values are infinite only if the reference's value is 0, or if both standard errors are 0.
     finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
     return finite, tuple(map(int, index))
 
 
 def largest_z(count: int) -> float:
-    """The bound that the largest |z| of `count` independent z-scores exceeds with 5% probability for equal distributions.
+    """Returns the bound that the largest of `count` independent |z| exceeds with 5% probability for equal distributions.
 
     Dependent z-scores exceed the bound less often.
     """
@@ -395,8 +404,8 @@ METRICS: dict[str, Metric] = {
 class Meaning(NamedTuple):
     """The description of a number in records.
 
-    name: with the unit. better: "lower", "higher" or "closer to 0"; "" for a number that does not rank models. text: the
-    definition.
+    name: the name with the unit. better: "lower", "higher" or "closer to 0"; "" for a number that does not rank models. text:
+    the definition.
     """
 
     name: str
@@ -407,7 +416,10 @@ class Meaning(NamedTuple):
 _DISTANCE = "distance between Gaussians with the mean and covariance of each set's features; 0 for equal Gaussians"
 _FALLS = "it falls with the number of samples"
 _MMD = "unbiased squared MMD of the features, with a cubic kernel; about 0 for equal distributions"
-_Z = "z-score of the deviation; |z| is below the limit in 19 of 20 measurements of equal distributions"
+_Z = (
+    "z-score of the deviation; with 1,000 samples, |z| is below the limit in about 19 of 20 measurements of equal "
+    "distributions"
+)
 
 # Keys: names in metrics.json, without the suffix of a resize.
 MEANINGS = {
@@ -494,7 +506,7 @@ _DETAILS = ("_std", "_standard_error", "_same_distribution", "_limit", "_frequen
 
 
 def find_meaning(key: str) -> Meaning | None:
-    """Returns the meaning of a record's entry, also for a resize such as "fid_clean"; None for an unknown entry."""
+    """Returns the meaning of a record's entry, also with a resize suffix ("fid_clean"); None for an unknown entry."""
     if key in MEANINGS:
         return MEANINGS[key]
     for resize in _RESIZES:
@@ -504,7 +516,7 @@ def find_meaning(key: str) -> Meaning | None:
 
 
 def heading(key: str) -> str:
-    """Returns the name and direction of an entry, such as "Frechet distance, lower is better"; other keys unchanged."""
+    """Returns the name and direction of an entry, as in "Frechet distance, lower is better"; an unknown key is unchanged."""
     name, better, _ = find_meaning(key) or Meaning(key, "", "")
     return f"{name}, {better} is better" if better else name
 
@@ -518,7 +530,7 @@ def reported_values(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def format_value(value: float, error: float | None = None) -> str:
-    """Formats a number; with an error, both have the decimals of the error's first digit, or of two if the first is 1."""
+    """Formats a number, or "number ± error", both rounded to the error's first digit, or to its second if the first is 1."""
     if not error or not math.isfinite(error):
         return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
     first = math.floor(math.log10(error))  # the place of the error's first digit

@@ -246,7 +246,7 @@ class EditFiles:
             return np.asarray(problem.operator.measure(self.to_model(self.read("image"))))
         y = self.read("image", problem.y_shape, mask)
         y = y if mask is None else np.where(mask, y, 0).astype(y.dtype)
-        return to_model_range(y)[None] if y.dtype == np.uint8 else problem.to_network(y[None])
+        return problem.to_network(y[None])
 
     def read_mask(self) -> np.ndarray:
         """Reads the mask, bool [*spatial, 1] or [*spatial, C], True where values are known.

@@ -78,6 +78,7 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
     "edit": [
         "editing.example=3 editing.image=file.npy",
         "editing.task=deblur editing.noise=2 data.image_size=()",
+        f"{CONTINUOUS} editing.task=colorize editing.noise=2",
         "editing.task=deblur editing.noise=2 editing.method=smc sampling.sampler=ddim",
         "editing.task=deblur",
         "editing.method=mmps",

@@ -257,6 +257,19 @@ def test_the_preconditioner_is_of_the_operator_and_the_noise():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_noise_of_known_entries_correlates_with_known_entries_alone(x64):
+    """White data, a mask and correlated noise: the mean given the known entries of y alone."""
+    mask, y, x_t = np.arange(6) % 2 == 0, np.linspace(-1, 2, 6), np.random.default_rng(3).normal(size=(1, 6))
+    noise = 0.25 * 0.9 ** np.abs(np.subtract.outer(np.arange(6), np.arange(6)))
+    denoiser = Denoiser(lambda x_t, time: PATH.at(time, x_t).alpha * x_t, prediction="x_0", clip=False)
+    measurement = Measurement(masked(mask), np.where(mask, y, np.nan)[None], lambda u: u @ jnp.asarray(noise))
+    found = posterior.mmps(denoiser, measurement, iterations=10)(x_t, level_at(1.0, 1, 6)).x_0[0]
+    prior = np.sqrt(0.5) * x_t[0]  # the variance given x_t is 0.5
+    gain = 0.5 * np.linalg.inv(0.5 * np.eye(3) + noise[np.ix_(mask, mask)])
+    np.testing.assert_allclose(found[mask], prior[mask] + gain @ (y - prior)[mask], rtol=1e-8)
+    np.testing.assert_allclose(found[~mask], prior[~mask], rtol=1e-8)
+
+
 @pytest.mark.parametrize("form", ["noise as a function", "operator without a diagonal"])
 def test_another_form_of_a_measurement_has_the_same_solution(form, x64):
     problem, x_t = Problem(8), np.random.default_rng(6).normal(size=(2, 8))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import data, metrics
+from diffusion_jax import data, metrics, pictures
 from diffusion_jax.evaluation import compare, features
 from diffusion_jax.files import user_cache
 from diffusion_jax.metrics import METRICS, of_features
@@ -34,6 +34,26 @@ def test_features_do_not_depend_on_the_batch_size(batch_size, tmp_path, monkeypa
     np.testing.assert_allclose(found.pool, expected, atol=1e-5 * expected.max())
     assert found.moments.count == 151 and found.spatial is None
     np.testing.assert_allclose(found.moments.covariance, np.cov(expected, rowvar=False), atol=1e-5)
+
+
+def test_features_of_many_images_are_of_evenly_spread_ones(tmp_path, monkeypatch):
+    """A folder has one class after another, so its first images are of few classes. Numbers are those of the examples."""
+    monkeypatch.setattr(features, "CHUNK", 20)
+    for module in (features, compare):
+        monkeypatch.setattr(module, "MAX_EXAMPLES", 30)
+    shown = []
+    monkeypatch.setattr(pictures, "draw_neighbors", lambda *arguments: shown.append(arguments) or np.zeros((8, 8, 1)))
+    monkeypatch.setattr(pictures, "save", lambda *_: None)
+    extraction = features.FeaturePipeline(features.digits(), single_mesh(), 20)
+    one = features.open_set(save(tmp_path / "x.npz", all_digits()[:90]))
+    other = features.open_set(save(tmp_path / "y.npz", all_digits()[:60][::-1]))
+    np.testing.assert_allclose(extraction.extract_set(one).pool, by_hand(all_digits()[:90:3]), rtol=1e-4, atol=1e-4)
+    compare.compare(one, other, ["memorization"], tmp_path / "metrics.json", extraction, metrics.Options(), {})
+    ((drawn, numbers, examples, distances, *_),) = shown
+    copies = distances[:, 0] < 1e-3
+    np.testing.assert_array_equal(drawn, all_digits()[:60][::-1][numbers])
+    assert copies.any()
+    np.testing.assert_array_equal(drawn[copies], examples[copies, 0])
 
 
 def extractor_of(function):
