@@ -466,7 +466,7 @@ MEANINGS = {
         "histogram distance",
         "lower",
         "total variation between a channel's histograms, the largest over all channels; for equal distributions about "
-        "same_distribution",
+        "same_distribution, or up to a third more with many channels",
     ),
     "mean_deviation": Meaning(
         "deviation of the mean",

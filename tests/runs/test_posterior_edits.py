@@ -186,6 +186,10 @@ def test_units_of_measurements(kind, task, y_shape):
     elif task == "deblur":  # y has the blurred fields
         blurred = scipy.ndimage.gaussian_filter(x, (0, 0.6, 0.6, 0), truncate=3, mode="mirror")
         np.testing.assert_allclose(y, blurred, atol=1e-5)
+    elif task == "fourier":
+        whole, *_ = problem(kind, task, noise=3.0, share=1.0)
+        y = whole.to_data(np.asarray(whole.operator.measure(x)))
+        np.testing.assert_allclose(whole.show(y[0]), (x * scale + offset)[0], rtol=1e-4)
     elif task == "super_resolution":
         np.testing.assert_allclose(found.operator.measure(shown[None]), in_data[:1], rtol=1e-5)
 
