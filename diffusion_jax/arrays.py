@@ -9,7 +9,7 @@ from diffusion_jax.types import Batch
 
 
 def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Converts x to a float32 jax array, or float64 if x is float64 and x64 is on; lower precisions are promoted.
+    """Converts x to a float32 jax array, or to float64 if x is float64 and x64 is on; lower precisions are promoted.
 
     name: the name of x in the error message. Raises: ValueError for a dtype that is not float, such as uint8 images, and for
     a tuple, a dict or None, which a network may return by mistake.
@@ -24,7 +24,7 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
 
 
 def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:
-    """Returns `as_float(name, x)`. Raises: ValueError as `as_float`, and for a number or one vector, without a batch axis."""
+    """Returns `as_float(name, x)`. Raises: ValueError as `as_float`, and for an x without a batch axis."""
     x = as_float(name, x)
     if x.ndim < 2:
         raise ValueError(
@@ -44,7 +44,7 @@ def promote(**arrays: Shaped[ArrayLike, "..."]) -> tuple[Float[Array, "..."], ..
 def check_same_shape(
     name: str, value: Shaped[ArrayLike, "..."], other_name: str, other: Shaped[ArrayLike, "..."]
 ) -> None:
-    """Raises ValueError, with both names, if the two arrays differ in shape."""
+    """Raises ValueError, whose message has both names, if the two arrays differ in shape."""
     if jnp.shape(value) != jnp.shape(other):
         raise ValueError(
             f"{name} has shape {jnp.shape(value)} but {other_name} has {jnp.shape(other)}; they must be equal"
@@ -52,6 +52,6 @@ def check_same_shape(
 
 
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether an array with `shape` broadcasts to `target` without enlarging `target`."""
+    """Returns whether an array with `shape` broadcasts to `target` without enlarging `target`."""
     sizes = zip(shape[::-1], target[::-1], strict=False)
     return len(shape) <= len(target) and all(size in (1, other) for size, other in sizes)

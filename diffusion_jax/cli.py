@@ -53,7 +53,7 @@ MODES = {
     "plan": "estimate training without the devices: mesh.data times mesh.fsdp devices, or a TPU topology; writes nothing",
 }
 _DEBUG = "--debug"
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a failed run; other file errors are bad input
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # these are failed runs; other file errors are bad input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Returns the parser of all flags except the `--config.group.setting` overrides.
 
-    arguments: the command-line arguments; the help describes the network in --config.model.kind=module:function.
+    arguments: the command-line arguments; if they set --config.model.kind=module:function, the help describes that network.
     """
     modes = "\n".join(f"  {name:17} {description}" for name, description in MODES.items())
     experiments = f"  {', '.join(configs.experiment_names())}"
@@ -117,11 +117,11 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def _describe_network(arguments: Sequence[str]) -> str:
-    """Returns the docstring and the options of the function in --config.model.kind=module:function; "" without one."""
+    """Returns the docstring and the options of the network in --config.model.kind=module:function; "" for other kinds."""
     kinds = [text.partition("=")[2] for text in arguments if text.startswith("--config.model.kind=")]
     if not kinds or ":" not in kinds[-1]:
         return ""
-    from diffusion_jax import models  # not before, because help loads nothing heavy
+    from diffusion_jax import models  # imported here, so that plain help loads nothing heavy
 
     try:
         function = models.import_network(kinds[-1])
@@ -194,7 +194,7 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
 
 def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
     """Opens the work directory. Raises: UserError if the path cannot be a work directory."""
-    # A report leaves out files behind links.
+    # The mode report allows links, because a report leaves out the files behind them.
     opened = open_run_dir(workdir, mode == "status", follow_links=follow_links or mode in ("plan", "report"))
     if isinstance(opened, BucketRunDir):
         return opened
@@ -221,7 +221,7 @@ def _config_with_weights(
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
     if workdir is not None and committed_steps(workdir / "checkpoints"):
-        stored = load_config(workdir)  # exists if this is a relaunch
+        stored = load_config(workdir)  # a relaunch finds the config of the first launch
         if stored is None or stored.init_from != weights:
             raise UserError(
                 f"--pretrained={weights} starts a run, but {workdir} holds a run; omit --pretrained, or use another --workdir"
@@ -254,7 +254,7 @@ def run(command: Command) -> None:
     if workdir is None or mode == "plan":
         from diffusion_jax.runs import plan
 
-        devices.start_virtual(max(1, config.mesh.data) * max(1, config.mesh.fsdp))  # -1, all devices, counts as 1
+        devices.start_virtual(max(1, config.mesh.data) * max(1, config.mesh.fsdp))  # -1 (all devices) counts as 1
         return plan.run(config)
     if mode == "status":
         from diffusion_jax.runs import status
@@ -283,7 +283,7 @@ def run(command: Command) -> None:
         signals.HANDLER.resume_hint = functools.partial(resume_hint, workdir)
     function(config, workdir)
     _write_report(config, workdir)
-    processes.barrier("end")  # the last files of process 0 may take longer than JAX waits at exit
+    processes.barrier("end")  # process 0 may write its last files for longer than JAX waits at exit
 
 
 def _write_report(config: ConfigDict, workdir: RunDir) -> None:
@@ -305,8 +305,8 @@ def _write_report(config: ConfigDict, workdir: RunDir) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line, by default `sys.argv`. An error ends the program with one line and an exit code.
 
-    Exit codes: 0, 2 for bad input, 1 for a failed run, 130 after Ctrl-C, 75 after SIGTERM, 141 after a broken output pipe,
-    and `EXIT_PEER_LOST`.
+    Exit codes: 0 for success, 2 for bad input, 1 for a failed run, 130 after Ctrl-C, 75 after SIGTERM, 141 after a broken
+    output pipe, and `EXIT_PEER_LOST` if another process was lost.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     with program(arguments):
@@ -322,8 +322,8 @@ def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], .
     """Runs the block as a program: an error, a signal or a broken output pipe ends it with one line and an exit code.
 
     arguments: the command-line arguments, by default `sys.argv`; --debug prints the traceback of an error before the line.
-    bad_input: further exception types that end the program with one line. This package's errors, errors in a user's
-    functions, OSError and missing packages always do; any other exception is raised again.
+    bad_input: further exception types that end the program with one line, as this package's errors, errors in a user's
+    functions, OSError and missing packages always do. Any other exception is raised again.
     """
     signals.HANDLER.install()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
@@ -338,10 +338,10 @@ def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], .
 
 
 def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
-    """Returns the error to report: bad input for an unwritable directory, a failed run for a bucket, or `error` itself."""
+    """Returns the error to report: UserError for an unwritable directory (bad input) or a bucket (failed run), or `error`."""
     if isinstance(error, LockHeldError) or processes.is_peer_failure(error):
         return error
-    if isinstance(workdir, BucketRunDir):  # the bucket worked when the program started
+    if isinstance(workdir, BucketRunDir):  # a failed run: the bucket worked when the program started
         return UserError(str(error), exit_code=1)
     if workdir is not None and error.errno not in _FULL_DISK and str(error.filename).startswith(str(workdir)):
         return UserError(f"--workdir={workdir} cannot be used ({error}); give a directory that can be written")

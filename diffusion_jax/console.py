@@ -28,13 +28,13 @@ def log_compilation(program: str) -> Iterator[None]:
 
 
 def log_parameters(init: Callable[[jax.Array], Mapping[str, Any]]) -> None:
-    """Logs the number of parameters in each level, such as `down_0` or `mid_block`: the first two words of a layer's name.
+    """Logs the number of parameters in each level, the layers whose names start with the same two words, such as `down_0`.
 
-    init: key -> {layer: parameters}, in the order of execution; nothing is computed.
+    init: key -> {layer: parameters}, with the layers in the order of execution; only shapes are computed.
     """
     levels: collections.Counter[str] = collections.Counter()
 
-    def count(key: jax.Array) -> None:  # counts inside, because JAX sorts the keys of a returned dict
+    def count(key: jax.Array) -> None:  # counts in here, because JAX sorts the keys of a returned dict
         for layer, params in init(key).items():
             levels["_".join(layer.split("_")[:2])] += sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -44,7 +44,7 @@ def log_parameters(init: Callable[[jax.Array], Mapping[str, Any]]) -> None:
 
 
 def format_duration(seconds: float) -> str:
-    """Formats seconds as 1:02 or 3:04:05, and more than two days as "5 days"."""
+    """Formats a duration as 1:02 or 3:04:05, or above two days as "5 days"."""
     if seconds > 48 * 3600:
         return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(round(seconds), 60)
@@ -58,14 +58,14 @@ def format_time(seconds: float) -> str:
 
 
 def is_interactive() -> bool:
-    """Returns whether this process writes to a terminal, and not to a log file."""
+    """Returns whether this process is process 0 and writes to a terminal."""
     return jax.process_index() == 0 and sys.stdout.isatty()
 
 
 class ProgressBar:
     """A progress bar in a terminal; a log file gets at most one line every ten seconds, and a final line."""
 
-    _SECONDS_BETWEEN_LINES, _TITLE_WIDTH = 10, 36  # with a bar, counts and the remaining time in 80 columns
+    _SECONDS_BETWEEN_LINES, _TITLE_WIDTH = 10, 36  # title, bar, counts and remaining time fit into 80 columns
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total = shorten_middle(title, self._TITLE_WIDTH), total
@@ -98,7 +98,7 @@ class ProgressBar:
         self._initial, self._start_time = done, time.perf_counter()
 
     def update(self, done: float, note: str = "") -> None:
-        """Shows that `done` items are finished; a terminal also shows fractions. note: other values to show (loss, speed)."""
+        """Shows that `done` items are finished; a bar also shows fractions. note: other values to show (loss, speed)."""
         now = time.perf_counter()
         notes = [note] if note else []
         if done > self._initial:
@@ -112,10 +112,10 @@ class ProgressBar:
 
 
 class CallCounter:
-    """Advances a progress bar within a batch of samples, at each denoiser call; only on one CPU device, at a terminal.
+    """Advances a progress bar at each denoiser call within a batch; active only for a single CPU device at a terminal.
 
-    The compiled program then calls the host at each denoiser call. JAX does not cache such a program, so each launch
-    compiles it. num_calls: the number of denoiser calls for a batch.
+    An active counter makes the compiled program call the host at each denoiser call. JAX does not cache such a program, so
+    each launch compiles it. num_calls: the number of denoiser calls for a batch.
     """
 
     def __init__(self, num_calls: int):
@@ -123,11 +123,11 @@ class CallCounter:
         self._is_active = is_interactive() and jax.default_backend() == "cpu" and jax.device_count() == 1
 
     def begin(self, bar: ProgressBar, done: int, size: int) -> None:
-        """Counts from 0 for a batch of `size` samples, after `done` earlier samples."""
+        """Restarts the count of calls, for a batch of `size` samples that follows `done` finished samples."""
         self._bar, self._done, self._size, self._calls = bar, done, size, 0
 
     def wrap(self, denoiser: Denoiser) -> Denoiser:
-        """Returns a denoiser that counts its calls."""
+        """Returns a denoiser that counts its calls; the same denoiser if the counter is not active."""
         return dataclasses.replace(denoiser, stages=(*denoiser.stages, self._stage)) if self._is_active else denoiser
 
     def _stage(self, evaluate: Callable, x_t, level, inputs):
@@ -144,7 +144,7 @@ class CallCounter:
 
 
 def progress_over(title: str) -> Callable[[Iterable[int], int], Iterator[int]]:
-    """Returns a function (sizes, total) -> sizes that shows progress: the summed chunk sizes out of `total` examples."""
+    """Returns a function (chunk sizes, total) -> chunk sizes that shows how many of the `total` examples are finished."""
 
     def show(sizes: Iterable[int], total: int) -> Iterator[int]:
         done = 0

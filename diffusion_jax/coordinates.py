@@ -1,4 +1,4 @@
-"""Converts networks in the coordinates of EDM or flow matching to networks of x_t.
+"""Converts networks in the coordinates of EDM or flow matching to denoise_fns of x_t.
 
 The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Other processes rescale x_t:
 
@@ -6,8 +6,8 @@ The process is x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1. Other pro
     flow matching (Lipman et al. 2023)      z = x_t / (alpha + sigma) = (1 - tau) x_0 + tau eps  tau = sigma / (alpha + sigma)
 
 The functions return a denoise_fn(x_t, time) for any loss and, in a `Denoiser`, for any sampler. `path`, a `Path` or the
-`Schedule` used for sampling, gives the noise level at a network time. If the network learned a variance, the second half of
-the output's channels is unchanged.
+`Schedule` used for sampling, gives the noise level at a network time. If the network has a learned variance, the second half
+of the output's channels is unchanged.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
     """Returns a denoise_fn that predicts x_0, from a network with EDM's preconditioning (Karras et al. 2022, table 1).
 
     With d = sigma_data, the result predicts x_0 = c_skip y + c_out F(c_in y), where c_in y = x_t / r,
-    c_skip y = d^2 alpha x_t / r^2 and c_out = d sigma / r for r^2 = sigma^2 + d^2 alpha^2. For d = 1, F is -v.
+    c_skip y = d^2 alpha x_t / r^2 and c_out = d sigma / r for r^2 = sigma^2 + d^2 alpha^2. For d = 1, F predicts -v.
 
     network: F, with an input and a target of variance 1. F is called with c_in y, the network time, which is log(s) / 4 on
-      the path `schedules.edm`, and the keyword arguments of the result.
+      the path `schedules.edm`, and the keyword arguments of the denoise_fn.
     sigma_data: the standard deviation of x_0. Raises: ValueError for a sigma_data that is not positive.
     """
     denoiser = Denoiser(network, "x_0", sigma_data=sigma_data)
@@ -47,7 +47,7 @@ def precondition(network: DenoiseFn, path: Path | Schedule, sigma_data: float = 
 
 
 def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
-    """Converts a denoiser D(y, s) of EDM or k-diffusion, which predicts x_0 from y = x_0 + s eps, to a denoise_fn of x_0.
+    """Returns a denoise_fn that predicts x_0, from a denoiser D(y, s) of EDM or k-diffusion, with y = x_0 + s eps.
 
     denoiser: called with y [B, ...] and s [B]. The path must not reach pure noise, where y is not finite.
     """
@@ -55,7 +55,7 @@ def from_edm(denoiser: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Pa
 
 
 def from_flow(velocity: Callable[[Batch, Float[Array, "B"]], ArrayLike], path: Path | Schedule) -> DenoiseFn:
-    """Converts a velocity u(z, tau) of flow matching, eps - x_0 at z = (1 - tau) x_0 + tau eps, to a denoise_fn of flow.
+    """Returns a denoise_fn that predicts flow, from a velocity u(z, tau) = eps - x_0 at z = (1 - tau) x_0 + tau eps.
 
     velocity: called with z [B, ...] and tau [B]. For a network whose time runs from noise (0) to data (1), pass
     `lambda z, tau: -network(z, 1 - tau)`.

@@ -34,7 +34,7 @@ from diffusion_jax.types import Batch, BatchLike, Clip, DenoiseFn
 
 
 class Quantity(NamedTuple):
-    """A quantity that networks predict, at a level with alpha and sigma (for x_prev, a `Transition`).
+    """Conversions of a quantity that networks predict; `level` has alpha and sigma (for x_prev, it is a `Transition`).
 
     x_0, eps: (output, x_t, level) -> x_0 or eps. value: (x_0, eps, x_t, level) -> the quantity, which is the training target.
     slope: level -> d eps / d output for a fixed x_t, which converts errors and shifts of one quantity to another.
@@ -47,11 +47,11 @@ class Quantity(NamedTuple):
 
 
 def _x_0_of_eps(eps, x_t, at):
-    # Where alpha is 0, eps does not determine x_0: returns NaN, not a finite number that consists of rounding errors.
+    # Where alpha is 0, eps does not determine x_0. The result is NaN there, not a number made of rounding errors.
     return (x_t - at.sigma * eps) / jnp.where(at.alpha > 0, at.alpha, jnp.nan)
 
 
-# x_0 and x_prev do not determine eps where sigma is 0, and divide by 0 there.
+# Where sigma is 0, x_0 and x_prev do not determine eps, and their functions divide by 0.
 QUANTITIES = {
     "eps": Quantity(
         x_0=_x_0_of_eps,
@@ -95,7 +95,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 def quantity(prediction: str, at: NoiseLevel | Transition | None = None) -> Quantity:
-    """Returns the row of `QUANTITIES`. Raises: ValueError for an unknown prediction, and for x_prev at a single level."""
+    """Returns a prediction's row of `QUANTITIES`. Raises: ValueError for an unknown prediction, or x_prev at one level."""
     require_known("prediction", prediction, PREDICTIONS)
     if prediction == "x_prev" and isinstance(at, NoiseLevel):
         raise ValueError(
@@ -111,8 +111,8 @@ def convert(
     """Converts a network's output from the quantity `prediction` to the quantity `wanted`.
 
     at: the noise level of x_t; a `Transition` for x_prev. Results are float32, or float64 for float64 arrays under x64.
-    Raises: ValueError for an unknown quantity, differing shapes, x_prev at a single level, or eps or score at a level with
-      alpha = 0, where they contain no information about x_0; a traced level gives NaN there.
+    Raises: ValueError for an unknown quantity, differing shapes, x_prev at a single level, or a conversion from eps or
+      score to a quantity other than these two at alpha = 0, where they do not determine x_0 (NaN if the level is traced).
     """
     source, target = quantity(prediction, at), quantity(wanted, at)
     check_same_shape("output", output, "x_t", x_t)
@@ -130,9 +130,9 @@ def convert(
 class Denoised(NamedTuple):
     """A denoiser's prediction at x_t.
 
-    x_0: after the limits (clip, projection). eps: computed from this x_0, so that x_t = alpha x_0 + sigma eps.
-    own_x_0, own_eps: the same before the limits. output: the network's output after guidance, [B, ..., C or 2 C]. learned:
-    the second half of the output's channels for a learned variance, else None.
+    x_0: the predicted x_0 after the limits (clip, projection). eps: computed from this x_0, so that
+    x_t = alpha x_0 + sigma eps. own_x_0, own_eps: x_0 and eps before the limits. output: the network's output after guidance,
+    [B, ..., C or 2 C]. learned: for a learned variance, the second half of the output's channels; else None.
     """
 
     x_0: Batch
@@ -143,7 +143,7 @@ class Denoised(NamedTuple):
     learned: Batch | None
 
     def corrected(self, x_0: Batch, x_t: Batch, level: NoiseLevel) -> Denoised:
-        """Returns the prediction with another x_0, before the limits."""
+        """Returns the prediction with another x_0, to which no limits are applied, and the eps computed from this x_0."""
         eps = QUANTITIES["x_0"].eps(x_0, x_t, level)
         return self._replace(x_0=x_0, eps=eps, own_x_0=x_0, own_eps=eps)
 
@@ -161,33 +161,34 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A network and the meaning of its output, a pytree: new parameters, inputs, scales and measurements do not recompile.
+    """A network and the meaning of its output, a pytree; new parameters, inputs, scales and measurements need no compilation.
 
     A call runs one pipeline: the network, guidance on its output, the conversion to x_0 and eps, corrections of x_0, the
     clip, and limits. `guidance` and `editing` add a function to a part of the pipeline; functions for different parts may be
     added in any order. `dataclasses.replace` changes any field.
 
     network: called as network(x_t [B, ...], network time [B], **inputs); its output has the shape of x_t, or twice
-      the channels for a learned variance. A function, or a pytree that can be called, such as an Equinox module or
+      the channels for a learned variance. It is a function, or a pytree that can be called, such as an Equinox module or
       `jax.tree_util.Partial(function, params)`, whose arrays may change without a compilation.
-    prediction: the quantity in the output: eps, x_0, v, x_prev, score or flow.
-    variance: of p(x_{t-1} | x_t), as `process.p_mean_variance`.
-    clip: of the predicted x_0: True clips to [-1, 1], the range of images; False, for data outside this range, does nothing;
-      a function x_0 -> x_0 is applied (`dynamic_threshold`).
+    prediction: the quantity that the network predicts: eps, x_0, v, x_prev, score or flow.
+    variance: the variance of p(x_{t-1} | x_t), by a name that `process.p_mean_variance` lists.
+    clip: the clip of the predicted x_0. True clips to [-1, 1], the range of images; False, for data outside this range, does
+      nothing; a function x_0 -> x_0 is applied (`dynamic_threshold`).
     sigma_data: the standard deviation of x_0, for a network in EDM's scaling (`coordinates.precondition`), whose prediction
       is x_0; None for no preconditioning.
     sigma_min: above 0 for a consistency network (Song et al. 2023), which maps x_t to the end of the probability-flow ODE's
-      path, at sigma / alpha = sigma_min, not the mean of x_0. Only `sampling.consistency` takes it; a call raises ValueError.
+      path, at sigma / alpha = sigma_min, not to the mean of x_0. Only `sampling.consistency` takes such a denoiser; calling
+      it raises ValueError.
     inputs: further arguments of the network by name, with a row for each row of x_t, such as {"y": labels}.
     stages: guidance, as functions (evaluate, x_t, level, inputs) -> output around the network, where evaluate(x_t, level,
       inputs) calls the inner stages and the network.
     corrections: functions (predict, x_t, level) -> `Denoised`, where predict(x_t) is the prediction so far, such as
       lambda predict, x_t, level: (d := predict(x_t)).corrected(d.x_0 + shift, x_t, level).
-    limits: functions x_0 -> x_0 after the clip: projections.
+    limits: functions x_0 -> x_0 to apply after the clip, such as projections.
     mean_shift: (x_t, network time) -> g, or None; `process.p_mean_variance` shifts the mean by the variance times g. Among
-      the samplers, only `ddpm` uses this mean; calling the denoiser raises ValueError.
-    Raises: ValueError for an unknown prediction or variance; a sigma_data that is not above 0, or with another prediction
-      than x_0; a sigma_min below 0, or without sigma_data.
+      the samplers, only `ddpm` uses this mean; calling a denoiser with a mean_shift raises ValueError.
+    Raises: ValueError for an unknown prediction or variance; a sigma_data that is not above 0, or comes with another
+      prediction than x_0; a sigma_min that is below 0, or comes without sigma_data.
     """
 
     network: Any
@@ -264,16 +265,16 @@ class Denoiser:
         return denoised._replace(x_0=x_0, eps=QUANTITIES["x_0"].eps(x_0, x_t, at))
 
     def output(self, x_t: BatchLike, at: NoiseLevel | Transition) -> Float[Array, "B *output_shape"]:
-        """Returns the network's output with guidance, in the dtype of x_t: the quantity `prediction`."""
+        """Returns the network's output with guidance, in x_t's dtype; its first C channels are the quantity `prediction`."""
         x_t, evaluate = as_float("x_t", x_t), self._evaluate
         for stage in self.stages:
             evaluate = functools.partial(stage, evaluate)
         return evaluate(x_t, at.level, self.inputs)
 
     def _evaluate(self, x_t: Batch, level: NoiseLevel, inputs: Mapping[str, Any]) -> Float[Array, "B *output_shape"]:
-        """Calls the network; if `sigma_data` is set, in EDM's scaling (Karras et al. 2022, table 1).
+        """Calls the network, in EDM's scaling if `sigma_data` is set (Karras et al. 2022, table 1).
 
-        With `sigma_min`, the result where sigma / alpha is sigma_min is x_t / alpha (Song et al. 2023, appendix C).
+        With `sigma_min`, the result at the level sigma / alpha = sigma_min is x_t / alpha (Song et al. 2023, appendix C).
         """
         time = level.times(x_t)
 

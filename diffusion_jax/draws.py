@@ -8,5 +8,5 @@ __all__ = ["log_normal", "logit_normal", "uniform", "uniform_log_snr"]
 
 
 def uniform(*, stratified: bool = True) -> TimestepSampler:
-    """Returns `timesteps.stratified`, or `timesteps.uniform`."""
+    """Returns `timesteps.stratified`, or `timesteps.uniform` if `stratified` is False."""
     return timesteps.stratified if stratified else timesteps.uniform

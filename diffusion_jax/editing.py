@@ -6,7 +6,7 @@
                          `measurements` has the operators, and `posterior` handles y with noise
     between two images   `interpolate`
 
-`EDITS` and `MEASUREMENTS` map the names of `--mode=edit` to edits and to operators.
+`EDITS` maps the names of edits in `--mode=edit` to functions; `MEASUREMENTS` maps the names of measurements to operators.
 
 A mask is 1 (or True) where pixels are known, and has x_0's shape or broadcasts to it.
 
@@ -69,7 +69,7 @@ def sdedit(
 ) -> Any:
     """Image to image (Meng et al. 2022): noises x_0 to the fraction `strength` of the schedule, then denoises.
 
-    x_0: a sketch, a collage, a photo. strength: in (0, 1]; 0.3 keeps the layout, 1 keeps almost nothing.
+    x_0: for example a sketch, a collage or a photo. strength: in (0, 1]; 0.3 keeps the layout, 1 keeps almost nothing.
     options: final_step and trajectory, as `sampling.sample`. Returns: as `sampling.sample`.
     Raises: ValueError for a strength outside (0, 1].
     """
@@ -86,7 +86,7 @@ def _add_noise(key, schedule, x_0, t):
 
 
 def _as_mask_for(mask, x_0, several=False):
-    """Returns `as_mask(mask)`; ValueError if it does not broadcast to x_0. several: allows masks [B, ...] for one x_0."""
+    """Returns `as_mask(mask)`. several: allows masks [B, ...] for one x_0. Raises: ValueError if a mask does not fit x_0."""
     mask, shape = as_mask(mask), jnp.shape(x_0)
     has_rows = several and shape[0] == 1 and mask.ndim == len(shape)
     if not broadcasts_to(mask.shape, mask.shape[:1] + shape[1:] if has_rows else shape):
@@ -95,7 +95,7 @@ def _as_mask_for(mask, x_0, several=False):
 
 
 def _replace_known(key, transition, x_prev, x_0, mask):
-    """Returns x_{t-1} with the known pixels drawn from q(x_{t-1} | x_0); after the last step they equal the pixels of x_0."""
+    """Returns x_{t-1} with the known pixels drawn from q(x_{t-1} | x_0); after the last step, known pixels equal x_0."""
     target, x_0 = transition.target, x_0.astype(x_prev.dtype)
     noised = target.alpha * x_0 + target.sigma * sampling.normal(key, x_prev)
     return jnp.where(mask, jnp.where(target.sigma > 0, noised, x_0), x_prev)
@@ -127,7 +127,7 @@ class replacement(WrappedSampler, traced=("x_0", "mask")):
 
 
 def _repaint_steps(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.ndarray, np.ndarray]:
-    """RePaint's steps: the index of each denoising step, and the index to noise to after it (-1 for no noising).
+    """Returns the index of each of RePaint's denoising steps, and the index to which x is noised after it (-1: not noised).
 
     Each multiple of `jump` below num_timesteps - jump is visited `resamplings` times (Lugmayr et al. 2022, appendix B).
     """
@@ -156,11 +156,11 @@ def repaint(
     resamplings: int = 10,
     jump: int = 10,
 ) -> Batch:
-    """RePaint (Lugmayr et al. 2022): inpainting by replacement that repeats every `jump` steps, for smoother borders.
+    """RePaint (Lugmayr et al. 2022): inpainting by replacement that repeats groups of `jump` steps, for smoother borders.
 
     Args:
       key, schedule, denoiser: as `sampling.sample`.
-      x_0: pixels where `mask` is 0 are ignored.
+      x_0: the images; their pixels where `mask` is 0 are ignored.
       sampler: a sampler without a state that changes between steps; the default is `sampling.ddpm()`.
       resamplings: how often each interval of `jump` steps is denoised; 1 is `replacement`. The paper uses 10, with jump 10,
         on a schedule with 250 steps. The network is called about `resamplings` times per step.
@@ -193,7 +193,7 @@ def repaint(
             name = type(sampler).__name__
             raise ValueError(f"repaint cannot use {name}, whose steps change its state; use ddpm, ddim, euler or heun")
         x_prev = _replace_known(key_known, transition, new.x_prev, x_0, mask)
-        # Draws q(x_s | x_{t-1}) for s = noise_to at once: several steps of DDPM eq. 2 compose to one Gaussian.
+        # Draws from q(x_s | x_{t-1}), s = noise_to, at once, because several steps of DDPM eq. 2 compose to one Gaussian.
         beta = Transition.between(schedule.at(jnp.maximum(noise_to, 0), x_t), transition.target).beta
         noise = jax.random.normal(key_noise, x_t.shape, x_t.dtype)
         x_s = jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(jnp.maximum(beta, 0.0)) * noise
@@ -205,11 +205,11 @@ def repaint(
 
 
 def project(denoiser: Denoiser | DenoiseFn, measurement: Measurement) -> Denoiser:
-    """Projects x_0 on A x_0 = y: x_0 + A+ (y - A x_0) (DDNM, Wang et al. 2023 eq. 12), after the denoiser's clip.
+    """Returns a denoiser that projects x_0, after a clip, on A x_0 = y: x_0 + A+ (y - A x_0) (DDNM, Wang et al. 2023 eq. 12).
 
-    `project(denoiser, Measurement(average_pool(4), y))` samples images whose 4x4 means are y, with `sampling.ddpm()`, or
-    with `sampling.ddim(eta)`. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding.
-    `sampling.ddpm` raises ValueError for prediction x_prev, because its mean is the network's output.
+    With `sampling.ddpm()` or `sampling.ddim(eta)`, `project(denoiser, Measurement(average_pool(4), y))` samples images whose
+    4x4 means are y. The last step returns a projected x_0, so samples satisfy A x_0 = y up to rounding.
+    For prediction x_prev, `sampling.ddpm` raises ValueError, because the network then predicts the step's mean itself.
     Raises: ValueError for a noise other than 0, and an operator without a right inverse.
     """
     noise: Any = measurement.noise
@@ -237,7 +237,7 @@ class _Projection:
 
 
 def slerp(x: BatchLike, y: BatchLike, weight: Real[ArrayLike, ""]) -> Batch:
-    """Spherical interpolation from x (weight 0) to y (weight 1), each example as one vector; keeps the norm of noise."""
+    """Spherical interpolation from x (weight 0) to y (weight 1), with each example as one vector; keeps the norm of noise."""
     x, y = promote(x=x, y=y)
     weight = jnp.asarray(weight, x.dtype)
     axes = tuple(range(1, x.ndim))
@@ -269,11 +269,11 @@ def interpolate(
 ) -> Float[Array, "W B *shape"]:
     """Returns images between x (weight 0) and y (weight 1).
 
-    t None: both images are encoded to noise (DDIM section 5.3), mixed by `slerp`, and sampled; for deterministic samplers.
-    t an index: both images are noised to x_t, mixed linearly, and denoised (DDPM section 4.3), with the same noise for every
-    weight. A small t keeps the details of both images, a large t gives new images.
+    If t is None, both images are encoded to noise (DDIM section 5.3), mixed by `slerp`, and decoded by a deterministic
+    sampler. If t is an index, both images are noised to x_t, mixed linearly, and denoised (DDPM section 4.3); all weights
+    share the noise. A small t keeps the details of both images, a large t gives new images.
 
-    encoding: order and start, as `sampling.encode`; only with t None. Encoding does not clip. The images are mixed at the
+    encoding: order and start, as in `sampling.encode`; only with t None. Encoding does not clip. The images are mixed at the
     noise level of index `start`, T - 1 by default.
     Raises: ValueError for encoding options with an index t, for a stochastic sampler with t None, and if x and y differ in
       shape; also as `sampling.sample` and, with t None, as `sampling.encode`, for instance for a projection.
@@ -385,7 +385,7 @@ def _sparse(shape, array, *, share: float) -> LinearOperator:
 def _fourier(shape, array, *, share: float) -> LinearOperator:
     if array is None:
         array = np.random.default_rng(0).random(shape[:-1]) < share
-        array.flat[0] = True  # the mean
+        array.flat[0] = True  # the mean is always measured
     return measurements.fourier(array)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# The files of the functions that settings name; `functions.import_function` adds them.
+# Files with the functions that settings name; `functions.import_function` adds each file.
 user_files: set[str] = set()
 _LIBRARIES = ("<", os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
 
@@ -46,7 +46,7 @@ class StorageError(UserError):
 
 
 class LeaseLostError(UserError):
-    """Another launch took over the work directory in a bucket, or a local one was moved: this launch must stop writing."""
+    """Another launch took over a bucket's work directory, or a local directory was moved: this launch must stop writing."""
 
 
 class DataError(DiffusionJaxError):
@@ -89,7 +89,7 @@ class SaveError(CheckpointError):
 def closest_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     """Returns up to `count` names, most similar to `name` first."""
     names = list(names)
-    # Two swapped letters: for difflib, "ddmi" is as similar to ddpm as to ddim.
+    # Names with swapped letters come first, because for difflib "ddmi" is as similar to ddpm as to ddim.
     swapped = [known for known in names if sorted(known) == sorted(name)]
     near = difflib.get_close_matches(name, names, count)
     return [*swapped, *(known for known in near if known not in swapped)][:count]
@@ -114,7 +114,7 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Returns the text, cut and ended by "..." if it has more than `limit` characters."""
+    """Returns the text, with "..." in place of its end if it has more than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -124,7 +124,7 @@ def shorten_middle(text: str, limit: int) -> str:
 
 
 def wrap(text: str, width: int) -> str:
-    """Wraps each line at spaces. Continued lines are indented to the column after the first two spaces in the line."""
+    """Wraps each line at spaces. Continuation lines start at the column after the line's first gap of two or more spaces."""
 
     def wrap_line(line: str) -> str:
         found = re.match(r" *\S.*? {2,}| *", line)
@@ -156,8 +156,8 @@ def require_number(
 def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:
     """Returns the code and the line where a user's function raised an exception; None if no user code was running.
 
-    This is the innermost call in a file of `user_files`, otherwise in any file that belongs neither to this package nor to
-    Python and its installed packages.
+    The result is the innermost call in a file of `user_files`; without such a call, the innermost call in a file that
+    belongs neither to this package nor to Python and its installed packages.
     """
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -171,7 +171,7 @@ def find_user_frame(error: BaseException) -> tuple[types.CodeType, int] | None:
 def describe_exception(error: BaseException, with_type: bool = False) -> str:
     """Returns an exception's text; if a user's function raised it, function, line, file and type come before the text.
 
-    with_type: also names the type of other exceptions.
+    with_type: puts the type before the text of other exceptions, too.
     """
     typed = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if (frame := find_user_frame(error)) is None:
@@ -184,7 +184,7 @@ def describe_exception(error: BaseException, with_type: bool = False) -> str:
 def needs_extra(what: str, extra: str, kind: type[DiffusionJaxError] = UserError) -> Iterator[None]:
     """Turns an ImportError in the block into an error of type `kind` that names the extra to install.
 
-    what: the start of the message, such as "gs:// needs gcsfs". extra: its name in pyproject.toml.
+    what: the start of the message, such as "gs:// needs gcsfs". extra: the extra's name in pyproject.toml.
     """
     try:
         yield
@@ -196,7 +196,7 @@ def needs_extra(what: str, extra: str, kind: type[DiffusionJaxError] = UserError
 def as_user_error(where: str, *also: type[Exception]) -> Iterator[None]:
     """Turns errors from a wrong value into a UserError whose message starts with `where`.
 
-    also: further types to turn, such as OSError; this package's own errors are only turned if they are among these types.
+    also: further types to turn into UserError, such as OSError; this package's own errors stay unchanged unless listed.
     """
     try:
         yield

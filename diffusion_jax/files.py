@@ -29,18 +29,18 @@ def user_cache() -> pathlib.Path:
 
 
 def downloads_root() -> pathlib.Path:
-    """Returns the directory for downloaded objects: gs://BUCKET/NAME is gs/BUCKET/NAME below it."""
+    """Returns the directory for downloaded objects; it stores gs://BUCKET/NAME as gs/BUCKET/NAME."""
     return user_cache() / "downloads"
 
 
 def mirrors_root() -> pathlib.Path:
-    """Returns the directory for mirrors, the local copies of launches that write to a bucket: RANDOM/gs/BUCKET/NAME below."""
+    """Returns the directory for mirrors, one local copy RANDOM/gs/BUCKET/NAME for each launch that writes to a bucket."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     return pathlib.Path(tempfile.gettempdir()) / f"diffusion_jax_mirrors_{user}"
 
 
 def require_space(directory: pathlib.Path, what: str, size: int, advice: str) -> None:
-    """Raises: StorageError with the advice if the disk with a directory has less than `size` bytes left."""
+    """Raises: StorageError with the advice if the disk that holds `directory` has less than `size` bytes left."""
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     if size > (free := shutil.disk_usage(existing).free):
         sizes = f"{what} needs {size / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB left"
@@ -57,8 +57,8 @@ def with_urls(text: str) -> str:
 def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Yields a new binary file in the directory of `path` for the block to write.
 
-    The file replaces `path`, which may be a link, when the block ends, and is deleted if the block raises. The next write of
-    `path` deletes files of killed programs if they are more than an hour old.
+    When the block ends, the file replaces `path`, which may be a link; if the block raises, the file is deleted. The next
+    write of `path` deletes unfinished files that killed programs left more than an hour ago.
     """
     for left in path.parent.glob(f"{glob.escape(path.stem)}.partial.*{glob.escape(path.suffix)}"):
         with contextlib.suppress(OSError):
@@ -74,7 +74,7 @@ def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(temporary, final, src_dir_fd=directory, dst_dir_fd=directory)
     finally:
-        with contextlib.suppress(OSError):  # nothing is left unless the block raised
+        with contextlib.suppress(OSError):  # the temporary file exists only if the block raised
             os.unlink(temporary, dir_fd=directory)
         if directory is not None:
             os.close(directory)
@@ -84,7 +84,7 @@ def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
 def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a new directory near `path` for the block to fill.
 
-    The directory replaces `path`, which may be an empty directory, when the block ends, and is deleted if the block raises.
+    When the block ends, the directory replaces `path`, which may be an empty directory; if the block raises, it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:

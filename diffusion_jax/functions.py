@@ -45,11 +45,11 @@ def find_function(name: str, setting: str, registry: Mapping[str, Any] | None = 
 def _import_file(path: str) -> types.ModuleType:
     """Imports a Python file, once in each process.
 
-    Runs the source text, which a user reads before trusting the file. A compiled copy in __pycache__ may differ from it.
+    Runs the source text, which a user reads before trusting the file. A compiled __pycache__ copy may differ from the text.
     """
     path = os.path.realpath(path)
     if path not in sys.modules:
-        module = sys.modules[path] = types.ModuleType(path)  # before it runs, because dataclasses look it up
+        module = sys.modules[path] = types.ModuleType(path)  # added first, because dataclasses look up their module
         module.__file__ = path
         try:
             exec(compile(pathlib.Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))

@@ -1,8 +1,8 @@
 """Guidance: functions from a denoiser to a denoiser, for any sampler.
 
 Classifier-free guidance mixes a conditional and an unconditional output of one network (Ho & Salimans 2022); classifier
-guidance adds the gradient of a noise-aware classifier (Dhariwal & Nichol 2021, ADM). Both change only the mean: the second
-half of the channels, a learned variance, is unchanged.
+guidance adds the gradient of a noise-aware classifier (Dhariwal & Nichol 2021, ADM). Both change only the mean: a learned
+variance, the second half of the channels, is unchanged.
 
 Outputs are mixed and shifted in float32, or in float64 if x_t is float64 under x64, whatever dtype the network computes in.
 """
@@ -58,8 +58,8 @@ def classifier_free(
 ) -> Denoiser:
     """Guides a denoiser: (1 - s) unconditional + s conditional output (Ho & Salimans 2022 eq. 6, s = 1 + w).
 
-    Both outputs come from one network call with twice the batch. s = 1 is bit-identical to the conditional half and s = 0 to
-    the unconditional half. The same mixture applies to all predictions, which are linear functions of each other.
+    Both outputs come from one network call with twice the batch. The result is bit-identical to the conditional output for
+    s = 1, and to the unconditional output for s = 0. The formula holds for every prediction, because all are linear in eps.
 
     Args:
       denoiser: its network is called as network(x_t [2 B, ...], network time [2 B], y=y [2 B, ...]).
@@ -73,7 +73,7 @@ def classifier_free(
         each example to the standard deviation of the conditional output; 0 does nothing.
     Returns: the denoiser, with the learned variance of the conditional output.
     Raises: ValueError for a null_y that is float where y is int, an interval in the wrong order, or a rescale outside
-      0 ... 1; when called, if y or scale and x_t differ in the number of rows.
+      0 ... 1. The returned denoiser raises ValueError if y or scale has another number of rows than x_t.
     """
     if interval is not None and not any(isinstance(end, Tracer) for end in interval):
         low, high = map(np.asarray, interval)
@@ -91,7 +91,7 @@ def classifier_free(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ClassifierFree:
-    """The stage of `classifier_free`; both: conditions and null conditions [2 B, ...] by name."""
+    """The stage of `classifier_free`. both: {input: conditions and null conditions [2 B, ...]}."""
 
     both: Any
     scale: Any
@@ -126,7 +126,7 @@ class _ClassifierFree:
 
 
 def class_log_prob(logits_fn: LogitsFn, y: Integer[ArrayLike, "B"] | None) -> LogProbFn:
-    """Returns the function log p(y | x_t) of a classifier's logits [B, K]: a pytree of y and, if a pytree, `logits_fn`.
+    """Returns the function log p(y | x_t) from a classifier's logits [B, K]: a pytree with the arrays of y and `logits_fn`.
 
     y: labels in 0 ... K - 1; a traced label out of range gives NaN. Raises: ValueError, when called, for labels that are not
     int or out of range, or if the numbers of labels and rows differ.
@@ -148,7 +148,7 @@ def classifier(
 ) -> Denoiser:
     """Guides a denoiser with a classifier: eps - s sigma grad_x log p(y | x_t) (ADM eq. 14), for any prediction.
 
-    At s = 1 and with the exact gradient, the result is the eps of the conditional data.
+    With s = 1 and the exact gradient, the result is the eps of the data given y.
 
     Args:
       log_prob: (x_t, network time) -> log p(y | x_t) [B], differentiable in x_t; for a classifier, `class_log_prob`.
@@ -169,7 +169,7 @@ def classifier(
 
 
 def _gradient(log_prob, scale, x_t, time):
-    """s grad_x log p(y | x_t)."""
+    """Returns s grad_x log p(y | x_t)."""
     gradient = jax.grad(lambda x_t: jnp.sum(log_prob(x_t, time)))(x_t)
     return _expand_rows(scale, x_t) * gradient
 
@@ -191,7 +191,7 @@ class _Classifier:
     def __call__(self, evaluate, x_t, level, inputs):
         output = evaluate(x_t, level, inputs)
         slope = QUANTITIES[self.prediction].slope(level)
-        # Guidance adds -scale sigma grad log p(y | x_t) to eps, here in the network's quantity. In pure noise it adds 0.
+        # The shift of eps, -scale sigma grad log p(y | x_t), converted to the network's quantity; 0 in pure noise.
         factor = jnp.where(level.has_signal, -level.sigma / jnp.where(level.has_signal, slope, 1.0), 0.0)
         shift = factor * _gradient(self.log_prob, self.scale, x_t, level.times(x_t))
         channels = x_t.shape[-1]

@@ -21,7 +21,7 @@ def is_image_shape(shape: Sequence[int]) -> bool:
 
 
 def is_of_images(x: np.ndarray | jax.Array) -> bool:
-    """Whether an array [N, ...] holds images: uint8, and examples of an image's shape."""
+    """Whether an array [N, ...] holds images: its dtype is uint8, and its examples have the shape of an image."""
     return x.dtype == np.uint8 and is_image_shape(x.shape[1:])
 
 

@@ -33,7 +33,7 @@ def in_range(y: Shaped[ArrayLike, "*shape"], num_classes: int, null_label: bool 
 
 
 def log_prob(logits: Float[Array | np.ndarray, "B K"], y: Shaped[ArrayLike, "..."]) -> Float[Array, "B"]:
-    """log p(y) of each row, from logits and labels in 0 ... K - 1; NaN for a traced label out of range.
+    """Returns log p(y) of each row, from logits and labels in 0 ... K - 1; NaN for a traced label out of range.
 
     Raises: ValueError as `in_range`, and if the numbers of labels and rows differ.
     """

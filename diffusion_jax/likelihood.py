@@ -8,7 +8,7 @@ examples with D numbers; `gaussian_kl` and `decoder_log_prob` return nats. Index
 L_0 is the decoder, and index t >= 1 is the papers' transition from x_{t+1} to x_t.
 
 Gray levels, and clipping x_0, assume data in [-1, 1], with a tolerance of 1/32 for rounding. Other data need
-gray_levels=None and clip=False: otherwise values outside raise ValueError, or give NaN if they are traced.
+gray_levels=None and clip=False: otherwise values outside [-1, 1] raise ValueError, or give NaN if they are traced.
 
 Results are float32, or float64 for float64 arrays under x64; lower precisions are promoted before any arithmetic.
 """
@@ -40,13 +40,13 @@ CDFS = ("exact", "tanh")
 
 
 class BitsPerDim(NamedTuple):
-    """The bound of each example in bits per dimension, its terms, and tables with K = T columns, or 1 + 2 S with S strata.
+    """The bound of each example in bits per dimension, its terms, and tables with K columns: T, or 1 + 2 S for S strata.
 
-    total: prior + decoder + transitions; with strata, an estimate of the transitions.
+    total: prior + decoder + transitions; with strata, the sum of the transitions is estimated.
     prior: L_T. decoder: L_0.
     standard_error: the error of `total` from the random choice of steps; None if every step was visited.
     t: the index of each table column. vlb: L_t at t. mse, x_0_mse: mean squared errors of eps and x_0, computed from the x_0
-      in the bound (after the clip). These four are None with tables=False.
+      in the bound (after the clip). t, vlb, mse and x_0_mse are None with tables=False.
     """
 
     total: Float[Array, "B"]
@@ -65,7 +65,7 @@ def gaussian_kl(
     mean_2: Float[ArrayLike, "*#shape"],
     log_variance_2: Float[ArrayLike, "*#shape"],
 ) -> Float[Array, "*shape"]:
-    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of every element, in nats; shapes broadcast."""
+    """Returns KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of every element, in nats; shapes broadcast."""
     arrays = (mean_1, log_variance_1, mean_2, log_variance_2)
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     mean_1, log_variance_1, mean_2, log_variance_2 = (jnp.asarray(array, dtype) for array in arrays)
@@ -75,14 +75,14 @@ def gaussian_kl(
 
 @jax.custom_jvp
 def _log_cdf(z):
-    """log of the standard normal CDF."""
+    """Returns the log of the standard normal CDF."""
     return log_ndtr(z)
 
 
 @_log_cdf.defjvp
 def _log_cdf_jvp(primals, tangents):
-    # The derivative phi(z) / Phi(z) subtracts logarithms of size z^2 / 2. Far below 0 no digits remain in float32, so an
-    # asymptotic expansion replaces the difference.
+    # To compute the derivative phi(z) / Phi(z), logarithms of size z^2 / 2 are subtracted. Far below 0, the difference has no
+    # correct digits in float32, so an asymptotic expansion replaces it.
     (z,), (tangent,) = primals, tangents
     value = _log_cdf(z)
     far = jnp.minimum(z, -30.0)
@@ -92,7 +92,7 @@ def _log_cdf_jvp(primals, tangents):
 
 
 def _tanh_cdf(z):
-    """OpenAI's approximate standard normal CDF, with an error of at most 1.8e-4."""
+    """Returns OpenAI's approximation of the standard normal CDF, with an error of at most 1.8e-4."""
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
@@ -134,8 +134,8 @@ def decoder_log_prob(
       log_variance: with gray levels, values below -60 count as -60.
       gray_levels: L, the data's number of gray levels in [-1, 1] (256; 17 for scikit-learn's digits); x_0 is rounded to the
         nearest level. None for continuous data: returns the log density of N(mean, variance) at x_0.
-      cdf: "exact", or "tanh" for OpenAI's approximation with their lower bound log 1e-12, to reproduce OpenAI's numbers; not
-        used, and not checked, without gray levels.
+      cdf: "exact", or "tanh" for OpenAI's approximation with its lower bound log 1e-12, to reproduce OpenAI's numbers.
+        Without gray levels, cdf is neither used nor checked.
     Raises: ValueError for fewer than 2 gray levels, an unknown cdf, arrays that are not float, or an x_0 outside [-1, 1] with
       gray levels (NaN if x_0 is traced).
     """
@@ -158,14 +158,14 @@ def decoder_log_prob(
         mass = jnp.where(last, 1.0, _tanh_cdf(upper)) - jnp.where(first, 0.0, _tanh_cdf(lower))
         return jnp.log(jnp.maximum(mass, 1e-12))
 
-    # Mirrored to the side where the CDF is small, because a CDF near 1 loses digits.
+    # Bins are mirrored to the side where the CDF is small, because a CDF near 1 loses digits.
     mirrored = jnp.where(first, False, jnp.where(last, True, lower + upper > 0))
     a, b = jnp.where(mirrored, -upper, lower), jnp.where(mirrored, -lower, upper)
     edge = first | last
-    # A branch that is not taken gets finite arguments, or its gradient would be NaN.
+    # The branch that is not taken gets finite arguments, because otherwise its gradient would be NaN.
     log_b = _log_cdf(b)
     middle, width = 0.5 * (a + b), 2 * half * inverse_sd
-    narrow = width * (1 + jnp.abs(middle)) < 0.05  # a difference of CDFs would cancel: the midpoint rule, to width^4
+    narrow = width * (1 + jnp.abs(middle)) < 0.05  # CDF differences would cancel; the midpoint rule errs by O(width^4)
     z = jnp.where(narrow, middle, 0.0)
     w = jnp.where(narrow, width, 0.05)
     by_midpoint = -0.5 * z**2 - _LOG_SQRT_2_PI + math.log(2 * half) - 0.5 * log_variance
@@ -176,7 +176,7 @@ def decoder_log_prob(
 
 
 def _bits(nats):
-    """Mean over all axes except the batch, in bits."""
+    """Returns the mean over all axes except the batch axis, converted from nats to bits."""
     return jnp.mean(nats, axis=range(1, jnp.ndim(nats))) / math.log(2)
 
 
@@ -200,7 +200,7 @@ def bound_term(
     """Computes one term of the bound at (x_t, t): L_0 where t is 0, else the KL of DDPM eq. 5.
 
     denoiser: as `process.p_mean_variance`. gray_levels, cdf: as `decoder_log_prob`.
-    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) in this term).
+    Returns: (bits per dimension [B], the reverse step p(x_{t-1} | x_t) that this term uses).
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`, and for an x_0 outside [-1, 1] with gray levels
       or a clip to this range (NaN if x_0 is traced).
     """
@@ -226,15 +226,15 @@ def bits_per_dim(
     strata: int | None = None,
     tables: bool = True,
 ) -> BitsPerDim:
-    """The variational bound on -log2 p(x_0) / D of every example (DDPM eq. 5; OpenAI's calc_bpd_loop).
+    """Computes the variational bound on -log2 p(x_0) / D of every example (DDPM eq. 5; OpenAI's calc_bpd_loop).
 
     Noise is drawn once per step, in one scan.
 
     Args:
       key: draws the noise of every step and, with strata, the steps.
       denoiser: as `process.p_mean_variance`; a plain function predicts eps, with the variance fixed_large and a clip. Ho's
-        and OpenAI's numbers are with a clip. On the levels of a path, the bound with fixed_large is near the bound with the
-        exact variance; fixed_small needs many levels that are evenly spaced in log SNR.
+        and OpenAI's published numbers use a clip. On the levels of a path, the bound with fixed_large is near the bound with
+        the exact variance; fixed_small needs many levels that are evenly spaced in log SNR.
       x_0: images in [-1, 1]; other data [B, ..., C] with gray_levels=None and clip=False.
       gray_levels, cdf: as `decoder_log_prob`. For continuous data (None) the bits measure the density of x_0 and may be
         negative; add `standardization_bits` for the density of the data before standardization.
@@ -244,7 +244,7 @@ def bits_per_dim(
       tables: False omits the tables, so that memory does not grow with T.
     Raises: ValueError as `process.p_mean_variance` and `decoder_log_prob`; for prediction eps or score if alpha_bar ends at
       0; for strata outside 1 ... T - 1; for an x_0 that is not float [B, ..., C]; for an x_0 outside [-1, 1] with gray levels
-      or clip=True. Traced values outside make every field of their example NaN, except t.
+      or clip=True. Traced values outside make all fields of the example NaN, except t.
     """
     denoiser, total_steps = as_denoiser(denoiser), schedule.num_timesteps
     process.check_terminal_snr(schedule, denoiser.prediction)
@@ -286,8 +286,8 @@ def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]
     """Returns the bits per dimension to add for x = (data - offset) / scale, so that the density is in data units.
 
     By the change of variables -log p(data) = -log p(x) + sum log |scale|, so the result is the mean of log2 |scale|. Add it
-    to `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. Nats
-    are bits times ln 2.
+    to `bits_per_dim(...).total` and `.decoder` for continuous data, and to the likelihood of the probability-flow ODE. For
+    nats, multiply by ln 2.
 
     scale: not 0; one per channel [C], one number, or an array with the data's spatial shape.
     """
@@ -297,7 +297,7 @@ def standardization_bits(scale: Float[ArrayLike, "*#shape"]) -> Float[Array, ""]
 def rate_distortion(
     prior: Float[ArrayLike, "*batch"], vlb: Float[ArrayLike, "*batch T"], x_0_mse: Float[ArrayLike, "*batch T"]
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
-    """The rate and distortion of progressive coding (DDPM section 4.3).
+    """Returns the rate and distortion of progressive coding (DDPM section 4.3).
 
     Rate at index t: the bits per dimension received when x_t is known, L_T + sum_{s > t} L_s; the remaining terms (L_t and
     below) make the code lossless. Distortion: the root mean squared error of the x_0 predicted from x_t, on the 0-255 scale.
@@ -313,7 +313,7 @@ def rate_distortion(
 def _draw_pairs(key, total_steps: int, strata: int, batch: int):
     """Draws two steps in each stratum of 1 ... T - 1. Returns t int32 [S, 2, B] and the sizes of the strata [S]."""
     require_number("strata, if not None for all steps,", strata, 1, total_steps - 1)
-    # Terms decrease roughly as 1 / t, so strata with equal ratios, not equal lengths, have similar sums.
+    # Terms decrease roughly as 1 / t, so strata whose ends have equal ratios, not equal differences, have similar sums.
     edges = [1]
     for remaining in range(strata, 0, -1):
         ratio = (total_steps / edges[-1]) ** (1 / remaining)

@@ -1,17 +1,17 @@
 """Training losses, as pure functions of a key, a schedule or path, and a `Denoiser` or any callable (x_t, time) -> output.
 
-Each loss draws one noise level per example and returns one loss per example, so that the caller chooses the mean, and a
-`LossAux` with intermediate values: `simple` (DDPM's L_simple), `vlb` (the variational bound) and `hybrid` (Improved DDPM's
-sum of both, which trains a learned variance), and for paths `continuous_vlb` (VDM's bound). `simple` and `classify` also take
-a path. `classify` trains a classifier of noisy images from labels, and returns a `ClassifyAux` instead.
+Each loss draws one noise level per example. It returns one loss per example, so that the caller chooses the mean, and a
+`LossAux` with intermediate values. The losses are `simple` (DDPM's L_simple), `vlb` (the variational bound), `hybrid`
+(Improved DDPM's sum of both, which trains a learned variance) and, for paths, `continuous_vlb` (VDM's bound). `classify`
+trains a classifier of noisy images, and returns a `ClassifyAux` instead. `simple` and `classify` also take a path.
 
 `timestep_sampler`, a name in `timesteps.TIMESTEP_SAMPLERS` or a `TimestepSampler`, draws the levels: by default "uniform" for
-the steps of a schedule and "stratified" on a path ("uniform_log_snr" in `continuous_vlb`). `draw` is the argument's name in
-version 0.3 for paths, with "uniform" for "stratified".
+the steps of a schedule and "stratified" on a path ("uniform_log_snr" in `continuous_vlb`). In version 0.3, this
+argument was named `draw` for paths, and "stratified" was named "uniform".
 
 `LOSSES` maps config names to losses.
 
-Data are batches [B, ..., C]. Continuous data, and data outside [-1, 1], need gray_levels=None in the bound.
+Data are batches [B, ..., C]. Continuous data, and data outside [-1, 1], need gray_levels=None in `vlb` and `hybrid`.
 
 Noise, network time and losses are float32, or float64 for a float64 x_0 under x64. Lower precisions, including the network's
 output, are promoted.
@@ -38,11 +38,11 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn, LogitsFn, TimestepS
 class LossAux(NamedTuple):
     """The intermediate values of a loss.
 
-    t: the drawn levels, indices of a schedule or times on a path. importance: the weight from the timestep sampler, already
-    in the loss; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term at t, in bits
-    per dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`. output: the
-    network's output, with twice the channels for a learned variance. log_density: on a path, of the drawn log SNR. scalars:
-    further numbers that training logs for your own loss, by name; their means are weighted by the importance.
+    t: the drawn levels, indices of a schedule or times on a path. importance: the weight from the timestep sampler, which
+    the loss already contains; 1 on a path. mse: the unweighted error of the predicted quantity. vlb: T times the bound's term
+    at t, in bits per dimension (an estimate of the bound without L_T), or the loss `continuous_vlb`; None for `simple`.
+    output: the network's output, with twice the channels for a learned variance. log_density: on a path, the log density of
+    the drawn log SNR. scalars: {name: values} for a loss of your own; training logs their means, weighted by the importance.
     """
 
     t: Int[Array, "B"] | Float[Array, "B"]
@@ -59,7 +59,7 @@ class LossAux(NamedTuple):
 class ClassifyAux(NamedTuple):
     """The intermediate values of `classify`.
 
-    t, importance: as in `LossAux`. accuracy: 1 where the largest logit is at the label, else 0.
+    t, importance: as in `LossAux`. accuracy: 1 if the label has the largest logit, else 0.
     """
 
     t: Int[Array, "B"] | Float[Array, "B"]
@@ -135,12 +135,12 @@ def simple(
 
     Args:
       key: draws t and eps.
-      schedule: a schedule, or a path, for a continuous time.
+      schedule: a schedule, or a path for continuous time.
       denoiser: a `Denoiser`, whose output with guidance enters this loss, or a plain function (x_t, network time) ->
         output. The second half of the channels (a learned variance) does not enter this loss.
-      x_0: images in [-1, 1], or other data [B, ..., C]. One example [..., C] is x_0[None].
+      x_0: images in [-1, 1], or other data [B, ..., C]. Pass one example [..., C] as x_0[None].
       prediction: the quantity that a plain function predicts: eps (the default), x_0, v, x_prev (not on a path), score or
-        flow; a `Denoiser` has its own.
+        flow; a `Denoiser` has its own prediction.
       weighting: None or "none" for the plain squared error of the predicted quantity, as in OpenAI's code; for eps this is
         L_simple. Otherwise a weight on the **eps error** for any prediction: a name in `WEIGHTINGS` (the functions above,
         with their published constants) or a function SNR [B] -> weight [B]. The eps error is SNR times the x_0 error,
@@ -178,9 +178,10 @@ def vlb(
       key, x_0, prediction, timestep_sampler: as `simple`.
       denoiser: a plain function has the variance learned_range and no clip; as in OpenAI's code, training does not clip (Ho's
         code clips).
-      gray_levels: as `likelihood.decoder_log_prob`: 256 for images in [-1, 1], None for continuous data, without a clip.
-    Returns: (loss [B], LossAux). With gray levels or a clip to [-1, 1], an example with traced values outside has a loss of
-      NaN.
+      gray_levels: as `likelihood.decoder_log_prob`: 256 for images in [-1, 1], None for continuous data, which need a
+        denoiser without a clip.
+    Returns: (loss [B], LossAux). With gray levels or a clip to [-1, 1], an example with traced values outside this range has
+      the loss NaN.
     Raises: ValueError as `simple`, for an output whose channels do not match the variance, for eps or score if alpha_bar ends
       at 0, and for an x_0 outside [-1, 1] with gray levels or a clip to this range.
     """
@@ -205,8 +206,8 @@ def hybrid(
 
     In the bound, the first half of the output, which determines the mean, is constant (`stop_gradient`), so only L_simple
     trains the mean. The bound is in bits per dimension, summed over all T steps, and `vlb_weight` multiplies this sum.
-    Published: 0.001 (OpenAI's code multiplies one sampled term by T / 1000; with --rescale_learned_sigmas False it multiplies
-    by 1, a weight of 1 / T).
+    The published weight is 0.001: OpenAI's code multiplies one sampled term by T / 1000. With --rescale_learned_sigmas False
+    it multiplies the term by 1, which is a weight of 1 / T.
 
     Args: as `simple` and `vlb`; a plain function predicts eps.
     Returns: (loss [B], LossAux).
@@ -238,9 +239,9 @@ def continuous_vlb(
 ) -> tuple[Float[Array, "B"], LossAux]:
     """The transitions of the variational bound in continuous time, in bits per dimension (Kingma et al. 2021, eq. 17).
 
-    1/2 E || eps - eps_theta ||^2 / p(log SNR), with the density p of the drawn log SNR. For every timestep sampler, the mean
-    is the integral over the log SNR between the ends of the path's interval, so the loss depends on the path only through
-    these ends. As T grows, `vlb` without the decoder, for a fixed variance, converges to this loss.
+    The loss is 1/2 E || eps - eps_theta ||^2 / p(log SNR), with the density p of the drawn log SNR. For every timestep
+    sampler, the mean loss is the integral over the log SNR between the ends of the path's interval, so the mean loss depends
+    on the path only through these ends. As T grows, `vlb` without the decoder, for a fixed variance, converges to this loss.
 
     Args:
       key, denoiser, x_0, prediction: as `simple`.
@@ -271,7 +272,7 @@ def classify(
     timestep_sampler: str | TimestepSampler | None = None,
     draw: str | TimestepSampler | None = None,
 ) -> tuple[Float[Array, "B"], ClassifyAux]:
-    """-log p(y | x_t, t), in nats, at a drawn timestep: trains the classifier of classifier guidance (ADM section 4).
+    """-log p(y | x_t, t), in nats, at a drawn timestep: the loss that trains a classifier for guidance (ADM section 4).
 
     Args:
       key: draws t and eps.
@@ -393,7 +394,7 @@ def _weight_of_target(schedule, aux, prediction, weighting):
     weight_fn = weighting if callable(weighting) else WEIGHTINGS[weighting]
     at: Any = _at(schedule, prediction, aux.t, aux.mse)
     level = at.level
-    # Pure noise gets a tiny signal, so that 1 / SNR is finite and its product with the squared slope of v is near its limit.
+    # Pure noise gets a tiny signal, so that 1 / SNR is finite, and 1 / SNR times the squared slope of v is near its limit.
     level = NoiseLevel.at_log_snr(jnp.full_like(level.alpha, 2 * math.log(1e-10)), level.time).where(
         ~level.has_signal, level
     )

@@ -38,8 +38,8 @@ class LinearOperator:
 
     measure: A, from [B, *spatial, C] to y [B, ...], row by row. invert: a right inverse A+, with A A+ = I on the range of A;
     None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y. Entries of y
-    with a diagonal of 0 are hidden: they are ignored. For other entries an approximation suffices, but slows down iterative
-    solvers. If `diagonal` is None, it is estimated from 16 products with A, and no entry of y is hidden.
+    with a diagonal of 0 are hidden: they are ignored. For other entries an approximate diagonal suffices, but slows down
+    iterative solvers. If `diagonal` is None, it is estimated from 16 products with A, and no entry of y is hidden.
     """
 
     measure: LinearMap
@@ -71,7 +71,7 @@ class Measurement:
     operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; entries where the
     operator's `diagonal` is 0, such as the unknown pixels of `masked`, are ignored. noise: the standard deviation, one number
     or an array that broadcasts to y (the error bars of each pixel or channel); or a function u -> R u, with the covariance
-    R and u shaped like y. 0 is for `editing.project` only.
+    R and u shaped like y. A noise of 0 is for `editing.project` only.
     """
 
     operator: LinearOperator
@@ -109,14 +109,14 @@ class Measurement:
             raise ValueError("noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project")
 
     def covariance(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
-        """Returns R u for a u that is 0 where the operator hides entries; a function's result is 0 there, too."""
+        """Returns R u for a u that is 0 at hidden entries of y; a noise function's result is set to 0 at these entries."""
         noise: Any = self.noise
         if callable(noise):
             return self._hide(jnp.asarray(noise(u)).astype(u.dtype))
         return jnp.square(jnp.asarray(noise, u.dtype)) * u
 
     def variances(self, dtype: Any) -> Float[Array, "..."]:
-        """Returns the diagonal of R, a number or an array that broadcasts to y; for a function, an estimate."""
+        """Returns the diagonal of R, a number or an array that broadcasts to y; for a noise function, an estimate."""
         noise: Any = self.noise
         if not callable(noise):
             return jnp.square(jnp.asarray(noise, dtype))
@@ -328,7 +328,7 @@ def _transform(mask, x):
 
 
 def fourier(mask: Shaped[ArrayLike, "*spatial"]) -> LinearOperator:
-    """Measures chosen coefficients of the orthonormal Fourier transform over all spatial axes, as in magnetic resonance.
+    """Measures chosen coefficients of the orthonormal Fourier transform over all spatial axes, as in MRI.
 
     mask: 1 for measured frequencies, in the order of `jnp.fft.fftn`; along the last axis, only the first n // 2 + 1
     frequencies count, because the others have conjugate coefficients. y: [B, ..., n // 2 + 1, C, 2], real and imaginary
@@ -377,6 +377,6 @@ def _compose(outer, inner, x):
 def compose(outer: LinearOperator, inner: LinearOperator) -> LinearOperator:
     """Returns the operator outer(inner(x_0)), which has neither a right inverse nor a `diagonal`.
 
-    So a mask in `outer` or `inner` hides no entries of y: they must be finite, and `residual` compares masked entries with 0.
+    A mask in `outer` or `inner` hides no entries of y: all must be finite, and `residual` compares masked entries with 0.
     """
     return LinearOperator(jax.tree_util.Partial(_compose, outer, inner))

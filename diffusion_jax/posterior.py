@@ -5,14 +5,14 @@
     smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
     dps      diffusion posterior sampling, an uncalibrated baseline (Chung et al. 2023); `pigdm_step` is another baseline
 
-`mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so samplers draw from the posterior as they draw from the prior;
-only `consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
+`mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so that samplers draw from the posterior; only
+`consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
 of its own.
 
 By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. `mmps` and `pigdm`
 assume p(y | x_t) = N(A D, R + A V A^T). The gradient is then J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D
 in x_t. The covariance of x_0 given x_t is V = (sigma^2 / alpha) J, which `mmps` uses; `pigdm` replaces V by the covariance of
-white data. D is the denoiser's x_0 before the clip. Rows of a batch do not change each other.
+white data. D is the denoiser's x_0 before the clip. Rows of a batch do not affect each other.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations: int = 3) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y], with the covariance (sigma^2 / alpha) J of the denoiser itself.
 
-    iterations: of preconditioned conjugate gradients; each multiplies by the transposed Jacobian once, so a call costs one
-    forward and 1 + iterations backward passes. More iterations than numbers in y change nothing. `relative_residual` measures
-    the remaining error. Classifier-free guidance must have scale 1, because samples with another scale do not follow the
-    posterior.
+    iterations: the number of steps of preconditioned conjugate gradients. Each step multiplies once by the transposed
+    Jacobian, so a call costs one forward and 1 + iterations backward passes. More iterations than y has numbers change
+    nothing. `relative_residual` measures the remaining error. Classifier-free guidance must have scale 1, because samples
+    with another scale do not follow the posterior.
 
-    In pure noise (alpha = 0), J has no digits, and D is not corrected. Near pure noise, the error of J grows as
+    In pure noise (alpha = 0), J has no correct digits, and D is unchanged. Near pure noise, the error of J grows as
     (sigma / alpha)^2 for networks that predict eps or score, but not for networks that predict v or x_0.
     Raises: ValueError for a number of iterations below 1, and the errors of `Measurement.check`; when called, for a y
       whose shape is not A(x_0)'s.
@@ -58,9 +58,9 @@ def pigdm(
 ) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
 
-    iterations: of conjugate gradients, without network calls; one iteration is exact if R and A A^T are diagonal and the
-    operator's `diagonal` is exact, not estimated. A call costs a forward and a backward pass. For data with structure, `mmps`
-    is closer to the posterior.
+    iterations: steps of conjugate gradients, without network calls; one iteration is exact if R and A A^T are diagonal and
+    the operator's `diagonal` is exact, not estimated. A call costs a forward and a backward pass. For data with structure,
+    `mmps` is closer to the posterior.
     Raises: as `mmps`, and ValueError for a data_std that is not above 0.
     """
     require_number("data_std", data_std, 0, above=True)
@@ -102,7 +102,7 @@ class _Solved(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Correction:
-    """The correction in `mmps`, or in `pigdm`, which assumes white data."""
+    """The correction in `mmps` or, with a `data_std` for white data, in `pigdm`."""
 
     measurement: Measurement
     iterations: int = dataclasses.field(metadata={"static": True})
@@ -127,7 +127,7 @@ class _Correction:
         x_0, transposed, prior = jax.vjp(x_0_of, x_t, has_aux=True)
         measurement, operator = self.measurement, self.measurement.operator
         adjoint = operator.adjoint(x_0)
-        # alpha is 0 in pure noise, where J and sigma^2 / alpha have no digits.
+        # In pure noise, J and sigma^2 / alpha have no correct digits, so the shift is 0.
         scale = jnp.where(level.has_signal, level.sigma**2 / jnp.where(level.has_signal, level.alpha, 1.0), 0.0)
         variance = _white_variance(level, 1.0 if self.data_std is None else self.data_std)
 
@@ -149,8 +149,8 @@ def _conjugate_gradients(times_matrix, covariance, b, diagonal, iterations):
     """Solves M u = b, M = R + A V A^T, for each row with Jacobi's preconditioner; returns u and |M u - b| / |b|.
 
     For an exact covariance V, the curvature p^T M p is at least p^T R p. A trained network may violate this bound, and a
-    curvature near 0 makes a step of many deviations. So a row stops if the curvature is at most half of p^T R p (rounding):
-    the row's result is the current u, or b / diagonal at the first iteration.
+    curvature near 0 makes a step of many standard deviations. So a row stops if the curvature is at most p^T R p / 2, where
+    1/2 allows for rounding: the row's result is the current u, or b / diagonal at the first iteration.
     """
     axes = tuple(range(1, b.ndim))
 
@@ -187,8 +187,8 @@ class dps(WrappedSampler, traced=("measurement", "zeta")):
     """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): subtracts zeta grad |y - A D| after each step.
 
     Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is taken per example, and D is clipped, as in
-    the paper's code. Samples fit y, but do not follow the posterior: their mean and deviation depend on zeta and on the
-    number of steps. zeta: the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
+    the paper's code. Samples fit y, but do not follow the posterior: their mean and standard deviation depend on zeta and the
+    number of steps. zeta: the factor of the gradient; the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
     """
 
     measurement: Measurement
@@ -207,7 +207,7 @@ class dps(WrappedSampler, traced=("measurement", "zeta")):
         def distance(x_t):
             residual = self.measurement.residual(denoiser(x_t, transition).x_0)
             squares = jnp.sum(jnp.square(residual), axis=tuple(range(1, residual.ndim)))
-            # The gradient of the root has no value at 0, where y is met.
+            # The square root has no gradient at 0, where A D = y.
             return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
 
         return new._replace(x_prev=new.x_prev - jnp.asarray(self.zeta, x_t.dtype) * jax.grad(distance)(x_t))
@@ -215,11 +215,11 @@ class dps(WrappedSampler, traced=("measurement", "zeta")):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class pigdm_step(WrappedSampler, traced=("measurement",)):
-    """PiGDM with the paper's weight (Song et al. 2023, Algorithm 1), a baseline that never converges.
+    """PiGDM with the paper's weight (Song et al. 2023, Algorithm 1), a baseline that does not converge to the posterior.
 
     Adds alpha_s alpha_t v J^T A^T (R + v A A^T)^-1 (y - A D) after each step from level t to s. Wraps any other sampler; the
-    paper uses `ddim(eta=1)` on variance-preserving schedules. For data N(0, 1) and y with noise 0.5, samples
-    are centered at y with 0.41 times the exact deviation (100 steps) or 0.22 times (1,000). Raises: ValueError as `pigdm`.
+    paper uses `ddim(eta=1)` on variance-preserving schedules. For data N(0, 1) and y with noise 0.5, samples have
+    the mean y, and 0.41 (100 steps) or 0.22 (1,000 steps) times the exact standard deviation. Raises: ValueError as `pigdm`.
     """
 
     measurement: Measurement
@@ -237,7 +237,7 @@ class pigdm_step(WrappedSampler, traced=("measurement",)):
     def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
         new, level = self.sampler.step(key, denoiser, x_t, transition, state), transition.level
         correction = _Correction(self.measurement, self.iterations, self.data_std)
-        # The shift has the factor sigma^2 / alpha_t.
+        # The shift contains the factor sigma^2 / alpha_t, by which the weight divides.
         shift = correction.solve(lambda x_t: denoiser(x_t, transition), x_t, level).shift
         weight = _white_variance(level, self.data_std) * transition.target.alpha * level.alpha**2 / level.sigma**2
         return new._replace(x_prev=new.x_prev + weight * shift)
@@ -247,7 +247,7 @@ class Particles(NamedTuple):
     """The result of `smc`: P weighted samples of each posterior.
 
     x_0: [P, B, ...]. weights: [P, B], with sum 1 over the particles. effective: [T, B], the effective sample size
-    1 / sum(weights^2) before each of the T steps' resampling, in sampling order. resampled: bool [T, B].
+    1 / sum(weights^2) at each step, before any resampling, in sampling order. resampled: [T, B], whether the step resampled.
     """
 
     x_0: Float[Array, "P B *shape"]
@@ -278,14 +278,14 @@ def smc(
 
     Each step but the last shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)),
     with the variance v of x_0 given x_t for white data, as `pigdm`. The weights correct for the shift and the approximation,
-    so that as P grows, the weighted particles follow p(x_0 | y) for the ancestral sampler, whatever the approximation.
+    so that as P grows, the weighted particles follow p(x_0 | y) exactly, with the ancestral sampler's samples as the prior.
 
     Args:
       key: one key, or one for each example [B], so that an example's particles depend on its own key only.
       x_T: N(0, I); the particles of an example share its row of y. data_std: as `pigdm`.
-      resample_below: an example is resampled where its effective sample size falls below this share of P.
-    Raises: ValueError for an x_T without both axes, a data_std that is not above 0, a noise that is a function, eps or score
-      from pure noise, and as `Measurement.check`.
+      resample_below: an example's particles are resampled if their effective sample size falls below this share of P.
+    Raises: ValueError for an x_T without the axes P and B, a data_std that is not above 0, a noise that is a function, a
+      prediction of eps or score if alpha_bar ends at 0, and as `Measurement.check`.
     """
     denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
     if x_T.ndim < 2:
@@ -309,13 +309,13 @@ def smc(
         return jnp.sum(x, axis=tuple(range(1, x.ndim)))
 
     def log_likelihood(x_0, variance):
-        """log N(y; A x_0, R + variance diag(A A^T)) [P B], without its constant, which the particles share."""
+        """Returns log N(y; A x_0, R + variance diag(A A^T)) [P B], without the constant that all particles share."""
         residual = jax.vmap(measurement.residual)(per_example(x_0))
         squares = jnp.square(residual) / (variances + variance * squared_norms)
         return -0.5 * sums(squares.reshape(-1, *squares.shape[2:]))
 
     def evaluate(x, t):
-        """Returns log p(y | x_t), approximately, its gradient, and the mean and the variance of p(x_{t-1} | x_t)."""
+        """Returns approximations of log p(y | x_t) and its gradient, and the mean and the variance of p(x_{t-1} | x_t)."""
         transition = schedule.transition(t, x)
         variance = _white_variance(transition.level, data_std)
 

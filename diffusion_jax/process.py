@@ -51,7 +51,7 @@ class Gaussian(NamedTuple):
 
 
 def q_mean_variance(schedule: Schedule | Path, x_0: BatchLike, t: Index | Time) -> tuple[Batch, Batch]:
-    """Mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4."""
+    """Returns the mean and variance of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), DDPM eq. 4."""
     x_0 = as_float("x_0", x_0)
     at = schedule.at(t, x_0)
     mean = at.alpha * x_0
@@ -70,7 +70,7 @@ def q_sample(schedule: Schedule | Path, x_0: BatchLike, t: Index | Time, eps: Ba
 
 
 def q_step_mean_variance(schedule: Schedule, x_prev: BatchLike, t: Index) -> tuple[Batch, Batch]:
-    """Mean and variance of one forward step, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2).
+    """Returns mean and variance of a forward step, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2).
 
     x_prev: x_{t-1}, which is x_0 at index 0.
     """
@@ -89,7 +89,7 @@ def q_step(schedule: Schedule, x_prev: BatchLike, t: Index, eps: BatchLike) -> B
 
 
 def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) -> Gaussian:
-    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7.
+    """Returns q(x_{t-1} | x_t, x_0) (DDPM eq. 6 and 7).
 
     At index 0 the mean is x_0 and the variance 0; the log variance is the decoder's finite log variance (`Schedule`).
     Raises: ValueError if x_0 and x_t differ in shape.
@@ -105,7 +105,7 @@ def q_posterior(schedule: Schedule, x_0: BatchLike, x_t: BatchLike, t: Index) ->
 
 
 def check_terminal_snr(schedule: Schedule | Path, prediction: str, first: int | None = None) -> None:
-    """Raises ValueError if a visited step has alpha = 0 in float32 and the prediction does not determine x_0 there.
+    """Raises ValueError if a visited step has alpha = 0 in float32, and the prediction (eps or score) does not give x_0.
 
     The check does not depend on the dtype of x. For a traced schedule, only the last step is checked.
 
@@ -146,11 +146,11 @@ def p_mean_variance(
     """Computes the model's reverse step p(x_{t-1} | x_t).
 
     The network's output is converted to x_0, x_0 is clipped, and q(x_{t-1} | x_t, x_0) gives the mean (DDPM eq. 7; eq. 11 for
-    eps without a clip). DDPM's code clips although its Algorithm 2 does not. For `x_prev` the output itself is the mean, as
-    in OpenAI's code, and only the returned x_0 is clipped.
+    eps without a clip). DDPM's code clips, although the paper's Algorithm 2 does not. For `x_prev` the output itself is the
+    mean, as in OpenAI's code, and only the returned x_0 is clipped.
 
     Args:
-      denoiser: its `variance` is sigma_t^2, one of
+      denoiser: its `variance` selects sigma_t^2:
         fixed_large    beta_t (optimal for x_0 ~ N(0, I), DDPM section 3.2)
         fixed_small    the posterior variance beta-tilde_t (optimal for a single x_0)
         learned        the second half of the output is the log variance
@@ -168,7 +168,7 @@ def p_mean_variance(
 
 
 def reverse(denoiser: Denoiser, x_t: BatchLike, transition: Transition, variance: str | None = None) -> Reverse:
-    """`p_mean_variance` for any step from one noise level to another."""
+    """Computes `p_mean_variance` for any step from one noise level to another."""
     x_t = as_float("x_t", x_t)
     predicted = dataclasses.replace(denoiser, mean_shift=None)(x_t, transition)
     if variance is not None and predicted.learned is not None:

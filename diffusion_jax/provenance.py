@@ -1,4 +1,4 @@
-"""Provenance: the settings that made a file. The settings name the file, are stored in it, and decide on reuse."""
+"""Provenance: the settings that made a file. The settings name the file, are stored in it, and decide on its reuse."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _ARRAY = "provenance"  # the name of the record in an .npz
 class Provenance:
     """The settings that made a file or weights.
 
-    name: readable, for file names: the weights, then the settings that are changed most often. settings: JSON values that
-    determine the content, up to rounding. details: facts that do not determine the content, such as paths and versions.
+    name: a readable text for file names: the weights' name, then the settings that change most often. settings: JSON values
+    that determine the content, up to rounding. details: facts that do not determine the content, such as paths and versions.
     """
 
     name: str
@@ -68,7 +68,7 @@ def array_digest(*arrays: np.ndarray | None) -> str | None:
 
 
 def params_digest(params: Any) -> str:
-    """Returns the SHA-256 of the names, shapes, dtypes and values in a tree of arrays, on whatever devices they are."""
+    """Returns the SHA-256 of the names, shapes, dtypes and values in a tree of arrays on any devices."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)

@@ -30,7 +30,7 @@ from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
 
-# The folders that this package writes; W&B writes others.
+# The folders that this package writes; W&B writes other folders.
 _FOLDERS = ("calibration", "checkpoints", "evaluation", "images", "metrics", "plugins", "samples", ".likelihood")
 
 
@@ -41,7 +41,7 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
 
 
 class RunDir(os.PathLike):
-    """The local directory of a run, or a subdirectory, which need not exist yet.
+    """The local directory of a run, or a subdirectory of it; the directory need not exist yet.
 
     path: the local path. `run_dir / name` joins paths; str(run_dir) is the path, or the URL for a bucket.
     """
@@ -60,7 +60,7 @@ class RunDir(os.PathLike):
         return str(self.path)
 
     def subdirectory(self, name: str) -> RunDir:
-        """Returns a subdirectory, with uploads if this directory has them."""
+        """Returns a subdirectory, which uploads its files if this directory does."""
         directory = copy.copy(self)  # shares the list of locks, so that a lost lock is noticed everywhere
         directory.path = self / name
         return directory
@@ -81,7 +81,7 @@ class RunDir(os.PathLike):
         """Downloads the changes by other launches. Raises: OSError."""
 
     def delete(self, directory: pathlib.Path) -> None:
-        """Deletes a directory; a checkpoint step stops existing when the deletion begins."""
+        """Deletes a directory; a checkpoint step is no longer committed once the deletion begins."""
         removed = directory.with_name(f"{directory.name}.removed")
         RunDir.rename(self, directory, removed.name)
         shutil.rmtree(removed, ignore_errors=True)
@@ -96,7 +96,7 @@ class RunDir(os.PathLike):
     def locked(self, activity: str) -> Iterator[None]:
         """Holds the lock on the directory for all processes of this launch.
 
-        Process 0 holds the lock. If another launch, which may be about to end, holds the lock, process 0 waits half a minute.
+        Process 0 holds the lock. It waits half a minute if another launch, which may be about to end, holds the lock.
         activity: completes the message "process 1 of HOST ...", for example "is training in DIR".
         Raises: LockHeldError if another launch holds the lock, LeaseLostError if another launch has taken it over, OSError.
         """
@@ -107,7 +107,7 @@ class RunDir(os.PathLike):
                 raise LockHeldError(
                     f"{holder} {activity}: a second launch must wait until it ends, or use another --workdir"
                 )
-            self.refresh()  # for files that another launch wrote before the lock was free
+            self.refresh()  # gets the files that another launch wrote before it released the lock
             self._locks.append(lock)
             yield
             lock.check()
@@ -175,7 +175,7 @@ class BucketRunDir(RunDir):
             self.fetch(self.path)
 
     def delete(self, directory: pathlib.Path) -> None:
-        """Deletes a directory and its objects, the manifest first, so that a partly deleted step does not exist."""
+        """Deletes a directory and its objects, the manifest first, so that a partly deleted step is not committed."""
         store, name = self._writable_store(), self.object_name(directory)
         store.delete([f"{name}/{MANIFEST}"])
         store.delete(store.list(f"{name}/"))
@@ -183,7 +183,7 @@ class BucketRunDir(RunDir):
             super().delete(directory)
 
     def rename(self, directory: pathlib.Path, name: str) -> None:
-        """Renames a directory and its objects, the manifest first, so that the step does not exist during the rename."""
+        """Renames a directory and its objects, the manifest first, so that the step is not committed meanwhile."""
         store = self._writable_store()
         old, new = self.object_name(directory), self.object_name(directory.with_name(name))
         super().rename(directory, name)
@@ -223,8 +223,8 @@ class BucketRunDir(RunDir):
 def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, follow_links: bool = False) -> RunDir:
     """Opens a work directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
-    read_only: for a bucket, as for BucketRunDir. follow_links: whether links may lead out of a directory that is written.
-    Raises: UserError for such a link, StorageError if the bucket cannot be used, OSError.
+    read_only: as for BucketRunDir; a local directory is not checked for links. follow_links: allows links that lead out of a
+    directory that is written. Raises: UserError for such a link, StorageError if the bucket cannot be used, OSError.
     """
     if isinstance(location, RunDir):
         return location
@@ -242,14 +242,14 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
 
 
 def find_links(directory: RunDir) -> list[pathlib.Path]:
-    """Lists the links that lead out of a local run, among its files and everything in the folders of this package."""
+    """Lists the links that lead out of a local run, among the run's files and in the folders that this package writes."""
     own = [path for path in directory.path.glob("*") if path.name.startswith(_FOLDERS) or not path.is_dir()]
     below = [each for path in own for each in path.rglob("*")]
     return sorted(path for path in own + below if path.is_symlink() and leads_out(path, directory))
 
 
 class ChunkStore:
-    """Numbered chunks of computed arrays, one .npz each, in a separate directory, so that a rerun can resume after them.
+    """Numbered chunks of computed arrays, one .npz each, in a separate directory; a rerun computes only missing chunks.
 
     Process 0 writes, every process reads.
     """
@@ -274,8 +274,8 @@ class ChunkStore:
     ) -> int:
         """Computes and saves the missing chunks of `total` examples, `size` per chunk; returns the number of chunks.
 
-        Every process calls this, and can then read the chunks. title: of the progress bar. compute: chunk i -> arrays. begin:
-        called before each chunk with the bar, the number of earlier examples and the chunk's own (`CallCounter.begin`).
+        Every process calls this, and can then read the chunks. title: the progress bar's title. compute: chunk i -> arrays.
+        begin (`CallCounter.begin`): called before a chunk with the bar, the number of earlier examples and the chunk's size.
         """
         stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
         finished = {int(stem) for stem in stems if stem.isdecimal()}

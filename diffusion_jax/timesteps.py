@@ -11,9 +11,9 @@ With the weight, the mean of the losses estimates the mean over all T steps, for
 of the objective: `losses.simple` does not divide by the density, so levels that are drawn more often have more weight in the
 loss. `losses.continuous_vlb` divides by the density, and has the same mean for every sampler.
 
-`uniform` and `stratified` are for both, `antithetic` and `loss_second_moment` for the steps of a schedule, and `log_normal`,
-`logit_normal` and `uniform_log_snr` for a path. No level outside a path's interval is drawn; the density is normalized over
-the interval. `TIMESTEP_SAMPLERS` maps config names to timestep samplers.
+`uniform` and `stratified` are for schedules and paths, `antithetic` and `loss_second_moment` only for schedules,
+`log_normal`, `logit_normal` and `uniform_log_snr` only for paths. No level outside a path's interval is drawn; the density is
+normalized over the interval. `TIMESTEP_SAMPLERS` maps config names to timestep samplers.
 
 Results are int32 and float32, with x64 on or off.
 """
@@ -59,7 +59,7 @@ def _uniform_times(path, position):
 
 
 def uniform(key: Key[Array, ""], batch_size: int, levels: int | Path) -> _Drawn:
-    """Independent uniform steps (DDPM Algorithm 1), or network times that are uniform over a path's interval."""
+    """Draws independent steps uniformly (DDPM Algorithm 1), or network times uniformly over a path's interval."""
     if isinstance(levels, Path):
         return _uniform_times(levels, _positions(key, batch_size, stratified=False))
     return jax.random.randint(key, (batch_size,), 0, levels, jnp.int32), jnp.ones(batch_size, jnp.float32)
@@ -87,7 +87,7 @@ def antithetic(key: Key[Array, ""], batch_size: int, levels: int) -> _Drawn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OnPath:
-    """stratified: as the function `stratified`; False draws each level independently."""
+    """stratified: True draws as the function `stratified`; False draws each level independently."""
 
     stratified: bool = True
 
@@ -99,13 +99,13 @@ class _OnPath:
         return jnp.clip(levels.time_at_log_snr(log_snr), first, last), log_density
 
     def _draw(self, path, probability):
-        """Returns the log SNRs at these quantiles [B], from the least noise to the most, and their log densities."""
+        """Returns the log SNRs [B] at the quantiles `probability` (0 is the least noise), and their log densities."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class uniform_log_snr(_OnPath):
-    """Log SNRs that are uniform between the ends of the path's interval (Kingma & Gao 2023).
+    """Draws log SNRs uniformly between the ends of the path's interval (Kingma & Gao 2023).
 
     Raises: ValueError, when called, for a path with an infinite log SNR at an end.
     """
@@ -117,10 +117,10 @@ class uniform_log_snr(_OnPath):
 
 @dataclasses.dataclass(frozen=True)
 class log_normal(_OnPath):
-    """log(sigma / alpha) is normal: EDM's levels (Karras et al. 2022, table 1), with its constants for images.
+    """Draws EDM's levels: log(sigma / alpha) is normal (Karras et al. 2022, table 1); the defaults are EDM's for images.
 
-    mean, std: of log(sigma / alpha). EDM's -1.2 is for data with standard deviation 0.5; the same levels for another standard
-    deviation d have the mean -1.2 + log(d / 0.5), which is -0.51 for standardized data.
+    mean, std: the mean and standard deviation of log(sigma / alpha). EDM's mean -1.2 is for data with standard deviation 0.5;
+    data with standard deviation d need the mean -1.2 + log(d / 0.5), which is -0.51 for standardized data.
     Raises: ValueError for a standard deviation that is not positive.
     """
 
@@ -131,7 +131,7 @@ class log_normal(_OnPath):
         require_number("std", self.std, 0, above=True)
 
     def _draw(self, path, probability):
-        # log(sigma / alpha) at the ends, in standard deviations; infinite where the log SNR is.
+        # log(sigma / alpha) at the ends, in standard deviations from the mean; infinite where the log SNR is infinite.
         low, high = (
             (-0.5 * path.log_snr(jnp.asarray(end, jnp.float32)) - self.mean) / self.std for end in path.interval
         )
@@ -144,13 +144,13 @@ class log_normal(_OnPath):
 def logit_normal(mean: float = 0.0, std: float = 1.0, *, stratified: bool = True) -> log_normal:
     """SD3's levels: logit(tau) is normal, for flow matching's tau = sigma / (alpha + sigma) (Esser et al. 2024, eq. 19).
 
-    The same family as `log_normal`, because logit(tau) = log(sigma / alpha).
+    Returns a `log_normal`, because logit(tau) = log(sigma / alpha).
     """
     return log_normal(mean, std, stratified=stratified)
 
 
 class LossHistory(NamedTuple):
-    """A ring buffer with the last H losses at every step, and the number of losses recorded so far."""
+    """A ring buffer with the last H losses at every step, and the number of losses recorded at every step so far."""
 
     losses: Float[Array, "T H"]
     counts: Int32[Array, "T"]
@@ -179,10 +179,10 @@ def record(
 
 
 def step_probabilities(history: LossHistory, uniform_probability: float = 0.001) -> Float[Array, "T"]:
-    """p_t proportional to sqrt(E[L_t^2]) over the recorded losses; uniform with probability `uniform_probability`.
+    """Returns p_t, proportional to sqrt(E[L_t^2]) over the recorded losses, mixed with a uniform share `uniform_probability`.
 
-    Uniform until every step has H recorded losses (Improved DDPM eq. 18 and the text below it), and if all losses are 0 or
-    their squares overflow.
+    p_t is uniform until every step has H recorded losses (Improved DDPM eq. 18 and the text below it), and if all losses are
+    0 or their squares overflow.
     """
     total, length = history.losses.shape
     root_mean_square = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))

@@ -23,7 +23,7 @@ Index: TypeAlias = Integer[ArrayLike, "B"] | Integer[ArrayLike, ""]
 # A network time for each row of a batch, or one time for all rows.
 Time: TypeAlias = Float[ArrayLike, "B"] | Float[ArrayLike, ""]
 
-# How a predicted x_0 is limited: True clips to [-1, 1], False does nothing, a function x_0 -> x_0 does anything else.
+# How a predicted x_0 is limited: True clips to [-1, 1], False does nothing, a function x_0 -> x_0 replaces the clip.
 Clip: TypeAlias = bool | np.bool_ | Callable[[jax.Array], ArrayLike]
 
 
@@ -46,7 +46,7 @@ LogProbFn: TypeAlias = Callable[[Batch, Float[Array, "B"]], Float[Array, "B"]]
 
 @runtime_checkable
 class TimestepSampler(Protocol):
-    """Which noise levels a batch trains on: (key, batch_size, levels) -> (t [B], density [B]), as in `timesteps`.
+    """Draws the noise levels of a training batch: (key, batch_size, levels) -> (t [B], density [B]), as in `timesteps`.
 
     levels: the number of a schedule's steps, for indices t and weights; or a `Path`, for network times and log densities.
     """
@@ -56,4 +56,4 @@ class TimestepSampler(Protocol):
     ) -> tuple[Int[Array, "B"] | Float[Array, "B"], Float[ArrayLike, "B"]]: ...
 
 
-LevelDraw = TimestepSampler  # the name in version 0.3, for paths
+LevelDraw = TimestepSampler  # the name of timestep samplers for paths in version 0.3

@@ -1,7 +1,7 @@
 """Reads files that another person may have made: JSON, arrays and images, each with its limits.
 
 A reader takes regular files only, because a named pipe would block. Every error about the content is a ValueError, except
-an OSError for an image that is cut off.
+that an image that is cut off raises OSError.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 JSON_BYTES = 16 * 2**20
 JSON_DEPTH = 50
-NPZ_BYTES = 16 * 2**30  # of all arrays in one file, decompressed
+NPZ_BYTES = 16 * 2**30  # the decompressed size of all arrays in one file
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's other decoders start programs or are rarely tested
-IMAGE_PIXELS = 2 * 89_478_485  # where Pillow stops, too
+IMAGE_PIXELS = 2 * 89_478_485  # Pillow's own limit
 
 
 def check_regular(path: str | os.PathLike) -> None:
@@ -44,7 +44,7 @@ def leads_out(path: pathlib.Path, directory: str | os.PathLike) -> bool:
 
 
 def read_json(path: str | os.PathLike, kind: type = dict, limit: int = JSON_BYTES) -> Any:
-    """Reads a JSON file whose value has the type `kind`. limit: bytes. Raises: ValueError, OSError."""
+    """Reads a JSON file whose value has the type `kind`. limit: the largest size in bytes. Raises: ValueError, OSError."""
     check_regular(path)
     if (size := os.stat(path).st_size) > limit:
         raise ValueError(f"it has {size:,} bytes; the limit is {limit:,}")
@@ -68,13 +68,13 @@ def parse_json(text: str, kind: type = dict) -> Any:
 def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Reads the header of an .npy: (shape, is in Fortran's order, dtype). num_bytes: the size of header and values.
 
-    Raises: ValueError, also for an array of Python objects and for a shape of more values than the file has.
+    Raises: ValueError, also for an array of Python objects and for a shape with more values than the file has.
     """
     try:
         version = np.lib.format.read_magic(cast(Any, file))
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(cast(Any, file))
-    except Exception as error:  # NumPy parses the header as Python, with any error of the tokenizer
+    except Exception as error:  # NumPy parses the header as Python code, so any tokenizer error is possible
         raise ValueError(f"not a NumPy array ({error})") from error
     if dtype.hasobject or not dtype.itemsize:
         raise ValueError("arrays of Python objects are not read")
@@ -85,7 +85,7 @@ def read_header(file: Any, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dt
 
 @contextlib.contextmanager
 def open_npz(path: str | os.PathLike, limit: float = NPZ_BYTES) -> Iterator[Any]:
-    """Opens the arrays of an .npz by name. limit: bytes of all arrays. Raises: ValueError, also while reading; OSError."""
+    """Opens an .npz to read arrays by name. limit: bytes of all arrays. Raises: ValueError, also in the block; OSError."""
     check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,7 +103,7 @@ def open_npz(path: str | os.PathLike, limit: float = NPZ_BYTES) -> Iterator[Any]
 
 
 def read_image(source: pathlib.Path | io.BytesIO, max_pixels: int = IMAGE_PIXELS, upright: bool = False) -> Image.Image:
-    """Decodes a PNG, JPEG, WebP or BMP; of an animation, the first frame. upright: rotates by the EXIF orientation.
+    """Decodes a PNG, JPEG, WebP or BMP (the first frame of an animation). upright: rotates by the EXIF orientation.
 
     Raises: ValueError, OSError.
     """

@@ -192,7 +192,7 @@ def check_count(name: str, count: int, metric_names: Sequence[str]) -> None:
 
 
 def find_conditions(metric: str, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the labels and conditions that a user's function takes, by parameter; NaN for a missing condition.
+    """Returns {parameter: array}, the labels and conditions that a user's metric takes; NaN for a missing condition.
 
     sets: {"reference" or "samples": {name: array}}, where the names are "label", "condition" and "condition_missing".
     Raises: ValueError if a set lacks the array for a parameter without a default value.

@@ -1,4 +1,4 @@
-"""Example sets to compare, and their features, by FID's Inception, a small digits classifier, or a user's function.
+"""Example sets to compare, and their features from FID's Inception, a small digits classifier, or a user's function.
 
 A set is a file with samples or arrays, a folder, a run, a data set, or statistics of features. Features are cached in chunks,
 so that an interrupted launch can resume, and the features of a reference are computed once for all comparisons.
@@ -131,7 +131,7 @@ def open_set(location: str, data_dir: str = "", image_size: int | None = None) -
     """Opens a set of images or other arrays.
 
     location: a file of arrays as `data.ArrayFiles` takes it, or with samples (arr_0) or statistics (mu, sigma); a folder,
-    whose images are read in color; a work directory (newest samples); or a data set and split ("cifar10:train",
+    whose images are read in color; a run's directory, for its newest samples; or a data set and split ("cifar10:train",
     "digits:test"). image_size: images of a folder or data set are resized to cover this size, as in training; required if
     images differ in size.
     Raises: ValueError, DataError, OSError, each with a one-line message.
@@ -298,7 +298,7 @@ def digits() -> FeatureExtractor:
 
 
 def default_name(dataset: str, of_images: bool) -> str:
-    """Returns the default extractor: "digits" or "inception" for images, "" for other data (metrics without features)."""
+    """Returns the default extractor's name, "digits" or "inception", for images; "" (no extractor) for other data."""
     return ("digits" if dataset == "digits" else "inception") if of_images else ""
 
 
@@ -325,7 +325,7 @@ def from_name(name: str, inception_path: str = "", resize: str = "tf1", of_image
         raise ValueError(f"features={name!r} is unknown; known: inception, digits, module:function")
     function = find_function(name, "features")
     source = pathlib.Path(str(sys.modules[function.__module__].__file__))
-    content = hashlib.sha256(source.read_bytes()).hexdigest()  # approximates the function's identity
+    content = hashlib.sha256(source.read_bytes()).hexdigest()  # the file's hash stands for the function
     return FeatureExtractor(name, f"{content}_{name}", lambda _, images: {"pool": function(images)})
 
 

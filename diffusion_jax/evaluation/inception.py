@@ -29,8 +29,8 @@ IMAGE_SIZE = 299  # pixels in height and width
 RESIZES = ("tf1", "pytorch", "clean")
 _SPATIAL_BLOCK = "Mixed_6d"  # TensorFlow's mixed_6
 _SPATIAL_CHANNELS = 7
-_PRECISION = jax.lax.Precision.HIGHEST  # full float32, also on accelerators with a lower default for products
-# Digests of the two files for published FIDs.
+_PRECISION = jax.lax.Precision.HIGHEST  # full float32, also on accelerators whose default is lower
+# Digests of the two files that published FIDs use.
 _PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _GRAPH_MD5 = "e6bb154e85f5d4331c22abcddb5dcf31"
 # The sources of the two files, for messages.
@@ -58,7 +58,7 @@ _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Co
 def to_inception(images, resize: str) -> jax.Array:
     """Converts images, float32 [B, H, W, 3] in 0 ... 255, to Inception's input, [B, 299, 299, 3] in about [-1, 1]."""
     if resize == "clean":
-        # Keys' cubic with a = -1/2, with scaled support when images shrink, as in Pillow's BICUBIC.
+        # Keys' cubic kernel (a = -1/2), whose support grows when images shrink, as in Pillow's BICUBIC.
         shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
         images = jax.image.resize(images, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
         return (jnp.clip(images, 0, 255) - 128) / 128
@@ -127,8 +127,8 @@ def _block_e(pool: Callable) -> tuple:
     return ("branch1x1", (320, _POINT)), three, twice, ("branch_pool", pool, (192, _POINT))
 
 
-# The branches of each block: (name, layers). A layer is a pool, or a convolution: (features, kernel), and (strides, padding)
-# unless 1 and "SAME".
+# The branches of each block: (name, *layers). A layer is a pooling function, or the fields of a convolution: (features,
+# kernel[, strides, padding]).
 _BLOCKS: dict[str, tuple] = {
     "Mixed_5b": _block_a(32),
     "Mixed_5c": _block_a(64),
@@ -153,9 +153,9 @@ _BLOCKS: dict[str, tuple] = {
 
 
 class Block(nn.Module):
-    """Parallel branches. A convolution has its branch's name, with _1, _2, ... if a branch has several convolutions.
+    """Concatenates the outputs of parallel branches. A fork ends a branch with two parallel convolutions, 1x3 and 3x1.
 
-    A fork ends a branch with two parallel convolutions, 1x3 and 3x1.
+    A convolution has the name of its branch, with _1, _2, ... if the branch has several convolutions.
     """
 
     branches: tuple
@@ -184,7 +184,7 @@ class Inception(nn.Module):
     """Computes the features "pool" and "spatial" of images, float32 [B, 299, 299, 3], scaled to about [-1, 1].
 
     pool: [B, 2048], TensorFlow's pool_3. spatial: [B, 2023], the first 7 channels of TensorFlow's mixed_6/conv at 17x17
-    positions. The last layer, from pool to 1008 classes, only adds parameters.
+    positions. The last layer, from pool to 1008 classes, is called only to create its parameters.
     """
 
     @nn.compact
@@ -209,10 +209,10 @@ class Inception(nn.Module):
 
 
 def load_inception(path: str | os.PathLike) -> tuple[dict, str, bool]:
-    """Loads (parameters of `Inception`, the file's SHA-256, whether published FIDs use the file).
+    """Returns (parameters of `Inception`, the file's SHA-256, whether published FIDs use the file).
 
-    path: `pt_inception-2015-12-05-6726825d.pth` (torch-fidelity's `weights-inception...` is the same), the same tensors as
-    safetensors, or `classify_image_graph_def.pb`.
+    path: `pt_inception-2015-12-05-6726825d.pth` (also named `weights-inception...`, by torch-fidelity), a safetensors file
+    with the same tensors, or `classify_image_graph_def.pb`.
     Raises: PretrainedError, one line, if the file does not exist or contains another network.
     """
     path = local_path(path)

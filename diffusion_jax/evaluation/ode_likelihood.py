@@ -10,11 +10,11 @@ the last level with a signal, where the density is N(0, I). The result is the de
 0.01 for linear-1000); `bits_per_dim` computes the likelihood of images from this density.
 
 The ODE does not use the steps of the schedule, so a respaced schedule has the likelihood of the original schedule. (Index 0
-of a respaced schedule may have more noise: a "trailing" spacing leaves the cleanest steps out.) Where the log SNR is infinite
-at an end of the path, as for rectified_flow, the ODE begins or ends at the outer step of `schedule` instead, and the
-likelihood depends on the spacing.
+of a respaced schedule may have more noise: a "trailing" spacing leaves the cleanest steps out.) If the log SNR is infinite
+at an end of the path, as for rectified_flow, the ODE begins or ends at the outermost step of `schedule` with a finite log
+SNR, so the likelihood depends on the spacing.
 
-The ODE and the ancestral chain are different models: neither likelihood bounds the other. Needs the extra `ode`.
+The ODE and the ancestral chain are different models: neither likelihood bounds the other. This module needs the extra `ode`.
 
 Matrix products use full float32 (`jax.default_matmul_precision("highest")`) unless the network sets another precision: by
 default, GPUs and TPUs round the inputs of products, and the solver would integrate the rounding errors.
@@ -63,12 +63,12 @@ def log_density(
     """Computes log p(x) under the probability-flow ODE, for x at the noise level of `time`.
 
     Args:
-      key: for the probes of the trace.
+      key: the key for the random vectors of the trace.
       denoiser: a `Denoiser`, whose clip, limits and variance are ignored, or a function (x_t [B, ...], network time float
-        [B], fractional) -> eps. Not for the prediction x_prev.
+        [B], fractional) -> eps. The prediction must not be x_prev.
       x: float [B, *spatial, C]: vectors, series, images or volumes. All examples share the solver's steps.
       trace: "hutchinson", the unbiased estimate v^T (d eps / dx) v with a vector v of random signs (FFJORD); an int, the mean
-        over this number of vectors; "exact", with D derivatives.
+        estimate over this number of vectors; "exact", computed with D derivatives.
       tolerance: relative and absolute tolerance of the solver. max_steps: the solver fails after this many steps.
       time: the network time of x, a number; None for the path's start, or if the log SNR is infinite there, for the
         schedule's first timestep.
@@ -130,7 +130,7 @@ def log_density(
 
 
 def _finite_ends(schedule: Schedule, dtype) -> list[jax.Array]:
-    """Returns log(sigma / alpha) at both ends of the path; at the schedule's outer step instead of an infinite value."""
+    """Returns log(sigma / alpha) at both ends of the path; if it is infinite, at the schedule's outermost finite step."""
     steps = schedule.timesteps[0], schedule.timesteps[-2:][0] if schedule.zero_terminal_snr else schedule.timesteps[-1]
     ends = []
     for end, step in zip(schedule.path.interval, steps, strict=True):
@@ -153,25 +153,25 @@ def bits_per_dim(
     """Computes -log2 P(x_0) / D of images under the ODE: an upper bound, estimated with one draw of the dequantization.
 
     Images have D numbers with `gray_levels` values each, spaced w = 2 / (gray_levels - 1) apart in [-1, 1]; x_0 is rounded to
-    the nearest value. p is the density at the first noise level of the training schedule, also if `schedule` is respaced,
-    unless the log SNR is infinite at the path's start: then at the first step of `schedule`.
+    the nearest value. p is the density at the first noise level of the training schedule, also if `schedule` is respaced;
+    if the log SNR is infinite at the path's start, p is the density at the first step of `schedule`.
 
     uniform: the model is "draw x ~ p and round", so P(x_0) is the integral of p over the cell around x_0, with volume w^D. By
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is
-      log2(127.5) = 6.994 bits for 256 levels. Score-based papers scale images to [0, 1) with 256 cells, where the offset is 8
-      (7 in [-1, 1), where the scale is 2/256 instead of 2/255).
+      log2(127.5) = 6.994 bits for 256 levels. Score-based papers scale images to [0, 1) with 256 cells, so their offset
+      is 8; in [-1, 1) it is 7, because w is 2/256 instead of 2/255.
     variational: the model is "draw x_1 ~ p, then x_0 by the decoder P(x_0 | x_1)" of the chain's L_0. With q(x_1 | x_0), one
       step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
       - log2 P(x_0 | x_1)], without an offset, because the decoder includes it. x_1 is at index 0 of `schedule`, where a
       respaced schedule may have more noise.
-    none: for continuous data; -log2 p(x_0) / D, which may be negative, as if x_0 had the first noise level. For standardized
-      data add `likelihood.standardization_bits`.
+    none: for continuous data. The result is -log2 p(x_0) / D, which may be negative; x_0 is used as if it had the first noise
+      level. For standardized data, add `likelihood.standardization_bits`.
 
-    Args: as `log_density`; the variational decoder has the denoiser's variance and a clip to [-1, 1], and the exact CDF;
+    Args: as `log_density`; the variational decoder uses the denoiser's variance, a clip to [-1, 1] and the exact CDF;
       gray_levels: may be None for continuous data with dequantization "none".
     Returns: (bits per dimension [B], num_steps of the solver).
-    Raises: ValueError as `log_density`, for an unknown dequantization, for data without gray levels, or with gray levels for
-      an x_0 outside [-1, 1]; if x_0 is traced, the result is NaN instead.
+    Raises: ValueError as `log_density`, for an unknown dequantization, and unless it is "none", for fewer than 2 gray levels
+      and for an x_0 outside [-1, 1] (a traced x_0 gives NaN instead).
     """
     require_known("dequantization", dequantization, DEQUANTIZATIONS)
     x_0 = as_float("x_0", x_0)

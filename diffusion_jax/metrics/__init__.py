@@ -196,7 +196,7 @@ def _frechet_distance(reference: Moments, samples: Moments, options: Options) ->
 
 
 def _kid(reference: np.ndarray, samples: np.ndarray, options: Options) -> Result:
-    # At most a quarter of a set: the variance over subsets that are nearly the whole set is not informative.
+    # A subset has at most a quarter of a set, because the variance over nearly whole sets is not informative.
     size = min(_KID_SUBSET_SIZE, min(len(reference), len(samples)) // 4)
     settings = {"subsets": 100, "subset_size": size, "seed": 2020}
     kid = of_features.kid(reference, samples, **settings)
@@ -333,7 +333,7 @@ def _named(name: str, distance: ValueAndError, **settings: Any) -> dict[str, Any
 
 
 def _both(name: str, pair: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Returns {array name: values or standard errors} for the statistics (of the reference, of the samples)."""
+    """Returns {array name: values or standard errors} for the statistics of the reference and of the samples."""
     return {
         f"{name}_{side}{end}": np.asarray(getattr(statistic, field))
         for side, statistic in zip(("reference", "samples"), pair, strict=True)
@@ -350,13 +350,13 @@ def _rescaled(statistic: Any, factor: np.ndarray, shift: Any = 0.0) -> Any:
 def _deviation(
     name: str, pair: Sequence[Any], sizes: tuple[int, int], relative: bool = False
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Returns (the deviation of the samples where |z| is largest, with standard error and z-score; its index).
+    """Returns (the deviation of the samples where |z| is largest, with standard error and z-score; the index of this |z|).
 
-    pair, sizes: the statistic of the reference and the statistic of the samples, with the sizes of the two sets.
+    pair: the statistics of the reference and of the samples. sizes: the numbers of examples in these two sets.
     """
     (x, x_error), (y, y_error) = ((part.value, part.standard_error) for part in pair)
     n, m = sizes
-    # Equal distributions have one variance. Its estimate from a small set alone is low where the set's value is low.
+    # For equal distributions, both sets estimate one variance. A small set whose value is low underestimates this variance.
     variance = (np.square(n * x_error) + np.square(m * y_error)) / (n + m)
     with np.errstate(divide="ignore", invalid="ignore"):  # equal numbers without an error have the z-score 0
         z = np.where(y == x, 0.0, (y - x) / np.sqrt(variance * (1 / n + 1 / m)))

@@ -1,9 +1,9 @@
 """Calibration of posterior samplers and conditional models: whether held-out truths look like draws from the sampler.
 
 For N held-out examples with L samples each, the rank of the truth among the samples is uniform on 0 ... L if the sampler
-draws from the posterior (simulation-based calibration, Talts et al. 2018). Ranks of single quantities find samples that are
-too narrow, too wide or shifted; ranks of the distance to a reference point (TARP, Lemos et al. 2023) also find samples that
-ignore the measurement, if the reference depends on the measurement.
+draws from the posterior (simulation-based calibration, Talts et al. 2018). Ranks of single quantities reveal samples that are
+too narrow, too wide or shifted; ranks of the distance to a reference point (TARP, Lemos et al. 2023) also reveal samples that
+ignore the measurement, if the reference point depends on the measurement.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def distance_ranks(
 ) -> Int[np.ndarray, "N"]:
     """Returns the rank of each truth's distance to a reference point among the distances of its samples (TARP).
 
-    references: in the units of the truth; points that depend on the measurement, such as an estimate of the truth from the
-    measurement, find samples that ignore the measurement. The units of the numbers weight the distance.
+    references: a reference point for each truth, in the same units; a point that depends on the measurement, such as an
+    estimate of the truth, reveals samples that ignore the measurement. Larger numbers have more weight in the distance.
     """
     truth, samples, references = map(np.asarray, (truth, samples, references))
     if references.shape != truth.shape:
@@ -61,7 +61,7 @@ def distance_ranks(
 def histogram(found: Int[np.ndarray, "N"], num_samples: int, bins: int) -> tuple[Float[np.ndarray, "bins"], float]:
     """Returns (the share of ranks in each bin, the standard error of a share if ranks are uniform).
 
-    Raises: ValueError for bins that do not divide num_samples + 1, in which uniform ranks would not be even.
+    Raises: ValueError if `bins` does not divide num_samples + 1, because the bins would have different numbers of ranks.
     """
     if bins < 1 or (num_samples + 1) % bins:
         raise ValueError(f"bins={bins} must divide the {num_samples + 1} ranks of {num_samples} samples")
@@ -85,15 +85,15 @@ def coverage(found: Int[np.ndarray, "N"], num_samples: int, level: float = 0.9) 
     """Returns (the share of truths in the central interval of the samples, its standard error).
 
     found: ranks, as from `ranks`. level: the share that a calibrated sampler has. The interval leaves out (1 - level) / 2 of
-    the num_samples + 1 ranks at both ends.
-    Raises: ValueError if this is not a whole number of ranks above 0, such as for 0.9 and 10 samples; use 19 or 99.
+    the num_samples + 1 ranks at each end.
+    Raises: ValueError if the interval would leave out 0 ranks or part of a rank, as for 0.9 and 10 samples; use 19 or 99.
     """
     share = float(is_covered(found, num_samples, level).mean())
     return share, float(np.sqrt(max(share * (1 - share), 1 / len(found)) / len(found)))
 
 
 class RankTest(NamedTuple):
-    """The mean and the variance of ranks, scaled so that uniform ranks have 0.5 and 1, with standard errors.
+    """The mean and the variance of ranks, with standard errors, scaled to mean 0.5 and variance 1 for uniform ranks.
 
     z_mean, z_variance: the differences from 0.5 and 1 in standard errors.
     """
@@ -134,8 +134,8 @@ def cross_predict(
 ) -> Float[np.ndarray, "N Q"]:
     """Predicts the quantities of each example from its inputs by ridge regression on the other half of the examples.
 
-    The result depends on the measurement or condition (the inputs) and not on the example's own truth, so it is a reference
-    point for `distance_ranks`. penalty: added to the mean squared standardized input.
+    A prediction depends on the inputs (the measurement or condition) and not on the example's own truth, so it can be a
+    reference point for `distance_ranks`. penalty: added to the diagonal of the kernel x x^T / M of standardized inputs x.
     """
     inputs, quantities = np.asarray(inputs, np.float64), np.asarray(quantities, np.float64)
     x = inputs - inputs.mean(axis=0)
@@ -149,11 +149,11 @@ def cross_predict(
 
 
 def detectable_errors(num_examples: int, num_samples: int, num_quantities: int = 1) -> tuple[float, float, float]:
-    """Returns the errors that `find_calibration` finds in about 95% of repetitions, for Gaussian posteriors.
+    """Returns the smallest errors that `find_calibration` detects in about 95% of repetitions, for Gaussian posteriors.
 
     Returns: (the smallest shift, in posterior deviations; the largest ratio of the sampled to the exact deviation that is
-    found as too narrow; the smallest ratio that is found as too wide). A ratio is 0 or infinite if no such error is found.
-    Assumes that one quantity has the error, and that `references` are given, whose tests raise the limit.
+    detected as too narrow; the smallest ratio that is detected as too wide). A ratio is 0 or infinite if none is detected.
+    Assumes that one quantity has the error, and that `references` are given, whose two tests raise the limit.
     """
     test = rank_test(np.zeros(num_examples, int), num_samples)  # for its standard errors
     reach = _limit(2 * num_quantities + 2) + statistics.NormalDist().inv_cdf(0.95)
@@ -169,15 +169,16 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
 
 
 def _limit(num_tests: int) -> float:
-    """Returns the number of standard errors that the largest result exceeds in 0.27% of cases, for exact samples."""
+    """Returns the bound that the largest |z| of `num_tests` tests exceeds in 0.27% of cases, for exact samples."""
     return statistics.NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / num_tests)
 
 
 class Calibration(NamedTuple):
     """The result of `find_calibration`.
 
-    ranks: [N] for each quantity by name, and "distance" for the ranks of distances. tests: by these names. coverage: (share,
-    standard error) of 90% intervals by name, empty if the number of samples does not allow them. sentence: the result.
+    ranks: {quantity: ranks [N]}, and "distance" for the ranks of distances. tests: {the same names: `RankTest`}. coverage:
+    {quantity: (share, standard error)} of 90% intervals, {} if the number of samples does not allow them. sentence: the
+    result in words.
     """
 
     ranks: dict[str, Int[np.ndarray, "N"]]
@@ -192,11 +193,11 @@ def find_calibration(
     references: Float[np.ndarray, "N Q"] | None = None,
     names: Sequence[str] = (),
 ) -> Calibration:
-    """Tests the ranks of Q quantities, and of their distance to `references` if they are given.
+    """Tests the ranks of Q quantities, and the ranks of the distances to `references` if these are given.
 
-    A test fails beyond a number of standard errors that, for exact samplers, the largest result exceeds in 0.27% of cases.
-    names: of the quantities. Raises: ValueError for arrays in other shapes, numbers that are not finite, fewer than 2
-    samples, and names that do not fit.
+    A test fails if |z| is above the limit that the largest |z| of all tests exceeds in 0.27% of cases for an exact sampler.
+    names: the names of the quantities. Raises: ValueError for arrays in other shapes, numbers that are not finite, fewer than
+    2 samples, and names that do not fit.
     """
     truth, samples = np.asarray(truth), np.asarray(samples)
     if truth.ndim != 2:

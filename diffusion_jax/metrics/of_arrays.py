@@ -1,9 +1,9 @@
 """Statistics for sets of float arrays [n, *spatial, C], and distances between two sets, without a feature network.
 
-Vectors, series, fields and volumes are compared as they are: if channels have different units, divide each by its standard
+Vectors, series, fields and volumes are not rescaled: if channels have different units, divide each by its standard
 deviation first. Examples are independent draws, but the positions in an example may depend on each other, so every standard
-error comes from the scatter over examples. Sums are float64 NumPy, over blocks of examples, so a set may be a memory map that
-exceeds memory, or `LazyExamples`.
+error is computed from the scatter over examples. Sums are computed in float64 with NumPy, one block of examples at a time, so
+a set may be `LazyExamples`, or a memory map that is larger than memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExample
 
 
 class LazyExamples:
-    """Examples [n, *spatial, C] that are read on indexing; this module's functions accept it as an array.
+    """Examples [n, *spatial, C] that are read on indexing; this module's functions accept it like an array.
 
     read: (indices int [b]) -> examples [b, *spatial, C] of the dtype. shape: the shape of the whole set.
     """
@@ -68,7 +68,7 @@ def as_examples(name: str, x: Any, minimum: int) -> np.ndarray:
 
 
 def as_example_pair(reference: Any, samples: Any, minimum: int) -> tuple[np.ndarray, np.ndarray]:
-    """Checks two sets of examples. Raises: ValueError as `as_examples`, and for examples with different shapes."""
+    """Returns both sets as arrays. Raises: ValueError as `as_examples`, and for examples with different shapes."""
     reference, samples = as_examples("reference", reference, minimum), as_examples("samples", samples, minimum)
     if reference.shape[1:] != samples.shape[1:]:
         raise ValueError(
@@ -81,7 +81,7 @@ def as_example_pair(reference: Any, samples: Any, minimum: int) -> tuple[np.ndar
 def read_blocks(x: Any, floats_per_example: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Yields consecutive blocks: (index of the first example, examples float64 [b, *spatial, C]).
 
-    floats_per_example: how many floats the caller computes per example, if more than the example has; limits b.
+    floats_per_example: the number of floats that the caller computes per example, if the example has fewer; limits b.
     Raises: ValueError for values that are not finite.
     """
     width = max(math.prod(x.shape[1:]), floats_per_example or 0)
@@ -98,9 +98,9 @@ def read_blocks(x: Any, floats_per_example: int | None = None) -> Iterator[tuple
 
 
 def relative_rounding(dtype: np.dtype) -> float:
-    """The ratio of standard deviation to magnitude that rounding alone can give a constant channel of a dtype.
+    """Returns the largest ratio of standard deviation to magnitude that rounding can cause in a constant channel of a dtype.
 
-    This is the dtype's precision, but at least 1e-12, because sums of float64 values are also rounded.
+    The ratio is the dtype's precision, but at least 1e-12, because sums of float64 values are also rounded.
     """
     return max(1e-12, float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0)
 
@@ -108,9 +108,9 @@ def relative_rounding(dtype: np.dtype) -> float:
 class ValueAndError(NamedTuple):
     """An estimate and its standard error: numbers, or arrays with the same shape.
 
-    same_distribution, same_distribution_std: for a distance, its mean and standard deviation if both sets have the same
-    distribution; compare `value` with them. The standard error assumes different distributions and is too large for equal
-    distributions.
+    same_distribution, same_distribution_std: for a distance, the mean and standard deviation that `value` would have if both
+    sets had the same distribution, for comparison. The standard error assumes different distributions and is too large for
+    equal distributions.
     """
 
     value: Any
@@ -120,14 +120,14 @@ class ValueAndError(NamedTuple):
 
 
 class MeanAndCovariance(NamedTuple):
-    """mean: of each channel [C]. covariance: between the channels at one position [C, C]."""
+    """mean: the mean of each channel [C]. covariance: the covariance between the channels at one position [C, C]."""
 
     mean: ValueAndError
     covariance: ValueAndError
 
 
 def mean_and_covariance(x: Any) -> MeanAndCovariance:
-    """The mean of each channel and the covariance between channels, over all examples and positions of x [n, *spatial, C].
+    """Computes the mean of each channel and the covariance of channels over the examples and positions of x [n, *spatial, C].
 
     The covariance is E (x_c - mean_c)(x_d - mean_d) at one position, unbiased; for vectors it equals `numpy.cov`.
     Raises: ValueError for fewer than two examples, or values that are not finite.
@@ -142,7 +142,7 @@ def mean_and_covariance(x: Any) -> MeanAndCovariance:
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
     error = _standard_error(total, squares, count)
-    # The estimated mean lies closer to the data than the true mean; its own covariance corrects for this.
+    # The estimated mean lies closer to the data than the true mean; the covariance of the estimated mean corrects this.
     return MeanAndCovariance(
         ValueAndError(mean, np.sqrt(np.diag(covariance_of_mean))),
         ValueAndError(total / count + covariance_of_mean, error),
@@ -158,12 +158,12 @@ class Curve(NamedTuple):
 
 
 def power_spectrum(x: Any) -> Curve:
-    """The power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting each channel's mean.
+    """Computes the power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting each channel's mean.
 
     With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions, the spectrum is E |F(k)|^2 / N, averaged over shells of
     frequencies, each as wide as the lowest frequency; k and -k share a shell. For white noise it equals the variance at every
     frequency, and its mean over all frequencies is the variance (Parseval). For a periodic field the result is the field's
-    spectrum, else the expected periodogram, whose lags are weighted by 1 - |lag| / length.
+    spectrum; for other fields it is the expected periodogram, in which each lag has the weight 1 - |lag| / length.
 
     Returns: Curve at the mean absolute frequency in each shell, in cycles per position.
     Raises: ValueError for vectors, fewer than two examples, or values that are not finite.
@@ -193,12 +193,12 @@ def power_spectrum(x: Any) -> Curve:
 
 
 def autocorrelation(x: Any, *, periodic: bool = False) -> Curve:
-    """The autocorrelation of series x [n, L, C]: E (x(s) - mean)(x(s + lag) - mean) / variance, for lags up to L / 2.
+    """Returns the autocorrelation of series x [n, L, C]: E (x(s) - mean)(x(s + lag) - mean) / variance, lags up to L / 2.
 
     Assumes that series are stationary: uses one mean and one variance for all positions, and averages over positions.
     periodic: whether position L equals position 0, so that every lag has L pairs; otherwise lag h has L - h pairs.
 
-    Returns: Curve at the lags, int; exactly 1 at lag 0.
+    Returns: Curve over the lags (int), whose value at lag 0 is exactly 1.
     Raises: ValueError for another shape, fewer than two examples, values that are not finite, or a constant channel.
     """
     x = as_examples("x", x, 2)
@@ -219,7 +219,7 @@ def autocorrelation(x: Any, *, periodic: bool = False) -> Curve:
         total += products.sum(axis=0)
         squares += np.square(products).sum(axis=0)
         with_variance += (products * products[:, :1]).sum(axis=0)
-    # The estimated mean lies closer to the data than the true mean; its own variance corrects for this.
+    # The estimated mean lies closer to the data than the true mean; the variance of the estimated mean corrects this.
     covariance = total / count + np.diag(covariance_of_mean)
     variance = covariance[0]
     varies = variance > np.square(relative_rounding(x.dtype) * mean)
@@ -287,7 +287,7 @@ def energy_distance(reference: Any, samples: Any) -> ValueAndError:
 
 
 def _distance_sums(x: np.ndarray, y: np.ndarray | None, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Sums |x_i - y_j| over j [n] and over i [m], and sums all squares; y None: |x_i - x_j| for i != j."""
+    """Returns the sums of |x_i - y_j| over j [n], over i [m], and of all squares; None for y sums |x_i - x_j|, i != j."""
     columns_of = x if y is None else y
     rows, columns, total = np.zeros(len(x)), np.zeros(len(columns_of)), 0.0
     for i, x_block in read_blocks(x):
@@ -336,13 +336,13 @@ def sliced_wasserstein(
     is_sample = np.arange(n + m) >= n
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_groups, (4,))))
     group = np.concatenate([rng.permutation(size) % groups for size in (n, m)])
-    # The set of each example; -1: no set.
+    # The set of each example, 0 or 1; -1 leaves the example out.
     assignments = [is_sample.astype(int)]
     assignments += [np.where(group == g, -1, is_sample) for g in range(groups)]
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_permutations, (4,))))
     assignments += [rng.permutation(is_sample).astype(int) for _ in range(permutations)]
 
-    def draw(i):  # a direction, a function of the key and its index
+    def draw(i):  # a direction that depends on the key and the index only
         return jax.random.normal(jax.random.fold_in(key_directions, i), (dimensions,), jnp.float32)
 
     powers = np.empty((len(assignments), projections))  # W_2^2 for every assignment and direction
@@ -388,8 +388,8 @@ def _wasserstein_power(values: np.ndarray, assignment: np.ndarray) -> np.ndarray
 class MarginalHistograms(NamedTuple):
     """edges: bin edges [C, bins + 1]. reference, samples: the share of values in each bin [C, bins].
 
-    distance: the total variation between the histograms, sum |p - q| / 2, in [0, 1] [C]; same_distribution is the expected
-    distance from the errors of the shares alone.
+    distance: the total variation between the histograms, sum |p - q| / 2, in [0, 1] [C]; its same_distribution is
+    the distance that the errors of the shares alone would give.
     """
 
     edges: np.ndarray
@@ -401,7 +401,7 @@ class MarginalHistograms(NamedTuple):
 def marginal_histograms(
     reference: Any, samples: Any, bins: int = 50, *, limits: Any, groups: int = 20
 ) -> MarginalHistograms:
-    """Histograms of each channel's values at all positions, with common bins of equal width, and their distances.
+    """Computes histograms of each channel's values at all positions, with common bins of equal width, and their distances.
 
     Args:
       limits: (low, high) of the bins, numbers or arrays [C]; values outside count in the outermost bins.

@@ -1,8 +1,8 @@
 """Metrics that compare samples with a reference, as pure functions of feature arrays.
 
-Sums and matrix roots are float64 NumPy on every backend; comparisons of every sample with every reference image run on a
-device, in blocks. Features are [N, D] from any extractor; a Frechet distance is the FID only for features from the published
-Inception.
+Sums and matrix roots are computed in float64 with NumPy on every backend; comparisons of every sample with every reference
+image run on a device, in blocks. Features are [N, D] from any extractor; a Frechet distance is the FID only for features from
+the published Inception.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 class Estimate(NamedTuple):
-    """A mean over subsets of the images, its standard deviation over the subsets, and its standard error."""
+    """The mean of a metric over subsets of the images, the standard deviation over subsets, and the mean's standard error."""
 
     mean: float
     std: float
@@ -107,7 +107,7 @@ class Estimate(NamedTuple):
 def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Estimate:
     """Kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    Averaged over random subsets of both sets, drawn as in torch-fidelity. The standard error accounts for overlapping
+    The mean is over random subsets of both sets, drawn as in torch-fidelity. The standard error accounts for overlapping
     subsets; it is NaN if a subset is a whole set. Raises: ValueError if a set has fewer images than a subset.
     """
     reference, samples = _checked(reference, 2), _checked(samples, 2)
@@ -131,7 +131,7 @@ def kid(reference, samples, subsets: int = 100, subset_size: int = 1000, seed: i
 
 
 def inception_score(logits, split_size: int = 5000) -> Estimate:
-    """exp of the mean KL(p(y|x) | p(y)) (Salimans et al. 2016), over splits of the images in their order, as ADM's evaluator.
+    """Computes exp(mean KL(p(y|x) | p(y))) (Salimans et al. 2016) over consecutive splits of the images, as ADM's evaluator.
 
     logits: [N, classes], without the bias, as in ADM's evaluator and torch-fidelity. The last split may be smaller.
     """
@@ -141,7 +141,7 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
     scores = []
     for start in range(0, len(logits), split_size):
         part = log_p[start : start + split_size]
-        # The log of the mean probability, which may underflow float64.
+        # Adds logarithms, because the mean probability may underflow float64.
         log_mean = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
         divergence = (np.exp(part) * (part - log_mean)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
@@ -149,7 +149,7 @@ def inception_score(logits, split_size: int = 5000) -> Estimate:
 
 
 def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
-    """Returns precision, the share of samples in the reference's manifold, and recall, the same with the sets exchanged.
+    """Returns precision, the share of samples in the reference's manifold, and recall, the share of the reference in theirs.
 
     Kynkaanniemi et al. 2019. A set's manifold is the union of balls around the members; a ball's radius is the distance to
     the k-th nearest other member. Distances that are equal up to rounding count as equal, so that repeated points and
@@ -162,7 +162,7 @@ def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
 
 
 def density_coverage(reference, samples, k: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, eq. 4 and 6).
+    """Returns density and coverage (Naeem et al. 2020, eq. 4 and 6).
 
     density: the mean number of reference balls that contain a sample, divided by k; about 1 for equal distributions.
     coverage: the share of reference balls that contain a sample. Arguments and errors: as `precision_recall`.
@@ -184,13 +184,13 @@ class Neighbors(NamedTuple):
 def nearest_neighbors(reference, queries, k: int = 1, others: bool = False) -> Neighbors:
     """Finds the k nearest reference features for each query.
 
-    others: whether the queries are the reference itself, so that no query is its own neighbor. Raises: ValueError for fewer
-    than k features in the reference, or k other features.
+    others: whether the queries are the reference itself, so that no query is its own neighbor. Raises: ValueError if the
+    reference has fewer than k features, or fewer than k + 1 with `others`.
     """
     reference, queries, scale = _for_distances(reference, queries, k, minimums=(k + 1 if others else k, 1))
     excluded = np.arange(len(queries)) if others else np.full(len(queries), -1)
     indices = _compare(lambda d, _, __, number: _smallest(d, k, number)[1], queries, reference, np.zeros(1), excluded)
-    # Computed from differences; the products that gave the indices would cancel for a query that is a copy.
+    # Computed from differences, because the formula with products, which gave the indices, is inaccurate for a copy.
     distances = np.stack([np.linalg.norm(reference[column] - queries, axis=1) for column in indices.T], axis=1)
     order = distances.argsort(axis=1, kind="stable")
     return Neighbors(np.take_along_axis(indices, order, 1), scale * np.take_along_axis(distances, order, 1))
@@ -200,7 +200,7 @@ def memorization_report(reference: np.ndarray, samples: np.ndarray, k: int = 5) 
     """Returns (a report on samples that copy reference images, the samples' k nearest neighbors).
 
     reference, samples: features [N, D]. k: limited to the number of reference images. close_distance is the 1% quantile of
-    the nearest-neighbor distances in the reference, except 0 (duplicates); 0 if there are no others. close_share is the
+    the nearest-neighbor distances above 0 in the reference (0 means duplicates); 0 if all distances are 0. close_share is the
     share of samples within close_distance of a reference image: about 0.01 for new images, near 1 for copies.
     """
     neighbors = nearest_neighbors(reference, samples, min(k, len(reference)))
@@ -231,8 +231,8 @@ def _smallest(d, k: int, excluded):
 def _compare(function: Callable, rows: np.ndarray, columns: np.ndarray, column_values, *row_values) -> np.ndarray:
     """Evaluates function(squared distances from a row to all columns, slack, column_values, *row_values) per row, in blocks.
 
-    column_values: array for all columns. row_values: arrays with one value per row. slack: the rounding error of the
-    difference between two squared distances.
+    column_values: an array that every call gets whole. row_values: arrays with one value per row. slack: the rounding error
+    of the difference between two squared distances.
     """
     # A bound for the rounding of D-term products and sums in two distances; the measured error is below half the bound.
     slack = float(np.finfo(rows.dtype).eps) * (8 + rows.shape[1] ** 0.5)
@@ -256,8 +256,8 @@ def _for_distances(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Returns (reference, samples, scale): both sets minus the reference's mean, divided by scale, as device floats.
 
-    scale is the largest entry. Products are then most accurate, and no square leaves float32's range. minimums: the required
-    numbers of images, by default k + 1. Raises: ValueError.
+    scale is the largest absolute entry, so that products are accurate and squares stay in float32's range. minimums: the
+    required numbers of images, by default k + 1. Raises: ValueError.
     """
     require_number("k", k, 1)
     reference, samples = map(_checked, (reference, samples), minimums or (k + 1, k + 1))

@@ -56,13 +56,13 @@ def preset(name: str) -> UNet | Classifier:
 
 
 def network_fields(model: _Network | type[_Network]) -> dict[str, Any]:
-    """Returns the fields of a network, or a class's defaults, by name, without the fields that Flax adds."""
+    """Returns {name: value} for the fields of a network, or {name: default} for a class, without the fields of Flax."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
     return {name: getattr(model, name) for name in names}
 
 
 def to_config(model: _Network | type[_Network]) -> dict[str, Any]:
-    """Returns the settings of `config.model` for a network, as `from_config` takes them, and the field `spatial_dims`."""
+    """Returns a network's settings of `config.model`, as `from_config` takes them, and any field `spatial_dims`."""
     settings = network_fields(model)
     if isinstance(model, CustomNetwork):
         del settings["function"]
@@ -81,9 +81,9 @@ def from_config(
 ) -> Any:
     """Builds a network from the settings of `config.model`; `config` may also give the field `spatial_dims`.
 
-    kind: the network's class; None to use the setting `kind`, by default a U-Net. Settings that only the U-Net has must
-    keep their defaults for another network. function: replaces the function that `config.kind` names. shape: the shape of
-    an example, (*spatial, C), to check that the network fits.
+    kind: the network's class; None for the class that the setting `kind` names, by default the U-Net. Settings that only the
+    U-Net has must keep their defaults for other networks. function: replaces the function that `config.kind` names. shape:
+    the shape of an example, (*spatial, C), to check that the network fits the data.
     Raises: ValueError for a setting that is not a field, and for a U-Net or an MLP that does not fit the shape.
     """
     options: dict[str, Any] = {

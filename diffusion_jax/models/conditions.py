@@ -1,8 +1,8 @@
-"""The conditions of a diffusion network, besides x_t and the time: a class label, and a vector or an array.
+"""The inputs of a diffusion network besides x_t and the time: a class label, and a condition, which is a vector or an array.
 
 A label or a vector is embedded and added to the time embedding; an array with x_t's spatial shape is concatenated to the
-channels of x_t. For classifier-free guidance, training replaces an example's label or condition by a null with some
-probability.
+channels of x_t. For classifier-free guidance, training replaces random labels by a null label, and random conditions by a
+null condition.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusion_jax.models.layers import LayerFactory
 def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tuple[int, ...] | None:
     """Returns the shape of a condition: (D,) for a vector, (*spatial, K) for an array; None without conditions.
 
-    fields: of `Conditional`, by name; missing fields are 0. spatial: the sizes of x_t's spatial axes.
+    fields: `Conditional`'s fields by name; missing fields count as 0. spatial: the sizes of x_t's spatial axes.
     """
     if features := fields.get("condition_features", 0):
         return (features,)
@@ -30,27 +30,27 @@ def condition_shape(fields: Mapping[str, Any], spatial: tuple[int, ...]) -> tupl
 
 
 def mark_missing(condition, missing) -> jax.Array:
-    """Returns conditions [B, ...] with the null condition, NaN, in the rows where missing, bool [B], is True."""
+    """Returns conditions [B, ...] with the null condition, NaN, in the rows where `missing`, bool [B], is True."""
     return jnp.where(jnp.expand_dims(missing, range(1, condition.ndim)), jnp.nan, condition)
 
 
 class Conditional(nn.Module):
     """The fields and layers for labels and conditions, common to every diffusion network.
 
-    num_classes: 0 for an unconditional network; otherwise y int [B] in 0 ... num_classes - 1 is embedded and added to the
-      time embedding. A label out of range raises an error, or gives NaN for its example if y is traced.
-    label_dropout: probability with which training replaces an example's label by `null_label`, a separate embedding for no
-      class, for classifier-free guidance (Ho & Salimans 2022). At 0 there is no null label.
-    condition_features: D for a condition float [B, D], which two dense layers embed and add to the time embedding; 0 for
-      none.
-    condition_channels: K for a condition float [B, *spatial, K] with x_t's spatial shape, which is concatenated to the
-      channels of x_t; 0 for none. A network takes one kind of condition.
-    condition_dropout: probability with which training replaces an example's condition by the null condition. A null vector is
-      a separate embedding. A null array is zeros, and an extra input channel is 1 for examples with a condition and 0
-      without, because zeros can be data. At 0 there is no null condition. A network with condition_dropout accepts
-      condition=None for no conditions, and `null_condition` (NaN everywhere) for an example without a condition. Training
-      drops label and condition together with the smaller of the two probabilities, because guidance also calls the network
-      with neither. The input with the larger probability is also dropped alone, so that both probabilities hold.
+    num_classes: the number of classes; 0 without labels. The embeddings of y, int [B] in 0 ... num_classes - 1, are added to
+      the time embedding. A label out of range raises an error; if y is traced, the label gives NaN for its example.
+    label_dropout: probability with which training replaces an example's label by `null_label`, which means "no class" and
+      has its own embedding, for classifier-free guidance (Ho & Salimans 2022). At 0 there is no null label.
+    condition_features: the size D of condition vectors, float [B, D]; 0 for none. Two dense layers embed the vectors, and
+      their output is added to the time embedding.
+    condition_channels: the channels K of condition arrays, float [B, *spatial, K] with x_t's spatial shape; 0 for none. The
+      arrays are concatenated to the channels of x_t. A network takes one kind of condition.
+    condition_dropout: probability with which training replaces an example's condition by the null condition. A null vector
+      has its own embedding. A null array becomes zeros; because zeros can be data, an extra input channel is 1 for examples
+      with a condition and 0 for all others. At 0 there is no null condition. A network with condition_dropout accepts
+      condition=None for a batch without conditions, and NaN (`null_condition`) in all entries of an example's condition.
+      Training drops label and condition together with the smaller of the two probabilities, because guidance also calls the
+      network without both. The input with the larger probability is also dropped alone, so that both probabilities hold.
     """
 
     num_classes: int = 0
@@ -68,21 +68,21 @@ class Conditional(nn.Module):
     def null_condition(self) -> float | None:
         """The value of all entries in a null condition, NaN; None for a network without null conditions.
 
-        In `guidance.classifier_free`, y={"condition": conditions} and null_y={"condition": this value}.
+        For `guidance.classifier_free`, pass y={"condition": conditions} and null_y={"condition": null_condition}.
         """
         return float("nan") if self.condition_dropout else None
 
     def nulls(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the null_y for guidance: the null label and condition for the keys "y" and "condition" in `given`.
+        """Returns `null_y` for guidance: `given` with the null label for the key "y", the null condition for "condition".
 
-        If the network has no null for a key, the given value is returned, so that guidance leaves it unchanged.
+        If the network has no null for a key, `null_y` keeps the given value, so that guidance has no effect on this input.
         """
         nulls = {"y": self.null_label, "condition": self.null_condition}
         return {name: value if nulls[name] is None else nulls[name] for name, value in given.items()}
 
     @property
     def _num_labels(self) -> int:
-        """The number of labels: the classes and the null label."""
+        """The number of labels: the classes, and the null label if the network has one."""
         return self.num_classes + (1 if self.label_dropout else 0)
 
     def add_conditions(
@@ -90,7 +90,7 @@ class Conditional(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (x_t with an array condition's channels, the time embedding plus the embedded label and vector).
 
-        Training drops labels and conditions. Raises: ValueError for fields, labels or conditions that do not fit together.
+        Training drops random labels and conditions. Raises: ValueError for fields, labels or conditions that do not fit.
         """
         y, condition = self._prepare(y, condition, x_t, train)
         features = embedding.shape[-1]
@@ -139,7 +139,7 @@ class Conditional(nn.Module):
         return self._drop(y, condition) if train else (y, condition)
 
     def _drop(self, y, condition) -> tuple[jax.Array | None, jax.Array | None]:
-        """Replaces randomly drawn entries of (y, condition) by nulls for training; called once in a forward pass."""
+        """Replaces random labels and conditions by nulls, for training. Must be called only once per forward pass."""
         joint = min(self.label_dropout, self.condition_dropout)
         kept_jointly = self._draw_kept("joint_dropout", joint, y) if joint else True
 
@@ -154,7 +154,7 @@ class Conditional(nn.Module):
         return y, condition
 
     def _draw_kept(self, name: str, rate: float, rows):
-        """bool [B], True with probability 1 - rate, drawn by `nn.Dropout` so that microbatches split one draw."""
+        """Draws bool [B], True with probability 1 - rate, with `nn.Dropout`, because microbatches share its draw."""
         return nn.Dropout(rate, deterministic=False, name=name)(jnp.ones(jnp.shape(rows)[:1])) > 0
 
     def _prepare_labels(self, y) -> jax.Array | None:
@@ -166,7 +166,7 @@ class Conditional(nn.Module):
         return None if y is None else labels.in_range(y, self._num_labels, null_label=bool(self.label_dropout))
 
     def _prepare_condition(self, condition, example_shape, num_rows: int) -> jax.Array | None:
-        """Returns the condition as an array, nulls for None; None if the network takes no conditions. Raises: ValueError."""
+        """Returns the condition as an array (nulls for None); None if the network takes none. Raises: ValueError."""
         if example_shape is None:
             if condition is not None:
                 raise ValueError(
@@ -187,7 +187,7 @@ class Conditional(nn.Module):
 
 
 def initial_inputs(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns zeros with the shapes for `model.init(key, **inputs)`: one x_t [*spatial, C], its label and condition."""
+    """Returns inputs for `model.init(key, **inputs)`, all 0: x_t [1, *shape], the time, and any label and condition."""
     inputs: dict[str, Any] = {"x_t": jnp.zeros((1, *shape)), "time": jnp.zeros(1)}
     if isinstance(model, Conditional):
         if model.num_classes:

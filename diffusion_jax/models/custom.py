@@ -3,11 +3,11 @@
     def transformer(shapes: Shapes, *, width: int = 128, depth: int = 4, dropout: float = 0.0) -> nn.Module: ...
 
 The function gets the shapes of the data and returns a Flax Linen module, a Flax NNX module, or a pair `(init, apply)` of
-the functions init(key) -> params and apply(params, ...) -> output. A function that returns an NNX module has an argument
-`rngs`. The network receives only the arguments named in its signature, from `(x_t, time, y, condition, extra, train)`.
-`apply` may also name `key`, for random numbers; this key is None outside of training. If a keyword argument is named like a
-setting in `config.model`, such as `dropout`, the argument gets this setting; all other keyword arguments but `rngs` are
-`config.model.options`.
+the functions init(key) -> params and apply(params, ...) -> output. A function that returns an NNX module must have an
+argument `rngs`. The network receives only the arguments named in its signature, from `(x_t, time, y, condition, extra,
+train)`. `apply` may also have an argument `key`, a random key in training and None otherwise. A keyword argument of the
+function with the name of a setting in `config.model`, such as `dropout`, gets the value of this setting. All other keyword
+arguments, except `rngs`, get their values from `config.model.options`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from diffusion_jax.models.layers import times_of_rows
 class Shapes(NamedTuple):
     """The shapes that a network's function gets.
 
-    data: of x_t, (*spatial, C). output: of the network's output, (*spatial, C), or (*spatial, 2C) for a learned variance.
+    data: the shape of x_t, (*spatial, C). output: the shape of the output, with 2 C channels for a learned variance.
     num_labels: 0 without labels; otherwise y int [B] lies in 0 ... num_labels - 1, where the last label means "no class" if
-    `model.label_dropout` is above 0. condition: (D,) or (*spatial, K); None without conditions.
+    `model.label_dropout` is above 0. condition: the shape of a condition, (D,) or (*spatial, K); None without conditions.
     """
 
     data: tuple[int, ...]
@@ -46,16 +46,16 @@ class Shapes(NamedTuple):
 
 
 class CustomNetwork(Conditional):
-    """A network made by a user's function. The labels and conditions, and their dropout in training, are `Conditional`'s.
+    """A network made by a user's function. `Conditional` handles labels, conditions and their dropout in training.
 
     `CustomNetwork(...).apply({"params": params}, x_t, time, y, train, condition, extra)` -> [B, *spatial, out_channels]
-    float32. The null label is `num_classes`. A null condition is the network's attribute `null_condition`, a number or an
-    array that broadcasts to the condition; without this attribute, conditions cannot be dropped.
+    float32. The null label is `num_classes`. The network's attribute `null_condition`, a number or an array that broadcasts
+    to the condition, replaces dropped conditions; without this attribute, conditions cannot be dropped.
 
-    kind: the name of the function, "module:function". function: makes the network; its arguments are described above.
-    settings: settings of `config.model` that the function takes. options: other keyword arguments. Both are pairs
-    (name, value), sorted. out_channels: channels of the output; None for x_t's number of channels. dtype: "bfloat16" casts
-    the parameters, x_t and the condition before each call, and the output to float32; the time and `extra` stay float32.
+    kind: the name of the function, "module:function". function: makes the network, as this module's docstring describes.
+    settings: settings of `config.model` that the function takes. options: other keyword arguments. Both are sorted pairs
+    (name, value). out_channels: channels of the output; None for x_t's number of channels. dtype: "bfloat16" casts
+    the parameters, x_t and the condition before each call; the output is cast to float32; the time and `extra` stay float32.
     """
 
     kind: str = ""
@@ -69,7 +69,7 @@ class CustomNetwork(Conditional):
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None, extra=None) -> jax.Array:
-        """x_t: [B, *spatial, C]; time, y, condition, train: as `UNet`. extra: [B, K] or None, for the network."""
+        """x_t: [B, *spatial, C]; time, y, condition, train: as in `UNet`. extra: further numbers, [B, K] or None."""
         if not jnp.issubdtype(x_t.dtype, jnp.floating):
             raise ValueError(f"x_t must be float, got {x_t.dtype}")
         y, condition = self._prepare(y, condition, x_t, train)
@@ -105,11 +105,11 @@ class CustomNetwork(Conditional):
         return (self.remat,)
 
     def check_data(self, shape: tuple[int, ...]) -> None:
-        """Checks the network by tracing it: the shape of its output, and which inputs the output depends on.
+        """Traces the network to check the shape of its output and that the output depends on every input.
 
-        shape: of an example, (*spatial, C). Nothing is compiled.
-        Raises: ValueError, one line: an output of another shape; an input without effect; a dropout above 0 without random
-          numbers; variables that a call changes, such as the averages of BatchNorm.
+        shape: the shape of an example, (*spatial, C). Nothing is compiled.
+        Raises: ValueError, one line, for an output with another shape; an input without effect; a dropout above 0 in a
+          network that draws no random numbers; variables that a call changes, such as the averages of BatchNorm.
         """
         plain = self.clone(label_dropout=0.0, condition_dropout=0.0)  # only the user's network draws random numbers
         inputs: dict[str, Any] = {
@@ -139,7 +139,7 @@ class CustomNetwork(Conditional):
             )
 
     def _make_functions(self, x_t, condition) -> _Functions:
-        """Returns the network as pure functions. Raises: ValueError for a function that returns something else."""
+        """Returns the network as pure functions. Raises: ValueError if the user's function returns another type."""
         shapes = Shapes(
             x_t.shape[1:],
             (*x_t.shape[1:-1], self.out_channels or x_t.shape[-1]),
@@ -166,8 +166,8 @@ class CustomNetwork(Conditional):
 class _Functions(NamedTuple):
     """A network as pure functions: init(key, inputs) -> params, and apply(params, inputs, key, batch_key) -> output.
 
-    key: for the random numbers of a microbatch. batch_key: equal in all microbatches of a batch, for Linen's dropout layers,
-    whose masks `training.step.Microbatch` splits.
+    key: the key for random numbers in a microbatch. batch_key: a key that all microbatches of a batch share, for Linen's
+    dropout layers, whose masks `training.step.Microbatch` splits.
     """
 
     init: Callable[..., Any]
@@ -221,7 +221,7 @@ def _nnx_functions(make: Callable[..., nnx.Module]) -> _Functions:
 
 
 def _plain_functions(init: Callable, function: Callable) -> _Functions:
-    """Wraps (init, apply) so that the parameters, any pytree such as an Equinox module, become nested dicts for files."""
+    """Wraps (init, apply), whose parameters may be any pytree, such as an Equinox module, to use nested dicts instead."""
     paths, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init, jax.random.key(0)))
     names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ("value",) for path, _ in paths]
 
@@ -237,7 +237,7 @@ def _plain_functions(init: Callable, function: Callable) -> _Functions:
 
 
 def _known_arguments(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the inputs that the function has as arguments."""
+    """Returns the inputs whose names are arguments of the function."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in inputs.items() if name in names}
 
@@ -262,7 +262,7 @@ def _describe_mutable(name: str) -> str:
 def read_options(
     kind: str, function: Callable, settings: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits the keyword arguments of a function into settings of `config.model`, and options with their checked values.
+    """Returns (the settings of `config.model` that a function takes, its options with checked values).
 
     Raises: ValueError for an option that the function does not take, or whose value does not fit the type hint, and for a
       missing option without a default.
@@ -298,7 +298,7 @@ def read_options(
 
 
 def _value_kind(hint: Any) -> Any:
-    """Returns the values that a type hint allows; None for any value."""
+    """Returns the kind of values that a type hint allows; None if it allows any value."""
     scalar = {int: Integer(), float: Number(), bool: Boolean(), str: Text()}
     if hint in scalar:
         return scalar[hint]

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-# For jax.checkpoint policies: names the results of products inside a block; all other values are cheap to recompute from
-# these results.
+# For jax.checkpoint policies: the name of the results of convolutions and matrix products inside a block, from which all
+# other values are cheap to recompute.
 KEPT_INSIDE = "inside blocks"
 
 _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
@@ -28,9 +28,9 @@ _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", defa
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Traces layers for devices of this platform, such as "tpu", which need not be present.
+    """A context in which layers are traced for devices of a platform, such as "tpu", which need not be present.
 
-    A function that is traced inside must not be called outside: JAX keeps the traced form.
+    A function that was traced in this context must not be called outside of it, because JAX would reuse the trace.
     """
     token = _PLATFORM.set(platform)
     try:
@@ -45,7 +45,7 @@ def platform() -> str:
 
 
 def timestep_embedding(time, dim: int, *, cos_first: bool = False, freq_shift: float = 1.0) -> jax.Array:
-    """[sin(time w_i), cos(time w_i)] with w_i = 10000^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
+    """Returns [sin(time w_i), cos(time w_i)] with w_i = 10000^(-i / (dim/2 - freq_shift)), as in Ho et al.'s code.
 
     OpenAI's code has `cos_first=True, freq_shift=0`. time: float [B], in the same unit as in training; returns float32
     [B, dim]. Raises: ValueError for a dim that is odd or below 4.
@@ -98,9 +98,8 @@ class GroupNorm(nn.Module):
     """GroupNorm with float32 statistics in every compute dtype.
 
     Sums are computed over pixels first, channel by channel, then over the few channels in a group. The rest of the norm,
-    including additions and a scaling by the caller, is one multiplication and one addition per element. So x is read twice:
-    for the sums, and for the result. On CPUs this takes half the time of sums over groups, whose inner loops are 4 channels
-    long.
+    including `shift` and `scale_shift`, is one multiplication and one addition per element. So x is read twice: for the sums,
+    and for the result. On CPUs these sums take half the time of sums over groups, whose inner loops are 4 channels long.
     """
 
     num_groups: int
@@ -109,7 +108,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, shift=None, scale_shift=None) -> jax.Array:
-        """norm(x + shift) (1 + scale) + shift', in `dtype`. x: [B, ..., C].
+        """Returns norm(x + shift) (1 + scale) + shift' in `dtype`. x: [B, ..., C].
 
         shift: float32 [B, C], or None. scale_shift: (scale, shift'), each float32 [B, C], or None.
         Raises: ValueError if `num_groups` does not divide C.
@@ -126,14 +125,14 @@ class GroupNorm(nn.Module):
         )
 
 
-# Traced once per shape: networks have about a hundred norms, with some twenty shapes.
+# `jax.jit` traces the function only once per shape: networks have about a hundred norms, but only about twenty shapes.
 @functools.partial(jax.jit, static_argnames=("num_groups", "epsilon", "dtype"))
 def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: float, dtype) -> jax.Array:
-    """`GroupNorm` with its scale and bias, each float32 [C]."""
+    """Computes `GroupNorm`. scale, bias: the norm's parameters, float32 [C]. Other arguments: as `GroupNorm`."""
     channels = x.shape[-1]
     pixel_axes, to_pixels = tuple(range(1, x.ndim - 1)), (slice(None), *(None,) * (x.ndim - 2))
 
-    # Matrix products, because a plain sum of [B, C] over groups of few channels takes TPUs up to half a pass over x.
+    # Matrix products, because on TPUs plain sums over groups of few channels take up to half as long as a pass over x.
     members = jnp.arange(channels)[:, None] // (channels // num_groups) == jnp.arange(num_groups)
     members, product = members.astype(jnp.float32), functools.partial(jnp.matmul, precision="highest")
 
@@ -142,7 +141,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
 
     shift = jnp.zeros(()) if shift is None else shift
     center = jax.lax.stop_gradient(mean_of_group(_middle_mean(x) + shift) - shift)
-    change = shift - jax.lax.stop_gradient(shift)  # 0, with the derivative of the shift
+    change = shift - jax.lax.stop_gradient(shift)  # has the value 0 and the derivative of `shift`
     # Var x = E (x - c)^2 - (E (x - c))^2 for every constant c; this is precise if c is close to the mean.
     x = x.astype(jnp.float32)
     centered = x - center[to_pixels]
@@ -157,7 +156,7 @@ def _normalize(x, scale, bias, shift, scale_shift, *, num_groups: int, epsilon: 
 
 
 def _middle_mean(x) -> jax.Array:
-    """Averages about sqrt(N) positions in the middle of x, which has N positions. float32 [B, C]."""
+    """Returns the mean of about sqrt(N) positions in the middle of x, which has N positions, as float32 [B, C]."""
     if x.ndim > 2:
         size, positions = x.shape[1], math.prod(x.shape[1:-1])
         rows = max(1, math.isqrt(positions) * size // positions)
@@ -175,7 +174,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x, deterministic: bool, rng: jax.Array | None = None) -> jax.Array:
-        """x: [..., C]; returns the same shape and dtype. rng: by default `make_rng("dropout")`, as in `nn.Dropout`.
+        """x: [..., C]; the result has the same shape and dtype. rng: by default `make_rng("dropout")`, as in `nn.Dropout`.
 
         Raises: ValueError for a rate outside [0, 1).
         """
@@ -225,8 +224,8 @@ def convolve(x, kernel, strides, padding, *, precision=None, **options) -> jax.A
 def _convolve(x, kernel, strides, padding, precision):
     """A convolution for CPUs; its gradient for x is a convolution with the same order of kernel axes, [*spatial, in, out].
 
-    In loops, such as samplers, XLA computes a convolution with a kernel [*spatial, out, in] 20 times slower. So in loops on
-    CPUs, gradients are fast, and forward derivatives, which need a kernel [*spatial, out, in], are slow.
+    In loops, such as samplers, XLA is 20 times slower for kernels [*spatial, out, in] than for [*spatial, in, out]. So in
+    loops on CPUs, gradients are fast, and forward derivatives, which need a kernel [*spatial, out, in], are slow.
     """
     return _convolve_with_axes("IO", x, kernel, strides, padding, precision)
 
@@ -239,7 +238,7 @@ def _convolve_with_axes(kernel_axes, x, kernel, strides, padding, precision):
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
 def _convolve_jvp(strides, padding, precision, primals, tangents):
-    """Uses a kernel [*spatial, out, in] for dx, because the transposition to a gradient exchanges these two axes."""
+    """Uses a kernel [*spatial, out, in] for dx, because JAX exchanges its last two axes to transpose this to a gradient."""
     (x, kernel), (dx, dkernel), options = primals, tangents, (strides, padding, precision)
     y = _convolve(x, kernel, *options)
     terms = []
@@ -251,21 +250,21 @@ def _convolve_jvp(strides, padding, precision, primals, tangents):
 
 
 def convolve_periodic(x, kernel, strides, padding, **options) -> jax.Array:
-    """`convolve` for an array that repeats beyond its ends."""
+    """Computes `convolve` for an array that repeats beyond its ends."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap")
     return convolve(x, kernel, strides, ((0, 0),) * len(padding), **options)
 
 
 def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> jax.Array:
-    """convolve(upsample_2x(x), kernel, ...), where `upsample_2x` repeats each position along every axis; [B, *2 spatial, K].
+    """Computes convolve(upsample_2x(x), kernel, ...), [B, *2 spatial, K]; `upsample_2x` repeats positions along every axis.
 
     convolve: `convolve` or `convolve_periodic`. kernel: [3, ..., 3, C, K]; strides: 1. In an image, the nine pixels under the
-    kernel are copies of only four pixels, two in each direction. Adding the kernel's rows and columns accordingly replaces 9
-    products by 4 (3 by 2 in a series, 27 by 8 in a volume). The kernel is summed in its own dtype, float32, and then rounded
-    to x's dtype.
+    kernel are copies of only four pixels, two in each direction. The kernel's entries for copies of one pixel are summed, so
+    that 4 products replace 9 (2 replace 3 in a series, 8 replace 27 in a volume). The sums are computed in the kernel's
+    dtype, float32, and then rounded to x's dtype.
 
-    On TPUs, with zeros beyond the ends, this is one convolution of x with zeros between its positions, whose kernel has 4
-    entries along each axis. On CPUs the gradient of this convolution takes 25 times as long.
+    On TPUs with zero padding, one convolution computes this output: zeros are inserted between the positions of x, and the
+    kernel has 4 entries along each axis. On CPUs, the gradient of such a convolution takes 25 times as long.
     """
     batch, *spatial, _ = x.shape
     if platform() == "tpu" and convolve is not convolve_periodic:
@@ -277,12 +276,12 @@ def convolve_upsampled(convolve: Callable, x, kernel, strides, _, **options) -> 
         return convolve(x, kernel.astype(x.dtype), strides, ((2, 2),) * len(spatial), **options)
 
     def sum_taps(kernel, axis):
-        """Returns the two taps for the first copy and for the second copy."""
+        """Returns (kernel for the first copy of a position, kernel for the second), each with two entries along the axis."""
         first, middle, last = jnp.split(kernel, 3, axis)
         return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
     def convolve_copies(kernel, padding) -> list[jax.Array]:
-        """Returns an output [B, *spatial, K] for each copy of a position; the last axis's copies are adjacent."""
+        """Returns an output [B, *spatial, K] for each copy of a position; copies along the last axis are adjacent."""
         axis = len(padding)
         if axis == len(spatial):
             return [convolve(x, kernel.astype(x.dtype), strides, padding, **options)]
@@ -324,7 +323,7 @@ class LayerFactory:
 
     spatial_dims: the number of axes that convolutions cover; 0 for vectors, whose layers are all dense.
     periodic: whether convolutions pad an array periodically, instead of with zeros.
-    precision: of float32 products, "high" or "highest"; "default" follows `jax.default_matmul_precision`.
+    precision: the precision of float32 products, "high" or "highest"; "default" follows `jax.default_matmul_precision`.
     Raises: ValueError for an unknown initializer or precision.
     """
 
@@ -367,7 +366,7 @@ class LayerFactory:
     ) -> Conv:
         """Makes a convolution with kernel size 3 along every axis.
 
-        last: whether the layer ends a residual branch or the network. padding: before and after, along every axis. upsample:
+        last: whether the layer ends a residual branch or the network. padding: (before, after) along every axis. upsample:
         whether to convolve `upsample_2x` of the input, with fewer multiplications.
         """
         options = self._options(name, last, use_bias)
@@ -378,11 +377,11 @@ class LayerFactory:
         return Conv(features, kernel_size, stride, padding=padding, conv_general_dilated=function, **options)
 
     def dense(self, features: int, name: str, *, last: bool = False, use_bias: bool = True) -> Dense:
-        """Makes a dense layer over the last axis. last: whether it ends a residual branch or the network."""
+        """Makes a dense layer over the last axis. last: as in `conv`."""
         return Dense(features, **self._options(name, last, use_bias))
 
     def attend(self, q, k, v) -> jax.Array:
-        """`jax.nn.dot_product_attention` with this precision; the function has no argument for the precision."""
+        """Computes `jax.nn.dot_product_attention` with the factory's precision, for which JAX's function has no argument."""
         if self.precision == "default":
             return jax.nn.dot_product_attention(q, k, v)
         with jax.default_matmul_precision(self.precision):
@@ -409,20 +408,20 @@ class LayerFactory:
 
 
 def downsample_2x(x) -> jax.Array:
-    """[B, H, W, C] to [B, H / 2, W / 2, C]: averages 2x2 pixels; likewise for any number of axes."""
+    """Averages blocks of 2x2 pixels, [B, H, W, C] to [B, H / 2, W / 2, C]; likewise for any number of axes."""
     window = (2,) * (x.ndim - 2)
     return nn.avg_pool(x, window, window)
 
 
 def upsample_2x(x) -> jax.Array:
-    """[B, H, W, C] to [B, 2 H, 2 W, C]: repeats each pixel four times; likewise for any number of axes."""
+    """Repeats each pixel four times, [B, H, W, C] to [B, 2 H, 2 W, C]; likewise for any number of axes."""
     for axis in range(1, x.ndim - 1):
         x = x.repeat(2, axis=axis)
     return x
 
 
 def average_2x(x) -> jax.Array:
-    """[B, H + 2, W + 2, C] to [B, H / 2, W / 2, C]: means of 4x4 pixels with the weights [1, 3, 3, 1] / 8 along each axis."""
+    """Averages 4x4 pixels with weights [1, 3, 3, 1] / 8 along each axis, [B, H + 2, W + 2, C] to [B, H / 2, W / 2, C]."""
     for axis in range(1, x.ndim - 1):
         a, b, c, d = (jax.lax.slice_in_dim(x, i, x.shape[axis] - 3 + i, 2, axis) for i in range(4))
         x = (a + 3 * (b + c) + d) / 8
@@ -430,12 +429,12 @@ def average_2x(x) -> jax.Array:
 
 
 def downsample_smooth(x, mode: str = "constant") -> jax.Array:
-    """As `downsample_2x`, with the filter [1, 3, 3, 1] / 8 along each axis. mode: as `jnp.pad`, beyond the ends."""
+    """Halves the sizes like `downsample_2x`, but with the filter [1, 3, 3, 1] / 8 along each axis. mode: `jnp.pad`'s."""
     return average_2x(jnp.pad(x, ((0, 0), *((1, 1),) * (x.ndim - 2), (0, 0)), mode))
 
 
 def upsample_smooth(x, mode: str = "constant") -> jax.Array:
-    """As `upsample_2x`, with the filter [1, 3, 3, 1] / 4 along each axis. mode: as `jnp.pad`, beyond the ends."""
+    """Doubles the sizes like `upsample_2x`, but with the filter [1, 3, 3, 1] / 4 along each axis. mode: `jnp.pad`'s."""
     for axis in range(1, x.ndim - 1):
         size = x.shape[axis]
         padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode)
@@ -446,16 +445,16 @@ def upsample_smooth(x, mode: str = "constant") -> jax.Array:
 
 
 class ResBlock(nn.Module):
-    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a dense projection if the widths differ.
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time projection)))), with a dense projection of x if widths differ.
 
     For vectors (`layers.spatial_dims` = 0), dense layers replace the convolutions.
 
     Biases are added where no extra pass over an image is needed: the first bias in the second norm, the other biases as one
     vector. With `scale_shift_norm` the time projection is a scale and a shift after the second norm:
     norm(h) (1 + scale) + shift.
-    resample: `downsample_2x`, `upsample_2x` or the like, applied in both branches; in the residual branch after the first
-    SiLU (ADM appendix A, as BigGAN). keep: names the first convolution's result `KEPT_INSIDE`. rescale: DDPM++'s form, in
-    which the sum is divided by sqrt(2), and a block that resamples has the projection, too.
+    resample: a function such as `downsample_2x`, applied in both branches; the residual branch applies it after the first
+    SiLU (ADM appendix A, as in BigGAN). keep: whether to name the first convolution's result `KEPT_INSIDE`. rescale: whether
+    to use DDPM++'s form: the sum is divided by sqrt(2), and blocks that resample always have the dense projection.
     """
 
     features: int
@@ -491,7 +490,7 @@ class ResBlock(nn.Module):
         return h * math.sqrt(0.5) if self.rescale else h
 
     def _mix(self, number: str, *, last: bool = False, upsample: bool = False) -> Conv | Dense:
-        """Makes the first or second convolution, or a vector's dense layer, with a separate bias."""
+        """Makes the first or second convolution (a dense layer for vectors), with a separate bias."""
         options: dict[str, Any] = {"last": last, "use_bias": False}
         if self.layers.spatial_dims:
             return self.layers.conv(self.features, f"conv{number}", upsample=upsample, **options)
@@ -499,7 +498,7 @@ class ResBlock(nn.Module):
 
 
 def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
-    """Returns the number of heads in a layer: channels / head_channels if given, else num_heads. Raises: ValueError."""
+    """Returns the number of heads in a layer: channels / head_channels, or num_heads if that is None. Raises: ValueError."""
     name, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
     if value < 1 or channels % value:
         raise ValueError(f"{name}={value} does not divide an attention layer of {channels} channels")
@@ -509,7 +508,7 @@ def split_heads(channels: int, num_heads: int, head_channels: int | None) -> int
 class Attention(nn.Module):
     """x + proj(softmax(q k / sqrt(C / heads)) v) over all positions, with a float32 softmax.
 
-    keep: names q, k, v and the weighted sum of v `KEPT_INSIDE`. rescale: divides the sum by sqrt(2).
+    keep: whether to name q, k, v and the weighted sum of v `KEPT_INSIDE`. rescale: whether to divide the result by sqrt(2).
     """
 
     num_heads: int
@@ -520,7 +519,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x) -> jax.Array:
-        """x: [B, *spatial, C]; returns the same shape."""
+        """x: [B, *spatial, C]; the result has the same shape."""
         b, *spatial, c = x.shape
         positions = math.prod(spatial)
         heads = split_heads(c, self.num_heads, self.head_channels)

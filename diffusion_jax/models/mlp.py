@@ -17,19 +17,20 @@ class MLP(Conditional):
 
     `MLP(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, out_channels] float32. Each block is
     x + dense(dropout(silu(norm(dense(silu(norm(x))) + time projection)))), with norms over all channels.
-    Fields: `Conditional`'s (an array condition is [B, K] here), and
+    Fields: the fields of `Conditional` (an array condition is [B, K] here), and
 
     channels: width of every block, an even number of at least 4.
     num_res_blocks: the number of blocks.
-    scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
+    scale_shift_norm: whether the time embedding scales and shifts the output of a block's second norm; otherwise the
+      embedding is added to the norm's input.
     initializer: "ho" or "openai", as in the U-Net. Both initialize the last layer in each block and in the network at 0 or
     close to 0.
-    dropout: rate before the second dense layer in each block, in training only.
-    out_channels: output channels; None for as many as x_t has. A learned variance needs twice as many, given here.
+    dropout: the dropout rate before the second dense layer in each block, in training only.
+    out_channels: output channels; None for as many as x_t has. For a learned variance, give twice as many.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
       float32.
     precision: as in the U-Net.
-    remat: recompute each block's activations in the backward pass.
+    remat: whether to recompute each block's activations in the backward pass.
     """
 
     channels: int = 128
@@ -58,10 +59,10 @@ class MLP(Conditional):
 
     @nn.compact
     def __call__(self, x_t, time, y=None, train: bool = False, condition=None) -> jax.Array:
-        """x_t: [B, C]; time: float [B], or [] for all rows; y, condition, train: as `UNet`.
+        """x_t: [B, C]; time: float [B], or [] for all rows; y, condition, train: as in `UNet`.
 
-        Raises: ValueError for an x_t that is not float or has another number of axes, a remat with levels, and for labels and
-          conditions as `UNet`.
+        Raises: ValueError for an x_t that is not float or has another number of axes, for a remat with levels, and for labels
+          and conditions as in `UNet`.
         """
         if not jnp.issubdtype(x_t.dtype, jnp.floating) or x_t.ndim != 2:
             raise ValueError(

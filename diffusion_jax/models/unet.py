@@ -1,7 +1,7 @@
 """The U-Net of the DDPM family, as one Flax Linen module, for series, images and volumes; and ADM's classifier.
 
 The defaults are Ho et al.'s network (DDPM appendix B): residual blocks of GroupNorm, SiLU and 3x3 convolution with the time
-embedding added between the two halves, self-attention at chosen levels, and skip connections. Other fields give OpenAI's
+embedding added between the two halves, self-attention at chosen levels, and skip connections. Other values give OpenAI's
 networks (Improved DDPM, ADM), DDPM++ and NCSN++. The U-Net contains no diffusion mathematics: it maps (x_t, network time) to
 an output with the same spatial shape.
 
@@ -46,7 +46,7 @@ _KEPT_BETWEEN = "between blocks"
 KEPT_NAMES = (_KEPT_BETWEEN, KEPT_INSIDE)
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _ARCHITECTURES = ("ddpm", "ddpm++", "ncsn++")
-# NCSN++'s (reduction, enlargement), by whether the padding is periodic.
+# {whether the padding is periodic: NCSN++'s functions (reduce, enlarge)}
 _SMOOTH = {
     periodic: (functools.partial(downsample_smooth, mode=mode), functools.partial(upsample_smooth, mode=mode))
     for periodic, mode in ((False, "constant"), (True, "wrap"))
@@ -57,43 +57,44 @@ _REMAT_BLOCK, _REMAT_ATTENTION = nn.remat(ResBlock, static_argnums=(3,)), nn.rem
 class Encoder(nn.Module):
     """The downsampling path and the middle, with their fields and layers.
 
-    channels: the width that `channel_multipliers` multiplies. `num_groups` must divide the width of every level, and
-      `timestep_embedding` needs an even number of at least 4.
+    channels: the width that `channel_multipliers` multiplies, an even number of at least 4 for `timestep_embedding`.
+      `num_groups` must divide the width of every level.
     channel_multipliers: the width of each level divided by `channels`; may be fractional (ADM's first is 0.5 at 512
       pixels). Each level after the first halves the resolution.
-    num_res_blocks: residual blocks in each level of the downsampling path; the upsampling path has one more.
+    num_res_blocks: residual blocks in each level of the downsampling path; each level of the upsampling path has one more.
     attention_levels: levels with self-attention after each block; (1,) is 16x16 for 32-pixel images, (4,) for 256-pixel
       images. The middle always has self-attention.
-    num_heads: attention heads in every layer; head_channels: the channels per head instead, so that wider layers have more
-      heads (ADM's are 64).
-    resample_blocks: the resolution changes in residual blocks, which average 2x2 pixels or repeat pixels in both branches
-      (ADM). By default a stride-2 convolution reduces, and a repetition with a convolution enlarges.
-    scale_shift_norm: the time embedding scales and shifts after a block's second norm, instead of being added before it.
+    num_heads: attention heads in every layer. head_channels: the number of channels per head (64 in ADM), which replaces
+      `num_heads`, so that wider layers have more heads.
+    resample_blocks: whether residual blocks change the resolution: they average 2x2 pixels or repeat pixels in both branches
+      (ADM). By default, a stride-2 convolution halves the sizes, and a convolution of repeated pixels doubles them.
+    scale_shift_norm: whether the time embedding scales and shifts the output of a block's second norm; otherwise the
+      embedding is added to the norm's input.
     architecture: "ddpm", or "ddpm++" (Song et al. 2021, appendix H, in EDM's form): the sum in each residual block and
       attention layer is divided by sqrt(2); blocks that change the resolution have a projection in their shortcut; in the
       upsampling path, only the last block of a level is followed by self-attention; the first convolution has `channels`
-      channels; labels and condition vectors are added to the sines and cosines of the time, before its dense layers. DDPM++
-      itself also has `resample_blocks`, and 4 blocks a level. "ncsn++" (Song et al., in EDM's form) differs from DDPM++:
-      changes of the resolution use the filter [1, 3, 3, 1] along each axis; each reduction adds the convolved and filtered
-      input (later, the previous such sum) and divides by sqrt(2); the time embedding has 2 `channels` sines and cosines of
-      random frequencies, N(0, 16^2) at initialization and not trained, which suit network times of about 1. NCSN++ needs
+      channels; labels and condition vectors are added to the sines and cosines of the time, before its dense layers. The
+      published DDPM++ also has `resample_blocks`, and 4 blocks per level. "ncsn++" (Song et al., in EDM's form) differs from
+      DDPM++: changes of the resolution use the filter [1, 3, 3, 1] along each axis; each reduction adds the convolved and
+      filtered input (after the first reduction, the previous sum) and divides by sqrt(2); the time embedding has 2 `channels`
+      sines and cosines, whose random frequencies, N(0, 16^2) and not trained, suit network times of about 1. NCSN++ needs
       `resample_blocks`, and uses neither `embedding_cos_first` nor `embedding_freq_shift`.
-    embedding_cos_first, embedding_freq_shift: as `timestep_embedding`; OpenAI's are True and 0.
+    embedding_cos_first, embedding_freq_shift: arguments of `timestep_embedding`; True and 0 in OpenAI's networks.
     time_scale: multiplies the network time before its embedding; 1000 in OpenAI's networks with EDM's preconditioning.
-    downsample_padding: the padding before and after each axis in the stride-2 convolution; OpenAI's is (1, 1).
-    num_groups, norm_epsilon: for every GroupNorm; OpenAI's epsilon is 1e-5.
+    downsample_padding: the padding before and after each axis in the stride-2 convolution; (1, 1) in OpenAI's networks.
+    num_groups, norm_epsilon: the groups and the epsilon of every GroupNorm; OpenAI's epsilon is 1e-5.
     initializer: "ho" or "openai" (PyTorch's default for kernels, N(0, 1) for classes). Biases start at 0 in both.
-    dropout: rate before the second convolution in each block, in training only.
+    dropout: the dropout rate before the second convolution in each block, in training only.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics, the softmax and the
       output stay float32.
-    precision: for products of float32 numbers, in the network and its gradients. By default GPUs round the inputs to TF32 (11
-      bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three bfloat16 products per float32 product);
-      "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
-    remat: recompute the activations of every block in the backward pass, for less memory and more time; or a tuple of the
-      levels to recompute. Level 0 has the most activations.
+    precision: the precision of float32 products, in the network and its gradients. By default GPUs round the inputs to TF32
+      (11 bits) and TPUs to bfloat16 (8 bits). "high" is more precise on TPUs only (three bfloat16 products per float32
+      product); "highest" is full float32. "default" follows `jax.default_matmul_precision`. CPUs always compute in float32.
+    remat: whether to recompute the activations of every block in the backward pass, which saves memory and takes time; or a
+      tuple of the levels to recompute. Level 0 has the most activations.
     spatial_dims: 1 for series [B, L, C], 2 for images [B, H, W, C], 3 for volumes [B, D, H, W, C].
     padding: "zeros", or "periodic" for data on a torus: convolutions wrap around at the ends of an array, so that shifting a
-      U-Net's input by a multiple of 2^(levels - 1) positions shifts the output.
+      U-Net's input by a multiple of 2^(levels - 1) positions shifts the output equally.
     """
 
     channels: int = 128
@@ -178,7 +179,7 @@ class Encoder(nn.Module):
         return self.remat if isinstance(self.remat, bool) else level in self.remat
 
     def waves(self, time, x_t) -> jax.Array:
-        """Returns [B, channels], the sines and cosines of the network time, [B] or []; 2 `channels` in NCSN++."""
+        """Returns the sines and cosines of the network time ([B] or []): [B, channels], or [B, 2 channels] in NCSN++."""
         if self.time_scale != 1:
             time = jnp.asarray(time, jnp.float32) * self.time_scale
         time, options = times_of_rows(time, x_t), {"freq_shift": self.embedding_freq_shift}
@@ -216,7 +217,7 @@ class Encoder(nn.Module):
 
     @property
     def remat_choices(self) -> tuple[bool | tuple[int, ...], ...]:
-        """Values of `remat`, each recomputing more: none, the first levels, all."""
+        """The values of `remat` in order of recomputation: no level, the first levels, all levels."""
         return (False, *(tuple(range(n)) for n in range(1, len(self.channel_multipliers))), True)
 
     def check_input(self, x) -> None:
@@ -258,14 +259,14 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder, Conditional):
-    """The U-Net, by default Ho et al.'s.
+    """The U-Net; the default fields give Ho et al.'s network.
 
     `UNet(...).apply({"params": params}, x_t, time, y, train, condition)` -> [B, *spatial, out_channels] float32. With
     zero padding an axis may have any size: the network pads x_t and an array condition with zeros at the end, to a multiple
     of 2^(levels - 1), and crops the output. The padded positions take part in attention and in the statistics of norms.
-    Fields: `Encoder`'s, `Conditional`'s, and
+    Fields: the fields of `Encoder` and `Conditional`, and
 
-    out_channels: output channels; None for as many as x_t has. A learned variance needs twice as many, given here.
+    out_channels: output channels; None for as many as x_t has. For a learned variance, give twice as many.
     """
 
     out_channels: int | None = None
@@ -275,7 +276,7 @@ class UNet(Encoder, Conditional):
         """x_t: [B, *spatial, C]; time: float [B], or [] for all rows; train: whether dropout is active.
 
         y: int [B] for a network with classes. condition: float [B, D] for a network with condition_features, or
-        [B, *spatial, K] for a network with condition_channels; None, with condition_dropout, for no conditions.
+        [B, *spatial, K] for a network with condition_channels; None for no conditions, if condition_dropout is above 0.
 
         Raises: ValueError for arrays that are not float or whose number of axes does not fit `spatial_dims`, sizes not
           divisible by 2^(levels - 1) if the padding is periodic, labels or conditions that are missing or that the network
@@ -303,7 +304,7 @@ class UNet(Encoder, Conditional):
         return jnp.pad(x, ((0, 0), *((0, size) for size in missing), (0, 0)))
 
     def _decode(self, h, skips: list[jax.Array], embedding, train: bool) -> jax.Array:
-        """Applies the upsampling path: the middle's output to [B, *spatial, channels]."""
+        """Applies the upsampling path to the middle's output. Returns: [B, *spatial, width of level 0]."""
         first_attention = self.num_res_blocks if self.is_plus_plus else 0
         for level in reversed(range(len(self.channel_multipliers))):
             for j in range(self.num_res_blocks + 1):
@@ -321,7 +322,7 @@ class UNet(Encoder, Conditional):
 
 
 class AttentionPool(nn.Module):
-    """[B, *spatial, C] -> [B, features]: attention from the mean of all positions to the positions and itself, as in CLIP.
+    """[B, *spatial, C] -> [B, features]: attention from the mean of all positions to the mean and the positions, as in CLIP.
 
     The N + 1 tokens are the mean and the N positions (H W in an image), each with a learned position embedding. The output
     of one attention layer, with the mean as the only query, is projected to `features`.
@@ -355,12 +356,12 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(Encoder):
-    """Class logits for x_t and its network time. `models.preset("adm_classifier128")` is ADM's for 128x128 ImageNet.
+    """Computes logits for x_t and a network time. `models.preset("adm_classifier128")` is ADM's 128x128 ImageNet classifier.
 
     `Classifier(...).apply({"params": params}, x_t, time, train=False)` -> [B, num_classes] float32, unnormalized log
-    probabilities. The classifier accepts only sizes that 2^(levels - 1) divides, with as many positions as at initialization;
-    other sizes with this number, such as 8x2 for 4x4, raise no error but get wrong position embeddings. Fields:
-    `Encoder`'s, and
+    probabilities. The classifier accepts only sizes that 2^(levels - 1) divides, with as many positions as at initialization.
+    Other sizes with equally many positions, such as 8x2 for 4x4, raise no error but get wrong position embeddings. Fields:
+    the fields of `Encoder`, and
 
     num_classes: the number of classes.
     """
@@ -371,8 +372,8 @@ class Classifier(Encoder):
     def __call__(self, x_t, time, train: bool = False) -> jax.Array:
         """x_t: [B, *spatial, C]; time: float [B], or [] for all rows; train: whether dropout is active.
 
-        Raises: ValueError for arrays as `UNet`, for sizes not divisible by 2^(levels - 1), or with another number of
-          positions than at initialization, and for fewer than 2 classes.
+        Raises: ValueError for arrays that `UNet` does not take, for sizes not divisible by 2^(levels - 1), for another number
+          of positions than at initialization, and for fewer than 2 classes.
         """
         self.check_input(x_t)
         self.check_divisible(x_t, "its pooling reads every position")

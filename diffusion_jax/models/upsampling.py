@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def downsample(x_0, height: int) -> jax.Array:
-    """Downsamples images [B, H, W, C] to `height`, the width in proportion, by means over squares with side H / height.
+    """Downsamples images [B, H, W, C] to `height` and the proportional width, by means over squares of side H / height.
 
     Raises: ValueError if the squares do not divide the image.
     """
@@ -29,7 +29,7 @@ def augment(key, low, noise_std) -> jax.Array:
 
 
 def enlarge(low, shape: tuple[int, int]) -> jax.Array:
-    """Resizes images [B, h, w, C] to (H, W), bilinear between pixel centers, as ADM's super-resolution networks do."""
+    """Resizes images [B, h, w, C] to (H, W) by bilinear interpolation of pixel centers, as in ADM's super-resolution."""
     return jax.image.resize(low, (low.shape[0], *shape, low.shape[-1]), "bilinear")
 
 
@@ -39,10 +39,10 @@ def condition_channels(channels: int, conditioning_noise: float) -> int:
 
 
 def condition(low, shape: tuple[int, ...], noise_std=None) -> jax.Array:
-    """Makes a super-resolution network's condition: the resized small image and, with noise_std, a constant channel of it.
+    """Makes a super-resolution network's condition: the resized small image and, if given, a channel of the value noise_std.
 
-    low: [B, h, w, C], in [-1, 1] plus any noise; at H x W it is not resized. shape: (B, H, W, C) of x_t. noise_std: float, or
-    [B], the standard deviation of the noise, for a network trained with `diffusion.conditioning_noise`.
+    low: [B, h, w, C], in [-1, 1] plus any noise; images of H x W are not resized. shape: (B, H, W, C) of x_t. noise_std:
+    float, or [B], the standard deviation of the noise, for a network trained with `diffusion.conditioning_noise`.
     Returns: [B, H, W, C], or C + 1 channels with noise_std. Raises: ValueError if batch or channels differ from x_t's.
     """
     if low.shape[0] != shape[0] or low.shape[-1] != shape[-1]:

@@ -5,8 +5,8 @@
     net = pretrained.load("64x64_diffusion.pt")
     images = net.sample(jax.random.key(0), 16, y=207, sampler=sampling.ddim(), steps=50)  # float32 [16, 64, 64, 3] in [-1, 1]
 
-`python -m diffusion_jax.pretrained inspect PATH` prints the description of a file, and `... list` the published weights that
-are known to load.
+`python -m diffusion_jax.pretrained inspect PATH` prints the description of a file; `... list` prints the published weights
+that are known to load.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _FIELDS_IGNORED = {"dropout", "dtype", "precision", "remat", "initializer", "fun
 _FUNCTIONS = ("model.kind", "diffusion.path", "diffusion.schedule")
 
 Flags = str | Mapping[str, Any] | None
-# The functions named in weights that may be imported: True for all; the network's function; or replacements by setting.
+# Whether to import the functions that weights name: True; the network's function itself; or {setting: replacement's name}.
 Trust = Callable | bool | Mapping[str, str] | None
 
 
@@ -103,8 +103,8 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
     ema: whether to read the moving average of the weights (TensorFlow checkpoints and work directories only). If a run's
       average still holds more than a tenth of the random initial weights, the raw weights are read, and a note is printed.
     network: for weights of your own network (`config.model.kind`), the function that makes the network; or {setting: name},
-      functions that replace those named in the weights; or True to import the functions named in the weights. Otherwise no
-      code is imported.
+      functions that replace functions named in the weights; or True to import the functions named in the weights. Otherwise
+      no code is imported.
     Raises: PretrainedError, one line, for tensors that are missing, unexpected, not finite or have a wrong shape; unsupported
     network fields; missing flags; unreadable files. StorageError for a download that fails. UserError for a run without
     checkpoints whose config does not fit the weights of its `init_from`.
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network
 
 
 def describe(path: str | os.PathLike, flags: Flags = None, ema: bool = True, network: Trust = None) -> Model:
-    """Like `load`, but does not read the parameters, which are None. Raises: as `load`, without its checks of values."""
+    """Like `load`, but does not read the parameters, which are None. Raises: as `load`, but not for invalid values."""
     return _read_or_raise(path, flags, ema, network, with_params=False)
 
 
@@ -199,8 +199,8 @@ def from_config(
 ) -> Model:
     """Builds the model that a config describes. params: for instance the parameters of a `TrainState`.
 
-    config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model. network: replaces
-    the function that `config.model.kind` names; or the config's network, if it is already built.
+    config: any mapping that `config.resolve` takes. normalizations, class_names, mesh: fields of the model. network: a
+    function that replaces the function of `config.model.kind`, or the network itself, if it is already built.
     Raises: ConfigError for a value that its setting does not allow; ValueError for a config that cannot be built.
     """
     config = resolve(config)
@@ -331,7 +331,7 @@ def load_weights(net: Model, config: Mapping[str, Any], workdir: RunDir, ema: bo
             f"{initial_share(config, step):.0%} of the random initial weights, so the raw weights are used."
         )
     source: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # written by training that starts from published weights
+    with contextlib.suppress(OSError, ValueError):  # training that starts from published weights writes this file
         source = read_json(workdir / ORIGIN_FILE)
     provenance = Provenance(f"step{step}_{kind}", {"step": step, "weights": kind}, source)
     return dataclasses.replace(net, params=params, provenance=provenance)
@@ -366,7 +366,7 @@ def save_safetensors(net: Model, path: str | os.PathLike) -> None:
         "published_sampling": dict(net.published_sampling),
     }
     flat = flax.traverse_util.flatten_dict(net.params, sep=".")
-    tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # also of shape ()
+    tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}  # keeps the shape ()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(stored)
     parameters.save_tensors(tensors, path, {_METADATA_KEY: text, _DIGEST_KEY: _digest(text, tensors)})
@@ -420,7 +420,7 @@ def _load_file(path: pathlib.Path, tensors: parameters.Tensors, network: Trust, 
 
 
 def config_settings(description: Model) -> dict[str, dict[str, Any]]:
-    """Returns config settings for the same network, schedule and data shape. Raises: PretrainedError."""
+    """Returns the config settings for the network, schedule and data shape of a description. Raises: PretrainedError."""
     if description.diffusion is None or not isinstance(description.clip, bool):
         raise PretrainedError(
             "a config cannot describe these weights' beta table or clip range; use pretrained.load in a program"
@@ -453,7 +453,7 @@ def config_settings(description: Model) -> dict[str, dict[str, Any]]:
 
 
 def load_initial_weights(config: Mapping[str, Any], model: Network, use_ema: bool = True) -> Model:
-    """Loads the model that `config.init_from` names. Raises: UserError if its network differs; PretrainedError."""
+    """Loads the model that `config.init_from` names. Raises: UserError if its network is not `model`; PretrainedError."""
     net = _initial_weights(load, config, use_ema)
     path = config["init_from"]
     if type(net.model) is not type(model):
@@ -489,7 +489,7 @@ def _initial_weights(read: Callable[..., Model], config: Mapping[str, Any], use_
 
 
 def set_params(state: training.TrainState, abstract_state: training.TrainState, params) -> training.TrainState:
-    """Replaces the parameters of a state, and sets the EMA to equal values. abstract_state: has the state's shardings."""
+    """Returns the state with these parameters, and with an equal EMA. abstract_state: gives the shardings of the state."""
 
     def place(shapes):
         return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.copy(leaf), shape.sharding), params, shapes)

@@ -1,4 +1,4 @@
-"""The published weights that `pretrained.load` reads: names, sizes, licenses, pages, and what their papers report."""
+"""The published weights that `pretrained.load` reads: names, sizes, licenses, pages, and the FIDs that papers report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _GOOGLE = (
 )
 _REPOSITORIES = {"improved": "improved-diffusion", "adm": "guided-diffusion"}
 _REPOSITORIES |= dict.fromkeys(("edm", "consistency"), "consistency_models")
-_HO = {  # Ho et al.'s weights in the PyTorch port: the step, and parameters in thousands
+_HO = {  # Ho et al.'s weights in the PyTorch port: {data set: (training step, thousands of parameters)}
     "cifar10": (790_000, 35_746),
     "lsun_bedroom": (2_388_000, 113_673),
     "lsun_cat": (1_761_000, 113_673),
     "lsun_church": (4_432_000, 113_673),
 }
-_EDM = {  # EDM's files, and their parameters in thousands
+_EDM = {  # {EDM's file: thousands of parameters}
     "edm-cifar10-32x32-cond-vp": 55_734,
     "edm-cifar10-32x32-uncond-vp": 55_733,
     "edm-ffhq-64x64-uncond-vp": 61_804,
@@ -33,7 +33,7 @@ _EDM = {  # EDM's files, and their parameters in thousands
     "edm-afhqv2-64x64-uncond-ve": 62_759,
     "edm-imagenet-64x64-cond-adm": 295_899,
 }
-# Parameters of OpenAI's networks, in thousands; the files have 4 bytes for each.
+# Thousands of parameters in OpenAI's networks; each parameter takes 4 bytes in a file.
 _THOUSANDS = {
     "improved_cifar10": 52_546,
     "improved_imagenet64": 121_064,
@@ -71,7 +71,7 @@ _CIFAR10, _ALL_STEPS = {"data.dataset": "cifar10"}, {"sampling.steps": None}
 _ADM_STEPS = {"sampling.steps": 250, "sampling.spacing": "openai"}
 _HEUN = {"sampling.sampler": "heun", "sampling.spacing": "karras"}
 _CHURN = {"sampling.churn": 40.0, "sampling.churn_range": (0.05, 50.0), "sampling.churn_noise": 1.003}
-_FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # by paper and name
+_FIDS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # {paper: {name of the weights: (FID, settings)}}
     "Ho et al. 2020": {
         "ddpm-cifar10-32": (3.17, _CIFAR10 | _ALL_STEPS),
         "ddpm-ema-bedroom-256": (6.36, _ALL_STEPS),
@@ -182,7 +182,7 @@ def find_origin(name: str) -> dict[str, str]:
 
 
 def find_known(path: str) -> PublishedWeights | None:
-    """Returns the weights in `available` whose file has the name of a path; None for other names."""
+    """Returns the entry of `available` with the file name in `path`; None for other names."""
     return next((known for known in available() if known.name == _name_of(path)), None)
 
 

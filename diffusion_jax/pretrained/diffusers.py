@@ -1,8 +1,8 @@
 """Reads and writes diffusers folders: a UNet2DModel and a scheduler, each with its config.
 
 Every field of the network's config is used, or raises an error that names the field. From the scheduler's config, the fields
-that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults: with
-the values of published networks instead, the shapes would fit but the images would be wrong.
+that describe weights are used; all other fields are sampler options. Missing fields get diffusers' defaults. If they got
+the values of published networks, the shapes could fit, but the images would be wrong.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def unet_to_config(net: Model) -> dict[str, Any]:
 
 # ---- The scheduler
 
-# Schedulers for DDPM's forward process, and whether each clips x_0 by default.
+# {scheduler for DDPM's forward process: whether the scheduler clips x_0 by default}
 _SCHEDULERS = {
     "DDPMScheduler": True,
     "DDIMScheduler": True,
@@ -308,7 +308,7 @@ def find_configs(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | No
 
 
 def load_diffusers(folder: pathlib.Path, network: pathlib.Path, scheduler: pathlib.Path, with_params: bool) -> Model:
-    """Loads the network of a pipeline folder with `find_configs`' paths; with its parameters if `with_params`.
+    """Loads the network of a pipeline folder, with its parameters if `with_params`. network, scheduler: from `find_configs`.
 
     Raises: PretrainedError.
     """

@@ -1,6 +1,6 @@
 """EDM's weights (Karras et al. 2022, https://github.com/NVlabs/edm): pickles of the networks, read by `pickles`.
 
-A file has the arguments that made the network, in `Tensors.metadata`; the code in the file is not used. EDM's ADM
+`Tensors.metadata` holds the arguments of the network's class from the file; the code in the file is not used. EDM's ADM
 (DhariwalUNet), DDPM++ and NCSN++ (SongUNet) become this package's U-Net. Only the names of tensors, the order of the rows of
 q, k and v, and the layout of the class embedding differ.
 """
@@ -44,7 +44,7 @@ _ADM = OPENAI | {
     "head_channels": 64,
     "scale_shift_norm": True,
 }  # fields of `UNet` that the pickle's arguments do not give
-NAMING = parameters.Naming(  # after `_rename`
+NAMING = parameters.Naming(  # the tensors' names after `_rename`
     {
         "block": "{direction}.{level}.block{number}",
         "attn": "{direction}.{level}.block{number}",
@@ -126,8 +126,8 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
 def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], model: UNet) -> parameters.Tensors:
     """Returns the tensors with levels instead of sizes in their names, and with rows in this package's order.
 
-    levels: the size at each level. Leaves out the resampling filters, after a check that they are the network's, and the
-    layer for augmentation labels, which are zeros in sampling.
+    levels: the size at each level. Leaves out the resampling filters, after checking that they equal the network's filter,
+    and the layer for augmentation labels, which are zeros in sampling.
     """
     taps = np.array([1, 3, 3, 1] if model.is_ncsnpp else [1, 1])
     old: dict[str, str] = {}
@@ -151,11 +151,11 @@ def _rename(path: pathlib.Path, tensors: parameters.Tensors, levels: list[int], 
 
     def read(name: str) -> np.ndarray:
         value = tensors.read(old[name])
-        if ".qkv." in name:  # the rows are (head, d, 3); q, k and v one after another are (3, head, d)
+        if ".qkv." in name:  # the rows (head, d, 3) become (3, head, d): q, then k, then v
             value = np.moveaxis(value.reshape(-1, 3, *value.shape[1:]), 1, 0).reshape(value.shape)
-        elif name == "map_label.weight":  # a product with a one-hot vector; no class is a vector of zeros
+        elif name == "map_label.weight":  # multiplies a one-hot vector, or zeros for no class
             value = np.pad(value.T, ((0, 1 if model.label_dropout else 0), (0, 0)))
-            if model.is_plus_plus:  # the vector is scaled to length sqrt(classes), and the layer has a bias
+            if model.is_plus_plus:  # the one-hot vector has length sqrt(classes), and the layer has a bias
                 value = value * math.sqrt(model.num_classes) + tensors.read(label_bias)
         return value
 

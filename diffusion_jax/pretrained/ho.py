@@ -16,7 +16,7 @@ from diffusion_jax.models import UNet, preset
 from diffusion_jax.pretrained import parameters
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, make_model
 
-# Presets of `models`: the image size, and the variance; other settings of `config.diffusion` are `DIFFUSION_DEFAULTS`.
+# {preset of `models`: (image size, variance)}; other settings of `config.diffusion` are `DIFFUSION_DEFAULTS`.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm_cifar10": (32, {"variance": "fixed_large"}),
     "ddpm_256": (256, {"variance": "fixed_small"}),
@@ -57,7 +57,7 @@ def is_ho(names) -> bool:
 
 
 def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> UNet:
-    """Infers the network from the tensor shapes of the port, where outputs come first."""
+    """Infers the network from the tensor shapes of the port, in which output channels come first."""
     channels = shapes["conv_in.weight"][0]
     num_levels = len({name.split(".")[1] for name in shapes if name.startswith("down.")})
     widths = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(num_levels)]
@@ -86,7 +86,7 @@ def load_ho(
     if unknown:
         known = ", ".join(("image_size", *DIFFUSION_DEFAULTS))
         raise PretrainedError(f"flags: {list_names(unknown)} is unknown; known: {known}")
-    is_tensorflow = tensors.framework == "TensorFlow"  # HWIO and [in, out]; in the port, outputs come first
+    is_tensorflow = tensors.framework == "TensorFlow"  # has kernels HWIO and [in, out], the port OIHW and [out, in]
     if is_tensorflow:
         tensors = tensors.rename(_port_name)
     model = _infer_model({n: shape[::-1] if is_tensorflow else shape for n, shape in tensors.shapes.items()})

@@ -51,7 +51,7 @@ DIFFUSION_DEFAULTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained network with everything needed to use it, as `pretrained.load` and `pretrained.from_config` return it.
+    """A trained network with everything needed to use it; `pretrained.load` and `pretrained.from_config` return a `Model`.
 
     family: a text that names the source. model: the network. channels: channels in an example. image_size: sizes of the 0 to
     3 spatial axes, (height, width) for images. schedule: the training schedule; its timesteps are the network times.
@@ -107,7 +107,7 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes; 0 for an unconditional network."""
+        """The number of classes; 0 for a network without classes."""
         return self.model.num_classes
 
     @property
@@ -150,7 +150,7 @@ class Model:
         return dataclasses.replace(self, params=params, mesh=mesh)
 
     def find_differences(self, other: Model) -> list[str]:
-        """Returns a phrase for each difference of two models in x_t, its units or the output; `other`'s value is first."""
+        """Returns a phrase for each difference of two models in x_t, its units or the output, with `other`'s value first."""
         arrays, names = ["x"], []
         if not isinstance(self.model, Classifier) and not isinstance(other.model, Classifier):
             arrays, names = ["x", "condition"], ["prediction", "sigma_data", "sigma_min"]
@@ -189,7 +189,7 @@ class Model:
         noise_std)`. `inputs` makes y and condition from the arguments of `sample`. extra: [B, K], further numbers for a
         network of your own that takes them.
 
-        clip: the clip of x_0. None, and for continuous data also True, is the network's clip.
+        clip: the clip of x_0. None means the network's clip; for continuous data, True means the network's clip, too.
         guidance_scale, guidance_interval, guidance_rescale: classifier-free guidance (`guidance.classifier_free`), which
         drops the labels and conditions for which the network has a null (label_dropout, condition_dropout). A scale of 1
         turns guidance off. classifier: a classifier's model for the same x_t, which guides with classifier_scale in the form
@@ -259,8 +259,8 @@ class Model:
           sampler: if sampler, steps and spacing are all None, the sampler and steps of the weights' authors are used, if
             known (`published_sampling`). Otherwise the default is the ancestral `sampling.ddpm`, or `sampling.consistency`
             for a consistency network, which takes no other sampler.
-          steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default the whole schedule,
-            or one step of a consistency network. If steps is a number, the default spacing suits the sampler.
+          steps, spacing: as for `schedules.respace`, or a Schedule from `schedules.respace`; by default all its steps, or
+            one step for a consistency network. If steps is a number, the default spacing suits the sampler.
           trajectory: as for `sampling.sample`; the result is then (samples, Trajectory), both in data units.
           algorithm: a function to call instead of `sampling.sample`, with the same arguments and result, for example an
             edit of `editing.EDITS`. Each function is compiled once. If it is a pytree, such as a `jax.tree_util.Partial`, all
@@ -271,7 +271,7 @@ class Model:
           condition_missing: bool [N], True for samples without a condition, if only some of the samples have one.
           low, noise_std: for a super-resolution network, the images to enlarge [N, h, w, C], uint8 or float in [-1, 1], and
             the standard deviation of their noise, one number or [N].
-          options: clip, guidance and extra, as `denoiser`.
+          options: other arguments of `denoiser`: clip, extra, and the arguments for guidance.
         Raises: ValueError for labels, conditions, guidance or small images that do not fit the network, or steps for which
           the sampler is known to fail; TypeError for a classifier.
         """
@@ -323,7 +323,7 @@ class Model:
         trajectory: bool | Sequence[int] | np.ndarray = False,
         algorithm: Callable = sampling.sample,
     ) -> Any:
-        """Draws samples with a compiled program, as `sample`, from a denoiser and steps that were checked."""
+        """Draws samples like `sample`, but from a denoiser, a sampler and a schedule that were already checked."""
         options = {}
         if trajectory is not False:
             options["trajectory"] = trajectory if trajectory is True else tuple(np.asarray(trajectory).tolist())
@@ -471,7 +471,7 @@ class Model:
         return values
 
     def check_labels(self, y, num_images: int, classifier: Model | None = None) -> jax.Array | None:
-        """Returns y as int32 [N]; None for an unconditional network without a classifier. Raises: ValueError."""
+        """Returns y as int32 [N]; None if neither the network nor the classifier has classes. Raises: ValueError."""
         num_classes = self.num_classes or (0 if classifier is None else classifier.num_classes)
         if not num_classes:
             if y is not None:
@@ -500,7 +500,7 @@ class Model:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Apply:
-    """A network with its parameters, as a function and as a pytree of the parameters."""
+    """A network and its parameters as a function, which is also a pytree of the parameters."""
 
     model: Network = field(metadata={"static": True})
     params: Any
@@ -511,10 +511,10 @@ class _Apply:
 
 @functools.cache
 def _compile(mesh: Mesh | None) -> Callable:
-    """Compiles (static, key, schedule, denoiser, algorithm, sampler) -> samples.
+    """Returns the compiled function (static, key, schedule, denoiser, algorithm, sampler) -> samples.
 
-    static: (sampler, shape of x_T, further arguments). A sampler that is a pytree is the last argument, and static holds
-    None. With a mesh, the batch is split over the devices, and the key argument is the key's data.
+    static: (sampler, shape of x_T, further arguments). If the sampler is a pytree, it is the last argument instead, and
+    `static` holds None. With a mesh, the batch is split over the devices, and `key` is the data of the random key.
     """
 
     def draw(static, key, schedule, denoiser, algorithm, sampler):
@@ -553,7 +553,7 @@ def make_model(
     channels: int = 3,
     **fields: Any,
 ) -> Model:
-    """Builds a `Model` without parameters. diffusion: settings of `config.diffusion`; defaults: `DIFFUSION_DEFAULTS`.
+    """Builds a `Model` without parameters. diffusion: settings of `config.diffusion`, by default `DIFFUSION_DEFAULTS`.
 
     image_size: the size of each spatial axis, or one number for two axes. fields: further fields of `Model`.
     Raises: ValueError for values that `training.schedule_from_config` does not allow.
@@ -592,7 +592,7 @@ def format_schedule(diffusion: Mapping[str, Any]) -> str:
 
 
 def format_summary(net: Model) -> str:
-    """Describes weights, one line for each setting."""
+    """Returns a description of the weights, with one line for each setting."""
     shapes = parameters.parameter_shapes(net.model, net.example_shape)
     values = "continuous" if net.levels is None else f"{net.levels} levels"
     values += " in {:g} ... {:g}".format(*net.limits) if net.limits else ""
@@ -628,7 +628,7 @@ def format_summary(net: Model) -> str:
 
 
 def _format_normalization(normalization: Normalization | None, limit: int = 6) -> str:
-    """Formats "(data - offset) / scale" for the first channels; None is "none"."""
+    """Returns the text "(data - offset) / scale" with the numbers of the first channels; "none" for None."""
     if normalization is None:
         return "none"
     offset, scale = (

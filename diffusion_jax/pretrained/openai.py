@@ -30,11 +30,11 @@ _LINEAR_4000 = {"num_timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 # EDM's preconditioning and noise levels (Karras et al. 2022), and its deterministic sampler.
 EDM_DIFFUSION = {"path": "edm", "preconditioning": "edm", "prediction": "x_0", "variance": "fixed_small"}
 EDM_SAMPLING = {"sampler": "heun", "spacing": "karras"}
-# A consistency network with the same noise levels (Song et al. 2023), and its sampler with one step.
+# A consistency network with EDM's noise levels (Song et al. 2023), and its sampler with one step.
 _CONSISTENCY = EDM_DIFFUSION | {"preconditioning": "consistency"}
 _CONSISTENCY_SAMPLING = {"sampler": "consistency", "steps": 1, "spacing": "trailing"}
 
-# Presets of `models`: the image height, the low-resolution image height (or 0), and settings of `config.diffusion`.
+# {preset of `models`: (image height, height of the low-resolution image or 0, settings of `config.diffusion`)}
 PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "improved_cifar10": (32, 0, _IMPROVED | {"rescale_timesteps": True}),
     "improved_imagenet64": (64, 0, _IMPROVED | {"rescale_timesteps": True}),
@@ -79,10 +79,10 @@ FILES = {
     **dict.fromkeys(("lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"), "adm_lsun"),
     **{f"{size}x{size}_classifier": f"adm_classifier{size}" for size in (64, 128, 256, 512)},
 }
-# Presets whose attention stores the rows for q, then k, then v, instead of head by head.
+# Presets whose files store q, k and v one after the other (the new order), instead of q, k and v of head after head.
 _NEW_ATTENTION_ORDER = {"adm_imagenet64", "edm_imagenet64", "edm_lsun", "consistency_imagenet64", "consistency_lsun"}
 
-# Flags in OpenAI's scripts that describe a network, with their values.
+# Flags in OpenAI's scripts that describe a network, with the kinds of their values.
 _FLAGS: dict[str, ValueKind] = {
     **dict.fromkeys("image_size large_size small_size diffusion_steps classifier_depth".split(), Integer()),
     **dict.fromkeys("num_heads num_heads_upsample num_head_channels".split(), Integer()),
@@ -160,7 +160,7 @@ def is_openai(names) -> bool:
 def describe_openai(
     path: pathlib.Path, tensors: parameters.Tensors, flags: str | Mapping[str, Any] | None
 ) -> tuple[Model, bool]:
-    """Infers the model of a state dict. Returns: (model without parameters, whether the attention has the new order).
+    """Infers the model of a state dict. Returns: (model without parameters, whether its attention rows have the new order).
 
     flags: the name of a preset or a published file, or OpenAI's flags, as a dict or as text; None to use the file's name.
     Raises: PretrainedError for unknown or missing flags.
@@ -241,7 +241,7 @@ def _describe_by_flags(
 
 
 def _infer_fields(shapes: Mapping[str, tuple[int, ...]], depth: int | None) -> dict[str, Any]:
-    """Infers network fields from tensor shapes. depth: blocks in each level, for a classifier without strides."""
+    """Infers network fields from tensor shapes. depth: blocks in each level, for a classifier without stride 2."""
 
     def numbers(pattern):
         return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})

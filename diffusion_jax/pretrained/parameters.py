@@ -44,8 +44,8 @@ class Tensors:
     """The tensors of a file.
 
     framework: "safetensors", "PyTorch" or "TensorFlow". shapes: {name: shape}, known before tensors are read.
-    read(name): returns a tensor, and may be called only once for each name. metadata: of a safetensors file, or
-    the class and the arguments of EDM's network.
+    read(name): returns a tensor, and may be called only once for each name. metadata: the metadata in a safetensors file,
+    or the class and the arguments of EDM's network.
     """
 
     framework: str
@@ -156,9 +156,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 class Naming:
     """The names of parameters in another project's files.
 
-    table: {this package's name: other name} for modules and for the layers in a block; names without an entry are equal.
+    table: {this package's name: other name} for modules and for the layers in a block; names without an entry are the same.
     The modules of a level are "block", "attn", "downsample" and "upsample", or "downsample_conv" and "upsample_conv" if they
-    are convolutions. Their other names are format strings of half ("input" or "output"), direction ("down" or "up"), level,
+    are convolutions. Their other names are format strings with half ("input" or "output"), direction ("down" or "up"), level,
     order (the level, counted in the order of computation), number (in the level), position (in the half; conv_in is the first
     in "input"), and after_attention (2 if the level has attention, else 1).
     """
@@ -203,7 +203,7 @@ def parameter_shapes(model: Network, shape: tuple[int, ...]) -> dict[Path, tuple
 
 
 def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
-    """Returns the axes of a parameter in PyTorch's order: HWIO to OIHW, [in, out] to [out, in]."""
+    """Returns a parameter's axes in PyTorch's order, which transpose HWIO to OIHW, and [in, out] to [out, in]."""
     if path[-1] not in ("kernel", "position"):
         return tuple(range(ndim))
     return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
@@ -215,7 +215,7 @@ def keep_layout(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.nda
 
 
 def from_torch(value: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Converts a PyTorch tensor to Flax's layout, a 1x1 convolution to a matrix. shape: in Flax's layout."""
+    """Converts a PyTorch tensor to Flax's layout; a 1x1 convolution becomes a matrix. shape: the result's shape."""
     if path[-1] in ("kernel", "position") and len(shape) == 2 and value.size == math.prod(value.shape[:2]):
         value = value.reshape(value.shape[:2])
     return value.transpose(np.argsort(_torch_axes(path, value.ndim)))

@@ -1,8 +1,8 @@
 """Reads PyTorch's files and EDM's pickles without running code from the files. Needs no PyTorch.
 
 A pickle is a program: loading it in the usual way calls any function that it names, and EDM's pickles (Karras et al. 2022)
-carry source code for `exec`. `read_pickle` interprets the program itself. It imports nothing. It accepts the names
-of a few functions and classes, and makes an inert value for each: containers, `Tensor`, `Record`. Other names are refused.
+carry source code for `exec`. `read_pickle` interprets the program without importing anything. It accepts the names of a
+few functions and classes, and makes an inert value for each: a container, `Tensor` or `Record`. Other names raise an error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Record:
 
 @dataclasses.dataclass
 class Storage:
-    """Numbers in a file. read: () -> 1-D array of `size` numbers; None until their place in the file is known."""
+    """Numbers in a file. read: () -> 1-D array of `size` numbers; None until the position in the file is known."""
 
     dtype: np.dtype
     size: int
@@ -105,8 +105,8 @@ def _persistent_object(meta) -> Record:
     return Record(_text(meta["class_name"]), meta["state"])
 
 
-# Types are checked before values are compared, hashed or printed, which would never end for a list that holds a second list
-# many times, which holds a third list many times, and so on.
+# Types are checked before values are compared, hashed or printed, because these operations would never end for a chain of
+# lists in which each list holds the next list many times.
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"a {type(value).__name__} in place of a text")
@@ -159,7 +159,7 @@ _CALLS: dict[str, Callable] = {
     "copyreg._reconstructor": lambda kind, base, state: _new(kind),
 }
 _CLASSES: dict[str, Callable] = {"dnnlib.util.EasyDict": dict, "collections.OrderedDict": dict}
-_PREFIXES = ("torch.nn.modules.",)  # of classes that become records
+_PREFIXES = ("torch.nn.modules.",)  # the prefix of classes that become records
 _OTHER_NAMES = {
     *_DTYPES,
     "builtins.object",
@@ -197,7 +197,7 @@ def _set_state(target, state) -> None:
     elif isinstance(target, _Array):
         _, shape, dtype, is_fortran, content = state
         target.value = np.frombuffer(content, dtype.value).reshape(shape, order="F" if is_fortran else "C")
-    elif not isinstance(target, dict):  # of a dict, attributes beside its items are left out
+    elif not isinstance(target, dict):  # the attributes of a dict, unlike its items, are left out
         raise ValueError(f"a state of {type(target).__name__}")
 
 
@@ -276,7 +276,7 @@ def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = 
 
 
 def open_pickle(path: pathlib.Path) -> Any:
-    """Returns the value in a file of `torch.save`, in the current or older format, or in a plain pickle, with `Tensor`s.
+    """Returns the value that `torch.save` (current or older format) or a plain pickle stored, with `Tensor` for tensors.
 
     Raises: PretrainedError.
     """
@@ -298,7 +298,7 @@ def open_pickle(path: pathlib.Path) -> Any:
 
 
 def _storage(saved: Any) -> tuple[str, Storage]:
-    """Returns (key, storage without its numbers) of a persistent id. Raises: ValueError."""
+    """Returns (key, storage without its numbers) for a persistent id. Raises: ValueError."""
     kind, name, key, _, size, *view = saved
     if kind != "storage" or name.name not in _DTYPES or not isinstance(size, int) or size < 0 or any(view):
         raise ValueError("a storage of another form")
@@ -328,7 +328,7 @@ def _read_legacy(file: BinaryIO, read: Callable[[int, int], Any]) -> Any:
     """Reads the older format of `torch.save`: pickles, then the storages. read: (start, number of bytes) -> bytes."""
     if (read_pickle(file), read_pickle(file)) != (_MAGIC, _PROTOCOL):
         raise ValueError("not a file of PyTorch")
-    read_pickle(file)  # the machine that wrote the file
+    read_pickle(file)  # a description of the machine that wrote the file
     storages: dict[str, Storage] = {}
 
     def find_storage(saved: Any) -> Storage:
@@ -347,7 +347,7 @@ def _read_legacy(file: BinaryIO, read: Callable[[int, int], Any]) -> Any:
 
 
 def format_json(value: Any) -> str:
-    """Returns a value as JSON; tensors and records are the names of their types. Raises: ValueError for over 500 values."""
+    """Returns a value as JSON, with type names in place of tensors and records. Raises: ValueError for over 500 values."""
     count = 0
 
     def convert(value):
@@ -365,7 +365,7 @@ def format_json(value: Any) -> str:
 
 
 def module_tensors(module: Record) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name, as in a state dict, and the tensor of each parameter and buffer of a PyTorch module.
+    """Yields (name as in a state dict, tensor) for each parameter and buffer of a PyTorch module.
 
     Raises: ValueError for a module that occurs twice, because a small file could then describe 2^60 modules.
     """

@@ -1,6 +1,6 @@
 """Samplers: pure functions from noise to images, and back.
 
-`driver` has the base class and the loop, `ancestral` and `solvers` the samplers, and `spacing` the choice of steps.
+`driver` has the base class and the loop, `ancestral` and `solvers` have the samplers, and `spacing` helps to choose steps.
 `SAMPLERS` maps config names to samplers. The setting `sampling.<name>` sets the sampler argument with the same name.
 """
 

@@ -21,7 +21,7 @@ from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 @dataclasses.dataclass(frozen=True)
 class ddpm(Sampler):
-    """x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with the clip in DDPM's code).
+    """Draws x_{t-1} ~ p(x_{t-1} | x_t), without noise at the last step (DDPM Algorithm 2, with the clip in DDPM's code).
 
     variance: fixed_large or fixed_small, in place of the denoiser's fixed variance; None keeps the denoiser's.
     Raises: ValueError for another variance; when called, if `variance` is not None and the denoiser learned its variance.
@@ -50,11 +50,11 @@ class ddpm(Sampler):
 class ddim(Sampler):
     """DDIM eq. 12: x_{t-1} = sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with sigma from eq. 16.
 
-    sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), where abar' is abar one step earlier: eta = 0 is
+    sigma = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar'), where abar' is abar at index t - 1: eta = 0 is
     deterministic, eta = 1 is the ancestral sampler with the fixed small variance.
 
-    clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own eps, the default
-      of diffusers (DDIM's own code never clips: clip=False).
+    clipped_eps: True computes eps from the clipped x_0, as OpenAI's code does; False keeps the network's own eps, as
+      diffusers does by default (DDIM's own code never clips, which is clip=False).
     Raises: ValueError for an eta outside [0, 1].
     """
 
@@ -87,8 +87,8 @@ class ddim(Sampler):
 class consistency(Sampler):
     """Multistep consistency sampling (Song et al. 2023, Algorithm 1): each step predicts x_0, and adds fresh noise to it.
 
-    For a consistency network, a `Denoiser` with `sigma_min`. In x / alpha, the noise for the next level s = sigma / alpha has
-    the variance s^2 - sigma_min^2. One step needs only the noisiest level. Raises: ValueError for another denoiser.
+    The denoiser must be a consistency network, a `Denoiser` with `sigma_min`; any other raises ValueError. In x / alpha, the
+    noise for the next level s = sigma / alpha has the variance s^2 - sigma_min^2. One step needs only the noisiest level.
     """
 
     @property
@@ -114,7 +114,7 @@ def euler(**options: Any) -> Sampler:
 
 
 def euler_ancestral(**options: Any) -> Sampler:
-    """Euler's step to sigma_down and noise back up to sigma (k-diffusion's "Euler a"); equal to DDIM with eta = 1."""
+    """Euler's step to sigma_down, and noise up to the next sigma (k-diffusion's "Euler a"); equal to DDIM with eta = 1."""
     return ddim(1.0, **options)
 
 
@@ -126,13 +126,13 @@ def encode(
     order: int = 1,
     start: int | np.integer | None = None,
 ) -> Batch:
-    """DDIM inversion: x_0 to x_T along the probability-flow ODE (DDIM section 4.3), the inverse of deterministic samplers.
+    """Maps x_0 to x_T along the probability-flow ODE (DDIM inversion, section 4.3), the inverse of deterministic samplers.
 
     Args:
       schedule: as `sample`. denoiser: as `sample`, but a plain function has no clip; not for x_prev. A clip, for order 1
-        only, applies to the predicted x_0 at each step (and keeps eps, as diffusers does).
-      order: 1 is DDIM's step with the network evaluated at (x_{t-1}, t), with one call per step; 2 is Heun's step, with two
-        calls; `heun()` then reconstructs x_0 much more closely.
+        only, applies to the predicted x_0 at each step; eps is not recomputed, as in diffusers.
+      order: 1 is DDIM's step, with one network call per step, at (x_{t-1}, t). 2 is Heun's step, with two calls; `heun()`
+        reconstructs x_0 much more closely from this encoding.
       start: the index to stop at, where `sample(..., start=start)` starts; the default is T - 1.
     Returns: x_t at the noise level of index `start`; float32, or float64 for a float64 x_0.
     Raises: ValueError for an x_0 that is not float or has no batch axis, another order, prediction x_prev, a start outside
@@ -159,7 +159,7 @@ def encode(
         return heun().step(jax.random.key(0), unclipped, x, backward, ()).x_prev.astype(x.dtype), None
 
     def first_order_step(x: Batch, t, at_end: Batch | None = None) -> Batch:
-        """DDIM's step with the network time of the upper level. at_end: x at that level, for the network in place of x."""
+        """DDIM's step with the network time of the upper level. at_end: x at the upper level, to call the network with."""
         transition = schedule.transition(t, x)
         lower, upper = transition.target._replace(time=transition.level.time), transition.level
         # Without noise, x_0 and the score do not determine eps, so they are converted with the upper level.
@@ -171,7 +171,7 @@ def encode(
     if order == 1:
         x, _ = jax.lax.scan(lambda x, t: (first_order_step(x, t), None), x_0, jnp.arange(top + 1, dtype=jnp.int32))
         return x
-    # x_0 has no eps, so the first step uses the eps at its end, approximated by a first-order step.
+    # Without noise there is no eps, so the first step uses the eps at its end, approximated by a first-order step.
     first = jnp.int32(0)
     x = first_order_step(x_0, first, first_order_step(x_0, first))
     x, _ = jax.lax.scan(second_order_step, x, jnp.arange(1, top + 1, dtype=jnp.int32))

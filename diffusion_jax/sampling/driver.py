@@ -34,18 +34,18 @@ class Step(NamedTuple):
     state: PyTree = ()
 
 
-_MAX_STD = 10.0  # of x_T where alpha is at most 0.1; only data with a standard deviation above 100 exceed it
+_MAX_STD = 10.0  # limit for x_T where alpha is at most 0.1; only data with a standard deviation above 100 exceed it
 
 
 class Stability(NamedTuple):
     """How errors affect a sampler; `find_problem` and `find_error_growth` use it to check steps.
 
     order: how many network values a step combines; extrapolation enlarges their errors.
-    eta: the share of ancestral noise, as `ddim`'s eta; noise replaces errors.
+    eta: the share of ancestral noise, as `ddim`'s eta; fresh noise replaces a part of the earlier errors.
     along_eps: True if steps are straight lines in x / alpha and sigma / alpha, as in Heun's method; such steps must not span
       many octaves of sigma, so they need the spacing "log_snr". False if steps extrapolate x_0, as in DPM-Solver++ 2M.
-    limit: the largest relative error of one step, on Gaussian data, for which samples are not noise, measured on mixtures;
-      None for no limit.
+    limit: the largest relative error of one step on Gaussian data; above it, samples are noise (measured on mixtures). None
+      for no limit.
     """
 
     order: int = 1
@@ -59,8 +59,8 @@ class Sampler:
     """The step from x_t to x_{t-1}, as a value: samplers with equal options are equal and have equal hashes.
 
     A sampler is a frozen dataclass, so that it can be a static argument of `jax.jit`. It does not depend on the network: the
-    meaning of the output, clip and guidance belong to the `Denoiser`. To write your own, derive a class and define `step`,
-    and `init_state` if it has a state:
+    meaning of the output, clip and guidance belong to the `Denoiser`. To write a sampler, derive a class and define
+    `step`, and `init_state` if it has a state:
 
         @dataclasses.dataclass(frozen=True)
         class shrunk_ddim(sampling.Sampler):
@@ -71,7 +71,7 @@ class Sampler:
                 target = transition.target
                 return sampling.Step(self.factor * (target.alpha * x_0 + target.sigma * eps), x_0)
 
-    Raises: TypeError for prediction, variance or clip, which belong to the network.
+    Raises: TypeError for the arguments prediction, variance and clip, which belong to the network.
     """
 
     def __new__(cls, *args, **options):
@@ -103,9 +103,9 @@ class Sampler:
         return None
 
     def num_calls(self, num_steps: int) -> int:
-        """How many times `num_steps` steps to x_0 call the network; by default once in each step.
+        """Returns how many times `num_steps` steps to x_0 call the network; by default once in each step.
 
-        Define it in a class of your own that calls the network at other times; programs print it.
+        Define this method in a class with another number of calls; programs print the number.
         """
         return num_steps
 
@@ -123,7 +123,7 @@ class Sampler:
     ) -> Step:
         """Takes one step from x_t at `transition.level` to `transition.target`, with any number of network calls.
 
-        The levels hold for all rows, or one for each row. The step to `target.sigma == 0` ends at x_0.
+        The transition has one level for all rows, or one for each row. The step to `target.sigma == 0` ends at x_0.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no step(key, denoiser, x_t, transition, state)")
 
@@ -132,13 +132,13 @@ class Sampler:
 class WrappedSampler(Sampler):
     """A sampler that changes the steps of another sampler; derive a class, and define `step` with `self.sampler.step`.
 
-    It equals only itself, because a derived class may hold arrays. A class that names the fields with its arrays,
+    It equals only itself, because a derived class may hold arrays. A class that names the fields with its arrays in `traced`,
 
         @dataclasses.dataclass(frozen=True, eq=False)
         class shifted(sampling.WrappedSampler, traced=("shift",)):
             shift: jax.Array
 
-    is a pytree: `net.sample` traces all leaves of these fields, and new arrays do not compile it again.
+    is a pytree: `net.sample` traces all leaves of these fields, and new arrays cause no recompilation.
     """
 
     sampler: Sampler
@@ -152,7 +152,7 @@ class WrappedSampler(Sampler):
                 cls, functools.partial(_flatten, traced), functools.partial(_unflatten, cls)
             )
 
-    def __eq__(self, other: object) -> bool:  # `Sampler`'s would compare no fields of derived classes
+    def __eq__(self, other: object) -> bool:  # the method of `Sampler` compares no fields of derived classes
         return self is other
 
     __hash__ = object.__hash__
@@ -223,10 +223,10 @@ def normal(key: Key[Array, "..."], like: Batch) -> Batch:
 
 
 def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: NoiseLevel) -> Batch:
-    """Steps from one noise level to another along a direction eps; DDIM's eq. 12 if eps is the network's own.
+    """Steps from one noise level to another along a direction eps; DDIM's eq. 12 if eps is `denoised.eps`.
 
-    (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps, written in terms of the network's own x_0 and eps, so that the step
-    is defined for pure noise (alpha = 0), where it is DDIM's step for any eps.
+    The result is (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) eps. The code computes it from x_0 and eps in `denoised`,
+    so that the result is defined for pure noise (alpha = 0): DDIM's step, for any eps.
     """
     ratio = current.sigma / jnp.where(current.has_signal, current.alpha, 1.0)
     slope = jnp.where(current.has_signal, target.sigma - target.alpha * ratio, 0.0)
@@ -240,10 +240,10 @@ def check_sampler(sampler: object) -> None:
 
 
 def _check_scale(schedule: Schedule, x_T: Batch, first: int) -> None:
-    """Raises ValueError for noise in EDM's scale, x_0 + sigma eps, where x_T has almost no signal; traced arrays pass."""
+    """Raises ValueError for noise in EDM's scale, x_0 + sigma eps, where x_T has almost no signal; skips traced arrays."""
     if isinstance(x_T, Tracer) or isinstance(schedule.alpha_bar, Tracer) or not x_T.is_fully_addressable:
         return
-    if np.asarray(schedule.alpha_bar)[first] > 0.01:  # before x_T is copied to the host
+    if np.asarray(schedule.alpha_bar)[first] > 0.01:  # checked before x_T is copied to the host
         return
     std = np.std(np.asarray(x_T))  # jnp would trace a constant inside of jax.jit
     if std > _MAX_STD:
@@ -354,7 +354,7 @@ def sample(
     kept = np.unique(np.array(() if indices is None else indices, np.int32))[::-1]
     if kept.size and not last <= kept[-1] <= kept[0] <= first:
         raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")
-    # The row for each step's values; steps that are not kept have an index beyond the end, where a scatter drops them.
+    # The row where each step's values are stored. For other steps, the row is beyond the end, where a scatter drops them.
     row = np.full(total, kept.size, np.int32)
     row[kept] = np.arange(kept.size)
     empty = jnp.zeros((kept.size, *x_T.shape), x_T.dtype)

@@ -7,10 +7,10 @@ lambda' = lambda + h, with the x_0 prediction D,
     x' = (sigma'/sigma) x + alpha' int_0^h e^{-(h - u)} D(lambda + u) du            (DPM-Solver++ eq. 9; UniPC)
     x' = (alpha'/alpha) x - sigma' int_0^h e^{h - u} eps(lambda + u) du             (DPM-Solver eq. 3.4; DEIS)
 
-These methods differ in the choice of polynomial. A step's order is at most the number of values so far. The step to x_0
-has order 1: it returns the predicted x_0. Their common options: `order`, 1 to 3; `lower_order_final`, True to lower the order
-in the last steps (at most n in the n-th step from the end), for stability with few steps. All raise ValueError for an order
-outside 1 to 3.
+The three methods differ in the polynomial. A step's order is at most the number of values so far. The step to x_0 has
+order 1: it returns the predicted x_0. The methods share two options: `order`, 1 to 3, and `lower_order_final`, True to lower
+the order in the last steps (at most n in the n-th step from the end), for stability with few steps. All raise ValueError for
+an order outside 1 to 3.
 
 Heun's method and PNDM make several network calls in some steps.
 """
@@ -35,7 +35,7 @@ __all__ = ["deis", "dpm_solver_pp", "heun", "plms", "pndm", "unipc"]
 
 
 class History(NamedTuple):
-    """The state of a multistep method, newest first: predictions, their noise levels, and method-specific values."""
+    """The state of a multistep method: predictions and their noise levels, newest first, and method-specific values."""
 
     steps_taken: Int32[Array, ""]
     steps_left: Int32[Array, ""]
@@ -78,7 +78,7 @@ class _Multistep(Sampler):
         return empty_history(x_T, num_steps, self.order - 1)
 
     def _step_order(self, history: History, transition: Transition) -> Int[Array, ""]:
-        """Returns the least of `order`, values so far and, if `lower_order_final`, steps left; 1 for the step to x_0."""
+        """Returns the least of `order`, the values so far and, if `lower_order_final`, the steps left; 1 for the last one."""
         order = jnp.minimum(self.order, history.steps_taken + 1)
         return (
             jnp.minimum(order, history.steps_left) if self.lower_order_final else jnp.where(_ends(transition), 1, order)
@@ -86,12 +86,12 @@ class _Multistep(Sampler):
 
 
 def _ends(transition: Transition) -> Array:
-    """Whether the step is the last one, to x_0."""
+    """Whether the step is the last step, to x_0."""
     return jnp.all(transition.target.sigma == 0)
 
 
 def _slopes(values, gaps):
-    """First and second derivative in lambda, at values[0], of the line or parabola through two or three values.
+    """Returns the first and second derivative in lambda, at values[0], of the line or parabola through the values.
 
     gaps[i]: lambda at values[i] minus lambda at values[i + 1].
     """
@@ -103,13 +103,13 @@ def _slopes(values, gaps):
 
 
 def _gaps(nodes):
-    """Returns differences of lambda; 1 for the equal, unused nodes before the first step."""
+    """Returns the differences of lambda between adjacent nodes; 1 for the equal, unused nodes before the first step."""
     gaps = [a.lam - b.lam for a, b in itertools.pairwise(nodes)]
     return [jnp.where(gap == 0, 1.0, gap) for gap in gaps]
 
 
 def choose(index: Int[Array, ""], candidates: list[Batch]) -> Batch:
-    """Returns candidates[index]. All are computed, because a branch makes an accelerator wait for the host."""
+    """Returns candidates[index]. All candidates are computed, because a branch makes an accelerator wait for the host."""
     return jax.lax.select_n(index, *candidates)
 
 
@@ -133,13 +133,13 @@ def _vandermonde_solve(points: list, right: list) -> list:
 class dpm_solver_pp(_Multistep):
     """DPM-Solver++ (Lu et al. 2022): polynomials through x_0 predictions; one network call per step.
 
-    order: 1 is DDIM (with sde, eta = 1). 2 multistep is "2M", with the authors' h/2 (1 - e^-h) for the second term. 3
-      integrates the parabola exactly; the authors' code has half of the last term, which reduces the order.
+    order: order 1 is DDIM (with sde, eta = 1). Order 2 is "2M" without singlestep; its second term has the authors' factor
+      h/2 (1 - e^-h). Order 3 integrates the parabola exactly; the authors' code halves the last term, which lowers the order.
     sde: solves the reverse SDE instead of the ODE: the integrand's rate doubles, and noise with variance sigma'^2 (1 -
       e^{-2h}) is added ("SDE-DPM-Solver++").
     singlestep: takes steps in groups of `order`; each step in a group starts from the group's first x and uses all values
       in the group so far. Order 3 needs steps of similar length in lambda, as in any smooth spacing. The steps in a group
-      share one noise path. `lower_order_final` lowers the order of the last step only, which is its own group.
+      share one noise path. `lower_order_final` lowers the order of the last step only, which becomes a group of its own.
     """
 
     _: dataclasses.KW_ONLY
@@ -228,10 +228,10 @@ class deis(_Multistep):
 
 @dataclasses.dataclass(frozen=True)
 class unipc(_Multistep):
-    """UniPC (Zhao et al. 2023), predictor and corrector in x_0 predictions; one network call per step.
+    """UniPC (Zhao et al. 2023), a predictor and a corrector with x_0 predictions; one network call per step.
 
-    Each call is used twice: it corrects its own input x (to order + 1), and predicts the next x. Order 3 with "bh2" is for
-    few steps without guidance; the authors use order 2 with guidance. The last x_0 is predicted, not corrected.
+    Each predicted x_0 is used twice: it corrects its own input x (to order + 1), and predicts the next x. Order 3 with "bh2"
+    is for few steps without guidance; the authors use order 2 with guidance. The last x_0 is predicted, not corrected.
 
     variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1). Raises: ValueError for another variant.
     """
@@ -254,7 +254,7 @@ class unipc(_Multistep):
         """
         current = nodes[0]
         h = current.lam - target.lam
-        h = jnp.where(h == 0, -1.0, h)  # before the first step, whose corrected x is unused
+        h = jnp.where(h == 0, -1.0, h)  # h is 0 before the first step, whose corrected x is unused
         zeroth = jnp.expm1(h)
         scale = h if self.variant == "bh1" else zeroth
         positions = [gap / h for gap in itertools.accumulate(_gaps(nodes))]
@@ -297,13 +297,13 @@ class unipc(_Multistep):
 class heun(Sampler):
     """Heun's method on dx/dsigma = eps, in x / alpha and sigma / alpha: EDM's Algorithm 2 (Karras et al. 2022).
 
-    Two network calls per step, and one in the last step; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method
+    Each step calls the network twice, the last step once; from pure noise (alpha_bar = 0) the step is Euler's. Heun's method
     fails if sigma falls by many octaves in one step, as in the first steps of a cosine schedule: respace with "karras" or
     "log_snr". Not for the prediction x_prev.
 
-    churn: S_churn. Above 0, each step with sigma, the standard deviation of the noise in x / alpha, in `churn_range` (S_tmin,
-      S_tmax) first adds fresh noise: sigma is multiplied by 1 + min(churn / T, sqrt(2) - 1), up to the largest sigma of the
-      path. `churn_noise` (S_noise) scales the fresh noise.
+    churn: S_churn. Above 0, each step whose sigma (the noise's standard deviation in x / alpha) lies in `churn_range`
+      (S_tmin, S_tmax) first adds fresh noise: sigma is multiplied by 1 + min(churn / T, sqrt(2) - 1), up to the largest sigma
+      of the path. `churn_noise` (S_noise) scales the fresh noise.
     Raises: ValueError for a negative churn or churn_noise, or a churn_range in the wrong order.
     """
 
@@ -344,7 +344,7 @@ class heun(Sampler):
             eps = (denoised.eps + denoiser(euler, target).eps) / 2
             return jnp.where(target.sigma > 0, ddim_step(denoised, eps, level, target), euler)
 
-        # The branch saves the last step's second call. A separate loop for that step would compile the network again.
+        # The branch saves the last step's second call. Taking the last step outside the loop would compile the network again.
         x_prev = jax.lax.cond(_ends(transition), lambda: euler, corrected)
         return Step(x_prev, denoised.x_0, state)
 
@@ -368,11 +368,11 @@ class heun(Sampler):
 class pndm(Sampler):
     """PNDM (Liu et al. 2022): DDIM's step along a mean of the last four eps, weighted 55/24, -59/24, 37/24, -9/24 (F-PNDM).
 
-    Second order for steps that are uniform in network time ("leading", "linspace"); like `heun`, PNDM fails on steps over
-    many octaves of sigma. Not for the prediction x_prev.
+    It has second order for steps that are uniform in network time ("leading", "linspace"); like `heun`, PNDM fails on steps
+    over many octaves of sigma. Not for the prediction x_prev.
 
-    runge_kutta: the first three steps have four network calls each, two calls at the midpoint; False starts with the lower
-      orders instead, with one call per step and two calls in the first step (PLMS).
+    runge_kutta: True makes four network calls in each of the first three steps, two of them at the midpoint. False starts
+      with lower orders, with two calls in the first step and one call in each later step (PLMS).
     """
 
     runge_kutta: bool = True
@@ -393,7 +393,7 @@ class pndm(Sampler):
         e_1, values = denoised.eps, state.values
 
         def eps_at(level, eps):
-            """eps at another noise level, after DDIM's step along `eps`."""
+            """Returns eps at another noise level, after DDIM's step along `eps`."""
             return denoiser(ddim_step(denoised, eps, current, level), level).eps
 
         def start():
@@ -405,7 +405,7 @@ class pndm(Sampler):
             return (e_1 + 2 * e_2 + 2 * e_3 + eps_at(target, e_3)) / 6
 
         means = [
-            e_1,  # also in the last step, to x_0, which is DDIM's
+            e_1,  # also used in the last step, to x_0, which is DDIM's step
             (3 * e_1 - values[0]) / 2,
             (23 * e_1 - 16 * values[0] + 5 * values[1]) / 12,
             (55 * e_1 - 59 * values[0] + 37 * values[1] - 9 * values[2]) / 24,
@@ -413,7 +413,7 @@ class pndm(Sampler):
         is_last = _ends(transition)
         mean = choose(jnp.where(is_last, 0, jnp.minimum(state.steps_taken, 3)), means)
         is_starting = ~is_last & (state.steps_taken < (3 if self.runge_kutta else 1))
-        # The branch, as in `heun`, saves the calls of the start in all other steps.
+        # The branch, as in `heun`, saves the extra calls in all later steps.
         eps = jax.lax.cond(is_starting, start, lambda: mean)
         return Step(ddim_step(denoised, eps, current, target), denoised.x_0, state.push(e_1, current))
 

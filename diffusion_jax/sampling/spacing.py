@@ -1,9 +1,9 @@
 """The default spacing for a sampler, and checks for steps on which a sampler fails.
 
 A step that removes too much noise at once returns noise or blurred images, without an error. For Gaussian data, noise levels
-alone predict this, because the probability flow and the error of each step have closed forms. The checks need the data's
-standard deviation: `find_problem` assumes 0.5, about the value for images in [-1, 1], `find_error_growth` assumes 1, and
-`find_blur` takes an argument. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's exact
+alone predict this failure, because the probability flow and the error of each step have closed forms. The checks need the
+data's standard deviation: `find_problem` assumes 0.5, about the value for images in [-1, 1], `find_error_growth` assumes 1,
+and `find_blur` takes an argument. `tests/sampling/test_spacing.py` compares every sampler's samples with a mixture's exact
 distribution.
 """
 
@@ -18,18 +18,18 @@ from diffusion_jax.schedules import Schedule, respace
 from diffusion_jax.schedules.respacing import DATA_STD
 from diffusion_jax.types import DenoiseFn
 
-_MIN_WIDTH = 0.9  # `find_blur` reports a smaller ratio of the standard deviations of samples and data
+_MIN_WIDTH = 0.9  # `find_blur` reports samples below this share of the data's standard deviation
 _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained network
-# {`Stability.order`: factor by which extrapolation enlarges independent errors}, about the norm of the Adams-Bashforth
-# weights, such as (3/2, -1/2) for order 2.
+# `Stability.order` -> the factor by which extrapolation enlarges independent errors. The factor is about the norm of the
+# Adams-Bashforth weights, which are (3/2, -1/2) for order 2.
 _EXTRAPOLATION = {1: 1.0, 2: 1.7, 3: 2.4, 4: 3.7}
 
 
 def default_spacing(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn) -> str:
     """Returns the spacing for `schedules.respace` that suits a sampler: "log_snr" if it steps along eps, else "trailing".
 
-    Also "log_snr" if network errors would grow on 50 steps of "trailing" (`find_error_growth`). Always "trailing" if
-    alpha_bar ends at 0, where the log SNR is not finite. schedule: not traced.
+    It is also "log_snr" if network errors would grow on 50 steps of "trailing" (`find_error_growth`), and always "trailing"
+    if alpha_bar ends at 0, where the log SNR is not finite. schedule: not traced.
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
@@ -66,9 +66,9 @@ def find_problem(sampler: Sampler, schedule: Schedule) -> str | None:
 def find_error_growth(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn) -> str | None:
     """Returns why errors of a trained network spoil the samples, or None.
 
-    An error d in the predicted eps gives x_0 the error d sigma / alpha; an error d in the score, d sigma^2 / alpha. Without
-    a clip, a step that divides a large sigma / alpha by a large factor moves most of this error into x, and the last step
-    moves all the error.
+    An error d in the predicted eps gives x_0 the error d sigma / alpha; an error d in the score gives d sigma^2 / alpha.
+    Without a clip, a step that divides a large sigma / alpha by a large factor moves most of this error into x, and the last
+    step moves all of it into x.
 
     The result is exact for ddpm, ddim and order 1, for data with standard deviation 1 and a network that is exact except for
     independent errors of 0.05 in its output where sigma > alpha. Samplers with order n >= 2 extrapolate; their errors are
@@ -104,7 +104,7 @@ def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
     last step. The result is None if this ratio is at least 0.9.
 
     schedule: respaced, not traced. data_std: the standard deviation of x_0, or of its narrowest detail; the default is for
-    standardized data. The schedule and the network do not contain it.
+    standardized data. It cannot be derived from the schedule or the network.
     Raises: ValueError for a data_std that is not positive.
     """
     require_number("data_std", data_std, 0, above=True)
@@ -119,7 +119,7 @@ def find_blur(schedule: Schedule, data_std: float = 1.0) -> str | None:
 
 
 def _error_of_samples(eta: float, sigma: np.ndarray, prediction: str) -> float:
-    """The standard deviation that the network's error causes in samples of N(0, 1), drawn by DDIM steps with this eta.
+    """Returns the standard deviation that a network's errors cause in samples of N(0, 1), drawn by DDIM with this eta.
 
     In y = x / alpha, the exact x_0 is y / (1 + sigma^2) and the exact eps is sigma y / (1 + sigma^2).
     """
@@ -141,7 +141,7 @@ def _noise_levels(schedule: Schedule) -> np.ndarray:
 
 
 def _step_errors(stability: Stability, sigma: np.ndarray) -> np.ndarray:
-    """The relative error of each step from sigma[i] to sigma[i + 1], given exact previous values; [len(sigma) - 1]."""
+    """Returns the relative error [len(sigma) - 1] of each step from sigma[i] to sigma[i + 1], given exact previous values."""
     high, low = sigma[:-1], sigma[1:]
     spread = np.hypot(DATA_STD, sigma)  # x / alpha along the exact flow
     x_0, eps = DATA_STD**2 / spread, sigma / spread

@@ -9,7 +9,7 @@ A `Path` is the noise level at every network time, without steps; `from_path` ma
 The index and the network time are distinct. The index `t` (int32, 0-based, index 0 is the papers' t = 1) reads the tables.
 The network time (float, in the unit of training) is `schedule.timesteps[t]`, the only time that a network receives.
 `level = schedule.at(t, x)` is the noise level at index t in a shape that multiplies x: level.alpha * x_0 + level.sigma * eps
-is x_t. `schedule.transition(t, x)` is the step from there to x_{t-1}.
+is x_t. `schedule.transition(t, x)` is the step from x_t to x_{t-1}.
 """
 
 from diffusion_jax.schedules.levels import NoiseLevel, Transition

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 class NoiseLevel(NamedTuple):
-    """The noise level of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1: one for each row of x_t, or one for all.
+    """The noise level of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1: one for each row, or one for all rows.
 
     alpha, sigma, and log_snr = log(alpha^2 / sigma^2): [B, 1, ..., 1] or [], which broadcast against x_t. time: the network
     time, [B] or [].
@@ -33,7 +33,7 @@ class NoiseLevel(NamedTuple):
 
     @property
     def has_signal(self) -> Array:
-        """Whether x_t has digits of x_0: below alpha = 1e-10, dividing by alpha turns rounding errors into any number."""
+        """Whether x_t contains digits of x_0. For alpha below 1e-10, x_t / alpha would consist of rounding errors."""
         return self.alpha > 1e-10
 
     @classmethod
@@ -59,13 +59,13 @@ class NoiseLevel(NamedTuple):
 class Transition(NamedTuple):
     """A step from x_t, at one noise level, to x_{t-1} at another: the two levels and q(x_{t-1} | x_t, x_0), DDPM eq. 7.
 
-    level, target: the noise levels of x_t and x_{t-1}. The last step of a chain ends at x_0, without noise; there
+    level, target: the noise levels of x_t and x_{t-1}. The last step of a chain ends at x_0, without noise; its
       `target.time` has no meaning and equals `level.time`.
     beta: the variance of q(x_t | x_{t-1}).
-    posterior_variance: beta-tilde; 0 for a step to x_0. posterior_log_variance: its log; for a step to x_0, the log of the
-      decoder's variance. posterior_mean_coef_x_0, posterior_mean_coef_x_t: mu-tilde = c_0 x_0 + c_t x_t.
+    posterior_variance: beta-tilde; 0 for a step to x_0. posterior_log_variance: log beta-tilde; for a step to x_0, the
+      decoder's log variance. posterior_mean_coef_x_0, posterior_mean_coef_x_t: c_0 and c_t in mu-tilde = c_0 x_0 + c_t x_t.
     fixed_large_variance: beta; for a step to x_0, the decoder's variance.
-    path: the `Path` with the noise levels between the two; None if unknown.
+    path: the `Path` with the noise levels between `level` and `target`; None if unknown.
 
     `Schedule.transition` reads the steps of a schedule from its tables, and `between` makes any other step.
     """
@@ -92,11 +92,11 @@ class Transition(NamedTuple):
 
     @classmethod
     def between(cls, level: NoiseLevel, target: NoiseLevel, path: Any = None) -> Transition:
-        """Returns the step between any two noise levels, accurate also where they are close.
+        """Returns the step between any two noise levels; it is accurate even if the levels are close.
 
-        Only a step to less noise has variances; `sampling.encode` takes steps to more noise. With r = SNR / SNR',
-        c_0 = alpha' (1 - r), c_t = sqrt(r) sigma' / sigma, beta = sigma^2 (1 - r) and beta-tilde = sigma'^2 (1 - r). The
-        decoder's variance is sigma^2 / alpha^2, as on a `Path`.
+        Only a step to less noise has variances; `sampling.encode` takes steps to more noise. With r = SNR / SNR'
+        (primes mark the target), c_0 = alpha' (1 - r), c_t = sqrt(r) sigma' / sigma, beta = sigma^2 (1 - r) and beta-tilde =
+        sigma'^2 (1 - r). The decoder's variance is sigma^2 / alpha^2, as on a `Path`.
         """
         lost = -jnp.expm1(level.log_snr - target.log_snr)  # 1 - r
         is_last = target.sigma == 0

@@ -1,8 +1,8 @@
 """Paths: the noise level as a function of a continuous time, for EDM, flow matching and continuous VP processes.
 
 A `Path` gives the log SNR, log(alpha^2 / sigma^2) of x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, at any network
-time. Every process with Gaussian noise is such a process after x_t is rescaled (`coordinates` rescales the input and output
-of a network): paths differ in the noise level at each time, and in what the network receives as time.
+time. Rescaling x_t turns every process with Gaussian noise into such a process (`coordinates` rescales the input and output
+of a network). So paths differ only in the noise level at each time, and in the time that the network receives.
 
     level = path.at(time, x_0)
     x_t = level.alpha * x_0 + level.sigma * eps
@@ -51,7 +51,7 @@ class Path:
     interval: tuple[float, float]
 
     def _log_snr(self, time, xp):
-        """The log SNR at a time; xp is the module that computes it, jax.numpy or, in float64, numpy."""
+        """Returns the log SNR at a time. xp: the module that computes it, jax.numpy, or numpy for float64."""
         raise NotImplementedError
 
     def _time(self, log_snr, xp):
@@ -98,7 +98,7 @@ class Path:
         return NoiseLevel.at_log_snr(self._log_snr(time, jnp).reshape(shape), time)
 
     def at_log_snr(self, log_snr: Num[ArrayLike, "..."], like: Shaped[ArrayLike, "..."]) -> NoiseLevel:
-        """Returns the noise level at log SNRs, as `at`, with the network time."""
+        """Returns the noise level at log SNRs, with their network times; shapes and dtype as in `at`."""
         shape, dtype = row_shape("log_snr", log_snr, like)
         log_snr = jnp.asarray(log_snr, dtype)
         return NoiseLevel.at_log_snr(log_snr.reshape(shape), self._time(log_snr, jnp))
@@ -160,7 +160,7 @@ def as_time(x: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
 def cast_table(table: Float[ArrayLike, "T"], dtype: DTypeLike) -> Float[np.ndarray, "T"] | Float[Array, "T"]:
     """Copies a schedule's table to another dtype.
 
-    NumPy casts its own arrays, because JAX caches its copy of a NumPy array and reuses it after x64 is switched.
+    NumPy casts its own arrays, because JAX caches its copy of a NumPy array and reuses this copy after x64 is switched.
     """
     return table.astype(dtype) if isinstance(table, np.ndarray) else jnp.asarray(table, dtype)
 
@@ -175,7 +175,7 @@ class Interpolated(Path):
 
     @property
     def interval(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """From the first step to the last step with signal."""
+        """The network times of the first step and of the last step with signal."""
         xp = np if isinstance(self.timesteps, np.ndarray) else jnp
         # Without a signal, log alpha_bar is the logarithm of the smallest float64.
         return self.timesteps[0], xp.where(self.log_alpha_bar[-1] < -700, self.timesteps[-2:][0], self.timesteps[-1])
@@ -192,7 +192,7 @@ class Interpolated(Path):
         return xp.interp(x, cast_table(xs, x.dtype), cast_table(ys, x.dtype))
 
 
-_MILLE = 1000.0  # the network time at the end of the unit interval
+_MILLE = 1000.0  # the network time at u = 1
 
 
 @jax.tree_util.register_static
@@ -207,7 +207,7 @@ class _VPLinear(Path):
         return -xp.log(xp.expm1(u * (self.beta_min + u * (self.beta_max - self.beta_min) / 2)))
 
     def _time(self, log_snr, xp):
-        integral = xp.logaddexp(0.0, -log_snr)  # of beta from 0 to u, which is -log alpha_bar
+        integral = xp.logaddexp(0.0, -log_snr)  # the integral of beta from 0 to u, which is -log alpha_bar
         slope = self.beta_max - self.beta_min
         return _MILLE * 2 * integral / (self.beta_min + xp.sqrt(self.beta_min**2 + 2 * slope * integral))
 
@@ -220,8 +220,8 @@ class _VPCosine(Path):
 
     def _log_snr(self, time, xp):
         u, unit = time / _MILLE, self._unit
-        # cos^2(angle) as a sine, and 1 - alpha_bar = (cos^2 first - cos^2 angle) / cos^2 first as a product, so that neither
-        # loses digits at the ends.
+        # cos^2(angle) is computed as a sine, and 1 - alpha_bar = (cos^2 first - cos^2 angle) / cos^2 first as a product,
+        # because these keep their digits at the ends.
         signal = xp.sin(unit * (1 - u))
         return 2 * xp.log(signal) - xp.log(xp.sin(unit * u)) - xp.log(xp.sin(unit * (u + 2 * self.offset)))
 
@@ -305,13 +305,13 @@ class _Custom(Path):
         first, last = (jnp.full_like(target, end) for end in self.interval)
         low, high = jax.lax.fori_loop(0, 60, halve, (first, last))
         time = jax.lax.stop_gradient((low + high) / 2)
-        # One step of Newton's method, which changes little but has the gradient of the inverse.
+        # One step of Newton's method changes the time little, and gives it the gradient of the inverse function.
         value, slope = jax.jvp(self.function, (time,), (jnp.ones_like(time),))
         return time + (log_snr - value) / slope
 
 
 def _call(function, x, xp):
-    """Calls a function of JAX arrays, also for NumPy arrays, in float64."""
+    """Calls a function of JAX arrays; for NumPy arrays, it computes and returns a NumPy array in float64."""
     if xp is jnp:
         return function(x)
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
@@ -330,7 +330,7 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, *, interval: tuple[
     """The variance-preserving process with a linear rate beta (Song et al. 2021, VP SDE), the limit of DDPM's schedule.
 
     With u = time / 1000: alpha_bar = exp(-(beta_min u + (beta_max - beta_min) u^2 / 2)).
-    interval: the default starts at u = 1e-5, as the authors' training. Raises: ValueError for rates that are not
+    interval: the default starts at u = 1e-5, as in the authors' training. Raises: ValueError for rates that are not
     0 < beta_min <= beta_max, and for an interval outside 0 ... 1000.
     """
     if not 0 < beta_min <= beta_max < math.inf:
@@ -372,8 +372,8 @@ def rectified_flow(*, interval: tuple[float, float] = (0.0, 1000.0)) -> Path:
 def shifted(path: Path, delta_log_snr: float) -> Path:
     """Returns the path with `delta_log_snr` added to the log SNR at every time.
 
-    Images with d times the width need 2 log(1/d) for the same signal in averaged pixels (Hoogeboom et al. 2023, "simple
-    diffusion", eq. 5). SD3's shift of rectified flow from n to m pixels (Esser et al. 2024, eq. 23) is log(n / m).
+    Images with d times the width need a delta of 2 log(1/d) for the same signal in averaged pixels (Hoogeboom et al. 2023,
+    "simple diffusion", eq. 5). SD3's shift of rectified flow from n to m pixels (Esser et al. 2024, eq. 23) is log(n / m).
 
     A network trained on this path gets the time of `path`, before the shift. For a network that was trained on `path` itself,
     or that gets the shifted tau, as SD3's, use `from_path(path, times)` with shifted times instead.
@@ -388,7 +388,7 @@ def path(
     *,
     interval: tuple[float, float],
 ) -> Path:
-    """A path from any log SNR, a strictly decreasing, differentiable function of the network time, element by element.
+    """Returns a path from any log SNR, a strictly decreasing, differentiable, elementwise function of the network time.
 
     inverse: the network time at a log SNR; without it, the time is found by bisection.
     interval: the first and last network time.

@@ -13,7 +13,7 @@ from diffusion_jax.schedules.schedule import Schedule, at_log_snr, from_path, fr
 
 
 def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
-    """OpenAI's "ddimN": the integer stride that visits exactly N steps from 0 (DDIM section 4.2)."""
+    """Returns the indices of OpenAI's "ddimN": the integer stride that visits exactly N steps from 0 (DDIM section 4.2)."""
     stride_of = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
     if count in stride_of:
         return np.arange(0, num_timesteps, stride_of[count])
@@ -24,7 +24,7 @@ def _ddim_indices(count: int, num_timesteps: int) -> np.ndarray:
 
 
 def _section_indices(counts: list[int], num_timesteps: int) -> np.ndarray:
-    """OpenAI's "a,b,c": equal sections of the schedule with a, b and c evenly spread steps (Improved DDPM section 4)."""
+    """Returns the indices of OpenAI's "a,b,c": equal sections with a, b and c evenly spread steps (Improved DDPM sec. 4)."""
     if len(counts) > num_timesteps:
         raise ValueError(f"{len(counts)} sections do not fit into {num_timesteps} steps")
     size, extra = divmod(num_timesteps, len(counts))
@@ -86,7 +86,7 @@ def _read_text(text: str) -> tuple[int | list[int], str]:
 def _spaced(schedule: Schedule, count, spacing: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns `count` steps with a named spacing: indices, or (network times, log SNR) between indices.
 
-    If the schedule ends in pure noise, so do levels between indices; sigma is then spaced up to the last step with signal.
+    If the schedule ends in pure noise, the last level is pure noise, and the other levels end at the last step with signal.
     """
     total = schedule.num_timesteps
     require_number("the number of steps", count, 1, total, whole=True)
@@ -135,7 +135,7 @@ def respace(
       schedule: the schedule to shorten, T steps.
       steps: one of
         "ddimN": N steps with an integer stride from index 0 (at T = 1000 "ddim25" is 0, 40, ..., 960);
-        "N" or "a,b,c": OpenAI's sections, N (a, b, c) steps spread over the schedule (over each third), its ends included;
+        "N" or "a,b,c": OpenAI's sections: N steps over the schedule, or a, b and c steps over its thirds, ends included;
         an int S, with one of these spacings for the indices:
             trailing   ..., T - 1 - T/S, T - 1, rounded; the default
             leading    0, T//S, 2 (T//S), ...
@@ -143,16 +143,16 @@ def respace(
             quadratic  int(linspace(0, sqrt(0.8 T), S)^2), DDIM's code for CIFAR-10
             openai     as the string "S"
             openai_ddim  as the string "ddimS"
-          or, uniformly in a function of sigma = sqrt((1 - alpha_bar) / alpha_bar) from the schedule's largest sigma to its
-          smallest. These steps lie between the schedule's own, so their network times are fractions:
+          or with a spacing that is uniform in a function of sigma = sqrt((1 - alpha_bar) / alpha_bar), from the largest sigma
+          to the smallest. These steps lie between the schedule's steps, so their network times are fractions:
             karras     sigma^(1/7) (Karras et al. 2022, eq. 5)
             log_snr    log sigma (DPM-Solver section 3.3)
-            gaussian   arctan(sigma / 0.5), where DDIM has the smallest error on Gaussian data with standard deviation 0.5
+            gaussian   arctan(sigma / 0.5), for which DDIM has the smallest error on Gaussian data with standard deviation 0.5
               (Sabour et al. 2024, section 3.1, derive it for their own bound).
           If alpha_bar ends at 0, the last step is pure noise, and the step before it is the last step with signal;
         several ints with the spacing "openai", as the string "a,b,c";
         or explicit steps, in any order: indices (int), or network times (float).
-      spacing: only for an int, or for the sections of "openai"; strings and explicit steps define their own.
+      spacing: only for an int, or for the sections of "openai"; strings and explicit steps define their own spacing.
 
     Returns: a Schedule with these steps and beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}. alpha_bar is bit-identical to the
       schedule's; at steps between indices it comes from the path.
@@ -192,7 +192,7 @@ def respace(
     if isinstance(schedule.path, Interpolated):
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
         return from_tables(alpha_bar, 1 - alpha_bar, betas, timesteps, schedule.path)
-    # 1 - alpha_bar has no digits where a path is almost clean.
+    # 1 - alpha_bar has no correct digits where a path is almost clean.
     noise = np.asarray(schedule.transitions.level.sigma)[found] ** 2
     with np.errstate(divide="ignore"):  # the logarithm of 0 in pure noise
         betas = -np.expm1(np.diff(np.log1p(-noise), prepend=0.0))

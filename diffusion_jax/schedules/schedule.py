@@ -78,8 +78,8 @@ def betas(
 class Schedule:
     """The steps of a chain; build it with `from_betas`, `from_path` or `respace`.
 
-    A pytree whose leaves are float64 NumPy arrays [T]; `at` and `transition` read them, in the dtype of the argument
-    `like`. Index t runs from 0 (the papers' t = 1) to T - 1.
+    It is a pytree whose leaves are float64 NumPy arrays [T]; `at` and `transition` return their values in the dtype of the
+    argument `like`. Index t runs from 0 (the papers' t = 1) to T - 1.
 
     transitions: the steps from x_t to x_{t-1}, as tables.
     alpha_bar: the product of 1 - beta up to t.
@@ -88,9 +88,9 @@ class Schedule:
       that its square root is 0 in float32.
 
     For a chain of betas and its respacings, the decoder p(x_0 | x_1), at index 0, has the posterior variance of index 1, as
-    in Ho's and OpenAI's code (ln = -9.8167 for linear-1000); for a chain of one step, beta. The levels of a
-    `Path` may be so close that this variance is far below the uncertainty of x_0 given x_1. Schedules from a path have
-    sigma_0^2 / alpha_0^2 instead, the variance of x_0 given x_1 for any smooth distribution of x_0 that is much wider.
+    in Ho's and OpenAI's code (its log is -9.8167 for the linear schedule with T = 1000); with one step it is beta. The
+    levels of a `Path` may be so close that this variance is far below the uncertainty of x_0 given x_1. Schedules from a path
+    have sigma_0^2 / alpha_0^2 instead, the variance of x_0 given x_1 if the distribution of x_0 is smooth and much wider.
     """
 
     transitions: Transition
@@ -119,7 +119,7 @@ class Schedule:
         return self.alpha_bar / self.transitions.level.sigma**2
 
     def __repr__(self) -> str:
-        """One line: the number of steps and the ends of two tables, or the shape of traced or stacked tables."""
+        """Returns one line with the number of steps and the ends of two tables, or the shape of traced or stacked tables."""
         betas = self.betas
         if isinstance(betas, Tracer) or not isinstance(betas, np.ndarray | jax.Array) or betas.ndim != 1:
             return f"Schedule(betas of shape {getattr(betas, 'shape', None)})"
@@ -136,8 +136,8 @@ class Schedule:
             x_t = level.alpha * x_0 + level.sigma * eps          # DDPM eq. 4
 
         The shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. The dtype is the dtype of a float
-        `like`, at least float32; for an int `like`, it is float32, or float64 under x64. NaN where t lies outside
-        0 ... T - 1. Raises: ValueError for a t that is not int, or whose shape is not the start of `like`'s shape.
+        `like`, at least float32; for an int `like`, it is float32, or float64 under x64. Values are NaN where t lies
+        outside 0 ... T - 1. Raises: ValueError for a t that is not int, or whose shape is not the start of `like`'s shape.
         """
         return self._read(self.transitions.level, t, like)
 
@@ -154,7 +154,7 @@ class Schedule:
         def read(path, table):
             table = jnp.asarray(cast_table(table, dtype))
             values = table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-            is_time = path[-1].name == "time"  # which has t's shape
+            is_time = path[-1].name == "time"  # time keeps t's shape
             return values if is_time or shape == values.shape else values.reshape(shape)
 
         return jax.tree_util.tree_map_with_path(read, tables)
@@ -162,7 +162,7 @@ class Schedule:
 
 def _noise_levels(alpha_bar: np.ndarray, one_minus_alpha_bar: np.ndarray, time: np.ndarray) -> NoiseLevel:
     alpha, sigma = np.sqrt(alpha_bar), np.sqrt(one_minus_alpha_bar)
-    # log(1e-22) is about -50, and 1 + exp(-50) == 1 even in float64: a finite value for "no noise" and for "pure noise".
+    # The bound 1e-22 keeps the log SNR finite without noise or signal: its log is about -50, and 1 + exp(-50) == 1.
     log_snr = 2 * (np.log(np.maximum(alpha, 1e-22)) - np.log(np.maximum(sigma, 1e-22)))
     return NoiseLevel(alpha, sigma, log_snr, time)  # pyright: ignore[reportArgumentType]
 
@@ -235,10 +235,10 @@ def from_betas(
 
 
 def rescale_zero_terminal_snr(betas: Sequence[float] | Num[ArrayLike, "T"]) -> Float64[np.ndarray, "T"]:
-    """Returns betas whose alpha_bar ends at 0, so that training ends in pure noise, as sampling starts (Lin et al. 2023).
+    """Returns betas whose alpha_bar ends at 0, so that training includes pure noise, where sampling starts (Lin et al. 2023).
 
-    sqrt(alpha_bar) is shifted so that the last value is 0, and scaled so that the first value stays. The network must predict
-    v, x_0 or flow. betas: [T], T at least 2. Raises: ValueError as `from_betas`, and for one step.
+    sqrt(alpha_bar) is shifted so that the last value is 0, and scaled so that the first value is kept. The network must
+    predict v, x_0 or flow. betas: [T], T at least 2. Raises: ValueError as `from_betas`, and for one step.
     """
     signal = np.sqrt(from_betas(betas).alpha_bar)
     if len(signal) < 2:
@@ -252,8 +252,8 @@ def from_path(path: Path, times: Sequence[float] | Num[ArrayLike, "T"]) -> Sched
 
     The schedule keeps the path: samplers that call the network between steps, and respacing, find exact network times.
 
-    times: [T], increasing, in the path's interval, but the last may be any time in pure noise, where the log SNR is -inf.
-    Raises: ValueError for times that are not increasing or outside, or whose log SNR does not decrease or is not finite.
+    times: [T], increasing, in the path's interval; only the last may lie outside, in pure noise, where the log SNR is -inf.
+    Raises: ValueError for other times, and for times whose log SNR does not decrease or is not finite.
     """
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or not times.size or not np.isfinite(times).all() or not (np.diff(times) > 0).all():

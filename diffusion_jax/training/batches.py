@@ -1,4 +1,4 @@
-"""Checks and conversions of the batches that a train step gets."""
+"""Checks the batches that a train step gets, and converts them to `Examples`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusion_jax import data, models
 from diffusion_jax.config import is_continuous
 from diffusion_jax.images import to_model_range
 
-_KINDS = {  # {name in messages: (accepted dtypes, the dtype in the program's own batches)}
+_KINDS = {  # {name in messages: (accepted dtypes, dtype of the batches from the program's data pipeline)}
     "bool": (jnp.bool_, np.bool_),
     "uint8": (jnp.uint8, np.uint8),
     "int": (jnp.integer, np.int32),
@@ -22,9 +22,9 @@ _KINDS = {  # {name in messages: (accepted dtypes, the dtype in the program's ow
 
 
 class Examples(NamedTuple):
-    """x_0: float32 [B, *spatial, C]. y: int [B], and condition: float32 [B, D] or [B, *spatial, K]; None if not needed.
+    """x_0: float32 [B, *spatial, C]. y: int [B], or None. condition: float32 [B, D] or [B, *spatial, K], or None.
 
-    Rows of the condition that are NaN are null conditions.
+    Rows of NaN in `condition` are null conditions.
     """
 
     x_0: jax.Array
@@ -38,7 +38,7 @@ def condition_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def _expected(config: Mapping[str, Any], name: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Returns {array of a batch: (kind of numbers, shape of an example, why the array is needed)}. name: "image" or "x"."""
+    """Returns {name of an array: (kind of numbers, shape of an example, why it is needed)}. name: "image" or "x"."""
     shape, classifies = data.example_shape(config["data"]), config["diffusion"]["loss"] == "classify"
     reason = "data.image_size and data.channels "
     if name == "image":
@@ -62,11 +62,11 @@ def abstract_batch(config: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]
 def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
     """Checks a batch against a complete config, and converts it to `Examples`.
 
-    Only names, shapes and dtypes are checked, so this works under jit. batch: "image", uint8 [B, *spatial, C], is scaled to
-    [-1, 1]; or "x", float [B, *spatial, C], is not scaled. "label", int [B], is read only for a network with classes or a
-    classifier; "condition", float [B, D] or [B, *spatial, K], and the optional "condition_missing", bool [B], True for
-    examples without a condition, only for a conditional network. If the condition of any other example has a NaN, x_0 and
-    thus the loss become NaN, because traced values cannot raise an error.
+    Only names, shapes and dtypes are checked, so the function works under jit. batch: has "image", uint8 [B, *spatial, C],
+    which is scaled to [-1, 1], or "x", float [B, *spatial, C], which is not. "label", int [B], is read only for a network
+    with classes or a classifier. "condition", float [B, D] or [B, *spatial, K], and the optional "condition_missing", bool
+    [B], True for examples without a condition, are read only for a conditional network. If the condition of any other
+    example has a NaN, the x_0 of the example becomes NaN, and thus the loss, because traced values cannot raise an error.
     Raises: ValueError for any other batch, and for settings that contradict the batch.
     """
     names = list(batch) if isinstance(batch, Mapping) else [type(batch).__name__]
@@ -112,7 +112,7 @@ def read_batch(batch: Mapping[str, Any], config: Mapping[str, Any]) -> Examples:
 def _read(
     batch: Mapping[str, Any], name: str, num_rows: int, kind: str, shape: tuple[int, ...], reason: str
 ) -> jax.Array:
-    """Returns the array `name`, which must be [num_rows, *shape]. kind: its dtype, a key of `_KINDS`."""
+    """Returns the array `name`, which must be [num_rows, *shape] with a dtype of `_KINDS[kind]`. Raises: ValueError."""
     found = ", ".join(map(repr, batch))
     if name in batch:
         value = batch[name]

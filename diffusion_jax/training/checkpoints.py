@@ -61,18 +61,18 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _leaf_types(tree: Any) -> dict[str, str]:
-    """Returns {path: dtype and shape} for all leaves; classes and dictionaries have the same paths."""
+    """Returns {path: dtype and shape} for all leaves; a dataclass has the same paths as a dictionary of its fields."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {path(keys): f"{leaf.dtype}{list(leaf.shape)}" for keys, leaf in leaves}
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `kept`, and all steps divisible by `keep_every` (0 for none).
+    """The checkpoints of one run: keeps the newest `kept` steps, and all steps divisible by `keep_every` (0 for none).
 
     A single process writes and commits a step in the background. With several processes, every process must make every call,
-    and all calls return the same result. Each process writes its arrays in the background. When the main threads agree that
-    all arrays are written, process 0 commits the step.
+    and a call returns the same result in every process. Each process writes its arrays in the background. When the main
+    threads agree that all arrays are written, process 0 commits the step.
     """
 
     def __init__(self, directory: RunDir | os.PathLike, kept: int = 3, keep_every: int = 0, read_only: bool = False):
@@ -103,14 +103,14 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state to the host and writes it in the background. Raises: as `finish`, for the earlier save.
 
-        Waits until an earlier save is committed, and until the state is copied, but not until it is written.
+        Waits until an earlier save is committed, and until the state is copied, but not until the copy is written.
         """
         self.finish()
         self._saving = step, self._thread.submit(self._write, step, copy_to_host(_items(state)))
         self._num_checks = 0
 
     def _write(self, step: int, copies: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the arrays of this process, in the background. Returns: {"files": digests} or {"error": message}."""
+        """Writes the arrays of this process, in the background thread. Returns: {"files": digests} or {"error": message}."""
         part = self._directory / f"{step}.partial" / str(jax.process_index())
         try:
             report: dict[str, Any] = {"files": write_part(part, copies, self._run_dir, str(step))}
@@ -158,7 +158,7 @@ class Checkpoints:
     def check(self) -> None:
         """Commits the last save if it is written; otherwise returns at once. Raises: SaveError if the save failed.
 
-        With several processes, only calls 1, 2, 4, 8 ... after a save do this, because agreement takes time.
+        With several processes, only calls 1, 2, 4, 8 ... after a save can commit the save, because agreement takes time.
         """
         if self._saving is None:
             return
@@ -209,7 +209,7 @@ class Checkpoints:
     def newest_intact_step(
         self, items_of: Callable[[int], Iterable[str]] = lambda step: (*_WEIGHTS, "rest")
     ) -> int | None:
-        """Returns the newest step whose items are intact, or None; logs damaged steps, and restores nothing."""
+        """Returns the newest step whose items `items_of(step)` are intact, or None. Logs damaged steps; restores nothing."""
         for step in reversed(broadcast_from_process_0(self.steps)):
             problem = broadcast_from_process_0(functools.partial(self._find_corruption, step, items_of(step)))
             if problem is None:
@@ -247,7 +247,7 @@ class Checkpoints:
             self._run_dir.fetch(self._directory / str(step) / item)
 
     def _check_leaves(self, step: int, abstract: Mapping[str, Any]) -> None:
-        """Raises: CheckpointError if the names, dtypes or shapes of the arrays differ from `abstract`; Orbax would cast.
+        """Raises: CheckpointError if the names, dtypes or shapes of the arrays differ from `abstract`; Orbax would cast them.
 
         Such a checkpoint is not damaged, so it is not renamed.
         """
@@ -305,9 +305,9 @@ def _open_checkpointer(options: ocp.options.MultiprocessingOptions, **handlers: 
 
 
 def copy_to_host(tree: Any) -> Any:
-    """Copies the shards that this process writes to host memory.
+    """Returns copies, in host memory, of the shards that this process saves.
 
-    Process 0 writes replicated arrays; the other processes get None.
+    Process 0 saves replicated arrays; the other processes get None instead.
     """
 
     def select(array: jax.Array) -> jax.Array | None:
@@ -341,7 +341,7 @@ def write_part(part: pathlib.Path, items: Mapping[str, Any], run_dir: RunDir, st
     LeaseLostError, before objects are overwritten, if another launch has taken over the bucket.
     """
     size = sum(shard.data.nbytes for array in jax.tree.leaves(items) for shard in array.addressable_shards)
-    # Process 0 of a local run makes no parents: they are missing if the run was moved. Other processes may lack the parents.
+    # Process 0 of a local run creates no parents, which are missing only if the run was moved. Other processes may need them.
     is_first = jax.process_index() == 0
     part.parent.mkdir(parents=isinstance(run_dir, BucketRunDir) or not is_first, exist_ok=True)
     if size > shutil.disk_usage(part.parent).free:  # on a full disk, tensorstore prints a traceback for every array
@@ -392,7 +392,7 @@ def digest(path: pathlib.Path) -> tuple[int, str]:
 def check_run_files(workdir: RunDir) -> None:
     """Compares config.json and data.json with their copies in the newest checkpoint; a changed byte can change results.
 
-    Logs a note about changes of settings that a launch may change, and about checkpoints of earlier versions, without copies.
+    Logs a note about changed settings that a launch may change, and if a checkpoint of an earlier version has no copies.
     Raises: CheckpointError if a file is missing, cannot be read, or differs in values that change the results.
     """
     steps = committed_steps(workdir / "checkpoints")

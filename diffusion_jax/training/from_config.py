@@ -56,7 +56,7 @@ def stored_normalizations(config: Mapping[str, Any], workdir: RunDir | pathlib.P
 def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
     """Builds the noise schedule of `config.diffusion`.
 
-    Raises: ValueError for a prediction that does not determine x_0 from pure noise, and for errors of a function.
+    Raises: ValueError for a prediction that does not determine x_0 if x_t is pure noise, and for a user's invalid function.
     """
     schedule = _steps_of_path(config) if config["path"] else _chain(config)
     predicts_x_0 = config["loss"] != "classify"
@@ -70,7 +70,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
-    """Returns the schedule of published betas, or of the betas that a user's function returns."""
+    """Returns a schedule with published betas, or with the betas that a user's function returns."""
     name, count = config["schedule"], config["num_timesteps"]
     if ":" in name:
         betas = find_function(name, "diffusion.schedule")(count)
@@ -88,7 +88,7 @@ def _chain(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
-    """Returns T levels, evenly spaced in network time from the path's start (excluded at infinite log SNR) to its end."""
+    """Returns T levels, evenly spaced in network time on the path, without its start if the log SNR is infinite there."""
     path = find_function(config["path"], "diffusion.path", schedules.PATHS)()
     if config["log_snr_shift"]:
         path = schedules.shifted(path, config["log_snr_shift"])
@@ -100,7 +100,7 @@ def _steps_of_path(config: Mapping[str, Any]) -> schedules.Schedule:
 
 
 def model_from_config(config: Mapping[str, Any], network: Callable | None = None) -> Network:
-    """Builds the network of `config.model` with output channels for the variance, or a classifier.
+    """Builds the network of `config.model`, with more output channels for a learned variance, or a classifier.
 
     config: complete, from `config.resolve`. network: replaces the function that `config.model.kind` names.
     Raises: ValueError for values that the network does not allow.
@@ -121,7 +121,7 @@ def model_from_config(config: Mapping[str, Any], network: Callable | None = None
 
 
 def _refuse_lost_levels(config: Mapping[str, Any], path: schedules.Path) -> None:
-    """Raises: ValueError if training draws levels without a finite density, such as levels outside the path."""
+    """Raises: ValueError if training draws levels whose log density is not finite, such as levels outside the path."""
     _, log_density = make_timestep_sampler(config)(jax.random.key(0), 16, path)
     lost, name = np.asarray(log_density)[~np.isfinite(log_density)], config[drawn := sampler_setting(config)]
     if lost.size:
@@ -135,12 +135,12 @@ def _refuse_lost_levels(config: Mapping[str, Any], path: schedules.Path) -> None
 
 
 class TrainingProgram(NamedTuple):
-    """Compiled functions and array shapes that a config describes, before any array exists.
+    """The compiled functions and the array shapes for a config; no array exists yet.
 
-    init: () -> TrainState, compiled, with the config's seed. empty_averages: () -> averages over no steps, compiled.
-    train_step: (state, batch) -> (state, metrics), compiled, donates the state. train_steps: runs `training.steps_per_call`
-    train steps, on batches with a leading axis of that size; None for one step per call, and on CPUs. abstract_state: the
-    shapes, dtypes and shardings of the state.
+    init: () -> TrainState, compiled, with the config's seed. empty_averages: () -> empty averages, compiled. train_step:
+    (state, batch) -> (state, metrics), compiled, donates the state. train_steps: runs `training.steps_per_call` train steps,
+    on batches stacked along a first axis of this size; None for one step per call, and on CPUs. abstract_state: the shapes,
+    dtypes and shardings of the state.
     """
 
     mesh: Mesh
@@ -157,9 +157,9 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
     """Builds the network, the schedule and the compiled functions of a config.
 
     config: any mapping that `config.resolve` takes, also a partial config; `init_from` is not read. mesh_devices: the devices
-    of the mesh, by default the present devices; for devices of a topology, programs only compile. Raises: ConfigError for
-    values that a setting does not allow; ValueError for a config that cannot be built.
-    Functions of `config.diffusion` are traced, so their errors are raised here.
+    of the mesh, by default the present devices; with devices of a topology, programs can be compiled but not run. Raises:
+    ConfigError for values that a setting does not allow; ValueError for a config that cannot be built. Users' functions in
+    `config.diffusion` are traced, so their errors are raised here.
     """
     config = resolve(config)
     mesh = sharding.make_mesh(config["mesh"], mesh_devices)
@@ -224,8 +224,8 @@ def create(config: Mapping[str, Any]) -> tuple[TrainState, TrainStep]:
     config: any nested mapping, partial or complete, as `config.resolve` takes it. state: TrainState with `.params`,
     `.ema_params`, `.opt_state`, `.step`. train_step(state, {"image": uint8 [B, *spatial, C], "label": int32 [B]}) -> (state,
     metrics) is compiled for the config's mesh and donates the state. Standardized float data use the key "x" [B, *spatial, C]
-    instead of "image". "label" is needed only for `model.num_classes` or the loss "classify"; "condition", float, and
-    the optional "condition_missing", bool [B], only for a conditional network.
+    instead of "image". "label" is read only for a network with classes or the loss "classify". "condition", float, and
+    the optional "condition_missing", bool [B], are read only for a conditional network.
 
     Float data need data.random_flip=False; with the loss vlb or hybrid, also data.levels=None.
 

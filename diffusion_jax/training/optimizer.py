@@ -13,10 +13,10 @@ import optax
 from diffusion_jax.config.rules import freezes
 from diffusion_jax.functions import find_function
 
-MAX_INITIAL_SHARE = 0.1  # largest weight of the random initial parameters in an EMA that is used
+MAX_INITIAL_SHARE = 0.1  # an EMA is used only if the random initial parameters have at most this weight in it
 
 
-# (learning rate, number of steps) -> the learning rate after the warm-up.
+# {name: (largest learning rate, number of steps after the warm-up) -> optax schedule after the warm-up}
 _SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
     "constant": lambda peak, _: optax.constant_schedule(peak),
     "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
@@ -27,7 +27,7 @@ _SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
 def learning_rate(config: Mapping[str, Any]) -> optax.Schedule:
     """Builds the learning rate: linear warm-up from 0, then constant, or a linear or cosine decay to 0 at `decay_steps`.
 
-    config: `config.optimizer`, whose `decay_steps` is above `warmup_steps`.
+    config: `config.optimizer`; `decay_steps` must be above `warmup_steps`.
     """
     peak, warmup = config["learning_rate"], config["warmup_steps"]
     steps = 0 if config["schedule"] == "constant" else config["decay_steps"] - warmup
@@ -49,7 +49,7 @@ def from_config(config: Mapping[str, Any]) -> optax.GradientTransformationExtraA
         options = {name: config[name] for name in ("b1", "b2", "eps")}
         if config["name"] == "adamw":
             options["weight_decay"] = config["weight_decay"]
-        update = getattr(optax, config["name"])(learning_rate(config), **options)  # only names of optax are allowed
+        update = getattr(optax, config["name"])(learning_rate(config), **options)  # only names in optax are allowed
     max_norm = config["grad_clip"]
     optimizer = optax.with_extra_args_support(optax.chain(_clip(max_norm), update) if max_norm else update)
     if not config["frozen"]:
@@ -63,7 +63,7 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
     """Returns a tree of bools, True for parameters that training does not change.
 
     frozen: patterns such as "down_*", compared with the names of parameters, "down_0_block_0/conv_0/kernel", and with the
-    names of all modules that contain them; or "module:function", a function from the name to a bool.
+    names of all modules that contain them; or "module:function", a function from a parameter's name to a bool.
     Raises: ValueError if a pattern freezes no parameter, and if no parameter or every parameter is frozen.
     """
     names = jax.tree_util.tree_map_with_path(
@@ -87,7 +87,7 @@ def find_frozen(frozen: str | Sequence[str], params: Any) -> Any:
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Like `optax.clip_by_global_norm`, but takes the norm as an argument."""
+    """Like `optax.clip_by_global_norm`, but `update` takes the norm as an argument."""
 
     def update(updates, state, params=None, **extra_args):
         del params
@@ -113,19 +113,19 @@ def ema_decay(step: Any, config: Mapping[str, Any]) -> Any:
 def initial_share(config: Mapping[str, Any], step: int) -> float:
     """Returns the weight of the random initial parameters in the EMA after `step` steps: the product of the decays.
 
-    config: complete. With `init_from` the result is 0, because the initial parameters are trained.
+    config: complete. With `init_from` the result is 0, because the initial parameters were trained before.
     """
     if config["init_from"]:
         return 0.0
     if not config["ema"]["warmup"]:
         return config["ema"]["decay"] ** step
-    # The first 10,000 decays of a warm-up have a product below 1e-30.
+    # With a warm-up, the product of the first 10,000 decays is below 1e-30.
     return float(np.prod(ema_decay(np.arange(min(step, 10_000)), config["ema"])))
 
 
 def weights_kind(config: Mapping[str, Any], step: int, use_ema: bool = True) -> Literal["ema", "raw"]:
-    """Returns which weights to sample and measure with after `step` steps: "ema" or "raw".
+    """Returns which weights to use for samples and metrics after `step` steps: "ema" or "raw".
 
-    Raw weights replace an EMA with more than `MAX_INITIAL_SHARE` of the random initial parameters, which would give noise.
+    If the random initial parameters weigh more than `MAX_INITIAL_SHARE` in the EMA, its samples would be noise: use "raw".
     """
     return "ema" if use_ema and initial_share(config, step) <= MAX_INITIAL_SHARE else "raw"

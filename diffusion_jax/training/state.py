@@ -31,8 +31,8 @@ class TrainState:
     """The complete state of a run, without its config. A checkpoint holds the whole state.
 
     step: int32, the number of finished steps. params, ema_params: float32 trees. opt_state: the state of the optimizer.
-    averages: averages of the metrics since the last multiple of `training.log_every`, in the state so that a resumed run
-    logs the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other timestep samplers.
+    averages: averages of the metrics since the last multiple of `training.log_every`; the state has them so that a resumed
+    run logs the same means. loss_history: past losses for `timesteps.loss_second_moment`; None for other samplers.
     """
 
     step: jax.Array
@@ -59,7 +59,7 @@ def initial_params(key: jax.Array, model: Network, shape: tuple[int, ...]) -> Ma
 def abstract_params(model: Network, shape: tuple[int, ...]) -> Any:
     """Returns the shapes and dtypes of `initial_params`, without computing the parameters.
 
-    The key is an argument of the traced function, because `jax.ensure_compile_time_eval` computes expressions of constants.
+    The traced function gets the key, because with a constant key `jax.ensure_compile_time_eval` would compute parameters.
     """
     return jax.eval_shape(lambda key: initial_params(key, model, shape), jax.random.key(0))
 
@@ -98,7 +98,7 @@ def make_average(total: jax.Array, count: jax.Array) -> Average:
 def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> dict[str, Average]:
     """Averages the loss over each quarter of the timesteps, q1 the least noisy.
 
-    For network times on a path: over the log SNRs above 4, 0 to 4, -4 to 0 and below -4. examples: t (indices or network
+    On a path, the four ranges are log SNRs above 4, 0 to 4, -4 to 0 and below -4. examples: t (indices or network
     times), loss, importance, each [B].
     """
     t = examples["t"]
@@ -112,7 +112,7 @@ def quarter_averages(examples: Mapping[str, jax.Array], schedule: Schedule) -> d
 
 
 def empty_averages(terms: Sequence[str]) -> dict[str, Any]:
-    """Returns the averages of all train step metrics over no steps. terms: names of further values that a loss logs."""
+    """Returns empty averages of all metrics of the train step. terms: names of further values that a loss logs."""
     names = ("loss", *QUARTERS, *terms, "grad_norm", "param_norm", "learning_rate")
     zero = jnp.zeros((), jnp.float32)
     averages = {name: make_average(zero, zero) for name in names}
@@ -132,6 +132,6 @@ def update_averages(
 
 
 def mean_metrics(averages: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the means on the host, without metrics of count 0 (quarters without a timestep)."""
+    """Returns {name: mean} on the host, without metrics of count 0 (quarters without a timestep)."""
     averages = {name: value for name, value in averages.items() if isinstance(value, Average)}
     return {name: float(average.compute()) for name, average in averages.items() if average.count > 0}

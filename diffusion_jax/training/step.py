@@ -42,7 +42,7 @@ Objective = Callable[..., tuple[jax.Array, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """Every `count`-th row of a batch, starting at `index`, so that each device has equally many rows.
+    """The rows index, index + count, index + 2 count, ... of a batch, so that each device has equally many of the rows.
 
     Timesteps, noise and the masks of dropout layers are drawn for all B rows, so that the number of microbatches does not
     change the results. The network sees only the rows of the microbatch. Other random numbers of a user's network, such as
@@ -69,7 +69,7 @@ class Microbatch:
         if self.count == 1 or not isinstance(module, nn.Dropout | layers.Dropout):
             return layer(*args, **kwargs)
         x, *others = args
-        # A user's Linen network has this stream, except inside `nn.scan`, which passes only the streams that it names.
+        # A user's Linen network has this stream, except inside an `nn.scan` that does not name the stream.
         if module.has_rng("batch_dropout") and len(others) < 2:
             kwargs = {"rng": module.make_rng("batch_dropout"), **kwargs}
         ones = jnp.ones((len(x) * self.count, *x.shape[1:]))
@@ -84,7 +84,7 @@ _LOSS_TERMS = {"vlb": ("mse", "vlb"), "hybrid": ("mse", "vlb"), "classify": ("ac
 
 
 def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """Returns the loss function that a config names, and its keyword arguments from settings.
+    """Returns (the loss function that a config names, its keyword arguments from the settings).
 
     The timestep sampler is not included, because it may need the loss history.
     """
@@ -112,14 +112,14 @@ def _loss_and_options(config: Mapping[str, Any]) -> tuple[Callable, dict[str, An
 
 
 def _sampler_arguments(diffusion: Mapping[str, Any]) -> set[str]:
-    """Returns the arguments of a loss that take the timestep sampler; losses written for 0.3 have `draw` for a path."""
+    """Returns the arguments of a loss that take the timestep sampler; on a path, losses written for 0.3 name it `draw`."""
     return {"timestep_sampler", "draw"} if diffusion["path"] else {"timestep_sampler"}
 
 
 def make_timestep_sampler(
     diffusion: Mapping[str, Any], history: timesteps.LossHistory | None = None
 ) -> TimestepSampler:
-    """Builds the timestep sampler of `config.diffusion`. history: for a sampler that draws by the size of recent losses."""
+    """Builds the timestep sampler of `config.diffusion`. history: past losses, for samplers that need them."""
     setting = sampler_setting(diffusion)
     if ":" in diffusion[setting]:
         return find_function(diffusion[setting], f"diffusion.{setting}")
@@ -140,7 +140,7 @@ def sigma_data(diffusion: Mapping[str, Any], is_continuous: bool) -> float:
 
 
 def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise: float) -> jax.Array:
-    """Returns an upsampler's condition [B, H, W, K]: x_0 at low resolution, with noise of random std if max_noise > 0."""
+    """Returns an upsampler's condition [B, H, W, K]: x_0 at low resolution, plus noise of random std if max_noise > 0."""
     low, noise_std = upsampling.downsample(x_0, low_resolution), None
     if max_noise:
         key_std, key_noise = jax.random.split(key)
@@ -152,9 +152,9 @@ def _small_image(key: jax.Array, x_0: jax.Array, low_resolution: int, max_noise:
 def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule) -> Objective:
     """Builds the loss of `config.diffusion`: objective(params, history, key, examples, microbatch) -> (loss [B], values).
 
-    history: `TrainState.loss_history`. examples: the result of `read_batch`. microbatch: the rows that the network sees;
-    results in all other rows have no meaning. values: "t", "importance" and the terms that the loss logs, each [B]; the
-    scalars of a user's loss are "loss/NAME". objective raises ValueError if a user's loss returns a wrong type or shape.
+    history: `TrainState.loss_history`. examples: the result of `read_batch`. microbatch: the rows that the network sees; all
+    other rows of the results have no meaning. values: "t", "importance" and the terms that the loss logs, each [B]; a
+    user's loss logs its scalars as "loss/NAME". objective raises ValueError if a user's loss returns a wrong type or shape.
     """
     (loss, options), diffusion = _loss_and_options(config), config["diffusion"]
     is_path, classifies = bool(diffusion["path"]), diffusion["loss"] == "classify"
@@ -179,7 +179,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
             conditions = {name: microbatch.take(each) for name, each in conditions.items() if each is not None}
             x, time = microbatch.take(x_t), microbatch.take(time)
             rngs = {"dropout": key_dropout}
-            if microbatch.count > 1:  # for the random numbers that are not intercepted
+            if microbatch.count > 1:  # for random numbers other than dropout layers' masks
                 rngs["microbatch"] = jax.random.fold_in(key_dropout, microbatch.index)
             with nn.intercept_methods(microbatch.dropout):
                 output = model.apply({"params": params}, x, time, *labels, train=True, rngs=rngs, **conditions)
@@ -201,7 +201,7 @@ def make_objective(config: Mapping[str, Any], model: Network, schedule: Schedule
 def _loss_and_values(name: str, result: Any, batch_size: int) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (loss, values to log) from the result of the loss `name`.
 
-    Raises: ValueError if a user's loss did not return (losses, aux), or losses, aux.t, aux.importance or a scalar not [B].
+    Raises: ValueError if a user's loss did not return (losses, aux), or if losses, t, importance or a scalar is not [B].
     """
     expected = f"diffusion.loss={name} must return (losses [{batch_size}], losses.LossAux), one loss for each example"
     if not isinstance(result, tuple) or len(result) != 2:
@@ -273,16 +273,16 @@ def make_train_step(
     learning_rate: optax.Schedule,
     gather_params: Callable[[Callable], Callable] = lambda loss_fn: loss_fn,
 ) -> TrainStep:
-    """Builds train_step(state, batch) -> (state, metrics), not yet compiled; batch: as `read_batch` takes it.
+    """Builds train_step(state, batch) -> (state, metrics), not compiled. batch: as for `read_batch`.
 
-    All random numbers derive from `fold_in(key(config.seed), state.step)`. metrics, scalars: loss (batch mean), loss_q1 ...
-    loss_q4 (means over each quarter of the timesteps, q1 the least noisy, or on a path over the log SNRs above 4, 0 to 4, -4
-    to 0 and below -4; NaN for a quarter without an example in the batch),
+    All random numbers derive from `fold_in(key(config.seed), state.step)`. The metrics are scalars: loss (batch mean),
+    loss_q1 ... loss_q4 (means over each quarter of the timesteps, q1 the least noisy, or on a path over the log SNRs above 4,
+    0 to 4, -4 to 0 and below -4; NaN for a quarter without an example in the batch),
     mse and vlb (bits per dimension, without L_T) for the losses vlb and hybrid, accuracy for a classifier, loss/NAME for the
     scalars of a user's loss, grad_norm (before clipping), param_norm, learning_rate. With importance sampling, losses are
     weighted, so that the means are unbiased.
 
-    gather_params: wraps a function of the parameters if the parameters are split over devices, as `sharding.gather_params`.
+    gather_params: wraps a function of the parameters, which may be split over devices, as `sharding.gather_params` does.
     """
     objective = make_objective(config, model, schedule)
     gradient = _make_gradient(objective, config["training"]["accumulation_steps"], gather_params)
@@ -325,13 +325,13 @@ def make_train_step(
 def _make_gradient(
     objective: Objective, num_microbatches: int, gather_params: Callable[[Callable], Callable]
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-    """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, {name: values [B]}, with "loss")."""
+    """Builds gradient(params, history, key, examples) -> (gradient of the mean loss, {name: values [B]} including "loss")."""
 
     def loss_fn(params, history, key, examples: Examples, index):
         microbatch = Microbatch(index, num_microbatches)
         loss, values = objective(params, history, key, examples, microbatch)
         values = {"loss": loss} | values
-        # float32 with x64, too, except for t, which may be an index.
+        # Values are float32 even with x64, except for t, which may be an index.
         values = {name: value if name == "t" else value.astype(jnp.float32) for name, value in values.items()}
         values = jax.tree.map(microbatch.take, values)
         return values["loss"].mean(), values
