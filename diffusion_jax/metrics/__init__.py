@@ -426,9 +426,7 @@ MEANINGS = {
     "fid": Meaning("Frechet Inception distance (FID)", "lower", f"{_DISTANCE}; {_FALLS}"),
     "frechet_distance": Meaning("Frechet distance", "lower", f"{_DISTANCE}; {_FALLS}"),
     "sfid": Meaning("spatial FID (sFID)", "lower", f"for Inception's spatial features: {_DISTANCE}"),
-    "spatial_frechet_distance": Meaning(
-        "spatial Frechet distance", "lower", f"for spatial features: {_DISTANCE}"
-    ),
+    "spatial_frechet_distance": Meaning("spatial Frechet distance", "lower", f"for spatial features: {_DISTANCE}"),
     "kid": Meaning("kernel Inception distance (KID)", "lower", _MMD),
     "kernel_distance": Meaning("kernel distance", "lower", _MMD),
     "inception_score": Meaning(
