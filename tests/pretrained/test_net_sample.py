@@ -218,8 +218,8 @@ def test_what_does_not_fit_a_net_is_one_line():
         (net_of(num_classes=3, label_dropout=0.1), {"y": 7}, r"lie in 0 \.\.\. 2 \(or 3, the null label\), got 7"),
         (conditional, {"y": [0, 1, 2]}, r"one label or 2, one for each example; got shape \(3,\)"),
         (conditional, {"y": 1, "guidance_scale": 2.0}, "needs a network trained with label_dropout"),
-        (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "required by super-resolution networks"),
-        (net_of(low_resolution=2), {}, "required by super-resolution networks"),
+        (plain, {"low": jnp.zeros((2, 2, 2, 1))}, "low= is for super-resolution networks"),
+        (net_of(low_resolution=2), {}, "low= is for super-resolution networks"),
         (plain, {"sampler": sampling.heun(), "steps": 5, "spacing": "trailing"}, "use spacing='log_snr'"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
