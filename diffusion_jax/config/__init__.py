@@ -1,4 +1,4 @@
-"""Configs: the table of all settings with default, allowed values and description, and functions that read the table.
+"""Configs: the table of all settings, with defaults, allowed values and descriptions, and functions that read the table.
 
     from diffusion_jax import config
 
@@ -81,7 +81,7 @@ def default() -> ConfigDict:
 
 
 def default_classifier() -> ConfigDict:
-    """Returns a config for a noise-aware classifier: `diffusion.loss` is "classify", `model` has other defaults."""
+    """Returns a config for a noise-aware classifier: `diffusion.loss` is "classify", and `model` has other defaults."""
     return resolve({"diffusion": {"loss": "classify"}})
 
 
@@ -89,8 +89,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
     """Completes a config, which may be partial, with the defaults.
 
     config: a nested mapping or a ConfigDict; it is not changed. Lists become tuples.
-    Raises: ConfigError for an unknown setting, a value with a wrong type or out of range, or `data.channel_names` or
-    `data.channel_units` of another length than `data.channels`.
+    Raises: ConfigError for an unknown setting, a value with a wrong type or out of range, or if the number of
+    `data.channel_names` or `data.channel_units` is not `data.channels`.
     """
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
@@ -102,8 +102,8 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
 def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     """Returns `config`, resolved, with settings replaced by command-line values: {"training.num_steps": "1e4"}.
 
-    ConfigDict fields that refer to a replaced field (`get_ref`) follow it. If `model.kind` changes from or to a
-    function, the settings of the previous network are reset to the defaults.
+    ConfigDict fields that refer to a replaced field (`get_ref`) get the field's new value. If `model.kind` changes from or
+    to a function, the settings of the previous network are reset to the defaults.
     Raises: ConfigError as `resolve`, and for text that is not a value of the setting.
     """
     given, values, options = flatten(config), {}, {}
@@ -120,7 +120,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     if options:
         values["model.options"] = {**values.get("model.options", given.get("model.options", {})), **options}
     changed = copy.deepcopy(ConfigDict(config))
-    with changed.ignore_type():  # in reverse: the first of several fields with one reference decides
+    with changed.ignore_type():  # in reverse, so that the first of several fields with one reference decides
         changed.update_from_flattened_dict(
             {name: values[name] for name in reversed(values) if name in given and name != "model.options"}
         )
@@ -130,7 +130,7 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
 def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the settings whose functions would be imported, {"model.kind": "module:function"}. config: may be partial.
 
-    The synthetic data of this package's own experiments are not listed: they run no code that a config names.
+    The synthetic data of this package's experiments are not listed, because importing them runs only this package's code.
     """
     found = {}
     for name, value in flatten(config).items():
@@ -178,7 +178,7 @@ def experiment(name: str) -> ConfigDict:
 
 
 def _find_beside(config: Any, folder: pathlib.Path) -> None:
-    """Makes FILE.py in settings FILE.py:function absolute if the file is in the folder of the config."""
+    """Makes the path in each setting FILE.py:function absolute, if the file is in the config's folder."""
 
     def absolute(text: Any) -> Any:
         is_beside = isinstance(text, str) and ".py:" in text and (folder / text.rpartition(":")[0]).is_file()
@@ -204,12 +204,12 @@ def _folder() -> pathlib.Path:
 
 
 def _complete(given: Mapping[str, Any]) -> ConfigDict:
-    """Builds a config from values by full setting name, with defaults for the other settings. Raises: ConfigError."""
+    """Builds a config from {full setting name: value}, with defaults for all other settings. Raises: ConfigError."""
     config = ConfigDict({group: {} for group in GROUPS if group})
     for name, value in {**defaults(given), **given}.items():
         setting = _find_setting(name)
         value = _convert(name, value, setting.kind.check, _shown(value))
-        if isinstance(setting.kind, OneOf):  # a ConfigDict would fix the type of the first value
+        if isinstance(setting.kind, OneOf):  # a ConfigDict would allow only the type of the first value
             value = FieldReference(value, field_type=object)
         group, _, last = name.rpartition(".")
         (config[group] if group else config)[last] = value
@@ -218,7 +218,7 @@ def _complete(given: Mapping[str, Any]) -> ConfigDict:
 
 
 def _convert(name: str, value: Any, convert: Callable[[Any], Any], shown: str) -> Any:
-    """Returns `convert(value)`. Raises: ConfigError, showing the value as `shown`, if the setting does not allow it."""
+    """Returns `convert(value)`. Raises: ConfigError, with the text `shown`, if the setting does not allow the value."""
     setting = SETTINGS[name]
     try:
         return convert(value)

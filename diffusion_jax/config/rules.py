@@ -1,4 +1,4 @@
-"""Settings that contradict each other: tables with a row for each contradiction, and `check`, which refuses them."""
+"""Settings that contradict each other: tables with a row for each contradiction, and `check`, which raises an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from diffusion_jax.config.table import (
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.functions import find_function
 
-# Methods for measurements with noise, and without noise by task; the first is the default.
+# Methods for measurements with noise, and for measurements without noise by task; the first method is the default.
 _NOISY = ("mmps", "pigdm", "dps", "smc")
 _EXACT = {"inpaint": ("repaint", "project"), "colorize": ("project",), "super_resolution": ("project",)}
 _READ_BY = {"iterations": ("mmps", "pigdm"), "zeta": ("dps",), "particles": ("smc",)}
@@ -33,8 +33,8 @@ _READ_BY = {"iterations": ("mmps", "pigdm"), "zeta": ("dps",), "particles": ("sm
 class Rule(NamedTuple):
     """A row of a table, for one complete config.
 
-    setting: full name. is_broken: whether the config has the contradiction. problem: continues "setting=value". use: a value
-    of the setting without the contradiction. instead: a change of another setting, as "diffusion.path=edm".
+    setting: full name. is_broken: whether the config has the contradiction. problem: a text that follows "setting=value".
+    use: a value without the contradiction. instead: a change of another setting that removes it, as "diffusion.path=edm".
     """
 
     setting: str
@@ -301,8 +301,8 @@ def _without_effect(config: ConfigDict) -> list[Rule]:
     ]
 
 
-# Tables by the use of their settings. "config" is checked in `config.resolve`, each other table before its settings are used.
-# Broken rules of "without effect" are only logged.
+# Tables by the use of their settings. `config.resolve` checks "config"; each other table is checked before its settings are
+# used. Broken rules of "without effect" are only logged.
 RULES = {
     "config": _every_config,
     "data": _data,

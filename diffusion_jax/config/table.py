@@ -33,8 +33,8 @@ from diffusion_jax.metrics import METRICS
 class Setting:
     """A setting in the config.
 
-    default: the value in DDPM's run on CIFAR-10. kind: the allowed values. description: for the reference; errors show the
-    first sentence.
+    default: the value in DDPM's run on CIFAR-10. kind: the allowed values. description: a text for the reference page; errors
+    show its first sentence.
     """
 
     default: Any
@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def imports(self) -> bool:
-        """Whether a text with a colon is the name of a function, which is imported."""
+        """Whether a value with a colon names a function that is imported."""
         return _names_function(self.kind)
 
 
@@ -162,7 +162,7 @@ MODEL: dict[str, Setting] = {
         None, optional(Integer(1)), "Channels of an attention head; None for `model.num_heads` heads."
     ),
     "resample_blocks": Setting(
-        False, Boolean(), "Whether residual blocks change the resolution (ADM), not convolutions."
+        False, Boolean(), "Whether residual blocks change the resolution (ADM), instead of convolutions."
     ),
     "scale_shift_norm": Setting(
         False, Boolean(), "Whether the time embedding scales and shifts a block's second norm, instead of being added."
@@ -174,7 +174,7 @@ MODEL: dict[str, Setting] = {
         "`model.resample_blocks`, and for ncsn++ `diffusion.path=edm` and `optimizer.frozen=time_fourier`).",
     ),
     "embedding_cos_first": Setting(
-        False, Boolean(), "Order of the time embedding: [cos, sin] (OpenAI), or [sin, cos]."
+        False, Boolean(), "Whether the time embedding is [cos, sin] (OpenAI), instead of [sin, cos]."
     ),
     "embedding_freq_shift": Setting(
         1.0, Number(), "Shift in the exponent of the time embedding's frequencies: 1 as Ho et al., 0 as OpenAI."
@@ -414,7 +414,7 @@ SAMPLING: dict[str, Setting] = {
         'Distribution of the steps over the timesteps, if `sampling.steps` is given; openai_ddim is OpenAI\'s "ddim50". '
         "None: log_snr for "
         f"{', '.join(_SAMPLERS_ALONG_EPS)}, and if the errors of an unclipped eps or score network would grow; "
-        "otherwise, and if alpha_bar ends at 0, trailing.",
+        "trailing in all other cases, and always if alpha_bar ends at 0.",
     ),
     "eta": Setting(
         0.0,
@@ -436,7 +436,7 @@ SAMPLING: dict[str, Setting] = {
     "clip": Setting(
         None,
         OneOf(Boolean(), Choice("dynamic", None)),
-        "Whether x_0 is clipped to [-1, 1] at every step; None: for gray levels and for `data.normalization=limits`. "
+        "Whether x_0 is clipped to [-1, 1] at every step; None: only for gray levels and `data.normalization=limits`. "
         "dynamic: x_0 is clipped to a quantile of |x_0|, at least 1, and divided by this quantile.",
     ),
     "clip_quantile": Setting(0.995, Number(above=0, maximum=1), "Quantile of the dynamic clipping."),
@@ -524,7 +524,8 @@ EDITING: dict[str, Setting] = {
     "example": Setting(
         None,
         optional(Integer(0)),
-        "Number of an example in `evaluation.split`, in place of `editing.image`; tasks with a measurement measure it.",
+        "Number of an example in `evaluation.split`, in place of `editing.image`. If the task has a measurement, the example "
+        "is measured.",
     ),
     "noise": Setting(
         0.0,
@@ -534,8 +535,8 @@ EDITING: dict[str, Setting] = {
     "method": Setting(
         None,
         optional(Choice("mmps", "pigdm", "dps", "smc", "project", "repaint")),
-        "How samples are drawn given the measurement: mmps, pigdm, dps or smc with noise, project or repaint without. None: "
-        "mmps with noise, repaint for inpaint, otherwise project.",
+        "How samples are drawn given the measurement: mmps, pigdm, dps or smc with noise, project or repaint without noise. "
+        "None: mmps with noise; without noise, repaint for inpaint and project for other tasks.",
     ),
     "operator": Setting(
         "",
@@ -547,7 +548,7 @@ EDITING: dict[str, Setting] = {
     "share": Setting(
         0.25,
         Number(above=0, maximum=1),
-        "Share of the entries (sparse) or frequencies (fourier) that are measured, or angles for each row (tomography).",
+        "Share of the entries (sparse) or frequencies (fourier) that are measured, or ratio of angles to rows (tomography).",
     ),
     "iterations": Setting(
         None, optional(Integer(1)), "Iterations of mmps and pigdm; None for their defaults, 3 and 10."
@@ -584,7 +585,7 @@ EVALUATION: dict[str, Setting] = {
     "cdf": Setting(
         "exact", Choice(*likelihood.CDFS), "CDF of the discretized Gaussian; tanh is OpenAI's approximation."
     ),
-    "clip": Setting(None, optional(Boolean()), "Whether x_0 is clipped to [-1, 1]; None as for `sampling.clip`."),
+    "clip": Setting(None, optional(Boolean()), "Whether x_0 is clipped to [-1, 1]; None: default of `sampling.clip`."),
     "seed": Setting(0, SEED, "Seed of the measurement noise."),
     "use_ema": Setting(True, Boolean(), "Whether the moving average is measured, as `sampling.use_ema` for samples."),
     "ode": Setting(False, Boolean(), "Whether to also measure the probability-flow ODE's likelihood."),
@@ -596,7 +597,7 @@ EVALUATION: dict[str, Setting] = {
     "ode_trace": Setting(
         "hutchinson",
         Choice("hutchinson", "exact"),
-        "Divergence of the ODE; exact takes as many derivatives as an example has values.",
+        "Method for the ODE's divergence; exact computes as many derivatives as an example has values.",
     ),
     "ode_tolerance": Setting(1e-5, Number(above=0), "Error tolerance of the ODE solver."),
     "likelihood": Setting(True, Boolean(), "Whether --mode=evaluate measures the variational bound."),
@@ -620,8 +621,8 @@ EVALUATION: dict[str, Setting] = {
                 shown="('fid',)",
             )
         ),
-        "Metrics of samples. None for all that suit the data: feature metrics for images, example metrics for other data, "
-        "and both kinds for other data with `evaluation.features`.",
+        "Metrics of samples. None for all metrics that suit the data: feature metrics for images, example metrics for other "
+        "data, and both kinds for other data with `evaluation.features`.",
     ),
     "calibration_examples": Setting(
         100,
@@ -669,7 +670,7 @@ SETTINGS = {
     for group, (_, settings) in GROUPS.items()
     for name, setting in settings.items()
 }
-# The classifier defaults that differ: ADM's classifier for ImageNet at 128x128 pixels.
+# The defaults that differ for a classifier: ADM's classifier for ImageNet at 128x128 pixels.
 CLASSIFIER_DEFAULTS = {f"model.{name}": value for name, value in CLASSIFIER_PRESETS["adm_classifier128"].items()}
 
 _IDENTITY_GROUPS = ("data", "model", "diffusion", "optimizer", "ema")
@@ -745,6 +746,6 @@ def clips_by_default(config: Mapping[str, Any]) -> bool:
 
 
 def resolve_clip(config: Mapping[str, Any], group: str = "sampling") -> bool | str:
-    """Returns the setting `clip` in a group of a complete config; None depends on the data."""
+    """Returns the setting `clip` in a group of a complete config; None becomes the default for the data."""
     clip = config[group]["clip"]
     return clips_by_default(config) if clip is None else clip

@@ -20,7 +20,7 @@ _LARGEST = 2**31 - 1
 
 
 class ValueKind(Protocol):
-    """The values that a setting allows. allowed: a noun phrase that continues "must be"."""
+    """The values that a setting allows. allowed: a noun phrase that follows "must be" in errors."""
 
     @property
     def allowed(self) -> str: ...
@@ -31,12 +31,12 @@ class ValueKind(Protocol):
 
 
 def parse(kind: ValueKind, text: str) -> Any:
-    """Returns the first reading of a command-line argument that `kind` allows. Raises: ValueError, as `ValueKind.check`."""
+    """Returns a command-line text's first possible value that `kind` allows. Raises: ValueError, as `ValueKind.check`."""
     return _first_allowed([partial(kind.check, value) for value in _readings(text.strip())])
 
 
 def _readings(text: str) -> Iterator[Any]:
-    """Yields what a text may mean: None, a number, a bool, a tuple in brackets, a string, a tuple without brackets."""
+    """Yields a text's possible values: None, a number, a bool, a tuple in brackets, a string, a tuple without brackets."""
     if text == "None":
         yield None
     if not isinstance(number := _to_item(text), str):
@@ -59,7 +59,7 @@ def _to_item(text: str) -> int | float | str:
 
 
 def _first_allowed(checks: Sequence[Callable[[], Any]]) -> Any:
-    """Returns the first result. Raises: ValueError with the first advice if no check allows its value."""
+    """Returns the result of the first check that allows its value. Raises: ValueError with the first advice if none does."""
     advice = []
     for check in checks:
         try:
@@ -168,8 +168,8 @@ Integer = partial(Number, whole=True)
 class Tuple:
     """A tuple, or another sequence, whose items have one kind.
 
-    items: a plural noun for the items. shown: an example. rising: whether the tuple is empty or has at least two items in
-    increasing order.
+    items: a plural noun for the items. shown: an example. rising: whether the tuple must be empty or have at least two items
+    in increasing order.
     """
 
     item: ValueKind
@@ -206,7 +206,7 @@ Interval = partial(Tuple, maximum_length=2, rising=True)  # (low, high), or ()
 
 
 class OneOf:
-    """Several kinds; the first that allows a value decides."""
+    """A value of one of several kinds; the first kind that allows the value converts it."""
 
     def __init__(self, *kinds: ValueKind):
         self.kinds = kinds
@@ -273,6 +273,6 @@ class NamedValues:
 
 
 def read_value(text: str) -> Any:
-    """Returns the first reading of a command-line argument; for `model.options`, whose kinds of values are unknown."""
+    """Returns the first possible value of a command-line text, for `model.options`, whose kinds of values are unknown."""
     text = text.strip()
     return text == "True" if text in ("True", "False") else next(_readings(text))

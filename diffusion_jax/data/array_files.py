@@ -40,15 +40,15 @@ class ArrayFiles(Arrays, NamedSource):
     path: one of
 
     - `.npy`, an array [N, *spatial, C], memory-mapped.
-    - `.npz` with "x" or "image", optionally "label", "condition" and "condition_missing" (bool [N], True for examples
-      without a condition); or with samples ("arr_0"). Arrays are memory-mapped; a compressed array is loaded instead.
+    - `.npz` with the array "x" or "image" (or "arr_0", as in files of samples), and optionally "label", "condition" and
+      "condition_missing" (bool [N], True for examples without a condition). Arrays are memory-mapped; compressed ones loaded.
     - `.h5`, `.hdf5` or `.zarr` with arrays of these names, which need the extra `arrays`. Small chunks are read fastest.
     - a folder with `.npy` files, searched recursively in path order, without hidden files. Each file holds one example
       [*spatial, C] or several [n, *spatial, C]. If every file is in a subfolder, each subfolder is a class.
     - a folder with one of the above for each split, such as `train.npy` and `test.npy`, or `train/` and `test/`. Other data
       have only the split "train".
 
-    shape: (*spatial, C) of `data.image_size` and `data.channels`, or () for any. With C = 1, files may lack the channel axis.
+    shape: an example's shape (*spatial, C), or () for any shape. With C = 1, files may lack the channel axis.
     "image" is uint8 and "x" any other real type; in .npy files uint8 is "image".
 
     num_classes: the largest label + 1, or the number of subfolders; 0 without labels. class_names: the subfolders, or ().
@@ -157,7 +157,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
         raise DataError(f"{path} has 'x' and 'image'; keep one: 'image' for uint8, 'x' for other numbers")
     others = [name for name in names if name not in found]
     if not {"x", "image"} & found.keys():
-        unnamed = [name for name in others if name in ("", "arr_0")]  # an .npy, or samples
+        unnamed = [name for name in others if name in ("", "arr_0")]  # in an .npy; in a file of samples
         if not unnamed:
             raise DataError(
                 f"{path} has no array 'x' or 'image', {f'only {list_names(names, 8)}' if names else 'and no other arrays'}; "
@@ -176,7 +176,7 @@ def _open_file(path: pathlib.Path) -> tuple[dict[str, _Rows], list[str]]:
 
 
 def _list_arrays(path: pathlib.Path) -> list[str]:
-    """Returns the names of the arrays in a file or store; an .npy has one, whose name is ""."""
+    """Returns the names of the arrays in a file or store; an .npy has one array, with the name ""."""
     if not path.is_dir():
         check_regular(path)
     if path.suffix.lower() == ".npy":
@@ -228,7 +228,7 @@ class _Rows:
     """An array [N, ...] in a file. Pickling copies no values: another process opens the file at its first read.
 
     name: the array's name in an .npz, an HDF5 file or a Zarr store; "" for an .npy.
-    shape, dtype: of the whole array, in native byte order. Raises: DataError for files that cannot be read.
+    shape, dtype: the array's shape, and its dtype in native byte order. Raises: DataError for files that cannot be read.
     """
 
     def __init__(self, path: str, name: str = ""):
@@ -269,7 +269,7 @@ class _Rows:
 class _FolderRows:
     """The rows of several .npy files, one file after another; a file is open only while it is read.
 
-    lengths: the number of rows in each file. row_shape: of one row; a file may store a single row without the first axis.
+    lengths: the number of rows in each file. row_shape: shape of a row; a file may store a single row without the first axis.
     """
 
     def __init__(self, paths: Sequence[str], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype):

@@ -30,7 +30,7 @@ _AHEAD, _AHEAD_OF_BLOCKS = 4, 16  # batches that a worker reads ahead; 16 are re
 class Batches:
     """Batches by step: `batches[step]` is the source's dict of arrays: {"image": uint8 [rows, H, W, C], ...}.
 
-    batch_size: over all processes. rows: a slice or indices, the rows of each batch that this process reads, by default all.
+    batch_size: rows over all processes. rows: a slice or indices of the rows that this process reads; by default all rows.
     num_blocks: the number of blocks in the source.
     """
 
@@ -116,7 +116,7 @@ def stream(batches: Batches, start: int = 0, workers: int = 0) -> grain.DatasetI
     dataset = dataset.map(lambda i: batches.read_rows(i // parts, rows[i % parts]))
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch))
     if workers:
-        # Grain reads absl flags before it starts workers; without absl's app.run they keep their defaults.
+        # Grain reads absl's flags before it starts workers, which fails in a program that has not parsed the flags.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)

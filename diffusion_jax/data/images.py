@@ -126,7 +126,7 @@ class Folder(EncodedImages):
         return [(file, self._root / file) for file in self._files]
 
     def holdout_keys(self, loaded: Source) -> Iterable[bytes]:
-        """Returns the paths below the folder, so that no image is read."""
+        """Returns each image's path below the folder as its key, so that no image is read."""
         return (name.replace("\\", "/").encode() for name in self._files)
 
     def notes(self) -> list[str]:
@@ -191,7 +191,7 @@ def decode_once(source: EncodedImages, config: Mapping, progress: Progress, log:
     directory = user_cache() / "decoded"
     try:
         path = directory / f"{_source_digest(source, settings)}.npz"
-    except OSError:  # an unreadable file; the source has a better message
+    except OSError:  # a file is unreadable; the source raises a better message
         return InMemory.load(source, progress)
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # no cache file, or corrupted
         with zipfile.ZipFile(path) as archive:

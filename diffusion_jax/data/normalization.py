@@ -59,7 +59,7 @@ class Normalization:
         return x * np.asarray(self.scale, x.dtype) + np.asarray(self.offset, x.dtype)
 
     def describe_outside(self, conditions: np.ndarray) -> str:
-        """Describes the first condition of [N, ..., C] outside [low, high], widened by a tenth, with advice; "" for none."""
+        """Returns a note about conditions [N, ..., C] outside of [low, high] widened by a tenth; "" if none is outside."""
         if not self.low:
             return ""
         low, high = np.asarray(self.low), np.asarray(self.high)
@@ -185,7 +185,7 @@ def find_normalizations(
 
 
 class _Totals:
-    """Running mean and sum of squared deviations (Chan et al. 1979), which loses no digits when the mean is large.
+    """Running mean and sum of squared deviations, by a method that loses no digits for a large mean (Chan et al. 1979).
 
     low, high: the range of the values. dtype: the dtype before conversion to float64.
     """
@@ -195,7 +195,7 @@ class _Totals:
         self.low, self.high = np.full(1, np.inf), np.full(1, -np.inf)
 
     def add(self, values: np.ndarray) -> None:
-        """values: float64 [rows, C]."""
+        """Adds values, float64 [rows, C], to the totals."""
         rows, mean = len(values), values.mean(axis=0)
         squares, difference = np.square(values - mean).sum(axis=0), mean - self.mean
         total = self.count + rows
@@ -206,7 +206,7 @@ class _Totals:
 
 
 def _standardization(name: str, total: _Totals) -> Normalization:
-    """Returns the constants that standardize. Raises: DataError for channels that are constant up to rounding."""
+    """Returns the normalization to mean 0, deviation 1. Raises: DataError for channels that are constant up to rounding."""
     mean, deviation = total.mean, np.sqrt(total.squares / total.count)
     constant = np.flatnonzero(deviation <= relative_rounding(total.dtype) * np.maximum(-total.low, total.high))
     if constant.size:

@@ -21,7 +21,7 @@ _BLOCK_BYTES = 2**24
 _NUM_CHECKED = 4
 _ARRAYS = ("x", "image", "label", "condition", "condition_missing")
 
-# Shows the progress: (numbers of examples in the chunks, as they are read; number of all examples) -> the same numbers.
+# Shows progress: a function (the chunks' sizes, yielded as chunks are read; number of all examples) -> the same sizes.
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
@@ -45,8 +45,8 @@ class Source(Protocol):
                 images[labels == 1, :, ::2] = 255
                 return {"image": images, "label": labels}
 
-    Pass it to `runs.train.run` as `source`. To use it on a command line, write a function `config.data` -> source in an
-    importable module: `--config.data.dataset=module:function`.
+    Pass a source to `runs.train.run` as `source`. To use a source on a command line, write a function `config.data` -> source
+    in an importable module: `--config.data.dataset=module:function`.
 
     Three attributes are optional: num_classes, by default 0 (no labels); class_names, by default () (unknown names); and
     block_lengths, the numbers of consecutive examples that are cheapest to read together, in order. Training shuffles the
@@ -172,7 +172,7 @@ class InMemory(Arrays):
     def load(cls, source: Source, progress: Progress = lambda sizes, total: sizes) -> InMemory:
         """Reads all examples of a source. Raises: UnreadableFilesError with all corrupted images."""
         n, first, failures = len(source), {}, {}
-        with contextlib.suppress(UnreadableFilesError):  # raised below with all other corrupted images
+        with contextlib.suppress(UnreadableFilesError):  # `decode` finds this corrupted image again
             first = source.read([0])
         arrays = {name: np.empty((n, *array.shape[1:]), array.dtype) for name, array in first.items()}
 

@@ -1,4 +1,4 @@
-"""Data sets with exactly known distributions, to compare samples and likelihoods with.
+"""Data sets with exactly known distributions, as references for samples and likelihoods.
 
 | `data.dataset` | spatial axes, channels | distribution |
 |---|---|---|
@@ -188,7 +188,7 @@ class MoonsDistribution:
         return np.concatenate([np.logaddexp.reduce(constant - s / (2 * self.noise**2), axis=-1) for s in squares])
 
     def entropy(self) -> float:
-        """Returns the differential entropy in nats per dimension: -p log p on a grid, with an error far below 1e-6."""
+        """Returns the differential entropy in nats per dimension: a sum over a grid, with an error far below 1e-6."""
         step, margin = self.noise / 4, 9 * self.noise
         axes = [np.arange(low - margin, high + margin, step) for low, high in ((-1, 2), (-0.5, 1))]
         log_density = self.log_density(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2))
@@ -215,15 +215,15 @@ class ConditionalDistribution:
     correlation: float = 0.6
 
     def mean(self, condition: np.ndarray) -> np.ndarray:
-        """Returns E(x | c) for conditions [n, 1]; [n, 2]."""
+        """Returns E(x | c), [n, 2], for conditions c [n, 1]."""
         return condition * np.concatenate([np.cos(2 * condition), np.sin(2 * condition)], axis=-1)
 
     def standard_deviation(self, condition: np.ndarray) -> np.ndarray:
-        """Returns the standard deviation of x given c in each dimension, for conditions [n, 1]; [n, 2]."""
+        """Returns the standard deviation of x given c in each dimension, [n, 2], for conditions c [n, 1]."""
         return np.repeat(self.noise + self.noise_slope * condition, 2, axis=-1)
 
     def entropy(self) -> float:
-        """Returns the differential entropy of x given c, averaged over c, in nats per dimension; closed form."""
+        """Returns the differential entropy of x given c, averaged over c, in nats per dimension, in closed form."""
         narrow, wide = (self.noise + self.noise_slope * c for c in (self.low, self.high))
         # The mean of log s over s uniform in [narrow, wide].
         mean_log = (wide * math.log(wide) - narrow * math.log(narrow)) / (wide - narrow) - 1
@@ -276,7 +276,8 @@ def _load(
 ) -> InMemory:
     """Returns a split of a data set with this number of spatial axes, as float32: 20,000 or 4,000 examples.
 
-    draw: (rng, number of examples, spatial shape) -> arrays. Raises: DataError for another split or number of axes.
+    draw: (rng, number of examples, spatial shape) -> arrays. Raises: DataError for a split other than train and test, or
+    an image_size with another number of axes.
     """
     split, shape = config["split"], example_shape(config)[:-1]
     if split not in _NUM_EXAMPLES:
@@ -290,7 +291,7 @@ def _load(
     return InMemory({name: array.astype(np.float32) for name, array in arrays.items()})
 
 
-def _draw_in_blocks(distribution, rng, count, shape):  # because float64 takes memory
+def _draw_in_blocks(distribution, rng, count, shape):  # because float64 samples of all examples would take much memory
     blocks = (distribution.sample(rng, 1000, shape).astype(np.float32) for _ in range(count // 1000))
     return {"x": np.concatenate(list(blocks))}
 

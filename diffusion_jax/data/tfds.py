@@ -141,7 +141,7 @@ def prepare(name: str, data_dir: str | None) -> None:
 
 
 def _unanswered_host(builder: Any) -> str:
-    """Returns "HOST does not answer (REASON)" for a data set's first URL, or "". TFDS would try for minutes."""
+    """Returns "HOST does not answer (REASON)" for a data set's first URL, "" if it answers. TFDS would try for minutes."""
     import requests
 
     url = next((url for url in builder.url_infos or () if url.startswith("http")), None)

@@ -25,13 +25,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # constants fro
 _CACHE_OPTION = "jax_compilation_cache_dir"
 
 # XLA's CPU backend calls a library for single convolutions, and the library's weight gradient is slow: a train step of the
-# 35.7M-parameter network took 1.5 times as long. Without this fusion, Eigen computes convolutions, in the same float32.
+# 35.7M-parameter network took 1.5 times as long. Without this fusion, Eigen computes convolutions, also in float32.
 _CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 }
 _FAST_COMPILE = {"xla_backend_optimization_level": 1}
 
-# Selects GPU kernels that add in a fixed order, by rule instead of by measurements during compilation.
+# Selects GPU kernels that add in a fixed order, and selects them by rule, not by measurements during compilation.
 DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
@@ -42,7 +42,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # oneDNN prints a line on stderr, and is not needed, because no model runs in TensorFlow.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # When a data worker is killed, Python's resource tracker warns on stderr; it reads this variable when it starts.
+    # When a data worker is killed, Python's resource tracker warns on stderr. The tracker reads this variable when it starts.
     filters = os.environ.get("PYTHONWARNINGS", "")
     if "resource_tracker" not in filters:
         os.environ["PYTHONWARNINGS"] = f"{filters},ignore:resource_tracker:UserWarning".lstrip(",")
@@ -118,8 +118,7 @@ def _keep_freed_memory() -> None:
     """Makes glibc reuse freed blocks of up to 1 GB. Environment variables that configure glibc take precedence.
 
     By default, glibc returns freed blocks to the system, and each step spends a tenth to a fifth of its time on new pages.
-    This function also makes all threads share one heap, because a separate heap holds at most 64 MB, except threads that
-    already have a heap.
+    This function also makes all threads without a heap share one heap, because a separate heap holds at most 64 MB.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -162,7 +161,7 @@ def compiler_options(
 
     deterministic: makes GPU results bit-identical between runs. Programs of CPUs and TPUs always add in the compiled order.
     fast_compile: halves the compile time on CPUs, for a program that runs once, such as initialization. platform: "cpu",
-    "gpu" or "tpu"; by default that of the present devices.
+    "gpu" or "tpu"; by default the platform of the present devices.
     """
     backend = platform or jax.default_backend()
     on_cpu, on_gpu = _FAST_COMPILE if fast_compile else _CONVOLUTIONS, DETERMINISTIC if deterministic else {}

@@ -23,7 +23,7 @@ from diffusion_jax.files import with_urls
 
 _T = TypeVar("_T")
 
-# After these exit codes, the same command resumes the run; not after 1 (the run failed) and 2 (bad input).
+# After these exit codes, the same command resumes the run, but not after 1 (the run failed) or 2 (bad input).
 EXIT_PREEMPTED = 75  # SIGTERM stopped the run: EX_TEMPFAIL in sysexits.h
 EXIT_INTERRUPTED = 130  # Ctrl-C stopped the run: the shell's code for SIGINT
 EXIT_PEER_LOST = 69  # another process was lost, or no step finished in time: EX_UNAVAILABLE in sysexits.h
@@ -48,7 +48,7 @@ def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
         os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
     time.sleep(delay)
     with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():  # they would wait for this process forever
+        for child in multiprocessing.active_children():  # the children would wait for this process forever
             child.kill()
     os._exit(exit_code)
 
@@ -162,7 +162,7 @@ def barrier(name: str) -> None:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Returns whether JAX raised an error, or its cause, because another process was lost.
+    """Returns whether JAX raised an error, or the error's cause, because another process was lost.
 
     Status codes are not enough: for a killed peer, Gloo collectives report UNKNOWN or INTERNAL and the barrier in JAX 0.10
     reports INTERNAL, as for other errors. Messages contain the code, so the words below match codes and texts.

@@ -22,7 +22,7 @@ from diffusion_jax.distributed.devices import compiler_options
 
 DATA_AXES = ("data", "fsdp")
 
-# Smaller leaves are replicated: biases and norms, under 1% of the published networks; gathering them is mostly latency.
+# Smaller leaves are replicated, because gathering them is mostly latency: biases and norms, under 1% of published networks.
 MIN_SPLIT_SIZE = 2**14
 
 _State = TypeVar("_State", bound=Any)
@@ -59,7 +59,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Returns the sharding that splits the batch axis over all devices. leading: number of unsplit axes before it."""
+    """Returns the sharding that splits the batch axis over all devices. leading: number of unsplit axes before that axis."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, DATA_AXES))
 
 
@@ -83,7 +83,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
-    """Returns the axis to split: the longest axis that `parts` divides, the last if several are equal; None for no split."""
+    """Returns the axis to split: the longest axis that `parts` divides, the last of equally long axes; None for no split."""
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE or not axes:
         return None

@@ -27,7 +27,8 @@ _REASONS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted by
 class StoppedBySignal(BaseException):
     """SIGTERM or Ctrl-C stopped the run after it saved its state.
 
-    A BaseException, so that code that catches every Exception, for example from unreadable files, does not catch this.
+    The base class is BaseException, so that code that catches every Exception, such as for unreadable files, does not catch a
+    signal.
     """
 
     def __init__(self, number: int, detail: str):
@@ -45,7 +46,7 @@ class SignalHandler:
     With several processes, JAX's preemption service chooses the step at which all processes save. The service handles
     SIGTERM from the time when the processes were joined; a process that gets Ctrl-C sends SIGTERM to itself.
 
-    resume_hint: returns the end of the message, how to resume.
+    resume_hint: a function that returns the end of the message: how to resume.
     """
 
     def __init__(self):
@@ -83,7 +84,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Records signals inside the block, so that the train loop can save; calls `install` if no program did."""
+        """Records signals inside the block, so that the train loop can save; calls `install` if the program did not."""
         self._number, self._interrupted, self._num_calls = None, False, 0
         is_in_program, self._is_saving = self._writer is not None, True
         if not is_in_program:

@@ -15,8 +15,8 @@ from diffusion_jax.errors import UserError, first_line
 class Chip(NamedTuple):
     """Published figures of a device: bytes of memory, bfloat16 FLOP/s, and bytes/s between the device and its memory.
 
-    flops_per_cycle: of all matrix units. For a product of two 4096 x 4096 bfloat16 matrices, the compiler estimates 3% to 15%
-    more cycles than this number gives. axes: the number of axes in a topology's shape.
+    flops_per_cycle: FLOPs of all matrix units in a cycle. For a product of two 4096 x 4096 bfloat16 matrices, the compiler
+    estimates 3% to 15% more cycles than this number gives. axes: the number of axes in a topology's shape.
     """
 
     memory: float
@@ -50,7 +50,7 @@ def find_chip(topology: str) -> Chip:
 
 
 def tpu_devices(topology: str) -> list:
-    """Returns the devices of a topology, such as "v5e:2x2". Programs compile for them but do not run.
+    """Returns the devices of a topology, such as "v5e:2x2". Programs can be compiled for these devices, but not run.
 
     Raises: UserError if libtpu is not installed, or for a topology that libtpu does not know.
     """
@@ -59,7 +59,7 @@ def tpu_devices(topology: str) -> list:
         raise UserError(
             "compiling for a TPU needs libtpu; pip install -r requirements/tpu.txt, or make setup EXTRA=tpu"
         )
-    # libtpu would look for a TPU of this machine.
+    # Without these variables, libtpu would look for a TPU on this machine.
     environment = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in (environment | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
         os.environ.setdefault(name, value)

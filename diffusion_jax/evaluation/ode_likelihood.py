@@ -160,8 +160,8 @@ def bits_per_dim(
       Jensen, -log2 P <= E_u[-log2 p(x_0 + w u)] - D log2 w with u uniform on [-1/2, 1/2]^D. The offset -log2 w is
       log2(127.5) = 6.994 bits for 256 levels. Score-based papers scale images to [0, 1) with 256 cells, so their offset
       is 8; in [-1, 1) it is 7, because w is 2/256 instead of 2/255.
-    variational: the model is "draw x_1 ~ p, then x_0 by the decoder P(x_0 | x_1)" of the chain's L_0. With q(x_1 | x_0), one
-      step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
+    variational: the model draws x_1 ~ p, and then x_0 from P(x_0 | x_1), the decoder of L_0. With q(x_1 | x_0),
+      one step of the forward process, as the variational distribution, -log2 P <= E_q[-log2 p(x_1) + log2 q(x_1 | x_0)
       - log2 P(x_0 | x_1)], without an offset, because the decoder includes it. x_1 is at index 0 of `schedule`, where a
       respaced schedule may have more noise.
     none: for continuous data. The result is -log2 p(x_0) / D, which may be negative; x_0 is used as if it had the first noise

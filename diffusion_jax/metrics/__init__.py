@@ -41,7 +41,7 @@ _Examples = np.ndarray | LazyExamples
 class Options(NamedTuple):
     """The options of a metric, besides the two sets.
 
-    seed: the seed of random directions. normalization: maps standardized examples to data units,
+    seed: for the directions of `sliced_wasserstein`. normalization: maps standardized examples to data units,
     examples * scale + offset; None if the examples are already in data units. periodic: whether series are periodic.
     conditions: {parameter: array} for a user's function (`Metric.conditions`), with one row for each example.
     """

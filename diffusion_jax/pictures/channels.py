@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-_MARGIN = 0.1  # share of the span that limits leave free on either side
+_MARGIN = 0.1  # share of the value range that is added to the limits at each end
 
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
     """The channels of arrays that are not images.
 
-    names, units: a text for each channel; () for numbers and for "data units". limits: [C, 2], the ends of the axes and
-    color scale of each channel; None until `fit`.
+    names, units: a text for each channel; () for the names "channel NUMBER", and for "data units". limits: [C, 2], the ends
+    of the axes and color scale of each channel; None until `fit`.
     """
 
     names: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Channels:
         return float(limits.min()), float(limits.max())
 
     def share_axis(self, most: int) -> bool:
-        """Whether one axis suits all channels: at most `most`, of one unit, and each spans at least a tenth of the axis."""
+        """Whether one axis suits all channels: at most `most`, with one unit, each spanning at least a tenth of the axis."""
         assert self.limits is not None
         spans = np.ptp(self.limits, axis=1)
         return len(spans) <= most and len(set(self.units)) < 2 and not (spans < 0.1 * np.ptp(self.limits)).any()

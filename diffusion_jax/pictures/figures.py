@@ -55,7 +55,7 @@ def draw_rate_distortion(
 ) -> Figure:
     """Plots the root mean squared error against the rate (DDPM figure 5), and the lossless rate.
 
-    lossless: None for continuous data, which have no lossless code. units: for the rate and for the distortion.
+    lossless: None for continuous data, which have no lossless code. units: the units of the rate and of the distortion.
     """
     code: dict[str, Any] = {"color": "C0", "linewidth": 1.5}
     line: dict[str, Any] = {"color": "C3", "linestyle": "--"}
@@ -132,8 +132,8 @@ def make_figure(
     Args:
       notes: a second paragraph in the title. names: titles of the panels, as plain text. size: (width, height) of a panel
         with labels, in inches.
-      labels: of the x-axes and the y-axes; a text for the panels at the bottom or left, or a text for each panel. Titles
-        and labels are wrapped to the size of a panel.
+      labels: (x-axes, y-axes), each one text, which is shown at the bottom or left panels only, or a text for each panel.
+        Titles and labels are wrapped to the size of a panel.
       legend: pairs (plain text, Matplotlib line style), shown below the panels.
     """
     from matplotlib.figure import Figure  # imported here because it takes half a second

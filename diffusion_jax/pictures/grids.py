@@ -66,8 +66,8 @@ def draw_grid(
 ) -> np.ndarray:
     """Draws uint8 images [N, H, W, C] as one picture [H', W', C], row by row with gaps; small images are enlarged.
 
-    title: at the top, wrapped into lines. captions: a text line below each image. headers: a text line above each column.
-    Captions and headers are shortened to the width of the images.
+    title: a text at the top, wrapped into lines. captions: a text line below each image. headers: a text line above each
+    column. Captions and headers are shortened to the width of the images.
     """
     n = len(images)
     columns = columns or fit_columns(n)

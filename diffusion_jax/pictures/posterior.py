@@ -181,9 +181,9 @@ def _draw_fields(
 
 
 def draw_calibration(shares: Mapping[str, np.ndarray], error: float, title: str, names: Mapping[str, str]) -> Figure:
-    """Draws, for each quantity, the share of the ranks in each bin, with the band of uniform ranks.
+    """Draws, for each quantity, the share of the ranks in each bin, with the band that uniform ranks would have.
 
-    shares: [bins] by quantity. error: the standard error of a share of uniform ranks. names: a text for each panel.
+    shares: {quantity: shares [bins]}. error: the standard error of a share for uniform ranks. names: a text for each panel.
     """
     shown = list(shares)[:_MAX_QUANTITIES]
     notes = [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_SERIES, _MAX_FIELDS, _MAX_VOLUMES = 12, 8, 4  # examples in one figure
-_MAX_CLASSES = 20  # with rows of their own in a grid
+_MAX_CLASSES = 20  # classes with separate rows in a grid
 _MAX_LINES = 6  # in a panel of series
 _MAX_CHANNELS = 12  # channels of series with separate panels
 _MAX_CAPTION = 48  # letters
@@ -36,10 +36,10 @@ _MAX_VECTORS, _MAX_POINTS = 100_000, 4000  # in a histogram; in a scatter plot
 
 
 class Examples(NamedTuple):
-    """Examples x [n, *spatial, C] that a picture shows under a name, with a text and a class for each; both may be None.
+    """Examples x [n, *spatial, C] that a picture shows under a name; captions and labels have an entry for each, or are None.
 
-    pairs: int [number of samples], the example that a picture shows for each sample, such as the example with the nearest
-    condition; None for the first examples.
+    pairs: int [number of samples], the index of the example to show for each sample, such as the example with the nearest
+    condition; None to show the first examples.
     """
 
     x: np.ndarray
@@ -111,7 +111,7 @@ def draw_samples(
 
     Args:
       captions: a text for each sample, for instance the class; not for vectors. columns: number of columns in a grid, or in
-        rows of series panels. labels: int [n], the classes. channels: without limits, they get limits that suit the values.
+        rows of series panels. labels: int [n], the classes. channels: missing limits are fitted to the values.
     Raises: ValueError for no example, more spatial axes, or complex numbers.
     """
     x = as_examples("x", x, 1)
@@ -176,8 +176,8 @@ def draw_trajectory(
 
     Noise may exceed the limits of the channels: lines and points are cut off at the edge of the panel, and colors saturate.
 
-    times: for all columns except the last. captions: one for each sample. channels: without limits, they get limits that suit
-    the final samples. Raises: ValueError for no sample, or more spatial axes.
+    times: the network times of all columns except the last. captions: one for each sample. channels: missing limits are
+    fitted to the final samples. Raises: ValueError for no sample, or more spatial axes.
     """
     x = np.asarray(x)
     if not 3 <= x.ndim <= 6 or not x.size:
@@ -243,7 +243,7 @@ def _select(
 def _join(
     sets: Sequence[Examples], num_examples: int, num_channels: int, positions: int | None = None
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Returns (the first examples of all sets as `_select`, a name for each, the notes about the last set)."""
+    """Returns (the first examples of all sets, ready to plot; a name for each example; notes about the last set)."""
     left, joined, names, notes = num_examples, [], [], []
     for each in sets:
         count = left if each is sets[-1] else min(len(each.x), num_examples // len(sets))
@@ -255,7 +255,7 @@ def _join(
 
 
 def _captions(examples: Examples, count: int, with_name: bool = False) -> list[str]:
-    """Returns the first `count` captions as plain text; missing captions are "NAME i". with_name: puts the name above."""
+    """Returns the first `count` captions as plain text; missing captions are "NAME i". with_name: adds the set's name."""
     names = [plain_text(caption, _MAX_CAPTION) for caption in list(examples.captions or ())[:count]]
     if with_name:
         names = [f"{examples.name}\n{name}" for name in names]
@@ -405,7 +405,7 @@ def _draw_images(
 ) -> Figure:
     """Draws rows of images [H, W], which may contain NaN. Each row has a channel, a name at the left and a color bar.
 
-    headers: for the panels of the first row, or of several rows, from left to right.
+    headers: texts above the panels of the first row, or of several rows, from left to right.
     """
     import matplotlib
 

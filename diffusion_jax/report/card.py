@@ -21,7 +21,7 @@ _COPIES = 0.1  # share of near copies; 0.01 is expected for new examples
 
 
 def facts(run: RunFiles) -> dict[str, str]:
-    """Returns what was trained, on what, for how long, and where; {} without a config."""
+    """Returns {name: text} with a run's data, objective, network, steps, duration and state; {} without a config."""
     config, launches = run.config, run.launches
     if config is None:
         return {}
@@ -51,9 +51,9 @@ def facts(run: RunFiles) -> dict[str, str]:
 
 
 def newest_result(records: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Describes the newest record with a metric, by the metric that `MEANINGS` lists first; or a classifier's accuracy.
+    """Describes the newest record with a metric, by its first metric in the order of `MEANINGS`; or a classifier's accuracy.
 
-    lines: of the log. Without a metric, the dictionary has only the verdict.
+    lines: the lines of the log. Without a metric, the dictionary has only the verdict.
     """
     order = [meaning.text for meaning in MEANINGS.values()]
     for i, record in reversed(list(enumerate(records))):
@@ -88,7 +88,7 @@ def _source(record: Mapping[str, Any]) -> str:
 
 
 def _judge(key: str, better: str, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str:
-    """Compares a result with equal distributions, the paper, and the previous measurement of the same protocol."""
+    """Compares a result with equal distributions, the paper, and the previous measurement with the same protocol."""
     value, error, found = reported_values(record)[key], record.get(f"{key}_standard_error") or 0.0, []
     if key in _UNBIASED and error:
         z = value / error

@@ -1,4 +1,4 @@
-"""Reads the contents of a work directory as plain values for the page. Any file may be missing, also during a launch.
+"""Reads the contents of a work directory as plain values for the page. Any file may be missing, and a launch may be running.
 
 A measurement is a record from metrics.json, or the bits per dimension from likelihood.json; `table_cells` makes a table of
 measurements. `train_command` and `sample_command` return the commands that repeat a run.
@@ -55,7 +55,7 @@ class RunFiles:
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
-        """Returns the records of metrics.json and the terms of likelihood.json as another record, ordered by step.
+        """Returns the records of metrics.json, and a record with the terms of likelihood.json, ordered by step.
 
         Within a step, the likelihood comes last. Records without a step come first.
         """
@@ -110,9 +110,9 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
 
 
 def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[str], list[list[str]]]:
-    """Returns (columns, headings, rows of text) for measurements: the main settings, others that differ, and the metrics.
+    """Returns (columns, headings, rows of text) for measurements: main settings, other settings that differ, and metrics.
 
-    records: measurements, with a key "run" if they are of several runs.
+    records: measurements, with a key "run" if they come from several runs.
     """
     settings = [
         record.get("sampling", {}) | {key: record[key] for key in _SETTINGS if key in record} for record in records
@@ -136,9 +136,9 @@ def table_cells(records: Sequence[_Record]) -> tuple[list[str], list[str], list[
 
 
 def train_command(config: ConfigDict) -> str:
-    """Returns the command that trains the config in a new directory: the most similar experiment, and differing settings."""
+    """Returns a command that trains the config in a new directory, from the most similar experiment and changed settings."""
     wanted, is_classifier = configs.flatten(config), configs.is_classifier(config)
-    changes: dict[str, dict[str, Any]] = {}  # by experiment
+    changes: dict[str, dict[str, Any]] = {}  # {experiment: settings that differ}
     for name in configs.experiment_names():
         for variant in (name, f"{name}:{config.data.image_size}"):
             with contextlib.suppress(configs.ConfigError):  # the experiment does not take this argument

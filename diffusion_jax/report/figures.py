@@ -59,7 +59,7 @@ def training_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]], max_points:
 
 
 def run_clock(lines: Sequence[Mapping[str, Any]], max_points: int = MAX_POINTS) -> dict[str, list[float]]:
-    """Returns at most `max_points` steps, and the seconds of training until each step; [] if no time is logged."""
+    """Returns at most `max_points` steps, and the seconds of training until each step; empty lists if no time is logged."""
     steps, step_seconds = _column(lines, "step_seconds")
     seconds = np.cumsum(np.maximum(step_seconds, 0) * np.diff(steps, prepend=0))
     chosen = even_subset(len(steps), max_points)
@@ -95,7 +95,7 @@ def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
 
 # ---- Pictures
 
-_PREFIX = "train_step"  # file names of pictures during training
+_PREFIX = "train_step"  # of the names of pictures drawn during training
 _MAX_TRAINING_FRAMES = 12
 # For compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and the WebP quality.
 _MAX_SIDE, _FRAME_SIDE, _QUALITY = 1200, 600, 82
@@ -109,7 +109,7 @@ Picture = dict[str, Any]  # src: a data URI; width, height: pixels; caption: wha
 
 
 class Budget:
-    """Limits the bytes and pixels of a section's pictures. notes: gets a line for each file that cannot be read."""
+    """Limits the bytes and pixels of a section's pictures. notes: a list that gets a line for each unreadable file."""
 
     def __init__(self, num_bytes: int, notes: list[str]):
         self.left, self.pixels_left, self._notes = num_bytes, _MAX_PIXELS, notes
@@ -117,7 +117,7 @@ class Budget:
     def embed(self, source: pathlib.Path | np.ndarray, caption: str, side: int = _MAX_SIDE) -> Picture | None:
         """Embeds a file, or uint8 [H, W, C], as a picture; None if the budget is used up or the file cannot be read.
 
-        side: the longest side of a compressed picture, if the PNG is large.
+        side: the longest side in pixels if the picture is compressed, because its PNG is large.
         """
         try:
             if isinstance(source, np.ndarray):
@@ -153,7 +153,7 @@ def newest_samples(run: RunFiles, budget: Budget) -> Picture | None:
 
 
 def training_samples(runs: Mapping[str, RunFiles], budget: Budget) -> list[dict[str, Any]]:
-    """Returns pictures samples/train_step*.png to step through: the steps that all runs share, or else each run's newest."""
+    """Returns pictures samples/train_step*.png to step through, at all steps that the runs share or at each run's newest."""
     found: list[dict[int, pathlib.Path]] = []
     for run in runs.values():
         paths = sample_files(run.directory, f"samples/{_PREFIX}*.png")
@@ -196,13 +196,13 @@ def denoising(run: RunFiles, budget: Budget) -> list[dict[str, Any]]:
 
 
 def _frames(names: list[str], frames: list[tuple[str, list[Any]]], note: str, start: int) -> list[dict[str, Any]]:
-    """Returns pictures to step through. names: of the pictures in a frame. frames: (caption, pictures). note: explanation."""
+    """Returns pictures to step through. names: titles of a frame's pictures. frames: (caption, pictures). note: a text."""
     block = {"names": names, "captions": [caption for caption, _ in frames], "images": [drawn for _, drawn in frames]}
     return [{"frames": block | {"start": start % len(frames)}}, {"text": note}] if frames else []
 
 
 def other_pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> tuple[list[Picture], list[str]]:
-    """Returns (other pictures in the directory, then below samples/, each newest first; names of pictures left out)."""
+    """Returns (other pictures: in the directory, then below samples/, each newest first; names of pictures left out)."""
     paths = [path for pattern in ("*.png", "samples/**/*.png") for path in sample_files(run.directory, pattern)]
     paths = [path for path in paths if not path.name.startswith(_PREFIX)]
     paths = [path for path in paths if shown is None or _file_name(path) != shown["caption"]]

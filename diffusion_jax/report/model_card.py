@@ -29,8 +29,8 @@ def model_card(
 ) -> str:
     """Returns the card of converted weights as Markdown that begins with metadata.
 
-    to: the file or folder of the weights, with samples.png if the card is to show it. workdir: the work directory of the run
-    that trained the weights. license, data, location: for published weights; `pretrained.load` takes the location.
+    to: the file or folder of the weights; the card shows samples.png if the folder has this file. workdir: the work directory
+    of the run that trained the weights. license, data, location: for published weights; `pretrained.load` takes the location.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
     is_converted = not location and to.suffix != ".safetensors"
@@ -102,5 +102,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _escape(text: Any) -> str:
-    """Returns a text in one line that does not act as Markdown."""
+    """Returns a text as one line, with the symbols of Markdown escaped."""
     return " ".join(str(text).split()).translate(str.maketrans({symbol: f"\\{symbol}" for symbol in "\\|<>*_`[]"}))

@@ -120,7 +120,7 @@ def _summary(run: RunFiles, newest: Picture | None) -> Blocks:
 
 
 def _curves(runs: Mapping[str, RunFiles]) -> Blocks:
-    """Returns the values of the curves."""
+    """Returns a block with the curves of all runs, or with a text if nothing is logged."""
     points = max(MAX_POINTS // len(runs), 60)
     charts = figures.training_charts({name: run.lines for name, run in runs.items()}, points)
     if not charts:

@@ -16,11 +16,11 @@ from diffusion_jax.untrusted import leads_out
 
 
 def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, data: str) -> str:
-    """Writes weights with a card and samples, in this package's format, and in diffusers' if diffusers has the network.
+    """Writes weights with a card and samples, in this package's format, and in diffusers' format for networks of diffusers.
 
     to: a folder, or gs:// or s3://BUCKET/PREFIX, that is empty or does not exist, or hf://OWNER/NAME. workdir: the work
     directory of the run that trained the weights; the card has the run's settings, metrics with their protocol, and a picture
-    of the newest samples. license: as the Hub names it, such as mit. data: what the weights were trained on, in words.
+    of the newest samples. license: a name that the Hub uses, such as mit. data: a description of the training data.
     Returns: the name for `pretrained.load`. Raises: UserError, PretrainedError, StorageError, OSError.
     """
     to, target = to.rstrip("/"), pathlib.Path(to).expanduser()
@@ -37,7 +37,7 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
     if source and source["license"].lower().replace(" ", "-") != license.lower():
         print(f"Note: the weights come from {source['source']} (license: {source['license']}), published as {license}.")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / "weights"  # the files do not contain this name
+        folder = pathlib.Path(temporary) / "weights"  # the name of this folder is not in the files
         try:
             save_diffusers(net, folder)
         except PretrainedError as error:

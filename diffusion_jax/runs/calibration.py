@@ -1,4 +1,4 @@
-"""Tests, for the metric calibration, whether held-out examples look like samples given the same measurement or condition.
+"""The metric calibration: tests whether held-out examples look like samples given the same measurement or condition.
 
 calibration/NAME.json has the result as a sentence, the rank tests, coverage and chi-squared with standard errors, and the
 sizes of the errors that the test can detect. NAME.npz has the quantities, and NAME.png shows the distributions of the ranks.
@@ -34,12 +34,12 @@ from diffusion_jax.runs.sample import make_provenance
 from diffusion_jax.runs.sampling_setup import check_finite, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import check_source, open_model, to_dict
 
-_ENTRIES = 4  # positions of the quantity "entries"
+_ENTRIES = 4  # number of positions for the quantity "entries"
 _BINS = 10
 
 
 def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
-    """Tests the samples of the posterior in `config.editing`, or of a conditional model, against held-out examples.
+    """Tests samples, from the posterior in `config.editing` or from a conditional model, against held-out examples.
 
     Raises: UserError, DataError, PretrainedError.
     """

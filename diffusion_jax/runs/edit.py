@@ -32,7 +32,7 @@ from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
 
-# Captions of the measurement in pictures; "measurement" for all other tasks.
+# Captions of the measurement in pictures; all other tasks use the caption "measurement".
 _CAPTIONS = {"inpaint": "known", "colorize": "gray", "super_resolution": "small", "tomography": "sums along rays"}
 _GRAY = 127  # color of unknown pixels in pictures; mask values above 127 of 255 mark known pixels
 
@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
 def _read_edit(
     files: EditFiles, task: str, options: ConfigDict, mask: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], Any]:
-    """Returns (the given examples by caption, the edit of `editing.EDITS`). Raises: UserError."""
+    """Returns ({caption: given example}, the edit that `editing.EDITS` makes). Raises: UserError."""
     needed = inspect.signature(editing.EDITS[task]).parameters
     image = files.read("image", known=mask)
     given = {"image" if files.net.is_images else "example": image}
@@ -116,7 +116,7 @@ def _read_edit(
 
 
 class _Measured:
-    """A `Problem` with its y, float32 [1, ...] in network units. given: y, and any known truth, for pictures, by caption."""
+    """A `Problem` with its y, float32 [1, ...] in network units. given: {caption: y or truth, as drawn}."""
 
     def __init__(self, config: ConfigDict, net: pretrained.Model, files: EditFiles, mask: np.ndarray | None):
         """Reads or simulates y. Raises: UserError."""
@@ -140,7 +140,7 @@ class _Measured:
     def summarize(
         self, samples: np.ndarray, title: str, channels: pictures.Channels
     ) -> tuple[dict[str, np.ndarray | None], pictures.Picture]:
-        """Returns (arrays for the .npz, a picture) of samples [N, ...], and logs chi-squared."""
+        """Logs chi-squared of samples [N, ...]. Returns: (arrays for the .npz, a picture)."""
         problem, net = self.problem, self.problem.net
         x = samples if net.levels is None else to_gray_levels(samples)
         arrays = {"mean": x.mean(axis=0), "deviation": x.std(axis=0, ddof=1), "measurement": self._values}
@@ -154,7 +154,7 @@ class _Measured:
 
 
 def _read_held_out(config: ConfigDict, net: pretrained.Model) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:
-    """Returns the example `editing.example` of `evaluation.split`, in data units, and its conditions.
+    """Returns (example number `editing.example` of `evaluation.split`, in data units; the example's conditions or None).
 
     Sets `sampling.label` to the class of the example, unless a label is set. Raises: UserError, DataError.
     """
@@ -175,7 +175,7 @@ class EditFiles:
     """Reads the files of `config.editing` as examples [*spatial, C]: uint8, or floats in data units."""
 
     def __init__(self, config: ConfigDict, net: pretrained.Model, held_out: np.ndarray | None = None):
-        """held_out: an example in place of the file `editing.image`."""
+        """held_out: an example that replaces the file `editing.image`."""
         self._options, self.net, self.held_out = config.editing, net, held_out
         self._shape, self._size = net.example_shape, net.image_size
 
@@ -196,8 +196,8 @@ class EditFiles:
     def read(self, setting: str, shape: tuple[int, ...] = (), known: np.ndarray | None = None) -> np.ndarray:
         """Reads the example that `config.editing[setting]` names.
 
-        shape: the required shape; () for an example's. known: mask of the values that must be finite and in `data.limits`;
-        None for all values. Measurements with noise may have any real numbers. Raises: UserError.
+        shape: the required shape; () for the shape of an example. known: mask of the values that must be finite and in
+        `data.limits`; None for all values. Measurements with noise may exceed `data.limits`. Raises: UserError.
         """
         is_continuous, limits = self.net.levels is None, self.net.limits
         is_noisy = bool(self._options.noise)
@@ -234,7 +234,7 @@ class EditFiles:
         return example.astype(np.float64) if is_continuous and example.dtype.kind != "f" else example
 
     def read_y(self, problem: Problem, mask: np.ndarray | None) -> np.ndarray:
-        """Reads a measurement, or measures the held-out example: float32 [1, ...] in network units. Raises: UserError."""
+        """Returns y, float32 [1, ...] in network units, read from a file or simulated from the example. Raises: UserError."""
         if self.held_out is not None:
             return problem.simulate(np.asarray(self.to_model(self.held_out)), np.array([self._options.example]))
         task = self._options.task
@@ -251,7 +251,7 @@ class EditFiles:
     def read_mask(self) -> np.ndarray:
         """Reads the mask, bool [*spatial, 1] or [*spatial, C], True where values are known.
 
-        Mask images are white at known pixels: above 127 of 255, or 1 if all values are 0 and 1.
+        White pixels of a mask image are known: values above 127 of 255, or 1 if all values are 0 and 1.
         """
         mask = self._open("mask")
         if self.net.is_images:

@@ -126,7 +126,7 @@ def measure_samples(config: ConfigDict, workdir: RunDir | str | os.PathLike, sou
 
 
 def _find_reported(config: ConfigDict, workdir: RunDir) -> dict[str, Any] | None:
-    """Returns the FID that a paper reports for `init_from`; None if unknown, or if these weights were trained further."""
+    """Returns a paper's FID for `init_from`, and the settings that differ; None if unknown, or after further training."""
     found = pretrained.find_reported(config.init_from)
     if found is None or committed_steps(workdir / "checkpoints"):
         return None
@@ -150,7 +150,7 @@ def _metric_names(config: ConfigDict) -> tuple[str, ...]:
 
 
 def _features_name(config: ConfigDict) -> str:
-    """Returns `evaluation.features`, or the data set's default; "" for metrics without features."""
+    """Returns `evaluation.features`, or the data set's default; "" if there is no extractor for the data."""
     return config.evaluation.features or features.default_name(config.data.dataset, data.is_of_images(config.data))
 
 

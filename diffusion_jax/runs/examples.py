@@ -39,7 +39,7 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
     most = _MAX_CONDITIONED if is_conditioned else _MAX_EXAMPLES
     most = _MAX_VECTORS if batch_examples(first).ndim == 2 else most
     count = max(1, min(most, _MAX_BYTES // sum(array.nbytes for array in first.values())))
-    first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
+    first_block, *_ = read_block_lengths(source) or (len(source),)  # later blocks may not be on this machine yet
     batch = source.read(even_indices(first_block, count + (_NUM_CANDIDATES if "label" in first else 0)))
     labels = np.asarray(batch.get("label", np.arange(len(batch_examples(batch)))))
     place = [np.count_nonzero(labels[:i] == y) for i, y in enumerate(labels)]  # rank among the candidates of the class
@@ -51,12 +51,12 @@ def write_examples(source: data.Source, workdir: RunDir) -> None:
 
 
 def _is_vector(condition: np.ndarray | None) -> bool:
-    """Whether examples have conditions [n, number of features]."""
+    """Whether `condition` is an array of vectors: [n, number of features]."""
     return condition is not None and condition.ndim == 2
 
 
 def _read(workdir: RunDir) -> dict[str, np.ndarray]:
-    """Reads the file; {} if the run has none, or if the file cannot be read."""
+    """Returns the arrays of examples.npz; {} if the file is missing or cannot be read."""
     path = workdir / _FILE
     try:
         with open_npz(path) as arrays:
@@ -71,7 +71,7 @@ def _read(workdir: RunDir) -> dict[str, np.ndarray]:
 def read_channels(
     config: ConfigDict, workdir: RunDir, stored: Mapping[str, np.ndarray] | None = None
 ) -> pictures.Channels:
-    """Returns the names and units of the config, with limits from the stored examples. stored: the file, if it was read."""
+    """Returns channel names and units from the config, and limits from examples.npz. stored: the arrays, if already read."""
     stored = _read(workdir) if stored is None else stored
     channels = pictures.Channels(tuple(config.data.channel_names), tuple(config.data.channel_units))
     return channels.fit(batch_examples(stored), quantile=_QUANTILE) if stored else channels
@@ -108,8 +108,8 @@ def draw_beside_examples(workdir: RunDir, setup: SamplingSetup, samples: np.ndar
 def _nearest(stored: Mapping[str, np.ndarray], requested: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns, for each requested condition, the index of the nearest stored condition; distances are in standard deviations.
 
-    Both arguments have "condition" [n, F] and "condition_missing" bool [n], as `SamplingSetup.conditions`. Examples without
-    a condition are nearest to each other.
+    Both arguments have "condition" [n, F] and optionally "condition_missing" bool [n], as `SamplingSetup.conditions`.
+    Examples without a condition are nearest to each other.
     """
     values, missing = stored["condition"], _missing(stored)
     deviation = values[~missing].std(axis=0) if not missing.all() else np.ones(values.shape[1])
@@ -130,6 +130,6 @@ def _missing(conditions: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _pair(low: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Joins small images [n, h, w, C], whose pixels become squares, and images [n, H, W, C] side by side."""
+    """Enlarges small images [n, h, w, C] by repeating pixels, and joins each with its image in [n, H, W, C], side by side."""
     side = x.shape[1] // low.shape[1]
     return np.concatenate([low.repeat(side, axis=1).repeat(side, axis=2), x], axis=2)

@@ -1,8 +1,8 @@
 """Measures the likelihood of held-out examples, for `--mode=evaluate`.
 
 likelihood.json has the bits per dimension, their terms and standard errors; likelihood.npz has the terms at every timestep,
-which likelihood_terms.png and rate_distortion.png show. For continuous data, the likelihood is a density in data units,
-reported in nats per dimension, too.
+which likelihood_terms.png and rate_distortion.png show. For continuous data, the likelihood is a density in data units, and
+likelihood.json also has the nats per dimension.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from diffusion_jax.schedules import Schedule, respace
 
 _TABLES = ("vlb", "mse", "x_0_mse")
 _EXAMPLE_TERMS = ("total", "prior", "decoder", "ode")
-_REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # names in likelihood.json that differ
+_REPORTED = {"total": "bits_per_dim", "ode": "ode_bits_per_dim"}  # terms with another name in likelihood.json
 
 
 def measure_likelihood(
@@ -90,10 +90,10 @@ def measure_likelihood(
 
 
 def bound_schedule(diffusion: Mapping[str, Any], schedule: Schedule) -> Schedule:
-    """Returns the schedule for the bound: on a path with fixed_small, evenly spaced in the log SNR; otherwise `schedule`.
+    """Returns the schedule for the bound: for a path with fixed_small, steps evenly spaced in log SNR; otherwise `schedule`.
 
-    With even steps in network time, the cleanest steps divide sigma by large factors, and fixed_small makes the bound too
-    large (by 76 bits for 1,000 steps of vp_linear and N(0, 1); by 0.1 bits with even steps in the log SNR).
+    With steps evenly spaced in network time, the cleanest steps divide sigma by large factors, so fixed_small makes the bound
+    too large: by 77 bits for 1,000 steps of vp_linear and N(0, 1), compared with 0.1 bits for steps evenly spaced in log SNR.
     """
     if diffusion["path"] and diffusion["variance"] == "fixed_small":
         return respace(schedule, schedule.num_timesteps, "log_snr")
@@ -105,8 +105,8 @@ class LikelihoodRun:
 
     source: the examples, normalized. dataset, split: the origin of the examples; split is None for a caller's source; for a
     folder or file without splits, split is "train" if the model was trained on the data, otherwise None.
-    standardization_bits: bits per dimension that standardization adds for continuous data. dequantization: for the ODE
-    likelihood, else None. digest: a hash over everything that the numbers depend on.
+    standardization_bits: bits per dimension that standardization adds for continuous data. dequantization: the method for
+    the ODE likelihood, or None without the ODE. digest: a hash over everything that the numbers depend on.
     """
 
     def __init__(self, config: ConfigDict, workdir: RunDir | os.PathLike, source: data.Source | None = None):
@@ -134,7 +134,7 @@ class LikelihoodRun:
         self.standardization_bits = 0.0
         if is_continuous(config) and "x" in self.net.normalizations:
             scale = self.net.normalizations["x"].scale
-            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # in float64, unlike the core's function
+            self.standardization_bits = float(np.log2(np.abs(scale)).mean())  # float64, unlike in `likelihood`
         self.clip = bool(resolve_clip(config, "evaluation"))
         options = to_dict(options) | {"clip": self.clip, "ode_dequantization": self.dequantization}
         constants = {name: value.to_json() for name, value in self.net.normalizations.items()}
@@ -147,7 +147,7 @@ class LikelihoodRun:
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads a batch: "image" or "x", "label", and "condition" for a conditional network.
 
-        Raises: DataError for images with other gray levels than `data.levels`, or values that are not finite.
+        Raises: DataError for gray levels that `data.levels` excludes, or values that are not finite.
         """
         batch = dict(self.source.read(indices))
         if "image" in batch:
@@ -161,7 +161,7 @@ class LikelihoodRun:
         return batch
 
     def bound(self, params, seed, index, batch) -> dict[str, jax.Array]:
-        """Returns {"total", ..., "t", the tables, "ode"} for batch number `index`; a pure function."""
+        """Returns the arrays "total", "prior", "decoder", "t", `_TABLES` and possibly "ode" for batch number `index`."""
         options, gray_levels = self.config.evaluation, self.config.data.levels
         key_bound, key_ode = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
         x_0 = batch["x"] if "x" in batch else to_model_range(batch["image"])
@@ -188,7 +188,7 @@ class LikelihoodRun:
 def load_held_out(
     config: ConfigDict, source: data.Source | None, is_trained_here: bool
 ) -> tuple[data.Source, str | None]:
-    """Loads the examples of `evaluation.split` and `evaluation.data_dir`, or the given source. Raises: DataError.
+    """Loads the examples of `evaluation.split` in `evaluation.data_dir`, or uses `source`. Raises: DataError.
 
     is_trained_here: whether the model was trained on `config.data`. If the examples are the training examples, a note is
     logged. Returns: (examples, split).
@@ -216,7 +216,7 @@ def load_held_out(
 
 
 def _sum_over_examples(out: dict[str, np.ndarray], num_timesteps: int) -> dict[str, np.ndarray]:
-    """Returns the results of a batch, with the tables summed over the examples: float64 [T]."""
+    """Returns the results of a batch; each table is summed over the examples at each timestep, float64 [T]."""
     chunk = {f"example_{name}": out[name] for name in _EXAMPLE_TERMS if name in out}
     t = out["t"].ravel()
     chunk["count"] = np.bincount(t, minlength=num_timesteps)
@@ -231,8 +231,8 @@ def _join(chunks: list[dict[str, np.ndarray]], density_bits: float) -> dict[str,
     """Returns the arrays of likelihood.npz except t, time, rate and distortion.
 
     Likelihood terms are in bits per dimension; for continuous data, they describe the density in data units, while mse and
-    x_0_mse refer to standardized data. Means and standard errors are NaN for too few examples.
-    density_bits: added to the terms that contain a density of x_0: the decoder and the ODE.
+    x_0_mse refer to standardized data. Means and standard errors are NaN at timesteps with too few examples.
+    density_bits: added to the total, the decoder and the ODE, which contain a density of x_0.
     """
     arrays: dict[str, Any] = {}
     for key in chunks[0]:

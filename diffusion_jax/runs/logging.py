@@ -48,14 +48,14 @@ from diffusion_jax.storage.downloads import EVENTS, local_path
 from diffusion_jax.untrusted import check_regular, parse_json, read_json
 
 _LINES, _PARTS = "metrics.jsonl", "metrics"
-_SECONDS_BETWEEN_UPLOADS = 60.0  # lines and events, to a bucket
+_SECONDS_BETWEEN_UPLOADS = 60.0  # between uploads of lines and events to a bucket
 
 
 class Scalar(NamedTuple):
     """How a number of the log is shown.
 
-    group: in TensorBoard. chart, unit: title and unit of the chart in the report, "" for no chart. label: the line in the
-    chart. is_log: whether the axis is logarithmic at first.
+    group: the section in TensorBoard. chart, unit: title and unit of the chart in the report, "" for no chart. label: the
+    name of the line in the chart. is_log: whether the chart first shows a logarithmic axis.
     """
 
     group: str
@@ -175,7 +175,7 @@ class RunMetrics:
             ) from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes numbers by name."""
+        """Writes {name: number} of a step."""
         if not self._is_writer:
             return
         self._waiting.append({"step": step, **scalars})
@@ -250,7 +250,7 @@ class _Writers:
             log(f"Note: {name} failed ({reason}): the run continues without it.")
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each writer. A user's tracker may have `write_scalars` alone."""
+        """Calls a method of each writer. A user's tracker needs only the method `write_scalars`."""
         for name, writer in list(self._writers.items()):
             with self._drop_if_it_fails(name):
                 if method == "write_evaluation" and not hasattr(writer, method):
@@ -324,7 +324,7 @@ _MLFLOW_LIMITS = {"MAX_RETRIES": "2", "TIMEOUT": "20"}  # by default, an unreach
 
 
 def _tracked_run(workdir: RunDir, tracker: str, create: Callable[[], str]) -> str:
-    """Returns the run id in trackers.json, so that a rerun continues the tracker's run; a new id is stored there."""
+    """Returns the tracker's run id in trackers.json, so that a rerun continues the same run; stores a new id if missing."""
     path = workdir / "trackers.json"
     stored = read_json(path) if path.exists() else {}
     if tracker not in stored:
@@ -334,7 +334,7 @@ def _tracked_run(workdir: RunDir, tracker: str, create: Callable[[], str]) -> st
 
 
 class _WandB:
-    """Weights & Biases. WANDB_API_KEY logs in. WANDB_MODE=offline writes to the work directory (buckets: to WANDB_DIR)."""
+    """Weights & Biases. WANDB_API_KEY is the key. WANDB_MODE=offline writes to the work directory (bucket: to WANDB_DIR)."""
 
     _package = "wandb"
 
@@ -347,7 +347,7 @@ class _WandB:
 
     def _options(self, workdir: RunDir, title: str, run_id: str) -> dict[str, Any]:
         settings = self._module.Settings(silent=True, console="off", disable_git=True, init_timeout=_OPEN_SECONDS)
-        directory = None if isinstance(workdir, BucketRunDir) else workdir.path  # a mirror is removed at the end
+        directory = None if isinstance(workdir, BucketRunDir) else workdir.path  # mirrors of buckets are temporary
         return {"id": run_id, "name": title, "dir": directory, "settings": settings}
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -525,7 +525,7 @@ def compute_goodput(launches: list[dict[str, Any]]) -> tuple[dict[str, float], f
     """Returns ({part: fraction of the wall time}, wall seconds from the first launch to the end of the last launch).
 
     launches: the result of `read_launches`. The fractions sum to 1. train is the goodput: time in training steps that were
-    kept. repeated: steps that a kill lost and a rerun computed again. idle: time between launches.
+    kept. repeated: time in steps that a kill lost and a rerun computed again. idle: time between launches.
     """
     totals = {part: sum(launch["seconds"][part] for launch in launches) for part in PARTS}
     totals |= {"repeated": 0.0, "idle": 0.0}

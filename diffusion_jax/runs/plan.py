@@ -1,4 +1,4 @@
-"""`--mode=plan`: notes about the settings, memory and FLOPs of a train step, and settings that fit a kind of GPU.
+"""`--mode=plan`: logs notes about the settings, a train step's memory and FLOPs, and settings that fit a kind of GPU.
 
 This mode writes nothing. The notes name settings that cannot give good results; training logs the notes, too. Memory and
 FLOPs follow from array shapes, from the sharding rule of `distributed/sharding.py`, and from traced programs; or, for a TPU
@@ -80,9 +80,9 @@ class Estimate(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """Parameter shapes, and for one example {remat: bytes of activations} and {remat: FLOPs of a step}.
+    """Shapes of the parameters, and, for one example, bytes of activations and FLOPs of a step for each `model.remat`.
 
-    choices: the network's values of `model.remat` and the config's own value.
+    choices: the network's `remat_choices`, and the config's own value of `model.remat`.
     """
 
     choices: list[Remat]
@@ -92,7 +92,7 @@ class Traced(NamedTuple):
 
 
 def run(config: ConfigDict) -> None:
-    """Prints the plan for the present devices, and settings that fit `mesh.device`, or the compiled plan for a topology.
+    """Prints the plan for this machine's devices, with settings that fit `mesh.device`; or the compiled plan for a topology.
 
     Raises: UserError.
     """
@@ -140,7 +140,7 @@ def run(config: ConfigDict) -> None:
 def compile_for(config: ConfigDict, topology: str) -> None:
     """Compiles the train step for a TPU topology, and prints the bytes and the estimated cycles of a device.
 
-    Raises: UserError without libtpu, and for a step that the compiler refuses.
+    Raises: UserError without libtpu, and for a step that does not compile.
     """
     chip, devices = topologies.find_chip(topology), topologies.tpu_devices(topology)
     advice = "use --config.model.remat=True, a larger --config.training.accumulation_steps or --config.mesh.fsdp"
@@ -183,7 +183,7 @@ def trace(config: Mapping[str, Any], choices: list[Remat]) -> Traced:
 
 
 def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_devices: int) -> Estimate:
-    """Estimates the memory of one device when a complete config trains on `num_devices` devices."""
+    """Estimates the memory that training with a complete config on `num_devices` devices needs on each device."""
     activations, width = traced.activations, jnp.dtype(config["model"]["dtype"]).itemsize
     if len(every := traced.choices) == 1:
         backward = activations[every[0]]  # an unknown network has at most one gradient for each activation
@@ -196,7 +196,7 @@ def estimate(config: Mapping[str, Any], traced: Traced, settings: Settings, num_
     microbatch = config["training"]["batch_size"] // num_devices // steps
     split = [math.prod(s) for s in traced.shapes if sharding.split_axis(s, fsdp) is not None]
     held = sum(map(math.prod, traced.shapes)) - sum(split) + sum(split) / fsdp
-    # All gathered parameters are stored for the backward pass, or with recomputation about two arrays at a time.
+    # The backward pass stores all gathered parameters; with recomputation, it stores about two arrays at a time.
     gathered = width * (2 * max(split, default=0) if remat else sum(split))
     return Estimate(
         settings,
@@ -282,7 +282,7 @@ def _network(config: Mapping[str, Any], batch_size: int):
 
 
 def remat_choices(config: Mapping[str, Any]) -> list[Remat]:
-    """Returns the network's values of `model.remat`, each recomputing more, and the config's own value."""
+    """Returns the network's `remat_choices`, ordered by recomputation, and the config's own value of `model.remat`."""
     own, choices = config["model"]["remat"], list(training.model_from_config(config).remat_choices)
     return choices if own in choices else [*choices, own]
 

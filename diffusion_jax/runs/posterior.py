@@ -1,6 +1,6 @@
 """`Problem`: the measurement that `config.editing` describes, and samples of x_0 given its values.
 
-`--mode=edit` draws samples for one measurement, and `evaluation.metrics=calibration` for many simulated ones.
+`--mode=edit` draws samples for one measurement, and `evaluation.metrics=calibration` for many simulated measurements.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class Problem:
         return (y + self.noise * np.stack(draws)).astype(np.float32)
 
     def show(self, y: np.ndarray) -> np.ndarray:
-        """Returns y, in data units, for pictures: if possible as an example [*spatial, C]; NaN where nothing is measured."""
+        """Converts y, in data units, for pictures: if possible to [*spatial, C], with NaN where nothing is measured."""
         if self.options.task in ("deblur", "tomography"):
             return y
         adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
-        if self.options.task == "fourier":  # coefficients whose conjugates y leaves out stand for both
+        if self.options.task == "fourier":  # a coefficient counts twice if y leaves out its conjugate
             column, size = np.arange(y.shape[-3]), self.net.image_size[-1]
             y = np.where((column > 0) & (2 * column < size), 2, 1)[:, None, None] * y
         spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in (y, np.ones_like(y)))
@@ -119,8 +119,8 @@ class Problem:
     def draw(self, setup: SamplingSetup, y: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
         """Draws `count` samples for each row of y [N, ...], in network units; row i uses row i of the setup's conditions.
 
-        key: one key, or one for each drawn sample [num_drawn * N], the samples' axis first. Returns: [count, N, ...],
-        images in [-1, 1], continuous data in data units. Raises: UserError.
+        key: one key, or a key for each drawn sample: num_drawn * N keys, flattened from [num_drawn, N].
+        Returns: [count, N, ...], images in [-1, 1], continuous data in data units. Raises: UserError.
         """
         options, rows = self.options, len(y)
         indices = np.arange(self.num_drawn(count) * rows)
@@ -145,7 +145,7 @@ class Problem:
 
 
 def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
-    """Logs chi-squared for each measured number, and whether the prior can explain the measurement."""
+    """Logs chi-squared per measured number, and a note if the samples do not explain the measurement."""
     found, count = float(np.mean(values)), problem.num_measured
     log(
         f"Chi-squared per measured number ({count:,} numbers): {found:.3g}, about 1 if the samples explain the measurement."
@@ -161,7 +161,7 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Smc:
-    """An algorithm of `pretrained.Model.draw`: `count` samples for each row of y, from the particles of `posterior.smc`."""
+    """An algorithm for `pretrained.Model.draw`: draws `count` samples for each row of y from the particles of `smc`."""
 
     measurement: Measurement
     count: int = dataclasses.field(metadata={"static": True})

@@ -39,7 +39,7 @@ _SETTINGS_WITHOUT_EFFECT = ("preview_samples", "preview_steps", "trajectory", "b
 # Settings that the digest in file names omits: file names show them; `clip` is in the digest if it is not the default.
 _NAMED_SETTINGS = ("sampler", "steps", "spacing", "label", "guidance_scale", "clip", "num_samples", "seed")
 _MAX_CLASSES_IN_NAME = 40  # characters
-_TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # samples in the denoising picture; vectors are points
+_TRAJECTORY_ROWS, _TRAJECTORY_POINTS = 4, 400  # samples in the denoising picture: images, or vectors as points
 _LOG_SNRS = -5.0, 3.0  # lowest and highest log SNR of the denoising picture's columns, besides the noisiest step
 _MAX_IMAGES_IN_GRID = 256
 _MAX_PIXELS_AS_TEXT = 12
@@ -48,7 +48,7 @@ _MAX_PIXELS_AS_TEXT = 12
 def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> SampleFile:
     """Writes samples as an .npz and a PNG picture.
 
-    With `sampling.trajectory`, also the first samples being denoised; with `sampling.files=png`, each image as a file.
+    `sampling.trajectory` adds a picture of the first samples being denoised; `sampling.files=png` adds a file for each image.
 
     After an interruption, the same command continues after the last finished batch.
     Raises: UserError, DataError, PretrainedError.
@@ -82,8 +82,8 @@ def _write_images(file: SampleFile) -> None:
 class SampleFile:
     """The samples of a config: PATH.npz with the samples, and PATH.png with a picture.
 
-    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data, and the provenance. If the
-    samples have labels or conditions, it also has arr_1 (labels), condition (in data units) or condition_missing.
+    The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data, and the provenance. Samples with
+    labels have them in arr_1; samples with conditions have condition (in data units) and optionally condition_missing.
 
     path: the .npz. setup: the model and the settings. provenance: everything that decides the values.
     """
@@ -96,7 +96,7 @@ class SampleFile:
     ):
         """Checks the config, then loads the weights.
 
-        conditions: as in `SamplingSetup`, replaces `sampling.conditions`.
+        conditions: replaces `sampling.conditions`, with the arrays of `SamplingSetup.conditions`.
         Raises: UserError, DataError, PretrainedError.
         """
         self.config, self.workdir = config, open_run_dir(workdir)
@@ -296,8 +296,8 @@ def _write_trajectory(file: SampleFile) -> None:
 def picture_steps(schedule: schedules.Schedule, count: int) -> np.ndarray:
     """Returns at most `count` increasing indices of a schedule: the last, and others evenly spaced in log SNR.
 
-    The log SNRs are in -5 ... 3, where the picture changes: below, the prediction of x_0 is nearly the mean of the data, and
-    above, x_t looks finished. Evenly spaced indices would mostly show noise, or the finished image.
+    The log SNRs are in -5 ... 3, where the picture changes: below -5, the predicted x_0 is nearly the mean of the data, and
+    above 3, x_t looks finished. Evenly spaced indices would mostly show noise, or the finished image.
     """
     with np.errstate(divide="ignore"):
         log_snr = np.log(np.asarray(schedule.snr, np.float64))

@@ -31,12 +31,12 @@ _MAX_SHOWN_NUMBERS = 4  # of a condition in a caption
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSetup:
-    """A model and `config.sampling` for it, from `resolve_sampling`.
+    """A model with its sampling settings, made by `resolve_sampling`.
 
     net: its parameters may be added later, with `dataclasses.replace`. config: complete, with a resolved clip. schedule: the
     steps of the sampler. options: clip and guidance, as arguments of `pretrained.Model.denoiser`. labels: int32 [N], or None.
     conditions: "condition" [N, ...] in data units and "condition_missing" bool [N], either may be absent. small_images: uint8
-    [N, h, w, C] for an upsampler, or None. Sample i uses row i modulo N of these arrays.
+    [N, h, w, C] for an upsampler, or None. Sample i uses row i modulo N of each array.
     """
 
     net: pretrained.Model
@@ -50,7 +50,7 @@ class SamplingSetup:
 
     @property
     def classifier(self) -> pretrained.Model | None:
-        """The model that guides, or None."""
+        """The guiding classifier, or None."""
         return self.options["classifier"]
 
     @property
@@ -83,7 +83,7 @@ class SamplingSetup:
     ) -> Any:
         """Draws the samples with these indices.
 
-        wrap: applied to the denoiser. arguments: trajectory and algorithm, as `pretrained.Model.draw`.
+        wrap: a function that is applied to the denoiser. arguments: trajectory and algorithm of `pretrained.Model.draw`.
         """
         net, count = self.net, len(indices)
         noise_std = self.config.sampling.low_resolution_noise
@@ -100,9 +100,9 @@ class SamplingSetup:
         batch_size: int,
         wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
     ) -> np.ndarray:
-        """Generates samples index B ... (index + 1) B - 1 in the format of files (`to_examples`).
+        """Draws batch number `index` of the samples, in the format of files (`to_examples`).
 
-        wrap: as for `generate`. Every process must call this method, and gets all samples.
+        wrap: as for `generate`. Every process must call this method; each process gets all samples of the batch.
         """
         indices = index * batch_size + np.arange(batch_size)
         return self.to_examples(self.generate(keys_of_samples(seed, indices), indices, wrap))
@@ -112,7 +112,7 @@ class SamplingSetup:
         return np.asarray(samples if self.net.levels is None else to_uint8(samples))
 
     def captions(self, count: int) -> list[str] | None:
-        """Returns captions for the first samples, or None."""
+        """Returns captions for the first `count` samples; None if samples have neither classes nor shown conditions."""
         rows = np.arange(count)
         return make_captions(self.net, _rows(self.labels, rows), read_conditions(self.rows(rows)))
 
@@ -134,8 +134,8 @@ def resolve_sampling(
 ) -> SamplingSetup:
     """Returns the setup that `config.sampling` describes; checks settings before anything is compiled, and logs notes.
 
-    conditions: as in `SamplingSetup`, replaces `sampling.conditions`. read_files: False skips the files that the config
-    names, and logs no notes; classes of a guiding classifier are then not checked.
+    conditions: replaces `sampling.conditions`, with the arrays of `SamplingSetup.conditions`. read_files: False skips the
+    files that the config names, the notes, and the check of a guiding classifier's classes.
     Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
     config = resolve(config)
@@ -203,9 +203,9 @@ def _load_classifier(options: Mapping[str, Any], net: pretrained.Model) -> pretr
 
 
 def sampler_from_config(options: Mapping[str, Any]) -> sampling.Sampler:
-    """Builds the sampler that `config.sampling` names; each constructor argument is the setting with the same name.
+    """Builds the sampler that `config.sampling` names; each constructor argument gets the setting with the same name.
 
-    Raises: ValueError for values that the sampler does not allow, and for a user's function that does not make a sampler.
+    Raises: ValueError for values that the sampler does not allow, and for a user's function that returns no sampler.
     """
     make_sampler = find_function(options["sampler"], "sampling.sampler", sampling.SAMPLERS)
     settings = {name: value for name, value in options.items() if name != "churn_range" or value}

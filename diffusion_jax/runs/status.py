@@ -1,4 +1,4 @@
-"""`--mode=status`: shows the state of a work directory on one screen. Only reads, so it is safe while the run trains."""
+"""`--mode=status`: shows the state of a work directory on one screen; it writes nothing, so it is safe during training."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     """Trains until `training.num_steps`; writes checkpoints, metrics and pictures to `workdir`.
 
     Args:
-      source: training data that replace the data set in `config.data`, whose other settings must describe `source`.
+      source: training data that replace `data.dataset`; the other settings of `config.data` must describe these data.
     Raises: UserError for a config that cannot be trained, a directory that holds another run, or a loss that is not finite;
     DataError, PretrainedError, CheckpointError, SaveError; signals.StoppedBySignal after a signal.
     """
@@ -347,7 +347,7 @@ class BatchLoader:
             log(f"On the CPU, the {steps} steps of a call run one at a time, which is faster there.")
 
     def close(self) -> None:
-        """Ends the processes that read ahead; without this, their shared memory is reported as leaked."""
+        """Ends the processes that read ahead; otherwise Python reports their shared memory as leaked."""
         if self._workers:
             self._stream.close()
 
@@ -442,8 +442,8 @@ class SampleBatches:
     ):
         """net: without parameters. source: in data units; samples get the conditions of evenly spread examples.
 
-        num_images: the batch size, rounded down to a multiple of the device count, but at least one for each device.
-        purpose: the samples' purpose, as a phrase for the log. Raises: UserError or ValueError for settings that are not
+        num_images: the batch size, rounded down to a multiple of the device count, but at least one image for each device.
+        purpose: a noun phrase for the log, such as "the pictures". Raises: UserError or ValueError for settings that are not
         allowed.
         """
         options, num_devices = to_dict(config), net.num_devices
@@ -475,7 +475,7 @@ class SampleBatches:
 def _write_picture(
     workdir: RunDir, metrics: RunMetrics, step: int, samples: np.ndarray, setup: SamplingSetup, kind: str
 ) -> None:
-    """Writes a picture of samples on process 0: a PNG in `workdir`, and an image to the writers of metrics.
+    """Writes a picture of samples, on process 0 only: as a PNG to `workdir`, and as an image to the writers of metrics.
 
     If the PNG cannot be written, a note is logged and the run continues. kind: the kind of weights, "ema" or "raw".
     """

@@ -59,7 +59,7 @@ def load_config(directory: RunDir | str | os.PathLike) -> ConfigDict | None:
 
 
 def config_from_weights(path: str, flags: str = "", network: bool | Mapping[str, str] = False) -> ConfigDict:
-    """Returns a config that starts training from the weights at `path`; settings of a run's config are inherited.
+    """Returns a config that starts training from the weights at `path`; for a work directory, its config is the base.
 
     path, network: as in `pretrained.load`. flags: settings that the weights do not contain.
     Raises: UserError, PretrainedError.
@@ -131,7 +131,7 @@ def check_data(source: Source, workdir: RunDir, normalizations: Normalizations |
 
 def digest_of_some(source: Source) -> str:
     """Returns the SHA-256 of up to 64 examples with labels (0 without labels), conditions and missing conditions."""
-    first_block, *_ = read_block_lengths(source) or (len(source),)  # other files may not be on this machine yet
+    first_block, *_ = read_block_lengths(source) or (len(source),)  # later blocks may not be on this machine yet
     indices = np.unique(np.linspace(0, first_block - 1, _NUM_HASHED_EXAMPLES).astype(int))
     batch = source.read(indices)
     labels = batch.get("label", np.zeros(len(indices)))
@@ -145,7 +145,7 @@ def digest_of_some(source: Source) -> str:
 def check_network_source(network: Network, workdir: RunDir, records: bool = False) -> None:
     """Logs a note if the file that defines a user's network changed since the run began.
 
-    records: whether the SHA-256 of the file is recorded before the first checkpoint.
+    records: whether to record the SHA-256 of the file while the run has no checkpoint.
     """
     file = models.source_file(network)
     if file is None:
@@ -251,7 +251,7 @@ def _check_conditions(config: ConfigDict, batch: Mapping[str, np.ndarray]) -> No
 def load_examples(title: str, location: dict, renamed: Mapping[str, str], source: Source | None) -> Source:
     """Loads the examples of `location`, a complete `config.data`, or checks the caller's source.
 
-    title: of the progress bar. renamed: setting names in errors, such as {"data.split": "evaluation.split"}.
+    title: the title of the progress bar. renamed: setting names in errors, such as {"data.split": "evaluation.split"}.
     Raises: DataError.
     """
     if source is not None:

@@ -119,7 +119,7 @@ class Schedule:
         return self.alpha_bar / self.transitions.level.sigma**2
 
     def __repr__(self) -> str:
-        """Returns one line with the number of steps and the ends of two tables, or the shape of traced or stacked tables."""
+        """Returns one line: the number of steps, and the ends of two tables; for traced or stacked tables, their shape."""
         betas = self.betas
         if isinstance(betas, Tracer) or not isinstance(betas, np.ndarray | jax.Array) or betas.ndim != 1:
             return f"Schedule(betas of shape {getattr(betas, 'shape', None)})"

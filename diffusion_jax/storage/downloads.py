@@ -87,7 +87,7 @@ def copy_objects(
     """Downloads objects that have changed since the last call, and removes the copies of deleted objects.
 
     An object is copied to `copy_path(root, URL)`; a file for each store, below `root`, has the tags of the copies.
-    prefix: only objects whose names start with this are listed. is_needed: (name, listed objects) -> bool.
+    prefix: only objects whose names start with this prefix are listed. is_needed: (name, listed objects) -> bool.
     Raises: OSError; UserError if the disk is too small.
     """
     for attempt in range(_ATTEMPTS):
@@ -142,7 +142,7 @@ def cached_files(store: ObjectStore, objects: Objects, max_bytes: float) -> list
 
     Before a download, the least recently used copies, from all calls on this machine, are deleted until at most max_bytes
     will be stored and the disk has room. Copies used in the last minute are kept. objects: a part of `store.list()`.
-    Raises: OSError; UserError if the disk is too small; StorageError for an object that is no longer the listed version.
+    Raises: OSError; UserError if the disk is too small; StorageError for an object that changed after it was listed.
     """
     import filelock  # not installed with the core
 

@@ -45,9 +45,9 @@ def is_hub(text: str | os.PathLike) -> bool:
 def download(url: str) -> HubFiles:
     """Downloads weights from the Hub, unless the cache has them, and prints their license.
 
-    url: a repository, of which only one network's files are downloaded, or a file or folder in it. REVISION: a
-    branch, a tag or a commit. A dropped connection is resumed; a rerun downloads only files that were not finished. Without
-    network, the cache is read, or a folder that was filled by hand.
+    url: a repository (only one network's files are downloaded), or a file or folder in a repository. REVISION: a branch, a
+    tag or a commit. A dropped connection is resumed; a rerun downloads only files that were not finished. Without network,
+    the files are read from the cache, or from a folder that was filled by hand.
     Raises: StorageError, one line, for a wrong name, a missing or gated repository, a digest that differs, a full disk, or no
     network.
     """
@@ -92,7 +92,7 @@ def download(url: str) -> HubFiles:
         _check_digest(url, folder / name, digests.get(name) or (folder / name).resolve().name)
     license_name = _read_license(folder / _CARD)
     print(f"License of {url}: {license_name} ({page})", flush=True)
-    is_single = not any(name.endswith(".json") or "/" in name for name in needed)  # nothing describes the weights
+    is_single = not any(name.endswith(".json") or "/" in name for name in needed)  # no other file describes the weights
     path = folder / (file or (needed[0] if is_single else ""))
     source = f"{_SCHEME}{repository}{match[2]}@{folder.name}"
     return HubFiles(path, {"source": source, "license": license_name, "page": page})
@@ -144,7 +144,7 @@ def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
     for folder in ("", "unet", "scheduler"):
         inside = [name for name in names if posixpath.dirname(name) == folder]
         found = next(filter(None, ([name for name in inside if name.endswith(end)] for end in _FORMATS)), [])
-        if f"{folder}/config.json".lstrip("/") in inside:  # diffusers' name, without a variant such as fp16
+        if f"{folder}/config.json".lstrip("/") in inside:  # only diffusers' plain names, no variants such as fp16
             found = [name for name in found if posixpath.splitext(posixpath.basename(name))[0].endswith("_model")]
         weights += found
         chosen += [*found, *(name for name in inside if name.endswith(".json"))]
@@ -156,7 +156,7 @@ def _choose(url: str, names: Iterable[str], file: str) -> list[str]:
 
 
 def _find_local(hub: Any, url: str, repository: str, revision: str, page: str, error: Exception) -> pathlib.Path:
-    """Returns a folder with a revision's files, in huggingface_hub's cache or put there by hand. Raises: StorageError."""
+    """Returns a folder with a revision's files, in huggingface_hub's cache or filled by hand. Raises: StorageError."""
     cache = pathlib.Path(hub.constants.HF_HUB_CACHE)
     for found in hub.scan_cache_dir(cache).repos if cache.exists() else ():
         for version in found.revisions if (found.repo_id, found.repo_type) == (repository, "model") else ():

@@ -54,7 +54,7 @@ class FileLock:
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._lock = filelock.FileLock(path, fallback_to_soft=False, is_singleton=True)
-        self._text = ""  # in the file, after this process has acquired the lock
+        self._text = ""  # contents of the file, after this process has acquired the lock
 
     def find_holder(self) -> str | None:
         """Returns the holder, such as "process 1 of HOST", or None. Changes nothing."""

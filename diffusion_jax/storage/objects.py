@@ -74,7 +74,7 @@ class ObjectStore(abc.ABC):
     """
 
     _wrong_tag: str  # a well-formed tag that no object has
-    _no_credentials: tuple[type[Exception], ...] = ()  # errors of the client without credentials
+    _no_credentials: tuple[type[Exception], ...] = ()  # the client's errors for missing credentials
     _advice: dict[str, str]  # what to type if "credentials" are missing, and to create a "bucket"
 
     def __init__(self, url: str, filesystem: Any):
