@@ -184,7 +184,7 @@ def abort_process(message: str, exit_code: int) -> None:
 class Watchdog:
     """A thread that ends the process with one line when no step has finished for too long.
 
-    The limit is `seconds`, or five times the longest step if that is longer; `seconds`=0 is no limit. The first step has no
+    The limit is `seconds`, or five times the longest step if that is longer; 0 seconds mean no limit. The first step has no
     limit, because it may include compilation and connects the processes. The watchdog is a thread, because a process with a
     stuck peer waits inside a collective, where no Python code runs.
     """

@@ -23,8 +23,7 @@ class MLP(Conditional):
     num_res_blocks: the number of blocks.
     scale_shift_norm: whether the time embedding scales and shifts the output of a block's second norm; otherwise the
       embedding is added to the norm's input.
-    initializer: "ho" or "openai", as in the U-Net. Both initialize the last layer in each block and in the network at 0 or
-    close to 0.
+    initializer: "ho" or "openai", as in the U-Net. The last layer in each block and in the network starts at or near 0.
     dropout: the dropout rate before the second dense layer in each block, in training only.
     out_channels: output channels; None for as many as x_t has. For a learned variance, give twice as many.
     dtype: "float32" or "bfloat16", the compute dtype of the layers. Parameters, normalization statistics and the output stay
