@@ -36,7 +36,7 @@ from diffusion_jax.metrics import (
     reported_name,
     reported_values,
 )
-from diffusion_jax.metrics.of_arrays import even_indices
+from diffusion_jax.metrics.of_arrays import subset_indices
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.untrusted import open_npz, read_json
 
@@ -278,8 +278,8 @@ def _draw_neighbors(
     assert result.neighbors is not None and result.rows is not None
     rows, (indices, distances) = result.rows, result.neighbors
     if samples.is_of_images:  # rows of the pools become numbers of examples
-        indices = even_indices(len(reference.source), MAX_EXAMPLES)[indices]
-        rows = even_indices(len(samples.source), MAX_EXAMPLES)[rows]
+        indices = subset_indices(len(reference.source), MAX_EXAMPLES)[indices]
+        rows = subset_indices(len(samples.source), MAX_EXAMPLES)[rows]
     one, other = (pathlib.Path(each.name).name for each in (reference, samples))
     title = f"Samples of {other} and their nearest examples in {one}; Euclidean distances of {space}; at most "
     title += f"{result.values['memorization']['close_distance']:.3g} is close"

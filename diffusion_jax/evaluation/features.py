@@ -37,7 +37,7 @@ from diffusion_jax.files import user_cache
 from diffusion_jax.functions import find_function
 from diffusion_jax.images import is_of_images, to_model_range
 from diffusion_jax.metrics import MAX_EXAMPLES
-from diffusion_jax.metrics.of_arrays import LazyExamples, even_indices
+from diffusion_jax.metrics.of_arrays import LazyExamples, subset_indices
 from diffusion_jax.metrics.of_features import Moments, moments_of_chunks
 from diffusion_jax.run_dir import ChunkStore, RunDir
 from diffusion_jax.storage.downloads import local_path
@@ -60,9 +60,9 @@ _MAX_BYTES_IN_MEMORY = 2**30
 class SetFeatures(NamedTuple):
     """An example set's features.
 
-    pool: float32 [N, D], features of at most 50,000 evenly spread examples; None for sets that have only statistics. moments:
-    feature moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the examples
-    or statistics. chunks: the cached features.
+    pool: float32 [N, D], features of the examples `subset_indices`, at most 50,000; None for sets with only statistics.
+    moments: feature moments over all examples. spatial: moments of Inception's spatial features, or None. digest: hash of the
+    examples or statistics. chunks: the cached features.
     """
 
     pool: np.ndarray | None
@@ -108,8 +108,8 @@ class ExampleSet:
         return {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
 
     def limit(self, count: int) -> ExampleSet:
-        """Returns the set with at most `count` examples, evenly spread, because neighboring examples may be similar."""
-        chosen = even_indices(len(self.source), count)
+        """Returns the set with at most `count` examples, by `subset_indices`, because neighboring examples may be similar."""
+        chosen = subset_indices(len(self.source), count)
         return dataclasses.replace(self, examples=data.SelectedExamples(self.source, chosen))
 
 
@@ -421,9 +421,10 @@ class FeaturePipeline:
             return self._extract(lambda rows: read_examples(source, first + rows), min(CHUNK, count - first))
 
         num_chunks = chunks.fill(f"Features of {name}", count, CHUNK, compute)
-        rows = even_indices(count, MAX_EXAMPLES)
+        rows = subset_indices(count, MAX_EXAMPLES)
         pool = np.concatenate([chunks.load(i)["pool"][rows[rows // CHUNK == i] % CHUNK] for i in range(num_chunks)])
         if statistics is not None:
+            multihost_utils.sync_global_devices("features read")
             return statistics._replace(pool=pool, chunks=chunks)
         moments = moments_of_chunks(chunks.load(i)["pool"] for i in range(num_chunks))
         spatial = None

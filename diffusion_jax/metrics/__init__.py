@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_jax.functions import find_function
 from diffusion_jax.metrics import of_arrays, of_features
-from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, ValueAndError, even_indices, select
+from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, ValueAndError, even_indices, select, subset_indices
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
 MAX_EXAMPLES = 50_000  # limit for a set of arrays, and for the features of images in memory
@@ -128,7 +128,7 @@ def find_metric(name: str) -> Metric:
 
 def _own_metric(name: str, function: Callable, reference: _Examples, samples: _Examples, options: Options) -> Result:
     """Calls function(reference, samples, **conditions) -> a number or {name: number}, with at most 50,000 examples each."""
-    sets = (np.asarray(x[even_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples))
+    sets = (np.asarray(x[subset_indices(len(x), MAX_EXAMPLES)]) for x in (reference, samples))
     value = function(*sets, **options.conditions)
     found = dict(value) if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
     values = {}
@@ -224,7 +224,7 @@ def _memorization(reference: _Examples, samples: _Examples, options: Options) ->
     dimensions = math.prod(reference.shape[1:])
     count = min(MAX_EXAMPLES, max(math.sqrt(_NEIGHBOR_PRODUCTS / dimensions), 1000), _NEIGHBOR_BYTES / (4 * dimensions))
     count = max(int(count), METRICS["memorization"].minimum)
-    rows = [even_indices(len(x), count) for x in (reference, samples)]
+    rows = [subset_indices(len(x), count) for x in (reference, samples)]
     one, other = (np.asarray(x[i]).reshape(len(i), -1) for x, i in zip((reference, samples), rows, strict=True))
     report, neighbors = of_features.memorization_report(one, other, _NEIGHBORS)
     report |= {"num_reference": len(one), "num_samples": len(other)}

@@ -28,9 +28,18 @@ def even_indices(total: int, count: int) -> np.ndarray:
     return np.arange(total) if count >= total else np.arange(count) * total // count
 
 
+def subset_indices(total: int, count: int) -> np.ndarray:
+    """Returns the sorted indices of a subset, one from each of `count` equal parts, or all indices if there are fewer.
+
+    The place in a part is pseudorandom and always the same: evenly spread indices would miss some of labels that cycle.
+    """
+    edges = even_indices(total, count)
+    return edges + (np.random.default_rng(0).random(len(edges)) * np.diff(edges, append=total)).astype(int)
+
+
 def select(x: np.ndarray | LazyExamples, count: int) -> np.ndarray | LazyExamples:
-    """Selects `count` examples, evenly spread over the set, or all examples of a smaller set."""
-    indices = even_indices(len(x), count)
+    """Selects the examples of `subset_indices`, or all examples of a smaller set."""
+    indices = subset_indices(len(x), count)
     if isinstance(x, LazyExamples):
         return LazyExamples(lambda rows: x[indices[rows]], (len(indices), *x.shape[1:]), x.dtype)
     return x if len(indices) == len(x) else x[indices]

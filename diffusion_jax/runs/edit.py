@@ -290,6 +290,8 @@ class EditFiles:
         """Converts an example to network units and repeats it: float32 [copies, *spatial, C]."""
         if self.net.levels is None:
             x = jnp.asarray(data.to_model_units(example[None], self.net.normalizations.get("x")))
-        else:
+        elif example.dtype == np.uint8:
             x = to_model_range(jnp.asarray(example))[None]
+        else:  # measured gray levels, with noise
+            x = jnp.asarray(example, jnp.float32)[None] / 127.5 - 1
         return jnp.repeat(x, copies, axis=0)

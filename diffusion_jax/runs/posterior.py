@@ -97,7 +97,10 @@ class Problem:
         adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
         if self.options.task == "fourier":  # a coefficient counts twice if y leaves out its conjugate
             column, size = np.arange(y.shape[-3]), self.net.image_size[-1]
-            y = np.where((column > 0) & (2 * column < size), 2, 1)[:, None, None] * y
+            is_known = np.asarray(self.operator.diagonal)[..., 0, 0] > 0
+            axes = tuple(range(is_known.ndim - 1))
+            conjugate = np.roll(np.flip(is_known, axes), 1, axes)  # of a coefficient in the first or last column
+            y = np.where((column > 0) & (2 * column < size), 2, 2 - conjugate)[..., None, None] * y
         spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in (y, np.ones_like(y)))
         if self.options.task == "fourier":
             return spread

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -145,8 +144,6 @@ class WrappedSampler(Sampler):
 
     def __init_subclass__(cls, traced: tuple[str, ...] = (), **options: Any):
         super().__init_subclass__(**options)
-        if unknown := set(traced) - {name for base in cls.__mro__ for name in inspect.get_annotations(base)}:
-            raise TypeError(f"{cls.__name__} has no field {min(unknown)!r}: traced names fields with arrays")
         if traced:
             jax.tree_util.register_pytree_node(
                 cls, functools.partial(_flatten, traced), functools.partial(_unflatten, cls)
@@ -179,6 +176,8 @@ class WrappedSampler(Sampler):
 def _flatten(traced: tuple[str, ...], sampler: WrappedSampler) -> tuple[list[Any], Any]:
     """Returns the children of a sampler, and its other fields. The inner sampler is a child if it is a pytree."""
     fields = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    if unknown := set(traced) - fields.keys():
+        raise TypeError(f"{type(sampler).__name__} has no field {min(unknown)!r}: traced names fields with arrays")
     names = traced if jax.tree_util.all_leaves([sampler.sampler]) else ("sampler", *traced)
     children = [fields.pop(name) for name in names]
     others = names, tuple(fields.items())

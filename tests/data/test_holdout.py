@@ -94,7 +94,7 @@ def test_what_has_no_holdout_is_refused_in_one_line(tmp_path):
         np.save(splits / f"{split}.npy", examples("series"))
     cifar10 = settings(dataset="cifar10", image_size=8, channels=1)
     for function, config, words in (
-        (data.load, cifar10, "data.holdout=0.3 .*'cifar10'"),
+        (data.load, cifar10, "data.holdout=0.3 .*'cifar10' has its own splits"),
         (data.load, of_arrays(file, split="validation"), "data.split='validation' is not one of data.holdout=0.3"),
         (data.load, of_arrays(file) | {"holdout": 1e-9}, "data.holdout=1e-09 holds out 0 of 24 examples"),
         (data.load, of_arrays(splits), "its own splits"),

@@ -133,5 +133,5 @@ def test_a_line_of_the_registry_adds_a_data_set(monkeypatch):
     lines = []
     assert data.is_in_memory(data.load(config, log=lines.append)) and lines == ["600 images of 2 classes."]
     assert data.has_splits(config) and data.origin(config) == "stripes:train"
-    with pytest.raises(data.DataError, match="data.holdout.*'stripes'"):
+    with pytest.raises(data.DataError, match="data.holdout.*'stripes' has its own splits"):
         data.load(config | {"holdout": 0.5})

@@ -100,6 +100,29 @@ def test_the_relative_error_of_the_spectrum_is_that_of_a_ratio():
     assert values["power_spectrum_deviation_standard_error"] == pytest.approx(ratio * np.hypot(*relative))
 
 
+def test_z_of_sets_with_other_sizes_has_one_variance():
+    """By hand, for numbers; the sign changes with the order of the sets."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2000, 1)), rng.normal(size=(50, 1)) * 1.5
+    found, swapped = (
+        metrics.METRICS["mean_and_covariance"].compute(*pair, metrics.Options()).values
+        for pair in ((one, other), (other, one))
+    )
+    variance = (2000 * one.var(ddof=1) + 50 * other.var(ddof=1)) / 2050
+    expected = (other.mean() - one.mean()) / np.sqrt(variance * (1 / 2000 + 1 / 50))
+    assert found["mean_z"] == pytest.approx(expected) and swapped["mean_z"] == pytest.approx(-expected)
+
+
+def test_a_subset_has_all_labels_of_a_cycle():
+    for classes, total, count in ((10, 50_000, 10_000), (1000, 100_000, 50_000), (3, 7, 5)):
+        chosen = of_arrays.subset_indices(total, count)
+        assert len(set(chosen)) == count and (np.diff(chosen) > 0).all() and 0 <= chosen[0] <= chosen[-1] < total
+        if count > classes * 5:
+            shares = np.bincount(chosen % classes, minlength=classes) / count * classes
+            assert abs(shares - 1).max() < 6 * np.sqrt(classes / count)
+    np.testing.assert_array_equal(of_arrays.subset_indices(4, 9), np.arange(4))
+
+
 @pytest.mark.parametrize("count", [1, 50])
 def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
     rng, limit = np.random.default_rng(0), metrics.largest_z(count)
@@ -108,7 +131,7 @@ def test_the_limit_is_exceeded_in_one_of_twenty_comparisons(count):
 
 
 def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
-    """The numbers equal those for arrays in memory with the same evenly spread examples."""
+    """The numbers equal those for arrays in memory with the same examples."""
     x, y = (300 + 10 * series(seed) for seed in (1, 2))
     constants = data.Normalization((300.0, 300.0), (10.0, 10.0))
 
@@ -129,7 +152,7 @@ def test_large_sets_are_read_when_needed_and_measured_in_part(monkeypatch):
     values = found[0]
     assert values["energy_distance_num_examples"] == [50, 50] and values["mean_and_covariance_num_channels"] == 1
     assert values["memorization"]["num_reference"] == values["memorization"]["num_samples"] == 100
-    np.testing.assert_array_equal(of_arrays.select(x, 50), x[::4])
+    np.testing.assert_array_equal(of_arrays.select(x, 50), x[of_arrays.subset_indices(200, 50)])
 
 
 def test_a_constant_channel_has_no_autocorrelation_and_finite_numbers():

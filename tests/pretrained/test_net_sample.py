@@ -170,7 +170,7 @@ def test_a_wrapped_sampler_of_a_user_may_hold_arrays(sampling_programs):
     with pytest.raises(TypeError, match="unhashable"):
         net.sample(KEY, 2, sampler=scaled(sampling.ddim(), *shifts), steps=4)
     with pytest.raises(TypeError, match="shfit"):
-        type("misspelled", (shifted,), {}, traced=("shfit",))
+        net.sample(KEY, 2, sampler=type("misspelled", (shifted,), {}, traced=("shfit",))(sampling.ddim(), 0.0), steps=4)
 
 
 @pytest.mark.thorough

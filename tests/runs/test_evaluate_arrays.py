@@ -185,9 +185,11 @@ def test_samples_have_the_conditions_of_the_reference(given, expected, tmp_path)
     (path,) = (run / "samples").glob("*.npz")
     drawn_with, rows = np.load(path), np.arange(40)
     for name in ("condition",) if given else arrays:
-        np.testing.assert_array_equal(drawn_with[name], arrays[name][rows % 5 if given else rows * 50 // 40])
+        np.testing.assert_array_equal(
+            drawn_with[name], arrays[name][rows % 5 if given else of_arrays.subset_indices(50, 40)]
+        )
     assert record(run)["conditions"].startswith(expected)
-    shown = ~arrays["condition_missing"][rows * 50 // 40] | bool(given)
+    shown = ~arrays["condition_missing"][of_arrays.subset_indices(50, 40)] | bool(given)
     assert record(run)["condition"] == pytest.approx(drawn_with["condition"][shown].mean(), rel=1e-5)
     config.evaluation.metrics = ("helpers.own_networks:by_class",)
     config.sampling.seed = 5

@@ -190,6 +190,8 @@ def test_units_of_measurements(kind, task, y_shape):
         whole, *_ = problem(kind, task, noise=3.0, share=1.0)
         y = whole.to_data(np.asarray(whole.operator.measure(x)))
         np.testing.assert_allclose(whole.show(y[0]), (x * scale + offset)[0], rtol=1e-4)
+        again = found.operator.measure(((shown - offset) / scale)[None].astype(np.float32))
+        np.testing.assert_allclose(again, found.operator.measure(x)[:1], atol=1e-4)  # also with lone coefficients
     elif task == "super_resolution":
         np.testing.assert_allclose(found.operator.measure(shown[None]), in_data[:1], rtol=1e-5)
 
@@ -210,6 +212,18 @@ def test_a_file_has_the_units_of_its_gray_levels(tmp_path):
     for name in ("y.png", "bytes.npy", "floats.npy"):
         files = edit.EditFiles(tiny_config(**of_task, **{"editing.image": str(tmp_path / name)}), net)
         np.testing.assert_allclose(files.read_y(found, None), expected, atol=0.51 / 127.5)
+
+
+def test_measured_gray_levels_may_be_floats(tmp_path):
+    config = tiny_config(**{"editing.task": "colorize", "editing.noise": 2.0, "data.channels": 3})
+    net = pretrained.from_config(config)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    found = []
+    for dtype in (np.uint8, np.float32):
+        np.save(tmp_path / "image.npy", image.astype(dtype))
+        config.editing.image = str(tmp_path / "image.npy")
+        found.append(edit.EditFiles(config, net).read_y(Problem.from_config(config, net), None))
+    np.testing.assert_allclose(*found, atol=1e-6)
 
 
 def test_the_method_of_each_task():
@@ -237,7 +251,10 @@ def test_commands_that_do_not_fit_are_refused_in_one_line(exact):
         ({"task": "deblur", "noise": 1.0, "image": y}, r"holds float64 \[3, 2\]; it must be .* shape \[8, 2\]"),
         ({"task": "deblur", "noise": 1.0, "image": y, "example": 1}, "exclude each other"),
         ({"task": "deblur", "noise": 1.0, "example": 9999}, "must be below 400"),
-        ({"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1}, "editing.num_samples=1"),
+        (
+            {"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1},
+            "editing.num_samples=1 is too few for a standard deviation",
+        ),
         ({"task": "deblur", "noise": 1.0, "example": 0, "method": "smc"}, "takes the steps of ddpm, not of "),
         ({"task": "super_resolution", "noise": 1.0, "example": 0, "factor": 3}, "factor=3 must divide"),
     ):
