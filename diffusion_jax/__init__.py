@@ -23,7 +23,7 @@ from diffusion_jax import (
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.types import Clip, DenoiseFn, LevelDraw, TimestepSampler
 
-__version__ = "0.3.0"
+__version__ = "0.4.0.dev0"
 
 __all__ = [
     "Clip",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import pathlib
+import subprocess
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+import diffusion_jax
 from diffusion_jax.config import flatten
 from diffusion_jax.errors import list_differences, shorten
 from diffusion_jax.untrusted import open_npz, parse_json
@@ -54,6 +58,20 @@ class Provenance:
                 return cls(**parse_json(str(arrays[_ARRAY])))
         except (OSError, ValueError, TypeError):
             return None
+
+
+@functools.cache
+def code_version() -> str:
+    """Returns the version, and in a clone the commit, with "+" if tracked files differ: "0.4.0 (1a2b3c4d+)"."""
+    root = pathlib.Path(__file__).parent.parent
+    if not (root / ".git").exists():  # installed, perhaps into a folder of another project's clone
+        return diffusion_jax.__version__
+    command = ["git", "--no-optional-locks", f"--git-dir={root}/.git", f"--work-tree={root}", "describe"]
+    options = ["--always", "--dirty=+", "--exclude=*", "--abbrev=8"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=10)
+        return f"{diffusion_jax.__version__} ({done.stdout.strip()})"
+    return diffusion_jax.__version__
 
 
 def settings_digest(*settings: Any) -> str:

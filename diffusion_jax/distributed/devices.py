@@ -17,9 +17,9 @@ from typing import Any
 import absl.logging
 import jax
 
-import diffusion_jax
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.files import user_cache
+from diffusion_jax.provenance import code_version
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # constants from glibc's malloc.h
 _CACHE_OPTION = "jax_compilation_cache_dir"
@@ -81,7 +81,7 @@ def start() -> None:
 
 def describe_environment() -> dict[str, Any]:
     """Returns library versions, the system, the devices and the number of processes, as JSON values."""
-    versions = {"diffusion_jax": diffusion_jax.__version__, "python": platform.python_version()}
+    versions = {"diffusion_jax": code_version(), "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

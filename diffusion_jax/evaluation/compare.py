@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import diffusion_jax
 from diffusion_jax import data, pictures
 from diffusion_jax.distributed.processes import log
 from diffusion_jax.evaluation.features import (
@@ -37,7 +36,7 @@ from diffusion_jax.metrics import (
     reported_values,
 )
 from diffusion_jax.metrics.of_arrays import subset_indices
-from diffusion_jax.provenance import Provenance
+from diffusion_jax.provenance import Provenance, code_version
 from diffusion_jax.untrusted import open_npz, read_json
 
 _EXPECTED_CLOSE_SHARE = 0.01  # expected for held-out examples
@@ -149,7 +148,7 @@ def compare(
         **used,
         **settings,
         **_drawing_settings(pathlib.Path(samples.name)),
-        "versions": {"diffusion_jax": diffusion_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "versions": {"diffusion_jax": code_version(), "jax": jax.__version__, "numpy": np.__version__},
         "backend": jax.default_backend(),
     }
     add_record(output, record)

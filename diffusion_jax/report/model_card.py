@@ -9,8 +9,8 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import diffusion_jax
 from diffusion_jax.pretrained import Model, format_summary, origin
+from diffusion_jax.provenance import code_version
 from diffusion_jax.report.card import facts
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
@@ -57,7 +57,7 @@ def model_card(
         origin=made_from,
         name=to.stem if to.suffix == ".safetensors" else where.rpartition("/")[2],
         sample="" if net.published_sampling else ", sampler=sampling.ddim(), steps=50",
-        version=diffusion_jax.__version__,
+        version=code_version(),
         file=repr(location or to.name),
         to_fill="" if license else "the license (here and above), ",
         data=f"## Training data\n\n{_escape(data)}\n\n" if data else "",

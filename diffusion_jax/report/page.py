@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import diffusion_jax
 from diffusion_jax.config import SETTINGS, defaults, flatten
 from diffusion_jax.console import format_time
 from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.metrics import find_meaning, reported_values
-from diffusion_jax.provenance import Provenance
+from diffusion_jax.provenance import Provenance, code_version
 from diffusion_jax.report import card, figures
 from diffusion_jax.report.collect import RunFiles, sample_command, table_cells, train_command
 from diffusion_jax.report.figures import MAX_POINTS, Budget, Picture
@@ -98,7 +97,7 @@ def _page(title: str, runs: Mapping[str, RunFiles], sections: Sections) -> str:
     # Without "<", no text in the JSON can end the script element around the JSON.
     text = json.dumps(report, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return string.Template(files.pop("page_html")).substitute(
-        files, title=title, written=written, version=diffusion_jax.__version__, report=text
+        files, title=title, written=written, version=code_version(), report=text
     )
 
 

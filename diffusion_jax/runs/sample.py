@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import diffusion_jax
 from diffusion_jax import data, pictures, pretrained, schedules
 from diffusion_jax.config import SETTINGS, clips_by_default, is_identity, resolve
 from diffusion_jax.console import CallCounter, log
@@ -26,7 +25,7 @@ from diffusion_jax.distributed import sharding
 from diffusion_jax.distributed.processes import broadcast_from_process_0
 from diffusion_jax.errors import UserError, as_user_error
 from diffusion_jax.files import save_npz
-from diffusion_jax.provenance import Provenance, array_digest, params_digest, settings_digest
+from diffusion_jax.provenance import Provenance, array_digest, code_version, params_digest, settings_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.examples import draw_beside_examples, read_channels
 from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, keys_of_samples, resolve_sampling
@@ -208,7 +207,7 @@ def make_provenance(setup: SamplingSetup, **settings: Any) -> Provenance:
             **settings,
         },
         {
-            "diffusion_jax": diffusion_jax.__version__,
+            "diffusion_jax": code_version(),
             "jax": jax.__version__,
             "backend": jax.default_backend(),
             **net.provenance.details,
