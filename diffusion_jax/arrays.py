@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from diffusion_jax.types import Batch
@@ -21,6 +23,18 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
         advice = "; images are float in [-1, 1]: convert with x / 127.5 - 1" if x.dtype == jnp.uint8 else ""
         raise ValueError(f"{name} must be float; got {x.dtype}{advice}")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_array(name: str, x: Shaped[ArrayLike, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Returns `jnp.asarray(x)`, which wraps integers beyond int32 to other numbers if x64 is off.
+
+    Raises: ValueError for such integers in NumPy arrays and Python numbers, with x64 on or off.
+    """
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
+        values = np.asarray(x)
+        if values.dtype.kind in "iuO" and (beyond := values[(values < -(2**31)) | (values >= 2**31)]).size:
+            raise ValueError(f"{name} must fit into int32, -2**31 ... 2**31 - 1, got {beyond[0]}")
+    return jnp.asarray(x)
 
 
 def as_batch(name: str, x: Shaped[ArrayLike, "..."]) -> Batch:

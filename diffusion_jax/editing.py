@@ -82,7 +82,7 @@ def sdedit(
 
 def _add_noise(key, schedule, x_0, t):
     x_0 = as_float("x_0", x_0)
-    return process.q_sample(schedule, x_0, jnp.int32(t), jax.random.normal(key, x_0.shape, x_0.dtype))
+    return process.q_sample(schedule, x_0, t, jax.random.normal(key, x_0.shape, x_0.dtype))
 
 
 def _as_mask_for(mask, x_0, several=False):

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike, Integer, PyTree, Real, Shaped
 
 from diffusion_jax import labels
-from diffusion_jax.arrays import as_float
+from diffusion_jax.arrays import as_array, as_float
 from diffusion_jax.denoiser import QUANTITIES, Denoiser, as_denoiser, as_node
 from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.types import DenoiseFn, LogitsFn, LogProbFn
@@ -44,7 +44,7 @@ def _append_null(y, null):
         if not jnp.issubdtype(jnp.result_type(null), jnp.integer):
             raise ValueError(f"null_y must be int, as y is; got {jnp.result_type(null)}")
         dtype = dtype if dtype.itemsize >= 4 else jnp.int32  # 8 bits cannot hold the null label of 256 classes
-    return jnp.concatenate([y.astype(dtype), jnp.broadcast_to(jnp.asarray(null, dtype), y.shape)])
+    return jnp.concatenate([y.astype(dtype), jnp.broadcast_to(as_array("null_y", null).astype(dtype), y.shape)])
 
 
 def classifier_free(
@@ -81,7 +81,7 @@ def classifier_free(
             raise ValueError(f"interval must be (low, high), network times with low <= high, got {interval}")
     require_number("rescale", rescale, 0, 1)
     y, null_y = (value if isinstance(value, dict) else {"y": value} for value in (y, null_y))
-    both = jax.tree.map(lambda y, null: _append_null(jnp.asarray(y), null), y, null_y)
+    both = jax.tree.map(lambda y, null: _append_null(as_array("y", y), null), y, null_y)
     denoiser = as_denoiser(denoiser)
     stage = _ClassifierFree(both, scale, interval, rescale)
     # Innermost, because this stage doubles the rows, and a classifier's labels are for B rows.

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key
 
 from diffusion_jax import labels, likelihood, process, timesteps
-from diffusion_jax.arrays import as_batch, as_float
+from diffusion_jax.arrays import as_array, as_batch, as_float
 from diffusion_jax.denoiser import Denoiser, as_denoiser, quantity, split_variance
 from diffusion_jax.errors import require_known
 from diffusion_jax.schedules import NoiseLevel, Path, Schedule
@@ -307,7 +307,8 @@ LOSSES: dict[str, Callable[..., tuple[Float[Array, "B"], NamedTuple]]] = {
 
 def _per_example(name, x, batch_size):
     """Broadcasts x to [B]. Raises: ValueError for another shape, which would broadcast a loss [B] to [B, B]."""
-    if jnp.shape(x) not in ((), (batch_size,)):
+    x = as_array(name, x)
+    if x.shape not in ((), (batch_size,)):
         raise ValueError(f"{name} must have shape [{batch_size}], one for each example; got {list(jnp.shape(x))}")
     return jnp.broadcast_to(x, batch_size)
 

@@ -32,6 +32,7 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, Int32, Integer, Key
 
+from diffusion_jax.arrays import as_array
 from diffusion_jax.errors import require_number
 from diffusion_jax.schedules import Path
 from diffusion_jax.types import TimestepSampler
@@ -165,7 +166,7 @@ def record(
     history: LossHistory, t: Integer[Array | np.ndarray, "B"], losses: Float[Array | np.ndarray, "B"]
 ) -> LossHistory:
     """Adds the unweighted losses of a batch, in order, to the history; losses that are not finite are skipped."""
-    length, losses = history.losses.shape[1], jnp.asarray(losses, jnp.float32)
+    t, length, losses = as_array("t", t), history.losses.shape[1], jnp.asarray(losses, jnp.float32)
     finite = jnp.isfinite(losses)
     same = (t[:, None] == t[None, :]) & finite
     earlier = jnp.tril(same, -1).sum(axis=1)  # number of earlier losses in the batch at the same step

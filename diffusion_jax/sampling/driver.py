@@ -350,9 +350,10 @@ def sample(
         indices = np.asarray(trajectory)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise ValueError(f"trajectory must be True, False or a sequence of indices (int), got {trajectory!r}")
-    kept = np.unique(np.array(() if indices is None else indices, np.int32))[::-1]
+    kept = np.unique(np.array(() if indices is None else indices, np.int64))[::-1]
     if kept.size and not last <= kept[-1] <= kept[0] <= first:
         raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")
+    kept = kept.astype(np.int32)
     # The row where each step's values are stored. For other steps, the row is beyond the end, where a scatter drops them.
     row = np.full(total, kept.size, np.int32)
     row[kept] = np.arange(kept.size)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Float64, Num, Shaped
 
+from diffusion_jax.arrays import as_array
 from diffusion_jax.errors import require_known, require_number
 from diffusion_jax.schedules.levels import NoiseLevel, Transition
 from diffusion_jax.schedules.paths import Interpolated, Path, cast_table, row_shape
@@ -137,7 +138,8 @@ class Schedule:
 
         The shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. The dtype is the dtype of a float
         `like`, at least float32; for an int `like`, it is float32, or float64 under x64. Values are NaN where t lies
-        outside 0 ... T - 1. Raises: ValueError for a t that is not int, or whose shape is not the start of `like`'s shape.
+        outside 0 ... T - 1. Raises: ValueError for a t that is not int, whose shape is not the start of `like`'s shape, or (a
+        NumPy array or Python number) that does not fit into int32.
         """
         return self._read(self.transitions.level, t, like)
 
@@ -146,10 +148,12 @@ class Schedule:
         return self._read(self.transitions, t, like)._replace(path=self.path)
 
     def _read(self, tables, t, like):
-        t = jnp.asarray(t)
+        t = as_array("t", t)
         if not jnp.issubdtype(t.dtype, jnp.integer):
             raise ValueError(f"t must be int, an index of the schedule; got {t.dtype}")
         shape, dtype = row_shape("t", t, like)
+        if t.dtype.itemsize > 4:  # the gather would wrap an index beyond int32 to another index
+            t = jnp.where(t.astype(jnp.int32) == t, t, -1).astype(jnp.int32)
 
         def read(path, table):
             table = jnp.asarray(cast_table(table, dtype))

@@ -44,6 +44,12 @@ def test_draws_are_the_mean_plus_the_deviation_times_eps(x64):
         np.testing.assert_allclose(sample(schedule, x, t, eps), mean + np.sqrt(variance) * eps, rtol=1e-12, atol=1e-12)
     outside = process.q_sample(schedule, x[:2], jnp.array([-1, 1000]), eps[:2])
     assert np.isnan(outside).all()  # never the value at another index
+    for beyond in (
+        np.array([2**32, -(2**32)]),
+        np.array([2**32, 2**64 - 1], np.uint64),
+    ):  # int32 wraps them to 0 and -1
+        for sample in (process.q_sample, jax.jit(process.q_sample)):
+            assert np.isnan(sample(schedule, x[:2], jnp.asarray(beyond), eps[:2])).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -183,6 +183,19 @@ REFUSED = [
     *(case("unknown spacing 'bogus'; known: leading, tr", RESPACE, steps, "bogus") for steps in (5, [1, 2, 3])),
     case("respace the schedule outside of jax.jit", lambda: schedules.respace(jax.jit(lambda s: s)(FULL), 10)),
     # process
+    *(
+        case(f"{name} must fit into int32, .*, got -?{2**32}$", call, beyond)
+        for name, call in {
+            "t": lambda t: process.q_sample(FULL, X[:1], t, X[:1]),
+            "the times of timestep_sampler": lambda t: SIMPLE(X[:1], timestep_sampler=lambda *_: (t, jnp.ones(1))),
+            "y": lambda y: guidance.classifier_free(network, y, 3, 2.0),
+            "null_y": lambda null: GUIDED(null[0], 2.0),
+        }.items()
+        for beyond in (np.array([2**32]), np.array([-(2**32)]), np.array([2**32], np.uint64))
+    ),
+    case("t must fit into int32", FULL.at, [2**32], X[:1]),
+    case("t must fit into int32", FULL.transition, np.int64(2**32), X),
+    case("t must fit into int32", timesteps.record, timesteps.loss_history(20), np.array([2**32]), np.ones(1)),
     case("must be equal", process.q_sample, FULL, X, T, X[..., :1]),
     # denoisers
     case("twice the channels", Denoiser(network, variance="learned_range"), X, AT),
@@ -280,7 +293,7 @@ REFUSED = [
     case(r"start, an index .* in \[0, 19\], got 20", SAMPLE, X, DDPM, start=20),
     case(r"indices \(int\), got \[1.7\]", SAMPLE, X, DDPM, trajectory=[1.7]),
     case("sequence of indices", SAMPLE, X, DDPM, trajectory=3),
-    case("keeps indices in 0 ... 19", SAMPLE, X, DDPM, trajectory=[20]),
+    *(case("keeps indices in 0 ... 19", SAMPLE, X, DDPM, trajectory=t) for t in ([20], np.array([2**32]))),
     case("keeps indices in 1 ... 19", SAMPLE, X, DDPM, trajectory=[0], final_step=False),
     case("must be a sampler such as", sampling.default_spacing, sampling.heun, FULL, network),
     # encode
