@@ -20,8 +20,9 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -36,6 +37,7 @@ from diffusion_jax.errors import (
     closest_names,
     describe_exception,
     find_user_frame,
+    print_text,
     wrap,
 )
 from diffusion_jax.files import with_urls
@@ -259,7 +261,7 @@ def run(command: Command) -> None:
     if mode == "status":
         from diffusion_jax.runs import status
 
-        return print(status.report(config, workdir), flush=True)
+        return print_text(status.report(config, workdir), lines=True)
     if mode == "report":
         from diffusion_jax.report import write_report
 
@@ -326,6 +328,8 @@ def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], .
     functions, OSError and missing packages always do. Any other exception is raised again.
     """
     signals.HANDLER.install()
+    sys.excepthook = _print_traceback
+    warnings.showwarning = lambda message, *_: print_text(f"Warning: {message}", sys.stderr)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed stdout
     devices.silence_libraries()
     try:
@@ -335,6 +339,11 @@ def program(arguments: Sequence[str] | None, bad_input: tuple[type[Exception], .
         _fail(str(error), error.exit_code)
     except Exception as error:
         _fail_with(error, bad_input, _DEBUG in (sys.argv[1:] if arguments is None else arguments))
+
+
+def _print_traceback(*error: Any) -> None:
+    """Prints a traceback, given the arguments of `sys.excepthook`."""
+    print_text("".join(traceback.format_exception(*error)).rstrip(), sys.stderr, lines=True)
 
 
 def _explain_os_error(error: OSError, workdir: RunDir | None) -> Exception:
@@ -356,14 +365,14 @@ def _fail_with(error: Exception, bad_input: tuple[type[Exception], ...], debug: 
     if (explained := _explain(error, bad_input)) is not None:
         message, exit_code = explained
         if debug:
-            traceback.print_exception(error)
+            _print_traceback(type(error), error, error.__traceback__)
         elif any(each is not None and find_user_frame(each) for each in (error, error.__cause__)):
             message += f"; {_DEBUG} prints the traceback"
         _fail(message, exit_code)
     if processes.is_multiprocess():  # at a normal exit the processes would wait for each other
         import jax
 
-        traceback.print_exc()
+        _print_traceback(type(error), error, error.__traceback__)
         processes.abort_process(f"process {jax.process_index()} of the run failed, as above", 1)
     raise error
 
@@ -385,5 +394,5 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     """Writes one line to standard error and ends the program."""
     if processes.is_multiprocess():
         processes.abort_process(message, exit_code)
-    print(f"error: {with_urls(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    print_text(f"error: {with_urls(' '.join(message.split()))}", sys.stderr)
     sys.exit(exit_code)

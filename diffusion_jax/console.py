@@ -15,7 +15,7 @@ import jax
 
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.distributed.processes import log
-from diffusion_jax.errors import shorten_middle
+from diffusion_jax.errors import shorten_middle, visible
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ class ProgressBar:
     _SECONDS_BETWEEN_LINES, _TITLE_WIDTH = 10, 36  # title, bar, counts and remaining time fit into 80 columns
 
     def __init__(self, title: str, total: int, done: int = 0):
-        self._title, self._total = shorten_middle(title, self._TITLE_WIDTH), total
+        self._title, self._total = shorten_middle(visible(title), self._TITLE_WIDTH), total
         self._initial: float = done
         self._start_time = time.perf_counter()
         self._last_line, self._rich = self._start_time, None
@@ -77,11 +77,11 @@ class ProgressBar:
             from rich.table import Column
 
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(None, table_column=Column(ratio=1)),
                 MofNCompleteColumn(),
             ]
-            self._rich = Progress(*columns, TextColumn("{task.fields[note]}"), expand=True)
+            self._rich = Progress(*columns, TextColumn("{task.fields[note]}", markup=False), expand=True)
             self._task = self._rich.add_task(self._title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
@@ -105,7 +105,7 @@ class ProgressBar:
             seconds = (now - self._start_time) / (done - self._initial) * (self._total - done)
             notes = [f"{format_duration(seconds)} left", *notes]
         if self._rich:
-            self._rich.update(self._task, completed=done, note="  ".join(notes))
+            self._rich.update(self._task, completed=done, note=visible("  ".join(notes)))
         elif now - self._last_line >= self._SECONDS_BETWEEN_LINES or done == self._total:
             self._last_line = now
             log("  ".join([f"{self._title} {done}/{self._total} ({100 * done // self._total}%)", *notes]))

@@ -1,4 +1,4 @@
-"""Errors that end a program with one line and an exit code. Imports nothing else from this package."""
+"""Errors that end a program with one line and an exit code, and printed texts. Imports nothing else from this package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import textwrap
 import traceback
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 # Files with the functions that settings name; `functions.import_function` adds each file.
 user_files: set[str] = set()
 _LIBRARIES = ("<", os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep)
+# Control characters, line separators, characters that change the direction of text, and bytes that are not UTF-8.
+_NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class DiffusionJaxError(Exception):
@@ -27,6 +29,9 @@ class DiffusionJaxError(Exception):
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return visible(super().__str__(), "\n\t")
 
 
 class UserError(DiffusionJaxError):
@@ -111,6 +116,16 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Returns the text with visible escapes for characters that control a terminal. keep: characters that are not escaped."""
+    return _NOT_SHOWN.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def print_text(text: str, file: TextIO | None = None, lines: bool = False) -> None:
+    """Prints one line, which may contain a stranger's names, or several `lines`. No other function of the package prints."""
+    print(visible(text, "\n\t" if lines else ""), file=file, flush=True)
 
 
 def shorten(text: str, limit: int) -> str:

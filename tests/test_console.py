@@ -1,8 +1,15 @@
 """Terminal output: durations and bars."""
 
+import ast
+import dataclasses
+import json
+import os
 import re
 import sys
+import threading
 import types
+import unicodedata
+import warnings
 from typing import Any
 
 import jax
@@ -11,12 +18,14 @@ import numpy as np
 import pytest
 
 from diffusion_jax import Denoiser, cli, console, models, sampling, schedules
+from diffusion_jax import pretrained as weights
 from diffusion_jax.distributed import processes
-from diffusion_jax.errors import shorten_middle, wrap
+from diffusion_jax.errors import UserError, shorten_middle, visible, wrap
 from diffusion_jax.evaluation import __main__ as evaluation
 from diffusion_jax.evaluation import compare
 from diffusion_jax.metrics import MEANINGS
 from diffusion_jax.pretrained import __main__ as pretrained
+from diffusion_jax.pretrained import format_summary
 from diffusion_jax.report import __main__ as report
 from diffusion_jax.runs import status
 from diffusion_jax.training.state import initial_params
@@ -34,6 +43,68 @@ def test_bars_count_images(capsys):
     """A bar for 300 images in two chunks does not show "2/2"."""
     assert list(console.progress_over("Reading the images")([256, 44], 300)) == [256, 44]
     assert capsys.readouterr().out.startswith("Reading the images 300/300 (100%)")
+
+
+# ---- Names that control a terminal
+
+
+HOSTILE = (
+    "a\x1b]0;title\x07\x9b31m\u202eb\x7f\nerror: c\r\u2028\udc9b"  # a title, a color, a line in reverse, a second line
+)
+BIDIRECTIONAL = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+SHOWN = r"a\x1b]0;title\x07\x9b31m\u202eb\x7f\nerror: c\r\u2028\udc9b"
+
+
+def is_harmless(text, lines=1):
+    assert text.count("\n") == lines, text
+    return not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+
+
+def test_every_control_character_is_visible():
+    every = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.bidirectional(chr(i)) in BIDIRECTIONAL]
+    every += [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) in ("Cc", "Cs", "Zl", "Zp")]
+    assert visible("".join(every)).isprintable() and len(every) > 2000
+    assert visible(HOSTILE) == SHOWN and visible("ä 猫 🐈\tb", "\t") == "ä 猫 🐈\tb"
+    assert ast.literal_eval(f"'{visible(HOSTILE)}'") == HOSTILE
+
+
+def test_names_do_not_control_the_terminal(tmp_path, capsys, monkeypatch, narrow):
+    """Lines, errors, warnings, tracebacks, bars, status and the description of weights."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # `program` replaces it
+    processes.log(HOSTILE)
+    assert is_harmless(capsys.readouterr().out)
+    for error in (UserError(HOSTILE), OSError(2, HOSTILE, HOSTILE), RuntimeError(HOSTILE)):
+        with pytest.raises(SystemExit), cli.program([]):
+            warnings.warn(HOSTILE, stacklevel=1)
+            raise error
+        assert is_harmless(capsys.readouterr().err, lines=2)
+        sys.excepthook(type(error), error, error.__traceback__)
+        shown = capsys.readouterr().err
+        assert r"\x1b]0;title" in shown and is_harmless(shown, shown.count("\n"))
+    assert is_harmless(str(UserError(HOSTILE)))  # also where Python prints the traceback
+    written = []
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append(data.decode()))
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(processes, "_LAST_LINE", threading.Lock())
+    processes.exit_now(HOSTILE, 2)
+    assert is_harmless("".join(written))
+    write_run(tmp_path)
+    goodput = json.loads((tmp_path / "goodput.json").read_text())
+    goodput[-1]["stopped_by"] = HOSTILE
+    (tmp_path / "goodput.json").write_text(json.dumps(goodput))
+    shown = status.report(cli.parse([f"--workdir={tmp_path}", "--mode=status"]).config, tmp_path)
+    assert r"\x1b]0;title" in shown and is_harmless(shown, shown.count("\n"))
+    summary = format_summary(weights.from_config({"data": {"dataset": "digits"}}))
+    hostile = format_summary(dataclasses.replace(weights.from_config({}), family=HOSTILE))
+    assert is_harmless(hostile, summary.count("\n"))
+    with console.ProgressBar(HOSTILE, 2) as bar:
+        bar.update(2, HOSTILE)
+    assert is_harmless(capsys.readouterr().out)
+    narrow()
+    with console.ProgressBar(f"[link=http://x]{HOSTILE}", 2) as bar:
+        bar.update(2, f"[/x]{HOSTILE}")
+    shown = capsys.readouterr().out
+    assert r"[/x]a\x1b]0;" in shown and "\x1b[" in shown and not {*"\x07\x9b\u202e\x7f"} & {*shown}
 
 
 # ---- 80 columns

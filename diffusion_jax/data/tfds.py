@@ -19,7 +19,7 @@ import numpy as np
 
 from diffusion_jax.data.images import EncodedImages, fit
 from diffusion_jax.data.sources import readable, size_and_channels
-from diffusion_jax.errors import DataError, shorten
+from diffusion_jax.errors import DataError, print_text, shorten
 from diffusion_jax.files import with_urls
 from diffusion_jax.storage.downloads import cached_files, local_path
 from diffusion_jax.storage.objects import ObjectInfo, ObjectStore, is_url, open_store
@@ -121,7 +121,7 @@ def prepare(name: str, data_dir: str | None) -> None:
         problem = f"cannot be downloaded: {unanswered}; set data.data_dir to its directory, or {elsewhere}"
     if problem:
         raise DataError(f"the data set {name!r} is not in {root}, and {problem}")
-    print(f"The data set {name!r} is not in {root}: it is downloaded and prepared, once for all processes.", flush=True)
+    print_text(f"The data set {name!r} is not in {root}: it is downloaded and prepared, once for all processes.")
     try:
         import tensorflow as tf  # builders use TensorFlow
         from filelock import FileLock

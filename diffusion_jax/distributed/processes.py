@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.errors import UserError, wrap
+from diffusion_jax.errors import UserError, print_text, visible, wrap
 from diffusion_jax.files import with_urls
 
 _T = TypeVar("_T")
@@ -45,7 +45,7 @@ def exit_now(message: str, exit_code: int, delay: float = 0.0) -> None:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
         # `print` could block, because another thread may hold its lock.
-        os.write(2, f"error: {with_urls(' '.join(message.split()))}\n".encode())
+        os.write(2, visible(f"error: {with_urls(' '.join(message.split()))}").encode() + b"\n")
     time.sleep(delay)
     with contextlib.suppress(Exception):
         for child in multiprocessing.active_children():  # the children would wait for this process forever
@@ -65,7 +65,7 @@ def exit_if_output_is_closed() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         try:
-            print(flush=True)  # also fails, unless another pipe broke
+            print_text("")  # also fails, unless another pipe broke
         except BrokenPipeError:
             exit_now("", _EXIT_CLOSED_OUTPUT)  # devices may still compute, and other processes must notice
         raise
@@ -149,8 +149,8 @@ def broadcast_from_process_0(function: Callable[[], _T]) -> _T:
 def log(text: str) -> None:
     """Prints one line, on process 0 only; a terminal wraps it at spaces."""
     if jax.process_index() == 0:
-        text = with_urls(text)
-        print(wrap(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
+        text = visible(with_urls(text))
+        print_text(wrap(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, lines=True)
 
 
 def barrier(name: str) -> None:

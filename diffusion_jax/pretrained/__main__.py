@@ -18,6 +18,7 @@ import pathlib
 
 from diffusion_jax import pretrained
 from diffusion_jax.cli import Parser, program
+from diffusion_jax.errors import print_text
 from diffusion_jax.files import write_text
 from diffusion_jax.storage.downloads import local_path
 
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.command != "publish" and (args.license or args.data):
             parser.error("--license and --data are for publish")
         if args.command == "list":
-            return print(pretrained.format_available())
+            return print_text(pretrained.format_available(), lines=True)
         net = pretrained.load(args.path, args.flags, not args.raw, args.trust_network)
-        print(pretrained.format_summary(net))
+        print_text(pretrained.format_summary(net), lines=True)
         if args.to is None:
             return
         from diffusion_jax.report.model_card import model_card
@@ -60,17 +61,17 @@ def main(argv: list[str] | None = None) -> None:
 
         workdir = local_path(args.path) if pretrained.is_workdir(args.path) else None
         if args.command == "publish":
-            return print(f"Published: {publish(net, args.to, workdir, args.license, args.data)}")
+            return print_text(f"Published: {publish(net, args.to, workdir, args.license, args.data)}")
         save = pretrained.save_safetensors if args.to.endswith(".safetensors") else pretrained.save_diffusers
         save(net, args.to)
-        print(f"Written: {args.to}")
+        print_text(f"Written: {args.to}")
         to = pathlib.Path(args.to).expanduser()
         card = to.with_suffix(".md") if to.suffix == ".safetensors" else to / "README.md"
         if card.exists():
-            return print(f"{card} exists and stays as it is.")
+            return print_text(f"{card} exists and stays as it is.")
         write_text(card, model_card(net, to, workdir))
         advice = "" if pretrained.origin(net) else " (fill in the license)"
-        print(f"Model card{advice}: {card}")
+        print_text(f"Model card{advice}: {card}")
 
 
 if __name__ == "__main__":

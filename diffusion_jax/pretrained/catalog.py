@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from diffusion_jax.errors import print_text
 from diffusion_jax.pretrained import openai
 from diffusion_jax.storage import hub
 
@@ -177,7 +178,7 @@ def find_origin(name: str) -> dict[str, str]:
     known = find_known(name)
     if known is None:
         return {}
-    print(f"License of {name}, if it is the published file: {known.license} ({known.page})", flush=True)
+    print_text(f"License of {name}, if it is the published file: {known.license} ({known.page})")
     return {"source": name, "license": known.license, "page": known.page}
 
 

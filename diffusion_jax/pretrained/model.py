@@ -22,7 +22,7 @@ from diffusion_jax import guidance, labels, sampling, schedules, training
 from diffusion_jax.data import Normalization, Normalizations, to_data_units, to_model_units
 from diffusion_jax.denoiser import Denoiser, as_node
 from diffusion_jax.distributed import devices, sharding
-from diffusion_jax.errors import list_differences
+from diffusion_jax.errors import list_differences, visible
 from diffusion_jax.images import is_image_shape, to_model_range
 from diffusion_jax.models import Classifier, Conditional, condition_shape, to_config, upsampling
 from diffusion_jax.pretrained import parameters
@@ -624,7 +624,7 @@ def format_summary(net: Model) -> str:
     }
     rows = {name: value for name, value in rows.items() if value is not None}
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return "\n".join(f"{name:{width}}  {visible(str(value))}" for name, value in rows.items())
 
 
 def _format_normalization(normalization: Normalization | None, limit: int = 6) -> str:

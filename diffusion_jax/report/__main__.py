@@ -9,6 +9,7 @@ bucket, report.html in the current directory. --output names another file. The r
 import pathlib
 
 from diffusion_jax.cli import Parser, program
+from diffusion_jax.errors import print_text
 
 
 def make_parser() -> Parser:
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         directory = pathlib.Path(args.directories[0] if is_single else "")
         output = pathlib.Path(args.output or directory / NAME).expanduser()
         write_comparison(args.directories, output)
-        print(f"Written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+        print_text(f"Written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

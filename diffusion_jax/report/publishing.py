@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
-from diffusion_jax.errors import PretrainedError, UserError
+from diffusion_jax.errors import PretrainedError, UserError, print_text
 from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Model, origin, save_diffusers, save_safetensors
@@ -35,14 +35,16 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
         raise UserError(f"{to} is not an empty folder; give a new one")
     source = origin(net)
     if source and source["license"].lower().replace(" ", "-") != license.lower():
-        print(f"Note: the weights come from {source['source']} (license: {source['license']}), published as {license}.")
+        print_text(
+            f"Note: the weights come from {source['source']} (license: {source['license']}), published as {license}."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "weights"  # the name of this folder is not in the files
         try:
             save_diffusers(net, folder)
         except PretrainedError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            print(f"Note: without diffusers' format: {error}")
+            print_text(f"Note: without diffusers' format: {error}")
         folder.mkdir(exist_ok=True)
         save_safetensors(net, folder / hub.OWN_FILE)
         if workdir is not None:

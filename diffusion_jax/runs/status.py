@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data
 from diffusion_jax.console import format_duration, format_time
-from diffusion_jax.errors import UserError, wrap
+from diffusion_jax.errors import UserError, visible, wrap
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
 from diffusion_jax.runs.logging import compute_goodput, read_launches, read_metrics
 from diffusion_jax.storage.downloads import MANIFEST
@@ -31,7 +31,7 @@ def report(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> str:
             f"a log in {workdir} holds invalid values ({error}); --mode=report shows the other files"
         ) from error
     width = max(map(len, rows))
-    text = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    text = "\n".join(f"{name:{width}}  {visible(value)}" for name, value in rows.items())
     return wrap(text, shutil.get_terminal_size().columns)
 
 

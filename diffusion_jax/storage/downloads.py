@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 
-from diffusion_jax.errors import StorageError
+from diffusion_jax.errors import StorageError, print_text
 from diffusion_jax.files import downloads_root, require_space, user_cache, write_text
 from diffusion_jax.storage.hub import download, is_hub
 from diffusion_jax.storage.objects import PROBE, ObjectInfo, ObjectStore, is_url, open_store
@@ -126,7 +126,7 @@ def _copy_objects(store: ObjectStore, root: pathlib.Path, prefix: str, is_needed
         advice = f"{_LARGER_DISK}, reduce data.disk_mb for a data set in array_record format, or mount the bucket"
         require_space(root, url, size, advice)
         if size > _ANNOUNCED_BYTES:
-            print(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...", flush=True)
+            print_text(f"Downloading {url}: {len(missing):,} files, {size / 1e6:,.1f} MB ...")
         # After an interruption, finished groups are not repeated. Without files, one empty group records the deletions.
         for first in range(0, max(len(missing), bool(deleted)), _FILES_AT_ONCE):
             names = missing[first : first + _FILES_AT_ONCE]

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffusion_jax.errors import StorageError, closest_names, first_line, list_names, needs_extra
+from diffusion_jax.errors import StorageError, closest_names, first_line, list_names, needs_extra, print_text
 from diffusion_jax.files import downloads_root, require_space
 
 _SCHEME = "hf://"
@@ -91,7 +91,7 @@ def download(url: str) -> HubFiles:
     for name in needed:
         _check_digest(url, folder / name, digests.get(name) or (folder / name).resolve().name)
     license_name = _read_license(folder / _CARD)
-    print(f"License of {url}: {license_name} ({page})", flush=True)
+    print_text(f"License of {url}: {license_name} ({page})")
     is_single = not any(name.endswith(".json") or "/" in name for name in needed)  # no other file describes the weights
     path = folder / (file or (needed[0] if is_single else ""))
     source = f"{_SCHEME}{repository}{match[2]}@{folder.name}"

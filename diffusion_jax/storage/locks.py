@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import filelock
 
-from diffusion_jax.errors import LeaseLostError
+from diffusion_jax.errors import LeaseLostError, print_text
 from diffusion_jax.storage.objects import ObjectStore
 
 _WAIT_SECONDS = 30.0  # how long to wait for a held lock, and how long a lease is valid without renewal
@@ -37,11 +37,11 @@ def _this_process() -> str:
 def _wait(is_free: Callable[[], bool], holder: str, name: str) -> bool:
     """Calls `is_free` until it returns True, for at most half a minute. Returns: the last result."""
     start = shown = time.monotonic()
-    print(f"Note: {holder} holds {name}; waiting {_WAIT_SECONDS:g} s.", flush=True)
+    print_text(f"Note: {holder} holds {name}; waiting {_WAIT_SECONDS:g} s.")
     while (now := time.monotonic()) - start < _WAIT_SECONDS:
         if now - shown > _COUNTDOWN_SECONDS:
             shown = now
-            print(f"Note: {_WAIT_SECONDS - (now - start):.0f} s left.", flush=True)
+            print_text(f"Note: {_WAIT_SECONDS - (now - start):.0f} s left.")
         if is_free():
             return True
         time.sleep(min(1.0, _WAIT_SECONDS / 30))
@@ -78,7 +78,7 @@ class FileLock:
                 return self._read_holder()
         except (OSError, NotImplementedError) as error:  # a mounted bucket, or NFS without a lock daemon
             directory = self._path.parent
-            print(f"Note: {directory} does not support locks ({error}): a second launch is not refused.", flush=True)
+            print_text(f"Note: {directory} does not support locks ({error}): a second launch is not refused.")
             return None
         self._text = _this_process()
         self._path.write_text(self._text)
@@ -200,7 +200,7 @@ class Lease:
             with contextlib.suppress(OSError):  # tries again: the lease can be renewed until another launch takes over
                 self._renew()
             if self._lost:
-                print(f"Warning: {self._lost}", flush=True)
+                print_text(f"Warning: {self._lost}")
                 return
 
     def _renew(self) -> None:
