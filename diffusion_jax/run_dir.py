@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
 
+_MIRROR = "mirror."  # how the names of mirrors start; `tempfile.mkdtemp` adds 8 characters
 # The folders that this package writes; W&B writes other folders.
 _FOLDERS = ("calibration", "checkpoints", "evaluation", "images", "metrics", "plugins", "samples", ".likelihood")
 
@@ -203,17 +205,24 @@ class BucketRunDir(RunDir):
         import filelock  # not installed with the core
 
         parent = mirrors_root()
-        parent.mkdir(mode=0o700, exist_ok=True)
-        if hasattr(os, "getuid") and parent.stat().st_uid != os.getuid():
-            raise StorageError(f"{parent} belongs to another user; set TMPDIR to a directory of your own")
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir(mode=0o700)
+        status, has_users = parent.lstat(), hasattr(os, "getuid")
+        if not stat.S_ISDIR(status.st_mode) or (has_users and (status.st_uid != os.getuid() or status.st_mode & 0o077)):
+            raise StorageError(
+                f"{parent} must be a directory, no link, that only you can use (mode 0700), because programs delete files "
+                f"in it; type: {'rm' if parent.is_symlink() else 'rm -r'} {parent}, or set TMPDIR to a directory of your own"
+            )
         with filelock.FileLock(parent / "lock", fallback_to_soft=False):  # no other process makes or deletes mirrors
-            for path in parent.glob(f"*/{LOCK}"):
+            for path in parent.glob(f"{_MIRROR}????????/{LOCK}"):
+                if path.parent.is_symlink():
+                    continue
                 with (
                     contextlib.suppress(filelock.Timeout),
                     filelock.FileLock(path, blocking=False, fallback_to_soft=False),
                 ):
                     shutil.rmtree(path.parent, ignore_errors=True)
-            directory = pathlib.Path(tempfile.mkdtemp(dir=parent))
+            directory = pathlib.Path(tempfile.mkdtemp(prefix=_MIRROR, dir=parent))
             self._mirror_lock = filelock.FileLock(directory / LOCK, fallback_to_soft=False)
             self._mirror_lock.acquire()
         atexit.register(shutil.rmtree, directory, ignore_errors=True)

@@ -1,11 +1,12 @@
 """Local mirrors of work directories in buckets: fetched, uploaded and deleted files."""
 
 import os
+import stat
 
 import numpy as np
 import pytest
 
-from diffusion_jax import files
+from diffusion_jax import files, run_dir
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.run_dir import BucketRunDir, ChunkStore, committed_steps, open_run_dir
 from diffusion_jax.storage.downloads import is_safe, local_path
@@ -104,12 +105,45 @@ def test_a_reader_uploads_nothing_and_keeps_its_copy(url, store, own_cache):
 def test_the_directory_of_a_killed_process_is_removed(url, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     first, parent = BucketRunDir(url), files.mirrors_root()
-    (parent / "dead").mkdir()
-    (parent / "dead" / ".lock").touch()
+    dead = parent / f"mirror.{'a' * 8}"
+    for path in (dead, parent / "run", parent / "mirror.long_name_", tmp_path / "elsewhere"):
+        path.mkdir()
+        (path / ".lock").touch()
+    (parent / f"mirror.{'b' * 8}").symlink_to(tmp_path / "elsewhere")
     second = BucketRunDir(url)
     # A live process's lock is respected between processes; this process cannot refuse itself.
     assert second.path.exists() and first.path != second.path
-    assert not (parent / "dead").exists()
+    assert not dead.exists()
+    assert all(
+        (path / ".lock").exists() for path in (parent / "run", parent / "mirror.long_name_", tmp_path / "elsewhere")
+    )
+    assert stat.S_IMODE(parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("problem", ["link", "dangling", "open to others", "another user", "file"])
+def test_mirrors_are_in_a_private_directory(problem, url, tmp_path, monkeypatch):
+    """Otherwise somebody else decides which directories are deleted."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    parent, runs = files.mirrors_root(), tmp_path / "runs"
+    lock = runs / f"mirror.{'a' * 8}" / ".lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    runs.chmod(0o770 if problem == "open to others" else 0o700)
+    if problem in ("link", "dangling"):
+        parent.symlink_to(runs if problem == "link" else tmp_path / "nowhere")
+    elif problem == "file":
+        parent.touch()
+    else:
+        runs.rename(parent)
+        lock = parent / lock.relative_to(runs)
+    if problem == "another user":
+        monkeypatch.setattr("os.getuid", lambda: parent.stat().st_uid + 1)
+        monkeypatch.setattr(run_dir, "mirrors_root", lambda: parent)
+    with pytest.raises(
+        StorageError, match=r"must be a directory, no link, that only you can use .*type: rm .*set TMPDIR"
+    ):
+        BucketRunDir(url)
+    assert lock.exists() and not (tmp_path / "nowhere").exists()
 
 
 def test_another_machine_continues_after_finished_chunks(url, store):
