@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -201,7 +202,7 @@ def gray(channels: int = 3) -> LinearOperator:
 
 def _mix(matrix, x):
     x = as_float("x", x)
-    return x @ matrix.astype(x.dtype).T
+    return jnp.matmul(x, matrix.astype(x.dtype).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def mix_channels(matrix: Float[ArrayLike, "K C"]) -> LinearOperator:
@@ -283,8 +284,15 @@ def blur(kernel: Float[ArrayLike, "*sizes"], mode: str = "reflect") -> LinearOpe
     """Measures a convolution of each channel with a kernel, which has an axis for each spatial axis. y: shaped like x_0.
 
     mode: the values beyond the border, as `jnp.pad`: "reflect", "edge", "wrap" (periodic) or "constant" (0).
+    Warns about a kernel whose sum is not 1, such as an edge filter, unless the kernel is traced.
     """
     kernel = as_float("kernel", kernel)
+    if (values := _on_host(kernel)) is not None and abs(values.sum() - 1) > 1e-3:
+        warnings.warn(
+            f"the kernel's sum is {values.sum():g}, so y has {values.sum():g} times the mean of x_0; for a blur, divide the "
+            "kernel by its sum",
+            stacklevel=2,
+        )
     require_known("mode", mode, ("reflect", "edge", "wrap", "constant"))
     measure = jax.tree_util.Partial(_convolution(mode), kernel)
     return LinearOperator(measure, None, jnp.sum(jnp.square(kernel)))
@@ -297,6 +305,15 @@ def _interpolate(points, x):
             f"points of {points.shape[1]} numbers need as many spatial axes, [B, *spatial, C]; got {x.shape}"
         )
 
+    if (positions := _on_host(points)) is not None:
+        last = np.array(x.shape[1:-1]) - 1
+        outside = ~((positions >= -0.5) & (positions <= last + 0.5)).all(axis=1)  # also for NaN
+        if outside.any():
+            raise ValueError(
+                f"{outside.sum()} of {len(positions)} points lie outside of the grid, or are not finite, such as "
+                f"{positions[outside][0]}; positions, in the order of the axes, are 0 ... {last}"
+            )
+
     def of_channel(values):  # [*spatial]
         return jax.scipy.ndimage.map_coordinates(values, list(points.astype(values.dtype).T), order=1, mode="nearest")
 
@@ -306,8 +323,9 @@ def _interpolate(points, x):
 def at_points(points: Float[ArrayLike, "P axes"]) -> LinearOperator:
     """Measures P points by linear interpolation between the nearest entries. y: [B, P, C].
 
-    points: a position along each spatial axis: 0 at the first entry, n - 1 at the last. Positions outside are moved to the
-    border.
+    points: a position along each axis, in the order of the axes: 0 at the first entry, n - 1 at the last. Positions
+    outside are moved to the border, and NaN gives NaN.
+    Raises: ValueError, when called, for NaN and for positions more than half an entry outside, unless they are traced.
     """
     points = as_float("points", points)
     if points.ndim != 2:

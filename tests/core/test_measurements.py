@@ -1,5 +1,7 @@
 """Ready-made operators against NumPy and SciPy, and what a measurement computes, against dense matrices."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import scipy.ndimage
 
 from diffusion_jax import measurements
 from diffusion_jax.measurements import LinearOperator, Measurement
+from helpers.jaxprs import equations
 
 RNG = np.random.default_rng(0)
 SHAPES = {1: (8, 2), 2: (8, 6, 2), 3: (4, 6, 4, 2)}
@@ -52,6 +55,21 @@ def test_the_adjoint_the_diagonal_and_the_inverse_are_of_the_matrix(name, axes):
         np.testing.assert_allclose(operator.measure(operator.invert(y)), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*OPERATORS, "radon"])
+def test_products_and_convolutions_have_full_precision(name):
+    """By default, accelerators round the inputs of products to bfloat16 or TF32."""
+    make = OPERATORS.get(name, lambda axes: measurements.radon(np.zeros(2)))
+    operator, x = make(2), jnp.ones((1, 6, 6, 2) if name == "radon" else (1, *SHAPES[2]))
+    y = operator.measure(x)
+    for function, argument in ((operator.measure, x), (operator.adjoint(x), y), (operator.invert, y)):
+        program = jax.make_jaxpr(function or (lambda y: y))(argument).jaxpr
+        found = [e for e in equations(program) if e.primitive.name in ("dot_general", "conv_general_dilated")]
+        assert {precision for e in found for precision in e.params["precision"] or (None,)} <= {
+            jax.lax.Precision.HIGHEST
+        }
+        assert found or name not in ("mix_channels", "blur") or function is None
+
+
 def test_decimation_keeps_every_second_entry_of_images():
     x = x_of(2)
     np.testing.assert_array_equal(measurements.decimate(2).measure(x), x[:, ::2, ::2])
@@ -75,6 +93,19 @@ def test_points_between_entries_are_interpolated():
     points = np.array([[0, 0], [7, 5], [2.5, 1.25], [3, 4.75]])
     found = measurements.at_points(points).measure(ramp)
     np.testing.assert_allclose(found[0, :, 0], points @ [10, 1], rtol=1e-6)
+    beyond = jnp.array([[-0.5, 2.0], [9, 2], [np.nan, 2]])
+    np.testing.assert_allclose(measurements.at_points(beyond[:1]).measure(ramp).ravel(), [2])  # up to half an entry
+    traced = jax.jit(lambda points: measurements.at_points(points).measure(ramp))(beyond)
+    np.testing.assert_allclose(traced.ravel(), [2, 72, np.nan], rtol=1e-6)
+
+
+def test_a_kernel_whose_sum_is_not_1_has_a_warning():
+    with pytest.warns(UserWarning, match="the kernel's sum is 0, so y has 0 times the mean"):
+        measurements.blur(np.array([-0.5, 0, 0.5]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measurements.blur(np.full((3, 3), 1 / 9, np.float32))
+        jax.jit(lambda kernel: measurements.blur(kernel).measure(x_of(1)))(np.ones(3))
 
 
 def test_fourier_coefficients_keep_the_norm_where_all_are_measured():
@@ -159,6 +190,17 @@ def test_the_noise_of_a_function_is_its_matrix():
         (lambda: measurements.blur(np.ones((3, 3))).measure(np.zeros((1, 8, 1))), "as many spatial axes"),
         (lambda: measurements.blur(np.ones((9,))).measure(np.zeros((1, 4, 1))), "too large"),
         (lambda: measurements.at_points(np.zeros(3)), r"must be \[P, axes\]"),
+        *(
+            (
+                lambda p=p: measurements.at_points(p).measure(np.zeros((1, 8, 6, 1))),
+                rf"1 of 2 points .*{words}; .*\[7 5\]",
+            )
+            for p, words in (
+                (np.array([[0, 0], [5.0, 7]]), r"\[5. 7.\]"),  # swapped axes
+                (np.array([[0, 0], [-1.0, 2]]), r"\[-1.  2.\]"),
+                (np.array([[np.nan, 0], [2, 2]]), r"\[nan  0.\]"),
+            )
+        ),
         (lambda: measurements.fourier(np.ones(4)).measure(np.zeros((1, 6, 1))), "mask of frequencies has shape"),
         (lambda: measurements.radon(np.zeros(1)).measure(np.zeros((1, 4, 6, 1))), "square images"),
     ],

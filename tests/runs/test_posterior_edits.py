@@ -196,7 +196,7 @@ def test_units_of_measurements(kind, task, y_shape):
         np.testing.assert_allclose(found.operator.measure(shown[None]), in_data[:1], rtol=1e-5)
 
 
-def test_a_file_has_the_units_of_its_gray_levels(tmp_path):
+def test_a_file_has_the_units_of_its_gray_levels(tmp_path, capsys):
     """A blur that halves gray levels, from a file of uint8 or of floats: the operator of the image in network units."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8)
     np.save(tmp_path / "kernel.npy", np.full((3, 3), 0.5 / 9))
@@ -204,6 +204,7 @@ def test_a_file_has_the_units_of_its_gray_levels(tmp_path):
     config = tiny_config(**of_task)
     net = pretrained.from_config(config)
     found = Problem.from_config(config, net)
+    assert "Note: the kernel's sum is 0.5, so y has 0.5 times the mean" in capsys.readouterr().out
     levels = np.round(np.asarray(found.operator.measure(image[None].astype(np.float32))))[0]
     Image.fromarray(levels[..., 0].astype(np.uint8)).save(tmp_path / "y.png")
     np.save(tmp_path / "bytes.npy", levels.astype(np.uint8))
@@ -212,6 +213,15 @@ def test_a_file_has_the_units_of_its_gray_levels(tmp_path):
     for name in ("y.png", "bytes.npy", "floats.npy"):
         files = edit.EditFiles(tiny_config(**of_task, **{"editing.image": str(tmp_path / name)}), net)
         np.testing.assert_allclose(files.read_y(found, None), expected, atol=0.51 / 127.5)
+
+
+def test_points_outside_of_the_grid_are_refused(tmp_path):
+    np.save(tmp_path / "points.npy", np.array([[2.0, 8.0]]))
+    config = tiny_config(
+        **{"editing.task": "sparse", "editing.noise": 2.0, "editing.operator": str(tmp_path / "points.npy")}
+    )
+    with pytest.raises(errors.UserError, match="config.editing.* points lie outside of the grid"):
+        Problem.from_config(config, pretrained.from_config(config))
 
 
 def test_measured_gray_levels_may_be_floats(tmp_path):
