@@ -154,8 +154,8 @@ def _write(
     found = calibration.find_calibration(truth / scale, samples / scale, references, names)
     shift, narrow, wide = calibration.detectable_errors(total, count, len(names))
     power = (
-        f"finds these errors in one quantity with 95% probability: a shift of {shift:.2f} deviations, or a deviation below "
-        f"{narrow:.2f} or above {wide:.2f} times the exact deviation"
+        f"finds these errors in one quantity with at least 95% probability: a shift of {shift:.2f} deviations, or a "
+        f"deviation below {narrow:.2f} or above {wide:.2f} times the exact deviation"
     )
     record: dict[str, Any] = {"sentence": found.sentence, "num_examples": total, "num_samples": count, "power": power}
     log(f"Calibration of {what.replace('_', ' ')}: {found.sentence}. This test {power}.")
