@@ -1,6 +1,6 @@
 """Makes docs/images/report.png with Chromium: the card and two curves from a run's report.
 
-    python -m diffusion_jax.report runs/digits --output=report.html
+    python main.py report runs/digits --output=report.html
     python benchmarks/report_picture.py report.html [--output=docs/images/report.png]
 
 Needs the packages of `make docs` and Chromium. `make demo` creates the run.

@@ -4,6 +4,9 @@
 
 Rerun the same command to resume the run. Omit --config if DIR already holds a run, or with --pretrained=PATH, which starts
 any mode from the weights at PATH (see `diffusion_jax.pretrained.load`).
+
+Further commands, each with --help: diffusion-jax weights (describes, converts and publishes weights), diffusion-jax compare
+(measures samples against a reference set), and diffusion-jax report (a page about one run or several runs).
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ MODES = {
     "report": "write report.html: curves, samples, metrics and events of a work directory on one page",
     "plan": "estimate training without the devices: mesh.data times mesh.fsdp devices, or a TPU topology; writes nothing",
 }
+COMMANDS = {"weights": "pretrained", "compare": "evaluation", "report": "report"}  # each runs __main__.py of a package
 _DEBUG = "--debug"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # these are failed runs; other file errors are bad input
 
@@ -310,7 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exit codes: 0 for success, 2 for bad input, 1 for a failed run, 130 after Ctrl-C, 75 after SIGTERM, 141 after a broken
     output pipe, and `EXIT_PEER_LOST` if another process was lost.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # data workers do not import modules of the current directory
+        arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(f"diffusion_jax.{COMMANDS[arguments[0]]}.__main__").main(arguments[1:])
     with program(arguments):
         command = parse(arguments)
         try:

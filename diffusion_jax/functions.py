@@ -8,18 +8,25 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from diffusion_jax.errors import describe_exception, user_files
 
 
 def import_function(name: str) -> Callable:
-    """Imports the function "module:function" or "FILE.py:function", also from the current directory. Raises: ValueError."""
+    """Imports the function "module:function", also from the current directory, or "FILE.py:function". Raises: ValueError.
+
+    The current directory may be a stranger's, so it is searched only for a module that is not installed. FILE.py may import
+    modules of its own directory.
+    """
     module_name, _, function_name = name.rpartition(":")
-    if os.getcwd() not in sys.path:  # the installed command does not add the current directory
-        sys.path.append(os.getcwd())
+    is_file = module_name.endswith(".py")
+    folder = os.path.dirname(os.path.realpath(module_name)) if is_file else os.getcwd()
     try:
-        module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        if folder not in sys.path and (is_file or find_spec(module_name.partition(".")[0]) is None):
+            sys.path.append(folder)
+        module = _import_file(module_name) if is_file else importlib.import_module(module_name)
         function = getattr(module, function_name)
     except Exception as error:  # the code of a module may raise any error
         raise ValueError(f"cannot be imported ({describe_exception(error)})") from error

@@ -70,7 +70,7 @@ DRAWINGS = (
         ("report.png",),
         f"{_TRAIN_DIGITS} && {_SAMPLE_DIGITS}"
         " && python main.py --workdir=runs/digits --mode=evaluate --config.evaluation.likelihood=False"
-        " && python -m diffusion_jax.report runs/digits --output=runs/digits/report.html"
+        " && python main.py report runs/digits --output=runs/digits/report.html"
         " && python benchmarks/report_picture.py runs/digits/report.html --output=docs/images/report.png",
         ("benchmarks/report_picture.py", "configs/digits.py", *_REPORT, _PICTURES),
         shows_version=True,

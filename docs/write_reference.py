@@ -140,9 +140,9 @@ def command_line() -> str:
         *modes,
         "",
         _EXIT_CODES,
-        *_command("python -m diffusion_jax.pretrained", pretrained.make_parser()),
-        *_command("python -m diffusion_jax.evaluation", evaluation.make_parser()),
-        *_command("python -m diffusion_jax.report", report.make_parser()),
+        *_command("diffusion-jax weights", pretrained.make_parser()),
+        *_command("diffusion-jax compare", evaluation.make_parser()),
+        *_command("diffusion-jax report", report.make_parser()),
     ]
     return "\n".join(parts).rstrip() + "\n"
 

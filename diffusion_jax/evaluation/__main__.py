@@ -1,6 +1,6 @@
 """Compares a set of images or other arrays with a reference set.
 
-    python -m diffusion_jax.evaluation REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
+    diffusion-jax compare REFERENCE SAMPLES [--inception=PATH | --features=NAME] [--metrics=fid,kid,...]
 
 Each set is a file of arrays (.npz with samples in arr_0, or with statistics mu and sigma), a folder of images, a run
 directory (its newest samples), or a data set and split such as cifar10:train.
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     """Builds the argument parser."""
-    parser = Parser("python -m diffusion_jax.evaluation", __doc__)
+    parser = Parser("diffusion-jax compare", __doc__)
     add = parser.add_argument
     add("reference", help="the examples to compare with")
     add("samples", help="the examples to measure")

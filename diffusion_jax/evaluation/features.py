@@ -344,7 +344,7 @@ class DigitsNetwork(nn.Module):
         if images.shape[1:3] != (8, 8):
             raise ValueError(
                 f"the digits' network takes images of 8x8 pixels, not {'x'.join(map(str, images.shape[1:]))}; "
-                "--image_size=8 resizes folders (python -m diffusion_jax.evaluation)"
+                "--image_size=8 resizes folders (diffusion-jax compare)"
             )
         x = to_model_range(images).mean(axis=-1, keepdims=True)
         x = nn.relu(nn.Conv(32, (3, 3), name="conv_0")(x))

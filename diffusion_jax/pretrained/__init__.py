@@ -5,7 +5,7 @@
     net = pretrained.load("64x64_diffusion.pt")
     images = net.sample(jax.random.key(0), 16, y=207, sampler=sampling.ddim(), steps=50)  # float32 [16, 64, 64, 3] in [-1, 1]
 
-`python -m diffusion_jax.pretrained inspect PATH` prints the description of a file; `... list` prints the published weights
+`diffusion-jax weights inspect PATH` prints the description of a file; `... list` prints the published weights
 that are known to load.
 """
 
@@ -128,7 +128,7 @@ def _read_or_raise(path, flags: Flags, ema: bool, network: Trust, with_params: b
         reason = shorten(" ".join(describe_exception(error, with_type=True).split()), 300)
         raise PretrainedError(
             f"{path} cannot be loaded: its content or the flags are invalid ({reason}); "
-            "`python -m diffusion_jax.pretrained inspect PATH` shows the description of the weights"
+            "`diffusion-jax weights inspect PATH` shows the description of the weights"
         ) from error
     provenance = net.provenance
     if not provenance.settings:  # not the weights of a run

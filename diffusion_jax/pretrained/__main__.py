@@ -1,9 +1,9 @@
 """Describes and converts pretrained weights.
 
-    python -m diffusion_jax.pretrained list
-    python -m diffusion_jax.pretrained inspect PATH [--flags=FLAGS] [--raw]
-    python -m diffusion_jax.pretrained convert PATH TO [--flags=FLAGS] [--raw]
-    python -m diffusion_jax.pretrained publish PATH TO --license=NAME --data=TEXT [--flags=FLAGS] [--raw]
+    diffusion-jax weights list
+    diffusion-jax weights inspect PATH [--flags=FLAGS] [--raw]
+    diffusion-jax weights convert PATH TO [--flags=FLAGS] [--raw]
+    diffusion-jax weights publish PATH TO --license=NAME --data=TEXT [--flags=FLAGS] [--raw]
 
 list prints the published weights that are known to load, with size, license and page. inspect prints a description of the
 weights at PATH, also hf://OWNER/NAME[/FILE][@REVISION]. convert writes the weights to TO: a file of this package if TO ends
@@ -27,7 +27,7 @@ _COMMANDS = {"list": 0, "inspect": 1, "convert": 2, "publish": 2}  # the number 
 
 def make_parser() -> Parser:
     """Builds the argument parser."""
-    parser = Parser("python -m diffusion_jax.pretrained", __doc__)
+    parser = Parser("diffusion-jax weights", __doc__)
     parser.add_argument("command", choices=_COMMANDS, help="convert and publish also write the weights")
     parser.add_argument("path", nargs="?", help="the weights to read, as for pretrained.load")
     parser.add_argument("to", nargs="?", help="the file or folder to write")

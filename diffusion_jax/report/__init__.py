@@ -1,7 +1,7 @@
 """Writes report.html, one self-contained page about one or several runs.
 
 `write_report(workdir)` writes the page; `--mode=report` and the end of training, sampling, editing and evaluation call
-the same function. `python -m diffusion_jax.report DIR...` compares runs. The page contains its pictures, numbers and scripts,
+the same function. `diffusion-jax report DIR...` compares runs. The page contains its pictures, numbers and scripts,
 and needs no network.
 """
 

@@ -1,6 +1,6 @@
 """Writes a page about one run, or a page that compares several runs.
 
-    python -m diffusion_jax.report DIR... [--output=PATH]
+    diffusion-jax report DIR... [--output=PATH]
 
 The page is one file that needs no network. For one local run, the file is DIR/report.html; for several runs, or a run in a
 bucket, report.html in the current directory. --output names another file. The runs may be training meanwhile.
@@ -14,7 +14,7 @@ from diffusion_jax.errors import print_text
 
 def make_parser() -> Parser:
     """Builds the argument parser."""
-    parser = Parser("python -m diffusion_jax.report", __doc__)
+    parser = Parser("diffusion-jax report", __doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="work directories of runs")
     parser.add_argument("--output", metavar="PATH", help="the file to write")
     return parser

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from diffusion_jax import cli
+from helpers.pages import parse_subcommand
 from helpers.paths import ROOT
 
 
@@ -33,13 +34,13 @@ def test_commands_parse_and_sources_exist(drawing, tmp_path):
         assert check_pictures.digests((pattern,)), pattern
     for command in filter(None, drawing.command.split(" && ")):
         words = shlex.split(command)
-        if words[:2] == ["python", "main.py"]:
+        if words[:2] == ["python", "main.py"] and words[2] in cli.COMMANDS:
+            parse_subcommand(words[2:])
+        elif words[:2] == ["python", "main.py"]:
             config = [] if any(word.startswith("--config=") for word in words) else ["--config=digits"]
             arguments = [f"--workdir={tmp_path}" if word.startswith("--workdir=") else word for word in words[2:]]
             parsed = cli.parse(arguments + config)
             cli.check_mode(parsed.mode, parsed.config)
-        elif words[:2] == ["python", "-m"]:
-            assert importlib.util.find_spec(words[2])
         elif words[0] == "python":
             script = (ROOT / words[1]).read_text()
             for word in words[2:]:

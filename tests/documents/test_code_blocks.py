@@ -25,7 +25,7 @@ import configs.digits
 from diffusion_jax import cli, config, schedules
 from diffusion_jax.runs import plan, workdir
 from helpers import published_files
-from helpers.pages import COMMAND, blocks, commands, name, pages
+from helpers.pages import COMMAND, blocks, commands, name, pages, parse_subcommand
 from helpers.paths import ROOT
 
 EXAMPLES = ROOT / "docs" / "reference" / "api" / "examples"
@@ -187,7 +187,11 @@ def test_the_command_line_parses_shell_blocks(page, placeholders, tmp_path):
             continue
         for command in commands(block.text):
             try:
-                parsed = cli.parse(arguments(command, placeholders, tmp_path / "new"))
+                words = arguments(command, placeholders, tmp_path / "new")
+                if words[0] in cli.COMMANDS:
+                    parse_subcommand(words)
+                    continue
+                parsed = cli.parse(words)
                 cli.check_mode(parsed.mode, parsed.config)
                 assert parsed.mode != "train" or not plan.notes(parsed.config)
             except Exception as error:

@@ -1,4 +1,4 @@
-"""`python -m diffusion_jax.evaluation`: comparing two sets of images."""
+"""`diffusion-jax compare`: comparing two sets of images."""
 
 import json
 import re

@@ -1,8 +1,10 @@
 """The pages of the documentation and their code blocks."""
 
+import importlib
 import re
 from typing import NamedTuple
 
+from diffusion_jax import cli
 from helpers.paths import ROOT
 
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python main\.py|diffusion-jax) ")
@@ -29,6 +31,11 @@ def blocks(path):
     """The blocks between backtick fences, from top to bottom."""
     text = path.read_text()
     return [Block(m[2], m[3], text.count("\n", 0, m.start(3)) + 1) for m in BLOCK.finditer(text)]
+
+
+def parse_subcommand(words):
+    """Parses the arguments of `diffusion-jax` if the first names a subcommand, such as weights."""
+    importlib.import_module(f"diffusion_jax.{cli.COMMANDS[words[0]]}.__main__").make_parser().parse_args(words[1:])
 
 
 def commands(text):

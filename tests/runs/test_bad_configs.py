@@ -62,8 +62,8 @@ LAUNCHES = [
     ),
     # weights
     (["--pretrained={}/junk.npz"], ["--pretrained=", "junk.npz", "neither safetensors nor PyTorch's"]),
-    (["-m", "diffusion_jax.pretrained", "inspct", "{}/run"], ["'inspct'", "inspect", "convert", "--help"]),
-    (["-m", "diffusion_jax.pretrained", "convert", "{}/run"], ["convert and publish need PATH and TO", "--help"]),
+    (["weights", "inspct", "{}/run"], ["'inspct'", "inspect", "convert", "--help"]),
+    (["weights", "convert", "{}/run"], ["convert and publish need PATH and TO", "--help"]),
 ]
 
 
@@ -121,12 +121,9 @@ def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
 @pytest.mark.parametrize(("flags", "words"), LAUNCHES, ids=[" ".join(flags) for flags, _ in LAUNCHES])
 def test_a_launch_is_refused_in_one_line(flags, words, wrong, tmp_path):
     arguments = [flag.replace("{}", str(wrong)) for flag in flags]
-    program = "main.py"
-    if arguments[:1] == ["-m"]:
-        _, program, *arguments = arguments
-    elif not any(flag.startswith("--workdir") for flag in arguments):
+    if arguments[0] != "weights" and not any(flag.startswith("--workdir") for flag in arguments):
         arguments.append(f"--workdir={tmp_path / 'run'}")
-    code, _, err = launch(*arguments, program=program)
+    code, _, err = launch(*arguments)
     assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
     assert all(word in err for word in words) and len(err) < 600, err
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import os
 import pathlib
 import py_compile
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -24,6 +25,7 @@ from diffusion_jax.runs import sample, train, workdir
 from diffusion_jax.runs.logging import PARTS
 from diffusion_jax.training.checkpoints import Checkpoints
 from helpers.array_configs import array_config, write_arrays
+from helpers.paths import ROOT
 from helpers.work_directories import last_state, untrained
 
 IMPORTING = sorted(name for name, setting in SETTINGS.items() if setting.imports)
@@ -150,6 +152,35 @@ def test_a_named_function_is_imported_from_the_named_file_only(run, evil, capsys
     with pytest.raises(pretrained.PretrainedError, match="NoneType"):
         pretrained.load(run, network=True)
     assert (theirs / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["FILE", "diffusion_jax.data.synthetic:moons"])
+def test_modules_of_the_current_directory_are_not_found(name, evil, tmp_path_factory, monkeypatch):
+    """A library that is not installed, such as a tracker, could otherwise be a file of the stranger's."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(evil)])
+    own = tmp_path_factory.mktemp("own")
+    (own / "beside.py").write_text("def make(): return 1")
+    (own / "net.py").write_text("from beside import make")
+    assert callable(import_function(f"{own / 'net.py'}:make" if name == "FILE" else name))
+    assert importlib.util.find_spec("evil") is None
+    sys.modules.pop("beside", None)
+
+
+@pytest.mark.whole
+def test_programs_and_their_workers_import_nothing_from_the_current_directory(tmp_path):
+    """The worker is a process as Grain starts it."""
+    for module in ("multiprocessing", "socket", "pickle", "numpy", "evil"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('executed')")
+    program = tmp_path / "program" / "main.py"
+    program.parent.mkdir()
+    worker = "worker = get_context('spawn').Process(target=print, args=['worker']); worker.start(); worker.join()"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from multiprocessing import get_context\nfrom diffusion_jax import cli\n"
+        f"if __name__ == '__main__':\n    cli.main()\n    {worker}\n"
+    )
+    done = subprocess.run([sys.executable, program, "weights", "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("name ") and done.stdout.endswith("worker\n") and not done.stderr, done.stderr
 
 
 def test_a_trusted_file_runs_as_it_is_written(run, evil):

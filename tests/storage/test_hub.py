@@ -312,7 +312,7 @@ def test_what_cannot_be_published_is_refused_in_one_line(serve, tmp_path, capsys
 def test_command_line_with_the_variables_of_huggingface_hub(tmp_path):
     with hub_server(**{"a/b": Repository(pipeline(tmp_path))}) as address:
         variables = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-m", "diffusion_jax.pretrained", "inspect", "hf://a/b"]
+        command = [sys.executable, "main.py", "weights", "inspect", "hf://a/b"]
         first = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         assert first.returncode == 0 and "License of hf://a/b: apache-2.0" in first.stdout
         offline = variables | {"HF_HUB_OFFLINE": "1"}
