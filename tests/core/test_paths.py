@@ -161,3 +161,8 @@ def test_rescaled_betas_end_in_pure_noise():
     np.testing.assert_allclose(slope, slope[0], rtol=1e-7)
     # The path ends at the last step with a signal, so that its levels have a finite log SNR.
     assert old.path.interval == (0, 999) and new.path.interval == (0, 998)
+
+
+def test_the_first_time_outside_of_an_interval_is_named():
+    with pytest.raises(ValueError, match="one is 2000;"):
+        schedules.from_path(schedules.vp_linear(), [0.5, 2000.0, 3000.0])

@@ -376,7 +376,8 @@ def mixture_denoiser(schedule):
 
 def draw_particles(count, y, noise, rows, **options):
     schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 100)
-    measurement = Measurement(lambda x: x, np.full((rows, 1), y, np.float32), noise)
+    y = np.broadcast_to(np.asarray(y, np.float32), (rows,))[:, None]
+    measurement = Measurement(lambda x: x, y, noise)
 
     @jax.jit
     def draw(key):
@@ -405,14 +406,15 @@ def test_the_error_of_smc_falls_with_the_root_of_the_number_of_particles():
 
 
 def test_smc_resamples_where_few_particles_count():
-    """A precise y agrees with few particles; the share below which examples are resampled is honored."""
-    found = draw_particles(32, 0.9, 0.05, 3, resample_below=0.9)
+    """A precise y agrees with few particles of its own row; the share below which examples are resampled is honored."""
+    y = np.array([0.9, -0.9, 0.9])
+    found = draw_particles(32, y, 0.05, 3, resample_below=0.9)
     low = np.asarray(found.effective) < 0.9 * 32
     np.testing.assert_array_equal(found.resampled[:-1], low[:-1])
     assert np.asarray(found.resampled).any(axis=0).all() and not found.resampled[-1].any()
     np.testing.assert_allclose(found.weights.sum(axis=0), 1, rtol=1e-5)
     np.testing.assert_allclose(found.effective[-1], 1 / np.square(found.weights).sum(axis=0), rtol=1e-5)
-    exact_mean = (0.9 / 0.05**2 + 1 / 0.2**2) / (1 / 0.05**2 + 1 / 0.2**2)
+    exact_mean = (y / 0.05**2 + np.sign(y) / 0.2**2) / (1 / 0.05**2 + 1 / 0.2**2)
     mean = jnp.sum(found.weights * found.x_0[..., 0], axis=0)
     np.testing.assert_allclose(mean, exact_mean, atol=0.04)
     never = draw_particles(32, 0.9, 0.05, 3, resample_below=0.0)

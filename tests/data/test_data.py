@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
+from diffusion_jax.data.images import Folder
 
 CONFIG = {"download": False, "dataset": "digits", "image_size": 8, "channels": 1}
 
@@ -118,6 +119,13 @@ def test_folders_and_settings_that_do_not_fit_are_refused(folder):
     for other in ({"image_size": (1, 2, 3)}, {"channels": 2}, {"levels": None}):
         with pytest.raises(data.DataError, match="images"):
             load_logged(folder, **other)
+
+
+def test_images_that_are_not_resized_have_equal_sizes(tmp_path):
+    for name, shape in (("a.png", (3, 5)), ("b.png", (7, 4))):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / name)
+    with pytest.raises(data.DataError, match=r"b\.png is 4x7, but the first image is 5x3; resize"):
+        Folder(str(tmp_path), None, 1).read([0, 1])
 
 
 @pytest.mark.parametrize("function", [data.load, data.check_location])

@@ -202,6 +202,12 @@ def test_from_config_builds_a_unet_and_refuses_unknown_settings():
         models.from_config({"width": 3})
 
 
+def test_the_time_embedding_has_four_times_the_channels():
+    """Ho et al.'s and OpenAI's networks, which all published weights follow."""
+    shapes = init_shapes(models.UNet(**TINY), (1, 8, 8, 3))
+    assert {shapes["time_0"]["kernel"].shape[1], shapes["time_1"]["kernel"].shape[1]} == {4 * TINY["channels"]}
+
+
 def test_time_scale_multiplies_the_network_time():
     model = models.UNet(**TINY | {"channel_multipliers": (1,), "attention_levels": ()})
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))

@@ -248,6 +248,12 @@ def test_each_class_has_full_rows_with_its_training_data_at_the_left():
     assert (names > 150).tolist() == [True, False, True, False]
 
 
+def test_classes_of_similar_size_have_full_rows_of_the_smallest():
+    labels = np.repeat([0, 1], [12, 9])  # rows of nine, not two rows of six
+    width = draw_samples(np.zeros((21, 2, 2, 1), np.uint8), "t", labels=labels).shape[1]
+    assert 9 * 100 < width < 11 * 100
+
+
 def test_a_rare_class_does_not_make_rows_of_one():
     images, labels = np.zeros((103, 2, 2, 1), np.uint8), np.array([0] * 100 + [1, 2, 3])
     height, width = draw_samples(images, "t", labels=labels).shape[:2]
