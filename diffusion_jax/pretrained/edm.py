@@ -99,6 +99,8 @@ def load_edm(path: pathlib.Path, tensors: parameters.Tensors, with_params: bool)
     if arguments["model_channels"] * min(widths) < 128:
         raise PretrainedError(f"{path}: layers of fewer than 128 channels have other norms, which are not supported")
     levels = [size >> level for level in range(len(arguments["channel_mult"]))]
+    if arguments["num_blocks"] * len(levels) > len(tensors.shapes):  # more blocks take hours to describe
+        raise PretrainedError(f"{path}: num_blocks={arguments['num_blocks']} is more than its tensors fill")
     model = UNet(
         **(_ADM if network == "DhariwalUNet" else {})
         | {

@@ -107,16 +107,16 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
-    loaded, metadata = pickles.open_pickle(path), {}
+    loaded, metadata = pickles.open_pickle(path)
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if isinstance(loaded, dict) and isinstance(network := loaded.get("ema"), pickles.Record):  # EDM's
-        arguments = pickles.format_json(network.state.get("_init_kwargs"))
-        loaded, metadata = dict(pickles.module_tensors(network)), {"class": network.kind, "arguments": arguments}
-    has_names = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
+    has_names = isinstance(loaded, dict) and all(isinstance(name, str) and name.isprintable() for name in loaded)
     if not has_names or not all(isinstance(value, pickles.Tensor) for value in loaded.values()):
         raise PretrainedError(f"{path} contains a {type(loaded).__name__}, not a state dict (tensors by name)")
     shapes = {name: value.shape for name, value in loaded.items()}
+    num_bytes = sum(math.prod(value.shape) * value.storage.dtype.itemsize for value in loaded.values())
+    if num_bytes > 4 * path.stat().st_size:  # tied weights share their numbers
+        raise PretrainedError(f"{path} has tensors of {num_bytes:,} bytes, more than 4 times the size of the file")
     return Tensors("PyTorch", shapes, lambda name: loaded.pop(name).numpy(), metadata)  # memory holds weights only once
 
 

@@ -3,20 +3,23 @@
 A pickle is a program: loading it in the usual way calls any function that it names, and EDM's pickles (Karras et al. 2022)
 carry source code for `exec`. `read_pickle` interprets the program without importing anything. It accepts the names of a
 few functions and classes, and makes an inert value for each: a container, `Tensor` or `Record`. Other names raise an error.
+`_Budget` limits operations and copies, because a small program may build values of any size, or take hours.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import math
+import mmap
 import pathlib
 import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +34,7 @@ _STORAGES = {
 _DTYPES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()}
 _CONSTANTS = set(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
-    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 NONE".split()
 )
 
 
@@ -63,21 +66,42 @@ class Tensor:
 
     def __post_init__(self):
         numbers = (self.offset, *self.shape, *self.strides)
-        if len(self.shape) != len(self.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise ValueError("a tensor has a shape or strides that are not whole numbers of at least 0")
+        is_valid = all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers)
+        if not is_valid or not len(self.shape) == len(self.strides) <= 32:  # NumPy's limit
+            raise ValueError("a tensor has a shape or strides that are not up to 32 whole numbers in 0 ... 2^63 - 1")
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         if (math.prod(self.shape) and last >= self.storage.size) or math.prod(self.shape) > self.storage.size:
             raise ValueError(f"a tensor {list(self.shape)} does not fit into its {self.storage.size:,} numbers")
 
     def numpy(self) -> np.ndarray:
-        """Reads the values; float dtypes become float32."""
+        """Reads the values; float dtypes become float32. Raises: ValueError."""
         if self.storage.read is None:
             raise ValueError("the numbers of a tensor are missing")
-        if (values := self.storage.read()).size != self.storage.size:
+        try:
+            values = self.storage.read()
+        except Exception as error:  # zipfile raises many types
+            raise ValueError(first_line(error)) from None
+        if values.size != self.storage.size:
             raise ValueError("the file is truncated")
-        strides = tuple(stride * values.itemsize for stride in self.strides)
-        view = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides, writeable=False)
-        return np.array(view, np.float32 if jnp.issubdtype(view.dtype, jnp.floating) else view.dtype)
+        dtype = np.float32 if jnp.issubdtype(values.dtype, jnp.floating) else values.dtype
+        if not math.prod(self.shape):  # offset and strides may point anywhere
+            return np.zeros(self.shape, dtype)
+        strides = [(size > 1) * stride * values.itemsize for size, stride in zip(self.shape, self.strides, strict=True)]
+        return np.array(np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides), dtype)
+
+
+@dataclasses.dataclass
+class _Budget:
+    """The bytes that calls in a file's pickles may still read, and the operations, including the elements that calls copy."""
+
+    num_bytes: int
+    operations: int = 1_000_000
+
+    def spend(self, operations: int, num_bytes: int) -> None:
+        self.operations -= operations
+        self.num_bytes -= num_bytes
+        if min(self.operations, self.num_bytes) < 0:
+            raise ValueError("it needs more than 1,000,000 operations, or copies 4 times the size of the file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,22 +132,24 @@ def _persistent_object(meta) -> Record:
 # Types are checked before values are compared, hashed or printed, because these operations would never end for a chain of
 # lists in which each list holds the next list many times.
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"a {type(value).__name__} in place of a text")
+    if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+        raise ValueError(f"a {type(value).__name__} in place of a printable text of at most 200 characters")
     return value
 
 
 def _keys(values: Sequence[Any]) -> Sequence[Any]:
-    """Returns keys of a dict, or elements of a set. Raises: ValueError for values other than texts and numbers."""
-    if wrong := [value for value in values if not isinstance(value, str | bytes | int | float | None)]:
-        raise ValueError(f"a {type(wrong[0]).__name__} as a key")
+    """Returns keys of a dict, or elements of a set. Raises: ValueError for values other than short texts and numbers."""
+    for value in values:
+        if not isinstance(value, str | bytes | int | float | None):
+            raise ValueError(f"a {type(value).__name__} as a key")
+        # Comparisons of long texts take long, and a file may choose larger numbers with equal hashes.
+        if len(value) > 1000 if isinstance(value, str | bytes) else abs(value or 0) >= 2**60:
+            raise ValueError("a key of more than 1,000 characters, or a number of 2^60 or more")
     return values
 
 
 def _dict(pairs: Sequence[Any] = ()) -> dict[Any, Any]:
-    found = [(key, value) for key, value in pairs]
-    _keys([key for key, _ in found])
-    return dict(found)
+    return {key: value for key, value in pairs if _keys([key])}
 
 
 def _dtype(name, *options) -> _Array:
@@ -137,20 +163,15 @@ def _scalar(dtype, content) -> Any:
     return np.frombuffer(content, dtype.value, 1)[0].item()
 
 
-def _load_from_bytes(content) -> Any:
-    return _read_legacy(io.BytesIO(content), lambda start, count: content[start : start + count])
-
-
 _CALLS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda data, *gradient: data,
-    "torch.storage._load_from_bytes": _load_from_bytes,
-    "torch.Size": lambda sizes: tuple(sizes),
+    "torch.Size": lambda sizes: () + sizes,  # a tuple; a text has a large object for each character
     "torch.device": lambda *names: Record("torch.device", names),
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
     "collections.OrderedDict": _dict,
-    "builtins.set": lambda items=(): set(_keys(items)),
+    "builtins.set": lambda items=[]: set(_keys([] + items)),
     "_codecs.encode": lambda text, encoding: text.encode("latin-1"),  # bytes in protocol 2
     "numpy.ndarray": lambda *shape: _Array(),
     "numpy.dtype": _dtype,
@@ -162,13 +183,14 @@ _CLASSES: dict[str, Callable] = {"dnnlib.util.EasyDict": dict, "collections.Orde
 _PREFIXES = ("torch.nn.modules.",)  # the prefix of classes that become records
 _OTHER_NAMES = {
     *_DTYPES,
+    "torch.storage._load_from_bytes",  # called only in a plain pickle, outside of these bytes
     "builtins.object",
     *(f"torch.{name}" for name in "float64 float32 float16 bfloat16 int64".split()),
 }
 
 
 def _find(module: str, name: str) -> _Name:
-    full = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
+    full = f"{_text(module)}.{_text(name)}".replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.")
     if full in _CALLS or full in _CLASSES or full in _OTHER_NAMES or full.startswith(_PREFIXES):
         return _Name(full)
     raise PretrainedError(
@@ -177,10 +199,15 @@ def _find(module: str, name: str) -> _Name:
     )
 
 
-def _call(function, arguments) -> Any:
-    if not isinstance(function, _Name) or function.name not in _CALLS or not isinstance(arguments, tuple):
+def _call(calls: dict[str, Callable], budget: _Budget, function, arguments) -> Any:
+    if not isinstance(function, _Name) or function.name not in calls or not isinstance(arguments, tuple):
         raise ValueError(f"a call of {getattr(function, 'name', type(function).__name__)}")
-    return _CALLS[function.name](*arguments)
+    for value in (arguments, *arguments):
+        if isinstance(value, str | bytes | bytearray):
+            budget.spend(0, len(value))
+        elif isinstance(value, list | tuple | dict | set):
+            budget.spend(len(value), 0)
+    return calls[function.name](*arguments)
 
 
 def _new(kind) -> Any:
@@ -201,18 +228,19 @@ def _set_state(target, state) -> None:
         raise ValueError(f"a state of {type(target).__name__}")
 
 
-def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = None) -> Any:
-    """Interprets one pickle of a file and returns its value. find_storage: persistent id -> storage.
+def read_pickle(file: Any, budget: _Budget, find_storage: Callable[[Any], Storage] | None = None) -> Any:
+    """Interprets one pickle of a file and returns its value.
 
+    find_storage: persistent id -> storage; None for a plain pickle, in which a storage is the bytes of a file.
     Raises: PretrainedError for a name that is not read; ValueError, IndexError, TypeError and others for a corrupted pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
 
-    def take() -> list[Any]:
-        """Removes and returns the values above the last mark."""
-        start = marks.pop()
+    def take(count: int | None = None) -> list[Any]:
+        """Removes and returns the last values, by default the values above the last mark."""
+        start = marks.pop() if count is None else range(len(stack))[-count]
         taken = stack[start:]
         del stack[start:]
         return taken
@@ -233,7 +261,6 @@ def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = 
         "POP": lambda _: stack.pop(),
         "POP_MARK": lambda _: take(),
         "DUP": lambda _: stack.append(stack[-1]),
-        "NONE": stack.append,
         "NEWTRUE": lambda _: stack.append(True),
         "NEWFALSE": lambda _: stack.append(False),
         "EMPTY_LIST": lambda _: stack.append([]),
@@ -244,26 +271,28 @@ def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = 
         "DICT": lambda _: stack.append(dict(pairs(take()))),
         "TUPLE": lambda _: stack.append(tuple(take())),
         "FROZENSET": lambda _: stack.append(frozenset(_keys(take()))),
-        "TUPLE1": lambda _: stack.append((stack.pop(),)),
-        "TUPLE2": lambda _: stack.append(tuple(stack.pop() for _ in "12")[::-1]),
-        "TUPLE3": lambda _: stack.append(tuple(stack.pop() for _ in "123")[::-1]),
-        "APPEND": lambda _: extend(list, [stack.pop()]),
+        **{f"TUPLE{n}": lambda _, n=n: stack.append(tuple(take(n))) for n in (1, 2, 3)},
+        "APPEND": lambda _: extend(list, take(1)),
         "APPENDS": lambda _: extend(list, take()),
-        "SETITEM": lambda _: extend(dict, pairs([stack.pop() for _ in "12"][::-1])),
+        "SETITEM": lambda _: extend(dict, pairs(take(2))),
         "SETITEMS": lambda _: extend(dict, pairs(take())),
         "ADDITEMS": lambda _: extend(set, _keys(take())),
-        **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda place: memo.update({place: stack[-1]})),
+        **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda place: memo.update(pairs([place, stack[-1]]))),
         "MEMOIZE": lambda _: memo.update({len(memo): stack[-1]}),
         **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: stack.append(memo[place])),
         "GLOBAL": lambda names: stack.append(_find(*names.split(" ", 1))),
-        "STACK_GLOBAL": lambda _: stack.append(_find(*tuple(str(stack.pop()) for _ in "12")[::-1])),
-        "REDUCE": lambda _: stack.append(_call(*tuple(stack.pop() for _ in "12")[::-1])),
-        "NEWOBJ": lambda _: stack.append(_new([stack.pop() for _ in "12"][1])),
+        "STACK_GLOBAL": lambda _: stack.append(_find(*take(2))),
+        "REDUCE": lambda _: stack.append(_call(calls, budget, *take(2))),
+        "NEWOBJ": lambda _: stack.append(_new(take(2)[0])),
         "BUILD": lambda _: _set_state(stack[-2], stack.pop()),
     }
+    calls = dict(_CALLS)
     if find_storage is not None:
         operations["BINPERSID"] = lambda _: stack.append(find_storage(stack.pop()))
+    else:
+        calls["torch.storage._load_from_bytes"] = lambda x: _read_legacy(io.BytesIO(x), memoryview(x), budget)
     for operation, argument, _ in pickletools.genops(file):
+        budget.spend(1, 0)
         if operation.name == "STOP":
             return stack.pop()
         if operation.name not in operations:
@@ -275,91 +304,99 @@ def read_pickle(file: BinaryIO, find_storage: Callable[[Any], Storage] | None = 
 # ---- Files
 
 
-def open_pickle(path: pathlib.Path) -> Any:
-    """Returns the value that `torch.save` (current or older format) or a plain pickle stored, with `Tensor` for tensors.
+def open_pickle(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
+    """Returns (value that `torch.save` or a plain pickle stored, with `Tensor` for tensors; {}).
 
-    Raises: PretrainedError.
+    For a network of EDM, returns (tensors by name, {"class": its name, "arguments": as JSON}). Raises: PretrainedError.
     """
+    budget = _Budget(
+        4 * path.stat().st_size
+    )  # protocol 2 needs up to 3: encodes a text of up to 2, and reads the bytes
     try:
-        with path.open("rb") as file:
-            if file.read(2) == b"PK":
-                return _read_archive(zipfile.ZipFile(path))
+        with path.open("rb") as opened:
+            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # reads at most what the file has
+        if file[:2] == b"PK":
+            value = _read_archive(zipfile.ZipFile(path), len(file), budget)
+        elif (value := read_pickle(file, budget)) == _MAGIC:
             file.seek(0)
-            value = read_pickle(file)
-            if value == _MAGIC:
-                file.seek(0)
-                content = np.memmap(path, np.uint8, "r")
-                value = _read_legacy(file, lambda start, count: content[start : start + count])
-            return value
-    except PretrainedError as error:
-        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {error}") from None
+            value = _read_legacy(file, memoryview(file), budget)
+        if isinstance(value, dict) and isinstance(network := value.get("ema"), Record):
+            arguments = format_json(network.state.get("_init_kwargs"))
+            return dict(module_tensors(network)), {"class": network.kind, "arguments": arguments}
+        return value, {}
     except Exception as error:  # a corrupted pickle, and zipfile, raise many types
-        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {first_line(error)}") from None
+        reason = error if isinstance(error, PretrainedError) else first_line(error)
+        raise PretrainedError(f"{path} cannot be read as PyTorch weights: {reason}") from None
 
 
-def _storage(saved: Any) -> tuple[str, Storage]:
-    """Returns (key, storage without its numbers) for a persistent id. Raises: ValueError."""
-    kind, name, key, _, size, *view = saved
-    if kind != "storage" or name.name not in _DTYPES or not isinstance(size, int) or size < 0 or any(view):
+def _storage(saved: Any, storages: dict[str, Storage]) -> tuple[str, Storage]:
+    """Returns (key, storage) for a persistent id, from `storages` or new without its numbers. Raises: ValueError."""
+    kind, name, key, _, size, view = saved if len(saved) > 5 else (*saved, None)
+    if kind != "storage" or name.name not in _DTYPES or not isinstance(size, int) or not 0 <= size < 2**63 or view:
         raise ValueError("a storage of another form")
-    return _text(key), Storage(_DTYPES[name.name], size)
+    storage = storages.setdefault(_text(key), Storage(_DTYPES[name.name], size))
+    if (storage.dtype, storage.size) != (_DTYPES[name.name], size):
+        raise ValueError(f"the storage {key} has two types or sizes")
+    return key, storage
 
 
-def _read_archive(archive: zipfile.ZipFile) -> Any:
+def _read_archive(archive: zipfile.ZipFile, size: int, budget: _Budget) -> Any:
     """Reads a file of `torch.save` since PyTorch 1.6: a pickle and uncompressed storages in a zip file."""
     (root,) = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
     if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):  # could fill the memory
         raise ValueError("parts of it are compressed")
+    if sum(member.file_size for member in archive.infolist()) > size:
+        raise ValueError("parts of it overlap")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
-
-    def find_storage(saved: Any) -> Storage:
-        key, storage = _storage(saved)
-        member = archive.getinfo(f"{root}data/{key}")
-        if member.file_size != storage.size * storage.dtype.itemsize:
-            raise ValueError(f"the storage {key} has {member.file_size:,} bytes")
-        storage.read = lambda: np.frombuffer(archive.read(member), storage.dtype)
-        return storage
-
-    return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), find_storage)
-
-
-def _read_legacy(file: BinaryIO, read: Callable[[int, int], Any]) -> Any:
-    """Reads the older format of `torch.save`: pickles, then the storages. read: (start, number of bytes) -> bytes."""
-    if (read_pickle(file), read_pickle(file)) != (_MAGIC, _PROTOCOL):
-        raise ValueError("not a file of PyTorch")
-    read_pickle(file)  # a description of the machine that wrote the file
     storages: dict[str, Storage] = {}
 
     def find_storage(saved: Any) -> Storage:
-        key, storage = _storage(saved)
-        return storages.setdefault(key, storage)
+        key, storage = _storage(saved, storages)
+        member = archive.getinfo(f"{root}data/{key}")
+        if member.file_size != storage.size * storage.dtype.itemsize:
+            raise ValueError(f"the storage {key} has {member.file_size:,} bytes")
+        read = functools.cache(lambda dtype=storage.dtype: np.frombuffer(archive.read(member), dtype))
+        storage.read = storage.read or read  # once for all tensors that share the storage
+        return storage
 
-    value = read_pickle(file, find_storage)
-    for key in read_pickle(file):
-        storage, (size,) = storages[key], struct.unpack("<q", file.read(8))
-        start, count = file.tell(), size * storage.dtype.itemsize
-        if size != storage.size:
-            raise ValueError(f"the storage {key} has {size:,} numbers, not {storage.size:,}")
-        storage.read = lambda start=start, count=count, dtype=storage.dtype: np.frombuffer(read(start, count), dtype)
-        file.seek(start + count)
+    return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), budget, find_storage)
+
+
+def _read_legacy(file: Any, content: memoryview, budget: _Budget) -> Any:
+    """Reads the older format of `torch.save`: pickles, then the storages. content: all bytes of the file."""
+    budget.spend(100, 0)  # for the setup of five pickles
+    storages: dict[str, Storage] = {}
+    read = functools.partial(read_pickle, file, budget, lambda saved: _storage(saved, storages)[1])
+    if (read(), read()) != (_MAGIC, _PROTOCOL):
+        raise ValueError("not a file of PyTorch")
+    read()  # a description of the machine that wrote the file
+    value = read()
+    for key in read():
+        storage, (size,) = storages[_text(key)], struct.unpack("<q", file.read(8))
+        start, end = file.tell(), file.tell() + size * storage.dtype.itemsize
+        if size != storage.size or end > len(content):
+            raise ValueError(f"the file is truncated, or its storage {key} does not have {storage.size:,} numbers")
+        storage.read = functools.partial(np.frombuffer, content[start:end], storage.dtype)
+        file.seek(end)
     return value
 
 
 def format_json(value: Any) -> str:
-    """Returns a value as JSON, with type names in place of tensors and records. Raises: ValueError for over 500 values."""
+    """Returns a value as JSON, with type names in place of tensors and records. Raises: ValueError for over 200 values."""
     count = 0
 
     def convert(value):
         nonlocal count
         count += 1
-        if count > 500:
-            raise ValueError("more than 500 arguments")
+        if count > 200:  # also the deepest nesting, which recursion limits
+            raise ValueError("more than 200 arguments")
         if isinstance(value, dict):
-            return {str(name): convert(each) for name, each in value.items()}
+            return {_text(name): convert(each) for name, each in value.items()}
         if isinstance(value, list | tuple):
             return [convert(each) for each in value]
-        return value if isinstance(value, str | int | float | None) else type(value).__name__
+        value = value if isinstance(value, str | int | float | None) else type(value).__name__
+        return _text(value) if isinstance(value, str) else value
 
     return json.dumps(convert(value))
 
@@ -367,18 +404,19 @@ def format_json(value: Any) -> str:
 def module_tensors(module: Record) -> Iterator[tuple[str, Tensor]]:
     """Yields (name as in a state dict, tensor) for each parameter and buffer of a PyTorch module.
 
-    Raises: ValueError for a module that occurs twice, because a small file could then describe 2^60 modules.
+    Raises: ValueError for a module that occurs twice, because a small file could then describe 2^60 modules, or a long name.
     """
     seen: set[int] = set()
 
     def visit(module: Record, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        if id(module) in seen:
+        groups = [module.state[group] for group in ("_parameters", "_buffers", "_modules")]
+        if not seen.isdisjoint(map(id, (module, *groups))):
             raise ValueError(f"the module {prefix.removesuffix('.')} occurs twice")
-        seen.add(id(module))
-        for group in ("_parameters", "_buffers"):
-            yield from ((f"{prefix}{name}", value) for name, value in module.state[group].items() if value is not None)
-        for name, child in module.state["_modules"].items():
+        seen.update(map(id, (module, *groups)))
+        for group in groups[:2]:
+            yield from ((_text(f"{prefix}{name}"), value) for name, value in group.items() if value is not None)
+        for name, child in groups[2].items():
             if child is not None:
-                yield from visit(child, f"{prefix}{name}.")
+                yield from visit(child, _text(f"{prefix}{name}."))
 
     return visit(module, "")

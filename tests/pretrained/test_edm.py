@@ -155,6 +155,7 @@ REFUSED = {
     "is a VPPrecond, whose preconditioning": ("VPPrecond", ADM, {}),
     "the network OtherUNet is not supported": ("EDMPrecond", ADM | {"model_type": "OtherUNet"}, {}),
     "the arguments color of DhariwalUNet are not known": ("EDMPrecond", ADM | {"color": 1}, {}),
+    "num_blocks=1000000 is more than": ("EDMPrecond", ADM | {"num_blocks": 10**6}, {}),
     "channel_mult_emb=2": ("EDMPrecond", ADM | {"channel_mult_emb": 2}, {}),
     "fewer than 128 channels": ("EDMPrecond", ADM | {"model_channels": 64}, {}),
     "layers of fewer": ("EDMPrecond", DDPMPP | {"model_channels": 64, "channel_mult": [2, 2]}, {}),

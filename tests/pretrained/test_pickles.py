@@ -1,10 +1,14 @@
 """PyTorch's files and EDM's pickles, read without running them; files that would run code are refused and do nothing."""
 
 import collections
+import functools
+import gc
 import io
 import json
 import pickle
 import struct
+import types
+import weakref
 import zipfile
 
 import flax.traverse_util
@@ -67,6 +71,46 @@ def test_bfloat16_and_views(tmp_path):
     np.testing.assert_array_equal(pickles.Tensor(kind, 0, (2,), (1,)).numpy(), [1.0, -3.0])
 
 
+class View(Tensor):
+    """A tensor of a shape that NumPy may not have."""
+
+    def __init__(self, shape, storage, offset, strides):
+        self.values, self.storage = types.SimpleNamespace(shape=shape), storage
+        self.offset, self.strides = offset, strides
+
+
+def test_strides_that_no_number_uses_have_any_size(tmp_path):
+    storage = Storage(np.arange(4, dtype=np.float32))
+    views = {"one": View((1, 2), storage, 2, (2**62, 1)), "none": View((0, 2), storage, 2**62, (2**62, 2**62))}
+    found = read(write(tmp_path / "x.pt", torch_files.archive_bytes(views)))
+    np.testing.assert_array_equal(found["one"], [[2, 3]])
+    assert found["none"].shape == (0, 2)
+
+
+def test_storage_is_read_once_and_released_with_its_last_tensor(tmp_path, monkeypatch):
+    storage, names = Storage(np.arange(4, dtype=np.float32)), []
+    views = {str(i): View((1,), storage, i, (1,)) for i in range(4)}
+    archive_read = zipfile.ZipFile.read
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *args: names.append(args[1]) or archive_read(*args))
+    value, _ = pickles.open_pickle(write(tmp_path / "x.pt", torch_files.archive_bytes(views)))
+    gc.disable()
+    try:
+        released = weakref.ref(value["0"].storage)
+        assert [value.pop(str(i)).numpy().item() for i in range(4)] == [0, 1, 2, 3]
+        assert released() is None
+    finally:
+        gc.enable()
+    assert [getattr(name, "filename", name) for name in names].count("model/data/0") == 1
+
+
+@pytest.mark.parametrize("write_bytes", [torch_files.archive_bytes, torch_files.legacy_bytes])
+def test_tensors_may_be_tied_but_not_multiply_the_file(tmp_path, write_bytes):
+    tensor = Tensor(np.zeros(1000, np.float32))
+    assert len(read(write(tmp_path / "x.pt", write_bytes({"a": tensor, "b": tensor})))) == 2
+    with pytest.raises(PretrainedError, match="40,000 bytes, more than 4 times"):
+        read(write(tmp_path / "x.pt", write_bytes({str(i): tensor for i in range(10)})))
+
+
 @pytest.mark.parametrize(
     "offset, shape, strides",
     [
@@ -77,11 +121,13 @@ def test_bfloat16_and_views(tmp_path):
         (-1, (1,), (1,)),
         (0, (2,), (-1,)),
         (0, (9,), (0,)),
+        (0, (0, 2**63), (1, 1)),
+        (0, (1,), (2**63,)),
+        (0, (1,) * 33, (1,) * 33),
     ],
 )
 def test_views_outside_of_their_storage_are_refused(tmp_path, offset, shape, strides):
-    tensor = Tensor(np.zeros(1), Storage(np.zeros(4, np.float32)), offset, strides)
-    tensor.values = np.zeros(shape, np.float32)
+    tensor = View(shape, Storage(np.zeros(4, np.float32)), offset, strides)
     with pytest.raises(PretrainedError, match="tensor"):
         read(write(tmp_path / "x.pt", torch_files.archive_bytes({"a": tensor})))
 
@@ -178,24 +224,102 @@ def test_values_that_contain_others_many_times_end_in_one_line(tmp_path):
     edm = torch_files.edm_pickle("EDMPrecond", {"model.a": ARRAYS["a"]}, {"sigma_data": large}, tmp_path / "marker")
     value = b"K\x01" + b"2\x86" * 60  # pairs of the same value
     for content, words in (
-        (edm, "more than 500 arguments"),
+        (edm, "more than 200 arguments"),
         (_program(b"}", value, b"K\x01s"), "a tuple as a key"),
         (_program(_global("builtins.set"), b"](", value, b"e\x85R"), "a tuple as a key"),
         (_program(b"(", value, b"\x91"), "a tuple as a key"),
         (_program(_global("collections.OrderedDict"), b"](", value, b"K\x01\x86e\x85R"), "a tuple as a key"),
         (_program(value), "contains a tuple"),
         (_program(_global("torch.Size"), b"(", value, b"t\x85R"), "contains a tuple"),
+        (_program(value, b"K\x01\x93"), "a tuple in place of a printable text"),
+        (HEADER + _program(b"}") + _program(b"](", value, b"e"), "a tuple in place of a printable text"),
     ):
         with pytest.raises(PretrainedError, match=words):
             pretrained.load(write(tmp_path / "x.pkl", content))
 
 
-def test_a_module_that_occurs_twice_is_refused():
-    module = pickles.Record("Conv2d", {"_parameters": {}, "_buffers": {}, "_modules": {}})
-    for _ in range(60):
-        module = pickles.Record("Block", {"_parameters": {}, "_buffers": {}, "_modules": {"a": module, "b": module}})
-    with pytest.raises(ValueError, match="the module [ab.]+ occurs twice"):
-        list(pickles.module_tensors(module))
+def _repeat(name, content, count=20):
+    """A list of the results of one call, made `count` times. content: operations that make the argument."""
+    return _program(_global(name), b"q\0" + content + b"\x85q\1(", b"h\0h\1R" * count, b"l")
+
+
+def _bytes(content):
+    return b"B" + struct.pack("<I", len(content)) + content
+
+
+def _number(value):
+    return b"\x8a\x0a" + value.to_bytes(10, "little")
+
+
+HEADER = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+LONG, NUMBERS = b"X\xe9\x03\0\0" + b"a" * 1001, b"(" + b"K\1K\2K\3K\4\x86\x86\x86" * 50
+NESTED = "torch.storage._load_from_bytes"
+WASTEFUL = {
+    "_codecs.encode": (
+        "copies",
+        _program(_global("_codecs.encode"), b"q\0" + LONG + b"X\0\0\0\0\x86q\1(", b"h\0h\1R" * 20, b"l"),
+    ),
+    "bytes of a storage": ("copies", _repeat(NESTED, _bytes(HEADER + _program(_bytes(b"a" * 1000)) + _program(b"]")))),
+    "operations of a storage": (
+        "operations",
+        _repeat(NESTED, _bytes(HEADER + _program(b"N0" * 99, b"N") + _program(b"]"))),
+    ),
+    "storages without numbers": (
+        "operations",
+        _repeat(NESTED, _bytes(HEADER + _program(b"N") + _program(b"]"))),
+    ),
+    "storages in storages": ("a call of torch.storage", _repeat(NESTED, _bytes(HEADER + _repeat(NESTED, _bytes(b""))))),
+    "operations": ("operations", _program(b"]0" * 1000)),
+    "set": ("operations", _repeat("builtins.set", b"(" + b"K\1" * 200 + b"l")),
+    "set of a text": ("concatenate", _repeat("builtins.set", LONG)),
+    "OrderedDict": ("operations", _repeat("collections.OrderedDict", b"(" + b"K\1K\2\x86" * 100 + b"l")),
+    "torch.Size": ("concatenate", _repeat("torch.Size", LONG)),
+    "torch.device": (
+        "operations",
+        _program(_global("torch.device"), b"q\0(" + b"N" * 200 + b"tq\1(", b"h\0h\1R" * 20, b"l"),
+    ),
+    "name": ("printable", _program(b"X\x10\0\0\0torch.nn.modules", LONG, b"\x93")),
+    "name of two lines": ("printable", _program(b"X\x10\0\0\0torch.nn.modules", b"X\2\0\0\0\na", b"\x93")),
+    "text as a key": ("a key of more than 1,000", _program(b"}", LONG, b"Ns")),
+    "number as a key": ("a number of 2\\^60", _program(b"}", _number(2**61 - 1), b"Ns")),
+    "place in the memo": ("a number of 2\\^60", _program(b"Np%d\n" % (2**61 - 1))),
+    "size of bytes": ("expected 1099511627776 bytes", _program(b"\x8e" + struct.pack("<Q", 2**40))),
+}
+
+
+@pytest.mark.parametrize("what", WASTEFUL)
+def test_small_files_neither_fill_the_memory_nor_take_long(tmp_path, monkeypatch, what):
+    """Each program does little work here; the same program repeated a million times would take gigabytes or hours."""
+    monkeypatch.setattr(pickles, "_Budget", functools.partial(pickles._Budget, operations=1500))
+    words, content = WASTEFUL[what]
+    with pytest.raises(PretrainedError, match=words) as caught:
+        pickles.open_pickle(write(tmp_path / "x.pkl", content))
+    assert "\n" not in str(caught.value)
+
+
+def module(parameters=(), modules=()):
+    state = {"_parameters": dict(parameters), "_buffers": {}, "_modules": dict(modules)}
+    return pickles.Record("Block", state)
+
+
+def test_modules_that_are_shared_or_too_deep_are_refused():
+    shared = deep = module({"x": 1})
+    with_parameters = pickles.Record("Block", module().state | {"_parameters": shared.state["_parameters"]})
+    for i in range(101):
+        deep = module(modules={"a": deep})
+        shared = module(modules={"a": shared, "b": shared}) if i < 60 else shared
+    for twice in (shared, module(modules={"a": module(modules={"b": with_parameters}), "b": with_parameters})):
+        with pytest.raises(ValueError, match="the module [ab.]+ occurs twice"):
+            list(pickles.module_tensors(twice))
+    with pytest.raises(ValueError, match="at most 200 characters"):
+        list(pickles.module_tensors(deep))
+
+
+def test_arguments_that_contain_themselves_are_refused():
+    value = []
+    value.append(value)
+    with pytest.raises(ValueError, match="200 arguments"):
+        pickles.format_json(value)
 
 
 def test_a_call_that_is_allowed_changes_nothing_outside(tmp_path):
@@ -214,7 +338,25 @@ def damaged(name, size=None, value=b"1234"):
     return file.getvalue()
 
 
+def _archive(*members):
+    """An archive of (name, content), in which the last member is listed ten times."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+        archive.filelist.extend(archive.filelist[-1:] * 9)
+    return file.getvalue()
+
+
+def _two_types():
+    storage, other = Storage(np.zeros(2, np.float32)), Storage(np.zeros(2, np.int64))
+    content = torch_files.legacy_bytes({"a": Tensor(storage.values, storage), "b": Tensor(other.values, other)})
+    return content.replace(b"X\1\0\0\0" + b"1", b"X\1\0\0\0" + b"0")
+
+
 CORRUPTED = {
+    "parts of it overlap": lambda: _archive(("model/data.pkl", _program(b"}")), ("model/data/0", b"a" * 1000)),
+    "the storage 0 has two types": _two_types,
     "big-endian": lambda: damaged("model/byteorder", value=b"big"),
     "the storage 0 has 4 bytes": lambda: damaged("model/data/0"),
     "parts of it are compressed": lambda: torch_files.archive_bytes(torch_files.tensors(ARRAYS), zipfile.ZIP_DEFLATED),
@@ -252,7 +394,7 @@ def test_edm_pickle_gives_tensors_and_arguments_and_its_source_does_not_run(tmp_
 def test_values_of_numpy(tmp_path):
     values = {"scalar": np.float64(0.25), "big": np.array([1, 2], ">i4"), "order": np.asfortranarray(np.eye(2, 3))}
     for protocol in (2, 4):
-        found = pickles.open_pickle(write(tmp_path / "x.pkl", pickle.dumps(values, protocol)))
+        found, _ = pickles.open_pickle(write(tmp_path / "x.pkl", pickle.dumps(values, protocol)))
         assert found["scalar"] == 0.25
         np.testing.assert_array_equal(found["big"].value, values["big"])
         np.testing.assert_array_equal(found["order"].value, values["order"])
