@@ -61,7 +61,11 @@ _THOUSANDS = {
 
 
 class Reported(NamedTuple):
-    """The FID that a paper reports. settings: the config settings that the paper or its code states, by full name."""
+    """The FID that a paper reports.
+
+    settings: the config settings that the paper or its code states, by full name; without `sampling.steps` if the number of
+    sampling steps is unknown.
+    """
 
     fid: float
     paper: str

@@ -135,7 +135,8 @@ def _find_reported(config: ConfigDict, workdir: RunDir) -> dict[str, Any] | None
         values["sampling.steps"] = None  # all steps
     texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in found.settings.items()}
     other = [f"{name}={text}" for name, text in texts.items() if values[name] != found.settings[name]]
-    return {"fid": found.fid, "paper": found.paper, "other_settings": other}
+    unknown = "" if "sampling.steps" in found.settings else "; its number of sampling steps is unknown"
+    return {"fid": found.fid, "paper": found.paper + unknown, "other_settings": other}
 
 
 def _text(reported: Mapping[str, Any]) -> str:

@@ -7,10 +7,19 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import cli
+from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.runs import evaluate
+from helpers.configs import tiny_config
 from helpers.published_files import stored, write_folder
 
 PAPER = ["data.dataset=cifar10", "evaluation.num_samples=50000", "sampling.sampler=ddpm", "sampling.steps=None"]
+
+
+@pytest.mark.parametrize(("name", "is_unknown"), [("cifar10_uncond_50M_500K.pt", True), ("lsun_cat.pt", False)])
+def test_an_unknown_number_of_sampling_steps_is_named(tmp_path, name, is_unknown):
+    found = evaluate._find_reported(tiny_config(init_from=name), open_run_dir(tmp_path))
+    assert ("; its number of sampling steps is unknown" in evaluate._text(found)) == is_unknown
+    assert any(setting.startswith("sampling.steps=") for setting in found["other_settings"]) != is_unknown
 
 
 @pytest.mark.whole
