@@ -136,7 +136,7 @@ def _repaint_steps(num_timesteps: int, resamplings: int, jump: int) -> tuple[np.
     while t >= 0:
         denoise_from.append(t)
         t -= 1
-        if remaining.get(t, 0):
+        if remaining.get(t, 0) > 0:
             remaining[t] -= 1
             t += jump
             noise_to.append(t)

@@ -153,7 +153,8 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
 
     Returns: (the smallest shift, in posterior deviations; the largest ratio of the sampled to the exact deviation that is
     detected as too narrow; the smallest ratio that is detected as too wide). A ratio is 0 or infinite if none is detected.
-    Assumes that one quantity has the error, and that `references` are given, whose two tests raise the limit.
+    Assumes that one quantity has the error, and that `references` are given, whose two tests raise the limit. With fewer than
+    50 examples, the share is lower.
     """
     test, normal = (
         rank_test(np.zeros(num_examples, int), num_samples),

@@ -108,6 +108,18 @@ def test_weights_are_finite_where_alpha_bar_is_0(prediction):
             np.testing.assert_allclose(loss, parts.mse, rtol=1e-6)
 
 
+def test_levels_and_noise_have_keys_of_their_own():
+    seen = []
+
+    def sampler(key, batch, total):
+        seen.append(key)
+        return jnp.zeros(batch, int), jnp.ones(batch)
+
+    _, parts = losses.simple(KEY, SCHEDULE, lambda x, time: x, jnp.zeros((4, 3)), timestep_sampler=sampler)
+    for key in (KEY, *seen):
+        assert (parts.eps != jax.random.normal(key, (4, 3))).all()
+
+
 def test_the_network_sees_network_time():
     short = schedules.respace(SCHEDULE, "ddim50")
     seen = []

@@ -439,3 +439,45 @@ def test_error_bars_and_masks_of_each_example_hold_for_its_particles():
     each = [weights(mask[[i]], y[[i]], noise[[i]], x_T[:, [i]]) for i in (0, 1)]
     np.testing.assert_allclose(both, np.concatenate(each, axis=1), rtol=1e-5)
     assert np.ptp(both) > 0.01
+
+
+def test_the_weights_of_smc_are_ratios_of_densities():
+    """Two steps in NumPy: x_1 follows from the result, because the last step has no noise and the network is 0.5 x."""
+    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), [200, 500])
+    x_T, y, noise = np.array([-1.5, -0.4, 0.1, 0.7, 1.3, 2.2]), 0.8, 0.3
+    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", variance="fixed_small", clip=False)
+    measurement = Measurement(LinearOperator(lambda x: x, diagonal=1.0), np.full((1, 1), y, np.float32), noise)
+    draw = jax.jit(lambda x: posterior.smc(jax.random.key(1), schedule, denoiser, measurement, x, resample_below=0.0))
+    found = draw(x_T.astype(np.float32)[:, None, None])
+    low, high = schedule.alpha_bar
+    beta = 1 - high / low
+    variance = beta * (1 - low) / (1 - high)
+    mean = (beta * np.sqrt(low) * 0.5 * x_T + np.sqrt(1 - beta) * (1 - low) * x_T) / (1 - high)
+    gradient = 0.5 * (y - 0.5 * x_T) / (noise**2 + 1 - high)  # the variance of x_0 for white data is 1 - alpha_bar
+    x_0 = np.asarray(found.x_0, np.float64).ravel()
+    moved = 2 * x_0 - mean
+    ratio = ((moved - variance * gradient) ** 2 - moved**2) / (2 * variance)  # log p - log q
+    first, last = (np.exp(ratio - (y - x_0) ** 2 / (2 * (noise**2 + rest))) for rest in (1 - low, 0))
+    np.testing.assert_allclose(found.weights[:, 0], last / last.sum(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        found.effective[:, 0], [each.sum() ** 2 / (each**2).sum() for each in (first, last)], rtol=1e-3
+    )
+
+
+def test_smc_draws_noise_and_resamples_with_keys_of_their_own(monkeypatch):
+    seen = []
+
+    def recorded(function):
+        def call(key, *arguments):
+            jax.debug.callback(lambda data: seen.append(tuple(np.ravel(data).tolist())), jax.random.key_data(key))
+            return function(key, *arguments)
+
+        return call
+
+    for name in ("normal", "systematic_resample"):
+        monkeypatch.setattr(posterior, name, recorded(getattr(posterior, name)))
+    measurement = Measurement(lambda x: x, np.zeros((1, 1), np.float32), 1.0)
+    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", clip=False)
+    jax.jit(lambda x: posterior.smc(jax.random.key(0), STEPS, denoiser, measurement, x))(jnp.ones((2, 1, 1)))
+    jax.effects_barrier()
+    assert len(seen) == len(set(seen)) == 2 * (STEPS.num_timesteps - 1)

@@ -64,6 +64,17 @@ def test_a_prior_passes_without_references_that_depend_on_the_measurement():
         assert calibration.find_calibration(truth, samples, references).sentence.startswith("no error found")
 
 
+def test_one_test_of_the_distances_is_enough_for_a_fault():
+    """Equal quantities, and samples with independent quantities: at this size only the ranks' variance exceeds the limit."""
+    rng = np.random.default_rng(2)
+    found = calibration.find_calibration(
+        np.repeat(rng.normal(size=(120, 1)), 2, axis=1), rng.normal(size=(99, 120, 2)), np.zeros((120, 2))
+    )
+    limit = statistics.NormalDist().inv_cdf(1 - 0.0027 / 2 / 6)
+    assert abs(found.tests["distance"].z_mean) < limit < found.tests["distance"].z_variance
+    assert found.sentence.startswith("the samples ignore the measurement")
+
+
 @pytest.mark.parametrize("bins", [1, 4, 10, 20])
 def test_uniform_ranks_have_even_shares_half_and_one(bins):
     found = np.repeat(np.arange(20), 50)

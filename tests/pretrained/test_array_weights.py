@@ -116,6 +116,14 @@ def test_samples_are_those_of_the_core_in_the_units_of_the_data():
     np.testing.assert_allclose(output, apply(x_T, time, y, standardized), rtol=1e-6)
 
 
+def test_the_clip_of_continuous_data_is_the_network_s():
+    net, own, other = vectors_net(), jnp.tanh, jnp.sin
+    for levels, expected in ((None, own), (256, True)):
+        net = dataclasses.replace(net, clip=own, levels=levels)
+        found = [net.denoiser(clip=clip).clip for clip in (None, True, False, other)]
+        assert found == [own, expected, False, other]
+
+
 @pytest.mark.thorough
 def test_one_condition_serves_all_and_none_is_the_null_condition():
     net = vectors_net(num_classes=0, label_dropout=0.0)

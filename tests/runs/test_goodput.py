@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import types
 
 import jax
@@ -43,6 +44,17 @@ def test_goodput_counts_steps_once_and_the_time_between_launches(tmp_path):
     assert {part: 300 * share for part, share in fractions.items() if share > 1e-9} == pytest.approx(expected)
     assert sum(fractions.values()) == pytest.approx(1)
     assert read_launches(tmp_path / "none") == []
+
+
+def test_the_status_names_the_newest_checkpoint(tmp_path, monkeypatch):
+    for step, written in ((3, 86_400), (12, 7_200_000)):
+        manifest = tmp_path / "checkpoints" / str(step) / status.MANIFEST
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+        os.utime(manifest, (written, written))
+    monkeypatch.setattr(status, "committed_steps", lambda path: [3, 12])
+    rows = status.describe(array_config("vectors", tmp_path / "data.npz"), status.open_run_dir(tmp_path), [])
+    assert rows["checkpoint"] == f"step 12, {status.format_time(7_200_000)}"
 
 
 @pytest.mark.thorough

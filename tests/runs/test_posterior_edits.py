@@ -1,6 +1,7 @@
 """--mode=edit with noisy measurements, against exact posteriors of Gaussian data."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -234,6 +235,21 @@ def test_measured_gray_levels_may_be_floats(tmp_path):
         config.editing.image = str(tmp_path / "image.npy")
         found.append(edit.EditFiles(config, net).read_y(Problem.from_config(config, net), None))
     np.testing.assert_allclose(*found, atol=1e-6)
+
+
+def test_the_factor_of_dps_is_the_setting(monkeypatch):
+    class Called(Exception):
+        pass
+
+    def dps(sampler, measurement, zeta):
+        raise Called(zeta)
+
+    config = tiny_config(**{f"editing.{k}": v for k, v in (("task", "deblur"), ("noise", 2.0), ("method", "dps"))})
+    config.editing.zeta = 0.3
+    problem = Problem.from_config(config, pretrained.from_config(config))
+    monkeypatch.setattr("diffusion_jax.posterior.dps", dps)
+    with pytest.raises(Called, match=r"^0\.3$"):
+        problem.draw(SimpleNamespace(sampler=None), np.zeros((1, 8, 8, 1), np.float32), 2, jax.random.key(0))
 
 
 def test_the_method_of_each_task():

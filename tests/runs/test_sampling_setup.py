@@ -151,6 +151,11 @@ def test_different_sampling_options_have_different_file_names(root):
     assert len(hashed) == 8 and all(len(name.split("_")[-1]) == 6 for name in hashed)
 
 
+def test_the_clip_of_samples_is_the_setting():
+    assert [of({"clip": clip}).options["clip"] for clip in (True, False)] == [True, False]
+    assert callable(of({"clip": "dynamic"}).options["clip"])
+
+
 def test_steps_on_which_a_sampler_fails_are_refused(capsys):
     """Without a spacing, heun, pndm and plms use a spacing that works; other steps that are known to fail raise a one-line
     error."""
