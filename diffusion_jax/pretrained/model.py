@@ -371,12 +371,13 @@ class Model:
             schedule = steps
         elif steps is not None:
             if spacing is None and isinstance(steps, int | np.integer):
-                spacing = sampling.default_spacing(sampler, schedule, denoiser)
+                spacing = sampling.default_spacing(sampler, schedule, denoiser, is_continuous=self.levels is None)
             try:
                 schedule = schedules.respace(schedule, steps, spacing)
             except ValueError as error:
                 raise ValueError(f"steps={steps!r}: {error}") from error
-        advice = "more steps" if self.schedule.zero_terminal_snr else "spacing='log_snr' or more steps"
+        only_more = self.schedule.zero_terminal_snr or spacing == "log_snr"
+        advice = "more steps" if only_more else "spacing='log_snr' or more steps"
         if problem := sampling.find_problem(sampler, schedule):
             raise ValueError(f"{type(sampler).__name__}: {problem}; use {advice}, or the sampler ddim")
         if growth := sampling.find_error_growth(sampler, schedule, denoiser):

@@ -25,17 +25,24 @@ _NETWORK_ERROR = 0.05  # error in eps at high noise, measured on a small trained
 _EXTRAPOLATION = {1: 1.0, 2: 1.7, 3: 2.4, 4: 3.7}
 
 
-def default_spacing(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn) -> str:
-    """Returns the spacing for `schedules.respace` that suits a sampler: "log_snr" if it steps along eps, else "trailing".
+def default_spacing(
+    sampler: Sampler, schedule: Schedule, denoiser: Denoiser | DenoiseFn, *, is_continuous: bool = False
+) -> str:
+    """Returns the spacing for `schedules.respace` that suits a sampler and its data, "log_snr" or "trailing".
 
-    It is also "log_snr" if network errors would grow on 50 steps of "trailing" (`find_error_growth`), and always "trailing"
-    if alpha_bar ends at 0, where the log SNR is not finite. schedule: not traced.
+    It is "log_snr" for continuous data and a sampler of order 2 or more, because "trailing" makes narrow directions narrower
+    (`benchmarks/spacing.py`). For other data and samplers it is "trailing" if alpha_bar ends at 0, "log_snr" if the sampler
+    steps along eps or if network errors would grow on 50 steps of "trailing" (`find_error_growth`), and otherwise "trailing".
+
+    schedule: not traced. is_continuous: True for float arrays, False for images with gray levels.
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
+    stability = sampler.stability
+    if is_continuous and stability is not None and stability.order > 1:
+        return "log_snr"
     if schedule.zero_terminal_snr:
         return "trailing"
-    stability = sampler.stability
     if stability is not None and stability.along_eps:
         return "log_snr"
     fifty = respace(schedule, min(50, schedule.num_timesteps), "trailing")

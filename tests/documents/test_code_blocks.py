@@ -81,9 +81,9 @@ def test_the_samples_of_readme_have_the_moments_of_the_data():
     namespace, printed = run_python(ROOT / "README.md")
     data, samples = (np.asarray(namespace[name], np.float64) for name in ("data", "samples"))
     assert samples.shape == (10_000, 2)
-    np.testing.assert_allclose(samples.mean(0), data.mean(0), rtol=0.03)
-    np.testing.assert_allclose(samples.std(0), data.std(0), rtol=0.03)
-    assert abs(np.corrcoef(samples.T)[0, 1] - np.corrcoef(data.T)[0, 1]) < 0.03
+    np.testing.assert_allclose(samples.mean(0), data.mean(0), rtol=0.04)
+    np.testing.assert_allclose(samples.std(0), data.std(0), rtol=0.04)
+    assert abs(np.corrcoef(samples.T)[0, 1] - np.corrcoef(data.T)[0, 1]) < 0.04
     assert [line.split()[0] for line in printed.splitlines()] == ["data", "samples"]
 
 

@@ -124,6 +124,17 @@ def test_the_clip_of_continuous_data_is_the_network_s():
         assert found == [own, expected, False, other]
 
 
+def test_the_steps_of_arrays_are_even_in_the_log_snr():
+    net, sampler = vectors_net(), sampling.dpm_solver_pp()
+    _, schedule = net.configure(net.denoiser(), sampler, 20)
+    even = schedules.respace(net.schedule, 20, "log_snr")
+    np.testing.assert_array_equal(schedule.timesteps, even.timesteps)
+    _, schedule = dataclasses.replace(net, levels=256).configure(net.denoiser(), sampler, 20)
+    np.testing.assert_array_equal(schedule.timesteps, schedules.respace(net.schedule, 20, "trailing").timesteps)
+    with pytest.raises(ValueError, match="use more steps, or the sampler ddim"):
+        net.configure(net.denoiser(), sampler, 3)
+
+
 @pytest.mark.thorough
 def test_one_condition_serves_all_and_none_is_the_null_condition():
     net = vectors_net(num_classes=0, label_dropout=0.0)
