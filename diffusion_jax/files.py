@@ -11,6 +11,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 import zipfile
@@ -19,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from diffusion_jax.errors import StorageError
+from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.untrusted import check_regular, open_npz, read_header
 
 
@@ -78,6 +79,24 @@ def atomic_write(path: pathlib.Path) -> Iterator[BinaryIO]:
             os.unlink(temporary, dir_fd=directory)
         if directory is not None:
             os.close(directory)
+
+
+def check_in_place(*paths: pathlib.Path) -> None:
+    """Checks existing files before they are locked, appended to or overwritten; other writes replace files (`atomic_write`).
+
+    Raises: UserError for a folder, a pipe or a device, and for a hard link, where another file would change, too.
+    """
+    for path in paths:
+        if not path.exists():
+            continue
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not a regular file, so the program cannot write into it; type: rm -r {path}")
+        if status.st_nlink > 1:
+            raise UserError(
+                f"{path} is a hard link: writing into it would change another file, too; to make it a file of its own, type: "
+                f"cp {path} {path}.new && mv {path}.new {path}"
+            )
 
 
 @contextlib.contextmanager

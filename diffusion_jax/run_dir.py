@@ -25,13 +25,14 @@ from jax.experimental import multihost_utils
 from diffusion_jax.console import ProgressBar, log
 from diffusion_jax.distributed.processes import Watchdog, broadcast_from_process_0, is_multiprocess
 from diffusion_jax.errors import StorageError, UserError
-from diffusion_jax.files import downloads_root, mirrors_root, save_npz, with_urls, write_text
+from diffusion_jax.files import check_in_place, downloads_root, mirrors_root, save_npz, with_urls, write_text
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
 from diffusion_jax.untrusted import leads_out, open_npz
 
 _MIRROR = "mirror."  # how the names of mirrors start; `tempfile.mkdtemp` adds 8 characters
+LINES = "metrics.jsonl"
 # The folders that this package writes; W&B writes other folders.
 _FOLDERS = ("calibration", "checkpoints", "evaluation", "images", "metrics", "plugins", "samples", ".likelihood")
 
@@ -232,8 +233,9 @@ class BucketRunDir(RunDir):
 def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, follow_links: bool = False) -> RunDir:
     """Opens a work directory by its path or URL, or read-only by the path of a local copy; returns a RunDir unchanged.
 
-    read_only: as for BucketRunDir; a local directory is not checked for links. follow_links: allows links that lead out of a
-    directory that is written. Raises: UserError for such a link, StorageError if the bucket cannot be used, OSError.
+    read_only: as for BucketRunDir; a local directory is not checked. follow_links: allows links that lead out of a directory
+    that is written. Raises: UserError for such a link, for a pipe, and for a file that cannot be changed alone
+    (`check_in_place`); StorageError if the bucket cannot be used; OSError.
     """
     if isinstance(location, RunDir):
         return location
@@ -242,19 +244,34 @@ def open_run_dir(location: RunDir | str | os.PathLike, read_only: bool = False, 
     if is_url(url):
         return BucketRunDir(url, read_only or url != text)
     run = RunDir(text)
-    if not (read_only or follow_links) and (links := find_links(run)):
-        raise UserError(
-            f"{links[0]} is a link out of the run, to {os.path.realpath(links[0])}, where files would be written or deleted; "
-            "remove the link, or to use your own link, add --follow_links (in Python open_run_dir(DIR, follow_links=True))"
-        )
+    if read_only or follow_links:
+        return run
+    for path in _find_entries(run):
+        if _is_link_out(path, run):
+            raise UserError(
+                f"{path} is a link out of the run, to {os.path.realpath(path)}, where files would be written or deleted; "
+                "remove it, or to use your own link, add --follow_links (in Python open_run_dir(DIR, follow_links=True))"
+            )
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a pipe, a socket or a device, which could stop the program; type: rm {path}")
+    check_in_place(run / LOCK, run / LINES)
     return run
 
 
 def find_links(directory: RunDir) -> list[pathlib.Path]:
-    """Lists the links that lead out of a local run, among the run's files and in the folders that this package writes."""
-    own = [path for path in directory.path.glob("*") if path.name.startswith(_FOLDERS) or not path.is_dir()]
-    below = [each for path in own for each in path.rglob("*")]
-    return sorted(path for path in own + below if path.is_symlink() and leads_out(path, directory))
+    """Lists the links that lead out of a local run, at its top and in the folders that this package writes."""
+    return [path for path in _find_entries(directory) if _is_link_out(path, directory)]
+
+
+def _find_entries(directory: RunDir) -> list[pathlib.Path]:
+    """Lists the entries of a local run and of its folder wandb, and all entries below the folders that this package writes."""
+    top = [*directory.path.glob("*"), *directory.path.glob("wandb/*")]
+    own = [path for path in top if path.name.startswith(_FOLDERS) and not _is_link_out(path, directory)]
+    return sorted([*top, *(each for path in own for each in path.rglob("*"))])
+
+
+def _is_link_out(path: pathlib.Path, directory: RunDir) -> bool:
+    return path.is_symlink() and leads_out(path, directory)
 
 
 class ChunkStore:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import zipfile
 import zlib
 
@@ -13,9 +14,9 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import data
-from diffusion_jax.errors import DataError, UnreadableFilesError
+from diffusion_jax.errors import DataError, UnreadableFilesError, UserError
 from diffusion_jax.files import atomic_write, map_array, save_npz, write_text
-from diffusion_jax.run_dir import RunDir, find_links
+from diffusion_jax.run_dir import RunDir, find_links, open_run_dir
 from diffusion_jax.untrusted import open_npz, parse_json, read_image, read_json
 
 
@@ -146,22 +147,56 @@ def test_a_picture_of_60000_by_60000_pixels_is_one_line(tmp_path):
 
 
 def test_links_out_of_a_run(tmp_path):
-    """Those of other programs, such as W&B's links into its cache, are not the package's concern."""
+    """Those deep in folders of other programs, such as W&B's links into its cache, are not the package's concern."""
     run = tmp_path / "run"
-    for name in ("samples/deep", "wandb", ".venv"):
+    for name in ("samples/deep", "wandb/run-1/logs", ".venv"):
         (run / name).mkdir(parents=True)
     (run / "inside").symlink_to(run / "samples")
-    (run / "wandb" / "debug.log").symlink_to(tmp_path)
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    (run / "wandb" / "run-1" / "logs" / "debug.log").symlink_to(tmp_path)
     (run / ".venv" / "python").symlink_to("/bin/sh")
-    (run / "data").symlink_to(tmp_path)
     assert find_links(RunDir(run)) == []
     (run / "samples" / "deep" / "out").symlink_to(tmp_path)
     (run / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
-    assert find_links(RunDir(run)) == [run / "metrics.jsonl", run / "samples" / "deep" / "out"]
-    (tmp_path / "outside").mkdir()
-    for name in ("calibration", "evaluation"):
+    (run / "wandb" / "run-2").symlink_to(tmp_path)
+    found = [run / "metrics.jsonl", run / "samples" / "deep" / "out", run / "wandb" / "run-2"]
+    assert find_links(RunDir(run)) == found
+    (tmp_path / "outside" / "deep").mkdir(parents=True)
+    (tmp_path / "outside" / "deep" / "link").symlink_to(tmp_path)
+    for name in ("calibration", "evaluation", "mlruns", "other"):
         (run / name).symlink_to(tmp_path / "outside")
-    assert find_links(RunDir(run))[:2] == [run / "calibration", run / "evaluation"]
+    (run / "hop").symlink_to(run / "other")
+    top = [run / name for name in ("calibration", "evaluation", "hop", "mlruns", "other")]
+    assert find_links(RunDir(run)) == sorted([*found, *top])
+
+
+@pytest.mark.parametrize("name", ["checkpoints/5.partial", "report.html", ".lock", "metrics.jsonl"])
+def test_pipes_in_a_run_are_refused_before_it_is_changed(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is a pipe, .*type: rm "):
+        open_run_dir(tmp_path)
+    assert open_run_dir(tmp_path, read_only=True).path == tmp_path
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["hard link", "regular file"])
+def test_files_that_cannot_be_changed_alone_are_refused(name, kind, tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    if kind == "hard link":
+        victim.write_text('{"step": 1}\n')
+        os.link(victim, run / name)
+        (run / "config.json").hardlink_to(victim)  # it is replaced
+    else:
+        (run / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} is (not )?a {kind}") as error:
+        open_run_dir(run)
+    subprocess.run(str(error.value).rpartition("type: ")[2], shell=True, check=True)
+    open_run_dir(run)
+    if kind == "hard link":
+        (run / name).write_text("own")
+        assert victim.read_text() == '{"step": 1}\n'
 
 
 # ---- Data

@@ -40,14 +40,14 @@ from diffusion_jax.errors import (
     describe_exception,
     shorten,
 )
-from diffusion_jax.files import with_urls, write_text
+from diffusion_jax.files import check_in_place, with_urls, write_text
 from diffusion_jax.functions import find_function
-from diffusion_jax.run_dir import BucketRunDir, RunDir
+from diffusion_jax.run_dir import LINES, BucketRunDir, RunDir
 from diffusion_jax.runs.workdir import to_dict
 from diffusion_jax.storage.downloads import EVENTS, local_path
 from diffusion_jax.untrusted import check_regular, parse_json, read_json
 
-_LINES, _PARTS = "metrics.jsonl", "metrics"
+_PARTS = "metrics"
 _SECONDS_BETWEEN_UPLOADS = 60.0  # between uploads of lines and events to a bucket
 
 
@@ -118,7 +118,7 @@ def read_metrics(workdir: RunDir | str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _files(workdir: RunDir | pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in (workdir / _LINES, *sorted((workdir / _PARTS).glob("*.jsonl"))) if path.exists()]
+    return [path for path in (workdir / LINES, *sorted((workdir / _PARTS).glob("*.jsonl"))) if path.exists()]
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -149,6 +149,7 @@ class RunMetrics:
         self._waiting: list[dict[str, Any]] = []  # lines that are not written yet
         with self._write_errors():
             for path in _files(workdir) if self._is_writer else ():
+                check_in_place(path)
                 text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
                 if text.encode() != path.read_bytes():
                     write_text(path, text)
@@ -180,7 +181,7 @@ class RunMetrics:
             return
         self._waiting.append({"step": step, **scalars})
         if not self._in_bucket:
-            self._append(self._workdir / _LINES)
+            self._append(self._workdir / LINES)
         self._writers.call("write_scalars", step, scalars)
         if self._in_bucket and time.monotonic() - self._last_flush > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
@@ -201,7 +202,7 @@ class RunMetrics:
         self._last_flush = time.monotonic()
         with self._write_errors():
             if not self._in_bucket:
-                with (self._workdir / _LINES).open("a") as file:
+                with (self._workdir / LINES).open("a") as file:
                     os.fsync(file.fileno())
             elif self._waiting:
                 path = self._workdir / _PARTS / f"{self._waiting[-1]['step']:08d}.jsonl"
@@ -283,7 +284,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._path = self._workdir / f"{EVENTS}{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(self._path.open("wb"))
+        self._records = RecordWriter(self._path.open("xb"))
         self._write(0, file_version="brain.Event:2")
         self._is_empty = True
 

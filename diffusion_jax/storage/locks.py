@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 import filelock
 
-from diffusion_jax.errors import LeaseLostError, print_text
+from diffusion_jax.errors import LeaseLostError, UserError, print_text
+from diffusion_jax.files import check_in_place
 from diffusion_jax.storage.objects import ObjectStore
 
 _WAIT_SECONDS = 30.0  # how long to wait for a held lock, and how long a lease is valid without renewal
@@ -72,11 +73,16 @@ class FileLock:
         """Acquires the lock; waits half a minute for a holder that may be about to end.
 
         Returns: None, or the holder if another process keeps the lock. Prints a note if the file system has no locks.
+        Raises: UserError for a link, a folder, a pipe or a hard link; OSError if the file cannot be written.
         """
+        if self._path.is_symlink():
+            raise UserError(f"{self._path} is a link, which cannot be locked; type: rm {self._path}")
+        check_in_place(self._path)
         try:
             if not self._is_free() and not _wait(self._is_free, self._read_holder(), str(self._path)):
                 return self._read_holder()
         except (OSError, NotImplementedError) as error:  # a mounted bucket, or NFS without a lock daemon
+            self._path.open("a").close()  # raises if the reason is the file
             directory = self._path.parent
             print_text(f"Note: {directory} does not support locks ({error}): a second launch is not refused.")
             return None

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import time
 from unittest import mock
 
@@ -60,6 +61,33 @@ def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
         (5, 4.0),
         (6, 4.0),
     ]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "hard link"])
+def test_lines_are_not_written_into_another_file(kind, tmp_path):
+    """Also where links are allowed, so that the directory was not checked."""
+    run, other = tmp_path / "run", tmp_path / "other.jsonl"
+    run.mkdir()
+    other.write_text('{"step": 1, "loss": 0.5}\n')
+    if kind == "pipe":
+        os.mkfifo(run / "metrics.jsonl")
+    else:
+        os.link(other, run / "metrics.jsonl")
+    with pytest.raises(errors.UserError, match=r"metrics.jsonl is .*type: (rm|cp) "):
+        RunMetrics(convolutions_config(), RunDir(run), 1)
+    assert lines(run) == [{"step": 1, "loss": 0.5}] if kind == "hard link" else not (run / "events").exists()
+
+
+def test_events_are_a_new_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1.0)
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    with open_metrics(("tensorboard",), tmp_path):
+        pass
+    (events,) = tmp_path.glob("events*")
+    events.write_bytes(b"kept")
+    with open_metrics(("tensorboard",), tmp_path):
+        pass
+    assert events.read_bytes() == b"kept"
 
 
 def test_results_are_beside_the_events_of_training(tmp_path):

@@ -197,7 +197,7 @@ def test_a_trusted_file_runs_as_it_is_written(run, evil):
 # ---- Places
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "samples", "metrics.jsonl", "samples/images"])
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "metrics.jsonl", "samples/images", "wandb"])
 def test_links_out_of_a_run_are_refused(name, run, tmp_path, capsys):
     outside = tmp_path / "outside"
     (run / name).parent.mkdir(exist_ok=True)

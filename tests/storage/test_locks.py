@@ -2,15 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
 from diffusion_jax import run_dir
-from diffusion_jax.errors import LeaseLostError
+from diffusion_jax.errors import LeaseLostError, UserError
 from diffusion_jax.run_dir import BucketRunDir, RunDir
 from diffusion_jax.storage import locks, objects
 from diffusion_jax.storage.locks import LockHeldError
@@ -204,6 +206,32 @@ def test_a_file_is_locked_until_its_process_ends(tmp_path, capfd):
         with hold(RunDir(tmp_path)):  # waits for the end
             assert path.read_text().startswith(HERE)
     assert workdir.find_holder() is None
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "hard link", "socket"])
+def test_a_lock_that_is_no_file_of_its_own_is_refused(kind, tmp_path, monkeypatch):
+    """A launch that went on would have no lock, wait forever, or write its name into another file."""
+    path, other = tmp_path / ".lock", tmp_path / "other"
+    other.write_text("kept")
+    if kind in ("link", "dangling"):
+        path.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # a socket's path is short
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(".lock")
+    else:
+        {"folder": os.mkdir, "pipe": os.mkfifo, "hard link": lambda path: os.link(other, path)}[kind](path)
+    with pytest.raises(UserError, match=r"\.lock is .*type: (rm|cp)"):
+        hold(RunDir(tmp_path)).__enter__()
+    assert other.read_text() == "kept" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_lock_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    """Not a file system without locks, which is a note."""
+    monkeypatch.setattr(locks.pathlib.Path, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    with pytest.raises(PermissionError, match="denied"):
+        hold(RunDir(tmp_path)).__enter__()
 
 
 def test_a_directory_without_locks_is_used_with_a_note(tmp_path, monkeypatch, capfd):
