@@ -78,11 +78,13 @@ MUTANTS ?=
 mutants: setup $(VENV)/installed-mutants
 	$(BIN)/python benchmarks/mutants.py $(MUTANTS)
 
-# Changes one byte or key in 2,000 copies of a run, and checks what each mode does, into docs/results/reliability.md: 40 minutes.
+# Changes one byte or key in 2,000 copies of a run, and bytes and operations in 2,000 pickles, and checks what the program does,
+# into docs/results/reliability.md: 40 minutes.
 # make fuzz FUZZ="--count=100" runs fewer.
 FUZZ ?=
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz.py $(FUZZ)
+	$(BIN)/python benchmarks/fuzz_pickles.py $(FUZZ)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -83,6 +83,7 @@ IMAGES = np.zeros((600, 4), np.uint8)
         ),
         ({}, {"x": X, "image": IMAGES}, "must return .* got 'x', 'image'"),
         ({}, {"image": IMAGES}, "data.levels=None, but the data are uint8 .*use data.levels=256"),
+        ({"levels": 256}, {"x": IMAGES}, '"x" as uint8; give uint8 as image'),
         ({"levels": 256}, {"x": X}, "data.levels=256, but the data are float64.*use data.levels=None"),
     ],
 )
