@@ -26,10 +26,7 @@ def as_float(name: str, x: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"
 
 
 def as_array(name: str, x: Shaped[ArrayLike, "*shape"]) -> Shaped[Array, "*shape"]:
-    """Returns `jnp.asarray(x)`, which wraps integers beyond int32 to other numbers if x64 is off.
-
-    Raises: ValueError for such integers in NumPy arrays and Python numbers, with x64 on or off.
-    """
+    """Returns `jnp.asarray(x)`. Raises: ValueError for NumPy or Python integers beyond int32, which JAX may wrap."""
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
         values = np.asarray(x)
         if values.dtype.kind in "iuO" and (beyond := values[(values < -(2**31)) | (values >= 2**31)]).size:

@@ -287,12 +287,8 @@ def blur(kernel: Float[ArrayLike, "*sizes"], mode: str = "reflect") -> LinearOpe
     Warns about a kernel whose sum is not 1, such as an edge filter, unless the kernel is traced.
     """
     kernel = as_float("kernel", kernel)
-    if (values := _on_host(kernel)) is not None and abs(values.sum() - 1) > 1e-3:
-        warnings.warn(
-            f"the kernel's sum is {values.sum():g}, so y has {values.sum():g} times the mean of x_0; for a blur, divide the "
-            "kernel by its sum",
-            stacklevel=2,
-        )
+    if (total := _on_host(jnp.sum(kernel))) is not None and abs(total - 1) > 1e-3:
+        warnings.warn(f"the kernel's sum is {total:g}; for a blur, divide the kernel by its sum", stacklevel=2)
     require_known("mode", mode, ("reflect", "edge", "wrap", "constant"))
     measure = jax.tree_util.Partial(_convolution(mode), kernel)
     return LinearOperator(measure, None, jnp.sum(jnp.square(kernel)))
@@ -307,12 +303,10 @@ def _interpolate(points, x):
 
     if (positions := _on_host(points)) is not None:
         last = np.array(x.shape[1:-1]) - 1
-        outside = ~((positions >= -0.5) & (positions <= last + 0.5)).all(axis=1)  # also for NaN
-        if outside.any():
-            raise ValueError(
-                f"{outside.sum()} of {len(positions)} points lie outside of the grid, or are not finite, such as "
-                f"{positions[outside][0]}; positions, in the order of the axes, are 0 ... {last}"
-            )
+        outside = positions[~((positions >= -0.5) & (positions <= last + 0.5)).all(axis=1)]  # also NaN
+        if len(outside):
+            allowed = f"0 ... {last}, in the order of the axes"
+            raise ValueError(f"{len(outside)} of {len(positions)} points, such as {outside[0]}, are not in {allowed}")
 
     def of_channel(values):  # [*spatial]
         return jax.scipy.ndimage.map_coordinates(values, list(points.astype(values.dtype).T), order=1, mode="nearest")

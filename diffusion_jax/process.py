@@ -2,8 +2,7 @@
 
 All functions are pure functions of arrays and a `Schedule`. Shapes: x_0, x_t and eps are float [B, ...] (images are
 [B, H, W, C] in [-1, 1]); t is int32 [B], the 0-based index for the papers' t = 1 ... T. A scalar t applies to every row, and
-to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never a value at another index; a NumPy or Python
-index that does not fit into int32 raises ValueError.
+to an unbatched x under `vmap`. An index outside 0 ... T - 1 gives NaN, never a value at another index.
 
 `q_mean_variance` and `q_sample` also take a `Path` with t float [B], the network time. Steps (x_{t-1} and its variance) are
 defined for a schedule only.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -135,9 +135,10 @@ def cross_predict(
     """Predicts the quantities of each example from its inputs by ridge regression on the other half of the examples.
 
     A prediction depends on the inputs (the measurement or condition) and not on the example's own truth, so it can be a
-    reference point for `distance_ranks`. penalty: added to the diagonal of the kernel x x^T / M of standardized inputs x.
+    reference point for `distance_ranks`. Missing inputs (NaN) count as 0. penalty: added to the diagonal of the kernel
+    x x^T / M of standardized inputs x.
     """
-    inputs, quantities = np.asarray(inputs, np.float64), np.asarray(quantities, np.float64)
+    inputs, quantities = np.nan_to_num(np.asarray(inputs, np.float64)), np.asarray(quantities, np.float64)
     x = inputs - inputs.mean(axis=0)
     x /= np.maximum(x.std(axis=0), 1e-12)
     kernel, found, is_even = x @ x.T / x.shape[1], np.empty_like(quantities), np.arange(len(x)) % 2 == 0
@@ -176,16 +177,10 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
         mean = -first - limit * test.mean_error * num_samples - margin * math.sqrt(second - first**2)
         return mean, variance - needed, -variance - needed
 
-    def smallest(is_detected: Callable[[float], bool]) -> float:
-        low, high = 0.0, 20.0
-        for _ in range(18):
-            middle = (low + high) / 2
-            low, high = (low, middle) if is_detected(middle) else (middle, high)
-        return high if high < 20 else math.inf
-
-    narrow = math.exp(-smallest(lambda size: excess(0, math.exp(-size))[1] > 0))
-    wide = math.exp(smallest(lambda size: excess(0, math.exp(size))[2] > 0))
-    return smallest(lambda size: excess(size, 1)[0] > 0), narrow, wide
+    sizes = np.geomspace(1e-3, 8, 1000).tolist()
+    narrow = next((math.exp(-size) for size in sizes if excess(0, math.exp(-size))[1] > 0), 0.0)
+    wide = next((math.exp(size) for size in sizes if excess(0, math.exp(size))[2] > 0), math.inf)
+    return next((size for size in sizes if excess(size, 1)[0] > 0), math.inf), narrow, wide
 
 
 def _limit(num_tests: int) -> float:

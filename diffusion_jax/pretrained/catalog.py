@@ -61,11 +61,7 @@ _THOUSANDS = {
 
 
 class Reported(NamedTuple):
-    """The FID that a paper reports.
-
-    settings: the config settings that the paper or its code states, by full name; without `sampling.steps` if the number of
-    sampling steps is unknown.
-    """
+    """The FID that a paper reports. settings: those that the paper or its code states; no `sampling.steps` if unknown."""
 
     fid: float
     paper: str

@@ -88,7 +88,8 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     multihost_utils.sync_global_devices("calibration chunks read")
     if jax.process_index() == 0:
         labels = np.eye(net.num_classes)[batch["label"]] if net.num_classes else np.zeros((total, 0))
-        inputs = join_inputs(y, labels, conditions.get("condition", np.zeros((total, 0))))
+        known = [y, labels, conditions.get("condition", np.zeros((total, 0)))]
+        inputs = np.concatenate([np.reshape(each, (total, -1)) for each in known], axis=1)
         _write(workdir, name, what, truth, names, arrays, inputs, {"provenance": provenance.settings, **settings})
         chunks.delete()
 
@@ -106,11 +107,6 @@ def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, 
         x = some.generate(keys, np.arange(count * len(rows)))
         return np.asarray(x).reshape(count, len(rows), *setup.net.example_shape)
     return problem.draw(some, y[rows], count, keys)
-
-
-def join_inputs(*inputs: np.ndarray) -> np.ndarray:
-    """Joins what is known of each example, arrays [N, ...], to [N, M]; missing conditions, which are NaN, become 0."""
-    return np.concatenate([np.reshape(np.nan_to_num(each), (len(each), -1)) for each in inputs], axis=1)
 
 
 def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, list[str]]:

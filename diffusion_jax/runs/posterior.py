@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import warnings
 from typing import Any
 
 import jax
@@ -50,14 +49,10 @@ class Problem:
         array = load_arrays("editing.operator", options.operator) if options.operator else None
         arguments = {**options.to_dict(), "mask": mask, "array": array}
         make = editing.MEASUREMENTS[task]
-        with as_user_error("config.editing"), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        with as_user_error("config.editing"):
             needed = [name for name in inspect.signature(make).parameters if name != "shape"]
             operator = make(shape, **{name: arguments[name] for name in needed})
             of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]
-        for each in caught:
-            if each.category is UserWarning:
-                log(f"Note: {each.message}.")
         found = net.normalizations.get("x")
         offset, scale = (0.0, 1.0) if found is None else (found.offset, found.scale)
         if net.levels is not None:

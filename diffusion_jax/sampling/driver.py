@@ -353,7 +353,6 @@ def sample(
     kept = np.unique(np.array(() if indices is None else indices, np.int64))[::-1]
     if kept.size and not last <= kept[-1] <= kept[0] <= first:
         raise ValueError(f"trajectory keeps indices in {last} ... {first}, got {kept[-1]} ... {kept[0]}")
-    kept = kept.astype(np.int32)
     # The row where each step's values are stored. For other steps, the row is beyond the end, where a scatter drops them.
     row = np.full(total, kept.size, np.int32)
     row[kept] = np.arange(kept.size)
@@ -372,7 +371,7 @@ def sample(
     num_steps = first + 1 - last
     carry = x_T, sampler.init_state(schedule, x_T, num_steps), (empty, empty)
     (x_0, _, (all_x_t, all_x_0)), _ = jax.lax.scan(step, carry, jnp.arange(first, last - 1, -1, dtype=jnp.int32))
-    return x_0 if indices is None else (x_0, Trajectory(jnp.asarray(kept), all_x_t, all_x_0))
+    return x_0 if indices is None else (x_0, Trajectory(jnp.asarray(kept, jnp.int32), all_x_t, all_x_0))
 
 
 def _cast_like(new, old):

@@ -137,6 +137,9 @@ def test_predictions_from_the_other_half_do_not_use_the_own_truth():
     moved = np.abs(calibration.cross_predict(inputs, changed) - found).max(axis=1)
     assert (moved[::2] == 0).all() and (moved[1::2] > 0).all()
     np.testing.assert_allclose(calibration.cross_predict(inputs, truth, penalty=1e9), 0, atol=0.2)  # the mean
+    missing, zero = inputs.copy(), inputs.copy()
+    missing[7], zero[7] = np.nan, 0
+    np.testing.assert_array_equal(calibration.cross_predict(missing, truth), calibration.cross_predict(zero, truth))
 
 
 @pytest.mark.parametrize("kind", ["shifted", "too narrow", "too wide"])

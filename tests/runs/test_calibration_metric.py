@@ -128,12 +128,6 @@ def test_commands_that_do_not_fit_are_refused(exact):
             measured(root, config, **settings)
 
 
-def test_missing_conditions_are_0_for_the_references():
-    condition = np.array([[[1.0], [2.0]], [[np.nan], [np.nan]]])
-    found = calibration.join_inputs(np.array([[5.0], [6.0]]), np.zeros((2, 0)), condition)
-    np.testing.assert_array_equal(found, [[5, 1, 2], [6, 0, 0]])
-
-
 def test_names_and_values_of_quantities():
     x = np.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
     values, names = calibration.find_quantities(("means", "entries"), x)
