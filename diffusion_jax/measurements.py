@@ -302,11 +302,13 @@ def _interpolate(points, x):
         )
 
     if (positions := _on_host(points)) is not None:
-        last = np.array(x.shape[1:-1]) - 1
-        outside = positions[~((positions >= -0.5) & (positions <= last + 0.5)).all(axis=1)]  # also NaN
+        inside = (positions >= -0.5) & (positions <= np.array(x.shape[1:-1]) - 0.5)  # False for NaN
+        outside = positions[~inside.all(axis=1)]
         if len(outside):
-            allowed = f"0 ... {last}, in the order of the axes"
-            raise ValueError(f"{len(outside)} of {len(positions)} points, such as {outside[0]}, are not in {allowed}")
+            raise ValueError(
+                f"{len(outside)} of {len(points)} points, such as {outside[0]}, lie outside of the grid of {x.shape[1:-1]} "
+                "entries; positions start at 0, in the order of the axes"
+            )
 
     def of_channel(values):  # [*spatial]
         return jax.scipy.ndimage.map_coordinates(values, list(points.astype(values.dtype).T), order=1, mode="nearest")
@@ -317,9 +319,8 @@ def _interpolate(points, x):
 def at_points(points: Float[ArrayLike, "P axes"]) -> LinearOperator:
     """Measures P points by linear interpolation between the nearest entries. y: [B, P, C].
 
-    points: a position along each axis, in the order of the axes: 0 at the first entry, n - 1 at the last. Positions
-    outside are moved to the border, and NaN gives NaN.
-    Raises: ValueError, when called, for NaN and for positions more than half an entry outside, unless they are traced.
+    points: a position along each axis, in order: 0 at the first entry, n - 1 at the last. Positions outside are moved to the
+    border. Raises: ValueError, when called, for NaN and more than half an entry outside, unless traced (NaN gives NaN).
     """
     points = as_float("points", points)
     if points.ndim != 2:

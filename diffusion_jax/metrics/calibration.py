@@ -135,8 +135,7 @@ def cross_predict(
     """Predicts the quantities of each example from its inputs by ridge regression on the other half of the examples.
 
     A prediction depends on the inputs (the measurement or condition) and not on the example's own truth, so it can be a
-    reference point for `distance_ranks`. Missing inputs (NaN) count as 0. penalty: added to the diagonal of the kernel
-    x x^T / M of standardized inputs x.
+    reference point for `distance_ranks`. NaN counts as 0. penalty: added to the diagonal of x x^T / M, x standardized inputs.
     """
     inputs, quantities = np.nan_to_num(np.asarray(inputs, np.float64)), np.asarray(quantities, np.float64)
     x = inputs - inputs.mean(axis=0)
@@ -154,8 +153,7 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
 
     Returns: (the smallest shift, in posterior deviations; the largest ratio of the sampled to the exact deviation that is
     detected as too narrow; the smallest ratio that is detected as too wide). A ratio is 0 or infinite if none is detected.
-    Assumes that one quantity has the error, and that `references` are given, whose two tests raise the limit. With fewer than
-    50 examples, the share is lower.
+    Assumes at least 50 examples, an error in one quantity, and `references`, whose two tests raise the limit.
     """
     test, normal = (
         rank_test(np.zeros(num_examples, int), num_samples),

@@ -138,8 +138,7 @@ class Schedule:
 
         The shape is [B, 1, ..., 1] for t [B] and like [B, ...], and [] for a single t. The dtype is the dtype of a float
         `like`, at least float32; for an int `like`, it is float32, or float64 under x64. Values are NaN where t lies
-        outside 0 ... T - 1. Raises: ValueError for a t that is not int, whose shape is not the start of `like`'s shape, or (a
-        NumPy array or Python number) that does not fit into int32.
+        outside 0 ... T - 1. Raises: ValueError for a t that is not int or (NumPy, Python) not int32, or in another shape.
         """
         return self._read(self.transitions.level, t, like)
 

@@ -193,7 +193,7 @@ def test_the_noise_of_a_function_is_its_matrix():
         *(
             (
                 lambda p=p: measurements.at_points(p).measure(np.zeros((1, 8, 6, 1))),
-                rf"1 of 2 points, .*{words}, .*\[7 5\]",
+                rf"1 of 2 points, .*{words}, .*\(8, 6\)",
             )
             for p, words in (
                 (np.array([[0, 0], [5.0, 7]]), r"\[5. 7.\]"),  # swapped axes
