@@ -20,11 +20,12 @@ LAUNCHES = [
     ([TRAIN, "--mode=trian"], ["--mode: invalid choice: 'trian'", "sample"]),
     ([TRAIN, "--xyz=3"], ["unknown flag --xyz; --help lists all flags"]),
     ([TRAIN, "surplus"], ["unexpected argument 'surplus'"]),
-    ([], ["holds no run whose config could be used"]),
+    ([], ["--config=NAME is needed", "does not exist, so there is no run"]),
+    (["--workdir={}"], ["holds no run whose config could be used"]),
     (["--config=digits", "--config.diffusion.loss=classify"], ["use --mode=train_classifier"]),
     ([TRAIN, "--config.training.accumulation_steps=7"], ["nearest: 63 or 70"]),
     ([TRAIN, "--mode=train_classifier"], ["--mode=train_classifier is not for a diffusion model", "use --mode=train"]),
-    (["--config=configs/digits_classifier.py", SAMPLE], ["classifier"]),
+    (["--config=configs/digits_classifier.py", SAMPLE, RUN], ["for a classifier (diffusion.loss=classify)"]),
     ([TRAIN, "--process_id=1"], ["must be given together"]),
     # config files
     (["--config={}/no_python.py"], ["no_python.py raises SyntaxError: ", "line 1)"]),
@@ -34,13 +35,17 @@ LAUNCHES = [
     (["--config={}/junk.npz"], ["junk.npz is not a Python file; give FILE.py with get_config()"]),
     # flags without effect
     (
-        [TRAIN, "--mode=edit", "--config.sampling.num_samples=4"],
+        [TRAIN, "--mode=edit", RUN, "--config.sampling.num_samples=4"],
         ["sampling.num_samples=4 has no effect on --mode=edit; use --config.editing.num_samples=4"],
     ),
     # work directories
     (
         [TRAIN, "--workdir={}/nowhere", "--mode=status"],
         ["no such directory; --mode=status reads the directory of a run"],
+    ),
+    *(
+        ([*config, "--workdir={}/nowhere", f"--mode={mode}"], [f"no such directory; --mode={mode} reads"])
+        for mode, config in (("sample", []), ("sample", [TRAIN]), ("edit", [TRAIN]), ("evaluate", [TRAIN]))
     ),
     ([TRAIN, "--workdir=README.md/run"], ["--workdir=README.md/run", "README.md is a file; give a directory"]),
     ([TRAIN, "--workdir="], ["--workdir=DIR is needed"]),

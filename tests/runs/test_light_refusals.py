@@ -12,6 +12,9 @@ _COMMANDS = [
     ["--config=digits"],
     ["--config=digits", "--workdir=run", "--config.training.batch_size=-3"],
     ["--config=digits", "--workdir=run", "--mode=train_classifier"],
+    ["--config=digits", "--workdir=run", "--pretrained=hf://no-name"],
+    ["--workdir=run", "--mode=sample", "--pretrained=hf://no-name"],
+    ["--workdir=run", "--mode=sample"],
     ["--config=cifar10", "--workdir=run", "--config.data.data_dir=nowhere", "--config.data.download=False"],
 ]
 _HEAVY = ["flax", "optax", "orbax", "grain", "tensorflow", "matplotlib", "sklearn"]
@@ -33,4 +36,4 @@ def test_help_and_refusals_load_nothing_heavy(tmp_path):
     arguments = [sys.executable, "-c", _CODE, json.dumps(_COMMANDS), json.dumps([*_HEAVY, "tensorflow_datasets"])]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run(arguments, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True).stdout
-    assert json.loads(out.splitlines()[-1]) == [[0, []], *[[2, []]] * 3, [2, ["tensorflow_datasets"]]]
+    assert json.loads(out.splitlines()[-1]) == [[0, []], *[[2, []]] * 6, [2, ["tensorflow_datasets"]]]
