@@ -151,8 +151,11 @@ def parse(arguments: Sequence[str]) -> Command:
         config = configs.experiment(flags.config) if flags.config else None
     except ConfigError as error:
         raise ConfigError(f"--config={error}") from None
-    starts = bool(flags.pretrained or overrides.get("init_from") or (config is not None and config.init_from))
-    workdir = _open_workdir(flags.workdir, flags.mode, flags.follow_links, starts) if flags.workdir else None
+    workdir = _open_workdir(flags.workdir, flags.mode, flags.follow_links) if flags.workdir else None
+    starts = config and (config.init_from or flags.mode.startswith(("train", "plan")))
+    if workdir and not (starts or flags.pretrained or overrides.get("init_from") or workdir.path.exists()):
+        needs = f"{'without --config=NAME, ' * (config is None)}--mode={flags.mode} reads the directory of a run"
+        raise UserError(f"--workdir={workdir}: no such directory; {needs}")
     if flags.pretrained:
         trusted: bool | Mapping[str, str] = flags.trust_network or overrides
         config, init = _config_with_weights(config, workdir, flags.pretrained, flags.pretrained_flags, trusted)
@@ -169,11 +172,7 @@ def parse(arguments: Sequence[str]) -> Command:
             f"--config.{name}={imported[name]}, --config=... or --trust_network"
         )
     if config is None:
-        reason = "without --workdir=DIR there is no run"
-        if workdir is not None:
-            reason = (
-                f"{workdir} holds no run" if workdir.path.exists() else f"{workdir} does not exist, so there is no run"
-            )
+        reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"
         raise UserError(f"--config=NAME is needed: {reason} whose config could be used")
     config = configs.override(config, overrides)
     if flags.mode == "edit" and "sampling.num_samples" in overrides:
@@ -204,19 +203,15 @@ def _read_overrides(arguments: Sequence[str], known: Sequence[str]) -> dict[str,
     return overrides
 
 
-def _open_workdir(workdir: str, mode: str, follow_links: bool, starts: bool) -> RunDir:
-    """Opens the work directory. starts: whether the run starts from other weights, so that every mode makes the directory.
-
-    Raises: UserError if the path cannot be a work directory.
-    """
+def _open_workdir(workdir: str, mode: str, follow_links: bool) -> RunDir:
+    """Opens the work directory. Raises: UserError if the path cannot be a work directory."""
     # The mode report allows links, because a report leaves out the files behind them.
     opened = open_run_dir(workdir, mode == "status", follow_links=follow_links or mode in ("plan", "report"))
     if isinstance(opened, BucketRunDir):
         return opened
     path = opened.path
     existing, problem = next(parent for parent in (path, *path.absolute().parents) if parent.exists()), ""
-    reads = mode in ("status", "report") or (mode in ("sample", "edit", "evaluate") and not starts)
-    if reads and not path.exists():
+    if mode in ("status", "report") and not path.exists():
         problem = f"no such directory; --mode={mode} reads the directory of a run"
     elif not existing.is_dir():
         problem = f"{existing} is a file; give a directory (a new one is made)"
@@ -234,13 +229,12 @@ def _config_with_weights(
 
     trusted: {setting: function} to import in place of the functions that the weights name; True imports the named functions.
     """
-    is_relaunch = workdir is not None and bool(committed_steps(workdir / "checkpoints"))
+    saved = workdir and committed_steps(workdir / "checkpoints")
     with as_user_error(f"--pretrained={weights}", DiffusionJaxError, OSError):
-        if not is_relaunch:
-            local_path(weights)  # downloads the weights now, because the import below takes seconds
+        _ = saved or local_path(weights)  # downloads the weights before an import that takes seconds
     from diffusion_jax.runs.workdir import config_from_weights, load_config
 
-    if workdir is not None and is_relaunch:
+    if workdir is not None and saved:
         stored = load_config(workdir)  # a relaunch finds the config of the first launch
         if stored is None or stored.init_from != weights:
             raise UserError(

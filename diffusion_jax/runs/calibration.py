@@ -31,7 +31,7 @@ from diffusion_jax.runs.edit import EditFiles
 from diffusion_jax.runs.likelihood import load_held_out
 from diffusion_jax.runs.posterior import Problem
 from diffusion_jax.runs.sample import make_provenance
-from diffusion_jax.runs.sampling_setup import check_finite, keys_of_samples, resolve_sampling
+from diffusion_jax.runs.sampling_setup import check_finite, check_sampling, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import check_source, open_model, to_dict
 
 _ENTRIES = 4  # number of positions for the quantity "entries"
@@ -46,8 +46,12 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     config, workdir = resolve(config), open_run_dir(workdir)
     options, count = config.evaluation, config.evaluation.calibration_samples
     net, is_posterior = open_model(config, workdir), config.editing.noise > 0
+    check_sampling(config, net)
+    problem = None
     if is_posterior:
         check(config, "edit")
+        mask = EditFiles(config, net).read_mask() if config.editing.task == "inpaint" else None
+        problem = Problem.from_config(config, net, mask)
     source, _ = load_held_out(config, None, is_trained_here=not config.init_from)
     check_source(config, source)
     total = min(options.calibration_examples, len(source))
@@ -56,10 +60,8 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     setup = resolve_sampling(config, net, conditions or None)
     if net.num_classes:
         setup = dataclasses.replace(setup, labels=np.asarray(batch["label"], np.int32))
-    problem, y = None, np.zeros((total, 0), np.float32)
-    if is_posterior:
-        mask = EditFiles(config, net).read_mask() if config.editing.task == "inpaint" else None
-        problem = Problem.from_config(config, net, mask)
+    y = np.zeros((total, 0), np.float32)
+    if problem is not None:
         x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
         y = problem.simulate(x_0, np.arange(total))
     with as_user_error("config.evaluation.quantities"):

@@ -27,7 +27,7 @@ from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import load_held_out
 from diffusion_jax.runs.posterior import Problem, log_chi_squared
 from diffusion_jax.runs.sample import make_provenance, write_samples
-from diffusion_jax.runs.sampling_setup import check_finite, load_arrays, resolve_sampling
+from diffusion_jax.runs.sampling_setup import check_finite, check_sampling, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
@@ -51,16 +51,19 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     check(config, "edit")
     method = edit_method(options)
     net = open_model(config, workdir, sharding.one_device_mesh())
-    held_out, conditions = (None, None) if options.example is None else _read_held_out(config, net)
-    setup, files = resolve_sampling(config, net, conditions), EditFiles(config, net, held_out)
+    check_sampling(config, net)
+    files = EditFiles(config, net)
+    mask = files.read_mask() if task in ("inpaint", "replace") else None
+    problem = None if method in (None, "repaint") else Problem.from_config(config, net, mask)
+    files.held_out, conditions = (None, None) if options.example is None else _read_held_out(config, net)
+    setup = resolve_sampling(config, net, conditions)
     if task == "interpolate" or options.noise:
         for setting, rows in (("label", setup.labels), ("conditions", setup.conditions.get("condition"))):
             if rows is not None and len(rows) > 1:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
-    mask = files.read_mask() if task in ("inpaint", "replace") else None
-    measured = None if method in (None, "repaint") else _Measured(config, net, files, mask)
+    measured = None if problem is None else _Measured(config, problem, files, mask)
     given, algorithm = _read_edit(files, task, options, mask) if measured is None else (measured.given, None)
 
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, config.sampling.use_ema))
@@ -118,16 +121,16 @@ def _read_edit(
 class _Measured:
     """A `Problem` with its y, float32 [1, ...] in network units. given: {caption: y or truth, as drawn}."""
 
-    def __init__(self, config: ConfigDict, net: pretrained.Model, files: EditFiles, mask: np.ndarray | None):
+    def __init__(self, config: ConfigDict, problem: Problem, files: EditFiles, mask: np.ndarray | None):
         """Reads or simulates y. Raises: UserError."""
-        options, task = config.editing, config.editing.task
+        options, task, net = config.editing, config.editing.task, problem.net
         if options.noise and options.num_samples < 2:
             raise UserError(
                 f"editing.num_samples={options.num_samples} is too few for a standard deviation; use at least 2"
             )
         if options.noise and config.sampling.guidance_scale != 1:
             log("Note: with a sampling.guidance_scale other than 1, the samples are not posterior samples.")
-        self.problem, self.truth = Problem.from_config(config, net, mask), files.held_out
+        self.problem, self.truth = problem, files.held_out
         self.y = files.read_y(self.problem, mask)
         self.given = {} if self.truth is None else {"truth": self.truth}
         self._caption = _CAPTIONS.get(task, "measurement")

@@ -32,7 +32,8 @@ from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import measure_likelihood
 from diffusion_jax.runs.logging import write_evaluation
 from diffusion_jax.runs.sample import SampleFile
-from diffusion_jax.runs.workdir import load_examples, to_dict, write_config_if_untrained
+from diffusion_jax.runs.sampling_setup import check_sampling
+from diffusion_jax.runs.workdir import load_examples, open_model, to_dict, write_config_if_untrained
 from diffusion_jax.training import condition_shape
 
 
@@ -49,8 +50,9 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
         options.metrics = tuple(name for name in options.metrics if name != "calibration") or None
         if options.metrics is None:
             options.num_samples = 0
-    if options.num_samples:
-        _metric_names(config)  # raises errors before the likelihood, which may take hours
+    if options.num_samples:  # raises errors before the likelihood, which may take hours
+        _metric_names(config)
+        check_sampling(config, open_model(config, workdir))
         if (reported := _find_reported(config, workdir)) and reported["other_settings"]:
             flags = " ".join(f"--config.{setting}" for setting in reported["other_settings"])
             log(f"Note: {_text(reported)} with other settings; for the paper's settings, add {flags}")

@@ -135,7 +135,7 @@ def resolve_sampling(
     """Returns the setup that `config.sampling` describes; checks settings before anything is compiled, and logs notes.
 
     conditions: replaces `sampling.conditions`, with the arrays of `SamplingSetup.conditions`. read_files: False skips the
-    files that the config names, the notes, and the check of a guiding classifier's classes.
+    files that the config names, the notes, and `sampling.label`, whose names and classes the data or a classifier may have.
     Raises: UserError for values that are not allowed, do not fit the model, or contradict each other; DataError.
     """
     config = resolve(config)
@@ -148,6 +148,8 @@ def resolve_sampling(
         clip = dynamic_threshold(options["clip_quantile"]) if options["clip"] == "dynamic" else options["clip"]
         sampler = sampler_from_config(options)
         sampler, schedule = net.configure(net.denoiser(clip=clip), sampler, *steps_from_config(options))
+        if ":" in options["sampler"]:
+            _check_steps(sampler, schedule, net.denoiser(clip=clip), net.example_shape)
         net.check_small_images(bool(net.low_resolution), options["low_resolution_noise"])
         if read_files:
             if options["classifier"]:
@@ -155,17 +157,18 @@ def resolve_sampling(
             if net.low_resolution:
                 small_images, given_labels = _read_small_images(options["low_resolution"], net)
             if conditions is None and options["conditions"]:
-                conditions = _load_conditions(options["conditions"])
+                conditions = _load_conditions(options["conditions"], net)
             if conditions is None and net.condition_shape is not None and not net.model.condition_dropout:
                 expected = ", ".join(map(str, ("N", *net.condition_shape)))
                 raise UserError(
                     f"this model needs conditions: set sampling.conditions=FILE.npy, numbers [{expected}] in data units"
                 )
+        if read_files or conditions:
             with as_user_error(f"sampling.conditions={options['conditions']!r}"):
-                given = conditions or {}
-                net.check_condition(num_examples=len(given["condition"]) if given else 1, **given)
+                count = len(conditions["condition"]) if conditions else 1
+                net.check_condition(num_examples=count, **(conditions or {}))
         num_classes = net.num_classes or (0 if classifier is None else classifier.num_classes)
-        if num_classes or read_files or not options["classifier"]:
+        if read_files or options["label"] is None:
             labels = parse_classes(options["label"], num_classes, net.class_names)
         if given_labels is not None and labels is not None and options["label"] is None:
             labels = np.asarray(net.check_labels(given_labels, len(given_labels), classifier))
@@ -218,6 +221,13 @@ def sampler_from_config(options: Mapping[str, Any]) -> sampling.Sampler:
     if not isinstance(sampler, sampling.Sampler):
         raise ValueError(expected)
     return sampler
+
+
+def _check_steps(sampler: sampling.Sampler, schedule: schedules.Schedule, denoiser: Denoiser, shape: Any) -> None:
+    """Traces a user's sampler, with x_t as the network's output. Raises: ValueError as `sampling.sample`; its own errors."""
+    denoiser = dataclasses.replace(denoiser, network=lambda x_t, time: x_t, variance="fixed_large")
+    arrays = jax.random.split(jax.random.key(0)), schedule, denoiser, jax.ShapeDtypeStruct((2, *shape), np.float32)
+    jax.eval_shape(lambda key, schedule, *others: sampling.sample(key, schedule, *others, sampler=sampler), *arrays)
 
 
 def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
@@ -309,7 +319,13 @@ def parse_classes(value, num_classes: int, names: Sequence[str]) -> np.ndarray |
 # ---- Conditions
 
 
-def _load_conditions(path: str) -> dict[str, np.ndarray]:
+def check_sampling(config: ConfigDict, net: pretrained.Model) -> None:
+    """Raises the errors of `resolve_sampling` that depend neither on data nor on a classifier."""
+    path = config.sampling.conditions
+    resolve_sampling(config, net, _load_conditions(path, net) if path else None, read_files=False)
+
+
+def _load_conditions(path: str, net: pretrained.Model) -> dict[str, np.ndarray]:
     """Loads `sampling.conditions`, as in `SamplingSetup`. Raises: UserError for an unreadable or empty file."""
     loaded = load_arrays("sampling.conditions", path)
     loaded = {"condition": loaded} if isinstance(loaded, np.ndarray) else loaded
@@ -318,6 +334,8 @@ def _load_conditions(path: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"sampling.conditions={path!r} has {found}; give an .npy of numbers, or an .npz with the array 'condition'"
         )
+    if loaded["condition"].shape == net.condition_shape:  # one condition for all samples
+        loaded["condition"] = loaded["condition"][None]
     return read_conditions(loaded)
 
 

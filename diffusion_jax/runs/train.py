@@ -40,7 +40,7 @@ from diffusion_jax.runs.evaluate import load_pipeline, load_reference
 from diffusion_jax.runs.examples import draw_beside_examples, write_examples
 from diffusion_jax.runs.logging import LaunchTimes, RunMetrics, check_writers
 from diffusion_jax.runs.plan import log_notes
-from diffusion_jax.runs.sampling_setup import SamplingSetup, resolve_sampling
+from diffusion_jax.runs.sampling_setup import SamplingSetup, parse_classes, resolve_sampling
 from diffusion_jax.runs.workdir import (
     check_data,
     check_identity,
@@ -67,14 +67,15 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     DataError, PretrainedError, CheckpointError, SaveError; signals.StoppedBySignal after a signal.
     """
     config, workdir = resolve(config), open_run_dir(workdir)
-    launch = LaunchTimes(workdir)
-    options = config.training
+    launch, options = LaunchTimes(workdir), config.training
     check(config, "training run")
     check_writers(config)
     check_identity(config, workdir)
     with as_user_error("config"):
         program = training.build_program(config)
         net = pretrained.from_config(config, mesh=program.mesh, network=program.model)
+        if is_conditional := isinstance(net.model, models.Conditional):
+            resolve_sampling(config, net, read_files=False)  # raises the errors of --mode=sample, except for files
     saved = broadcast_from_process_0(lambda: committed_steps(workdir / "checkpoints"))
     if max(saved, default=0) >= options.num_steps:
         with Checkpoints(workdir.subdirectory("checkpoints"), read_only=True) as checkpoints:
@@ -82,16 +83,13 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
         if newest >= options.num_steps:
             log(f"This run is finished: {workdir} holds step {newest} of {options.num_steps}. Nothing to do.")
             return
+    initial_weights = load_initial_weights(config, program.model) if config.init_from and not saved else None
     loaded = data.load(config.data, progress_over("Reading the data"), log, source)
     check_source(config, loaded, must_have_all_classes=not (saved or config.init_from))
     net = dataclasses.replace(net, class_names=tuple(data.read_classes(loaded)[1]))
-    if isinstance(net.model, models.Conditional):
-        with as_user_error("config"):  # raises the errors of --mode=sample now, except file errors
-            resolve_sampling(config, net, read_files=False)
+    if is_conditional and (net.num_classes or not config.sampling.classifier):  # a label may be the name of a class
+        parse_classes(config.sampling.label, net.num_classes, net.class_names)
     log_notes(config, loaded)
-    initial_weights = None
-    if config.init_from and not saved:
-        initial_weights = load_initial_weights(config, program.model)
     broadcast_from_process_0(lambda: workdir.path.mkdir(parents=True, exist_ok=True))
     kept = (options.checkpoints_kept, options.checkpoint_keep_every)
     with (
@@ -100,11 +98,11 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike, source: data.So
     ):
         normalizations = run_normalizations(config, loaded, workdir)
         broadcast_from_process_0(lambda: check_data(loaded, workdir, normalizations))
-        if isinstance(net.model, models.Conditional):
+        if is_conditional:
             broadcast_from_process_0(lambda: write_examples(loaded, workdir))
         net = dataclasses.replace(net, normalizations=normalizations)
         preview = frechet_distance = None
-        if config.sampling.preview_samples and isinstance(net.model, models.Conditional) and not net.low_resolution:
+        if config.sampling.preview_samples and is_conditional and not net.low_resolution:
             count, seed = config.sampling.preview_samples, config.sampling.seed
             preview = SampleBatches(config, net, loaded, count, seed, "the pictures")
         if config.evaluation.every:

@@ -124,7 +124,7 @@ class Sampler:
 
         The transition has one level for all rows, or one for each row. The step to `target.sigma == 0` ends at x_0.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no step(key, denoiser, x_t, transition, state)")
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,9 +233,20 @@ def ddim_step(denoised: Denoised, eps: Batch, current: NoiseLevel, target: Noise
 
 
 def check_sampler(sampler: object) -> None:
-    """Raises ValueError for anything but a `Sampler`, such as a name or a class."""
+    """Raises ValueError for anything but a `Sampler`, such as a name or a class, and for a class without `step`."""
     if not isinstance(sampler, Sampler):
         raise ValueError(f"sampler must be a sampler such as sampling.ddim(), got {sampler!r}")
+    if type(sampler).step is Sampler.step:
+        raise ValueError(f"{type(sampler).__name__} defines no step(key, denoiser, x_t, transition, state)")
+
+
+def _check_step(name: str, new: Any, x_t: Batch) -> None:
+    """Raises ValueError if the result of the step of sampler `name` is no `Step` with floats in the shape of x_t."""
+    if not isinstance(new, Step):
+        raise ValueError(f"{name}.step must return sampling.Step(x_prev, x_0, state), not a {type(new).__name__}")
+    for what, value in zip(Step._fields, map(jnp.asarray, new[:2]), strict=False):
+        if value.shape != x_t.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name}.step returned {what} {jax.typeof(value)}, not floats like x_t {jax.typeof(x_t)}")
 
 
 def _check_scale(schedule: Schedule, x_T: Batch, first: int) -> None:
@@ -329,8 +340,8 @@ def sample(
         memory.
     Returns: x_0, or (x_0, Trajectory); float32, or float64 for a float64 x_T.
     Raises: ValueError for an x_T that is not float, has no batch axis, or (not traced) has a standard deviation above 10
-      where alpha_bar is at most 0.01; a sampler that is not a `Sampler`, prediction eps or score if the first step has
-      alpha = 0 in float32, or a start or a kept index outside the steps.
+      where alpha_bar is at most 0.01; a sampler that is not a `Sampler`, has no `step`, or steps to another shape; prediction
+      eps or score if the first step has alpha = 0 in float32, or a start or a kept index outside the steps.
     """
     check_sampler(sampler)
     denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
@@ -361,6 +372,7 @@ def sample(
     def step(carry, t):
         x_t, state, (all_x_t, all_x_0) = carry
         new = sampler.step(fold_in(key, t), denoiser, x_t, schedule.transition(t, x_t), state)
+        _check_step(type(sampler).__name__, new, x_t)
         if kept.size:
             all_x_t = all_x_t.at[jnp.asarray(row)[t]].set(x_t, mode="drop")
             all_x_0 = all_x_0.at[jnp.asarray(row)[t]].set(new.x_0.astype(x_t.dtype), mode="drop")

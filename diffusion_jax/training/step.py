@@ -17,6 +17,7 @@ import optax
 
 from diffusion_jax import coordinates, data, losses, timesteps
 from diffusion_jax.config import is_continuous, sampler_setting
+from diffusion_jax.console import log
 from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.functions import find_function
 from diffusion_jax.models import layers, upsampling
@@ -247,15 +248,20 @@ def find_terms(config: Mapping[str, Any], model: Network, schedule: Schedule) ->
         jnp.zeros(batch_size, jnp.int32),
         None if condition is None else jnp.zeros((batch_size, *condition)),
     )
-    objective, whole = make_objective(config, linear, schedule), jnp.ones(batch_size)
-    history = initial_history(config)
+    objective, whole, history = make_objective(config, linear, schedule), jnp.ones(batch_size), initial_history(config)
     _, values = jax.eval_shape(objective, whole, history, key, examples)
     terms = tuple(name for name in values if name not in ("t", "importance"))
+    losses_of = jax.jit(lambda weights, examples: objective(weights, history, key, examples)[0])
+    if batch_size > 1:  # a mean is equal for two examples, and depends on the output for the second
+        pair = jax.tree.map(lambda each: each[:2], examples)
+        (first, second), (alone, _) = (losses_of(jnp.array([1.0, weight]), pair) for weight in (1, 0))
+        if first == second and first != alone:
+            advice = "return a loss for each example, which loss_q1 ... loss_q4 and loss_second_moment need"
+            log(f"Note: diffusion.loss={name} returns one number, the mean of the batch, for all examples; {advice}.")
     if microbatch.count == 1:
         return terms
-    losses_of = jax.jit(lambda weights, examples: microbatch.take(objective(weights, history, key, examples)[0]))
     of_batch, of_microbatch = (
-        losses_of(weights, examples) for weights in (whole, microbatch.put(microbatch.take(whole)))
+        microbatch.take(losses_of(weights, examples)) for weights in (whole, microbatch.put(microbatch.take(whole)))
     )
     if not np.allclose(of_batch, of_microbatch, rtol=1e-5, atol=0, equal_nan=True):  # tolerates only rounding
         raise ValueError(

@@ -108,6 +108,14 @@ def test_conditions_of_samples_that_do_not_fit_are_refused(overrides, words, tmp
         resolve_sampling(config, pretrained.from_config(config))
 
 
+def test_a_file_with_one_condition_is_for_all_samples(tmp_path):
+    np.save(tmp_path / "c.npy", np.array([4.0, 5.0]))
+    conditions = {"model.condition_features": 2, "sampling.conditions": str(tmp_path / "c.npy")}
+    config = array_config("vectors", "", **conditions)
+    setup = resolve_sampling(config, pretrained.from_config(config))
+    np.testing.assert_array_equal(setup.rows(np.arange(3))["condition"], [[4.0, 5.0]] * 3)
+
+
 @pytest.mark.whole
 def test_conditions_outside_the_range_of_the_run_get_a_note(tmp_path, capsys):
     low, high = np.array([10.0, -1.0]), np.array([20.0, 1.0])

@@ -20,7 +20,7 @@ LAUNCHES = [
     ([TRAIN, "--mode=trian"], ["--mode: invalid choice: 'trian'", "sample"]),
     ([TRAIN, "--xyz=3"], ["unknown flag --xyz; --help lists all flags"]),
     ([TRAIN, "surplus"], ["unexpected argument 'surplus'"]),
-    ([], ["--config=NAME is needed", "does not exist, so there is no run"]),
+    ([], ["no such directory; without --config=NAME, --mode=train reads the directory of a run"]),
     (["--workdir={}"], ["holds no run whose config could be used"]),
     (["--config=digits", "--config.diffusion.loss=classify"], ["use --mode=train_classifier"]),
     ([TRAIN, "--config.training.accumulation_steps=7"], ["nearest: 63 or 70"]),
@@ -44,7 +44,7 @@ LAUNCHES = [
         ["no such directory; --mode=status reads the directory of a run"],
     ),
     *(
-        ([*config, "--workdir={}/nowhere", f"--mode={mode}"], [f"no such directory; --mode={mode} reads"])
+        ([*config, "--workdir={}/nowhere", f"--mode={mode}"], ["no such directory; ", f"--mode={mode} reads the"])
         for mode, config in (("sample", []), ("sample", [TRAIN]), ("edit", [TRAIN]), ("evaluate", [TRAIN]))
     ),
     ([TRAIN, "--workdir=README.md/run"], ["--workdir=README.md/run", "README.md is a file; give a directory"]),

@@ -12,7 +12,7 @@ from diffusion_jax.errors import UserError, as_user_error, describe_exception
 from diffusion_jax.evaluation import __main__ as evaluation
 from diffusion_jax.functions import import_function
 from diffusion_jax.report.figures import training_charts
-from diffusion_jax.runs import evaluate, logging, sample, sampling_setup, train, workdir
+from diffusion_jax.runs import edit, evaluate, logging, sample, sampling_setup, train, workdir
 from helpers.array_configs import array_config, write_arrays
 from helpers.launcher import launch
 from helpers.work_directories import untrained
@@ -80,6 +80,15 @@ class shrunk(sampling.Sampler):
     def step(self, key, denoiser, x_t, transition, state):
         new = sampling.ddim(self.eta).step(key, denoiser, x_t, transition, state)
         return new._replace(x_prev=self.factor * new.x_prev)
+
+
+class flat(sampling.Sampler):
+    def step(self, key, denoiser, x_t, transition, state):
+        return sampling.Step(x_t[:, 0], denoiser(x_t, transition).x_0)
+
+
+class NoStep(sampling.Sampler):
+    pass
 
 
 class NoSampler:
@@ -155,6 +164,13 @@ def vectors(tmp_path_factory):
     return untrained(directory / "run", config, data.load(config.data))
 
 
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("series")
+    config = array_config("series", write_arrays("series", directory / "data.npz"), **{"sampling.steps": 3})
+    return untrained(directory / "run", config, data.load(config.data))
+
+
 @pytest.mark.whole
 def test_the_scalars_of_a_loss_are_in_the_log_tensorboard_and_the_report(mine, vectors, tmp_path):
     texts = {"model.kind": f"{mine}:working", "model.dropout": "0", "diffusion.loss": f"{mine}:with_scalars"}
@@ -185,20 +201,51 @@ def test_a_sampler_of_a_user_draws_with_the_settings_it_names(mine, vectors):
     assert np.abs(ddim - by_hand).max() > 0.01
 
 
-@pytest.mark.parametrize("mode", [sample, evaluate])
+@pytest.mark.parametrize("mode", [sample, evaluate, edit, train])
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("NoSampler", "mine.py:NoSampler must be a class derived from sampling.Sampler"),
         ("metric", r"metric\(\) missing 2 required positional arguments"),
         ("absent", "sampling.sampler=.*mine.py:absent cannot be imported"),
+        ("flat", r"flat.step returned x_prev float32\[2\], not floats like x_t float32\[2,3\]"),
+        ("NoStep", "NoStep defines no step"),
     ],
 )
-def test_a_class_that_makes_no_sampler_is_one_line(name, words, mode, mine, vectors):
-    texts = {"sampling.sampler": f"{mine}:{name}", "evaluation.likelihood": "False"}
+def test_a_class_that_makes_no_sampler_is_one_line_before_data_are_read(name, words, mode, mine, vectors, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    texts = {"sampling.sampler": f"{mine}:{name}", "editing.task": "sdedit", "editing.example": "0"}
     texts |= {"evaluation.num_samples": "20", "evaluation.metrics": "energy_distance,"}
     with pytest.raises(UserError, match=words) as caught:
-        mode.run(configs.override(workdir.load_config(vectors), texts), vectors)
+        mode.run(configs.override(workdir.load_config(vectors), texts | {"training.num_steps": "3"}), vectors)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "texts", "words"),
+    [
+        (sample, {"sampling.conditions": "numbers.npy"}, "sampling.conditions='numbers.npy': this network takes no"),
+        (evaluate, {"sampling.conditions": "numbers.npy"}, "sampling.conditions='numbers.npy': this network takes no"),
+        (edit, {"sampling.conditions": "absent.npy"}, "sampling.conditions='absent.npy' cannot be read"),
+        (edit, {"editing.operator": "numbers.npy"}, "config.editing: .*at_points"),
+        (evaluate, {"editing.operator": "numbers.npy", "evaluation.metrics": "calibration,"}, "config.editing: "),
+        (train, {"init_from": "absent.npz"}, "init_from=absent.npz: .*no such file"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_before_data_are_read(mode, texts, words, series, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("numbers.npy", np.zeros((5, 2)))
+    monkeypatch.setattr(data, "load", None)
+    texts = {
+        "editing.task": "sparse",
+        "editing.example": "0",
+        "editing.noise": "0.1",
+        "evaluation.num_samples": "20",
+    } | texts
+    texts = {"evaluation.metrics": "energy_distance,", "training.num_steps": "3", **texts}
+    directory = tmp_path / "new" if mode is train else series
+    with pytest.raises((UserError, pretrained.PretrainedError), match=words) as caught:
+        mode.run(configs.override(workdir.load_config(series), texts), directory)
     assert "\n" not in str(caught.value)
 
 

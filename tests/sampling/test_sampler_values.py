@@ -43,8 +43,39 @@ def test_equal_samplers_and_options_that_are_refused():
     assert sampling.ddpm() != sampling.ddpm("fixed_large") == sampling.ddpm(variance="fixed_large")
     with pytest.raises(TypeError, match="positional"):
         sampling.ddpm("fixed_small", "eps")
-    with pytest.raises(NotImplementedError, match="defines no step"):
-        sampling.sample(KEY, FULL, mixture(), jnp.ones((1, 1)), sampling.Sampler())
+
+
+class returns(sampling.Sampler):
+    """Its step returns `change` of the right `Step`."""
+
+    def __init__(self, change):
+        object.__setattr__(self, "change", change)
+
+    def step(self, key, denoiser, x_t, transition, state):
+        return self.change(sampling.Step(x_t, denoiser(x_t, transition).x_0))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"),
+    [
+        (sampling.Sampler(), "Sampler defines no step"),
+        (returns(lambda new: new.x_prev), r"returns.step must return sampling.Step\(x_prev, x_0, state\), not a "),
+        (returns(tuple), "not a tuple"),
+        (returns(lambda new: new._replace(x_prev=new.x_prev[:, 0])), r"x_prev float32\[2\], not floats like x_t float32\[2,3\]"),
+        (returns(lambda new: new._replace(x_prev=new.x_prev[:1])), r"x_prev float32\[1,3\]"),
+        (returns(lambda new: new._replace(x_0=new.x_0.sum())), r"x_0 float32\[\]"),
+        (returns(lambda new: new._replace(x_prev=new.x_prev.astype(int))), r"x_prev int32\[2,3\]"),
+    ],
+)  # fmt: skip
+def test_a_step_to_another_shape_is_refused_when_it_is_traced(sampler, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        jax.eval_shape(lambda x: sampling.sample(KEY, FULL, mixture(), x, sampler), jnp.ones((2, 3)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_step_in_a_lower_precision_is_cast():
+    halved = returns(lambda new: new._replace(x_prev=new.x_prev.astype(jnp.bfloat16)))
+    assert sampling.sample(KEY, schedules.respace(FULL, 2), mixture(), jnp.ones((2, 3)), halved).dtype == jnp.float32
 
 
 def test_a_static_sampler_does_not_compile_again():

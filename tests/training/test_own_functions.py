@@ -92,6 +92,17 @@ def test_a_loss_without_a_number_for_each_example_is_refused_before_compiling(fu
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("function", "is_noted"),
+    [("the_mean", True), ("half_loss", False), ("always_zero", False), ("relative_to_the_batch", False)],
+)
+def test_a_loss_that_returns_the_mean_of_the_batch_is_noted_once(function, is_noted, capsys):
+    """Losses that are equal but independent, and losses that relate examples, are allowed."""
+    training.build_program(config_with(diffusion__loss=f"helpers.own_networks:{function}"))
+    (*notes,) = (line for line in capsys.readouterr().out.splitlines() if "return a loss for each example" in line)
+    assert len(notes) == is_noted and all(f"diffusion.loss=helpers.own_networks:{function}" in note for note in notes)
+
+
 @pytest.mark.parametrize("accumulation", [pytest.param("1", marks=pytest.mark.thorough), "2"])
 def test_scalars_of_a_loss_are_metrics_and_averages(accumulation):
     """The averages are of two steps, in each of which every example counts once."""
