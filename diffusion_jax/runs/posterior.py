@@ -49,7 +49,7 @@ class Problem:
         array = load_arrays("editing.operator", options.operator) if options.operator else None
         arguments = {**options.to_dict(), "mask": mask, "array": array}
         make = editing.MEASUREMENTS[task]
-        with as_user_error("config.editing"):
+        with as_user_error(f"editing.operator={options.operator!r}" if options.operator else "config.editing"):
             needed = [name for name in inspect.signature(make).parameters if name != "shape"]
             operator = make(shape, **{name: arguments[name] for name in needed})
             of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]

@@ -126,7 +126,7 @@ def test_a_class_by_name_is_checked_once_the_data_names_them(tmp_path):
 @pytest.mark.parametrize(("flags", "words"), LAUNCHES, ids=[" ".join(flags) for flags, _ in LAUNCHES])
 def test_a_launch_is_refused_in_one_line(flags, words, wrong, tmp_path):
     arguments = [flag.replace("{}", str(wrong)) for flag in flags]
-    if arguments[0] != "weights" and not any(flag.startswith("--workdir") for flag in arguments):
+    if arguments[:1] != ["weights"] and not any(flag.startswith("--workdir") for flag in arguments):
         arguments.append(f"--workdir={tmp_path / 'run'}")
     code, _, err = launch(*arguments)
     assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: "), err

@@ -227,8 +227,12 @@ def test_a_class_that_makes_no_sampler_is_one_line_before_data_are_read(name, wo
         (sample, {"sampling.conditions": "numbers.npy"}, "sampling.conditions='numbers.npy': this network takes no"),
         (evaluate, {"sampling.conditions": "numbers.npy"}, "sampling.conditions='numbers.npy': this network takes no"),
         (edit, {"sampling.conditions": "absent.npy"}, "sampling.conditions='absent.npy' cannot be read"),
-        (edit, {"editing.operator": "numbers.npy"}, "config.editing: .*at_points"),
-        (evaluate, {"editing.operator": "numbers.npy", "evaluation.metrics": "calibration,"}, "config.editing: "),
+        (edit, {"editing.operator": "numbers.npy"}, "editing.operator='numbers.npy': points of 2 numbers"),
+        (
+            evaluate,
+            {"editing.operator": "numbers.npy", "evaluation.metrics": "calibration,"},
+            "editing.operator='numbers.npy': ",
+        ),
         (train, {"init_from": "absent.npz"}, "init_from=absent.npz: .*no such file"),
     ],
 )

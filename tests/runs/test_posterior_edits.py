@@ -221,7 +221,7 @@ def test_points_outside_of_the_grid_are_refused(tmp_path):
     config = tiny_config(
         **{"editing.task": "sparse", "editing.noise": 2.0, "editing.operator": str(tmp_path / "points.npy")}
     )
-    with pytest.raises(errors.UserError, match="config.editing.* 1 of 1 points, such as"):
+    with pytest.raises(errors.UserError, match="editing.operator=.* 1 of 1 points, such as"):
         Problem.from_config(config, pretrained.from_config(config))
 
 

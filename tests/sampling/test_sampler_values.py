@@ -61,7 +61,7 @@ class returns(sampling.Sampler):
         (sampling.Sampler(), "Sampler defines no step"),
         (returns(lambda new: new.x_prev), r"returns.step must return sampling.Step\(x_prev, x_0, state\), not a "),
         (returns(tuple), "not a tuple"),
-        (returns(lambda new: new._replace(x_prev=new.x_prev[:, 0])), r"x_prev float32\[2\], not floats like x_t float32\[2,3\]"),
+        (returns(lambda new: new._replace(x_prev=new.x_prev[:, 0])), r"x_prev float32\[2\], not floats like x_t"),
         (returns(lambda new: new._replace(x_prev=new.x_prev[:1])), r"x_prev float32\[1,3\]"),
         (returns(lambda new: new._replace(x_0=new.x_0.sum())), r"x_0 float32\[\]"),
         (returns(lambda new: new._replace(x_prev=new.x_prev.astype(int))), r"x_prev int32\[2,3\]"),
