@@ -21,7 +21,7 @@ from diffusion_jax.config import flatten
 from diffusion_jax.errors import list_differences, shorten
 from diffusion_jax.untrusted import open_npz, parse_json
 
-_ARRAY = "provenance"  # the name of the record in an .npz
+_ARRAY, _BYTES = "provenance", 2**20  # the record in an .npz: its name and largest size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,13 @@ class Provenance:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Provenance | None:
-        """Reads the record from an .npz; None for a file without a record, or a file that cannot be read."""
+        """Reads the record from an .npz; None for a file without a record, or whose record is unreadable or above 1 MiB."""
         try:
             with open_npz(path, limit=math.inf) as arrays:
-                return cls(**parse_json(str(arrays[_ARRAY])))
+                member = f"{_ARRAY}.npy"
+                if arrays.zip.getinfo(member).file_size > _BYTES:
+                    return None
+                return cls(**parse_json(str(arrays[member])))
         except (OSError, ValueError, TypeError):
             return None
 

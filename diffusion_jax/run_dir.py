@@ -264,7 +264,7 @@ def find_links(directory: RunDir) -> list[pathlib.Path]:
 
 
 def _find_entries(directory: RunDir) -> list[pathlib.Path]:
-    """Lists the entries of a local run and of its folder wandb, and all entries below the folders that this package writes."""
+    """Lists the entries of a local run and of its folder wandb, and all entries in the folders that this package writes."""
     top = [*directory.path.glob("*"), *directory.path.glob("wandb/*")]
     own = [path for path in top if path.name.startswith(_FOLDERS) and not _is_link_out(path, directory)]
     return sorted([*top, *(each for path in own for each in path.rglob("*"))])

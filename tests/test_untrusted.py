@@ -16,6 +16,7 @@ from PIL import Image
 from diffusion_jax import data
 from diffusion_jax.errors import DataError, UnreadableFilesError, UserError
 from diffusion_jax.files import atomic_write, map_array, save_npz, write_text
+from diffusion_jax.provenance import Provenance
 from diffusion_jax.run_dir import RunDir, find_links, open_run_dir
 from diffusion_jax.untrusted import open_npz, parse_json, read_image, read_json
 
@@ -107,6 +108,26 @@ def test_arrays_larger_than_their_file_are_refused(tmp_path, compression):
     with pytest.raises(ValueError, match=r"its arrays have 8,000,128 bytes; the limit is 1,000"):
         with open_npz(path, 1000):
             pass
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_without_limits_is_refused(compression, tmp_path):
+    """Python decompresses whatever a block holds at once."""
+    write_member(tmp_path / "a.npz", {"descr": "<f4", "fortran_order": False, "shape": (1,)}, b"1234", compression)
+    with pytest.raises(ValueError, match="compression"), open_npz(tmp_path / "a.npz"):
+        pass
+
+
+def test_a_large_record_is_not_read(tmp_path):
+    record = Provenance("net", {"a": 1})
+    large = np.zeros(2**22, np.uint8)  # other arrays have no limit
+    np.savez(tmp_path / "a.npz", arr_0=large, **record.arrays())
+    assert Provenance.read(tmp_path / "a.npz") == record
+    np.savez_compressed(tmp_path / "b.npz", **Provenance("a" * 2**19, {}).arrays())
+    assert Provenance.read(tmp_path / "b.npz") is None
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:  # NumPy prefers this name
+        archive.writestr("provenance", b"not an array")
+    assert Provenance.read(tmp_path / "a.npz") in (None, record)
 
 
 def test_a_damaged_npz_is_one_line(tmp_path):

@@ -27,6 +27,7 @@ from diffusion_jax.config.values import (
 )
 from diffusion_jax.denoiser import PREDICTIONS, VARIANCES
 from diffusion_jax.metrics import METRICS
+from diffusion_jax.schedules.schedule import MAX_TIMESTEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,7 @@ DIFFUSION: dict[str, Setting] = {
         OneOf(Choice(*schedules.SCHEDULES), FunctionName()),
         "Noise schedule, as `schedules.betas` names it, or a function from T to T betas.",
     ),
-    "num_timesteps": Setting(1000, Integer(1), "Number of timesteps T in the diffusion process."),
+    "num_timesteps": Setting(1000, Integer(1, MAX_TIMESTEPS), "Number of timesteps T in the diffusion process."),
     "path": Setting(
         None,
         OneOf(Choice(*schedules.PATHS), Choice(None), FunctionName()),
@@ -402,7 +403,7 @@ SAMPLING: dict[str, Setting] = {
         None,
         OneOf(
             Choice(None),
-            Integer(1),
+            Integer(1, MAX_TIMESTEPS),
             Tuple(OneOf(Integer(0), Number()), "at least 2 numbers", minimum_length=2, shown="(10, 15, 20)"),
         ),
         "Number of sampling steps; None for all timesteps. Several numbers are the steps per section of the chain "
@@ -505,7 +506,7 @@ SAMPLING: dict[str, Setting] = {
     "preview_samples": Setting(
         16, Integer(0), "Samples in the pictures during training, drawn by DDIM; 0 for no pictures."
     ),
-    "preview_steps": Setting(25, Integer(1), "Sampling steps for the pictures during training."),
+    "preview_steps": Setting(25, Integer(1, MAX_TIMESTEPS), "Sampling steps for the pictures during training."),
 }
 
 EDITING: dict[str, Setting] = {

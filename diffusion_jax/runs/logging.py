@@ -40,7 +40,7 @@ from diffusion_jax.errors import (
     describe_exception,
     shorten,
 )
-from diffusion_jax.files import check_in_place, with_urls, write_text
+from diffusion_jax.files import atomic_write, check_in_place, with_urls
 from diffusion_jax.functions import find_function
 from diffusion_jax.run_dir import LINES, BucketRunDir, RunDir
 from diffusion_jax.runs.workdir import to_dict
@@ -48,6 +48,7 @@ from diffusion_jax.storage.downloads import EVENTS, local_path
 from diffusion_jax.untrusted import check_regular, parse_json, read_json
 
 _PARTS = "metrics"
+_LINE_BYTES, _LINES_BYTES = 2**16, 2**30  # the largest line, and the most memory of all lines
 _SECONDS_BETWEEN_UPLOADS = 60.0  # between uploads of lines and events to a bucket
 
 
@@ -112,8 +113,19 @@ def read_metrics(workdir: RunDir | str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the metrics of a run: dictionaries with "step" and means since the previous line; [] if nothing is logged.
 
     workdir: a path, or the URL of a work directory in a bucket. An incomplete last line of a killed run is skipped.
+    Lines above 64 KiB are skipped with a note. Above about 1 GiB, evenly spread lines are returned, with a note.
     """
-    lines = [line for path in _files(local_path(workdir, _PARTS)) for line in _read_lines(path)]
+    lines: list[dict[str, Any]] = []
+    every, size = 1, 0
+    pairs = itertools.chain.from_iterable(map(_read_lines, _files(local_path(workdir, _PARTS))))
+    for i, (text, line) in enumerate(pairs):
+        if line is not None and i % every == 0:
+            lines.append(line)
+            size += len(text) + 250 + 150 * len(line)  # about the line's memory
+        if size > _LINES_BYTES:
+            lines, every, size = lines[::2], 2 * every, size // 2
+    if every > 1:
+        log(f"Note: the log of {workdir} is large, so about one of {every} lines is used.")
     return sorted(lines, key=lambda line: line["step"])
 
 
@@ -121,15 +133,25 @@ def _files(workdir: RunDir | pathlib.Path) -> list[pathlib.Path]:
     return [path for path in (workdir / LINES, *sorted((workdir / _PARTS).glob("*.jsonl"))) if path.exists()]
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read_lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yields (bytes, dictionary) of each line; (bytes, None) for pieces of a long line, and for lines that are no metrics."""
     check_regular(path)
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            line = parse_json(text)
-            if isinstance(line.get("step"), int) and abs(line["step"]) < 2**53:
-                lines.append(line)
-    return lines
+    long_pieces, is_start = 0, True
+    with path.open("rb") as file:
+        while text := file.readline(_LINE_BYTES):
+            is_end, line = text.endswith(b"\n"), None
+            if is_start and (is_end or len(text) < _LINE_BYTES):
+                with contextlib.suppress(ValueError):
+                    found = parse_json(text.decode(errors="replace"))
+                    is_flat = not any(isinstance(value, list | dict) for value in found.values())
+                    if is_flat and isinstance(found.get("step"), int) and abs(found["step"]) < 2**53:
+                        line = found
+            else:
+                long_pieces += is_start
+            is_start = is_end
+            yield text, line
+    if long_pieces:
+        log(f"Note: {path} has {long_pieces} lines above {_LINE_BYTES:,} bytes, which are left out.")
 
 
 def _as_text(lines: list[dict[str, Any]]) -> str:
@@ -150,9 +172,13 @@ class RunMetrics:
         with self._write_errors():
             for path in _files(workdir) if self._is_writer else ():
                 check_in_place(path)
-                text = _as_text([line for line in _read_lines(path) if line["step"] <= step])
-                if text.encode() != path.read_bytes():
-                    write_text(path, text)
+                pairs = _read_lines(path)
+                if any(
+                    line is None or line["step"] > step or _as_text([line]).encode() != text for text, line in pairs
+                ):
+                    with atomic_write(path) as file:
+                        kept = (line for _, line in _read_lines(path) if line is not None and line["step"] <= step)
+                        file.writelines(_as_text([line]).encode() for line in kept)
                     workdir.upload(path)
         names = config.logging.writers if self._is_writer else ()
         self._writers = _Writers(config, dict.fromkeys(names, workdir), step)

@@ -31,6 +31,8 @@ def _cosine(num_timesteps, beta_start, beta_end):
     return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
+MAX_TIMESTEPS = 1_000_000  # the tables of more steps would fill the memory
+
 # name -> (number of timesteps, beta_start, beta_end) -> betas float64 [T]
 SCHEDULES: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "linear": lambda count, start, end: np.linspace(start, end, count),
@@ -65,10 +67,10 @@ def betas(
     beta_end=20 / T`.
 
     Returns: float64 [T].
-    Raises: ValueError for an unknown name, T < 1, or a start or end outside (0, 1].
+    Raises: ValueError for an unknown name, T outside 1 ... 1,000,000, or a start or end outside (0, 1].
     """
     require_known("schedule", name, SCHEDULES)
-    require_number("num_timesteps", num_timesteps, 1, whole=True)
+    require_number("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS, whole=True)
     require_number("beta_start", beta_start, 0, 1, above=True)
     require_number("beta_end", beta_end, 0, 1, above=True)
     return SCHEDULES[name](int(num_timesteps), float(beta_start), float(beta_end))

@@ -41,6 +41,13 @@ def test_every_setting_refuses_a_wrong_type_and_a_wrong_value(name):
         assert isinstance(caught.value, ValueError) and caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["diffusion.num_timesteps", "sampling.steps", "sampling.preview_steps"])
+def test_counts_of_timesteps_that_would_fill_the_memory_are_refused(name):
+    with pytest.raises(config.ConfigError, match=f"{name}=1000001 must be "):
+        group, last = name.split(".")
+        config.resolve({group: {last: 10**6 + 1}})
+
+
 def test_the_model_settings_are_the_fields_of_the_networks():
     """Except the fields `spatial_dims` and `out_channels`, which follow from the data and the variance."""
     defaults = config.defaults({"diffusion": {"loss": "simple"}})

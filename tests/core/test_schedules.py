@@ -35,6 +35,11 @@ def test_the_betas_are_as_published(name):
     np.testing.assert_allclose(betas, BETAS[name], rtol=1e-10)
 
 
+def test_more_timesteps_than_memory_holds_are_refused():
+    with pytest.raises(ValueError, match="num_timesteps must be a whole number in .* got 1000001"):
+        schedules.betas("linear", 10**6 + 1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_timesteps", [1, 2, 3, 10, 1000])
 def test_any_length_gives_a_schedule(name, num_timesteps):

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import time
+import tracemalloc
 from unittest import mock
 
 import numpy as np
@@ -61,6 +62,30 @@ def test_a_relaunch_replaces_what_is_beyond_its_step(tmp_path):
         (5, 4.0),
         (6, 4.0),
     ]
+
+
+def test_a_log_is_read_in_bounded_memory(tmp_path, monkeypatch, capsys):
+    """A line without an end, and lines that are too many, as in a stranger's file of holes or repetitions."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"step": 1}\n')
+        file.truncate(50 * 2**20)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"step": 2}\n{"step": 3, "loss": 0.5')
+    tracemalloc.start()
+    assert logging.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**20 and capsys.readouterr().out.count("1 lines above 65,536 bytes") == 1
+    with open_metrics((), tmp_path, step=2) as metrics:
+        metrics.write_scalars(3, {"loss": 0.25})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.25}\n'
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)))
+    capsys.readouterr()
+    monkeypatch.setattr(logging, "_LINES_BYTES", 412 * 500)
+    steps = [line["step"] for line in logging.read_metrics(tmp_path)]
+    assert 250 <= len(steps) <= 501 and steps == list(range(0, 1000, steps[1]))
+    assert f"one of {steps[1]} lines is used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["pipe", "hard link"])
