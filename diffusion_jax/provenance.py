@@ -30,11 +30,13 @@ class Provenance:
 
     name: a readable text for file names: the weights' name, then the settings that change most often. settings: JSON values
     that determine the content, up to rounding. details: facts that do not determine the content, such as paths and versions.
+    arrays_sha256: the digest of the file's other arrays (`params_digest`); None in files of version 0.3.
     """
 
     name: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arrays_sha256: str | None = None
 
     @property
     def digest(self) -> str:
@@ -46,9 +48,18 @@ class Provenance:
         old, new = flatten(stored.settings), flatten(json.loads(json.dumps(self.settings)))
         return shorten("; ".join(list_differences(old, new)), 300)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the .npz entry that stores this record."""
-        return {_ARRAY: np.array(json.dumps(dataclasses.asdict(self)))}
+    def add_to(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the content of an .npz: the arrays, and this record with their digest."""
+        record = dataclasses.replace(self, arrays_sha256=params_digest(dict(arrays)))
+        return {**arrays, _ARRAY: np.array(json.dumps(dataclasses.asdict(record)))}
+
+    def describes(self, path: pathlib.Path) -> bool:
+        """Returns whether this record, read from an .npz, has the digest of the file's arrays."""
+        try:
+            with open_npz(path, limit=math.inf) as arrays:
+                return self.arrays_sha256 == params_digest({name: arrays[name] for name in arrays if name != _ARRAY})
+        except (OSError, ValueError):
+            return False
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Provenance | None:

@@ -26,6 +26,7 @@ from diffusion_jax.console import ProgressBar, log
 from diffusion_jax.distributed.processes import Watchdog, broadcast_from_process_0, is_multiprocess
 from diffusion_jax.errors import StorageError, UserError
 from diffusion_jax.files import check_in_place, downloads_root, mirrors_root, save_npz, with_urls, write_text
+from diffusion_jax.provenance import params_digest
 from diffusion_jax.storage.downloads import LOCK, MANIFEST, copy_objects, copy_path, is_small
 from diffusion_jax.storage.locks import FileLock, Lease, LockHeldError
 from diffusion_jax.storage.objects import ObjectStore, is_url, open_store
@@ -277,7 +278,7 @@ def _is_link_out(path: pathlib.Path, directory: RunDir) -> bool:
 class ChunkStore:
     """Numbered chunks of computed arrays, one .npz each, in a separate directory; a rerun computes only missing chunks.
 
-    Process 0 writes, every process reads.
+    Process 0 writes, every process reads. A chunk's digest covers its arrays, its number and the directory's name.
     """
 
     def __init__(self, directory: RunDir, exclusive: bool = True):
@@ -302,10 +303,11 @@ class ChunkStore:
 
         Every process calls this, and can then read the chunks. title: the progress bar's title. compute: chunk i -> arrays.
         begin (`CallCounter.begin`): called before a chunk with the bar, the number of earlier examples and the chunk's size.
+        Raises: UserError for a stored chunk that differs from its digest. A chunk without a digest is computed again.
         """
-        stems = broadcast_from_process_0(lambda: [path.stem for path in self.directory.path.glob("*.npz")])
-        finished = {int(stem) for stem in stems if stem.isdecimal()}
-        missing = [i for i in range(-(-total // size)) if i not in finished]
+        count = -(-total // size)
+        finished = set(broadcast_from_process_0(lambda: self._find_stored(title, count)))
+        missing = [i for i in range(count) if i not in finished]
         # A single process has no peer that could be stuck.
         watchdog = Watchdog(stall_timeout if is_multiprocess() else 0)
         with ProgressBar(title, total, min(len(finished) * size, total)) as bar, watchdog:
@@ -317,19 +319,44 @@ class ChunkStore:
                 bar.update(min((i + 1) * size, total))
                 watchdog.record_step()
         multihost_utils.sync_global_devices(f"{title}: written")
-        return -(-total // size)
+        return count
+
+    def _find_stored(self, title: str, count: int) -> list[int]:
+        """Lists the stored chunks that have a digest. Raises: UserError if the arrays of a chunk differ from its digest."""
+        found, stored = [], [i for i in range(count) if os.path.lexists(self.directory / f"{i}.npz")]
+        for i in stored:
+            try:
+                arrays, digest = self._read(i)
+            except (OSError, ValueError):
+                arrays, digest = {}, ""
+            if digest is not None and str(digest) != self._digest(i, arrays):
+                path = self.directory / f"{i}.npz"
+                raise UserError(f"{path} was changed or copied (its digest differs); to compute it again: rm {path}")
+            found += [i] * (digest is not None)
+        if stored:
+            again = f"; {len(stored) - len(found)} without a digest are computed again" * (len(found) < len(stored))
+            log(f"{title}: continuing from {len(found)} of {count} batches, stored in {self.directory}{again}.")
+        return found
+
+    def _digest(self, i: int, arrays: Mapping[str, np.ndarray]) -> str:
+        return params_digest([self.directory.path.name, i, dict(arrays)])
 
     def save(self, i: int, **arrays: np.ndarray) -> None:
         """Writes chunk i, on process 0 only."""
         if jax.process_index() == 0:
             path = self.directory / f"{i}.npz"
-            save_npz(path, arrays)
+            save_npz(path, {**arrays, "digest": np.array(self._digest(i, arrays))})
             self.directory.upload(path)
 
     def load(self, i: int) -> dict[str, np.ndarray]:
         """Returns the arrays of chunk i."""
-        with open_npz(self.directory.fetch(self.directory / f"{i}.npz")) as arrays:
-            return dict(arrays)
+        return self._read(i)[0]
+
+    def _read(self, i: int) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Returns the arrays of chunk i, and their stored digest, which chunks of version 0.3 lack."""
+        with open_npz(self.directory.fetch(self.directory / f"{i}.npz")) as stored:
+            arrays = dict(stored)
+        return arrays, arrays.pop("digest", None)
 
     def delete(self) -> None:
         """Deletes all chunks; call this after the result files are written."""

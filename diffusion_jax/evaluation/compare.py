@@ -168,6 +168,9 @@ def _drawing_settings(path: pathlib.Path) -> dict[str, Any]:
     stored = Provenance.read(path)
     if stored is None:
         return {}
+    if stored.arrays_sha256 and not stored.describes(path):
+        log(f"Note: {path} was changed after it was written, so the record omits how its samples were drawn.")
+        return {}
     settings, details = stored.settings, stored.details
     sampling = {key: value for key, value in settings["sampling"].items() if key != "steps"}
     return {

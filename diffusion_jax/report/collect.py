@@ -26,6 +26,7 @@ from diffusion_jax.run_dir import RunDir, find_links
 from diffusion_jax.runs import status
 from diffusion_jax.runs.logging import read_launches, read_metrics
 from diffusion_jax.runs.workdir import load_config
+from diffusion_jax.training.checkpoints import check_run_files
 from diffusion_jax.untrusted import read_json
 
 _FIRST_SETTINGS = ("run", "step", "weights", "sampler", "steps", "features", "num_samples", "reference")
@@ -88,6 +89,7 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
             return otherwise
 
     config = read("config.json", lambda: load_config(workdir), None) or config
+    read("The checkpoint's config", lambda: check_run_files(workdir), None, [*links])  # never shows a linked file
     lines = read("The log", lambda: read_metrics(workdir), [], ("metrics.jsonl", "metrics"))
     launches = read("goodput.json", lambda: read_launches(workdir), [])
     files = ("config.json", "goodput.json", "metrics.jsonl", "metrics", "checkpoints")

@@ -114,9 +114,9 @@ class SampleFile:
 
         reuse: if the file already holds samples with these settings, do nothing.
         """
-        reason = broadcast_from_process_0(self._find_difference)
+        reason = broadcast_from_process_0(lambda: self._find_difference(reuse))
         if reuse and reason is None:
-            return
+            return log(f"Using the samples in {self.path}.")
         broadcast_from_process_0(self._check_space)
         if reason:
             log(f"Sampling again: {self.path} {reason}.")
@@ -166,15 +166,18 @@ class SampleFile:
                 "time with another sampling.seed"
             )
 
-    def _find_difference(self) -> str | None:
+    def _find_difference(self, reuse: bool) -> str | None:
         """Returns why the samples must be drawn again; "" if there is no file, None if the file has these settings."""
         if not self.workdir.fetch(self.path).exists():
             return ""
         stored = Provenance.read(self.path)
-        if stored is None:
-            return "does not store the settings of its samples"
-        differences = self.provenance.differences(stored)
-        return f"was drawn with other settings ({differences})" if differences else None
+        if stored is None or stored.arrays_sha256 is None:  # version 0.3 stored no digest
+            return "does not store the settings and the digest of its samples"
+        if differences := self.provenance.differences(stored):
+            return f"was drawn with other settings ({differences})"
+        if reuse and not stored.describes(self.path):
+            raise UserError(f"{self.path} was changed after it was written; to draw the samples again: rm {self.path}")
+        return None
 
 
 # ---- Names and provenance
@@ -253,7 +256,7 @@ def write_samples(
     """Writes and uploads an .npz (the arrays that are not None, and the provenance), and a PNG beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     given = {name: array for name, array in arrays.items() if array is not None}
-    save_npz(path, given | provenance.arrays())
+    save_npz(path, provenance.add_to(given))
     pictures.save(path.with_suffix(".png"), picture)
     workdir.upload(path, path.with_suffix(".png"))
 

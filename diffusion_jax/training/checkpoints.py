@@ -1,7 +1,7 @@
 """Orbax checkpoints: saved in the background, committed by a rename, checked when read, restored bit-identically.
 
 A step's directory holds three items, so that sampling reads only the weights it needs: `params`, `ema_params`, and `rest`
-(optimizer, step, averages of metrics). `digests.json` lists all files, {"<item>/<file>": [bytes, "<SHA-256>"], ...}, because
+(optimizer, step, averages of metrics). `digests.json` lists the step and all files, {"<item>/<file>": [bytes, "<SHA-256>"]}:
 Orbax restores a flipped bit as another number, without an error. `check_run_files` reads a step's config.json and data.json.
 
 Each process writes its arrays into its own directory, `<step>.partial/<process>`: Orbax is set up as if each process were
@@ -40,6 +40,7 @@ from diffusion_jax.untrusted import check_regular, read_json
 Table = dict[str, tuple[int, str]]  # {file: (bytes, SHA-256)}
 
 _RUN_FILES = ("config.json", "data.json")  # each checkpoint has copies
+_MANIFEST_BYTES = 2**28
 _WEIGHTS = ("params", "ema_params")
 _ITEMS_OF_WEIGHTS = {"raw": "params", "ema": "ema_params"}
 
@@ -139,7 +140,7 @@ class Checkpoints:
                         (parts[0] / name).parent.mkdir(parents=True, exist_ok=True)
                         (part / name).rename(parts[0] / name)
             table: Table = {name: value for report in reports for name, value in report["files"].items()}
-            write_manifest(parts[0], table)
+            write_manifest(parts[0], {**table, "step": step})
             if isinstance(run_dir, BucketRunDir):
                 run_dir.check_locks()
                 store, name = run_dir.store, run_dir.object_name(run_dir / str(step))
@@ -392,18 +393,21 @@ def digest(path: pathlib.Path) -> tuple[int, str]:
 def check_run_files(workdir: RunDir) -> None:
     """Compares config.json and data.json with their copies in the newest checkpoint; a changed byte can change results.
 
-    Logs a note about changed settings that a launch may change, and if a checkpoint of an earlier version has no copies.
-    Raises: CheckpointError if a file is missing, cannot be read, or differs in values that change the results.
+    Logs a note about changed settings that a launch may change, and if the checkpoint lacks a copy or its step. Raises:
+    CheckpointError for a file that is missing, invalid or changed in values that change results, or a copy that was changed.
     """
     steps = committed_steps(workdir / "checkpoints")
     if not steps:
         return
     newest = workdir / "checkpoints" / str(steps[-1])
     paths = {workdir / name: newest / name for name in _RUN_FILES}
-    if not any(copy.exists() for copy in paths.values()):
-        log(
-            f"Note: {newest} has no copies of {' and '.join(_RUN_FILES)} to find changes; the next checkpoint has copies."
-        )
+    try:
+        table = read_json(newest / MANIFEST, limit=_MANIFEST_BYTES)
+    except (OSError, ValueError):  # `find_corruption` reports it
+        table = None
+    unknown = ["its step"] * (table is not None and "step" not in table)
+    if unknown := unknown + [path.name for path, copy in paths.items() if not copy.exists()]:
+        log(f"Note: {newest} has no copies of {', '.join(unknown)} to find changes; the next checkpoint has copies.")
     for path, copy in paths.items():
         if not copy.exists():
             continue
@@ -413,9 +417,11 @@ def check_run_files(workdir: RunDir) -> None:
         stored: list[Any] = []
         for file, advice in ((copy, f"remove it: rm {copy}"), (path, f"restore it: cp {copy} {path}")):
             try:
+                if file == copy and table is not None and list(digest(copy)) != table.get(path.name):
+                    raise ValueError(f"its SHA-256 differs from that in {MANIFEST}")
                 stored.append(resolve(read_json(file)) if path.name == "config.json" else read_json(file))
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); {advice}") from error
+                raise CheckpointError(f"{file} cannot be used ({error}); {advice}") from error
         changes = shorten("; ".join(list_differences(*map(flatten, stored))), 300)
         old, new = map(identity_settings, stored) if path.name == "config.json" else stored
         if old != new:
@@ -425,7 +431,7 @@ def check_run_files(workdir: RunDir) -> None:
             log(f"Note: {path} was changed after step {steps[-1]}: {changes}.")
 
 
-def write_manifest(directory: pathlib.Path, table: Table) -> None:
+def write_manifest(directory: pathlib.Path, table: Mapping[str, Any]) -> None:
     """Writes digests.json into `directory`, and syncs it to the disk."""
     with (directory / MANIFEST).open("w") as file:
         json.dump(dict(sorted(table.items())), file, indent=0)
@@ -436,10 +442,13 @@ def write_manifest(directory: pathlib.Path, table: Table) -> None:
 def find_corruption(directory: pathlib.Path, items: Iterable[str]) -> str | None:
     """Returns a phrase about the first damaged file of `items`; None if all files are intact."""
     try:
-        table = read_json(directory / MANIFEST, limit=2**28)
+        table = read_json(directory / MANIFEST, limit=_MANIFEST_BYTES)
+        step = table.pop("step", directory.name)  # version 0.3 stored no step
         listed = {name: (size, value) for name, (size, value) in table.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}"
+    if str(step) != directory.name:
+        return f"its {MANIFEST} belongs to step {shorten(str(step), 20)}"
     items = set(items)
     missing = sorted(items - {name.split("/")[0] for name in listed})
     if missing:

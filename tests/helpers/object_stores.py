@@ -115,6 +115,7 @@ def assert_complete_checkpoints(url, steps):
     assert sorted(map(int, found)) == sorted(steps)
     for step, names in found.items():
         manifest = json.loads(store.read(f"checkpoints/{step}/{MANIFEST}"))
+        assert manifest.pop("step") == int(step)
         assert names == manifest.keys() | {MANIFEST, "config.json", "data.json"}
 
 

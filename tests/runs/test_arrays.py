@@ -65,7 +65,7 @@ def test_a_relaunch_uses_the_stored_normalization_and_refuses_other_data(tmp_pat
         with pytest.raises(errors.CheckpointError, match="data.json is missing; to restore it: cp "):
             mode.run(array_config("vectors", file), run)
     (run / "data.json").write_text("{")
-    with pytest.raises(errors.CheckpointError, match=r"data.json cannot be read \(Expecting .*\); restore it: cp "):
+    with pytest.raises(errors.CheckpointError, match=r"data.json cannot be used \(Expecting .*\); restore it: cp "):
         sample.run(array_config("vectors", file), run)
 
 

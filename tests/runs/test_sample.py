@@ -1,6 +1,7 @@
 """--mode=sample: the sample files, which are reused or drawn again, and resuming."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -121,6 +122,8 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
         (lambda: store_settings(file.path, num_steps=3), "other settings (num_steps: 3 there, 2 here)."),
         (lambda: store_settings(file.path, weights_digest="1" * 64), "other settings (weights_digest: '111"),
         (lambda: file.path.write_bytes(b"PK\x03\x04 torn"), "does not store the settings"),
+        (lambda: change_arrays(file.path, lambda arrays: {"arr_0": arrays["arr_0"]}), "does not store the settings"),
+        (lambda: store_record(file.path, arrays_sha256=None), "and the digest of its samples"),
     ):
         damage()
         del drawn[:]
@@ -128,14 +131,37 @@ def test_samples_are_reused_unless_a_setting_differs(run, drawn, capsys):
         out = capsys.readouterr().out
         assert len(drawn) == 3 and f"Sampling again: {file.path} " in out and words in out
         assert Provenance.read(file.path).digest == file.provenance.digest
-    sample.run(convolutions_config(**FEW_DRAWN), run)  # --mode=sample never reuses a file
-    assert len(drawn) == 6
+    for change in (
+        lambda arrays: {"arr_0": arrays["arr_0"] + 1},
+        lambda arrays: {"arr_0": arrays["arr_0"][:-1]},
+        lambda arrays: {"arr_1": np.zeros(20)},
+    ):
+        change_arrays(file.path, lambda arrays, change=change: arrays | change(arrays))
+        with pytest.raises(errors.UserError, match=rf"^{file.path} was changed .*: rm {file.path}$"):
+            reuse_or_draw(convolutions_config(**FEW_DRAWN), run)
+        del drawn[:]
+        sample.run(convolutions_config(**FEW_DRAWN), run)  # --mode=sample never reuses a file
+        assert len(drawn) == 3
+    reuse_or_draw(convolutions_config(**FEW_DRAWN), run)
+    assert len(drawn) == 3 and f"Using the samples in {file.path}." in capsys.readouterr().out
+
+
+def change_arrays(path, change):
+    """Replaces the arrays of a file by a function of them, without a new digest."""
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    np.savez(path, **change(content))
+
+
+def store_record(path, **fields):
+    """Replaces fields of a file's record."""
+    record = dataclasses.asdict(Provenance.read(path)) | fields
+    change_arrays(path, lambda arrays: arrays | {"provenance": np.array(json.dumps(record))})
 
 
 def store_settings(path, **settings):
     """Replaces settings in a file's record."""
-    stored = Provenance.read(path)
-    np.savez(path, np.load(path)["arr_0"], **dataclasses.replace(stored, settings=stored.settings | settings).arrays())
+    store_record(path, settings=Provenance.read(path).settings | settings)
 
 
 def test_the_digest_of_parameters_depends_on_names_shapes_types_and_values():

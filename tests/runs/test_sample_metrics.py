@@ -8,6 +8,7 @@ import pytest
 
 from diffusion_jax import data, pretrained
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import compare
 from diffusion_jax.metrics import of_features
 from diffusion_jax.pretrained import PretrainedError
 from diffusion_jax.provenance import Provenance
@@ -42,14 +43,16 @@ def test_evaluate_measures_samples(run, monkeypatch):
 
 
 @pytest.mark.whole
-def test_a_record_has_the_settings_stored_with_the_samples(run, drawn):
+def test_a_record_has_the_settings_stored_with_the_samples(run, drawn, capsys):
     path = reuse_or_draw(convolutions_config(**FEW_DRAWN), run).path
     stored = dataclasses.replace(Provenance.read(path), details={"jax": "0.0.1"})
-    np.savez(path, np.load(path)["arr_0"], **stored.arrays())
+    np.savez(path, **stored.add_to({"arr_0": np.load(path)["arr_0"]}))
     evaluate.run(convolutions_config(**FEW_DRAWN, **{"evaluation.metrics": ("fid",)}), run)
     (record,) = json.loads((run / "metrics.json").read_text())
     assert record["drawn_with"] == {"jax": "0.0.1"} and record["sampling"]["sampler"] == "ddim"
     assert record["weights_digest"] == stored.settings["weights_digest"] and len(drawn) == 3
+    np.savez(path, arr_0=np.zeros((20, 8, 8, 1), np.uint8), **{"provenance": np.load(path)["provenance"]})
+    assert compare._drawing_settings(path) == {} and "how its samples were drawn" in capsys.readouterr().out
 
 
 @pytest.mark.whole

@@ -23,7 +23,7 @@ from diffusion_jax.report import write_report
 from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.runs import sample, train, workdir
 from diffusion_jax.runs.logging import PARTS
-from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.checkpoints import Checkpoints, digest
 from helpers.array_configs import array_config, write_arrays
 from helpers.paths import ROOT
 from helpers.work_directories import last_state, untrained
@@ -68,6 +68,20 @@ def edit(path, changes):
     path.write_text(json.dumps(content))
 
 
+def change_digests(run, change):
+    """Applies a function to the table in the checkpoint's digests.json."""
+    path = run / "checkpoints" / "1" / "digests.json"
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+def store_copy(run):
+    """Stores config.json in the checkpoint, with its digest, like a stranger who rewrites both."""
+    copy = shutil.copy(run / "config.json", run / "checkpoints" / "1" / "config.json")
+    change_digests(run, lambda table: table.update({"config.json": digest(copy)}))
+
+
 def call(*arguments):
     """Calls the program in this process. Returns: the exit code."""
     try:
@@ -101,7 +115,7 @@ def test_no_setting_of_a_run_imports(setting, run, evil, capsys):
             [function] if isinstance(SETTINGS[setting].default, tuple) or setting == "evaluation.metrics" else function
         )
         edit(run / "config.json", {setting: value})
-        shutil.copy(run / "config.json", run / "checkpoints" / "1" / "config.json")
+        store_copy(run)
         for mode in ("train", "sample", "edit", "evaluate", "plan"):
             assert call(f"--workdir={run}", f"--mode={mode}") == 2
             assert f"({setting}); to allow it, add " in capsys.readouterr().err
@@ -144,7 +158,7 @@ def test_a_named_function_is_imported_from_the_named_file_only(run, evil, capsys
     shutil.move(evil / "evil.py", theirs / "evil.py")
     (evil / "evil.py").write_text("from diffusion_jax import schedules\n\n\ndef make():\n    return schedules.edm()\n")
     edit(run / "config.json", {"diffusion.path": f"{theirs / 'evil.py'}:make"})
-    shutil.copy(run / "config.json", run / "checkpoints" / "1" / "config.json")
+    store_copy(run)
     with pytest.raises(pretrained.PretrainedError, match=r"--config.diffusion.path=\.\.\. with your copy"):
         pretrained.load(run, network={"model.kind": "evil.py:make"})
     net = pretrained.load(run, network={"diffusion.path": "evil.py:make"})
@@ -290,8 +304,40 @@ def test_a_changed_config_is_refused_where_it_decides_numbers(run, capsys):
     shutil.copy(copy, run / "config.json")  # the first command of the message
     pretrained.load(run)
     edit(run / "config.json", {"diffusion.beta_end": 0.03})
+    assert "config.json was changed after" in write_report(run).read_text()
     copy.unlink()  # the second
+    capsys.readouterr()
     assert pretrained.load(run).diffusion["beta_end"] == 0.03
+    assert "has no copies of config.json to find changes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "missing"),
+    [
+        (lambda run: (run / "checkpoints" / "1" / "config.json").unlink(), "config.json"),
+        (lambda run: (run / "checkpoints" / "1" / "data.json").unlink(), "data.json"),
+        (lambda run: change_digests(run, lambda table: table.pop("step")), "its step"),
+    ],
+)
+def test_what_a_checkpoint_does_not_store_is_a_note(damage, missing, run, capsys):
+    damage(run)
+    note = f"{run / 'checkpoints' / '1'} has no copies of {missing} to find changes"
+    for use in (lambda: pretrained.load(run), lambda: workdir.open_model(workdir.load_config(run), run)):
+        use()
+        assert note in capsys.readouterr().out
+
+
+def test_a_copy_that_was_changed_like_the_config_is_refused(run, capsys):
+    copy = run / "checkpoints" / "1" / "config.json"
+    for path in (run / "config.json", copy):
+        edit(path, {"diffusion.beta_end": 0.03})
+    with pytest.raises(
+        pretrained.PretrainedError, match=rf"{copy} cannot be used \(its SHA-256 .*; remove it: rm {copy}$"
+    ):
+        pretrained.load(run)
+    copy.unlink()
+    pretrained.load(run)
+    assert "has no copies of config.json" in capsys.readouterr().out
 
 
 def test_another_change_of_a_config_is_a_note(run, capsys):
@@ -332,11 +378,14 @@ def test_a_changed_scale_of_the_data_is_refused(run):
 def test_checkpoints_of_earlier_versions_have_no_copies(run, capsys):
     for name in ("config.json", "data.json"):
         (run / "checkpoints" / "1" / name).unlink()
+    change_digests(run, lambda table: table.pop("step"))
     config = workdir.load_config(run)
     train.run(config, run)
-    assert capsys.readouterr().out.count("has no copies of config.json and data.json") == 1
+    assert capsys.readouterr().out.count("has no copies of its step, config.json, data.json") == 1
     for name in ("config.json", "data.json"):
         assert (run / "checkpoints" / "4" / name).read_bytes() == (run / name).read_bytes()
+    pretrained.load(run)
+    assert "has no copies" not in capsys.readouterr().out
 
 
 def test_a_changed_file_of_weights_is_refused(run, tmp_path):
@@ -381,7 +430,7 @@ def test_files_with_values_of_another_kind_are_notes(run, capsys):
 def test_a_damaged_copy_is_not_restored(run):
     copy = run / "checkpoints" / "1" / "config.json"
     copy.write_text("{")
-    with pytest.raises(pretrained.PretrainedError, match=rf"{copy} cannot be read .*; remove it: rm {copy}$"):
+    with pytest.raises(pretrained.PretrainedError, match=rf"{copy} cannot be used .*; remove it: rm {copy}$"):
         pretrained.load(run)
 
 

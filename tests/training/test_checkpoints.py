@@ -1,5 +1,6 @@
 """Damaged checkpoints are detected by digests, named and renamed, and the previous checkpoint is restored."""
 
+import json
 import pathlib
 import shutil
 import signal
@@ -95,6 +96,33 @@ def test_damage_is_named_and_the_step_before_restored(copied, capsys, part, dama
     with checkpoints.Checkpoints(directory) as saved:
         saved.save(2, state)  # the step's name is free
         saved.finish()
+
+
+def test_a_renamed_step_is_damage(copied, capsys):
+    directory, abstract, states = copied
+    (directory / "1").rename(directory / "100")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restore(directory, abstract)), states[2])
+    assert "step 100 is damaged: its digests.json belongs to step 1." in capsys.readouterr().out
+    assert sorted(path.name for path in directory.iterdir()) == ["100.unreadable", "2"]
+    (directory / "2").rename(directory / "1")
+    with checkpoints.Checkpoints(directory, read_only=True) as saved:
+        assert saved.newest_intact_step() is None
+
+
+@pytest.mark.parametrize(
+    ("step", "is_intact"), [(2, True), (None, False), ([2], False), (10**400, False), ("missing", True)]
+)
+def test_the_step_in_the_digests(copied, step, is_intact):
+    """Version 0.3 stored no step."""
+    directory = copied[0] / "2"
+    table = json.loads((directory / "digests.json").read_text())
+    assert table["step"] == 2
+    table["step"] = step
+    if step == "missing":
+        del table["step"]
+    (directory / "digests.json").write_text(json.dumps(table))
+    problem = checkpoints.find_corruption(directory, ("params", "ema_params", "rest"))
+    assert problem is None if is_intact else "belongs to step" in problem and len(problem) < 60
 
 
 @pytest.mark.thorough
