@@ -187,7 +187,7 @@ def test_the_command_line_parses_shell_blocks(page, placeholders, tmp_path):
             continue
         for command in commands(block.text):
             try:
-                words = arguments(command, placeholders, tmp_path / "new")
+                words = arguments(command, placeholders, tmp_path)
                 if words[0] in cli.COMMANDS:
                     parse_subcommand(words)
                     continue
