@@ -3,7 +3,7 @@
     mmps     moment matching posterior sampling, the recommended method, exact for Gaussian data (Rozet et al. 2024)
     pigdm    pseudoinverse guidance, exact for white data N(0, data_std^2 I) (Song et al. 2023)
     smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
-    dps      diffusion posterior sampling, an uncalibrated baseline (Chung et al. 2023); `pigdm_step` is another baseline
+    dps      diffusion posterior sampling, an uncalibrated baseline (Chung et al. 2023)
 
 `mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so that samplers draw from the posterior; only
 `consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
@@ -211,36 +211,6 @@ class dps(WrappedSampler, traced=("measurement", "zeta")):
             return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
 
         return new._replace(x_prev=new.x_prev - jnp.asarray(self.zeta, x_t.dtype) * jax.grad(distance)(x_t))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class pigdm_step(WrappedSampler, traced=("measurement",)):
-    """PiGDM with the paper's weight (Song et al. 2023, Algorithm 1), a baseline that does not converge to the posterior.
-
-    Adds alpha_s alpha_t v J^T A^T (R + v A A^T)^-1 (y - A D) after each step from level t to s. Wraps any other sampler; the
-    paper uses `ddim(eta=1)` on variance-preserving schedules. For data N(0, 1) and y with noise 0.5, samples have
-    the mean y, and 0.41 (100 steps) or 0.22 (1,000 steps) times the exact standard deviation. Raises: ValueError as `pigdm`.
-    """
-
-    measurement: Measurement
-    data_std: float = 1.0
-    iterations: int = 10
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_number("data_std", self.data_std, 0, above=True)
-        _Correction(self.measurement, self.iterations).check()
-
-    def num_calls(self, num_steps: int) -> int:
-        return self.sampler.num_calls(num_steps) + num_steps
-
-    def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
-        new, level = self.sampler.step(key, denoiser, x_t, transition, state), transition.level
-        correction = _Correction(self.measurement, self.iterations, self.data_std)
-        # The shift contains the factor sigma^2 / alpha_t, by which the weight divides.
-        shift = correction.solve(lambda x_t: denoiser(x_t, transition), x_t, level).shift
-        weight = _white_variance(level, self.data_std) * transition.target.alpha * level.alpha**2 / level.sigma**2
-        return new._replace(x_prev=new.x_prev + weight * shift)
 
 
 class Particles(NamedTuple):

@@ -113,7 +113,6 @@ def replaced(sampler, value):
 HOLDING = {
     "replacement": lambda value: replaced(sampling.ddim(), value),
     "dps": lambda value: posterior.dps(sampling.ddim(), measured(value), 0.5 + value),
-    "pigdm_step": lambda value: posterior.pigdm_step(sampling.ddim(eta=1.0), measured(value)),
     "dps of replacement": lambda value: posterior.dps(replaced(sampling.ddim(), value), measured(value)),
     "replacement of dps": lambda value: replaced(posterior.dps(sampling.ddim(), measured(value)), value),
 }
