@@ -111,7 +111,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add("--pretrained", metavar="PATH", help="weights to start from, as for pretrained.load")
     text = "settings missing from the weights' file: a preset, OpenAI's flags, or JSON"
     add("--pretrained_flags", metavar="FLAGS", default="", help=text)
-    add("--trust_network", action="store_true", help="import the functions that a run names, such as model.kind")
+    add("--trust_network", action="store_true", help="import the functions and open the URLs that a run names")
     add("--follow_links", action="store_true", help="write through links that lead out of the work directory")
     for name, kind, metavar, text in (
         ("coordinator_address", str, "HOST:PORT", "address of process 0, the same for all processes"),
@@ -165,11 +165,12 @@ def parse(arguments: Sequence[str]) -> Command:
 
         config = load_config(workdir)
     reads_functions = not (flags.config or flags.trust_network) and flags.mode not in ("status", "report")
-    imported = configs.imported_functions(config) if config is not None and reads_functions else {}
-    for name in imported.keys() - overrides.keys():
+    found = configs.untrusted_values(config) if config is not None and reads_functions else {}
+    unread = {"data.data_dir", "evaluation.data_dir", "evaluation.inception"} if flags.mode == "sample" else set()
+    for name in found.keys() - overrides.keys() - unread:
         raise UserError(
-            f"{flags.pretrained or workdir} holds a run that imports {imported[name]} ({name}); to allow it, add "
-            f"--config.{name}={imported[name]}, --config=... or --trust_network"
+            f"{flags.pretrained or workdir} holds a run that imports or opens {found[name]} ({name}); to allow it, add "
+            f"--config.{name}={found[name]}, --config=... or --trust_network"
         )
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"

@@ -57,7 +57,6 @@ __all__ = [
     "find_broken",
     "flatten",
     "identity_settings",
-    "imported_functions",
     "is_classifier",
     "is_continuous",
     "is_identity",
@@ -67,6 +66,7 @@ __all__ = [
     "resolve_clip",
     "sampler_setting",
     "short_name",
+    "untrusted_values",
 ]
 
 _ALIASES = {"sampling.class": "sampling.label"}
@@ -127,8 +127,10 @@ def override(config: Mapping[str, Any], texts: Mapping[str, str]) -> ConfigDict:
     return _complete(flatten(changed) | values)
 
 
-def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings whose functions would be imported, {"model.kind": "module:function"}. config: may be partial.
+def untrusted_values(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings of a run, or of a partial config, that need permission: {"model.kind": "module:function"}.
+
+    These are functions, which are imported, and URLs, which are opened with the reader's credentials.
 
     The synthetic data of this package's experiments are not listed, because importing them runs only this package's code.
     """
@@ -136,8 +138,9 @@ def imported_functions(config: Mapping[str, Any]) -> dict[str, str]:
     for name, value in flatten(config).items():
         texts = [text for text in (value if isinstance(value, tuple | list) else [value]) if isinstance(text, str)]
         texts = [text for text in texts if text not in _OWN_DATA]
-        if name in SETTINGS and SETTINGS[name].imports and any(":" in text for text in texts):
-            found[name] = ",".join(texts)
+        setting, text = SETTINGS.get(name), ",".join(texts)
+        if setting and ((setting.imports and ":" in text) or (setting.is_path and "://" in text)):
+            found[name] = text
     return found
 
 

@@ -47,6 +47,11 @@ class Setting:
         """Whether a value with a colon names a function that is imported."""
         return _names_function(self.kind)
 
+    @property
+    def is_path(self) -> bool:
+        """Whether a value is a path or a URL."""
+        return self.kind is PATH
+
 
 def _names_function(kind: Any) -> bool:
     parts = kind.kinds if isinstance(kind, OneOf) else [kind.item] if isinstance(kind, Tuple) else ()

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax import data, models, schedules, training
-from diffusion_jax.config import imported_functions, resolve, resolve_clip, short_name
+from diffusion_jax.config import resolve, resolve_clip, short_name, untrusted_values
 from diffusion_jax.console import log
 from diffusion_jax.distributed import sharding
 from diffusion_jax.errors import (
@@ -46,7 +46,7 @@ from diffusion_jax.pretrained.diffusers import save_diffusers
 from diffusion_jax.pretrained.model import DIFFUSION_DEFAULTS, Model, format_summary, make_clip, make_model
 from diffusion_jax.provenance import Provenance, params_digest, settings_digest
 from diffusion_jax.run_dir import RunDir, committed_steps, open_run_dir
-from diffusion_jax.storage import hub
+from diffusion_jax.storage import hub, objects
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.training import checkpoints
 from diffusion_jax.training.optimizer import initial_share, weights_kind
@@ -164,7 +164,16 @@ def _read(path: pathlib.Path, flags: Flags, ema: bool, network: Trust, with_para
                 f"{path} has no weights of its own; load those that it starts from: {config['init_from']}"
             )
         config, function = _trusted_functions(path, config, network)
-        net = describe_run(config, workdir, network=function)
+        named = {**config, "sampling": {**config["sampling"]}}
+        for settings, name in ((named, "init_from"), (named["sampling"], "classifier")):
+            trusted = network.values() if isinstance(network, Mapping) else ()
+            if objects.is_url(url := settings[name]) and network is not True and url not in trusted:
+                if name == "init_from" and _starts_from_other_weights(config, workdir):
+                    raise PretrainedError(
+                        f"{path} starts from {url}, and loading opens no URL by itself; give network=True"
+                    )
+                settings[name] = ""  # also names classes
+        net = describe_run(named, workdir, network=function)
         return load_weights(net, config, workdir, ema) if with_params else net
     if tensors is None and (found := diffusers.find_configs(path)):
         return diffusers.load_diffusers(path, *found, with_params)
@@ -232,7 +241,7 @@ def _trusted_functions(
     Raises: PretrainedError if a function may not be imported.
     """
     config, kind = {**settings}, settings["model"].get("kind", "")
-    named = imported_functions({group: config[group] for group in ("model", "diffusion")})
+    named = untrusted_values({group: config[group] for group in ("model", "diffusion")})
     imported = {name: named[name] for name in _FUNCTIONS if name in named}
     for name, function in imported.items():
         group, _, setting = name.partition(".")
@@ -483,7 +492,7 @@ def _initial_weights(read: Callable[..., Model], config: Mapping[str, Any], use_
     """Calls `load` or `describe` with `config.init_from`. Raises: PretrainedError."""
     path = config["init_from"]
     try:
-        return read(path, config["init_flags"] or None, use_ema, imported_functions(config))
+        return read(path, config["init_flags"] or None, use_ema, untrusted_values(config))
     except PretrainedError as error:
         raise PretrainedError(f"init_from={path}: {error}") from error
 

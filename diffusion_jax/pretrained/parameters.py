@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -101,6 +102,10 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # safetensors would follow a link
             safetensors.numpy.save_file(dict(tensors), f"{folder}/{path.name}", dict(metadata))
+            pathlib.Path(folder, "mode").touch()
+            shutil.copymode(
+                f"{folder}/mode", f"{folder}/{path.name}"
+            )  # save_file ignores the umask: only its user may read
             os.replace(f"{folder}/{path.name}", path)
     except safetensors.SafetensorError as error:
         raise PretrainedError(f"{path} cannot be written: {error}") from None

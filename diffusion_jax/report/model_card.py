@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import datetime
 import importlib.resources
 import json
 import pathlib
+import re
 import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from diffusion_jax import config as configs
+from diffusion_jax.errors import visible
 from diffusion_jax.pretrained import Model, format_summary, origin
 from diffusion_jax.provenance import code_version
 from diffusion_jax.report.card import facts
 from diffusion_jax.report.collect import RunFiles, collect, table_cells, train_command
 from diffusion_jax.run_dir import open_run_dir
-from diffusion_jax.storage import objects
+from diffusion_jax.storage import hub, objects
 
 SAMPLES = "samples.png"  # beside the card
 
@@ -33,6 +41,9 @@ def model_card(
     of the run that trained the weights. license, data, location: for published weights; `pretrained.load` takes the location.
     """
     run = None if workdir is None else collect(open_run_dir(workdir, read_only=True))
+    if run is not None and run.config is not None:
+        run = dataclasses.replace(run, config=_public(run.config))
+    net, location = without_folders(net), location if objects.is_url(location) else pathlib.Path(location).name
     is_converted = not location and to.suffix != ".safetensors"
     has_diffusers = is_converted or (to / "model_index.json").is_file()
     metadata: dict[str, Any] = {
@@ -52,10 +63,10 @@ def model_card(
         made_from = _table(("made from", "license", "page"), [[*source.values()]]) + "\n\n"
     template = importlib.resources.files("diffusion_jax.report") / "static" / "model_card.md"
     return string.Template(template.read_text()).substitute(
-        metadata="".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items()),  # JSON values are YAML
-        license=json.dumps(stated) if stated else '"unknown"  # fill in',
+        metadata="".join(f"{name}: {visible(json.dumps(value))}\n" for name, value in metadata.items()),  # JSON is YAML
+        license=visible(json.dumps(stated)) if stated else '"unknown"  # fill in',
         origin=made_from,
-        name=to.stem if to.suffix == ".safetensors" else where.rpartition("/")[2],
+        name=_escape(to.stem if to.suffix == ".safetensors" else where.rpartition("/")[2]),
         sample="" if net.published_sampling else ", sampler=sampling.ddim(), steps=50",
         version=code_version(),
         file=repr(location or to.name),
@@ -63,7 +74,8 @@ def model_card(
         data=f"## Training data\n\n{_escape(data)}\n\n" if data else "",
         samples=f"![samples]({SAMPLES})\n\n" if (to / SAMPLES).is_file() else "",
         diffusers=diffusers if has_diffusers and not objects.is_url(location) else "",
-        summary=format_summary(net),
+        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        summary=_fence("text", format_summary(net)),
         run="" if run is None else "".join(f"{part}\n\n" for part in (_training(run, net), _metrics(run, net)) if part),
     )
 
@@ -82,7 +94,7 @@ def _training(run: RunFiles, net: Model) -> str:
         "moving average (EMA)": ema,
         "sampler of the run": f"{config.sampling.sampler}, steps: {steps}",
     }
-    command = f"The run, in a new directory DIR:\n\n```sh\n{train_command(config)}\n```"
+    command = f"The run, in a new directory DIR:\n\n{_fence('sh', visible(train_command(config)))}"
     return "\n\n".join(["## Training", _table(("what", "value"), rows.items()), command])
 
 
@@ -93,7 +105,39 @@ def _metrics(run: RunFiles, net: Model) -> str:
     if not records:
         return "## Metrics\n\nThese weights have no metrics yet: run `--mode=evaluate`."
     _, header, rows = table_cells(records)
+    rows = [[re.split(r"[/\\]", cell)[-1] for cell in row] for row in rows]
     return f"## Metrics\n\nA row for each measurement, ± one standard error:\n\n{_table(header, rows)}"
+
+
+def without_folders(net: Model) -> Model:
+    """Returns a model that names each function FILE.py:function without the folder of the file, which may be private."""
+    diffusion = None if net.diffusion is None else {name: _short(value) for name, value in net.diffusion.items()}
+    kind = getattr(net.model, "kind", None)
+    return dataclasses.replace(
+        net, diffusion=diffusion, model=net.model.clone(kind=_short(kind)) if kind else net.model
+    )
+
+
+def _public(config: ConfigDict) -> ConfigDict:
+    """Returns a config without paths, except names on the Hub, and without the folders of FILE.py:function."""
+    public = copy.deepcopy(config)
+    with public.ignore_type():
+        for name, value in configs.flatten(config).items():
+            is_private = configs.SETTINGS[name].is_path and not hub.is_hub(value)
+            public.update_from_flattened_dict({name: "" if is_private else _short(value)})
+    return public
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_short, value))
+    return configs.short_name(value) if isinstance(value, str) else value
+
+
+def _fence(kind: str, text: str) -> str:
+    """Returns a block of code that its text cannot end."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{kind}\n{text}\n{ticks}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -103,4 +147,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _escape(text: Any) -> str:
     """Returns a text as one line, with the symbols of Markdown escaped."""
-    return " ".join(str(text).split()).translate(str.maketrans({symbol: f"\\{symbol}" for symbol in "\\|<>*_`[]"}))
+    return visible(" ".join(str(text).split())).translate(
+        str.maketrans({symbol: f"\\{symbol}" for symbol in "\\|<>*_`[]"})
+    )

@@ -10,7 +10,7 @@ from diffusion_jax.errors import PretrainedError, UserError, print_text
 from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.files import write_text
 from diffusion_jax.pretrained import Model, origin, save_diffusers, save_safetensors
-from diffusion_jax.report.model_card import SAMPLES, model_card
+from diffusion_jax.report.model_card import SAMPLES, model_card, without_folders
 from diffusion_jax.storage import hub, objects
 from diffusion_jax.untrusted import leads_out
 
@@ -38,6 +38,7 @@ def publish(net: Model, to: str, workdir: pathlib.Path | None, license: str, dat
         print_text(
             f"Note: the weights come from {source['source']} (license: {source['license']}), published as {license}."
         )
+    net = without_folders(net)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "weights"  # the name of this folder is not in the files
         try:

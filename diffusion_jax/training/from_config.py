@@ -15,12 +15,12 @@ from jax.stages import Wrapped
 from diffusion_jax import data, models, schedules
 from diffusion_jax.config import (
     check,
-    imported_functions,
     is_classifier,
     is_continuous,
     is_upsampler,
     resolve,
     sampler_setting,
+    untrusted_values,
 )
 from diffusion_jax.distributed import devices, sharding
 from diffusion_jax.errors import CheckpointError
@@ -198,7 +198,7 @@ def build_program(config: Mapping[str, Any], mesh_devices: Sequence[Any] | None 
         )
 
     single_step = compiled(train_step, 0)
-    if any(setting.startswith("diffusion.") for setting in imported_functions(config)):
+    if any(setting.startswith("diffusion.") for setting in untrusted_values(config)):
         jax.eval_shape(single_step, shapes, abstract_batch(config))
     # On XLA's CPU backend, a scan around convolution gradients is ten times slower than single calls, so CPUs use single
     # calls.

@@ -1,18 +1,20 @@
 """report.html for complete, killed, damaged and empty work directories, the page's sections, and model cards."""
 
 import dataclasses
+import datetime
 import html.parser
 import json
 import os
 import re
 import shlex
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
 from diffusion_jax import cli, pictures, pretrained
-from diffusion_jax.config import experiment, override
+from diffusion_jax.config import SETTINGS, experiment, override
 from diffusion_jax.provenance import Provenance
 from diffusion_jax.report import __main__ as command
 from diffusion_jax.report import page as page_module
@@ -21,6 +23,7 @@ from diffusion_jax.report.card import newest_result
 from diffusion_jax.report.collect import collect, sample_command, train_command
 from diffusion_jax.report.figures import make_series, run_clock, training_charts
 from diffusion_jax.report.model_card import model_card
+from diffusion_jax.report.publishing import publish
 from diffusion_jax.run_dir import RunDir
 from diffusion_jax.runs.workdir import to_dict
 from helpers.simulated_runs import START, simulated_lines, write_log, write_results, write_run
@@ -420,3 +423,44 @@ def test_a_card_is_filled_from_the_run(run, tmp_path):
     card = model_card(net, tmp_path / "x.safetensors", None)  # as for published weights
     assert front_matter(card)["library_name"] == "diffusion_jax"
     assert "## Training" not in card and "network times 0 ..." in card
+
+
+def test_a_card_has_no_paths_and_its_values_end_no_block(run, tmp_path):
+    directory, net = run
+    values = json.loads((directory / "config.json").read_text())
+    hostile, paths = "x\n```\n---\n<b>\x1b[31m", {name for name, setting in SETTINGS.items() if setting.is_path}
+    for name in paths:
+        group, _, last = name.rpartition(".")
+        (values[group] if group else values)[last] = f"/home/client/{name}"
+    values["data"] |= {"dataset": "/home/client/data.py:make", "split": hostile}
+    values["diffusion"]["schedule"] = "/home/client/betas.py:make"
+    (directory / "config.json").write_text(json.dumps(values))
+    record = {"step": 1000, "weights": "ema", "reference": "/home/client/My set:train", "fid": 1.5, "num_samples": 9}
+    (directory / "metrics.json").write_text(json.dumps([record]))
+    net = dataclasses.replace(
+        net, family=hostile, diffusion={**net.diffusion, "schedule": "/home/client/betas.py:make"}
+    )
+    card = model_card(net, tmp_path / "weights", directory, "mit", "digits", "/home/client/weights")
+    assert "client" not in card and card.count("betas.py:make") == 3 and "| My set:train |" in card
+    assert front_matter(card)["datasets"] == ["data.py:make"] and "\x1b" not in card
+    assert all(line in ("---", "") or line[0] != "-" for line in card.splitlines()) and card.count("\n---\n") == 1
+    blocks = re.findall(r"^(`{3,})(\w+)\n(.*?)^\1$", card, re.MULTILINE | re.DOTALL)
+    assert [kind for _, kind, _ in blocks] == ["python", "text", "sh"] and len(blocks[1][0]) == len(blocks[2][0]) == 4
+    assert f"{datetime.datetime.now(datetime.UTC):%Y-}" in card.partition("version ")[2][:60]
+
+
+def test_published_weights_name_functions_without_folders(tmp_path, monkeypatch):
+    file = tmp_path / "client" / "own.py"
+    file.parent.mkdir()
+    text = "import flax.linen as nn\n\n\nclass Net(nn.Module):\n    @nn.compact\n    def __call__(self, x_t, time):\n"
+    file.write_text(f"{text}        return nn.Dense(1)(x_t) + time.mean()\n\n\ndef make(shapes):\n    return Net()\n")
+    net = pretrained.from_config(
+        {"model": {"kind": f"{file}:make", "dropout": 0.0}, "data": {"image_size": (), "channels": 1, "levels": None}}
+    )
+    params = net.model.init(jax.random.key(0), np.zeros((1, 1)), np.zeros(1))["params"]
+    publish(net.with_params(params), str(tmp_path / "out"), None, "mit", "numbers")
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert b"own.py:make" in path.read_bytes() and b"client" not in path.read_bytes()
+    monkeypatch.chdir(file.parent)
+    again = pretrained.load(tmp_path / "out", network=True)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)

@@ -1,5 +1,6 @@
 """A run of a stranger executes nothing, writes nowhere else, and changes no number without a word."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,18 +18,20 @@ from PIL import Image
 
 from diffusion_jax import cli, data, pretrained
 from diffusion_jax.config import SETTINGS
-from diffusion_jax.errors import CheckpointError, LeaseLostError, UserError
+from diffusion_jax.errors import CheckpointError, LeaseLostError, StorageError, UserError
 from diffusion_jax.functions import import_function
 from diffusion_jax.report import write_report
 from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.runs import sample, train, workdir
 from diffusion_jax.runs.logging import PARTS
+from diffusion_jax.storage import downloads
 from diffusion_jax.training.checkpoints import Checkpoints, digest
 from helpers.array_configs import array_config, write_arrays
 from helpers.paths import ROOT
 from helpers.work_directories import last_state, untrained
 
 IMPORTING = sorted(name for name, setting in SETTINGS.items() if setting.imports)
+PATHS = sorted(name for name, setting in SETTINGS.items() if setting.is_path)
 EVIL = (
     "import pathlib\npathlib.Path(__file__).with_name('executed').touch()\n\n\ndef make(*arguments):\n    return None\n"
 )
@@ -137,6 +140,42 @@ def test_no_setting_of_a_run_imports(setting, run, evil, capsys):
             assert "imports no code" in str(error) and setting in ("model.kind", "diffusion.path", "diffusion.schedule")
         assert not (evil / "executed").exists()
         capsys.readouterr()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The URLs that are opened, each of which then fails."""
+    urls = []
+
+    def refuse(url, *_):
+        urls.append(url)
+        raise StorageError(url)
+
+    monkeypatch.setattr(downloads, "open_store", refuse)
+    monkeypatch.setattr(downloads, "download", refuse)
+    return urls
+
+
+@pytest.mark.parametrize("setting", PATHS)
+def test_no_url_of_a_run_is_opened(setting, run, opened, capsys):
+    """It would be opened with the reader's credentials."""
+    for url in ("s3://bucket/x", "hf://owner/x"):
+        if setting == "init_from":
+            shutil.rmtree(run / "checkpoints" / "1", ignore_errors=True)
+        edit(run / "config.json", {setting: url})
+        if setting != "init_from":
+            store_copy(run)
+        mode = "evaluate" if setting.startswith(("data", "evaluation")) else "sample"
+        assert call(f"--workdir={run}", f"--mode={mode}") == 2
+        assert f"opens {url} ({setting}); to allow it, add --config.{setting}={url}" in capsys.readouterr().err
+        for trust in (f"--config.{setting}={url}", "--trust_network"):
+            assert cli.parse([f"--workdir={run}", f"--mode={mode}", trust]).config == workdir.load_config(run)
+        assert call(f"--workdir={run}", "--mode=status") == 0
+        with pytest.raises(pretrained.PretrainedError) if setting == "init_from" else contextlib.nullcontext():
+            pretrained.load(run)
+        assert not opened
+    with pytest.raises(StorageError) if setting in ("init_from", "sampling.classifier") else contextlib.nullcontext():
+        pretrained.load(run, network={setting: url})
 
 
 def test_only_synthetic_data_of_the_package_need_no_permission(run):

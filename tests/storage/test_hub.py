@@ -247,6 +247,10 @@ def test_a_published_run_is_loaded_by_its_name(serve, tmp_path, monkeypatch, cap
         path.relative_to(tmp_path / "folder").as_posix() for path in (tmp_path / "folder").rglob("*") if path.is_file()
     }
     assert {"README.md", "samples.png", hub.OWN_FILE, "unet/config.json", "scheduler/scheduler_config.json"} <= names
+    (tmp_path / "new").touch()
+    modes = {(tmp_path / "folder" / name).stat().st_mode for name in names}
+    assert modes == {(tmp_path / "new").stat().st_mode}  # as the umask allows, also for other users
+    assert str(tmp_path) not in (tmp_path / "folder" / "README.md").read_text()
     assert (tmp_path / "folder" / "samples.png").read_bytes() == b"a picture"
     again = pretrained.load(tmp_path / "folder")
     assert params_equal(again, net) and again.levels == net.levels == 17

@@ -179,14 +179,14 @@ def test_functions_that_are_missing_are_one_line():
 
 def test_functions_that_a_config_imports():
     config = config_with(diffusion__weighting=own_networks.weight, model__kind=own_networks.pair)
-    assert configs.imported_functions(config) == {
+    assert configs.untrusted_values(config) == {
         "diffusion.weighting": name(own_networks.weight),
         "model.kind": name(own_networks.pair),
     }
-    assert configs.imported_functions(tiny_mlp()) == {}
+    assert configs.untrusted_values(tiny_mlp()) == {}
     several = {"evaluation.metrics": f"energy_distance,{name(own_networks.mean_shift)}"}
     several |= {"logging.writers": f"wandb,{name(own_networks.Lines)}"}
-    assert configs.imported_functions(configs.override(tiny_mlp(), several)) == several
+    assert configs.untrusted_values(configs.override(tiny_mlp(), several)) == several
 
 
 @pytest.mark.parametrize(
