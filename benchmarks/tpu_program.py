@@ -163,12 +163,13 @@ def report(text: str, chip: topologies.Chip) -> dict[str, Any]:
     largest, padded = [], {}
     for instruction, count in program.executed():
         kind, cycles = work.kind_of_work(program, instruction), count * instruction.cycles
+        op_name = work.op_name_of(instruction)
         kinds[kind] += cycles
-        blocks[work.block_of_network(instruction.op_name) or "outside the network"] += cycles
-        largest.append((cycles, kind, instruction.name, instruction.op_name))
-        for array in instruction.arrays:
+        blocks[work.block_of_network(op_name) or "outside the network"] += cycles
+        largest.append((cycles, kind, instruction.name, op_name))
+        for array in work.arrays_of(instruction):
             if array.in_memory and array.padded >= max(MIN_PADDED, 1.5 * array.size):
-                padded[instruction.name] = (array.dtype, array.shape, array.size, array.padded, instruction.op_name)
+                padded[instruction.name] = (array.dtype, array.shape, array.size, array.padded, op_name)
     seconds = program.cycles / chip.clock
     return {
         "cycles": program.cycles,
@@ -179,8 +180,10 @@ def report(text: str, chip: topologies.Chip) -> dict[str, Any]:
         "padded": sorted(padded.values(), key=lambda each: -each[3])[:10],
         "collectives": [each._asdict() for each in work.collectives(program)],
         "fused_collectives": work.num_fused_collectives(program),
-        "float32_products": [i.op_name for i, _ in program.executed() for _, d in program.products(i) if "f32" in d],
-        "host_calls": len(program.host_calls),
+        "float32_products": [
+            work.op_name_of(i) for i, _ in program.executed() for _, d in work.products(program, i) if "f32" in d
+        ],
+        "host_calls": len(work.host_calls(program)),
     }
 
 

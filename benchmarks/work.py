@@ -1,14 +1,96 @@
-"""What the instructions of a program compiled for a TPU do: kinds of work, blocks of the network, and collectives."""
+"""What the instructions of a program compiled for a TPU do: arrays, kinds of work, blocks of the network, and collectives."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from diffusion_jax.distributed import hlo
 
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
+_PRODUCTS = ("convolution", "dot")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::T\((\d+(?:,\d+)?)\))?([^}]*)\})?")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Array(NamedTuple):
+    """A dense array. size: bytes of the elements; padded: bytes with the padding of the layout's tiles.
+
+    in_memory: whether it is in the device's main memory, and not in the small memory beside the cores.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    padded: int
+    in_memory: bool
+
+
+def read_arrays(text: str) -> tuple[Array, ...]:
+    """Returns the arrays in the text of a type, such as bf16[32,32,3]{2,1,0:T(8,128)(2,1)}, or of a tuple of types."""
+    found = []
+    for dtype, dimensions, order, tile, rest in _ARRAY.findall(text):
+        if dtype not in BYTES:
+            continue
+        shape = tuple(map(int, filter(None, dimensions.split(","))))
+        padded = list(shape)
+        tiles = [int(side) for side in tile.split(",")] if tile else []
+        minor_first = [int(axis) for axis in order.split(",")] if order else []
+        for axis, side in zip(minor_first, reversed(tiles), strict=False):
+            padded[axis] = -(-shape[axis] // side) * side
+        size, full = (math.prod(dims) * BYTES[dtype] for dims in (shape, padded))
+        found.append(Array(dtype, shape, size, full, "S(" not in rest))
+    return tuple(found)
+
+
+def arrays_of(instruction: hlo.Instruction) -> tuple[Array, ...]:
+    """Returns the arrays of an instruction's result."""
+    return read_arrays(instruction.line.partition(f" {instruction.opcode}(")[0])
+
+
+def op_name_of(instruction: hlo.Instruction) -> str:
+    """Returns the name of the operation in the instruction's metadata; "" without one."""
+    found = re.search(r'op_name="([^"]*)"', instruction.line)
+    return found[1] if found else ""
+
+
+def _operands(instruction: hlo.Instruction) -> list[str]:
+    start = instruction.line.index(f" {instruction.opcode}(") + len(instruction.opcode) + 1
+    return re.findall(r"%[\w.-]+", instruction.line[start : _closing(instruction.line, start)])
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns the index of the parenthesis that closes the parenthesis at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if not depth:
+            return index
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def products(program: hlo.Program, instruction: hlo.Instruction) -> Iterator[tuple[hlo.Instruction, list[str]]]:
+    """Yields the convolutions and products of an instruction, also in a fusion, with the dtypes of their operands."""
+
+    def search(each: hlo.Instruction, known: dict[str, hlo.Instruction]) -> Iterator[tuple[hlo.Instruction, list[str]]]:
+        if each.opcode in _PRODUCTS:
+            yield each, [arrays_of(known[name])[0].dtype for name in _operands(each) if name in known]
+        elif each.opcode == "fusion":
+            for name in each.called:
+                inner = program.computations[name]
+                for part in inner.values():
+                    yield from search(part, inner)
+
+    home = next((c for c in program.computations.values() if c.get(instruction.name) is instruction), {})
+    yield from search(instruction, home)
+
+
+def host_calls(program: hlo.Program) -> list[str]:
+    """Returns the lines of instructions that call or wait for the host."""
+    lines = (instruction.line for part in program.computations.values() for instruction in part.values())
+    return [line for line in lines if re.search(r"\b(infeed|outfeed)\(|is_host_transfer=true|xla_.*callback", line)]
 
 
 class Collective(NamedTuple):
@@ -27,7 +109,7 @@ def collectives(program: hlo.Program) -> list[Collective]:
         if not (kind := _collective(instruction)):
             continue
         devices = 2 if kind == "collective-permute" else _group_size(instruction.line)
-        arrays = instruction.arrays
+        arrays = arrays_of(instruction)
         if instruction.opcode == "all-gather-start":
             arrays = arrays[len(arrays) // 2 :]  # the inputs come first
         size = sum(array.size for array in arrays)
@@ -71,10 +153,10 @@ def _group_size(line: str) -> int:
 
 def kind_of_work(program: hlo.Program, instruction: hlo.Instruction) -> str:
     """Returns the kind of work of an instruction, from its opcode, its metadata and its fused computation."""
-    op, opcode = instruction.op_name, instruction.opcode
+    op, opcode = op_name_of(instruction), instruction.opcode
     if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return "collectives"
-    if next(program.products(instruction), None):
+    if next(products(program, instruction), None):
         return "convolutions and products"
     if re.search(r"threefry|random_bits|rng_bit_generator|Dropout|_uniform|_normal\b|iota_2x32", op):
         return "random numbers and dropout"

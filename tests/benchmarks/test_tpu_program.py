@@ -19,7 +19,7 @@ def test_cycles_count_each_iteration_of_a_loop():
     assert program.cycles == 1000 + 200 + 70 + 5 * 10 + 3
     kinds, blocks = {}, {}
     for instruction, count in program.executed():
-        kind, block = work.kind_of_work(program, instruction), work.block_of_network(instruction.op_name)
+        kind, block = work.kind_of_work(program, instruction), work.block_of_network(work.op_name_of(instruction))
         kinds[kind] = kinds.get(kind, 0) + count * instruction.cycles
         blocks[block] = blocks.get(block, 0) + count * instruction.cycles
     assert {kind: cycles for kind, cycles in kinds.items() if cycles} == {
@@ -49,11 +49,11 @@ def test_a_scan_has_as_many_iterations_as_the_limit_of_its_counter():
 
 
 def test_a_layout_pads_the_two_fastest_axes_to_its_tile():
-    (image,) = hlo.read_arrays("bf16[8,32,32,3]{3,2,1,0:T(8,128)(2,1)}")
+    (image,) = work.read_arrays("bf16[8,32,32,3]{3,2,1,0:T(8,128)(2,1)}")
     assert (image.size, image.padded, image.in_memory) == (8 * 32 * 32 * 3 * 2, 8 * 32 * 32 * 128 * 2, True)
-    (image,) = hlo.read_arrays("f32[8,32,31,3]{2,3,1,0:T(8,128)S(1)}")  # the third axis is the fastest
+    (image,) = work.read_arrays("f32[8,32,31,3]{2,3,1,0:T(8,128)S(1)}")  # the third axis is the fastest
     assert (image.padded, image.in_memory) == (8 * 32 * 128 * 8 * 4, False)
-    scalar, vector = hlo.read_arrays("(s32[]{:T(128)}, f32[130]{0:T(128)})")
+    scalar, vector = work.read_arrays("(s32[]{:T(128)}, f32[130]{0:T(128)})")
     assert (scalar.shape, scalar.size, vector.padded) == ((), 4, 4 * 256)
 
 
@@ -79,10 +79,10 @@ def test_bytes_of_collectives_are_those_of_a_ring():
 
 def test_products_have_the_dtypes_of_their_operands_and_host_calls_are_found():
     program = hlo.Program(TEXT)
-    products = [dtypes for instruction, _ in program.executed() for _, dtypes in program.products(instruction)]
-    assert products == [["bf16", "f32"]] and program.host_calls == []
+    products = [dtypes for instruction, _ in program.executed() for _, dtypes in work.products(program, instruction)]
+    assert products == [["bf16", "f32"]] and work.host_calls(program) == []
     host = '  %cb = f32[] custom-call(%x), custom_call_target="xla_ffi_python_cpu_callback"\n  ROOT %add.1'
-    assert len(hlo.Program(TEXT.replace("  ROOT %add.1", host)).host_calls) == 1
+    assert len(work.host_calls(hlo.Program(TEXT.replace("  ROOT %add.1", host)))) == 1
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.Program("HloModule empty")
 

@@ -47,8 +47,10 @@ def check(name: str, config, devices) -> tuple[hlo.Program, Any]:
     kind = name if name in tpu_program.PROGRAMS else "sample"
     compiled = tpu_program.compile_program(kind, config, devices)
     program = hlo.Program(compiled.as_text())
-    assert program.cycles > 0 and not program.host_calls
-    products = {i.op_name for i, _ in program.executed() for _, dtypes in program.products(i) if "f32" in dtypes}
+    assert program.cycles > 0 and not work.host_calls(program)
+    products = {
+        work.op_name_of(i) for i, _ in program.executed() for _, dtypes in work.products(program, i) if "f32" in dtypes
+    }
     assert kind == "features" or not {each for each in products if not FLOAT32.search(each)}
     versions = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in ("jax", "libtpu"))
     recorded = json.loads(CYCLES.read_text()).get(versions, {}).get(name)
