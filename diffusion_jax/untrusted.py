@@ -89,10 +89,9 @@ def open_npz(path: str | os.PathLike, limit: float = NPZ_BYTES) -> Iterator[Any]
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
+                # Python expands the other compressions without a limit.
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError(
-                        f"{member.filename} has a compression that NumPy does not write"
-                    )  # and without limit
+                    raise ValueError(f"{member.filename} has a compression that NumPy does not write")
                 with archive.open(member) as file:
                     read_header(file, member.file_size)
             if (size := sum(member.file_size for member in archive.infolist())) > limit:

@@ -155,10 +155,8 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
     detected as too narrow; the smallest ratio that is detected as too wide). A ratio is 0 or infinite if none is detected.
     Assumes at least 50 examples, an error in one quantity, and `references`, whose two tests raise the limit.
     """
-    test, normal = (
-        rank_test(np.zeros(num_examples, int), num_samples),
-        statistics.NormalDist(),
-    )  # for its standard errors
+    test = rank_test(np.zeros(num_examples, int), num_samples)  # for its standard errors
+    normal = statistics.NormalDist()
     # 0.96 instead of 0.95, because the statistics are skewed; Monte Carlo with 100 examples or more finds 95 to 96%.
     limit, margin = _limit(2 * num_quantities + 2), normal.inv_cdf(0.96) / math.sqrt(num_examples)
     truths = [normal.inv_cdf((i + 0.5) / 200) for i in range(200)]

@@ -103,9 +103,7 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # safetensors would follow a link
             safetensors.numpy.save_file(dict(tensors), f"{folder}/{path.name}", dict(metadata))
             pathlib.Path(folder, "mode").touch()
-            shutil.copymode(
-                f"{folder}/mode", f"{folder}/{path.name}"
-            )  # save_file ignores the umask: only its user may read
+            shutil.copymode(f"{folder}/mode", f"{folder}/{path.name}")  # save_file ignores the umask
             os.replace(f"{folder}/{path.name}", path)
     except safetensors.SafetensorError as error:
         raise PretrainedError(f"{path} cannot be written: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import warnings
@@ -227,7 +228,8 @@ def _check_steps(sampler: sampling.Sampler, schedule: schedules.Schedule, denois
     """Traces a user's sampler, with x_t as the network's output. Raises: ValueError as `sampling.sample`; its own errors."""
     denoiser = dataclasses.replace(denoiser, network=lambda x_t, time: x_t, variance="fixed_large")
     arrays = jax.random.split(jax.random.key(0)), schedule, denoiser, jax.ShapeDtypeStruct((2, *shape), np.float32)
-    jax.eval_shape(lambda key, schedule, *others: sampling.sample(key, schedule, *others, sampler=sampler), *arrays)
+    with contextlib.suppress(KeyError):  # of a sampler that reads denoiser.inputs, which are not known yet
+        jax.eval_shape(lambda key, schedule, *others: sampling.sample(key, schedule, *others, sampler=sampler), *arrays)
 
 
 def steps_from_config(options: Mapping[str, Any]) -> tuple[Any, str | None]:
