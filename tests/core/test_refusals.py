@@ -158,7 +158,7 @@ REFUSED = [
     ),
     *(case("increasing", schedules.from_betas, [0.1, 0.2], timesteps=times) for times in ([0, np.nan], [3, 3])),
     case("known: linear", schedules.betas, "lineal", 10),
-    case("at least 1", schedules.betas, "linear", 0),
+    case(r"num_timesteps must be a whole number in \[1, ", schedules.betas, "linear", 0),
     case(r"beta_end .* in \(0, 1\]", schedules.betas, "linear", 10, beta_end=2.0),
     case(r"beta_start .* in \(0, 1\]", schedules.betas, "linear", 10, beta_start=0.0),
     # respacing

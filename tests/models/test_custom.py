@@ -252,7 +252,7 @@ def test_a_run_imports_its_network_only_if_it_is_named_again(tmp_path, capsys):
     config = config_of("linen", {"model.options.width": "6"})
     workdir.write_config(config, tmp_path)
     arguments = [f"--workdir={tmp_path}", "--mode=sample"]
-    with pytest.raises(UserError, match="imports helpers.own_networks:linen .*--trust_network"):
+    with pytest.raises(UserError, match="imports or opens helpers.own_networks:linen .*--trust_network"):
         cli.parse(arguments)
     for flag in ("--trust_network", "--config.model.kind=helpers.own_networks:linen"):
         assert cli.parse([*arguments, flag]).config.model.options.width == 6
@@ -338,7 +338,7 @@ def test_no_flag_lets_weights_import_a_function_that_it_does_not_name(tmp_path):
     assert parsed.config.model.kind == "helpers.own_networks:linen"
     workdir.write_config(configs.override(tiny_config(), {"diffusion.weighting": "evil:weight"}), tmp_path / "other")
     (tmp_path / "other" / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="imports evil:weight"):
+    with pytest.raises(UserError, match="imports or opens evil:weight"):
         cli.parse([f"--pretrained={tmp_path / 'other'}", f"--workdir={tmp_path / 'run'}"])
 
 
