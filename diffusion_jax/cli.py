@@ -152,7 +152,7 @@ def parse(arguments: Sequence[str]) -> Command:
     except ConfigError as error:
         raise ConfigError(f"--config={error}") from None
     workdir = _open_workdir(flags.workdir, flags.mode, flags.follow_links) if flags.workdir else None
-    starts = config and (config.init_from or flags.mode in ("train", "plan"))
+    starts = config and (config.init_from or flags.mode in ("train", "train_classifier", "plan"))
     if workdir and not (starts or flags.pretrained or overrides.get("init_from") or workdir.path.exists()):
         needs = f"{'without --config=NAME, ' * (config is None)}--mode={flags.mode} reads the directory of a run"
         raise UserError(f"--workdir={workdir}: no such directory; {needs}")
