@@ -167,10 +167,14 @@ def parse(arguments: Sequence[str]) -> Command:
     reads_functions = not (flags.config or flags.trust_network) and flags.mode not in ("status", "report")
     found = configs.untrusted_values(config) if config is not None and reads_functions else {}
     unread = {"data.data_dir", "evaluation.data_dir", "evaluation.inception"} if flags.mode == "sample" else set()
-    for name in found.keys() - overrides.keys() - unread:
+    if workdir and not flags.pretrained and committed_steps(workdir / "checkpoints"):
+        unread.add("init_from")
+    if names := sorted(found.keys() - overrides.keys() - unread):
+        values = ", ".join(f"{found[name]} ({name})" for name in names)
+        allowed = " ".join(f"--config.{name}={found[name]}" for name in names)
         raise UserError(
-            f"{flags.pretrained or workdir} holds a run that imports or opens {found[name]} ({name}); to allow it, add "
-            f"--config.{name}={found[name]}, --config=... or --trust_network"
+            f"{flags.pretrained or workdir} holds a run that imports or opens {values}; to allow it, add {allowed}, "
+            "--config=... or --trust_network"
         )
     if config is None:
         reason = f"{workdir} holds no run" if workdir else "without --workdir=DIR there is no run"

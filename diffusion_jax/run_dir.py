@@ -211,9 +211,10 @@ class BucketRunDir(RunDir):
             parent.mkdir(mode=0o700)
         status, has_users = parent.lstat(), hasattr(os, "getuid")
         if not stat.S_ISDIR(status.st_mode) or (has_users and (status.st_uid != os.getuid() or status.st_mode & 0o077)):
+            mend = "chmod 700" if stat.S_ISDIR(status.st_mode) else "rm"
             raise StorageError(
                 f"{parent} must be a directory, no link, that only you can use (mode 0700), because programs delete files "
-                f"in it; type: {'rm' if parent.is_symlink() else 'rm -r'} {parent}, or set TMPDIR to a directory of your own"
+                f"in it; type: {mend} {parent}, or set TMPDIR to a directory of your own"
             )
         with filelock.FileLock(parent / "lock", fallback_to_soft=False):  # no other process makes or deletes mirrors
             for path in parent.glob(f"{_MIRROR}????????/{LOCK}"):

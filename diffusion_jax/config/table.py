@@ -418,9 +418,9 @@ SAMPLING: dict[str, Setting] = {
         None,
         optional(Choice(*schedules.SPACINGS, "given")),
         'Distribution of the steps over the timesteps, if `sampling.steps` is given; openai_ddim is OpenAI\'s "ddim50". '
-        "None: log_snr for continuous data with a sampler of order 2 or more; for other data and samplers, log_snr for "
-        f"{', '.join(_SAMPLERS_ALONG_EPS)}, and if the errors of an unclipped eps or score network would grow, except if "
-        "alpha_bar ends at 0; trailing in all other cases.",
+        "None: trailing if alpha_bar ends at 0; otherwise log_snr for "
+        f"{', '.join(_SAMPLERS_ALONG_EPS)}, for continuous data also with dpm_solver_pp and unipc of order 2 or more, and if "
+        "the errors of an unclipped eps or score network would grow; trailing in all other cases.",
     ),
     "eta": Setting(
         0.0,

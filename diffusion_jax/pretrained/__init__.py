@@ -295,7 +295,10 @@ def read_class_names(config: Mapping[str, Any], workdir: RunDir | os.PathLike) -
             return ()
 
     has_classes = bool(config["model"]["num_classes"])
-    directories = [workdir, config["init_from"]] if has_classes else [config["sampling"]["classifier"]]
+    path = config["init_from"]
+    if objects.is_url(path) and not _starts_from_other_weights(config, RunDir(workdir)):
+        path = ""  # such a run needs no permission to open it
+    directories = [workdir, path] if has_classes else [config["sampling"]["classifier"]]
     return next(filter(None, map(read, filter(None, directories))), ())
 
 

@@ -228,7 +228,7 @@ def _check_steps(sampler: sampling.Sampler, schedule: schedules.Schedule, denois
     """Traces a user's sampler, with x_t as the network's output. Raises: ValueError as `sampling.sample`; its own errors."""
     denoiser = dataclasses.replace(denoiser, network=lambda x_t, time: x_t, variance="fixed_large")
     arrays = jax.random.split(jax.random.key(0)), schedule, denoiser, jax.ShapeDtypeStruct((2, *shape), np.float32)
-    with contextlib.suppress(KeyError):  # of a sampler that reads denoiser.inputs, which are not known yet
+    with contextlib.suppress(AttributeError, LookupError):  # of a sampler that reads denoiser.inputs, not yet known
         jax.eval_shape(lambda key, schedule, *others: sampling.sample(key, schedule, *others, sampler=sampler), *arrays)
 
 

@@ -30,20 +30,21 @@ def default_spacing(
 ) -> str:
     """Returns the spacing for `schedules.respace` that suits a sampler and its data, "log_snr" or "trailing".
 
-    It is "log_snr" for continuous data and a sampler of order 2 or more, because "trailing" makes narrow directions narrower
-    (`benchmarks/spacing.py`). For other data and samplers it is "trailing" if alpha_bar ends at 0, "log_snr" if the sampler
-    steps along eps or if network errors would grow on 50 steps of "trailing" (`find_error_growth`), and otherwise "trailing".
+    It is "trailing" if alpha_bar ends at 0, because few steps of "log_snr" would leave pure noise too fast. Otherwise it is
+    "log_snr" for continuous data and a sampler of order 2 or more with a limit of its steps, because "trailing" makes narrow
+    directions narrower (`benchmarks/spacing.py`); if the sampler steps along eps; and if network errors would grow on 50
+    steps of "trailing" (`find_error_growth`). In all other cases it is "trailing".
 
     schedule: not traced. is_continuous: True for float arrays, False for images with gray levels.
     Raises: ValueError for a sampler that is not a `Sampler`.
     """
     check_sampler(sampler)
     stability = sampler.stability
-    if is_continuous and stability is not None and stability.order > 1:
-        return "log_snr"
     if schedule.zero_terminal_snr:
         return "trailing"
     if stability is not None and stability.along_eps:
+        return "log_snr"
+    if is_continuous and stability is not None and stability.order > 1 and stability.limit is not None:
         return "log_snr"
     fifty = respace(schedule, min(50, schedule.num_timesteps), "trailing")
     return "log_snr" if find_error_growth(sampler, fifty, denoiser) else "trailing"

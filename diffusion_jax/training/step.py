@@ -251,18 +251,15 @@ def find_terms(config: Mapping[str, Any], model: Network, schedule: Schedule) ->
     objective, whole, history = make_objective(config, linear, schedule), jnp.ones(batch_size), initial_history(config)
     _, values = jax.eval_shape(objective, whole, history, key, examples)
     terms = tuple(name for name in values if name not in ("t", "importance"))
-    losses_of = jax.jit(lambda weights, examples: objective(weights, history, key, examples)[0])
-    if batch_size > 1:  # a mean is equal for two examples, and depends on the output for the second
-        pair = jax.tree.map(lambda each: each[:2], examples)
-        (first, second), (alone, _) = (losses_of(jnp.array([1.0, weight]), pair) for weight in (1, 0))
-        if first == second and first != alone:
-            advice = "return a loss for each example, which loss_q1 ... loss_q4 and loss_second_moment need"
-            log(f"Note: diffusion.loss={name} returns one number, the mean of the batch, for all examples; {advice}.")
+    losses_of = jax.jit(lambda weights: objective(weights, history, key, examples)[0])
+    of_batch, without_last = losses_of(whole), losses_of(whole.at[-1].set(0))
+    # A mean is equal for all examples, and depends on the output for the last one.
+    if batch_size > 1 and (of_batch == of_batch[0]).all() and of_batch[0] != without_last[0]:
+        advice = "return a loss for each example, which loss_q1 ... loss_q4 and loss_second_moment need"
+        log(f"Note: diffusion.loss={name} returns one number, the mean of the batch, for all examples; {advice}.")
     if microbatch.count == 1:
         return terms
-    of_batch, of_microbatch = (
-        microbatch.take(losses_of(weights, examples)) for weights in (whole, microbatch.put(microbatch.take(whole)))
-    )
+    of_batch, of_microbatch = map(microbatch.take, (of_batch, losses_of(microbatch.put(microbatch.take(whole)))))
     if not np.allclose(of_batch, of_microbatch, rtol=1e-5, atol=0, equal_nan=True):  # tolerates only rounding
         raise ValueError(
             f"diffusion.loss={name}: the loss of an example changes with the network's outputs for other examples, which "

@@ -178,6 +178,13 @@ def test_no_url_of_a_run_is_opened(setting, run, opened, capsys):
         pretrained.load(run, network={setting: url})
 
 
+def test_a_run_with_checkpoints_of_its_own_does_not_open_the_url_that_it_started_from(run, opened):
+    """So one's own run that was trained from hf://... is sampled and resumed without a flag."""
+    edit(run / "config.json", {"init_from": "hf://owner/x", "model.num_classes": 10})
+    cli.parse([f"--workdir={run}", "--mode=sample"])
+    assert pretrained.read_class_names(workdir.load_config(run), run) == () and not opened
+
+
 def test_only_synthetic_data_of_the_package_need_no_permission(run):
     """`python main.py --workdir=runs/series --mode=sample`, as the first pages have it."""
     for function in ("diffusion_jax.data.synthetic:moons", "diffusion_jax.data.synthetic:np.load", "diffusion_jax.x:y"):

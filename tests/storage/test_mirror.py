@@ -140,7 +140,7 @@ def test_mirrors_are_in_a_private_directory(problem, url, tmp_path, monkeypatch)
         monkeypatch.setattr("os.getuid", lambda: parent.stat().st_uid + 1)
         monkeypatch.setattr(run_dir, "mirrors_root", lambda: parent)
     with pytest.raises(
-        StorageError, match=r"must be a directory, no link, that only you can use .*type: rm .*set TMPDIR"
+        StorageError, match=r"must be a directory, no link, that only you can use .*type: (rm|chmod 700) .*set TMPDIR"
     ):
         BucketRunDir(url)
     assert lock.exists() and not (tmp_path / "nowhere").exists()

@@ -94,7 +94,13 @@ def test_a_loss_without_a_number_for_each_example_is_refused_before_compiling(fu
 
 @pytest.mark.parametrize(
     ("function", "is_noted"),
-    [("the_mean", True), ("half_loss", False), ("always_zero", False), ("relative_to_the_batch", False)],
+    [
+        ("the_mean", True),
+        ("half_loss", False),
+        ("always_zero", False),
+        ("relative_to_the_batch", False),
+        ("in_groups_of_four", False),
+    ],
 )
 def test_a_loss_that_returns_the_mean_of_the_batch_is_noted_once(function, is_noted, capsys):
     """Losses that are equal but independent, and losses that relate examples, are allowed."""
