@@ -6,6 +6,7 @@ program explicitly: `diffusion_jax.models`, `.data`, `.training`, `.runs`.
 
 from diffusion_jax import (
     coordinates,
+    covariances,
     denoiser,
     draws,
     editing,
@@ -32,6 +33,7 @@ __all__ = [
     "LevelDraw",
     "TimestepSampler",
     "coordinates",
+    "covariances",
     "denoiser",
     "draws",
     "editing",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -30,6 +30,7 @@ from diffusion_jax.types import Batch, BatchLike
 
 LinearMap: TypeAlias = Callable[[BatchLike], Float[Array, "B *result_shape"]]
 _NUM_PROBES = 16
+_LINEARITY = 1e-2  # the largest relative difference of products that count as equal; TF32 has 1e-3
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +38,11 @@ _NUM_PROBES = 16
 class LinearOperator:
     """A linear measurement A as a pytree: new values of its arrays, such as a mask, cause no recompilation.
 
-    measure: A, from [B, *spatial, C] to y [B, ...], row by row. invert: a right inverse A+, with A A+ = I on the range of A;
-    None if there is none. diagonal: the diagonal of A A^T, a number or an array that broadcasts to y. Entries of y
-    with a diagonal of 0 are hidden: they are ignored. For other entries an approximate diagonal suffices, but slows down
-    iterative solvers. If `diagonal` is None, it is estimated from 16 products with A, and no entry of y is hidden.
+    measure: A, from [B, *spatial, C] to y [B, ...], row by row; it may add a constant, as a change of units does. invert: a
+    right inverse A+, with A A+ = I on the range of A; None if there is none. diagonal: the diagonal of A A^T, a number or an
+    array that broadcasts to y. Entries of y with a diagonal of 0 are hidden: they are ignored. For other entries an
+    approximate diagonal suffices, but slows down iterative solvers. If `diagonal` is None, it is estimated from 16 products
+    with A, and no entry of y is hidden.
     """
 
     measure: LinearMap
@@ -51,17 +53,57 @@ class LinearOperator:
         object.__setattr__(self, "measure", as_node(self.measure))
         object.__setattr__(self, "invert", as_node(self.invert))
 
+    def linear(self, x: Batch) -> Float[Array, "B *y_shape"]:
+        """Returns A(x) - A(0)."""
+        return jax.jvp(self.measure, (jnp.zeros_like(x),), (x,))[1]
+
     def adjoint(self, like: Batch) -> LinearMap:
-        """Returns A^T, from [B, ...] to the shape of `like`, [B, *spatial, C]."""
-        transposed = jax.linear_transpose(self.measure, jax.ShapeDtypeStruct(like.shape, like.dtype))
+        """Returns the transposed `linear`, from [B, ...] to the shape of `like`, [B, *spatial, C]."""
+        transposed = jax.linear_transpose(self.linear, jax.ShapeDtypeStruct(like.shape, like.dtype))
         return lambda u: transposed(u)[0]
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Checks that A is linear, or linear with a constant, and acts row by row on examples [*shape]; skips traced arrays.
+
+        Warns of a constant. Raises: ValueError for another function, and for one that jax cannot trace or that returns no
+        floats.
+        """
+        if any(on_host(leaf) is None for leaf in jax.tree.leaves(self)):
+            return
+        with jax.ensure_compile_time_eval():
+            rng = np.random.default_rng(0)
+            x, z = (10 * rng.standard_normal((1, *shape)).astype(np.float32) for _ in range(2))
+            try:
+                rows = _measure(self, np.concatenate([x, z]))
+                offset, of_sum, linear = _measure(self, 0 * x), _measure(self, x + z), _linear(self, x)
+                alone = _measure(self, x)
+            except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+                raise ValueError(
+                    "the operator is no function of jax arrays; use jax.numpy in place of numpy, and no if on values"
+                ) from error
+        for found, count in ((rows, 2), (alone, 1)):
+            if not isinstance(found, jax.Array) or not jnp.issubdtype(found.dtype, jnp.floating) or len(found) != count:
+                raise ValueError(f"the operator must return a float array [B, ...]; it returned {_describe(found)}")
+        rows, offset, of_sum, linear, alone = (
+            np.asarray(each, np.float64) for each in (rows, offset, of_sum, linear, alone)
+        )
+        allowed = _LINEARITY * np.abs(alone - offset).max() + 1e-5 * np.abs(alone).max()
+        if rows.shape[1:] != alone.shape[1:] or np.abs(rows[:1] - alone).max() > allowed:
+            raise ValueError("the operator must be linear row by row, but a row of A(x_0) depends on other rows of x_0")
+        if not (np.abs(of_sum - rows[1:] - alone + offset).max() <= allowed >= np.abs(linear - alone + offset).max()):
+            raise ValueError("the operator must be linear: A(x + z) = A(x) + A(z), or this with a constant; it is not")
+        if np.abs(offset).max() > 1e-5 * np.abs(alone).max():
+            warnings.warn(
+                f"the operator adds a constant, from {offset.min():.3g} to {offset.max():.3g}; it is subtracted from y",
+                stacklevel=3,
+            )
 
     def squared_norms(self, like: Batch) -> Float[Array, "..."]:
         """Returns `diagonal`, or its estimate for examples in the shape of `like`, [B, *spatial, C]."""
         if self.diagonal is not None:
             return jnp.asarray(self.diagonal, like.dtype)
         probes = jax.random.normal(jax.random.key(0), (_NUM_PROBES, *like.shape[1:]), like.dtype)
-        return jnp.mean(jnp.square(self.measure(probes)), axis=0)
+        return jnp.mean(jnp.square(self.linear(probes)), axis=0)
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +113,8 @@ class Measurement:
 
     operator: a `LinearOperator`, or any linear function of x_0. y: [B, ...], a row for each example; entries where the
     operator's `diagonal` is 0, such as the unknown pixels of `masked`, are ignored. noise: the standard deviation, one number
-    or an array that broadcasts to y (the error bars of each pixel or channel); or a function u -> R u, with the covariance
-    R and u shaped like y. A noise of 0 is for `editing.project` only.
+    or an array that broadcasts to y (the error bars of each pixel or channel), infinite for entries that are not measured; or
+    a function u -> R u, with the covariance R and u shaped like y. A noise of 0 is for `editing.project` only.
     """
 
     operator: LinearOperator
@@ -88,39 +130,52 @@ class Measurement:
         if callable(self.noise):
             object.__setattr__(self, "noise", as_node(self.noise))
 
+    @property
+    def is_measured(self) -> Bool[Array, "..."]:
+        """Whether entries of y are measured: a finite noise and a `diagonal` above 0; broadcasts to y."""
+        diagonal = self.operator.diagonal
+        found = jnp.asarray(True if diagonal is None else jnp.asarray(diagonal) > 0)
+        noise: Any = self.noise
+        return found if callable(noise) else found & jnp.isfinite(jnp.asarray(noise))
+
     def check(self) -> None:
         """Checks y and the noise, except traced values.
 
         Raises: ValueError for a y that is not float, or not finite where it is measured; a noise that is not above 0, or does
-          not broadcast to y.
+          not broadcast to y; a noise function that is not symmetric or not positive.
         """
-        y, diagonal = as_float("y", self.y), self.operator.diagonal
-        if (values := _on_host(y)) is not None and not np.isfinite(values).all():
-            measured = np.broadcast_to(True if diagonal is None else _on_host(diagonal) != 0, values.shape)
-            if not np.isfinite(values[measured]).all():
+        y, noise = as_float("y", self.y), self.noise
+        if not callable(noise):
+            if not broadcasts_to(shape := jnp.shape(noise), y.shape):
+                raise ValueError(f"noise has shape {shape}, which does not broadcast to y {y.shape}")
+            if (std := on_host(noise)) is not None and not (std > 0).all():
                 raise ValueError(
-                    "y has values that are not finite; hide them with an operator such as measurements.masked"
+                    "noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project"
                 )
-        if callable(self.noise):
-            return
-        shape = jnp.shape(self.noise)
-        if not broadcasts_to(shape, y.shape):
-            raise ValueError(f"noise has shape {shape}, which does not broadcast to y {y.shape}")
-        if (noise := _on_host(self.noise)) is not None and not (noise > 0).all():
-            raise ValueError("noise is a standard deviation above 0; without noise, use diffusion_jax.editing.project")
+        elif all(on_host(leaf) is not None for leaf in jax.tree.leaves(noise)):
+            _check_covariance(noise, y)
+        if (values := on_host(y)) is not None and not np.isfinite(values).all():
+            with jax.ensure_compile_time_eval():
+                measured = on_host(self.is_measured)
+            if measured is not None and not np.isfinite(values[np.broadcast_to(measured, values.shape)]).all():
+                raise ValueError(
+                    "y has values that are not finite; hide them with an operator such as measurements.masked, or an "
+                    "infinite noise"
+                )
 
     def covariance(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
-        """Returns R u for a u that is 0 at hidden entries of y; a noise function's result is set to 0 at these entries."""
+        """Returns R u for a u that is 0 at hidden entries of y; the result is 0 at these entries, too."""
         noise: Any = self.noise
         if callable(noise):
             return self._hide(jnp.asarray(noise(u)).astype(u.dtype))
-        return jnp.square(jnp.asarray(noise, u.dtype)) * u
+        return self.variances(u.dtype) * u
 
     def variances(self, dtype: Any) -> Float[Array, "..."]:
-        """Returns the diagonal of R, a number or an array that broadcasts to y; for a noise function, an estimate."""
+        """Returns the diagonal of R, which broadcasts to y, with 1 for infinite noise; for a noise function, an estimate."""
         noise: Any = self.noise
         if not callable(noise):
-            return jnp.square(jnp.asarray(noise, dtype))
+            noise = jnp.asarray(noise, dtype)
+            return jnp.where(jnp.isfinite(noise), jnp.square(noise), 1.0)
         signs = jax.random.rademacher(jax.random.key(1), (_NUM_PROBES, *self.y.shape[1:]), dtype)
         estimate = jnp.mean(signs * jnp.asarray(noise(signs)), axis=0).astype(dtype)
         return jnp.maximum(estimate, 1e-3 * jnp.mean(estimate))
@@ -136,14 +191,13 @@ class Measurement:
         return self._hide(y.astype(x_0.dtype) - found)
 
     def _hide(self, u: Float[Array, "B *y_shape"]) -> Float[Array, "B *y_shape"]:
-        """Returns u, with 0 where the operator hides entries."""
-        diagonal = self.operator.diagonal
-        return u if diagonal is None else jnp.where(jnp.asarray(diagonal) > 0, u, 0.0)
+        """Returns u, with 0 at entries that are not measured."""
+        return jnp.where(self.is_measured, u, 0.0)
 
     def chi_squared(self, x_0: BatchLike) -> Float[Array, "B"]:
         """Returns the mean of (y - A(x_0))^2 / R over the measured entries: about 1 for an x_0 that explains y.
 
-        Entries that a mask hides (a diagonal of 0) do not count. Raises: ValueError as `check` and `residual`, and for a
+        Entries that are not measured do not count. Raises: ValueError as `check` and `residual`, and for a
         noise that is a function.
         """
         self.check()
@@ -151,13 +205,40 @@ class Measurement:
             raise ValueError("chi_squared needs the noise as standard deviations, not as a function")
         x_0 = as_float("x_0", x_0)
         residual = self.residual(x_0)
-        is_measured = jnp.broadcast_to(self.operator.squared_norms(x_0) > 0, residual.shape)
+        is_measured = jnp.broadcast_to(self.is_measured, residual.shape)
         squares = jnp.where(is_measured, jnp.square(residual) / self.variances(x_0.dtype), 0.0)
         axes = tuple(range(1, residual.ndim))
         return jnp.sum(squares, axes) / jnp.maximum(jnp.sum(is_measured, axes), 1)
 
 
-def _on_host(x: Any) -> np.ndarray | None:
+@jax.jit
+def _measure(operator, x):
+    return operator.measure(x)
+
+
+@jax.jit
+def _linear(operator, x):
+    return operator.linear(x)
+
+
+def _describe(found):
+    return f"{found.dtype} {list(found.shape)}" if isinstance(found, jax.Array) else type(found).__name__
+
+
+def _check_covariance(noise, y):
+    """Raises ValueError if a noise function is no covariance: not symmetric or not positive in random products."""
+    with jax.ensure_compile_time_eval():
+        u, v = np.random.default_rng(0).standard_normal((2, 1, *y.shape[1:])).astype(np.float32)
+        times_u, times_v = (np.asarray(noise(jnp.asarray(each)), np.float64) for each in (u, v))
+    u, v = u.astype(np.float64), v.astype(np.float64)
+    largest = np.sqrt(np.sum(times_u**2) * np.sum(v**2))
+    if abs(np.sum(v * times_u) - np.sum(u * times_v)) > _LINEARITY * largest:
+        raise ValueError("noise must be a covariance: u^T R v = v^T R u; the function is not symmetric")
+    if min(np.sum(u * times_u), np.sum(v * times_v)) <= 0:
+        raise ValueError("noise must be a covariance: u^T R u above 0; the function gives a value below")
+
+
+def on_host(x: Any) -> np.ndarray | None:
     """Returns an array's values; None for traced arrays, and for arrays with parts on other hosts."""
     if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
@@ -287,7 +368,7 @@ def blur(kernel: Float[ArrayLike, "*sizes"], mode: str = "reflect") -> LinearOpe
     Warns about a kernel whose sum is not 1, such as an edge filter, unless the kernel is traced.
     """
     kernel = as_float("kernel", kernel)
-    if (total := _on_host(jnp.sum(kernel))) is not None and abs(total - 1) > 1e-3:
+    if (total := on_host(jnp.sum(kernel))) is not None and abs(total - 1) > 1e-3:
         warnings.warn(f"the kernel's sum is {total:g}; for a blur, divide the kernel by its sum", stacklevel=2)
     require_known("mode", mode, ("reflect", "edge", "wrap", "constant"))
     measure = jax.tree_util.Partial(_convolution(mode), kernel)
@@ -301,7 +382,7 @@ def _interpolate(points, x):
             f"points of {points.shape[1]} numbers need as many spatial axes, [B, *spatial, C]; got {x.shape}"
         )
 
-    if (positions := _on_host(points)) is not None:
+    if (positions := on_host(points)) is not None:
         inside = (positions >= -0.5) & (positions <= np.array(x.shape[1:-1]) - 0.5)  # False for NaN
         outside = positions[~inside.all(axis=1)]
         if len(outside):

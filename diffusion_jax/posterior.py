@@ -9,15 +9,16 @@
 `consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
 of its own.
 
-By Tweedie's formula, E[x_0 | x_t, y] = D + (sigma^2 / alpha) grad log p(y | x_t) with D = E[x_0 | x_t]. `mmps` and `pigdm`
-assume p(y | x_t) = N(A D, R + A V A^T). The gradient is then J^T A^T (R + A V A^T)^-1 (y - A D), where J is the Jacobian of D
-in x_t. The covariance of x_0 given x_t is V = (sigma^2 / alpha) J, which `mmps` uses; `pigdm` replaces V by the covariance of
-white data. D is the denoiser's x_0 before the clip. Rows of a batch do not affect each other.
+For p(x_0 | x_t) = N(D, V) with D = E[x_0 | x_t], E[x_0 | x_t, y] = D + V A^T (R + A V A^T)^-1 (y - A D). In `mmps`, V is a
+covariance from data (`covariances`), or by Tweedie's formula (sigma^2 / alpha) J, where J is the Jacobian of D in x_t.
+`pigdm` has (sigma^2 / alpha) J^T in place of the first V, and the covariance of white data in place of the second. D is the
+denoiser's x_0 before the clip. Rows of a batch do not affect each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from diffusion_jax import process
 from diffusion_jax.arrays import as_float
+from diffusion_jax.covariances import Covariance, white
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import Measurement
@@ -37,34 +39,55 @@ from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 
-def mmps(denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, iterations: int = 3) -> Denoiser:
-    """Returns a denoiser of E[x_0 | x_t, y], with the covariance (sigma^2 / alpha) J of the denoiser itself.
+def mmps(
+    denoiser: Denoiser | DenoiseFn,
+    measurement: Measurement,
+    covariance: Covariance | None = None,
+    *,
+    given_y: Covariance | None = None,
+    iterations: int | None = None,
+    tolerance: float = 1e-3,
+) -> Denoiser:
+    """Returns a denoiser of E[x_0 | x_t, y], with a covariance V of x_0 given x_t.
 
-    iterations: the number of steps of preconditioned conjugate gradients. Each step multiplies once by the transposed
-    Jacobian, so a call costs one forward and 1 + iterations backward passes. More iterations than y has numbers change
-    nothing. `relative_residual` measures the remaining error. Classifier-free guidance must have scale 1, because samples
-    with another scale do not follow the posterior.
+    covariance: the covariance of x_0, from which V follows. None: V = (sigma^2 / alpha) J of the denoiser itself, which needs
+    no data; J of a trained network may be far from a covariance.
+    given_y: `covariance.given(measurement, shape)`. With it, a call solves no linear system and costs one forward pass.
+    iterations, tolerance: otherwise (R + A V A^T) u = y - A D is solved by preconditioned conjugate gradients until the
+    residual, in units of the noise, is `tolerance` times that of u = 0, in at most `iterations` steps: by default 3 with J,
+    where each step multiplies by the transposed Jacobian, a backward pass, and 100 with a covariance.
+    `relative_residual` measures what is left.
 
-    In pure noise (alpha = 0), J has no correct digits, and D is unchanged. Near pure noise, the error of J grows as
-    (sigma / alpha)^2 for networks that predict eps or score, but not for networks that predict v or x_0.
-    Raises: ValueError for a number of iterations below 1, and the errors of `Measurement.check`; when called, for a y
-      whose shape is not A(x_0)'s.
+    Classifier-free guidance must have scale 1, because samples with another scale do not follow the posterior. In pure noise
+    (alpha = 0), J has no correct digits, and D is unchanged. Near pure noise, the error of J grows as (sigma / alpha)^2 for
+    networks that predict eps or score, but not for networks that predict v or x_0.
+    Raises: ValueError for iterations below 1, a tolerance not above 0, a `given_y` without its covariance, and the errors of
+      `Measurement.check`; when called, the errors of `LinearOperator.check`, and for a y whose shape is not A(x_0)'s.
     """
-    return _add(denoiser, _Correction(measurement, iterations))
+    if given_y is not None and covariance is None:
+        raise ValueError("given_y needs the covariance that it was computed from")
+    if iterations is None:
+        iterations = 3 if covariance is None else 100
+    return _add(denoiser, _Correction(measurement, covariance, given_y, iterations, tolerance))
 
 
 def pigdm(
-    denoiser: Denoiser | DenoiseFn, measurement: Measurement, *, data_std: float = 1.0, iterations: int = 10
+    denoiser: Denoiser | DenoiseFn,
+    measurement: Measurement,
+    *,
+    data_std: float = 1.0,
+    iterations: int = 10,
+    tolerance: float = 1e-3,
 ) -> Denoiser:
     """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
 
-    iterations: steps of conjugate gradients, without network calls; one iteration is exact if R and A A^T are diagonal and
+    iterations, tolerance: as `mmps`, without network calls; one iteration is exact if R and A A^T are diagonal and
     the operator's `diagonal` is exact, not estimated. A call costs a forward and a backward pass. For data with structure,
     `mmps` is closer to the posterior.
     Raises: as `mmps`, and ValueError for a data_std that is not above 0.
     """
     require_number("data_std", data_std, 0, above=True)
-    return _add(denoiser, _Correction(measurement, iterations, float(data_std)))
+    return _add(denoiser, _Correction(measurement, white(data_std), None, iterations, tolerance, is_pigdm=True))
 
 
 def _add(denoiser, correction: _Correction) -> Denoiser:
@@ -74,16 +97,22 @@ def _add(denoiser, correction: _Correction) -> Denoiser:
 
 
 def relative_residual(
-    denoiser: Denoiser | DenoiseFn, measurement: Measurement, x_t: BatchLike, level: NoiseLevel, *, iterations: int = 3
+    denoiser: Denoiser | DenoiseFn,
+    measurement: Measurement,
+    x_t: BatchLike,
+    level: NoiseLevel,
+    covariance: Covariance | None = None,
+    *,
+    iterations: int | None = None,
+    tolerance: float = 1e-3,
 ) -> Float[Array, "B"]:
-    """Returns the relative error |M u - b| / |b| of the linear system in `mmps` after `iterations`, per example; 0 is exact.
+    """Returns the residual of the linear system in `mmps`, in units of the noise, relative to y - A D; 0 is exact.
 
     Raises: as `mmps`.
     """
-    denoiser, x_t = as_denoiser(denoiser), as_float("x_t", x_t)
-    correction = _Correction(measurement, iterations)
-    correction.check()
-    return correction.solve(lambda x_t: denoiser(x_t, level), x_t, level).residual
+    prior, x_t = as_denoiser(denoiser), as_float("x_t", x_t)
+    correction: Any = mmps(prior, measurement, covariance, iterations=iterations, tolerance=tolerance).corrections[-1]
+    return correction.solve(lambda x_t: prior(x_t, level), x_t, level).residual
 
 
 def _white_variance(level: NoiseLevel, data_std: float) -> Float[Array, "..."]:
@@ -92,7 +121,7 @@ def _white_variance(level: NoiseLevel, data_std: float) -> Float[Array, "..."]:
 
 
 class _Solved(NamedTuple):
-    """prior: the denoiser's prediction. shift: (sigma^2 / alpha) grad log p(y | x_t). residual: as `relative_residual`."""
+    """prior: the denoiser's prediction. shift: what is added to D. residual: as `relative_residual`."""
 
     prior: Denoised
     shift: Batch
@@ -102,15 +131,19 @@ class _Solved(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Correction:
-    """The correction in `mmps` or, with a `data_std` for white data, in `pigdm`."""
+    """The correction in `mmps`, or with `is_pigdm` in `pigdm`; the other fields are the arguments of `mmps`."""
 
     measurement: Measurement
+    covariance: Covariance | None
+    given_y: Covariance | None
     iterations: int = dataclasses.field(metadata={"static": True})
-    data_std: float | None = dataclasses.field(default=None, metadata={"static": True})
+    tolerance: float = dataclasses.field(metadata={"static": True})
+    is_pigdm: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def check(self) -> None:
         """Raises: as `mmps`."""
         require_number("iterations", self.iterations, 1, whole=True)
+        require_number("tolerance", self.tolerance, 0, above=True)
         self.measurement.check()
 
     def __call__(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> Denoised:
@@ -118,68 +151,82 @@ class _Correction:
         return prior.corrected(prior.own_x_0 + shift, x_t, level)
 
     def solve(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> _Solved:
-        """Solves (R + A V A^T) u = y - A D."""
-
-        def x_0_of(x_t):
-            denoised = predict(x_t)
-            return denoised.own_x_0, denoised
-
-        x_0, transposed, prior = jax.vjp(x_0_of, x_t, has_aux=True)
-        measurement, operator = self.measurement, self.measurement.operator
-        adjoint = operator.adjoint(x_0)
-        # In pure noise, J and sigma^2 / alpha have no correct digits, so the shift is 0.
-        scale = jnp.where(level.has_signal, level.sigma**2 / jnp.where(level.has_signal, level.alpha, 1.0), 0.0)
-        variance = _white_variance(level, 1.0 if self.data_std is None else self.data_std)
-
-        def shift_of(u):
-            return scale * transposed(adjoint(u))[0]
+        """Computes V A^T (R + A V A^T)^-1 (y - A D)."""
+        times_v = None if self.covariance is None else functools.partial(self.covariance.times, level=level)
+        if times_v is None or self.is_pigdm:
+            prior, times_jacobian = _linearize(predict, x_t, level)
+        else:
+            prior, times_jacobian = predict(x_t), times_v
+        x_0, measurement, operator = prior.own_x_0, self.measurement, self.measurement.operator
+        operator.check(x_0.shape[1:])
+        variances, adjoint, b = measurement.variances(x_0.dtype), operator.adjoint(x_0), measurement.residual(x_0)
+        if self.given_y is not None:  # (V^-1 + A^T R^-1 A)^-1 A^T R^-1 is the same matrix
+            return _Solved(prior, self.given_y.times(adjoint(b / variances), level), jnp.zeros(len(b), b.dtype))
 
         def times_matrix(u):
-            times_v = shift_of(u) if self.data_std is None else variance * adjoint(u)
-            return measurement.covariance(u) + operator.measure(times_v)
+            return measurement.covariance(u) + operator.linear((times_v or times_jacobian)(adjoint(u)))
 
-        residual = measurement.residual(x_0)
-        per_row = variance.reshape(variance.shape[:1] + (1,) * (residual.ndim - 1) if variance.ndim else ())
-        diagonal = measurement.variances(x_0.dtype) + per_row * operator.squared_norms(x_0)
-        u, left = _conjugate_gradients(times_matrix, measurement.covariance, residual, diagonal, self.iterations)
-        return _Solved(prior, shift_of(u), left)
+        prior_variance = _white_variance(level, 1.0) if self.covariance is None else self.covariance.variance(level)
+        per_row = jnp.reshape(prior_variance, (-1, *[1] * (b.ndim - 1)) if jnp.ndim(prior_variance) else ())
+        diagonal = variances + per_row * operator.squared_norms(x_0)
+        u, left = _conjugate_gradients(
+            times_matrix, measurement.covariance, b, variances, diagonal, self.tolerance, self.iterations
+        )
+        return _Solved(prior, times_jacobian(adjoint(u)), left)
 
 
-def _conjugate_gradients(times_matrix, covariance, b, diagonal, iterations):
+def _linearize(predict, x_t, level):
+    """Returns the prediction with D, and the function x -> (sigma^2 / alpha) J^T x."""
+
+    def x_0_of(x_t):
+        denoised = predict(x_t)
+        return denoised.own_x_0, denoised
+
+    _, transposed, prior = jax.vjp(x_0_of, x_t, has_aux=True)
+    # In pure noise, J and sigma^2 / alpha have no correct digits, so the shift is 0.
+    scale = jnp.where(level.has_signal, level.sigma**2 / jnp.where(level.has_signal, level.alpha, 1.0), 0.0)
+    return prior, lambda x: scale * transposed(x)[0]
+
+
+def _conjugate_gradients(times_matrix, covariance, b, variances, diagonal, tolerance, iterations):
     """Solves M u = b, M = R + A V A^T, for each row with Jacobi's preconditioner; returns u and |M u - b| / |b|.
 
-    For an exact covariance V, the curvature p^T M p is at least p^T R p. A trained network may violate this bound, and a
-    curvature near 0 makes a step of many standard deviations. So a row stops if the curvature is at most p^T R p / 2, where
-    1/2 allows for rounding: the row's result is the current u, or b / diagonal at the first iteration.
+    The norms are in units of the noise; a row stops when the ratio is below `tolerance`. For an exact covariance V, the
+    curvature p^T M p is at least p^T R p. A trained network's Jacobian may violate this bound, and a curvature near 0 makes a
+    step of many standard deviations. So a row also stops if the curvature is at most p^T R p / 2, where 1/2 allows for
+    rounding: the row's result is the current u, or b / diagonal at the first iteration.
     """
     axes = tuple(range(1, b.ndim))
 
     def dot(x, y):
         return jnp.sum(x * y, axis=axes, keepdims=True)
 
-    z = b / diagonal
+    def solve(times_matrix, b):
+        z = b / diagonal
+        enough = tolerance**2 * dot(b, b / variances)
 
-    def step(carry, i):
-        u, r, p, product, is_open = carry
-        times_p = times_matrix(p)
-        curvature = dot(p, times_p)
-        is_convex = curvature > 0.5 * dot(p, covariance(p))
-        length = jnp.where(is_convex, product / jnp.where(is_convex, curvature, 1.0), jnp.where(i == 0, 1.0, 0.0))
-        length = jnp.where(is_open, length, 0.0)
-        u, r = u + length * p, r - length * times_p
-        z = r / diagonal
-        next_product = dot(r, z)
-        is_open = is_open & is_convex & (next_product > smallest)
-        p = z + jnp.where(is_open, next_product / jnp.where(product > 0, product, 1.0), 0.0) * p
-        return (u, r, p, next_product, is_open), None
+        def step(carry):
+            i, u, r, p, product, is_open = carry
+            times_p = times_matrix(p)
+            curvature = dot(p, times_p)
+            is_convex = curvature > 0.5 * dot(p, covariance(p))
+            length = jnp.where(is_convex, product / jnp.where(is_convex, curvature, 1.0), jnp.where(i == 0, 1.0, 0.0))
+            length = jnp.where(is_open, length, 0.0)
+            u, r = u + length * p, r - length * times_p
+            z = r / diagonal
+            next_product = dot(r, z)
+            is_open = is_open & is_convex & (dot(r, r / variances) > enough)
+            p = z + jnp.where(is_open, next_product / jnp.where(product > 0, product, 1.0), 0.0) * p
+            return i + 1, u, r, p, next_product, is_open
 
-    first = dot(b, z)
-    smallest = jnp.finfo(b.dtype).eps ** 2 * first  # solved up to rounding
-    carry = jnp.zeros_like(b), b, z, first, first > 0
-    (u, r, *_), _ = jax.lax.scan(step, carry, jnp.arange(iterations))
-    size = jnp.sqrt(dot(b, b))
-    left = jnp.sqrt(dot(r, r)) / jnp.where(size > 0, size, 1.0)
-    return u, left.reshape(-1)
+        first = dot(b, z)
+        carry = jnp.int32(0), jnp.zeros_like(b), b, z, first, first > 0
+        _, u, r, *_ = jax.lax.while_loop(lambda carry: (carry[0] < iterations) & carry[-1].any(), step, carry)
+        size = dot(b, b / variances)
+        return u, jnp.sqrt(dot(r, r / variances) / jnp.where(size > 0, size, 1.0)).reshape(-1)
+
+    # The derivative of the solution, which a loop of unknown length lacks.
+    return jax.lax.custom_linear_solve(times_matrix, b, solve, symmetric=True, has_aux=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -40,6 +40,7 @@ LAYERS = [  # lowest first; a module imports from its own layer or a lower layer
     {"arrays", "schedules"},
     {"denoiser"},
     {"process", "measurements"},
+    {"covariances"},
     {
         "losses",
         "timesteps",

@@ -52,6 +52,7 @@ class Problem:
         with as_user_error(f"editing.operator={options.operator!r}" if options.operator else "config.editing"):
             needed = [name for name in inspect.signature(make).parameters if name != "shape"]
             operator = make(shape, **{name: arguments[name] for name in needed})
+            operator.check(shape)
             of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]
         found = net.normalizations.get("x")
         offset, scale = (0.0, 1.0) if found is None else (found.offset, found.scale)

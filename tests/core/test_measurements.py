@@ -222,3 +222,75 @@ def test_another_mask_and_another_y_do_not_compile_again():
         found = measure(Measurement(operator, y.astype(np.float32), 0.1 + seed), jnp.zeros((2, 4, 4, 1)))
         np.testing.assert_array_equal(found, y.astype(np.float32))
     assert measure._cache_size() == 1
+
+
+def test_a_constant_of_the_operator_is_subtracted_from_y():
+    """Units such as degrees: 2 x + 3."""
+    operator = LinearOperator(lambda x: 2 * x + 3)
+    x = x_of(2)
+    np.testing.assert_allclose(operator.linear(x), 2 * x, rtol=1e-6)
+    np.testing.assert_allclose(operator.adjoint(x)(x), 2 * x, rtol=1e-6)
+    np.testing.assert_allclose(operator.squared_norms(x), 4 * np.mean(operator.squared_norms(x) / 4), rtol=2)
+    np.testing.assert_allclose(Measurement(operator, 2 * x + 3, 0.1).residual(x), 0, atol=1e-6)
+    with pytest.warns(UserWarning, match=r"adds a constant, from 3 to 3; it is subtracted from y"):
+        operator.check(SHAPES[2])
+
+
+@pytest.mark.parametrize("axes", SHAPES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_passes_its_check(name, axes, recwarn):
+    operator = OPERATORS[name](axes)
+    recwarn.clear()
+    operator.check(SHAPES[axes])
+    jax.jit(lambda x: operator.check(SHAPES[axes]))(0.0)  # as in a denoiser that is compiled
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        (lambda x: jnp.round(x), "must be linear"),
+        (lambda x: jnp.clip(x, -3, 3), "must be linear"),
+        (lambda x: x + 0.05 * x**2, "must be linear"),
+        (lambda x: jax.lax.stop_gradient(x), "must be linear"),
+        (lambda x: x - jnp.mean(x, axis=0), "row by row"),
+        (lambda x: x[::-1], "row by row"),
+        (lambda x: jnp.sum(x, axis=0), "must return a float array"),
+        (lambda x: (x > 0).astype(jnp.int32), "must return a float array"),
+        (lambda x: (x, x), "must return a float array"),
+        (lambda x: np.asarray(x) @ np.eye(2), "no function of jax arrays"),
+    ],
+)
+def test_operators_that_are_not_linear_are_refused(measure, words):
+    with pytest.raises(ValueError, match=words) as error:
+        LinearOperator(measure).check(SHAPES[2])
+    assert "\n" not in str(error.value)
+
+
+def test_infinite_noise_is_not_measured():
+    operator, x = LinearOperator(lambda x: x), x_of(2, 1)
+    noise = np.where(RNG.random(SHAPES[2]) < 0.5, 0.5, np.inf).astype(np.float32)
+    y = np.where(np.isfinite(noise), x, np.nan)
+    measurement = Measurement(operator, y, noise)
+    measurement.check()
+    np.testing.assert_array_equal(measurement.residual(x), 0)
+    np.testing.assert_allclose(
+        measurement.covariance(np.where(np.isfinite(noise), 1.0, 0.0)), np.where(np.isfinite(noise), 0.25, 0.0)
+    )
+    np.testing.assert_allclose(measurement.chi_squared(x + 0.5), [1.0], rtol=1e-5)
+    with pytest.raises(ValueError, match="not finite"):
+        Measurement(operator, y, 0.5).check()
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        (lambda u: jnp.cumsum(u, axis=1), "not symmetric"),
+        (lambda u: -0.1 * u, "gives a value below"),
+        (np.nan, "noise is a standard deviation above 0"),
+    ],
+)
+def test_noise_that_is_no_covariance_is_refused(noise, words):
+    x = x_of(2)
+    with pytest.raises(ValueError, match=words):
+        Measurement(LinearOperator(lambda x: x), x, noise).check()

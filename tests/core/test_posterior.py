@@ -67,7 +67,7 @@ def test_mmps_is_the_exact_conditional_mean_of_gaussian_data(d, s, x64):
     problem, x_t = Problem(d), np.random.default_rng(1).normal(size=(3, d))
     level = level_at(s, 3, d)
     alpha, sigma = float(level.alpha[0, 0]), float(level.sigma[0, 0])
-    found = posterior.mmps(problem.denoiser(), problem.measurement(3), iterations=50)(x_t, level)
+    found = posterior.mmps(problem.denoiser(), problem.measurement(3), iterations=50, tolerance=1e-12)(x_t, level)
     expected = np.stack([problem.given(row, alpha, sigma)[0] for row in x_t])
     np.testing.assert_allclose(found.x_0, expected, atol=1e-9)
     np.testing.assert_allclose(alpha * found.x_0 + sigma * found.eps, x_t, atol=1e-9)
@@ -94,7 +94,7 @@ def in_deviations(mean, covariance, problem):
 def test_samplers_with_mmps_draw_from_the_exact_posterior(d, sampler, x64):
     """Mean within 0.02 deviations (the start from the prior at s = 80 leaves about 1 / 80), variances within 2%."""
     problem = Problem(d)
-    denoiser = posterior.mmps(problem.denoiser(), problem.measurement(d + 1), iterations=40)
+    denoiser = posterior.mmps(problem.denoiser(), problem.measurement(d + 1), iterations=40, tolerance=1e-9)
     draw = lambda x_T: sampling.sample(jax.random.key(0), schedules.edm_steps(100), denoiser, x_T, sampler)  # noqa: E731
     error, low, high = in_deviations(*affine_map(draw, d), problem)
     assert error < 0.02 and 0.98 < low <= high < 1.02
@@ -109,7 +109,7 @@ def test_pigdm_is_exact_for_white_data_and_not_for_others(std, x64):
     alpha, sigma = float(level.alpha[0, 0]), float(level.sigma[0, 0])
     errors = []
     for problem in (white, correlated):
-        denoiser = posterior.pigdm(problem.denoiser(), problem.measurement(rows), data_std=std)
+        denoiser = posterior.pigdm(problem.denoiser(), problem.measurement(rows), data_std=std, tolerance=1e-12)
         expected = np.stack([problem.given(row, alpha, sigma)[0] for row in x_t])
         errors.append(np.abs(denoiser(x_t, level).x_0 - expected).max())
     assert errors[0] < 1e-9 and errors[1] > 0.05
@@ -258,7 +258,7 @@ def test_a_jacobian_that_is_no_covariance_gives_small_corrections(jacobian):
 def test_more_iterations_leave_a_smaller_residual(x64):
     problem, x_t = Problem(64), np.random.default_rng(5).normal(size=(3, 64))
     arguments = problem.denoiser(), problem.measurement(3), x_t, level_at(1.0, 3, 64)
-    left = [posterior.relative_residual(*arguments, iterations=count) for count in (1, 10, 60)]
+    left = [posterior.relative_residual(*arguments, tolerance=1e-9, iterations=count) for count in (1, 10, 60)]
     assert (left[0] > 0.3).all() and (left[1] < left[0]).all() and (left[2] < 1e-6).all()
 
 
