@@ -183,6 +183,7 @@ def run_case(original: pathlib.Path, seed: int | None, mode: str) -> dict[str, A
             for name in ("metrics.json", "likelihood.json"):
                 (folder / "run" / name).unlink()
         (folder / "loaded.npy").unlink(missing_ok=True)
+        _move_paths(folder, original)
         if seed is not None:
             draw = random.Random(seed)
             names = files_to_change(folder)
@@ -190,7 +191,6 @@ def run_case(original: pathlib.Path, seed: int | None, mode: str) -> dict[str, A
                 names = [pathlib.Path("net.safetensors")]
             name = draw.choice(names)
             result |= {"file": str(name), "change": change(folder / name, draw)}
-        _move_paths(folder, original)
         outside = sorted(outer.iterdir())
         start, output = time.monotonic(), io.StringIO()
         try:
@@ -209,10 +209,14 @@ def run_case(original: pathlib.Path, seed: int | None, mode: str) -> dict[str, A
 
 
 def _move_paths(folder: pathlib.Path, original: pathlib.Path) -> None:
-    """Points config.json, and its copies in checkpoints, to the copy of the data."""
+    """Points config.json, and its copies in checkpoints, to the copy of the data, with the digests of the new copies."""
+    from diffusion_jax.training import checkpoints
+
     for path in (folder / "run").rglob("config.json"):
-        with contextlib.suppress(UnicodeDecodeError):
-            path.write_text(path.read_text().replace(str(original), str(folder)))
+        path.write_text(path.read_text().replace(str(original), str(folder)))
+        if (table := path.with_name(checkpoints.MANIFEST)).exists():
+            entries = json.loads(table.read_text()) | {path.name: list(checkpoints.digest(path))}
+            table.write_text(json.dumps(entries))
 
 
 def judge(case: dict[str, Any], baseline: dict[str, Any]) -> str:

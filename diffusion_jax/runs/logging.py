@@ -140,13 +140,13 @@ def _read_lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any] | No
     with path.open("rb") as file:
         while text := file.readline(_LINE_BYTES):
             is_end, line = text.endswith(b"\n"), None
-            if is_start and (is_end or len(text) < _LINE_BYTES):
+            if is_start and (is_end or len(text) < _LINE_BYTES) and not text.isspace():
                 with contextlib.suppress(ValueError):
                     found = parse_json(text.decode(errors="replace"))
                     is_flat = not any(isinstance(value, list | dict) for value in found.values())
                     if is_flat and isinstance(found.get("step"), int) and abs(found["step"]) < 2**53:
                         line = found
-            else:
+            elif not text.isspace():
                 long_pieces += is_start
             is_start = is_end
             yield text, line
