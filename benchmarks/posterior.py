@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import Denoiser, posterior, sampling, schedules
+from diffusion_jax import Denoiser, covariances, posterior, sampling, schedules
 from diffusion_jax.measurements import Measurement, masked
 
 SIZE, MEASURED, STEPS = 16, 32, 50
@@ -63,6 +63,9 @@ def main() -> None:
     prior, mask = covariance(), np.zeros(SIZE**2, bool)
     mask[rng.choice(SIZE**2, MEASURED, replace=False)] = True
     truth = rng.normal(size=(count, SIZE**2)) @ np.linalg.cholesky(prior + 1e-10 * np.eye(SIZE**2)).T
+    examples = (rng.normal(size=(3000, SIZE**2)) @ np.linalg.cholesky(prior + 1e-10 * np.eye(SIZE**2)).T).reshape(
+        -1, SIZE, SIZE, 1
+    )
     print(f"{count} measurements, {draws} samples each, {STEPS} steps, float32, {jax.devices()[0].device_kind}")
     for kind in ("equal", "unequal"):
         noise = np.full(MEASURED, 0.1) if kind == "equal" else np.exp(rng.uniform(np.log(0.02), np.log(0.5), MEASURED))
@@ -78,24 +81,21 @@ def main() -> None:
             full_noise.reshape(shape).astype(np.float32),
         )
         base = denoiser()
-        multistep, ancestral = sampling.dpm_solver_pp(2), sampling.ddpm("fixed_small")
+        multistep = sampling.dpm_solver_pp(2)
+        known, white = covariances.fourier(examples), covariances.white()
+        given_y = known.given(measurement, shape)
         methods = {
-            f"mmps, {n} iteration{'s' * (n > 1)}": (
-                posterior.mmps(base, measurement, iterations=n),
-                multistep,
-                3 + 2 * n,
-            )
+            f"Jacobian, {n} iteration{'s' * (n > 1)}": (posterior.mmps(base, measurement, iterations=n), 3 + 2 * n)
             for n in (1, 3, 10, 32)
         }
-        methods["mmps, 3 iterations, heun"] = (posterior.mmps(base, measurement), sampling.heun(), 18)
-        methods["pigdm"] = (posterior.pigdm(base, measurement), multistep, 3)
-        methods["dps, zeta 1, ddpm"] = (base, posterior.dps(ancestral, measurement, 1.0), 4)
-        methods["dps, zeta 0.3, ddpm"] = (base, posterior.dps(ancestral, measurement, 0.3), 4)
+        methods["covariance of 3,000 examples"] = (posterior.mmps(base, measurement, known, given_y=given_y), 1)
+        methods["the same, solved at each step"] = (posterior.mmps(base, measurement, known), 1)
+        methods["white covariance"] = (posterior.mmps(base, measurement, white), 1)
         schedule = schedules.edm_steps(STEPS)
         x_T = jax.random.normal(jax.random.key(1), (count * draws, *shape))
         print(f"\n{kind} noise{'':22} mean   deviation   chi^2   calls   seconds")
-        for name, (conditional, sampler, calls) in methods.items():
-            draw = jax.jit(functools.partial(sampling.sample, sampler=sampler))
+        draw = jax.jit(functools.partial(sampling.sample, sampler=multistep))
+        for name, (conditional, calls) in methods.items():
             draw(jax.random.key(0), schedule, conditional, x_T).block_until_ready()
             start = time.perf_counter()
             x = np.asarray(draw(jax.random.key(2), schedule, conditional, x_T))

@@ -397,7 +397,7 @@ def _tomography(shape, array, *, share: float) -> LinearOperator:
 
 
 # The measurements by config name. Each function takes the shape of an example, [*spatial, C], and as keyword arguments a
-# `mask`, the `array` of editing.operator or None, and settings of `config.editing`.
+# `mask`, the `array` of editing.operator (a function for linear) or None, and settings of `config.editing`.
 MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
     "inpaint": lambda shape, mask: masked(mask),
     "colorize": _colorize,
@@ -406,4 +406,5 @@ MEASUREMENTS: dict[str, Callable[..., LinearOperator]] = {
     "sparse": _sparse,
     "fourier": _fourier,
     "tomography": _tomography,
+    "linear": lambda shape, array: LinearOperator(array),
 }

@@ -1,18 +1,15 @@
 """Samples of x_0 given a noisy linear measurement y = A(x_0) + noise, with a denoiser of the prior.
 
-    mmps     moment matching posterior sampling, the recommended method, exact for Gaussian data (Rozet et al. 2024)
-    pigdm    pseudoinverse guidance, exact for white data N(0, data_std^2 I) (Song et al. 2023)
+    mmps     moment matching posterior sampling, the recommended method (Rozet et al. 2024)
     smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
-    dps      diffusion posterior sampling, an uncalibrated baseline (Chung et al. 2023)
 
-`mmps` and `pigdm` return a `Denoiser` of E[x_0 | x_t, y], so that samplers draw from the posterior; only
-`consistency`, and `ddpm` for prediction x_prev, raise ValueError. `dps` wraps a sampler, and `smc` is a sampling loop
-of its own.
+`mmps` returns a `Denoiser` of E[x_0 | x_t, y], so that samplers draw from the posterior; only `consistency`, and `ddpm` for
+prediction x_prev, raise ValueError. `smc` is a sampling loop of its own.
 
 For p(x_0 | x_t) = N(D, V) with D = E[x_0 | x_t], E[x_0 | x_t, y] = D + V A^T (R + A V A^T)^-1 (y - A D). In `mmps`, V is a
-covariance from data (`covariances`), or by Tweedie's formula (sigma^2 / alpha) J, where J is the Jacobian of D in x_t.
-`pigdm` has (sigma^2 / alpha) J^T in place of the first V, and the covariance of white data in place of the second. D is the
-denoiser's x_0 before the clip. Rows of a batch do not affect each other.
+covariance from data (`covariances`), or by Tweedie's formula (sigma^2 / alpha) J, where J is the Jacobian of D in x_t. For
+Gaussian data with their covariance, or J of an exact denoiser and enough iterations, E is exact. D is the denoiser's x_0
+before the clip. Rows of a batch do not affect each other.
 """
 
 from __future__ import annotations
@@ -24,18 +21,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from diffusion_jax import process
 from diffusion_jax.arrays import as_float
-from diffusion_jax.covariances import Covariance, white
+from diffusion_jax.covariances import Covariance
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import Measurement
-from diffusion_jax.sampling import Step, WrappedSampler, normal
+from diffusion_jax.sampling import normal
 from diffusion_jax.sampling.driver import fold_in, is_batch_of_keys, split
-from diffusion_jax.schedules import NoiseLevel, Schedule, Transition
+from diffusion_jax.schedules import NoiseLevel, Schedule
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 
@@ -68,31 +64,10 @@ def mmps(
         raise ValueError("given_y needs the covariance that it was computed from")
     if iterations is None:
         iterations = 3 if covariance is None else 100
-    return _add(denoiser, _Correction(measurement, covariance, given_y, iterations, tolerance))
-
-
-def pigdm(
-    denoiser: Denoiser | DenoiseFn,
-    measurement: Measurement,
-    *,
-    data_std: float = 1.0,
-    iterations: int = 10,
-    tolerance: float = 1e-3,
-) -> Denoiser:
-    """Returns a denoiser of E[x_0 | x_t, y] for white data: V = data_std^2 s^2 / (data_std^2 + s^2) I, s = sigma / alpha.
-
-    iterations, tolerance: as `mmps`, without network calls; one iteration is exact if R and A A^T are diagonal and
-    the operator's `diagonal` is exact, not estimated. A call costs a forward and a backward pass. For data with structure,
-    `mmps` is closer to the posterior.
-    Raises: as `mmps`, and ValueError for a data_std that is not above 0.
-    """
-    require_number("data_std", data_std, 0, above=True)
-    return _add(denoiser, _Correction(measurement, white(data_std), None, iterations, tolerance, is_pigdm=True))
-
-
-def _add(denoiser, correction: _Correction) -> Denoiser:
-    denoiser = as_denoiser(denoiser)
-    correction.check()
+    require_number("iterations", iterations, 1, whole=True)
+    require_number("tolerance", tolerance, 0, above=True)
+    measurement.check()
+    denoiser, correction = as_denoiser(denoiser), _Correction(measurement, covariance, given_y, iterations, tolerance)
     return dataclasses.replace(denoiser, corrections=(*denoiser.corrections, correction))
 
 
@@ -131,20 +106,13 @@ class _Solved(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Correction:
-    """The correction in `mmps`, or with `is_pigdm` in `pigdm`; the other fields are the arguments of `mmps`."""
+    """The correction in `mmps`, whose arguments are the fields."""
 
     measurement: Measurement
     covariance: Covariance | None
     given_y: Covariance | None
     iterations: int = dataclasses.field(metadata={"static": True})
     tolerance: float = dataclasses.field(metadata={"static": True})
-    is_pigdm: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def check(self) -> None:
-        """Raises: as `mmps`."""
-        require_number("iterations", self.iterations, 1, whole=True)
-        require_number("tolerance", self.tolerance, 0, above=True)
-        self.measurement.check()
 
     def __call__(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> Denoised:
         prior, shift, _ = self.solve(predict, x_t, level)
@@ -152,11 +120,10 @@ class _Correction:
 
     def solve(self, predict: Callable[[Batch], Denoised], x_t: Batch, level: NoiseLevel) -> _Solved:
         """Computes V A^T (R + A V A^T)^-1 (y - A D)."""
-        times_v = None if self.covariance is None else functools.partial(self.covariance.times, level=level)
-        if times_v is None or self.is_pigdm:
-            prior, times_jacobian = _linearize(predict, x_t, level)
+        if self.covariance is None:
+            prior, times_v = _linearize(predict, x_t, level)
         else:
-            prior, times_jacobian = predict(x_t), times_v
+            prior, times_v = predict(x_t), functools.partial(self.covariance.times, level=level)
         x_0, measurement, operator = prior.own_x_0, self.measurement, self.measurement.operator
         operator.check(x_0.shape[1:])
         variances, adjoint, b = measurement.variances(x_0.dtype), operator.adjoint(x_0), measurement.residual(x_0)
@@ -164,7 +131,7 @@ class _Correction:
             return _Solved(prior, self.given_y.times(adjoint(b / variances), level), jnp.zeros(len(b), b.dtype))
 
         def times_matrix(u):
-            return measurement.covariance(u) + operator.linear((times_v or times_jacobian)(adjoint(u)))
+            return measurement.covariance(u) + operator.linear(times_v(adjoint(u)))
 
         prior_variance = _white_variance(level, 1.0) if self.covariance is None else self.covariance.variance(level)
         per_row = jnp.reshape(prior_variance, (-1, *[1] * (b.ndim - 1)) if jnp.ndim(prior_variance) else ())
@@ -172,7 +139,7 @@ class _Correction:
         u, left = _conjugate_gradients(
             times_matrix, measurement.covariance, b, variances, diagonal, self.tolerance, self.iterations
         )
-        return _Solved(prior, times_jacobian(adjoint(u)), left)
+        return _Solved(prior, times_v(adjoint(u)), left)
 
 
 def _linearize(predict, x_t, level):
@@ -229,37 +196,6 @@ def _conjugate_gradients(times_matrix, covariance, b, variances, diagonal, toler
     return jax.lax.custom_linear_solve(times_matrix, b, solve, symmetric=True, has_aux=True)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class dps(WrappedSampler, traced=("measurement", "zeta")):
-    """Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): subtracts zeta grad |y - A D| after each step.
-
-    Wraps any other sampler; the paper uses `ddpm` with 1,000 steps. The norm is taken per example, and D is clipped, as in
-    the paper's code. Samples fit y, but do not follow the posterior: their mean and standard deviation depend on zeta and the
-    number of steps. zeta: the factor of the gradient; the paper uses 0.3 to 1. Raises: ValueError as `Measurement.check`.
-    """
-
-    measurement: Measurement
-    zeta: float | np.floating = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.measurement.check()
-
-    def num_calls(self, num_steps: int) -> int:
-        return self.sampler.num_calls(num_steps) + num_steps
-
-    def step(self, key, denoiser: Denoiser, x_t: Batch, transition: Transition, state: Any) -> Step:
-        new = self.sampler.step(key, denoiser, x_t, transition, state)
-
-        def distance(x_t):
-            residual = self.measurement.residual(denoiser(x_t, transition).x_0)
-            squares = jnp.sum(jnp.square(residual), axis=tuple(range(1, residual.ndim)))
-            # The square root has no gradient at 0, where A D = y.
-            return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
-
-        return new._replace(x_prev=new.x_prev - jnp.asarray(self.zeta, x_t.dtype) * jax.grad(distance)(x_t))
-
-
 class Particles(NamedTuple):
     """The result of `smc`: P weighted samples of each posterior.
 
@@ -294,12 +230,13 @@ def smc(
     """Twisted diffusion sampler (Wu et al. 2023): weighted particles from ancestral steps guided by y.
 
     Each step but the last shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)),
-    with the variance v of x_0 given x_t for white data, as `pigdm`. The weights correct for the shift and the approximation,
-    so that as P grows, the weighted particles follow p(x_0 | y) exactly, with the ancestral sampler's samples as the prior.
+    with the variance v of x_0 given x_t for white data N(0, data_std^2 I). The weights correct for the shift and the
+    approximation, so that as P grows, the weighted particles follow p(x_0 | y) exactly, with the ancestral sampler's samples
+    as the prior.
 
     Args:
       key: one key, or one for each example [B], so that an example's particles depend on its own key only.
-      x_T: N(0, I); the particles of an example share its row of y. data_std: as `pigdm`.
+      x_T: N(0, I); the particles of an example share its row of y. data_std: the deviation of white data.
       resample_below: an example's particles are resampled if their effective sample size falls below this share of P.
     Raises: ValueError for an x_T without the axes P and B, a data_std that is not above 0, a noise that is a function, a
       prediction of eps or score if alpha_bar ends at 0, and as `Measurement.check`.

@@ -25,9 +25,9 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.functions import find_function
 
 # Methods for measurements with noise, and for measurements without noise by task; the first method is the default.
-_NOISY = ("mmps", "pigdm", "dps", "smc")
+_NOISY = ("mmps", "smc")
 _EXACT = {"inpaint": ("repaint", "project"), "colorize": ("project",), "super_resolution": ("project",)}
-_READ_BY = {"iterations": ("mmps", "pigdm"), "zeta": ("dps",), "particles": ("smc",)}
+_READ_BY = {"covariance": ("mmps",), "iterations": ("mmps",), "particles": ("smc",)}
 
 
 class Rule(NamedTuple):
@@ -237,7 +237,7 @@ def _edit_methods(options: ConfigDict) -> tuple[str, ...]:
 
 
 def _edit(config: ConfigDict) -> list[Rule]:
-    options, task, is_noisy = config.editing, config.editing.task, config.editing.noise > 0
+    options, task, is_noisy = config.editing, config.editing.task, bool(config.editing.noise)
     methods, method, measures = _edit_methods(options), edit_method(options), task in editing.MEASUREMENTS
     arguments = inspect.signature(editing.MEASUREMENTS[task]).parameters if measures else ()
     has_effect = {"noise", "method"} if measures else set()
@@ -248,7 +248,7 @@ def _edit(config: ConfigDict) -> list[Rule]:
     is_wrong = methods and options.method not in (None, *methods)
     others, remedy = (_EXACT.get(task, ()), "editing.noise=0") if is_noisy else (_NOISY, "editing.noise=VALUE")
     needed = f"must be the standard deviation of the noise for editing.task={task!r}, which has no exact method"
-    allowed = f"is not for editing.task={task!r} with editing.noise={options.noise:g}, but {' or '.join(methods)}"
+    allowed = f"is not for editing.task={task!r} with editing.noise={options.noise!r}, but {' or '.join(methods)}"
     names = ("noise", "method", "operator", "share", "blur", *_READ_BY)
     is_unread = {name: name not in has_effect and options[name] != EDITING[name].default for name in names}
     has_two, two = (
@@ -257,6 +257,7 @@ def _edit(config: ConfigDict) -> list[Rule]:
     )
     has_no_gray = task == "colorize" and is_continuous(config)
     lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
+    is_function, lacks = ":" in options.operator, f"is not a function, which editing.task={task!r} needs"
     sampler = config.sampling.sampler
     lacks_steps = method == "smc" and sampler != "ddpm" and ":" not in sampler
     return [
@@ -269,6 +270,8 @@ def _edit(config: ConfigDict) -> list[Rule]:
         Rule("editing.noise", measures and not methods, needed, "VALUE"),
         Rule("editing.method", is_wrong, allowed, method, remedy if options.method in others else ""),
         *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),
+        Rule("editing.operator", task == "linear" and not is_function, lacks, "FILE.py:function"),
+        Rule("editing.operator", task != "linear" and is_function, "is for editing.task=linear", "FILE.npy"),
     ]
 
 

@@ -45,17 +45,18 @@ class Setting:
     @property
     def imports(self) -> bool:
         """Whether a value with a colon names a function that is imported."""
-        return _names_function(self.kind)
+        return any(isinstance(kind, FunctionName) for kind in _parts(self.kind))
 
     @property
     def is_path(self) -> bool:
         """Whether a value is a path or a URL."""
-        return self.kind is PATH
+        return any(kind is PATH for kind in _parts(self.kind))
 
 
-def _names_function(kind: Any) -> bool:
+def _parts(kind: Any) -> list[Any]:
+    """Returns the kind and the kinds in it."""
     parts = kind.kinds if isinstance(kind, OneOf) else [kind.item] if isinstance(kind, Tuple) else ()
-    return isinstance(kind, FunctionName) or any(map(_names_function, parts))
+    return [kind, *(part for each in parts for part in _parts(each))]
 
 
 SEED = Integer(0, 2**32 - 1)
@@ -535,20 +536,32 @@ EDITING: dict[str, Setting] = {
     ),
     "noise": Setting(
         0.0,
-        Number(minimum=0),
-        "Standard deviation of the measurement's noise, in data units (images: gray levels of 0 to 255); 0 for none.",
+        OneOf(
+            Number(minimum=0),
+            Tuple(Number(above=0), "numbers above 0", minimum_length=1, shown="(0.1, 0.2)"),
+            PATH,
+        ),
+        "Standard deviation of the measurement's noise, in data units (images: gray levels of 0 to 255); 0 for none. Or a "
+        "number for each channel, or an .npy with one for each number of the measurement, inf where nothing is measured.",
     ),
     "method": Setting(
         None,
-        optional(Choice("mmps", "pigdm", "dps", "smc", "project", "repaint")),
-        "How samples are drawn given the measurement: mmps, pigdm, dps or smc with noise, project or repaint without noise. "
+        optional(Choice("mmps", "smc", "project", "repaint")),
+        "How samples are drawn given the measurement: mmps or smc with noise, project or repaint without noise. "
         "None: mmps with noise; without noise, repaint for inpaint and project for other tasks.",
+    ),
+    "covariance": Setting(
+        None,
+        optional(Choice("data", "jacobian")),
+        "Covariance of x_0 in mmps: of the training data, or the network's Jacobian. None: data for a model that was trained "
+        "on `data`, jacobian for published weights and for upsamplers.",
     ),
     "operator": Setting(
         "",
-        PATH,
-        "An .npy of the measurement: the kernel of deblur, the points [P, axes] of sparse (entries from 0), the bool "
-        'frequencies of fourier, the angles of tomography in degrees; "" for a default by `editing.blur` or `editing.share`.',
+        OneOf(FunctionName(), PATH),
+        "For the task linear, a function from examples [N, ...] in data units to measurements. For other tasks, an .npy: the "
+        "kernel of deblur, the points [P, axes] of sparse (entries from 0), the bool frequencies of fourier, the angles of "
+        'tomography in degrees; "" for a default by `editing.blur` or `editing.share`.',
     ),
     "blur": Setting(1.0, Number(above=0), "Standard deviation of deblur's Gaussian kernel, in entries."),
     "share": Setting(
@@ -557,9 +570,10 @@ EDITING: dict[str, Setting] = {
         "Share of the entries (sparse) or frequencies (fourier) that are measured, or ratio of angles to rows (tomography).",
     ),
     "iterations": Setting(
-        None, optional(Integer(1)), "Iterations of mmps and pigdm; None for their defaults, 3 and 10."
+        None,
+        optional(Integer(1)),
+        "Largest number of solver iterations in mmps; None: 100 with the covariance of data, 3 with the Jacobian.",
     ),
-    "zeta": Setting(1.0, Number(above=0), "Step of dps."),
     "particles": Setting(64, Integer(2), "Particles of smc, from which the results are drawn."),
     "mask": Setting("", PATH, "Mask: an image that is white, or a bool .npy that is True, at the known pixels."),
     "other": Setting("", PATH, "Second image or example for interpolate."),

@@ -45,7 +45,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     """
     config, workdir = resolve(config), open_run_dir(workdir)
     options, count = config.evaluation, config.evaluation.calibration_samples
-    net, is_posterior = open_model(config, workdir), config.editing.noise > 0
+    net, is_posterior = open_model(config, workdir), bool(config.editing.noise)
     check_sampling(config, net)
     problem = None
     if is_posterior:
@@ -66,6 +66,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         y = problem.simulate(x_0, np.arange(total))
     with as_user_error("config.evaluation.quantities"):
         truth, names = find_quantities(options.quantities, x if net.levels is None else x.astype(np.float64))
+    problem = problem and problem.with_covariance(config)
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, options.use_ema))
     settings = {"editing": to_dict(config.editing)} if is_posterior else {}
     provenance = make_provenance(setup, **settings, given_digest=array_digest(x, y), calibration=[count, *names])

@@ -25,9 +25,9 @@ from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem, log_chi_squared
+from diffusion_jax.runs.posterior import Problem, log_fit
 from diffusion_jax.runs.sample import make_provenance, write_samples
-from diffusion_jax.runs.sampling_setup import check_finite, check_sampling, load_arrays, resolve_sampling
+from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, check_sampling, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
 from diffusion_jax.storage.downloads import local_path
 from diffusion_jax.untrusted import read_image
@@ -41,8 +41,8 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     """Edits `editing.image` or draws samples given a measurement: writes a picture and an .npz with the results.
 
     The .npz has arr_0, uint8 [N, *spatial, C], or float32 in data units for continuous data. With `editing.noise`, the
-    .npz also has chi_squared [N] and, in data units (images: gray levels of 0 to 255), mean and deviation of the samples,
-    measurement, and, if known, truth.
+    .npz also has chi_squared [N], the solver's residual and, in data units (images: gray levels of 0 to 255), mean and
+    deviation of the samples, measurement, noise, operator (`Problem.arrays`), and, if known, truth.
 
     Raises: UserError, DataError, PretrainedError.
     """
@@ -63,6 +63,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
+    problem = problem and problem.with_covariance(config)
     measured = None if problem is None else _Measured(config, problem, files, mask)
     given, algorithm = _read_edit(files, task, options, mask) if measured is None else (measured.given, None)
 
@@ -86,7 +87,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
     provenance = dataclasses.replace(provenance, name=f"{task}_{provenance.name}_{provenance.digest[:6]}")
     arrays, channels = {"arr_0": results}, read_channels(config, workdir)
     if options.noise and measured is not None:
-        more, picture = measured.summarize(samples, title, channels)
+        more, picture = measured.summarize(samples, setup, title, channels)
         arrays |= more
     else:
         captions = [f"result {i}" for i in range(1, len(results) + 1)]
@@ -141,16 +142,22 @@ class _Measured:
         self.given[self._caption] = shown
 
     def summarize(
-        self, samples: np.ndarray, title: str, channels: pictures.Channels
+        self, samples: np.ndarray, setup: SamplingSetup, title: str, channels: pictures.Channels
     ) -> tuple[dict[str, np.ndarray | None], pictures.Picture]:
-        """Logs chi-squared of samples [N, ...]. Returns: (arrays for the .npz, a picture)."""
+        """Logs chi-squared and the solver's residual for samples [N, ...]. Returns: (arrays for the .npz, a picture)."""
         problem, net = self.problem, self.problem.net
         x = samples if net.levels is None else to_gray_levels(samples)
         arrays = {"mean": x.mean(axis=0), "deviation": x.std(axis=0, ddof=1), "measurement": self._values}
         arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
         found = problem.chi_squared(samples[:, None], self.y)[:, 0]
-        log_chi_squared(found, problem)
-        title += f"; {problem.method}, noise {problem.options.noise:g}; mean and deviation of {len(x)} samples"
+        residual = problem.residual(setup, samples, self.y)
+        log_fit(found, residual, problem)
+        arrays |= {"residual": np.array(residual, np.float32), **problem.arrays()}
+        covariance = (
+            "" if problem.method != "mmps" else ", Jacobian" if problem.covariance is None else ", data's covariance"
+        )
+        noise = os.path.basename(str(problem.options.noise))
+        title += f"; {problem.method}{covariance}, noise {noise}; mean and deviation of {len(x)} samples"
         shown = self.given[self._caption]
         picture = pictures.draw_posterior(x, shown, self._caption, self.truth, title, channels, net.is_images)
         return arrays | {"chi_squared": found, "truth": self.truth}, picture
@@ -247,8 +254,9 @@ class EditFiles:
             )
         if task == "colorize":  # the file has an example, whose gray values are the measurement
             return np.asarray(problem.operator.measure(self.to_model(self.read("image"))))
-        y = self.read("image", problem.y_shape, mask)
-        y = y if mask is None else np.where(mask, y, 0).astype(y.dtype)
+        known = np.isfinite(problem.noise) if mask is None else mask & np.isfinite(problem.noise)
+        y = self.read("image", problem.y_shape, known)
+        y = np.where(known, y, 0).astype(y.dtype)
         return problem.to_network(y[None])
 
     def read_mask(self) -> np.ndarray:

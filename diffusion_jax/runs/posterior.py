@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import math
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,23 +19,34 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, editing, posterior, pretrained
+from diffusion_jax import covariances, data, editing, posterior, pretrained
+from diffusion_jax.arrays import broadcasts_to
 from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
-from diffusion_jax.errors import as_user_error
+from diffusion_jax.data.sources import batch_examples, read_conditions
+from diffusion_jax.denoiser import Denoiser
+from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.functions import find_function
+from diffusion_jax.images import to_model_range
 from diffusion_jax.measurements import LinearOperator, Measurement
+from diffusion_jax.metrics.of_arrays import subset_indices
 from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
+from diffusion_jax.runs.workdir import check_source, load_examples
 from diffusion_jax.sampling.driver import is_batch_of_keys, split
 
 _GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
+_RESIDUAL = 0.05  # a larger residual is noted
+_MATRIX = 2**22  # most numbers of a stored matrix
+_EXAMPLES, _NUMBERS = 4096, 2**26  # most examples for a covariance, and numbers in them, 512 MB in float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The measurement that `config.editing` describes, in network units and in data units.
 
-    noise: the standard deviation in network units, a number or an array that broadcasts to y: [C], but [C, 1] for fourier and
-    [1] for colorize. scale, shift: y in data units is scale * y + shift.
+    noise: the standard deviation in network units, a number or an array that broadcasts to y. scale, shift: y in data units
+    is scale * y + shift. covariance: of x_0 in network units, or None for the network's Jacobian. given_y: the covariance of
+    x_0 given y, or None.
     """
 
     options: ConfigDict
@@ -41,30 +56,56 @@ class Problem:
     noise: Any
     scale: np.ndarray
     shift: np.ndarray
+    covariance: covariances.Covariance | None = None
+    given_y: covariances.Covariance | None = None
 
     @classmethod
     def from_config(cls, config: ConfigDict, net: pretrained.Model, mask: np.ndarray | None = None) -> Problem:
         """Builds the measurement of a config. mask: from `runs.edit.EditFiles.read_mask`. Raises: UserError."""
         options, shape, task = config.editing, net.example_shape, config.editing.task
-        array = load_arrays("editing.operator", options.operator) if options.operator else None
+        array = None
+        if task == "linear":
+            with as_user_error("config"):
+                array = find_function(options.operator, "editing.operator")
+        elif options.operator:
+            array = load_arrays("editing.operator", options.operator)
         arguments = {**options.to_dict(), "mask": mask, "array": array}
         make = editing.MEASUREMENTS[task]
-        with as_user_error(f"editing.operator={options.operator!r}" if options.operator else "config.editing"):
-            needed = [name for name in inspect.signature(make).parameters if name != "shape"]
-            operator = make(shape, **{name: arguments[name] for name in needed})
-            operator.check(shape)
-            of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]
         found = net.normalizations.get("x")
         offset, scale = (0.0, 1.0) if found is None else (found.offset, found.scale)
         if net.levels is not None:
             offset = scale = _GRAY_LEVEL
         offset, scale = (np.broadcast_to(np.asarray(each, np.float64), shape[-1:]) for each in (offset, scale))
-        if task == "fourier":  # real and imaginary parts
-            offset, scale = offset[:, None], scale[:, None]
-        elif task == "colorize":
-            offset, scale = offset[:1], scale[:1]
-        noise = (options.noise / scale).astype(np.float32) if options.noise else 0.0
-        return cls(options, edit_method(options) or "", net, operator, noise, scale, of_ones * offset)
+        setting = f"editing.operator={options.operator!r}" if options.operator else "config.editing"
+        with as_user_error(setting), _warnings_as_notes():
+            needed = [name for name in inspect.signature(make).parameters if name != "shape"]
+            operator = make(shape, **{name: arguments[name] for name in needed})
+            operator.check(shape)
+            if task == "linear":  # of data units, and y is not converted
+                shift = np.asarray(operator.measure(jnp.asarray(np.broadcast_to(offset, (1, *shape)), jnp.float32)))[0]
+                operator = LinearOperator(_InDataUnits(operator, scale.astype(np.float32)))
+                shift, scale = shift.astype(np.float64), np.ones(1)
+            else:
+                of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]
+                if task == "fourier":  # real and imaginary parts
+                    offset, scale = offset[:, None], scale[:, None]
+                elif task == "colorize":
+                    offset, scale = offset[:1], scale[:1]
+                shift = of_ones * offset
+        noise = (_read_noise(options, shift.shape) / scale).astype(np.float32) if options.noise else 0.0
+        return cls(options, edit_method(options) or "", net, operator, noise, scale, shift)
+
+    def with_covariance(self, config: ConfigDict) -> Problem:
+        """Adds the covariance of training examples, if `editing.covariance` wants it; logs which. Raises: DataError."""
+        has_data = not (config.init_from or self.net.low_resolution)
+        if self.method != "mmps" or (self.options.covariance or ("data" if has_data else "jacobian")) == "jacobian":
+            return self
+        covariance = _covariance_of_data(config, self.net)
+        with as_user_error("config.editing"):
+            zeros = self._repeat(np.zeros((1, *self.y_shape), np.float32), 1)
+            return dataclasses.replace(
+                self, covariance=covariance, given_y=covariance.given(zeros, self.net.example_shape)
+            )
 
     @property
     def y_shape(self) -> tuple[int, ...]:
@@ -74,8 +115,24 @@ class Problem:
     @property
     def num_measured(self) -> int:
         """The number of measured numbers in y."""
-        measured = self.operator.squared_norms(jnp.zeros((1, *self.net.example_shape))) > 0
+        measured = (self.operator.squared_norms(jnp.zeros((1, *self.net.example_shape))) > 0) & np.isfinite(self.noise)
         return int(np.broadcast_to(measured, self.y_shape).sum())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns what the .npz needs to repeat the measurement: the noise in data units, and the operator's array.
+
+        The array is the mask, the kernel, the points, the frequencies or the angles in radians. For the task linear, it is
+        the matrix [*y_shape, *shape] in data units, unless this matrix is large.
+        """
+        found = {"noise": np.broadcast_to(self.noise * self.scale, self.y_shape).astype(np.float32)}
+        leaves, shape, measure = jax.tree.leaves(self.operator.measure), self.net.example_shape, self.operator.measure
+        if not isinstance(measure, _InDataUnits):
+            return found | dict(zip(["operator"], map(np.asarray, leaves), strict=False))
+        size = math.prod(shape)
+        if size * math.prod(self.y_shape) > _MATRIX:
+            return found
+        columns = np.asarray(measure.operator.linear(jnp.eye(size).reshape(size, *shape)))
+        return found | {"operator": np.moveaxis(columns, 0, -1).reshape(*self.y_shape, *shape)}
 
     def to_network(self, y: np.ndarray) -> np.ndarray:
         """Converts y [N, ...] from data units to float32 network units."""
@@ -89,11 +146,11 @@ class Problem:
         """Measures examples [N, ...] in network units, with noise that depends on the index of an example alone."""
         y = np.asarray(self.operator.measure(jnp.asarray(x_0)))
         draws = [np.random.default_rng([int(i), 45]).standard_normal(self.y_shape) for i in indices]
-        return (y + self.noise * np.stack(draws)).astype(np.float32)
+        return (y + np.where(np.isfinite(self.noise), self.noise, 0) * np.stack(draws)).astype(np.float32)
 
     def show(self, y: np.ndarray) -> np.ndarray:
         """Converts y, in data units, for pictures: if possible to [*spatial, C], with NaN where nothing is measured."""
-        if self.options.task in ("deblur", "tomography"):
+        if self.options.task in ("deblur", "tomography", "linear"):
             return y
         adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
         if self.options.task == "fourier":  # a coefficient counts twice if y leaves out its conjugate
@@ -102,7 +159,8 @@ class Problem:
             axes = tuple(range(is_known.ndim - 1))
             conjugate = np.roll(np.flip(is_known, axes), 1, axes)  # of a coefficient in the first or last column
             y = np.where((column > 0) & (2 * column < size), 2, 2 - conjugate)[..., None, None] * y
-        spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in (y, np.ones_like(y)))
+        known = np.broadcast_to(np.isfinite(self.noise), y.shape)
+        spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in (y * known, known))
         if self.options.task == "fourier":
             return spread
         return np.where(weight > 0, spread / np.where(weight > 0, weight, 1), np.nan)
@@ -126,30 +184,104 @@ class Problem:
         key: one key, or a key for each drawn sample: num_drawn * N keys, flattened from [num_drawn, N].
         Returns: [count, N, ...], images in [-1, 1], continuous data in data units. Raises: UserError.
         """
-        options, rows = self.options, len(y)
+        rows = len(y)
         indices = np.arange(self.num_drawn(count) * rows)
         repeated = self._repeat(y, count)
-        scale = self.net.sigma_data or 1.0
-        iterations = {} if options.iterations is None else {"iterations": options.iterations}
         with as_user_error("config.editing"):
             if self.method == "smc":
                 repeated.check()  # here, because traced values in the compiled program cannot be checked
+                scale = self.net.sigma_data or 1.0
                 x = setup.generate(key, indices, algorithm=_Smc(self._repeat(y, 1), count, scale))
-            elif self.method == "dps":
-                sampler = posterior.dps(setup.sampler, repeated, options.zeta)
-                x = dataclasses.replace(setup, sampler=sampler).generate(key, indices)
             else:
-                wrap = {
-                    "mmps": functools.partial(posterior.mmps, **iterations),
-                    "pigdm": functools.partial(posterior.pigdm, data_std=scale, **iterations),
-                    "project": editing.project,
-                }[self.method]
+                wrap = editing.project if self.method == "project" else self._mmps
                 x = setup.generate(key, indices, wrap=lambda denoiser: wrap(denoiser, repeated))
         return np.asarray(x).reshape(count, rows, *self.net.example_shape)
 
+    def _mmps(self, denoiser: Denoiser, measurement: Measurement) -> Denoiser:
+        iterations = self.options.iterations
+        return posterior.mmps(denoiser, measurement, self.covariance, given_y=self.given_y, iterations=iterations)
 
-def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
-    """Logs chi-squared per measured number, and a note if the samples do not explain the measurement."""
+    def residual(self, setup: SamplingSetup, samples: np.ndarray, y: np.ndarray) -> float:
+        """Returns the residual of the linear system in mmps: the largest of five noise levels, the median of the samples.
+
+        samples: [N, ...] as from `draw`, given one row y [1, ...]. Returns 0 where no system is solved.
+        """
+        if self.method != "mmps" or self.given_y is not None:
+            return 0.0
+        x_0 = jnp.asarray(data.to_model_units(np.asarray(samples), self.net.normalizations.get("x")), jnp.float32)
+        noise, schedule, found = jax.random.normal(jax.random.key(0), x_0.shape), setup.schedule, []
+        for t in np.linspace(0, schedule.num_timesteps - 1, 6).astype(int)[:-1]:  # pure noise is not corrected
+            level = schedule.at(np.full(len(x_0), t), x_0)
+            x_t = level.alpha * x_0 + level.sigma * noise
+            arguments = setup.denoiser(np.arange(len(x_0))), self._repeat(y, len(x_0)), x_t, level, self.covariance
+            residuals = _relative_residual(*arguments, iterations=self.options.iterations)
+            found.append(float(np.median(residuals)))
+        return max(found)
+
+
+_relative_residual = jax.jit(posterior.relative_residual, static_argnames="iterations")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _InDataUnits:
+    """A linear function of x_0 in network units, from an operator of x_0 in data units."""
+
+    operator: LinearOperator
+    scale: np.ndarray
+
+    def __call__(self, x):
+        return self.operator.linear(self.scale * x)
+
+
+def _read_noise(options: ConfigDict, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns `editing.noise` in data units, with a shape that broadcasts to y [*shape]. Raises: UserError."""
+    noise, is_fourier = options.noise, options.task == "fourier"
+    noise = np.asarray(load_arrays("editing.noise", noise) if isinstance(noise, str) else noise, np.float64)
+    noise = noise[:, None] if isinstance(options.noise, tuple) and is_fourier else noise  # real and imaginary parts
+    if not broadcasts_to(noise.shape, shape) or not (noise > 0).all():
+        raise UserError(
+            f"editing.noise={options.noise!r} must be standard deviations above 0 that broadcast to the measurement, "
+            f"{list(shape)}; got {list(noise.shape)}"
+        )
+    return noise
+
+
+def _covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances.Covariance:
+    """Estimates the covariance of training examples, given their classes and conditions, in network units; logs how."""
+    source = load_examples("Reading the training data for their covariance", dict(config.data), {}, None)
+    check_source(config, source)
+    count = min(_EXAMPLES, max(16, _NUMBERS // math.prod(net.example_shape)))
+    batch = source.read(subset_indices(len(source), count))
+    x = batch_examples(batch)
+    x = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
+    x, inputs = np.asarray(x, np.float64), np.zeros((len(x), 0))
+    if net.num_classes:
+        inputs = np.eye(net.num_classes)[batch["label"]]
+    if net.condition_shape is not None:
+        conditions = read_conditions(batch)
+        known = ~conditions.get("condition_missing", np.zeros(len(x), bool))
+        x, inputs = x[known], np.concatenate([inputs, conditions["condition"].reshape(len(x), -1)], axis=1)[known]
+    is_periodic = config.model.kind == "unet" and config.model.padding == "periodic"
+    estimate = covariances.fourier if is_periodic else covariances.principal
+    basis = "Fourier coefficients" if is_periodic else "principal components"
+    given = ", given their classes and conditions" * bool(inputs.shape[1])
+    log(f"Covariance of x_0: from {len(x):,} training examples{given}, by {basis}.")
+    with as_user_error("editing.covariance=data"), _warnings_as_notes():
+        return estimate(x, inputs)
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        log(f"Note: {warning.message}.")
+
+
+def log_fit(values: np.ndarray, residual: float, problem: Problem) -> None:
+    """Logs chi-squared per measured number and the solver's residual, with notes if one is too large."""
     found, count = float(np.mean(values)), problem.num_measured
     log(
         f"Chi-squared per measured number ({count:,} numbers): {found:.3g}, about 1 if the samples explain the measurement."
@@ -157,8 +289,15 @@ def log_chi_squared(values: np.ndarray, problem: Problem) -> None:
     if found > max(2.0, 1 + 5 * (2 / count) ** 0.5):
         log(
             f"Note: chi-squared is far above 1, so this model cannot explain the measurement with editing.noise="
-            f"{problem.options.noise:g}, or {problem.method} has not converged; use a larger noise, more sampling.steps, or "
-            "more editing.iterations."
+            f"{problem.options.noise}, or the sampler has not converged; use a larger noise or more sampling.steps."
+        )
+    if residual:
+        log(
+            f"Residual of the linear system, relative to the measurement's misfit in units of the noise: {residual:.2g}."
+        )
+    if residual > _RESIDUAL:
+        log(
+            "Note: the solver has not converged, so the samples are not those of the posterior; use more editing.iterations."
         )
 
 

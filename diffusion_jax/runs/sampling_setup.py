@@ -86,13 +86,17 @@ class SamplingSetup:
 
         wrap: a function that is applied to the denoiser. arguments: trajectory and algorithm of `pretrained.Model.draw`.
         """
-        net, count = self.net, len(indices)
+        denoiser = wrap(self.denoiser(indices))
+        return self.net.draw(key, len(indices), self.schedule, denoiser, self.sampler, **arguments)
+
+    def denoiser(self, indices: np.ndarray) -> Denoiser:
+        """Returns the denoiser of the samples with these indices."""
         noise_std = self.config.sampling.low_resolution_noise
         with warnings.catch_warnings():  # `resolve_sampling` has logged these warnings
             warnings.simplefilter("ignore")
-            inputs = net.inputs(count, **self.rows(indices), noise_std=noise_std, classifier=self.classifier)
-        denoiser = wrap(net.denoiser(**inputs, **self.options))
-        return net.draw(key, count, self.schedule, denoiser, self.sampler, **arguments)
+            rows = self.rows(indices)
+            inputs = self.net.inputs(len(indices), **rows, noise_std=noise_std, classifier=self.classifier)
+        return self.net.denoiser(**inputs, **self.options)
 
     def generate_batch(
         self,

@@ -87,9 +87,11 @@ EXAMPLES = {  # settings that differ from the defaults and break one rule, in th
         "editing.operator=points.npy",
         "editing.share=0.5",
         "editing.task=deblur editing.noise=2 editing.operator=kernel.npy editing.blur=3",
-        "editing.task=deblur editing.noise=2 editing.method=dps editing.iterations=3",
-        "editing.task=deblur editing.noise=2 editing.zeta=0.3",
+        "editing.task=deblur editing.noise=2 editing.method=smc sampling.sampler=ddpm editing.covariance=data",
+        "editing.task=deblur editing.noise=2 editing.method=smc sampling.sampler=ddpm editing.iterations=3",
         "editing.method=project editing.particles=9",
+        "editing.task=linear editing.noise=2 editing.operator=points.npy",
+        "editing.task=sparse editing.noise=2 editing.operator=mine.py:kelvin",
     ],
     "without effect": [
         "sampling.eta=0.5",

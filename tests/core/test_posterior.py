@@ -2,16 +2,14 @@
 
 import copy
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, posterior, sampling, schedules
+from diffusion_jax import Denoiser, covariances, posterior, sampling, schedules
 from diffusion_jax.measurements import LinearOperator, Measurement, masked, mix_channels
-from diffusion_jax.sampling import WrappedSampler
 
 PATH = schedules.edm(0.002, 80.0)
 X = np.zeros((2, 8), np.float32)
@@ -100,98 +98,18 @@ def test_samplers_with_mmps_draw_from_the_exact_posterior(d, sampler, x64):
     assert error < 0.02 and 0.98 < low <= high < 1.02
 
 
-@pytest.mark.parametrize("std", [1.0, 0.5])
-def test_pigdm_is_exact_for_white_data_and_not_for_others(std, x64):
-    d, rows = 8, 9
-    white = Problem(d, eigenvalues=np.full(d, std**2))
-    correlated = Problem(d)
-    x_t, level = np.random.default_rng(2).normal(size=(rows, d)), level_at(0.7, rows, d)
-    alpha, sigma = float(level.alpha[0, 0]), float(level.sigma[0, 0])
-    errors = []
-    for problem in (white, correlated):
-        denoiser = posterior.pigdm(problem.denoiser(), problem.measurement(rows), data_std=std, tolerance=1e-12)
-        expected = np.stack([problem.given(row, alpha, sigma)[0] for row in x_t])
-        errors.append(np.abs(denoiser(x_t, level).x_0 - expected).max())
-    assert errors[0] < 1e-9 and errors[1] > 0.05
-
-
-def test_dps_is_not_a_posterior_sampler(x64):
-    """On N(0, 1) with y = x_0 + N(0, 0.5^2), the mean or the deviation is off by more than 0.1; one zeta cannot mend both."""
-    y, n = 1.0, 4000
-    exact_mean, exact_std = y / 1.25, 0.2**0.5
-    denoiser = Denoiser(lambda x_t, time: PATH.at(time, x_t).alpha * x_t, prediction="x_0", clip=False)
-    measurement = Measurement(lambda x: x, np.full((n, 1), y), 0.5)
-    x_T = jax.random.normal(jax.random.key(0), (n, 1))
-    for zeta in (0.3, 1.0):
-        sampler = posterior.dps(sampling.ddpm(), measurement, zeta)
-        x = np.asarray(sampling.sample(jax.random.key(1), schedules.edm_steps(100), denoiser, x_T, sampler))
-        assert max(abs(x.mean() - exact_mean), abs(x.std() - exact_std)) > 0.1
-    step = lambda zeta: posterior.dps(sampling.ddim(), measurement, zeta).step(  # noqa: E731
-        jax.random.key(2), denoiser, x_T, schedules.edm_steps(10).transition(jnp.full(n, 5), x_T), ()
-    )
-    level = schedules.edm_steps(10).at(5, x_T)
-    residual = y - level.alpha * x_T  # of one number, so the gradient of |y - D| is -alpha sign(residual)
-    np.testing.assert_allclose(
-        step(0.7).x_prev, step(0.0).x_prev + 0.7 * level.alpha * np.sign(residual), rtol=1e-6, atol=1e-9
-    )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class pigdm_step(WrappedSampler, traced=("measurement",)):
-    """PiGDM with the paper's weight (Song et al. 2023, Algorithm 1), for a white prior N(0, 1).
-
-    Adds alpha_s alpha_t v J^T A^T (R + v A A^T)^-1 (y - A D) after each step from level t to s.
-    """
-
-    measurement: Measurement
-
-    def step(self, key, denoiser, x_t, transition, state):
-        new, (alpha, sigma) = self.sampler.step(key, denoiser, x_t, transition, state), transition.level[:2]
-        shift = posterior.pigdm(denoiser, self.measurement)(x_t, transition).own_x_0 - denoiser(x_t, transition).own_x_0
-        variance = sigma**2 / (alpha**2 + sigma**2)
-        # The shift contains the factor sigma^2 / alpha_t, by which the weight divides.
-        return new._replace(x_prev=new.x_prev + variance * transition.target.alpha * alpha**2 / sigma**2 * shift)
-
-
-@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.thorough)])
-def test_the_published_step_of_pigdm_never_converges(steps, x64):
-    """On N(0, 1) with y = 1 of noise 0.5, the mean is 1.00 and not 0.8, and the deviation falls with the number of steps.
-
-    The moments of its affine steps, one by one: 0.41 and 0.22 times the exact deviation.
-    """
-    full = schedules.from_betas(schedules.betas("linear", 1000))
-    schedule = full if steps == 1000 else schedules.respace(full, steps)
-    exact = Denoiser(lambda x_t, time: full.path.at(time, x_t).alpha * x_t, prediction="x_0", clip=False)
-    n, mean, variance = 4000, 0.0, 1.0
-    alpha_bar = np.append(1.0, schedule.alpha_bar)
-    for s, t in reversed(list(itertools.pairwise(alpha_bar))):
-        fresh = (1 - s) / (1 - t) * (1 - t / s)
-        pull = np.sqrt(s) * t * (1 - t) / (0.25 + 1 - t)  # alpha_s alpha_t v J / (R + v), with J = alpha_t
-        slope = np.sqrt(s * t) + np.sqrt(max(1 - s - fresh, 0) * (1 - t)) - pull * np.sqrt(t)
-        mean, variance = slope * mean + pull, slope**2 * variance + fresh
-    measurement = Measurement(lambda x: x, np.ones((n, 1)), 0.5)
-    x_T = jax.random.normal(jax.random.key(0), (n, 1))
-    moments = []
-    for denoiser, sampler in (
-        (exact, pigdm_step(sampling.ddim(eta=1.0), measurement)),
-        (posterior.pigdm(exact, measurement), sampling.ddim(eta=1.0)),
-    ):
-        x = np.asarray(sampling.sample(jax.random.key(1), schedule, denoiser, x_T, sampler))
-        moments.append((x.mean(), x.std()))
-        print(f"{steps} steps: mean {x.mean():.3f}, deviation {x.std():.3f}; exact 0.800, {0.2**0.5:.3f}")
-    np.testing.assert_allclose(moments[0], (mean, variance**0.5), atol=0.01)
-    assert abs(mean - 1) < 0.01 and variance**0.5 < 0.5 * 0.2**0.5
-    np.testing.assert_allclose(moments[1], (0.8, 0.2**0.5), atol=0.04)  # of 100 steps
-
-
-@pytest.mark.parametrize("method", [posterior.mmps, posterior.pigdm])
-def test_an_example_is_the_same_to_the_bit_whatever_stands_beside_it(method):
+@pytest.mark.parametrize("covariance", [None, covariances.white()])
+def test_an_example_is_the_same_to_the_bit_whatever_stands_beside_it(covariance):
     problem, rng = Problem(8), np.random.default_rng(3)
     x_t, y = rng.normal(size=(2, 4, 8)).astype(np.float32), rng.normal(size=(2, 4, 5)).astype(np.float32)
     x_t[1, 2], y[1, 2] = x_t[0, 2], y[0, 2]
     operator = mix_channels(problem.a)
     level = level_at(0.7, 4, 8)
-    call = jax.jit(lambda y, x_t: method(problem.denoiser(), Measurement(operator, y, 0.1))(x_t, level).x_0)
+
+    def given(y):
+        return posterior.mmps(problem.denoiser(), Measurement(operator, y, 0.1), covariance)
+
+    call = jax.jit(lambda y, x_t: given(y)(x_t, level).x_0)
     first, second = (np.asarray(call(y[i], x_t[i])) for i in range(2))
     np.testing.assert_array_equal(first[2], second[2])
     assert (first[0] != second[0]).any()
@@ -232,12 +150,11 @@ def test_pure_noise_is_not_corrected():
     schedule = schedules.from_path(schedules.rectified_flow(), np.array([300.0, 1000.0]))
     x_t = jnp.ones((2, 3))
     denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="flow", clip=False)
-    for method in (posterior.mmps, posterior.pigdm):
-        conditional = method(denoiser, Measurement(lambda x: x, np.ones((2, 3)), 0.1))
-        level = schedule.at(jnp.array([1, 0]), x_t)
-        found, prior = conditional(x_t, level), denoiser(x_t, level)
-        np.testing.assert_allclose(found.x_0[0], prior.x_0[0], rtol=1e-6)
-        assert (found.x_0[1] != prior.x_0[1]).all() and np.isfinite(found.x_0).all()
+    conditional = posterior.mmps(denoiser, Measurement(lambda x: x, np.ones((2, 3)), 0.1))
+    level = schedule.at(jnp.array([1, 0]), x_t)
+    found, prior = conditional(x_t, level), denoiser(x_t, level)
+    np.testing.assert_allclose(found.x_0[0], prior.x_0[0], rtol=1e-6)
+    assert (found.x_0[1] != prior.x_0[1]).all() and np.isfinite(found.x_0).all()
 
 
 @pytest.mark.parametrize("jacobian", [[[-3.0, 5.0], [-5.0, -3.0]], [[-0.0099, 0.0], [0.0, -0.0099]]])
@@ -322,13 +239,7 @@ def test_new_measurements_and_inputs_do_not_compile_again():
     [
         (lambda d, m: posterior.mmps(d, m, iterations=0), "iterations must be a whole number of at least 1, got 0"),
         (lambda d, m: posterior.relative_residual(d, m, X, level_at(1.0, 2, 8), iterations=0), "iterations must be"),
-        (lambda d, m: posterior.pigdm(d, m, data_std=0.0), "data_std must be a number above 0"),
         (lambda d, m: posterior.mmps(d, dataclasses.replace(m, noise=-1.0)), "noise is a standard deviation above 0"),
-        (
-            lambda d, m: posterior.dps(sampling.ddpm(), dataclasses.replace(m, noise=0.0)),
-            "noise is a standard deviation",
-        ),
-        (lambda d, m: posterior.dps("ddpm", m), "sampler must be a sampler such as"),
         (lambda d, m: posterior.mmps(d, m)(jnp.zeros((3, 8)), level_at(1.0, 3, 8)), "its own row of y"),
         (lambda d, m: posterior.smc(KEY, STEPS, d, m, jnp.zeros(4)), r"x_T must be \[P, B, ...\]"),
         (lambda d, m: posterior.smc(KEY, STEPS, d, m, jnp.zeros((4, 2, 8)), data_std=0.0), "data_std must be a number"),
@@ -347,14 +258,6 @@ def test_bad_arguments_are_refused_in_one_line(make, words):
     with pytest.raises(ValueError, match=words) as caught:
         make(problem.denoiser(), problem.measurement(2))
     assert "\n" not in str(caught.value)
-
-
-def test_dps_is_finite_where_the_measurement_is_met():
-    """A clipped D of 1 and y = 1: the distance is 0."""
-    denoiser = Denoiser(lambda x_t, time: 3 + x_t, prediction="x_0")
-    sampler = posterior.dps(sampling.ddim(), Measurement(lambda x: x, np.ones((2, 3)), 0.1))
-    x = sampling.sample(jax.random.key(0), schedules.edm_steps(4), denoiser, jnp.zeros((2, 3)), sampler)
-    np.testing.assert_allclose(x, 1, atol=0.01)
 
 
 # Sequential Monte Carlo

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import Denoiser, editing, guidance, models, posterior, sampling, schedules
+from diffusion_jax import Denoiser, editing, guidance, models, sampling, schedules
 from diffusion_jax.data import Normalization
 from diffusion_jax.distributed import sharding
 from diffusion_jax.measurements import Measurement, masked
 from diffusion_jax.pretrained.model import make_model
 from diffusion_jax.training.state import abstract_params
+from helpers.baselines import dps
 from helpers.networks import redraw
 
 KEY = jax.random.key(0)
@@ -112,9 +113,9 @@ def replaced(sampler, value):
 # Samplers that hold an image, a measurement or both, in which each entry has this value.
 HOLDING = {
     "replacement": lambda value: replaced(sampling.ddim(), value),
-    "dps": lambda value: posterior.dps(sampling.ddim(), measured(value), 0.5 + value),
-    "dps of replacement": lambda value: posterior.dps(replaced(sampling.ddim(), value), measured(value)),
-    "replacement of dps": lambda value: replaced(posterior.dps(sampling.ddim(), measured(value)), value),
+    "dps": lambda value: dps(sampling.ddim(), measured(value), 0.5 + value),
+    "dps of replacement": lambda value: dps(replaced(sampling.ddim(), value), measured(value)),
+    "replacement of dps": lambda value: replaced(dps(sampling.ddim(), measured(value)), value),
 }
 
 
@@ -136,7 +137,7 @@ def test_a_draw_has_a_gradient_by_what_a_sampler_holds():
     net = net_of("v", "fixed_large")
 
     def mean(zeta):
-        return net.sample(KEY, 2, sampler=posterior.dps(sampling.ddim(), measured(0.25), zeta), steps=4).mean()
+        return net.sample(KEY, 2, sampler=dps(sampling.ddim(), measured(0.25), zeta), steps=4).mean()
 
     slope = (mean(0.55) - mean(0.45)) / 0.1
     assert abs(mean(0.5) - mean(0.4)) > 1e-3

@@ -1,12 +1,14 @@
 """--mode=evaluate with the metric calibration, for networks that are exact, and for a posterior with the wrong noise."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from diffusion_jax import errors
+from diffusion_jax import errors, posterior
 from diffusion_jax.runs import calibration, evaluate
+from diffusion_jax.runs.posterior import Problem
 from helpers.exact_runs import exact_run
 from helpers.work_directories import take_arrays
 
@@ -78,14 +80,17 @@ def test_a_result_does_not_depend_on_the_batch(exact, method):
 
 
 @pytest.mark.whole
-def test_a_wrong_method_is_named(exact):
-    """DPS with a small step: its deviations are too wide."""
+def test_a_wrong_method_is_named(exact, monkeypatch):
+    """A sampler that assumes five times the noise: its deviations are too wide."""
     root, config = exact
-    record, _ = measured(
-        root,
-        config,
-        **posterior_of(root, **{"editing.method": "dps", "editing.zeta": 0.02, "evaluation.batch_size": 1900}),
+    monkeypatch.setattr(
+        Problem,
+        "_mmps",
+        lambda self, denoiser, measurement: posterior.mmps(
+            denoiser, dataclasses.replace(measurement, noise=5 * measurement.noise), self.covariance
+        ),
     )
+    record, _ = measured(root, config, **posterior_of(root, **{"evaluation.batch_size": 1900}))
     assert "too wide" in record["sentence"] or "ignore the measurement" in record["sentence"], record["sentence"]
     assert record["chi_squared"] > 5
 
