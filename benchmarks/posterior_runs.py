@@ -146,7 +146,7 @@ def main() -> None:
                     chi.append(problem.chi_squared(x, y[rows]).mean())
                     samples.append(x)
                 x = np.concatenate(samples, axis=1).astype(np.float64)
-                x = x if net.levels is None else (x + 1) * 127.5
+                x = x if net.levels is None else ((x + 1) * 127.5).round().clip(0, 255)
                 spread = np.sqrt((SAMPLES + 1) / SAMPLES * x.var(axis=0, ddof=1).mean())
                 row = summarize(x.mean(axis=0), spread, truth, ranks(truth, x))
                 print(f"{name:16} {method:13} {np.mean(chi[1:]):8.3f} {row} {seconds:7.1f}", flush=True)

@@ -653,15 +653,16 @@ EVALUATION: dict[str, Setting] = {
         19, Integer(2), "Samples for each calibration example; 19 or 99 for the coverage of 90% intervals."
     ),
     "quantities": Setting(
-        ("means", "entries"),
+        ("means", "entries", "components"),
         Tuple(
-            OneOf(Choice("means", "entries"), FunctionName()),
-            "names from means, entries, module:function or FILE.py:function",
+            OneOf(Choice("means", "entries", "components"), FunctionName()),
+            "names from means, entries, components, module:function or FILE.py:function",
             minimum_length=1,
             shown="('means',)",
         ),
-        "Numbers of each example whose calibration is tested: the mean of each channel, values at four entries, or a "
-        "function from examples [N, ...] in data units to {name: numbers [N]}.",
+        "Numbers of each example whose calibration is tested: the mean of each channel, values at four entries, components "
+        "of the training data's covariance given the measurement, or a function from examples [N, ...] in data units to "
+        "{name: numbers [N]}.",
     ),
     "reference_split": Setting("", Text(), 'Split that samples are compared with; "" for `data.split`.'),
     "every": Setting(0, Integer(0), "Training steps between two FID measurements, with few samples; 0 for none."),

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.functions import find_function
-from diffusion_jax.metrics import of_arrays, of_features
+from diffusion_jax.metrics import classifier, of_arrays, of_features
 from diffusion_jax.metrics.of_arrays import Curve, LazyExamples, ValueAndError, even_indices, select, subset_indices
 from diffusion_jax.metrics.of_features import Moments, Neighbors
 
@@ -32,6 +32,7 @@ _IS_SPLIT_SIZE = 5000
 _FEW_PER_DIMENSION = 10  # with fewer samples per dimension, the bias of the Frechet distance is noticeable
 _GROUPS = 20  # for the jackknives
 _ENERGY_EXAMPLES, _ENERGY_PRODUCTS = 10_000, 3e11  # limits: examples, multiplications for all distances
+_CLASSIFIER_EXAMPLES, _CLASSIFIER_NUMBERS = 4096, 2**23  # limits of each set: examples, numbers
 _NEIGHBORS, _NEIGHBOR_PRODUCTS, _NEIGHBOR_BYTES = 5, 1e13, 2**31
 _MAX_COVARIANCE_CHANNELS = 512
 _BINS, _PROJECTIONS, _SLICED_EXAMPLES = 50, 256, 20_000
@@ -243,6 +244,13 @@ def _energy_distance(reference: _Examples, samples: _Examples, options: Options)
     return Result(_named("energy_distance", distance, num_examples=[len(x) for x in sets]))
 
 
+def _classifier(reference: _Examples, samples: _Examples, options: Options) -> Result:
+    count = int(min(_CLASSIFIER_EXAMPLES, max(_CLASSIFIER_NUMBERS / math.prod(reference.shape[1:]), 100)))
+    sets = [np.asarray(select(x, count)[:]) for x in (reference, samples)]
+    found = classifier.classifier_two_sample(*sets)
+    return Result(_named("classifier", found, num_examples=[len(x) for x in sets]))
+
+
 def _sliced_wasserstein(reference: _Examples, samples: _Examples, options: Options) -> Result:
     sets, key = [select(x, _SLICED_EXAMPLES) for x in (reference, samples)], jax.random.key(options.seed)
     distance = of_arrays.sliced_wasserstein(key, *sets, projections=_PROJECTIONS, groups=_GROUPS)
@@ -389,6 +397,7 @@ METRICS: dict[str, Metric] = {
     "precision_recall": _shares(of_features.precision_recall, k=3),
     "density_coverage": _shares(of_features.density_coverage, k=5),
     "energy_distance": Metric(_energy_distance, "examples", 4),
+    "classifier": Metric(_classifier, "examples", 8),
     "sliced_wasserstein": Metric(_sliced_wasserstein, "examples", 2 * _GROUPS),
     "marginal_histograms": Metric(_marginal_histograms, "examples", 2 * _GROUPS),
     "mean_and_covariance": Metric(_mean_and_covariance, "examples", 2),
@@ -453,6 +462,12 @@ MEANINGS = {
         "lower",
         "2 E|X - Y| - E|X - X'| - E|Y - Y'| of standardized arrays, or of images in gray levels of 0 to 255, "
         "unbiased: 0 for equal distributions, within a few same_distribution_std",
+    ),
+    "classifier": Meaning(
+        "area under a classifier's ROC curve",
+        "lower",
+        "probability that a classifier of components and energies scores a sample above an example of the data; 0.5 for "
+        "equal distributions",
     ),
     "sliced_wasserstein": Meaning(
         "sliced Wasserstein distance",

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from diffusion_jax.metrics.classifier import classifier_scores
+
 _FALSE_ALARM = 0.0027  # probability, for all tests together; three standard deviations for a single test
 
 
@@ -153,12 +155,12 @@ def detectable_errors(num_examples: int, num_samples: int, num_quantities: int =
 
     Returns: (the smallest shift, in posterior deviations; the largest ratio of the sampled to the exact deviation that is
     detected as too narrow; the smallest ratio that is detected as too wide). A ratio is 0 or infinite if none is detected.
-    Assumes at least 50 examples, an error in one quantity, and `references`, whose two tests raise the limit.
+    Assumes at least 50 examples, an error in one quantity, and `references`, whose three tests raise the limit.
     """
     test = rank_test(np.zeros(num_examples, int), num_samples)  # for its standard errors
     normal = statistics.NormalDist()
     # 0.96 instead of 0.95, because the statistics are skewed; Monte Carlo with 100 examples or more finds 95 to 96%.
-    limit, margin = _limit(2 * num_quantities + 2), normal.inv_cdf(0.96) / math.sqrt(num_examples)
+    limit, margin = _limit(2 * num_quantities + 3), normal.inv_cdf(0.96) / math.sqrt(num_examples)
     truths = [normal.inv_cdf((i + 0.5) / 200) for i in range(200)]
     uniform = num_samples * (num_samples + 2) / 12  # variance of uniform ranks
 
@@ -187,9 +189,9 @@ def _limit(num_tests: int) -> float:
 class Calibration(NamedTuple):
     """The result of `find_calibration`.
 
-    ranks: {quantity: ranks [N]}, and "distance" for the ranks of distances. tests: {the same names: `RankTest`}. coverage:
-    {quantity: (share, standard error)} of 90% intervals, {} if the number of samples does not allow them. sentence: the
-    result in words.
+    ranks: {quantity: ranks [N]}, with "distance" and "classifier" (`classifier_scores`). tests: {the same names: `RankTest`}.
+    coverage: {quantity: (share, standard error)} of 90% intervals, {} if the number of samples does not allow them.
+    sentence: the result in words.
     """
 
     ranks: dict[str, Int[np.ndarray, "N"]]
@@ -204,7 +206,7 @@ def find_calibration(
     references: Float[np.ndarray, "N Q"] | None = None,
     names: Sequence[str] = (),
 ) -> Calibration:
-    """Tests the ranks of Q quantities, and the ranks of the distances to `references` if these are given.
+    """Tests the ranks of Q quantities, and with `references` the ranks of distances and of a classifier's scores.
 
     A test fails if |z| is above the limit that the largest |z| of all tests exceeds in 0.27% of cases for an exact sampler.
     names: the names of the quantities. Raises: ValueError for arrays in other shapes, numbers that are not finite, fewer than
@@ -214,14 +216,16 @@ def find_calibration(
     if truth.ndim != 2:
         raise ValueError(f"truth must be [N, Q], Q numbers for each example; got {truth.shape}")
     count, names = len(samples), list(names) or [f"quantity {i}" for i in range(truth.shape[1])]
-    if len({*names, "distance"}) != truth.shape[1] + 1 or len(names) != truth.shape[1]:
-        raise ValueError(f"names must be {truth.shape[1]} different names, none of them distance; got {names}")
+    if len({*names, "distance", "classifier"}) != truth.shape[1] + 2 or len(names) != truth.shape[1]:
+        raise ValueError(
+            f"names must be {truth.shape[1]} different names other than distance and classifier; got {names}"
+        )
     found = dict(zip(names, ranks(truth, samples).T, strict=True))
     covered = {}
     if (count + 1) % 20 == 0:
         covered = {name: coverage(each, count) for name, each in found.items()}
     tests = {name: rank_test(each, count) for name, each in found.items()}
-    limit = _limit(2 * len(names) + 2 * (references is not None))
+    limit = _limit(2 * len(names) + 3 * (references is not None))
     faults = []
     for name, test in tests.items():
         if abs(test.z_mean) > limit:
@@ -232,9 +236,13 @@ def find_calibration(
             faults.append(f"{name} is too {'narrow' if test.z_variance > 0 else 'wide'}")
     if references is not None:
         found["distance"] = distance_ranks(truth, samples, references)
-        tests["distance"] = distance = rank_test(found["distance"], count)
+        found["classifier"] = ranks(*classifier_scores(truth, samples, references))
+        tests |= {name: rank_test(found[name], count) for name in ("distance", "classifier")}
+        distance, classifier = tests["distance"], tests["classifier"]
         if not faults and max(abs(distance.z_mean), abs(distance.z_variance)) > limit:
             faults.append("the samples ignore the measurement, or the dependence between the quantities is wrong")
+        if classifier.z_mean > limit:
+            faults.append(f"a classifier tells the true values from the samples (ROC area {classifier.mean:.2f})")
     sentence = "; ".join(faults[:3]) + f"; and {len(faults) - 3} more" * (len(faults) > 3)
     calibrated = f"no error found with {len(truth):,} examples of {count} samples"
     return Calibration(found, tests, covered, sentence or calibrated)

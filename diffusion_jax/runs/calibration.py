@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, pictures, pretrained
+from diffusion_jax import covariances, data, pictures, pretrained
 from diffusion_jax.config import check, resolve
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
@@ -25,11 +25,12 @@ from diffusion_jax.files import save_npz
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import to_gray_levels, to_model_range
 from diffusion_jax.metrics import calibration
+from diffusion_jax.metrics.classifier import components
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.edit import EditFiles
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem
+from diffusion_jax.runs.posterior import Problem, covariance_of_data
 from diffusion_jax.runs.sample import make_provenance
 from diffusion_jax.runs.sampling_setup import check_finite, check_sampling, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import check_source, open_model, to_dict
@@ -60,16 +61,24 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     setup = resolve_sampling(config, net, conditions or None)
     if net.num_classes:
         setup = dataclasses.replace(setup, labels=np.asarray(batch["label"], np.int32))
-    y = np.zeros((total, 0), np.float32)
-    if problem is not None:
-        x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
-        y = problem.simulate(x_0, np.arange(total))
+    x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
+    y = np.zeros((total, 0), np.float32) if problem is None else problem.simulate(x_0, np.arange(total))
+    covariance = covariance_of_data(config, net)
+    problem = problem and problem.with_covariance(covariance)
+    basis = (problem and problem.given_y) or covariance
+    if basis is None and "components" in options.quantities:
+        log("Note: the principal components are not tested, because they need the training data of the model.")
+
+    def quantities(in_data_units: np.ndarray, x_0: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        x = in_data_units if net.levels is None else in_data_units.astype(np.float64)
+        return find_quantities(options.quantities, x, x_0, basis)
+
     with as_user_error("config.evaluation.quantities"):
-        truth, names = find_quantities(options.quantities, x if net.levels is None else x.astype(np.float64))
-    problem = problem and problem.with_covariance(config)
+        _, names = quantities(x[None], x_0[None])
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, options.use_ema))
     settings = {"editing": to_dict(config.editing)} if is_posterior else {}
-    provenance = make_provenance(setup, **settings, given_digest=array_digest(x, y), calibration=[count, *names])
+    given = array_digest(x, y, *([] if covariance is None else [np.asarray(covariance.variances)]))
+    provenance = make_provenance(setup, **settings, given_digest=given, calibration=[count, *names])
     what = f"{config.editing.task}_{problem.method}" if problem else "conditional"
     name = f"{what}_{provenance.name}_n{total}x{count}_{provenance.digest[:6]}"
     devices = setup.net.num_devices
@@ -80,9 +89,11 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         rows = np.minimum(i * size + np.arange(size), total - 1)
         samples = _draw(setup, problem, y, rows, count, options.seed)
         check_finite(samples)
-        flat = samples.reshape(-1, *samples.shape[2:])
-        found, _ = find_quantities(options.quantities, flat if net.levels is None else to_gray_levels(flat))
-        arrays = {"samples": found.reshape(count, size, -1).swapaxes(0, 1)}
+        drawn = samples if net.levels is None else to_gray_levels(samples)
+        in_network_units = data.to_model_units(samples, net.normalizations.get("x"))
+        both = (np.concatenate(pair) for pair in ((x[rows][None], drawn), (x_0[rows][None], in_network_units)))
+        found, _ = quantities(*both)
+        arrays = {"truth": found[0], "samples": found[1:].swapaxes(0, 1)}
         return arrays | ({"chi_squared": problem.chi_squared(samples, y[rows]).mean(axis=0)} if problem else {})
 
     num_batches = chunks.fill("Testing the calibration", total, size, compute, config.training.stall_timeout)
@@ -93,7 +104,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         labels = np.eye(net.num_classes)[batch["label"]] if net.num_classes else np.zeros((total, 0))
         known = [y, labels, conditions.get("condition", np.zeros((total, 0)))]
         inputs = np.concatenate([np.reshape(each, (total, -1)) for each in known], axis=1)
-        _write(workdir, name, what, truth, names, arrays, inputs, {"provenance": provenance.settings, **settings})
+        _write(workdir, name, what, names, arrays, inputs, {"provenance": provenance.settings, **settings})
         chunks.delete()
 
 
@@ -112,16 +123,19 @@ def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, 
     return problem.draw(some, y[rows], count, keys)
 
 
-def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Returns (numbers [N, Q] of examples [N, *spatial, C] in data units, the names of the numbers).
+def find_quantities(
+    wanted: Sequence[str], x: np.ndarray, x_0: np.ndarray, basis: covariances.Covariance | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Returns (numbers [K, N, Q] of K examples with the same measurement [K, N, *spatial, C], the names of the numbers).
 
-    wanted: `evaluation.quantities`. Raises: ValueError for a user's function that does not return a dict of arrays [N].
+    wanted: `evaluation.quantities`. x: in data units. x_0: in network units. basis: for the components, None for none.
+    Raises: ValueError for a user's function that does not return a dict of arrays [N].
     """
     found: dict[str, np.ndarray] = {}
-    spatial = x.shape[1:-1]
+    spatial, flat = x.shape[2:-1], x.reshape(-1, *x.shape[2:])
     for name in wanted:
         if name == "means":
-            means = x.reshape(len(x), -1, x.shape[-1]).mean(axis=1)
+            means = flat.reshape(len(flat), -1, x.shape[-1]).mean(axis=1)
             found |= {f"mean of channel {c}": means[:, c] for c in range(x.shape[-1])} if spatial else {}
         elif name == "entries":
             size = int(np.prod(spatial))
@@ -129,28 +143,33 @@ def find_quantities(wanted: Sequence[str], x: np.ndarray) -> tuple[np.ndarray, l
             for place in chosen:
                 index = tuple(map(int, np.unravel_index(place, spatial))) if spatial else ()
                 at = f" at {', '.join(map(str, index))}" if spatial else ""
-                values = x[(slice(None), *index)]
+                values = flat[(slice(None), *index)]
                 found |= {f"channel {c}{at}": values[:, c] for c in range(x.shape[-1])}
+        elif name == "components":
+            if basis is not None:  # what the mean leaves, where truth and samples have equal parts
+                residual = np.asarray(x_0, np.float64) - np.mean(x_0, axis=0, dtype=np.float64)
+                found |= components(x_0.reshape(flat.shape), residual.reshape(flat.shape), basis)
         else:
-            own = import_function(name)(x)
-            if not isinstance(own, dict) or any(np.shape(values) != (len(x),) for values in own.values()):
-                raise ValueError(f"{name} must return a dict of arrays [{len(x)}], a number for each example")
+            own = import_function(name)(flat)
+            if not isinstance(own, dict) or any(np.shape(values) != (len(flat),) for values in own.values()):
+                raise ValueError(f"{name} must return a dict of arrays [{len(flat)}], a number for each example")
             found |= {str(key): np.asarray(values) for key, values in own.items()}
-    return np.stack([np.asarray(values, np.float64) for values in found.values()], axis=1), list(found)
+    values = np.stack([np.asarray(values, np.float64) for values in found.values()], axis=1)
+    return values.reshape(*x.shape[:2], -1), list(found)
 
 
 def _write(
     workdir: RunDir,
     name: str,
     what: str,
-    truth: np.ndarray,
     names: list[str],
     arrays: dict[str, np.ndarray],
     inputs: np.ndarray,
     settings: dict[str, Any],
 ) -> None:
     """Tests the ranks; writes and logs the results."""
-    samples, total = arrays["samples"].swapaxes(0, 1), len(truth)
+    truth, samples = arrays["truth"], arrays["samples"].swapaxes(0, 1)
+    total = len(truth)
     count = len(samples)
     scale = np.maximum(truth.std(axis=0), 1e-12)  # distances add quantities in different units
     references = calibration.cross_predict(inputs, truth / scale)
@@ -177,7 +196,7 @@ def _write(
     record["settings"] = settings
     folder = workdir / "calibration"
     workdir.write_json(f"calibration/{name}.json", record, indent=2)
-    save_npz(folder / f"{name}.npz", {"truth": truth, "references": references * scale, **arrays})
+    save_npz(folder / f"{name}.npz", {"references": references * scale, **arrays})
     bins = max(each for each in range(1, _BINS + 1) if (count + 1) % each == 0)
     shares = {key: calibration.histogram(each, count, bins) for key, each in found.ranks.items()}
     texts = {

@@ -25,7 +25,7 @@ from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import RunDir, open_run_dir
 from diffusion_jax.runs.examples import read_channels
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem, log_fit
+from diffusion_jax.runs.posterior import Problem, covariance_of_data, log_fit
 from diffusion_jax.runs.sample import make_provenance, write_samples
 from diffusion_jax.runs.sampling_setup import SamplingSetup, check_finite, check_sampling, load_arrays, resolve_sampling
 from diffusion_jax.runs.workdir import open_model, to_dict
@@ -63,7 +63,8 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
-    problem = problem and problem.with_covariance(config)
+    if problem is not None and problem.method == "mmps" and options.covariance != "jacobian":
+        problem = problem.with_covariance(covariance_of_data(config, net))
     measured = None if problem is None else _Measured(config, problem, files, mask)
     given, algorithm = _read_edit(files, task, options, mask) if measured is None else (measured.given, None)
 

@@ -95,17 +95,20 @@ class Problem:
         noise = (_read_noise(options, shift.shape) / scale).astype(np.float32) if options.noise else 0.0
         return cls(options, edit_method(options) or "", net, operator, noise, scale, shift)
 
-    def with_covariance(self, config: ConfigDict) -> Problem:
-        """Adds the covariance of training examples, if `editing.covariance` wants it; logs which. Raises: DataError."""
-        has_data = not (config.init_from or self.net.low_resolution)
-        if self.method != "mmps" or (self.options.covariance or ("data" if has_data else "jacobian")) == "jacobian":
+    def with_covariance(self, covariance: covariances.Covariance | None) -> Problem:
+        """Adds the covariance of x_0, and that of x_0 given y. Raises: UserError."""
+        if covariance is None:
             return self
-        covariance = _covariance_of_data(config, self.net)
         with as_user_error("config.editing"):
             zeros = self._repeat(np.zeros((1, *self.y_shape), np.float32), 1)
             return dataclasses.replace(
                 self, covariance=covariance, given_y=covariance.given(zeros, self.net.example_shape)
             )
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether mmps uses `covariance`, and not the Jacobian."""
+        return self.method == "mmps" and self.covariance is not None and self.options.covariance != "jacobian"
 
     @property
     def y_shape(self) -> tuple[int, ...]:
@@ -198,22 +201,24 @@ class Problem:
         return np.asarray(x).reshape(count, rows, *self.net.example_shape)
 
     def _mmps(self, denoiser: Denoiser, measurement: Measurement) -> Denoiser:
+        covariance, given_y = (self.covariance, self.given_y) if self.uses_data else (None, None)
         iterations = self.options.iterations
-        return posterior.mmps(denoiser, measurement, self.covariance, given_y=self.given_y, iterations=iterations)
+        return posterior.mmps(denoiser, measurement, covariance, given_y=given_y, iterations=iterations)
 
     def residual(self, setup: SamplingSetup, samples: np.ndarray, y: np.ndarray) -> float:
         """Returns the residual of the linear system in mmps: the largest of five noise levels, the median of the samples.
 
         samples: [N, ...] as from `draw`, given one row y [1, ...]. Returns 0 where no system is solved.
         """
-        if self.method != "mmps" or self.given_y is not None:
+        if self.method != "mmps" or (self.uses_data and self.given_y is not None):
             return 0.0
+        covariance = self.covariance if self.uses_data else None
         x_0 = jnp.asarray(data.to_model_units(np.asarray(samples), self.net.normalizations.get("x")), jnp.float32)
         noise, schedule, found = jax.random.normal(jax.random.key(0), x_0.shape), setup.schedule, []
         for t in np.linspace(0, schedule.num_timesteps - 1, 6).astype(int)[:-1]:  # pure noise is not corrected
             level = schedule.at(np.full(len(x_0), t), x_0)
             x_t = level.alpha * x_0 + level.sigma * noise
-            arguments = setup.denoiser(np.arange(len(x_0))), self._repeat(y, len(x_0)), x_t, level, self.covariance
+            arguments = setup.denoiser(np.arange(len(x_0))), self._repeat(y, len(x_0)), x_t, level, covariance
             residuals = _relative_residual(*arguments, iterations=self.options.iterations)
             found.append(float(np.median(residuals)))
         return max(found)
@@ -247,9 +252,14 @@ def _read_noise(options: ConfigDict, shape: tuple[int, ...]) -> np.ndarray:
     return noise
 
 
-def _covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances.Covariance:
-    """Estimates the covariance of training examples, given their classes and conditions, in network units; logs how."""
-    source = load_examples("Reading the training data for their covariance", dict(config.data), {}, None)
+def covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances.Covariance | None:
+    """Estimates the covariance of training examples, given their classes and conditions, in network units; logs how.
+
+    Returns None for published weights, unless `editing.covariance` is data, and for upsamplers. Raises: UserError, DataError.
+    """
+    if net.low_resolution or (config.init_from and config.editing.covariance != "data"):
+        return None
+    source = load_examples("Reading the training data", dict(config.data), {}, None)
     check_source(config, source)
     count = min(_EXAMPLES, max(16, _NUMBERS // math.prod(net.example_shape)))
     batch = source.read(subset_indices(len(source), count))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from diffusion_jax import errors, posterior
+from diffusion_jax import covariances, errors, posterior
 from diffusion_jax.runs import calibration, evaluate
 from diffusion_jax.runs.posterior import Problem
 from helpers.exact_runs import exact_run
@@ -57,7 +57,13 @@ def test_an_exact_posterior_has_no_error_and_explains_the_measurement(exact, cap
     settings = {"evaluation.quantities": ("means", f"{root / 'own.py'}:roughness"), "editing.iterations": 6}
     record, arrays = measured(root, config, **posterior_of(root, **settings, **{"evaluation.batch_size": 400}))
     assert record["sentence"] == "no error found with 100 examples of 19 samples"
-    assert list(record["quantities"]) == ["mean of channel 0", "mean of channel 1", "roughness", "distance"]
+    assert list(record["quantities"]) == [
+        "mean of channel 0",
+        "mean of channel 1",
+        "roughness",
+        "distance",
+        "classifier",
+    ]
     assert abs(record["chi_squared"] - 1) < 4 * record["chi_squared_standard_error"]
     assert abs(record["coverage"] - 0.9) < 4 * record["coverage_standard_error"] < 0.15
     assert "a shift of " in record["power"] and record["power"] in capsys.readouterr().out
@@ -134,13 +140,39 @@ def test_commands_that_do_not_fit_are_refused(exact):
 
 
 def test_names_and_values_of_quantities():
-    x = np.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
-    values, names = calibration.find_quantities(("means", "entries"), x)
+    x = np.arange(2 * 3 * 4 * 2.0).reshape(1, 2, 3, 4, 2)
+    values, names = calibration.find_quantities(("means", "entries", "components"), x, x)
     assert names[:4] == ["mean of channel 0", "mean of channel 1", "channel 0 at 0, 1", "channel 1 at 0, 1"]
     assert len(names) == 2 + 4 * 2
-    np.testing.assert_array_equal(values[:, 0], x[..., 0].mean(axis=(1, 2)))
-    np.testing.assert_array_equal(values[:, names.index("channel 1 at 2, 2")], x[:, 2, 2, 1])
-    vectors = np.arange(6.0).reshape(2, 3)
-    values, names = calibration.find_quantities(("means", "entries"), vectors)
+    np.testing.assert_array_equal(values[0, :, 0], x[0, ..., 0].mean(axis=(1, 2)))
+    np.testing.assert_array_equal(values[0, :, names.index("channel 1 at 2, 2")], x[0, :, 2, 2, 1])
+    vectors = np.arange(6.0).reshape(1, 2, 3)
+    values, names = calibration.find_quantities(("means", "entries"), vectors, vectors)
     assert names == ["channel 0", "channel 1", "channel 2"]
     np.testing.assert_array_equal(values, vectors)
+
+
+@pytest.mark.parametrize("is_periodic", [False, True])
+def test_components_are_those_of_the_covariance_and_energies_of_what_the_mean_leaves(is_periodic):
+    """By hand: eigenvectors in the order of their variances, with groups of 1, 2, 4 and 1."""
+    rng = np.random.default_rng(0)
+    examples, x = rng.normal(size=(50, 8, 1)) * np.arange(1, 9)[:, None], rng.normal(size=(3, 5, 8, 1))
+    basis = covariances.fourier(examples) if is_periodic else covariances.principal(examples)
+    values, names = calibration.find_quantities(("components",), 10 * x, x, basis)
+    dense = basis.times(np.eye(8)[..., None]).reshape(8, 8)
+    vectors = np.linalg.eigh(dense)[1]
+    residual = x - x.mean(axis=0)
+    if not is_periodic:
+        np.testing.assert_allclose(np.abs(values[..., 1]), np.abs(x[..., 0] @ vectors[:, -2]), rtol=1e-6)
+        found = (residual[..., 0] @ vectors[:, ::-1])[..., 3:7]
+        energy = values[..., names.index("energy of components 4 to 7")]
+        np.testing.assert_allclose(energy, np.sqrt((found**2).mean(axis=-1)), rtol=1e-6)
+    assert [name for name in names if "energy" in name][:3] == [
+        f"energy of components {a} to {b}" for a, b in ((1, 1), (2, 3), (4, 7))
+    ]
+    few = covariances.principal(examples, components=2)
+    values, names = calibration.find_quantities(("components",), x, x, few)
+    assert names[-1] == "energy of the rest"
+    kept = np.linalg.svd(examples[..., 0] - examples[..., 0].mean(axis=0))[2][:2]
+    rest = residual[..., 0] - residual[..., 0] @ kept.T @ kept
+    np.testing.assert_allclose(values[..., -1], np.sqrt((rest**2).mean(axis=-1)), rtol=1e-6)
