@@ -27,7 +27,7 @@ from diffusion_jax.images import to_model_range
 from diffusion_jax.metrics.calibration import is_covered, ranks
 from diffusion_jax.run_dir import open_run_dir
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem
+from diffusion_jax.runs.posterior import Problem, covariance_of_data
 from diffusion_jax.runs.sampling_setup import keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import load_config, open_model
 
@@ -107,7 +107,7 @@ def main() -> None:
     setup = resolve_sampling(config, net, conditions)
     labels = np.asarray(batch["label"], np.int32) if net.num_classes else None
     setup = dataclasses.replace(setup, net=pretrained.load_weights(net, config, workdir, True), labels=labels)
-    truth = examples.astype(np.float64)
+    truth, of_data = examples.astype(np.float64), covariance_of_data(config, net)
     device = jax.devices()[0].device_kind
     print(f"{options.run.name}: {options.examples} examples of {SAMPLES} samples, {options.steps} steps, {device}")
     print(f"{'measurement':16} {'covariance':13}    chi^2  spread   in 90% intervals       RMSE   CPU s")
@@ -127,9 +127,9 @@ def main() -> None:
             for method in options.methods.split(","):
                 covariance, _, iterations = method.partition(":")
                 config.editing.update(covariance=covariance, iterations=int(iterations) if iterations else None)
-                problem = Problem.from_config(config, net, mask).with_covariance(config)
+                problem = Problem.from_config(config, net, mask).with_covariance(of_data)
                 samples, chi, seconds = [], [], 0.0
-                for start in [0, *range(0, len(truth), options.batch)]:
+                for start in range(0, len(truth), options.batch):
                     before = time.process_time()
                     rows = start + np.arange(options.batch)
                     keys = keys_of_samples(0, (np.arange(SAMPLES)[:, None] * len(truth) + rows).ravel())
@@ -139,17 +139,15 @@ def main() -> None:
                         conditions={key: values[rows] for key, values in setup.conditions.items()},
                     )
                     x = problem.draw(some, y[rows], SAMPLES, keys)
-                    if len(chi) == 0:  # compiles
-                        chi.append(None)
-                        continue
-                    seconds += time.process_time() - before
+                    if start:  # the first batch compiles
+                        seconds += (time.process_time() - before) * len(truth) / (len(truth) - options.batch)
                     chi.append(problem.chi_squared(x, y[rows]).mean())
                     samples.append(x)
                 x = np.concatenate(samples, axis=1).astype(np.float64)
                 x = x if net.levels is None else ((x + 1) * 127.5).round().clip(0, 255)
                 spread = np.sqrt((SAMPLES + 1) / SAMPLES * x.var(axis=0, ddof=1).mean())
                 row = summarize(x.mean(axis=0), spread, truth, ranks(truth, x))
-                print(f"{name:16} {method:13} {np.mean(chi[1:]):8.3f} {row} {seconds:7.1f}", flush=True)
+                print(f"{name:16} {method:13} {np.mean(chi):8.3f} {row} {seconds:7.1f}", flush=True)
                 if options.spectrum is not None:
                     off = (x.mean(axis=0) - mean) / deviation
                     ratio = np.sqrt(np.mean(x.var(axis=0, ddof=1) / deviation**2))

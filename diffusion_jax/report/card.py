@@ -47,6 +47,9 @@ def facts(run: RunFiles) -> dict[str, str]:
             rows["network"] += f", {parameters:,} parameters"
         rows["duration"] = f"{format_duration(seconds)} on {where}, launches: {len(launches)}"
         rows["trained"] = f"{format_time(launches[0]['start'])} to {format_time(launches[-1]['end'])}"
+    if run.calibrations:
+        failed = sum(not str(each.get("sentence")).startswith("no error found") for each in run.calibrations)
+        rows["calibration"] = f"{len(run.calibrations)} tested, errors found in {failed}"
     return rows | {name: run.status[name] for name in _SHOWN_STATES if name in run.status}
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import config as configs
 from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.compare import read_records
+from diffusion_jax.evaluation.features import sample_files
 from diffusion_jax.files import with_urls
 from diffusion_jax.metrics import MEANINGS, format_value, heading, reported_values
 from diffusion_jax.provenance import Provenance
@@ -41,7 +42,7 @@ class RunFiles:
     """The contents of a work directory.
 
     config: None if not stored. status: the state in words. lines: lines of the log. likelihood: contents of likelihood.json.
-    notes: problems while reading.
+    calibrations: contents of calibration/*.json, oldest first, each with its file's "name". notes: problems while reading.
     """
 
     directory: pathlib.Path
@@ -53,6 +54,7 @@ class RunFiles:
     data: dict[str, Any]
     records: list[dict[str, Any]]
     likelihood: dict[str, Any]
+    calibrations: list[_Record]
     notes: list[str]
 
     def measurements(self) -> list[_Record]:
@@ -75,7 +77,8 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
     """Reads a work directory without its large files. config: used if the directory stores no config."""
     links = {path.relative_to(workdir.path).as_posix() for path in find_links(workdir)}
     notes = [f"Left out, because these links lead outside the run: {list_names(sorted(links), 5)}"] * bool(links)
-    workdir.fetch(workdir / "samples")
+    for folder in ("samples", "calibration"):
+        workdir.fetch(workdir / folder)
 
     def read(what: str, function: Callable[[], Any], otherwise: Any, files: Sequence[str] = ()) -> Any:
         if links.intersection(files or [what]):
@@ -92,6 +95,7 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
     read("The checkpoint's config", lambda: check_run_files(workdir), None, [*links])  # never shows a linked file
     lines = read("The log", lambda: read_metrics(workdir), [], ("metrics.jsonl", "metrics"))
     launches = read("goodput.json", lambda: read_launches(workdir), [])
+    calibrations = sample_files(workdir.path, "calibration/*.json")
     files = ("config.json", "goodput.json", "metrics.jsonl", "metrics", "checkpoints")
     state = {} if config is None else read("The status", lambda: status.describe(config, workdir, lines), {}, files)
     return RunFiles(
@@ -104,6 +108,9 @@ def collect(workdir: RunDir, config: ConfigDict | None = None) -> RunFiles:
         data=read("data.json", lambda: read_json(workdir / "data.json"), {}),
         records=read("metrics.json", lambda: read_records(workdir / "metrics.json"), []),
         likelihood=read("likelihood.json", lambda: read_json(workdir / "likelihood.json"), {}),
+        calibrations=read(
+            "calibration", lambda: [{**read_json(path), "name": path.stem} for path in calibrations[::-1]], []
+        ),
         notes=notes,
     )
 

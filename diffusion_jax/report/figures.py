@@ -95,6 +95,7 @@ def _rounded(values: np.ndarray, digits: int = 5) -> list[float]:
 
 # ---- Pictures
 
+_PICTURES = ("*.png", "calibration/*.png", "samples/**/*.png")
 _PREFIX = "train_step"  # of the names of pictures drawn during training
 _MAX_TRAINING_FRAMES = 12
 # For compressed pictures: the longest side in pixels (the page shows frames at most 544 high), and the WebP quality.
@@ -202,8 +203,8 @@ def _frames(names: list[str], frames: list[tuple[str, list[Any]]], note: str, st
 
 
 def other_pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> tuple[list[Picture], list[str]]:
-    """Returns (other pictures: in the directory, then below samples/, each newest first; names of pictures left out)."""
-    paths = [path for pattern in ("*.png", "samples/**/*.png") for path in sample_files(run.directory, pattern)]
+    """Returns (other pictures, in the order of `_PICTURES`, each newest first; names of pictures left out)."""
+    paths = [path for pattern in _PICTURES for path in sample_files(run.directory, pattern)]
     paths = [path for path in paths if not path.name.startswith(_PREFIX)]
     paths = [path for path in paths if shown is None or _file_name(path) != shown["caption"]]
     embedded = [(path.name, budget.embed(path, _file_name(path))) for path in paths]

@@ -123,7 +123,7 @@ def _public(config: ConfigDict) -> ConfigDict:
     public = copy.deepcopy(config)
     with public.ignore_type():
         for name, value in configs.flatten(config).items():
-            is_private = configs.SETTINGS[name].is_path and not hub.is_hub(value)
+            is_private = isinstance(value, str) and configs.SETTINGS[name].is_path and not hub.is_hub(value)
             public.update_from_flattened_dict({name: "" if is_private else _short(value)})
     return public
 

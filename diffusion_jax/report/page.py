@@ -18,7 +18,7 @@ from diffusion_jax.config import SETTINGS, defaults, flatten
 from diffusion_jax.console import format_time
 from diffusion_jax.errors import list_names, shorten
 from diffusion_jax.evaluation.features import sample_files
-from diffusion_jax.metrics import find_meaning, reported_values
+from diffusion_jax.metrics import find_meaning, format_value, reported_values
 from diffusion_jax.provenance import Provenance, code_version
 from diffusion_jax.report import card, figures
 from diffusion_jax.report.collect import RunFiles, sample_command, table_cells, train_command
@@ -42,6 +42,7 @@ def run_page(run: RunFiles) -> str:
         ("training-samples", "Samples during training"): lambda: figures.training_samples(runs, training),
         ("denoising", "Denoising, step by step"): lambda: figures.denoising(run, denoising),
         ("metrics", "Metrics"): lambda: _metrics(runs),
+        ("calibration", "Calibration"): lambda: _calibration(run),
         ("pictures", "Pictures"): lambda: _pictures(run, others, shown),
         ("launches", "Launches"): lambda: _launches(run),
         ("config", "Config"): lambda: _config(run),
@@ -154,6 +155,25 @@ def _metrics(runs: Mapping[str, RunFiles]) -> Blocks:
     )
     terms = [[f"{m.name}, {key} in files", m.text] for key, m in meanings.items()]
     return [block, *([{"notes": list(notes)}] * bool(notes)), {"details": ["Definitions", [{"terms": terms}]]}]
+
+
+def _calibration(run: RunFiles) -> Blocks:
+    """Returns a table of the calibration tests; their pictures are among the others."""
+
+    def format_with_error(record: Mapping[str, Any], key: str) -> str:
+        return format_value(record[key], record[f"{key}_standard_error"]) if key in record else ""
+
+    header = ["samples", "result", "90% intervals hold", "chi-squared", "this test"]
+    rows = [
+        [
+            record["name"],
+            record["sentence"],
+            *(format_with_error(record, key) for key in ("coverage", "chi_squared")),
+            record["power"],
+        ]
+        for record in run.calibrations[-_MAX_RECORDS:]
+    ]
+    return [_table("Whether held-out examples look like samples given the same measurement", header, rows)] * bool(rows)
 
 
 def _pictures(run: RunFiles, budget: Budget, shown: Picture | None) -> Blocks:

@@ -113,7 +113,10 @@ def test_distances_are_of_whole_examples():
         (lambda: calibration.coverage(np.zeros(5, int), 10), "use 19 or 99 samples"),
         (lambda: calibration.rank_test(np.zeros(5, int), 1), "at least 2 samples .* got 1"),
         (lambda: calibration.find_calibration(*TWO, names=("a", "a")), "names must be 2 different names"),
-        (lambda: calibration.find_calibration(*TWO, names=("a", "distance")), "names other than distance and classifier"),
+        (
+            lambda: calibration.find_calibration(*TWO, names=("a", "distance")),
+            "names other than distance and classifier",
+        ),
         (lambda: calibration.find_calibration(*TWO, names=("a",)), "names must be 2 different names"),
         (lambda: calibration.find_calibration(np.zeros(5), np.zeros((3, 5))), r"truth must be \[N, Q\]"),
         (lambda: calibration.distance_ranks(np.zeros((5, 2)), np.zeros((3, 5, 2)), np.zeros(5)), "the shape of truth"),

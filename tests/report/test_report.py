@@ -168,6 +168,23 @@ def test_a_run_without_samples_and_metrics_is_readable(tmp_path):
     assert page.size < 2e6 and not page.report["notes"]
 
 
+def test_calibration_is_counted_on_the_card_and_has_a_table(tmp_path):
+    write_log(tmp_path)
+    (tmp_path / "calibration").mkdir()
+    tested = {"coverage": 0.897, "coverage_standard_error": 0.01, "power": "finds shifts of 0.61 deviations"}
+    sentences = {"sparse_mmps": "no error found with 100 examples of 19 samples", "conditional": "mean is too wide"}
+    for name, sentence in sentences.items():
+        (tmp_path / "calibration" / f"{name}.json").write_text(json.dumps(tested | {"sentence": sentence}))
+    page = Page(write_report(tmp_path))
+    (card,) = page.blocks("card")
+    assert card["facts"]["calibration"] == "2 tested, errors found in 1"
+    (table,) = [each for each in page.blocks("table") if "measurement" in each["caption"]]
+    assert sorted(row[:3] for row in table["rows"]) == [
+        [name, sentence, "0.897 ± 0.010"] for name, sentence in sorted(sentences.items())
+    ]
+    assert "calibration" in page.sections
+
+
 @pytest.mark.thorough
 def test_a_long_log_stays_below_two_megabytes(tmp_path):
     write_run(tmp_path)

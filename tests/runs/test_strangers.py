@@ -100,6 +100,7 @@ def call(*arguments):
 def test_the_settings_that_import():
     groups = {
         "diffusion": "draw loss path schedule timestep_sampler weighting",
+        "editing": "operator",
         "evaluation": "features metrics quantities",
         "optimizer": "frozen name",
         **{"data": "dataset", "logging": "writers", "model": "kind", "sampling": "sampler"},
