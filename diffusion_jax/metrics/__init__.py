@@ -43,7 +43,7 @@ class Options(NamedTuple):
     """The options of a metric, besides the two sets.
 
     seed: for the directions of `sliced_wasserstein`. normalization: maps standardized examples to data units,
-    examples * scale + offset; None if the examples are already in data units. periodic: whether series are periodic.
+    examples * scale + offset; None if the examples are already in data units. periodic: whether spatial axes are periodic.
     conditions: {parameter: array} for a user's function (`Metric.conditions`), with one row for each example.
     """
 
@@ -302,7 +302,7 @@ def _mean_and_covariance(reference: _Examples, samples: _Examples, options: Opti
 
 
 def _power_spectrum(reference: _Examples, samples: _Examples, options: Options) -> Result:
-    spectra = [of_arrays.power_spectrum(x) for x in (reference, samples)]
+    spectra = [of_arrays.power_spectrum(x, periodic=options.periodic) for x in (reference, samples)]
     values, (shell, channel) = _deviation("power_spectrum", spectra, (len(reference), len(samples)), relative=True)
     frequencies = spectra[0].x
     values["power_spectrum_frequency"] = float(frequencies[shell])

@@ -8,6 +8,7 @@ a set may be `LazyExamples`, or a memory map that is larger than memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -166,13 +167,16 @@ class Curve(NamedTuple):
     standard_error: np.ndarray
 
 
-def power_spectrum(x: Any) -> Curve:
+def power_spectrum(x: Any, *, periodic: bool = False) -> Curve:
     """Computes the power spectrum of x [n, *spatial, C] with one spatial axis or more, after subtracting each channel's mean.
 
     With F(k) = sum_r (x(r) - mean) exp(-2 pi i k.r) and N positions, the spectrum is E |F(k)|^2 / N, averaged over shells of
     frequencies, each as wide as the lowest frequency; k and -k share a shell. For white noise it equals the variance at every
-    frequency, and its mean over all frequencies is the variance (Parseval). For a periodic field the result is the field's
-    spectrum; for other fields it is the expected periodogram, in which each lag has the weight 1 - |lag| / length.
+    frequency, and its mean over all frequencies is the variance (Parseval).
+
+    periodic: whether the last position along each axis lies beside the first. Other examples are multiplied by a Hann window
+    with mean square 1 along each axis: without it, the step from the last to the first position would give power at all
+    frequencies, which hides small powers. A window averages each frequency with its neighbors.
 
     Returns: Curve at the mean absolute frequency in each shell, in cycles per position.
     Raises: ValueError for vectors, fewer than two examples, or values that are not finite.
@@ -188,9 +192,12 @@ def power_spectrum(x: Any) -> Curve:
     order = np.argsort(shell, kind="stable")  # makes the frequencies in a shell neighbors
     _, starts, sizes = np.unique(shell[order], return_index=True, return_counts=True)
     mean, _ = _channel_means(x)
+    windows = [np.ones(n) if periodic else np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in spatial]
+    windows = [window / np.sqrt(np.mean(window**2)) for window in windows]
+    window = functools.reduce(np.multiply.outer, windows)[..., None]
     total, squares = np.zeros((2, len(starts), channels))
     for _, block in read_blocks(x, 4 * math.prod(spatial) * channels):
-        transform = np.fft.fftn(block - mean, axes=axes).reshape(len(block), -1, channels)
+        transform = np.fft.fftn(window * (block - mean), axes=axes).reshape(len(block), -1, channels)
         power = (np.square(transform.real) + np.square(transform.imag)) / math.prod(spatial)
         # The estimated mean lies closer to the data than the true mean, which lowers the power at frequency 0.
         power[:, 0] *= count / (count - 1)

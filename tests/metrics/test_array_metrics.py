@@ -103,7 +103,7 @@ def test_the_covariance_of_correlated_channels_of_a_series():
 def test_parseval(shape, tiny_blocks):
     x = np.random.default_rng(0).normal(3, 2, (17, *shape, 3)) @ MIXING.T
     covariance = of_arrays.mean_and_covariance(x).covariance.value
-    found = of_arrays.power_spectrum(x)
+    found = of_arrays.power_spectrum(x, periodic=True)
     frequencies = np.linalg.norm(np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"), axis=0)
     _, sizes = np.unique(np.round(frequencies * max(shape)), return_counts=True)
     mean = sizes @ found.value / np.prod(shape)
@@ -116,7 +116,7 @@ def test_spectra_of_few_examples_are_unbiased():
     sum_{r,s} rho^|r-s| cos(2 pi k (r - s)) / L within four standard errors."""
     rng, length, repetitions = np.random.default_rng(0), 8, 4000
     x = 3 + ar_1(rng, 4 * repetitions, length, 2)
-    spectra = np.array([of_arrays.power_spectrum(part).value for part in np.split(x, repetitions)])
+    spectra = np.array([of_arrays.power_spectrum(part, periodic=True).value for part in np.split(x, repetitions)])
     np.testing.assert_allclose(of_arrays.power_spectrum(x).x, np.arange(5) / 8)
     lags = np.subtract.outer(np.arange(length), np.arange(length))
     shared = RHO ** abs(lags) / length
@@ -128,11 +128,26 @@ def test_spectra_of_few_examples_are_unbiased():
 def test_the_spectrum_of_a_periodic_field_is_recovered_and_a_wrong_one_detected():
     shape = (12, 16)
     rng, exact = np.random.default_rng(0), smooth_spectrum(shape)
-    found = of_arrays.power_spectrum(periodic_field(rng, 2000, exact))
+    found = of_arrays.power_spectrum(periodic_field(rng, 2000, exact), periodic=True)
     shells = shell_average(exact)
     assert abs(z_scores(found, shells[:, None])).max() < 4.5
     wrong = smooth_spectrum(shape, 2.2) * (exact.mean() / smooth_spectrum(shape, 2.2).mean())  # with the same variance
     assert abs(z_scores(found, shell_average(wrong)[:, None])).max() > 8
+
+
+def test_a_window_shows_a_floor_that_a_step_between_the_ends_hides():
+    """Random slopes and white noise of 0.3: at the upper half of the frequencies, the spectrum is that of the noise."""
+    rng = np.random.default_rng(0)
+    position = np.stack(np.meshgrid(np.arange(32), np.arange(24), indexing="ij"), axis=-1)
+    x = np.einsum("xya,na->nxy", position, rng.normal(size=(400, 2)))[..., None] + 0.3 * rng.normal(
+        size=(400, 32, 24, 1)
+    )
+    found, without = (of_arrays.power_spectrum(x, periodic=periodic) for periodic in (False, True))
+    high = found.x > 0.3
+    np.testing.assert_allclose(found.value[high], 0.3**2, rtol=0.05)
+    assert (without.value[high & (found.x < 0.4)] > 50 * 0.3**2).all()
+    white = of_arrays.power_spectrum(3 + 2 * rng.normal(size=(2000, 9, 7, 2)))
+    assert abs(z_scores(white, np.full((1, 2), 4.0))).max() < 4.5
 
 
 def test_the_autocorrelation_by_its_definition(tiny_blocks):
