@@ -114,7 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mask = rng.random(net.example_shape[:-1])[..., None] < 0.5
         for name, settings in MEASUREMENTS.items():
-            config.editing.update(noise=options.noise, mask=f"{folder}/mask.npy", **settings)
+            config.editing.update({"noise": options.noise, "mask": f"{folder}/mask.npy", "operator": "", **settings})
             fits = name != "rays" or len(net.example_shape) == 3
             if not fits or (options.only and name not in options.only.split(",")):
                 continue
@@ -144,7 +144,9 @@ def main() -> None:
                     chi.append(problem.chi_squared(x, y[rows]).mean())
                     samples.append(x)
                 x = np.concatenate(samples, axis=1).astype(np.float64)
-                x = x if net.levels is None else ((x + 1) * 127.5).round().clip(0, 255)
+                if net.levels is not None:  # in the levels of the data, so that equal numbers are ordered at random
+                    steps = net.levels - 1
+                    x = (((x + 1) / 2 * steps).round().clip(0, steps) * 255 / steps).round()
                 spread = np.sqrt((SAMPLES + 1) / SAMPLES * x.var(axis=0, ddof=1).mean())
                 row = summarize(x.mean(axis=0), spread, truth, ranks(truth, x))
                 print(f"{name:16} {method:13} {np.mean(chi):8.3f} {row} {seconds:7.1f}", flush=True)

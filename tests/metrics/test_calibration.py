@@ -151,7 +151,7 @@ def test_detectable_errors_are_found_in_95_percent(kind):
     count, num_samples, quantities, repetitions = 100, 19, 10, 2000
     shift, narrow, wide = calibration.detectable_errors(count, num_samples, quantities)
     center, width = {"shifted": (shift, 1), "too narrow": (0, narrow), "too wide": (0, wide)}[kind]
-    limit = statistics.NormalDist().inv_cdf(1 - 0.0027 / 2 / (2 * quantities + 2))
+    limit = statistics.NormalDist().inv_cdf(1 - 0.0027 / 2 / (2 * quantities + 3))
     rng, hits = np.random.default_rng(0), 0
     for _ in range(repetitions):
         truth, samples = rng.normal(size=count), center + width * rng.normal(size=(num_samples, count))
