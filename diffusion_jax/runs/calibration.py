@@ -30,7 +30,7 @@ from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.edit import EditFiles
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem, covariance_of_data
+from diffusion_jax.runs.posterior import Problem, covariance_of_data, log_residual
 from diffusion_jax.runs.sample import make_provenance
 from diffusion_jax.runs.sampling_setup import check_finite, check_sampling, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import check_source, open_model, to_dict
@@ -94,7 +94,11 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         both = (np.concatenate(pair) for pair in ((x[rows][None], drawn), (x_0[rows][None], in_network_units)))
         found, _ = quantities(*both)
         arrays = {"truth": found[0], "samples": found[1:].swapaxes(0, 1)}
-        return arrays | ({"chi_squared": problem.chi_squared(samples, y[rows]).mean(axis=0)} if problem else {})
+        if problem is None:
+            return arrays
+        residual = problem.residual(_select(setup, rows[:1]), samples[:, 0], y[rows[:1]])
+        arrays["residual"] = np.full(size, residual)  # of the first example
+        return arrays | {"chi_squared": problem.chi_squared(samples, y[rows]).mean(axis=0)}
 
     num_batches = chunks.fill("Testing the calibration", total, size, compute, config.training.stall_timeout)
     loaded = [chunks.load(i) for i in range(num_batches)]
@@ -112,15 +116,20 @@ def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, 
     """Draws samples [count, N, ...] for the examples `rows`; samples do not depend on the batch that they are drawn in."""
     drawn = count if problem is None else problem.num_drawn(count)
     keys = keys_of_samples(seed, (np.arange(drawn)[:, None] * len(y) + rows).ravel())
-    some = dataclasses.replace(
-        setup,
-        labels=None if setup.labels is None else setup.labels[rows],
-        conditions={name: values[rows] for name, values in setup.conditions.items()},
-    )
+    some = _select(setup, rows)
     if problem is None:
         x = some.generate(keys, np.arange(count * len(rows)))
         return np.asarray(x).reshape(count, len(rows), *setup.net.example_shape)
     return problem.draw(some, y[rows], count, keys)
+
+
+def _select(setup: Any, rows: np.ndarray) -> Any:
+    """Returns the setup with the classes and conditions of the examples `rows`."""
+    return dataclasses.replace(
+        setup,
+        labels=None if setup.labels is None else setup.labels[rows],
+        conditions={name: values[rows] for name, values in setup.conditions.items()},
+    )
 
 
 def find_quantities(
@@ -185,6 +194,8 @@ def _write(
         chi = arrays["chi_squared"]
         record |= {"chi_squared": float(chi.mean()), "chi_squared_standard_error": float(chi.std() / total**0.5)}
         log(f"Chi-squared for each measured number: {chi.mean():.3f} +- {chi.std() / total**0.5:.3f}.")
+        record["residual"] = float(arrays["residual"].max())
+        log_residual(record["residual"])
     if found.coverage:
         # The quantities of an example are correlated, so the standard error is computed from one share per example.
         inside = np.mean([calibration.is_covered(found.ranks[name], count) for name in names], axis=0)

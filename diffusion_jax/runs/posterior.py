@@ -301,6 +301,11 @@ def log_fit(values: np.ndarray, residual: float, problem: Problem) -> None:
             f"Note: chi-squared is far above 1, so this model cannot explain the measurement with editing.noise="
             f"{problem.options.noise}, or the sampler has not converged; use a larger noise or more sampling.steps."
         )
+    log_residual(residual)
+
+
+def log_residual(residual: float) -> None:
+    """Logs the residual of the solver in mmps, with a note if it is large; nothing without a solver."""
     if residual:
         log(
             f"Residual of the linear system, relative to the measurement's misfit in units of the noise: {residual:.2g}."

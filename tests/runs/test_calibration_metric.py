@@ -102,6 +102,17 @@ def test_a_wrong_method_is_named(exact, monkeypatch):
 
 
 @pytest.mark.whole
+def test_a_jacobian_that_has_not_converged_is_noted(exact, capsys):
+    root, config = exact
+    settings = {"editing.covariance": "jacobian", "editing.iterations": 1, "evaluation.calibration_examples": 10}
+    settings |= {"editing.task": "deblur", "editing.mask": "", "evaluation.batch_size": 190}
+    record, arrays = measured(root, config, **posterior_of(root, **settings))
+    assert record["residual"] > 0.05 and "use more editing.iterations" in (printed := capsys.readouterr().out)
+    assert "by principal components" in printed and "component 1" in record["quantities"]  # tested, but not used
+    np.testing.assert_allclose(arrays["residual"], record["residual"])
+
+
+@pytest.mark.whole
 def test_a_conditional_model_is_tested_with_the_conditions_of_its_examples(tmp_path):
     config = exact_run(tmp_path, SHAPE, noise=0.3)
     record, arrays = measured(tmp_path, config, **{"evaluation.batch_size": 400})
