@@ -91,7 +91,7 @@ def distribution_at(
 def compare_gaussian(name: str, x: np.ndarray, distribution: SeriesDistribution | FieldDistribution) -> list[bool]:
     """Compares the power in every shell of frequencies, and channel correlations, with the true and wrong distributions."""
     spatial = x.shape[1:-1]
-    measured = power_spectrum(x)
+    measured = power_spectrum(x, periodic=True)
     moments = mean_and_covariance(x).covariance
     distributions = {"the distribution": distribution}
     distributions |= {

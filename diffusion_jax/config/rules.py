@@ -25,9 +25,9 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.functions import find_function
 
 # Methods for measurements with noise, and for measurements without noise by task; the first method is the default.
-_NOISY = ("mmps", "smc")
+_NOISY = ("mmps",)
 _EXACT = {"inpaint": ("repaint", "project"), "colorize": ("project",), "super_resolution": ("project",)}
-_READ_BY = {"covariance": ("mmps",), "iterations": ("mmps",), "particles": ("smc",)}
+_READ_BY = {"covariance": ("mmps",), "iterations": ("mmps",)}
 
 
 class Rule(NamedTuple):
@@ -258,15 +258,10 @@ def _edit(config: ConfigDict) -> list[Rule]:
     has_no_gray = task == "colorize" and is_continuous(config)
     lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
     is_function, lacks = ":" in options.operator, f"is not a function, which editing.task={task!r} needs"
-    sampler = config.sampling.sampler
-    lacks_steps = method == "smc" and sampler != "ddpm" and ":" not in sampler
     return [
         Rule("editing.example", has_two, two, None, 'editing.image=""'),
         Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),
         Rule("editing.task", has_no_gray, "is for images, and data.levels=None is continuous data", "inpaint"),
-        Rule(
-            "editing.method", lacks_steps, f"takes the steps of ddpm, not of {sampler}", None, "sampling.sampler=ddpm"
-        ),
         Rule("editing.noise", measures and not methods, needed, "VALUE"),
         Rule("editing.method", is_wrong, allowed, method, remedy if options.method in others else ""),
         *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),

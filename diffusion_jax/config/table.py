@@ -546,8 +546,8 @@ EDITING: dict[str, Setting] = {
     ),
     "method": Setting(
         None,
-        optional(Choice("mmps", "smc", "project", "repaint")),
-        "How samples are drawn given the measurement: mmps or smc with noise, project or repaint without noise. "
+        optional(Choice("mmps", "project", "repaint")),
+        "How samples are drawn given the measurement: mmps with noise, project or repaint without noise. "
         "None: mmps with noise; without noise, repaint for inpaint and project for other tasks.",
     ),
     "covariance": Setting(
@@ -574,7 +574,6 @@ EDITING: dict[str, Setting] = {
         optional(Integer(1)),
         "Largest number of solver iterations in mmps; None: 100 with the covariance of data, 3 with the Jacobian.",
     ),
-    "particles": Setting(64, Integer(2), "Particles of smc, from which the results are drawn."),
     "mask": Setting("", PATH, "Mask: an image that is white, or a bool .npy that is True, at the known pixels."),
     "other": Setting("", PATH, "Second image or example for interpolate."),
     "num_samples": Setting(8, Integer(1), "Number of results; for interpolate, including both images."),

@@ -114,8 +114,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
 
 def _draw(setup: Any, problem: Problem | None, y: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Draws samples [count, N, ...] for the examples `rows`; samples do not depend on the batch that they are drawn in."""
-    drawn = count if problem is None else problem.num_drawn(count)
-    keys = keys_of_samples(seed, (np.arange(drawn)[:, None] * len(y) + rows).ravel())
+    keys = keys_of_samples(seed, (np.arange(count)[:, None] * len(y) + rows).ravel())
     some = _select(setup, rows)
     if problem is None:
         x = some.generate(keys, np.arange(count * len(rows)))

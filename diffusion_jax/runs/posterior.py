@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import math
 import warnings
@@ -32,7 +31,6 @@ from diffusion_jax.measurements import LinearOperator, Measurement
 from diffusion_jax.metrics.of_arrays import subset_indices
 from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
 from diffusion_jax.runs.workdir import check_source, load_examples
-from diffusion_jax.sampling.driver import is_batch_of_keys, split
 
 _GRAY_LEVEL = 127.5  # network units are levels / 127.5 - 1
 _RESIDUAL = 0.05  # a larger residual is noted
@@ -177,27 +175,16 @@ class Problem:
     def _repeat(self, y: np.ndarray, count: int) -> Measurement:
         return Measurement(self.operator, jnp.tile(y, (count, *[1] * (y.ndim - 1))), self.noise)
 
-    def num_drawn(self, count: int) -> int:
-        """Returns how many samples are drawn to get `count` samples for a row of y; smc chooses among its particles."""
-        return max(self.options.particles, count) if self.method == "smc" else count
-
     def draw(self, setup: SamplingSetup, y: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
         """Draws `count` samples for each row of y [N, ...], in network units; row i uses row i of the setup's conditions.
 
-        key: one key, or a key for each drawn sample: num_drawn * N keys, flattened from [num_drawn, N].
+        key: one key, or a key for each sample, flattened from [count, N].
         Returns: [count, N, ...], images in [-1, 1], continuous data in data units. Raises: UserError.
         """
-        rows = len(y)
-        indices = np.arange(self.num_drawn(count) * rows)
-        repeated = self._repeat(y, count)
+        rows, repeated = len(y), self._repeat(y, count)
+        wrap = editing.project if self.method == "project" else self._mmps
         with as_user_error("config.editing"):
-            if self.method == "smc":
-                repeated.check()  # here, because traced values in the compiled program cannot be checked
-                scale = self.net.sigma_data or 1.0
-                x = setup.generate(key, indices, algorithm=_Smc(self._repeat(y, 1), count, scale))
-            else:
-                wrap = editing.project if self.method == "project" else self._mmps
-                x = setup.generate(key, indices, wrap=lambda denoiser: wrap(denoiser, repeated))
+            x = setup.generate(key, np.arange(count * rows), wrap=lambda denoiser: wrap(denoiser, repeated))
         return np.asarray(x).reshape(count, rows, *self.net.example_shape)
 
     def _mmps(self, denoiser: Denoiser, measurement: Measurement) -> Denoiser:
@@ -314,23 +301,3 @@ def log_residual(residual: float) -> None:
         log(
             "Note: the solver has not converged, so the samples are not those of the posterior; use more editing.iterations."
         )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Smc:
-    """An algorithm for `pretrained.Model.draw`: draws `count` samples for each row of y from the particles of `smc`."""
-
-    measurement: Measurement
-    count: int = dataclasses.field(metadata={"static": True})
-    data_std: float = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, key, schedule, denoiser, x_T, sampler) -> Any:
-        rows = len(self.measurement.y)
-        keys = key[:rows] if is_batch_of_keys(key) else jax.random.split(key, rows)
-        x_T, (keys_run, keys_draw) = x_T.reshape(-1, rows, *x_T.shape[1:]), split(keys)
-        found = posterior.smc(keys_run, schedule, denoiser, self.measurement, x_T, data_std=self.data_std)
-        resample = functools.partial(posterior.systematic_resample, count=self.count)
-        chosen = jax.vmap(resample, (0, 1), 1)(keys_draw, found.weights)
-        x = jnp.take_along_axis(found.x_0, chosen.reshape(*chosen.shape, *[1] * (x_T.ndim - 2)), axis=0)
-        return x.reshape(-1, *x.shape[2:])

@@ -76,10 +76,9 @@ def test_an_exact_posterior_has_no_error_and_explains_the_measurement(exact, cap
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("method", [{}, {"editing.method": "smc", "sampling.sampler": "ddpm"}])
-def test_a_result_does_not_depend_on_the_batch(exact, method):
+def test_a_result_does_not_depend_on_the_batch(exact):
     root, config = exact
-    settings = posterior_of(root, **method, **{"evaluation.calibration_examples": 10})
+    settings = posterior_of(root, **{"evaluation.calibration_examples": 10})
     one, two = (measured(root, config, **settings, **{"evaluation.batch_size": size})[1] for size in (19, 80))
     np.testing.assert_allclose(one["samples"], two["samples"], rtol=1e-4)
     np.testing.assert_allclose(one["chi_squared"], two["chi_squared"], rtol=1e-3)

@@ -13,7 +13,7 @@ from diffusion_jax.config.rules import edit_method
 from diffusion_jax.data import Normalization
 from diffusion_jax.images import to_gray_levels
 from diffusion_jax.runs import edit
-from diffusion_jax.runs.posterior import Problem
+from diffusion_jax.runs.posterior import Problem, covariance_of_data
 from diffusion_jax.runs.sampling_setup import resolve_sampling
 from helpers.array_configs import SHAPES, array_config
 from helpers.configs import tiny_config
@@ -48,8 +48,7 @@ def exact_posterior(y, seen, noise):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("method", [None, "smc"])
-def test_samples_given_noisy_sensors_have_the_exact_mean_and_deviation(exact, method, capsys):
+def test_samples_given_noisy_sensors_have_the_exact_mean_and_deviation(exact, capsys):
     """Three sensors that measure both channels, from a file in data units; the noise is one number in data units."""
     root, config = exact
     points = np.array([[0.0], [3.5], [7.0]])
@@ -62,18 +61,11 @@ def test_samples_given_noisy_sensors_have_the_exact_mean_and_deviation(exact, me
     np.save(root / "points.npy", points)
     np.save(root / "y.npy", y * SCALE + OFFSET)
     settings = {"task": "sparse", "image": str(root / "y.npy"), "operator": str(root / "points.npy"), "noise": 0.4}
-    settings |= {"num_samples": 400, "method": method}
-    if method == "smc":
-        config = config.copy_and_resolve_references()
-        config.sampling.update(sampler="ddpm", steps=100)
-        settings["particles"] = 4000
-    else:
-        settings["iterations"] = 6
-    found = edited((root, config), **settings)
+    found = edited((root, config), **settings, num_samples=400)
     mean, deviation = exact_posterior(y.ravel(), seen.reshape(6, -1), np.tile(0.4 / SCALE, 3))
     z = (found["mean"] - mean) / (deviation / np.sqrt(400))
-    assert np.abs(z).max() < (5 if method is None else 8)  # particles repeat
-    np.testing.assert_allclose(found["deviation"] / deviation, 1, atol=0.15 if method is None else 0.3)
+    assert np.abs(z).max() < 5
+    np.testing.assert_allclose(found["deviation"] / deviation, 1, atol=0.15)
     np.testing.assert_allclose(found["measurement"], y * SCALE + OFFSET, rtol=1e-5)
     assert found["arr_0"].shape == (400, *SHAPE) and "truth" not in found
     np.testing.assert_allclose(found["arr_0"].mean(axis=0), found["mean"], rtol=1e-5)
@@ -177,14 +169,16 @@ def test_a_held_out_example_is_measured_and_compared(exact, capsys):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("method", ["mmps", "smc"])
-def test_another_measurement_compiles_nothing(exact, method, sampling_programs):
+@pytest.mark.parametrize("covariance", ["data", "jacobian"])
+def test_another_measurement_compiles_nothing(exact, covariance, sampling_programs):
     root, config = exact
     config = config.copy_and_resolve_references()
-    config.editing.update(task="inpaint", noise=0.5, method=method, particles=4)
+    config.editing.update(task="inpaint", noise=0.5, covariance=covariance)
     config.sampling.update(sampler="ddpm", steps=4)
     net = pretrained.load(root / "run", network=True)
     setup, problem = resolve_sampling(config, net), Problem.from_config(config, net, np.arange(8)[:, None] < 5)
+    problem = problem.with_covariance(covariance_of_data(config, net))
+    assert problem.uses_data == (covariance == "data")
     y = problem.simulate(np.zeros((2, *SHAPE), np.float32), np.arange(2))
     first, second = (problem.draw(setup, each, 3, jax.random.key(0)) for each in (y, y + 1))
     assert sampling_programs() == 1 and (first[..., :5, :] != second[..., :5, :]).all()
@@ -338,7 +332,6 @@ def test_commands_that_do_not_fit_are_refused_in_one_line(exact):
             {"task": "deblur", "noise": 1.0, "example": 0, "num_samples": 1},
             "editing.num_samples=1 is too few for a standard deviation",
         ),
-        ({"task": "deblur", "noise": 1.0, "example": 0, "method": "smc"}, "takes the steps of ddpm, not of "),
         ({"task": "super_resolution", "noise": 1.0, "example": 0, "factor": 3}, "factor=3 must divide"),
     ):
         with pytest.raises(errors.UserError, match=words) as caught:
