@@ -14,9 +14,9 @@ independently. The methods return the exact covariance, spectrum, density or con
     --config.data.dataset=diffusion_jax.data.synthetic:series --config.data.image_size="(64,)" --config.data.channels=2
 
 Distributions return float64 NumPy arrays. A distribution is a frozen dataclass; `dataclasses.replace` makes another
-distribution of the same kind. Densities and entropies are in nats, entropies per dimension. Spectra follow periodic
-`metrics.of_arrays.power_spectrum`: with F_c(k) = sum_r (x_c(r) - mean_c) exp(-2 pi i k.r) and N positions they are
-E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
+distribution of the same kind. Densities and entropies are in nats, entropies per dimension. Spectra follow
+`metrics.of_arrays.power_spectrum(periodic=True)`: with F_c(k) = sum_r (x_c(r) - mean_c) exp(-2 pi i k.r) and N positions they
+are E F_c(k) conj(F_d(k)) / N, in the order of `numpy.fft.fftfreq`.
 """
 
 from __future__ import annotations
