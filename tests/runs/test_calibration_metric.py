@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from diffusion_jax import covariances, errors, posterior
+from diffusion_jax import covariances, errors, metrics, posterior
+from diffusion_jax.measurements import Measurement
 from diffusion_jax.runs import calibration, evaluate
 from diffusion_jax.runs.posterior import Problem
 from helpers.exact_runs import exact_run
@@ -186,3 +187,39 @@ def test_components_are_those_of_the_covariance_and_energies_of_what_the_mean_le
     kept = np.linalg.svd(examples[..., 0] - examples[..., 0].mean(axis=0))[2][:2]
     rest = residual[..., 0] - residual[..., 0] @ kept.T @ kept
     np.testing.assert_allclose(values[..., -1], np.sqrt((rest**2).mean(axis=-1)), rtol=1e-6)
+
+
+def gaussian_posterior(seed, ratio=1.0, leak=0.0):
+    """Tests samples of a posterior of series [16, 1] given three numbers; returns the sentence.
+
+    ratio: the deviation of the samples, in deviations of the posterior. leak: of noise that is added to the samples.
+    """
+    rng, shape = np.random.default_rng(seed), (16, 1)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
+    prior = covariances.from_eigenvectors(np.geomspace(4, 1e-3, 16), basis.reshape(16, *shape))
+    rows = Measurement(lambda x: x[:, ::6, 0], np.zeros((1, 3), np.float32), 0.3)
+    given = prior.given(rows, shape)
+    c, a = (prior.times(np.eye(16)[..., None]).reshape(16, 16), np.eye(16)[::6])
+    x = rng.normal(size=(100, 16)) @ np.linalg.cholesky(c).T
+    y = x @ a.T + 0.3 * rng.normal(size=(100, 3))
+    mean = y @ np.linalg.solve(a @ c @ a.T + 0.09 * np.eye(3), a @ c)
+    root = np.linalg.cholesky(given.times(np.eye(16)[..., None]).reshape(16, 16) + 1e-12 * np.eye(16))
+    samples = mean + ratio * rng.normal(size=(19, 100, 16)) @ root.T + leak * rng.normal(size=(19, 100, 16))
+    both = np.concatenate([x[None], samples])[..., None]
+    values, names = calibration.find_quantities(("means", "entries", "components"), both, both, given)
+    values /= values[0].std(axis=0)
+    references = metrics.calibration.cross_predict(y, values[0])
+    return metrics.calibration.find_calibration(values[0], values[1:], references, names).sentence
+
+
+def test_an_exact_posterior_is_flagged_in_few_of_200_evaluations():
+    """A false alarm has a probability of 0.27% for all quantities together, so five in 200 have one of 1e-4."""
+    assert sum(not gaussian_posterior(seed).startswith("no error found") for seed in range(200)) < 5
+
+
+def test_samples_that_leave_the_data_are_found_by_their_energy():
+    """Noise with three times the deviation of the smallest component; means and entries do not see it."""
+    found = [gaussian_posterior(seed, leak=0.1) for seed in range(20)]
+    assert all("energy of components" in sentence for sentence in found)
+    assert not any("channel 0" in sentence or "mean of" in sentence for sentence in found)
+    assert all("too wide" in gaussian_posterior(seed, ratio=2.0) for seed in range(3))
