@@ -259,6 +259,12 @@ def covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances
         conditions = read_conditions(batch)
         known = ~conditions.get("condition_missing", np.zeros(len(x), bool))
         x, inputs = x[known], np.concatenate([inputs, conditions["condition"].reshape(len(x), -1)], axis=1)[known]
+    if inputs.shape[1] > (most := len(x) // 4):  # a regression on more inputs would leave too few degrees of freedom
+        log(
+            f"Note: the conditions have {inputs.shape[1]:,} numbers, so the regression is on {most:,} principal components."
+        )
+        inputs = inputs - inputs.mean(axis=0)
+        inputs = np.linalg.eigh(inputs @ inputs.T)[1][:, -most:]
     is_periodic = config.model.kind == "unet" and config.model.padding == "periodic"
     estimate = covariances.fourier if is_periodic else covariances.principal
     basis = "Fourier coefficients" if is_periodic else "principal components"

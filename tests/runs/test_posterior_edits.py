@@ -138,6 +138,16 @@ def test_a_function_in_data_units_is_an_operator_and_the_file_repeats_the_poster
 
 
 @pytest.mark.whole
+def test_conditions_of_more_numbers_than_examples_are_summarized(tmp_path, capsys):
+    """The condition is channel 0: of 20 examples, 5 components of its 8 numbers are used, and nothing fails."""
+    config = exact_run(tmp_path, SHAPE, noise=0.3, count=20, is_field=True)
+    found = covariance_of_data(config, pretrained.load(tmp_path / "run", network=True))
+    assert "conditions have 8 numbers, so the regression is on 5 principal components" in capsys.readouterr().out
+    variances = np.asarray(found.variances)
+    assert np.isfinite(variances).all() and (variances >= 0).all() and variances.shape[0] <= 16
+
+
+@pytest.mark.whole
 def test_the_jacobian_has_a_residual_and_the_covariance_is_a_setting(exact, capsys):
     jacobian = {"task": "deblur", "blur": 1.5, "example": 0, "covariance": "jacobian"}
     found = edited(exact, **jacobian, noise=(0.5, 0.025), iterations=1)
