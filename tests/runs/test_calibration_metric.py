@@ -181,6 +181,7 @@ def test_components_are_those_of_the_covariance_and_energies_of_what_the_mean_le
     assert [name for name in names if "energy" in name][:3] == [
         f"energy of components {a} to {b}" for a, b in ((1, 1), (2, 3), (4, 7))
     ]
+    assert "energy of the rest" not in names  # the eigenvectors lack nothing
     few = covariances.principal(examples, components=2)
     values, names = calibration.find_quantities(("components",), x, x, few)
     assert names[-1] == "energy of the rest"
