@@ -172,6 +172,20 @@ def test_a_jacobian_that_is_no_covariance_gives_small_corrections(jacobian):
     np.testing.assert_allclose(found.x_0, expected, rtol=1e-5)
 
 
+def test_a_later_curvature_below_0_keeps_the_solution_so_far():
+    """M = diag(2.01, -0.5): the first step is convex, and the second is not."""
+    jacobian = np.diag([2.0, -0.51]).astype(np.float32)
+    denoiser = Denoiser(lambda x_t, time: x_t @ jacobian, prediction="x_0", clip=False)
+    measurement, level = (
+        Measurement(LinearOperator(lambda x: x, diagonal=1.0), np.ones((1, 2)), 0.1),
+        level_at(1.0, 1, 2),
+    )
+    x_t, scale = jnp.zeros((1, 2)), float(level.sigma[0, 0] ** 2 / level.alpha[0, 0])
+    found = posterior.mmps(denoiser, measurement)(x_t, level).x_0
+    length = 2 / (0.02 + scale * np.trace(jacobian))  # b^T b / (b^T M b) for b = (1, 1)
+    np.testing.assert_allclose(found, [scale * length * np.diag(jacobian)], rtol=1e-5)
+
+
 def test_more_iterations_leave_a_smaller_residual(x64):
     problem, x_t = Problem(64), np.random.default_rng(5).normal(size=(3, 64))
     arguments = problem.denoiser(), problem.measurement(3), x_t, level_at(1.0, 3, 64)
