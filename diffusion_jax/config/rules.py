@@ -21,6 +21,7 @@ from diffusion_jax.config.table import (
     is_upsampler,
     sampler_setting,
 )
+from diffusion_jax.config.values import FUNCTION_NAME
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.functions import find_function
 
@@ -257,7 +258,10 @@ def _edit(config: ConfigDict) -> list[Rule]:
     )
     has_no_gray = task == "colorize" and is_continuous(config)
     lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
-    is_function, lacks = ":" in options.operator, f"is not a function, which editing.task={task!r} needs"
+    is_function, lacks = (
+        FUNCTION_NAME.fullmatch(options.operator),
+        f"is not a function, which editing.task={task!r} needs",
+    )
     return [
         Rule("editing.example", has_two, two, None, 'editing.image=""'),
         Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),

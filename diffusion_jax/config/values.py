@@ -224,6 +224,9 @@ def optional(kind: ValueKind) -> OneOf:
     return OneOf(kind, Choice(None))
 
 
+FUNCTION_NAME = re.compile(r"[^:]+(:[^:]*)?\.py:\w+|[\w.]+:\w+")
+
+
 class FunctionName:
     """The name of a function, "module:function" or "FILE.py:function", which `import_function` imports.
 
@@ -233,7 +236,7 @@ class FunctionName:
     allowed = "module:function, or FILE.py:function"
 
     def check(self, value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(r"[^:]+(:[^:]*)?\.py:\w+|[\w.]+:\w+", value):
+        if not isinstance(value, str) or not FUNCTION_NAME.fullmatch(value):
             raise ValueError
         file, _, function = value.rpartition(":")
         return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") and os.path.isfile(file) else str(value)

@@ -189,9 +189,9 @@ def _limit(num_tests: int) -> float:
 class Calibration(NamedTuple):
     """The result of `find_calibration`.
 
-    ranks: {quantity: ranks [N]}, with "distance" and "classifier" (`classifier_scores`). tests: {the same names: `RankTest`}.
-    coverage: {quantity: (share, standard error)} of 90% intervals, {} if the number of samples does not allow them.
-    sentence: the result in words.
+    ranks: {quantity: ranks [N]}, with "distance", and "classifier" for half of the truths (`classifier_scores`).
+    tests: {the same names: `RankTest`}. coverage: {quantity: (share, standard error)} of 90% intervals, {} if the number of
+    samples does not allow them. sentence: the result in words.
     """
 
     ranks: dict[str, Int[np.ndarray, "N"]]
@@ -236,7 +236,7 @@ def find_calibration(
             faults.append(f"{name} is too {'narrow' if test.z_variance > 0 else 'wide'}")
     if references is not None:
         found["distance"] = distance_ranks(truth, samples, references)
-        found["classifier"] = ranks(*classifier_scores(truth, samples, references))
+        found["classifier"] = ranks(*classifier_scores(truth, samples))
         tests |= {name: rank_test(found[name], count) for name in ("distance", "classifier")}
         distance, classifier = tests["distance"], tests["classifier"]
         if not faults and max(abs(distance.z_mean), abs(distance.z_variance)) > limit:

@@ -20,7 +20,7 @@ from diffusion_jax import covariances, data, pictures, pretrained
 from diffusion_jax.config import check, resolve
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
-from diffusion_jax.errors import as_user_error
+from diffusion_jax.errors import DataError, UserError, as_user_error, list_names
 from diffusion_jax.files import save_npz
 from diffusion_jax.functions import import_function
 from diffusion_jax.images import to_gray_levels, to_model_range
@@ -48,6 +48,8 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     options, count = config.evaluation, config.evaluation.calibration_samples
     net, is_posterior = open_model(config, workdir), bool(config.editing.noise)
     check_sampling(config, net)
+    if net.low_resolution:
+        raise UserError("evaluation.metrics=calibration is not for models that enlarge images")
     problem = None
     if is_posterior:
         check(config, "edit")
@@ -63,7 +65,14 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         setup = dataclasses.replace(setup, labels=np.asarray(batch["label"], np.int32))
     x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
     y = np.zeros((total, 0), np.float32) if problem is None else problem.simulate(x_0, np.arange(total))
-    covariance = covariance_of_data(config, net)
+    is_used = problem is not None and config.editing.covariance != "jacobian"
+    covariance = None
+    if is_used or "components" in options.quantities:
+        try:
+            covariance = covariance_of_data(config, net)
+        except DataError:
+            if is_used:
+                raise
     problem = problem and problem.with_covariance(covariance)
     basis = (problem and problem.given_y) or covariance
     if basis is None and "components" in options.quantities:
@@ -89,8 +98,12 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         rows = np.minimum(i * size + np.arange(size), total - 1)
         samples = _draw(setup, problem, y, rows, count, options.seed)
         check_finite(samples)
-        drawn = samples if net.levels is None else to_gray_levels(samples)
-        in_network_units = data.to_model_units(samples, net.normalizations.get("x"))
+        if net.levels is None:
+            drawn, in_network_units = samples, data.to_model_units(samples, net.normalizations.get("x"))
+        else:  # with the gray levels of the data, as the truth has
+            step = 255 / (net.levels - 1)
+            drawn = np.round(np.round(to_gray_levels(samples) / step) * step)
+            in_network_units = to_model_range(drawn)
         both = (np.concatenate(pair) for pair in ((x[rows][None], drawn), (x_0[rows][None], in_network_units)))
         found, _ = quantities(*both)
         arrays = {"truth": found[0], "samples": found[1:].swapaxes(0, 1)}
@@ -162,6 +175,8 @@ def find_quantities(
             if not isinstance(own, dict) or any(np.shape(values) != (len(flat),) for values in own.values()):
                 raise ValueError(f"{name} must return a dict of arrays [{len(flat)}], a number for each example")
             found |= {str(key): np.asarray(values) for key, values in own.items()}
+    if not found:
+        raise ValueError(f"no quantity of {list_names(list(wanted))} can be tested here; name another one")
     values = np.stack([np.asarray(values, np.float64) for values in found.values()], axis=1)
     return values.reshape(*x.shape[:2], -1), list(found)
 
@@ -179,7 +194,8 @@ def _write(
     truth, samples = arrays["truth"], arrays["samples"].swapaxes(0, 1)
     total = len(truth)
     count = len(samples)
-    scale = np.maximum(truth.std(axis=0), 1e-12)  # distances add quantities in different units
+    # Distances add quantities in different units. The scale treats truths and samples alike.
+    scale = np.maximum(np.concatenate([truth[None], samples]).std(axis=(0, 1)), 1e-12)
     references = calibration.cross_predict(inputs, truth / scale)
     found = calibration.find_calibration(truth / scale, samples / scale, references, names)
     shift, narrow, wide = calibration.detectable_errors(total, count, len(names))

@@ -136,7 +136,7 @@ class _Measured:
         self.y = files.read_y(self.problem, mask)
         self.given = {} if self.truth is None else {"truth": self.truth}
         self._caption = _CAPTIONS.get(task, "measurement")
-        self._values = self.problem.to_data(self.y)[0]
+        self._values = np.where(np.isfinite(problem.noise), self.problem.to_data(self.y)[0], np.nan)
         shown = self.problem.show(self._values)
         if not options.noise and net.levels is not None:
             shown = np.where(np.isnan(shown), _GRAY, shown).round().clip(0, 255).astype(np.uint8)

@@ -24,7 +24,7 @@ from diffusion_jax.config.rules import edit_method
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.denoiser import Denoiser
-from diffusion_jax.errors import UserError, as_user_error
+from diffusion_jax.errors import DataError, UserError, as_user_error
 from diffusion_jax.functions import find_function
 from diffusion_jax.images import to_model_range
 from diffusion_jax.measurements import LinearOperator, Measurement
@@ -82,6 +82,10 @@ class Problem:
             if task == "linear":  # of data units, and y is not converted
                 shift = np.asarray(operator.measure(jnp.asarray(np.broadcast_to(offset, (1, *shape)), jnp.float32)))[0]
                 operator = LinearOperator(_InDataUnits(operator, scale.astype(np.float32)))
+                if not shift.ndim:
+                    raise ValueError(
+                        "the function must return [N, ...], at least one number for each example; add an axis"
+                    )
                 shift, scale = shift.astype(np.float64), np.ones(1)
             else:
                 of_ones = np.asarray(operator.measure(jnp.ones((1, *shape))), np.float64)[0]
@@ -129,11 +133,12 @@ class Problem:
         leaves, shape, measure = jax.tree.leaves(self.operator.measure), self.net.example_shape, self.operator.measure
         if not isinstance(measure, _InDataUnits):
             return found | dict(zip(["operator"], map(np.asarray, leaves), strict=False))
-        size = math.prod(shape)
-        if size * math.prod(self.y_shape) > _MATRIX:
+        rows = math.prod(self.y_shape)
+        if max(rows, math.prod(shape)) * rows > _MATRIX:
             return found
-        columns = np.asarray(measure.operator.linear(jnp.eye(size).reshape(size, *shape)))
-        return found | {"operator": np.moveaxis(columns, 0, -1).reshape(*self.y_shape, *shape)}
+        adjoint = measure.operator.adjoint(jnp.zeros((rows, *shape)))
+        matrix = np.asarray(adjoint(jnp.eye(rows).reshape(rows, *self.y_shape)))
+        return found | {"operator": matrix.reshape(*self.y_shape, *shape)}
 
     def to_network(self, y: np.ndarray) -> np.ndarray:
         """Converts y [N, ...] from data units to float32 network units."""
@@ -147,10 +152,13 @@ class Problem:
         """Measures examples [N, ...] in network units, with noise that depends on the index of an example alone."""
         y = np.asarray(self.operator.measure(jnp.asarray(x_0)))
         draws = [np.random.default_rng([int(i), 45]).standard_normal(self.y_shape) for i in indices]
-        return (y + np.where(np.isfinite(self.noise), self.noise, 0) * np.stack(draws)).astype(np.float32)
+        known = np.isfinite(self.noise)
+        return np.where(known, y + np.where(known, self.noise, 0) * np.stack(draws), 0).astype(np.float32)
 
     def show(self, y: np.ndarray) -> np.ndarray:
         """Converts y, in data units, for pictures: if possible to [*spatial, C], with NaN where nothing is measured."""
+        if self.options.task == "linear" and (y.ndim, y.shape[-1]) != (len(self.net.example_shape), self.net.channels):
+            return np.full(self.net.example_shape, np.nan)  # it has no place in the picture
         if self.options.task in ("deblur", "tomography", "linear"):
             return y
         adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
@@ -161,7 +169,8 @@ class Problem:
             conjugate = np.roll(np.flip(is_known, axes), 1, axes)  # of a coefficient in the first or last column
             y = np.where((column > 0) & (2 * column < size), 2, 2 - conjugate)[..., None, None] * y
         known = np.broadcast_to(np.isfinite(self.noise), y.shape)
-        spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in (y * known, known))
+        pair = (np.where(known, y, 0), known)
+        spread, weight = (np.asarray(adjoint(jnp.asarray(each, jnp.float32)[None]))[0] for each in pair)
         if self.options.task == "fourier":
             return spread
         return np.where(weight > 0, spread / np.where(weight > 0, weight, 1), np.nan)
@@ -229,12 +238,13 @@ class _InDataUnits:
 def _read_noise(options: ConfigDict, shape: tuple[int, ...]) -> np.ndarray:
     """Returns `editing.noise` in data units, with a shape that broadcasts to y [*shape]. Raises: UserError."""
     noise, is_fourier = options.noise, options.task == "fourier"
-    noise = np.asarray(load_arrays("editing.noise", noise) if isinstance(noise, str) else noise, np.float64)
+    noise = load_arrays("editing.noise", noise) if isinstance(noise, str) else noise
+    noise = np.zeros(0) if isinstance(noise, dict) else np.asarray(noise, np.float64)
     noise = noise[:, None] if isinstance(options.noise, tuple) and is_fourier else noise  # real and imaginary parts
-    if not broadcasts_to(noise.shape, shape) or not (noise > 0).all():
+    if not broadcasts_to(noise.shape, shape) or not (noise > 0).all() or not np.isfinite(noise).any():
         raise UserError(
-            f"editing.noise={options.noise!r} must be standard deviations above 0 that broadcast to the measurement, "
-            f"{list(shape)}; got {list(noise.shape)}"
+            f"editing.noise={options.noise!r} must be standard deviations above 0, not all infinite, that broadcast to the "
+            f"measurement, {list(shape)}; an .npy holds {list(noise.shape)}"
         )
     return noise
 
@@ -244,9 +254,14 @@ def covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances
 
     Returns None for published weights, unless `editing.covariance` is data, and for upsamplers. Raises: UserError, DataError.
     """
+    if net.low_resolution and config.editing.covariance == "data":
+        raise UserError("editing.covariance=data is not for models that enlarge images; use jacobian")
     if net.low_resolution or (config.init_from and config.editing.covariance != "data"):
         return None
-    source = load_examples("Reading the training data", dict(config.data), {}, None)
+    try:
+        source = load_examples("Reading the training data", dict(config.data), {}, None)
+    except DataError as error:
+        raise DataError(f"{error}; without the training data, use --config.editing.covariance=jacobian") from error
     check_source(config, source)
     count = min(_EXAMPLES, max(16, _NUMBERS // math.prod(net.example_shape)))
     batch = source.read(subset_indices(len(source), count))
@@ -265,6 +280,8 @@ def covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances
         )
         inputs = inputs - inputs.mean(axis=0)
         inputs = np.linalg.eigh(inputs @ inputs.T)[1][:, -most:]
+    if config.data.random_flip and net.is_images:
+        x, inputs = np.concatenate([x, x[:, :, ::-1]]), np.tile(inputs, (2, 1))
     is_periodic = config.model.kind == "unet" and config.model.padding == "periodic"
     estimate = covariances.fourier if is_periodic else covariances.principal
     basis = "Fourier coefficients" if is_periodic else "principal components"

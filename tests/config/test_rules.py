@@ -148,6 +148,11 @@ def test_every_rule_has_an_example_and_no_experiment_breaks_a_rule():
         )
 
 
+def test_a_url_of_an_operator_is_a_file():
+    config = changed(configs.default(), "editing.task=sparse editing.noise=2 editing.operator=gs://bucket/points.npy")
+    assert not configs.find_broken(config, "edit")
+
+
 def test_contradictions_with_one_remedy_are_one_sentence():
     config = changed(configs.default(), "diffusion.path=edm diffusion.loss=hybrid diffusion.variance=learned_range")
     assert configs.find_broken(config, "train step") == [

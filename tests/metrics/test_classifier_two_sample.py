@@ -20,11 +20,11 @@ def test_the_area_of_a_shift_is_its_closed_form(shift):
 
 
 def test_equal_distributions_have_half_the_area_with_the_stated_deviation():
-    """Sets of different sizes, with heavy tails; 200 repetitions."""
+    """Sets of different sizes, with heavy tails; the deviation of 800 repetitions has an error of 0.025."""
     rng = np.random.default_rng(1)
-    found = [classifier_two_sample(*(rng.standard_t(4, size=(n, 2, 3)) for n in (60, 90))) for _ in range(200)]
+    found = [classifier_two_sample(*(rng.standard_t(4, size=(n, 2, 3)) for n in (60, 90))) for _ in range(800)]
     z = np.array([(each.value - 0.5) / each.same_distribution_std for each in found])
-    assert abs(z.mean()) < 4 / 200**0.5 and abs(z.std() - 1) < 0.25
+    assert abs(z.mean()) < 4 / 800**0.5 and abs(z.std() - 1) < 0.1
     errors = np.mean([each.standard_error for each in found])
     assert abs(errors / found[0].same_distribution_std - 1) < 0.1
 
@@ -52,21 +52,25 @@ def simulate(seed, wrong):
 
 
 def test_a_shift_that_depends_on_the_measurement_is_found_and_exact_samples_are_not():
+    """The deviation of z in 400 repetitions has an error of 0.035."""
     found = []
-    for seed in range(20):
-        scores = classifier_scores(*simulate(seed, False))
-        found.append(calibration.rank_test(calibration.ranks(*scores), 19).z_mean)
-    assert abs(np.mean(found)) < 4 / 20**0.5 and 0.5 < np.std(found) < 1.6
+    for seed in range(400):
+        truth, samples, _ = simulate(seed, False)
+        ranks = calibration.ranks(*classifier_scores(truth[:100], samples[:, :100]))
+        found.append(calibration.rank_test(ranks, 19).z_mean)
+    assert abs(np.mean(found)) < 4 / 400**0.5 and abs(np.std(found) - 1) < 0.14
     truth, samples, references = simulate(0, True)
     result = calibration.find_calibration(truth, samples, references)
     assert all(abs(result.tests[name].z_mean) < 3 for name in ("quantity 0", "quantity 1"))
     assert "a classifier tells the true values from the samples" in result.sentence
 
 
-def test_scores_of_an_example_do_not_depend_on_its_own_truth():
-    truth, samples, references = simulate(3, False)
+def test_the_classifier_is_fitted_to_other_truths():
+    truth, samples, _ = simulate(3, False)
     changed = truth.copy()
+    changed[1] += 100  # scored, and not fitted to
+    one, other = (classifier_scores(each, samples) for each in (truth, changed))
+    assert one[0].shape == (200,) and one[1].shape == (19, 200)
+    np.testing.assert_array_equal(one[0][1:], other[0][1:])
     changed[0] += 100
-    one, other = (classifier_scores(each, samples, references) for each in (truth, changed))
-    np.testing.assert_array_equal(one[1][:, ::2], other[1][:, ::2])
-    assert (one[1][:, 1::2] != other[1][:, 1::2]).any()
+    assert (classifier_scores(changed, samples)[0][1:] != one[0][1:]).any()

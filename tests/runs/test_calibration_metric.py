@@ -102,6 +102,39 @@ def test_a_wrong_method_is_named(exact, monkeypatch):
 
 
 @pytest.mark.whole
+def test_entries_with_infinite_noise_are_hidden_from_the_references(exact):
+    """A blur with error bars at two of eight positions; a reference that knew the others would be the truth."""
+    root, config = exact
+    noise = np.full((8, 2), np.inf)
+    noise[::4] = [2.0, 0.1]
+    np.save(root / "noise.npy", noise)
+    config = config.copy_and_resolve_references()
+    with config.ignore_type():
+        config.editing.noise = str(root / "noise.npy")
+    settings = {"editing.task": "deblur", "evaluation.batch_size": 1900}
+    record, _ = measured(root, config, **settings)
+    assert record["sentence"] == "no error found with 100 examples of 19 samples"
+    assert abs(record["chi_squared"] - 1) < 4 * record["chi_squared_standard_error"]
+
+
+@pytest.mark.whole
+def test_missing_training_data_leave_out_the_components(exact, capsys):
+    root, config = exact
+    settings = {"editing.covariance": "jacobian", "evaluation.calibration_examples": 10, "evaluation.batch_size": 190}
+    train = root / "train.npz"
+    moved = train.rename(root / "moved.npz")
+    try:
+        config = config.copy_and_resolve_references()
+        config.evaluation.data_dir = str(root / "test.npz")
+        record, _ = measured(root, config, **posterior_of(root, **settings))
+        assert "component 1" not in record["quantities"] and "are not tested" in capsys.readouterr().out
+        with pytest.raises(errors.DataError, match="use --config.editing.covariance=jacobian"):
+            measured(root, config, **posterior_of(root, **settings | {"editing.covariance": "data"}))
+    finally:
+        moved.rename(train)
+
+
+@pytest.mark.whole
 def test_a_jacobian_that_has_not_converged_is_noted(exact, capsys):
     root, config = exact
     settings = {"editing.covariance": "jacobian", "editing.iterations": 1, "evaluation.calibration_examples": 10}

@@ -97,6 +97,14 @@ def mixes(x):
 
 def of_numpy(x):
     return np.sort(x)
+
+
+def totals(x):
+    return x.sum(axis=1)[:, :1]
+
+
+def scalars(x):
+    return x.sum(axis=(1, 2))
 """
 
 
@@ -131,10 +139,18 @@ def test_a_function_in_data_units_is_an_operator_and_the_file_repeats_the_poster
         ("mixes", "must be linear row by row"),
         ("of_numpy", "no function of jax arrays"),
         ("missing", "cannot be imported"),
+        ("scalars", "at least one number for each example"),
     ):
         with pytest.raises(errors.UserError, match=words) as caught:
             edited(exact, **settings | {"operator": f"{root / 'mine.py'}:{name}"}, noise=1.0)
         assert "\n" not in str(caught.value)
+    found = edited(exact, task="linear", operator=f"{root / 'mine.py'}:totals", example=0, noise=5.0, num_samples=4)
+    np.testing.assert_allclose(found["operator"][0], np.ones((8, 1)) * [1, 0], atol=1e-6)
+    np.save(root / "none.npy", np.full(8, np.inf)[:, None])
+    np.savez(root / "several.npz", a=np.ones(2))
+    for noise in ("none.npy", "several.npz"):
+        with pytest.raises(errors.UserError, match="must be standard deviations above 0, not all infinite"):
+            edited(exact, task="deblur", example=0, noise=str(root / noise))
 
 
 @pytest.mark.whole
