@@ -322,5 +322,6 @@ def log_residual(residual: float) -> None:
         )
     if residual > _RESIDUAL:
         log(
-            "Note: the solver has not converged, so the samples are not those of the posterior; use more editing.iterations."
+            "Note: the solver has not converged, so the samples are not those of the posterior; use more editing.iterations "
+            "or editing.covariance=data."
         )
