@@ -258,10 +258,8 @@ def _edit(config: ConfigDict) -> list[Rule]:
     )
     has_no_gray = task == "colorize" and is_continuous(config)
     lacks_axes = measures and task != "inpaint" and config.data.image_size == ()
-    is_function, lacks = (
-        FUNCTION_NAME.fullmatch(options.operator),
-        f"is not a function, which editing.task={task!r} needs",
-    )
+    is_function, is_linear = FUNCTION_NAME.fullmatch(options.operator), task == "linear"
+    lacks = f"is not a function, which editing.task={task!r} needs"
     return [
         Rule("editing.example", has_two, two, None, 'editing.image=""'),
         Rule("editing.task", lacks_axes, "needs examples with spatial axes", "inpaint"),
@@ -269,8 +267,8 @@ def _edit(config: ConfigDict) -> list[Rule]:
         Rule("editing.noise", measures and not methods, needed, "VALUE"),
         Rule("editing.method", is_wrong, allowed, method, remedy if options.method in others else ""),
         *(Rule(f"editing.{name}", is_unread[name], no_effect, EDITING[name].default) for name in names),
-        Rule("editing.operator", task == "linear" and not is_function, lacks, "FILE.py:function"),
-        Rule("editing.operator", task != "linear" and is_function, "is for editing.task=linear", "FILE.npy"),
+        Rule("editing.operator", is_linear and not is_function, lacks, "FILE.py:function"),
+        Rule("editing.operator", not is_linear and is_function, "is for editing.task=linear", "FILE.npy"),
     ]
 
 

@@ -29,7 +29,7 @@ def components(
     """
     probe = np.random.default_rng(0).standard_normal((1, *x.shape[1:]))
     found: list[Any] = [covariance.to_basis(np.asarray(each, np.float64)) for each in (x, residual, probe)]
-    rest = residual - covariance.from_basis(found[1])
+    rest = residual - covariance.from_basis(found[1]) if covariance.rest else None
     variances = np.broadcast_to(np.asarray(covariance.variances), found[0].shape[1:]).ravel()
     found = [each.reshape(len(each), -1) for each in found]
     if np.iscomplexobj(found[0]):
@@ -43,7 +43,7 @@ def components(
     for start in (2**i - 1 for i in range(len(order).bit_length())):
         group = order[start : 2 * start + 1]
         features[f"energy of components {start + 1} to {start + len(group)}"] = _root_mean_square(found[1][:, group])
-    return features | ({"energy of the rest": _root_mean_square(rest)} if covariance.rest else {})
+    return features if rest is None else features | {"energy of the rest": _root_mean_square(rest)}
 
 
 def _root_mean_square(x):
