@@ -16,21 +16,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion_jax import covariances, data, pictures, pretrained
+from diffusion_jax import covariances, pictures, pretrained
 from diffusion_jax.config import check, resolve
 from diffusion_jax.console import log
 from diffusion_jax.data.sources import batch_examples, read_conditions
 from diffusion_jax.errors import DataError, UserError, as_user_error, list_names
 from diffusion_jax.files import save_npz
 from diffusion_jax.functions import import_function
-from diffusion_jax.images import to_gray_levels, to_model_range
+from diffusion_jax.images import to_gray_levels
 from diffusion_jax.metrics import calibration
 from diffusion_jax.metrics.classifier import components
 from diffusion_jax.provenance import array_digest
 from diffusion_jax.run_dir import ChunkStore, RunDir, open_run_dir
 from diffusion_jax.runs.edit import EditFiles
 from diffusion_jax.runs.likelihood import load_held_out
-from diffusion_jax.runs.posterior import Problem, covariance_of_data, log_residual
+from diffusion_jax.runs.posterior import Problem, covariance_of_data, log_residual, read_inputs, to_network_units
 from diffusion_jax.runs.sample import make_provenance
 from diffusion_jax.runs.sampling_setup import check_finite, check_sampling, keys_of_samples, resolve_sampling
 from diffusion_jax.runs.workdir import check_source, open_model, to_dict
@@ -63,10 +63,9 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     setup = resolve_sampling(config, net, conditions or None)
     if net.num_classes:
         setup = dataclasses.replace(setup, labels=np.asarray(batch["label"], np.int32))
-    x_0 = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
+    x_0 = to_network_units(net, x)
     y = np.zeros((total, 0), np.float32) if problem is None else problem.simulate(x_0, np.arange(total))
-    is_used = problem is not None and config.editing.covariance != "jacobian"
-    covariance = None
+    covariance, is_used = None, problem is not None and problem.wants_data
     if is_used or "components" in options.quantities:
         try:
             covariance = covariance_of_data(config, net)
@@ -98,13 +97,12 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
         rows = np.minimum(i * size + np.arange(size), total - 1)
         samples = _draw(setup, problem, y, rows, count, options.seed)
         check_finite(samples)
-        if net.levels is None:
-            drawn, in_network_units = samples, data.to_model_units(samples, net.normalizations.get("x"))
-        else:  # with the gray levels of the data, as the truth has
+        drawn = samples
+        if net.levels is not None:  # with the gray levels of the data, as the truth has
             step = 255 / (net.levels - 1)
-            drawn = np.round(np.round(to_gray_levels(samples) / step) * step)
-            in_network_units = to_model_range(drawn)
-        both = (np.concatenate(pair) for pair in ((x[rows][None], drawn), (x_0[rows][None], in_network_units)))
+            drawn = np.round(np.round(to_gray_levels(samples) / step) * step).astype(np.uint8)
+        pairs = (x[rows], drawn), (x_0[rows], to_network_units(net, drawn))
+        both = (np.concatenate([truth[None], others]) for truth, others in pairs)
         found, _ = quantities(*both)
         arrays = {"truth": found[0], "samples": found[1:].swapaxes(0, 1)}
         if problem is None:
@@ -118,9 +116,7 @@ def measure_calibration(config: ConfigDict, workdir: RunDir | str | os.PathLike)
     arrays = {name: np.concatenate([each[name] for each in loaded])[:total] for name in loaded[0]}
     multihost_utils.sync_global_devices("calibration chunks read")
     if jax.process_index() == 0:
-        labels = np.eye(net.num_classes)[batch["label"]] if net.num_classes else np.zeros((total, 0))
-        known = [y, labels, conditions.get("condition", np.zeros((total, 0)))]
-        inputs = np.concatenate([np.reshape(each, (total, -1)) for each in known], axis=1)
+        inputs = np.concatenate([y.reshape(total, -1), read_inputs(net, batch)], axis=1)
         _write(workdir, name, what, names, arrays, inputs, {"provenance": provenance.settings, **settings})
         chunks.delete()
 
@@ -167,7 +163,7 @@ def find_quantities(
                 values = flat[(slice(None), *index)]
                 found |= {f"channel {c}{at}": values[:, c] for c in range(x.shape[-1])}
         elif name == "components":
-            if basis is not None:  # what the mean leaves, where truth and samples have equal parts
+            if basis is not None:  # energies of differences from the mean, in which truth and samples count alike
                 residual = np.asarray(x_0, np.float64) - np.mean(x_0, axis=0, dtype=np.float64)
                 found |= components(x_0.reshape(flat.shape), residual.reshape(flat.shape), basis)
         else:

@@ -63,7 +63,7 @@ def run(config: ConfigDict, workdir: RunDir | str | os.PathLike) -> None:
                 raise UserError(
                     f"editing.task={task!r} needs a single row of sampling.{setting}, not {len(rows)}; give one"
                 )
-    if problem is not None and problem.method == "mmps" and options.covariance != "jacobian":
+    if problem is not None and problem.wants_data:
         problem = problem.with_covariance(covariance_of_data(config, net))
     measured = None if problem is None else _Measured(config, problem, files, mask)
     given, algorithm = _read_edit(files, task, options, mask) if measured is None else (measured.given, None)
@@ -154,11 +154,9 @@ class _Measured:
         residual = problem.residual(setup, samples, self.y)
         log_fit(found, residual, problem)
         arrays |= {"residual": np.array(residual, np.float32), **problem.arrays()}
-        covariance = (
-            "" if problem.method != "mmps" else ", Jacobian" if problem.covariance is None else ", data's covariance"
-        )
+        covariance = "data's covariance" if problem.uses_data else "Jacobian"
         noise = os.path.basename(str(problem.options.noise))
-        title += f"; {problem.method}{covariance}, noise {noise}; mean and deviation of {len(x)} samples"
+        title += f"; {problem.method}, {covariance}, noise {noise}; mean and deviation of {len(x)} samples"
         shown = self.given[self._caption]
         picture = pictures.draw_posterior(x, shown, self._caption, self.truth, title, channels, net.is_images)
         return arrays | {"chi_squared": found, "truth": self.truth}, picture

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -108,9 +108,14 @@ class Problem:
             )
 
     @property
+    def wants_data(self) -> bool:
+        """Whether the settings ask for the covariance of the data, if there are data."""
+        return self.method == "mmps" and self.options.covariance != "jacobian"
+
+    @property
     def uses_data(self) -> bool:
         """Whether mmps uses `covariance`, and not the Jacobian."""
-        return self.method == "mmps" and self.covariance is not None and self.options.covariance != "jacobian"
+        return self.wants_data and self.covariance is not None
 
     @property
     def y_shape(self) -> tuple[int, ...]:
@@ -265,15 +270,9 @@ def covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances
     check_source(config, source)
     count = min(_EXAMPLES, max(16, _NUMBERS // math.prod(net.example_shape)))
     batch = source.read(subset_indices(len(source), count))
-    x = batch_examples(batch)
-    x = to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
-    x, inputs = np.asarray(x, np.float64), np.zeros((len(x), 0))
-    if net.num_classes:
-        inputs = np.eye(net.num_classes)[batch["label"]]
-    if net.condition_shape is not None:
-        conditions = read_conditions(batch)
-        known = ~conditions.get("condition_missing", np.zeros(len(x), bool))
-        x, inputs = x[known], np.concatenate([inputs, conditions["condition"].reshape(len(x), -1)], axis=1)[known]
+    x, inputs = np.asarray(to_network_units(net, batch_examples(batch)), np.float64), read_inputs(net, batch)
+    known = ~batch.get("condition_missing", np.zeros(len(x), bool))
+    x, inputs = x[known], inputs[known]
     if inputs.shape[1] > (most := len(x) // 4):  # a regression on more inputs would leave too few degrees of freedom
         log(
             f"Note: the conditions have {inputs.shape[1]:,} numbers, so the regression is on {most:,} principal components."
@@ -289,6 +288,19 @@ def covariance_of_data(config: ConfigDict, net: pretrained.Model) -> covariances
     log(f"Covariance of x_0: from {len(x):,} training examples{given}, by {basis}.")
     with as_user_error("editing.covariance=data"), _warnings_as_notes():
         return estimate(x, inputs)
+
+
+def to_network_units(net: pretrained.Model, x: np.ndarray) -> np.ndarray:
+    """Converts examples [N, ...] of a source, gray levels or numbers in data units."""
+    return to_model_range(x) if net.levels is not None else data.to_model_units(x, net.normalizations.get("x"))
+
+
+def read_inputs(net: pretrained.Model, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns what the network gets beside x_t, [N, K]: the classes as one-hot vectors, and the conditions in data units."""
+    count = len(batch_examples(batch))
+    labels = np.eye(net.num_classes)[batch["label"]] if net.num_classes else np.zeros((count, 0))
+    conditions = read_conditions(batch)["condition"] if net.condition_shape is not None else np.zeros((count, 0))
+    return np.concatenate([labels, conditions.reshape(count, -1)], axis=1)
 
 
 @contextlib.contextmanager

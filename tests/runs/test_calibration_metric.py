@@ -10,8 +10,9 @@ from diffusion_jax import covariances, errors, metrics, posterior
 from diffusion_jax.measurements import Measurement
 from diffusion_jax.runs import calibration, evaluate
 from diffusion_jax.runs.posterior import Problem
+from helpers.configs import conditional
 from helpers.exact_runs import exact_run
-from helpers.work_directories import take_arrays
+from helpers.work_directories import take_arrays, untrained
 
 SHAPE = (8, 2)
 OWN = """
@@ -115,6 +116,20 @@ def test_entries_with_infinite_noise_are_hidden_from_the_references(exact):
     record, _ = measured(root, config, **settings)
     assert record["sentence"] == "no error found with 100 examples of 19 samples"
     assert abs(record["chi_squared"] - 1) < 4 * record["chi_squared_standard_error"]
+
+
+@pytest.mark.whole
+def test_samples_of_images_have_the_gray_levels_of_the_truths(tmp_path):
+    """Digits have 17 levels; their classes are inputs of the regression and of the network."""
+    config = conditional(**{"editing.task": "sparse", "editing.noise": 20.0})
+    untrained(tmp_path / "run", config)
+    settings = {"evaluation.calibration_examples": 10, "evaluation.calibration_samples": 3, "evaluation.batch_size": 30}
+    record, arrays = measured(tmp_path, config, **settings, **{"sampling.steps": 2, "evaluation.use_ema": False})
+    entries = [name.startswith("channel 0") for name in record["quantities"] if name not in ("distance", "classifier")]
+    assert sum(entries) == 4 and "energy of components 2 to 3" in record["quantities"]
+    levels = np.round(np.arange(17) * 255 / 16)
+    for name in ("truth", "samples"):
+        assert np.isin(arrays[name][..., entries], levels).all(), name
 
 
 @pytest.mark.whole
