@@ -1,10 +1,7 @@
 """Samples of x_0 given a noisy linear measurement y = A(x_0) + noise, with a denoiser of the prior.
 
-    mmps     moment matching posterior sampling, the recommended method (Rozet et al. 2024)
-    smc      twisted sequential Monte Carlo, exact as the number of particles grows (Wu et al. 2023)
-
-`mmps` returns a `Denoiser` of E[x_0 | x_t, y], so that samplers draw from the posterior; only `consistency`, and `ddpm` for
-prediction x_prev, raise ValueError. `smc` is a sampling loop of its own.
+`mmps`, moment matching posterior sampling (Rozet et al. 2024), returns a `Denoiser` of E[x_0 | x_t, y], so that samplers draw
+from the posterior; only `consistency`, and `ddpm` for prediction x_prev, raise ValueError.
 
 For p(x_0 | x_t) = N(D, V) with D = E[x_0 | x_t], E[x_0 | x_t, y] = D + V A^T (R + A V A^T)^-1 (y - A D). In `mmps`, V is a
 covariance from data (`covariances`), or by Tweedie's formula (sigma^2 / alpha) J, where J is the Jacobian of D in x_t. For
@@ -21,17 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, Float
 
-from diffusion_jax import process
 from diffusion_jax.arrays import as_float
-from diffusion_jax.covariances import Covariance
+from diffusion_jax.covariances import Covariance, white
 from diffusion_jax.denoiser import Denoised, Denoiser, as_denoiser
 from diffusion_jax.errors import require_number
 from diffusion_jax.measurements import Measurement
-from diffusion_jax.sampling import normal
-from diffusion_jax.sampling.driver import fold_in, is_batch_of_keys, split
-from diffusion_jax.schedules import NoiseLevel, Schedule
+from diffusion_jax.schedules import NoiseLevel
 from diffusion_jax.types import Batch, BatchLike, DenoiseFn
 
 
@@ -90,11 +84,6 @@ def relative_residual(
     return correction.solve(lambda x_t: prior(x_t, level), x_t, level).residual
 
 
-def _white_variance(level: NoiseLevel, data_std: float) -> Float[Array, "..."]:
-    """Returns the variance of x_0 given x_t for white data N(0, data_std^2 I)."""
-    return data_std**2 * level.sigma**2 / (data_std**2 * level.alpha**2 + level.sigma**2)
-
-
 class _Solved(NamedTuple):
     """prior: the denoiser's prediction. shift: what is added to D. residual: as `relative_residual`."""
 
@@ -133,7 +122,7 @@ class _Correction:
         def times_matrix(u):
             return measurement.covariance(u) + operator.linear(times_v(adjoint(u)))
 
-        prior_variance = _white_variance(level, 1.0) if self.covariance is None else self.covariance.variance(level)
+        prior_variance = (white() if self.covariance is None else self.covariance).variance(level)
         per_row = jnp.reshape(prior_variance, (-1, *[1] * (b.ndim - 1)) if jnp.ndim(prior_variance) else ())
         diagonal = variances + per_row * operator.squared_norms(x_0)
         u, left = _conjugate_gradients(
@@ -194,129 +183,3 @@ def _conjugate_gradients(times_matrix, covariance, b, variances, diagonal, toler
 
     # The derivative of the solution, which a loop of unknown length lacks.
     return jax.lax.custom_linear_solve(times_matrix, b, solve, symmetric=True, has_aux=True)
-
-
-class Particles(NamedTuple):
-    """The result of `smc`: P weighted samples of each posterior.
-
-    x_0: [P, B, ...]. weights: [P, B], with sum 1 over the particles. effective: [T, B], the effective sample size
-    1 / sum(weights^2) at each step, before any resampling, in sampling order. resampled: [T, B], whether the step resampled.
-    """
-
-    x_0: Float[Array, "P B *shape"]
-    weights: Float[Array, "P B"]
-    effective: Float[Array, "T B"]
-    resampled: Bool[Array, "T B"]
-
-
-def systematic_resample(key: Key[Array, ""], weights: Float[Array, "P"], count: int | None = None) -> Int[Array, "N"]:
-    """Returns `count` particle indices, P by default; index i appears weights[i] * count times, rounded up or down."""
-    count = len(weights) if count is None else count
-    points = (jnp.arange(count) + jax.random.uniform(key, (), weights.dtype)) / count
-    ends = jnp.cumsum(weights)
-    return jnp.clip(jnp.searchsorted(ends / ends[-1], points, side="right"), 0, len(weights) - 1)
-
-
-def smc(
-    key: Key[Array, ""] | Key[Array, "B"],
-    schedule: Schedule,
-    denoiser: Denoiser | DenoiseFn,
-    measurement: Measurement,
-    x_T: Float[ArrayLike, "P B *shape"],
-    *,
-    data_std: float = 1.0,
-    resample_below: float = 0.5,
-) -> Particles:
-    """Twisted diffusion sampler (Wu et al. 2023): weighted particles from ancestral steps guided by y.
-
-    Each step but the last shifts the mean of p(x_{t-1} | x_t) by its variance times grad log N(y; A D, R + v diag(A A^T)),
-    with the variance v of x_0 given x_t for white data N(0, data_std^2 I). The weights correct for the shift and the
-    approximation, so that as P grows, the weighted particles follow p(x_0 | y) exactly, with the ancestral sampler's samples
-    as the prior.
-
-    Args:
-      key: one key, or one for each example [B], so that an example's particles depend on its own key only.
-      x_T: N(0, I); the particles of an example share its row of y. data_std: the deviation of white data.
-      resample_below: an example's particles are resampled if their effective sample size falls below this share of P.
-    Raises: ValueError for an x_T without the axes P and B, a data_std that is not above 0, a noise that is a function, a
-      prediction of eps or score if alpha_bar ends at 0, and as `Measurement.check`.
-    """
-    denoiser, x_T = as_denoiser(denoiser), as_float("x_T", x_T)
-    if x_T.ndim < 2:
-        raise ValueError(f"x_T must be [P, B, ...], P particles for each of B examples; got {x_T.shape}")
-    require_number("data_std", data_std, 0, above=True)
-    measurement.check()
-    if callable(measurement.noise):
-        raise ValueError("smc needs the noise as standard deviations, not as a function")
-    process.check_terminal_snr(schedule, denoiser.prediction)
-    (count, rows), shape = x_T.shape[:2], x_T.shape[2:]
-    keys = key if is_batch_of_keys(key) else jax.random.split(key, rows)
-    if len(keys) != rows:
-        raise ValueError(f"key has {len(keys)} keys for {rows} examples of x_T; give one key, or one for each example")
-    squared_norms = measurement.operator.squared_norms(x_T[0])
-    variances = measurement.variances(x_T.dtype)
-
-    def per_example(x):
-        return x.reshape(count, rows, *x.shape[1:])
-
-    def sums(x):
-        return jnp.sum(x, axis=tuple(range(1, x.ndim)))
-
-    def log_likelihood(x_0, variance):
-        """Returns log N(y; A x_0, R + variance diag(A A^T)) [P B], without the constant that all particles share."""
-        residual = jax.vmap(measurement.residual)(per_example(x_0))
-        squares = jnp.square(residual) / (variances + variance * squared_norms)
-        return -0.5 * sums(squares.reshape(-1, *squares.shape[2:]))
-
-    def evaluate(x, t):
-        """Returns approximations of log p(y | x_t) and its gradient, and the mean and the variance of p(x_{t-1} | x_t)."""
-        transition = schedule.transition(t, x)
-        variance = _white_variance(transition.level, data_std)
-
-        def twist(x):
-            denoised = denoiser(x, transition)
-            values = log_likelihood(denoised.own_x_0, variance)
-            return jnp.sum(values), (values, denoised.output)
-
-        (_, (values, output)), gradient = jax.value_and_grad(twist, has_aux=True)(x)
-        reverse = process.reverse(denoiser.with_output(output), x, transition)
-        return values, gradient, reverse.mean, reverse.variance
-
-    def weights_of(log_weights):
-        return jax.nn.softmax(log_weights, axis=0)
-
-    def effective_number(weights):
-        return 1 / jnp.sum(jnp.square(weights), axis=0)
-
-    def step(carry, t):
-        log_weights, x, (values, gradient, mean, variance) = carry
-        key_noise, key_resample = split(fold_in(keys, t))
-        noise = normal(key_noise, jnp.swapaxes(per_example(x), 0, 1)).swapaxes(0, 1).reshape(x.shape)
-        moved = variance * gradient + jnp.sqrt(variance) * noise
-        x = mean + moved
-        # log p(x' | x_t) - log q(x' | x_t), for two Gaussians with the same variance.
-        ratio = sums(-moved * gradient + 0.5 * variance * jnp.square(gradient))
-        new = evaluate(x, t - 1)
-        log_weights = log_weights + per_example(ratio + new[0] - values)
-        weights = weights_of(log_weights)
-        effective = effective_number(weights)
-        is_low = effective < resample_below * count
-        drawn = jax.vmap(systematic_resample, (0, 1), 1)(key_resample, weights)
-        chosen = jnp.where(is_low, drawn, jnp.arange(count)[:, None])
-        flat = (chosen * rows + jnp.arange(rows)).reshape(-1)
-        x, new = jax.tree.map(lambda each: each[flat], (x, new))
-        return (jnp.where(is_low, 0.0, log_weights), x, new), (effective, is_low)
-
-    x, last = x_T.reshape(-1, *shape), schedule.num_timesteps - 1
-    first = evaluate(x, jnp.int32(last))
-    carry, (effective, resampled) = jax.lax.scan(
-        step, (per_example(first[0]), x, first), jnp.arange(last, 0, -1, dtype=jnp.int32)
-    )
-    log_weights, _, (values, _, x_0, _) = carry  # the last step has no noise
-    weights = weights_of(log_weights + per_example(log_likelihood(x_0, 0.0) - values))
-    return Particles(
-        x_0.reshape(count, rows, *shape),
-        weights,
-        jnp.concatenate([effective, effective_number(weights)[None]]),
-        jnp.concatenate([resampled, jnp.zeros_like(resampled[:1])]),
-    )

@@ -542,7 +542,8 @@ EDITING: dict[str, Setting] = {
             PATH,
         ),
         "Standard deviation of the measurement's noise, in data units (images: gray levels of 0 to 255); 0 for none. Or a "
-        "number for each channel, or an .npy with one for each number of the measurement, inf where nothing is measured.",
+        "number for each channel, or an .npy with one for each number of the measurement, inf where nothing is measured, or "
+        "with the covariance of all M numbers, [M, M], in squared data units.",
     ),
     "method": Setting(
         None,

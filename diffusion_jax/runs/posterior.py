@@ -11,7 +11,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from diffusion_jax.denoiser import Denoiser
 from diffusion_jax.errors import DataError, UserError, as_user_error
 from diffusion_jax.functions import find_function
 from diffusion_jax.images import to_model_range
-from diffusion_jax.measurements import LinearOperator, Measurement
+from diffusion_jax.measurements import LinearOperator, Measurement, compose
 from diffusion_jax.metrics.of_arrays import subset_indices
 from diffusion_jax.runs.sampling_setup import SamplingSetup, load_arrays
 from diffusion_jax.runs.workdir import check_source, load_examples
@@ -42,9 +42,11 @@ _EXAMPLES, _NUMBERS = 4096, 2**26  # most examples for a covariance, and numbers
 class Problem:
     """The measurement that `config.editing` describes, in network units and in data units.
 
-    noise: the standard deviation in network units, a number or an array that broadcasts to y. scale, shift: y in data units
-    is scale * y + shift. covariance: of x_0 in network units, or None for the network's Jacobian. given_y: the covariance of
-    x_0 given y, or None.
+    operator: of x_0 in network units; with a noise covariance, it is followed by `whitening`. noise: the standard deviation
+    of its noise, a number or an array that broadcasts to y. scale, shift: without `whitening`, y in data units is
+    scale * y + shift. whitening: W [M, M] for the M numbers of y, with which the noise has the covariance I where it is
+    measured, and 0 in other rows. covariance: of x_0 in network units, or None for the network's Jacobian. given_y: the
+    covariance of x_0 given y, or None.
     """
 
     options: ConfigDict
@@ -54,6 +56,7 @@ class Problem:
     noise: Any
     scale: np.ndarray
     shift: np.ndarray
+    whitening: np.ndarray | None = None
     covariance: covariances.Covariance | None = None
     given_y: covariances.Covariance | None = None
 
@@ -94,8 +97,16 @@ class Problem:
                 elif task == "colorize":
                     offset, scale = offset[:1], scale[:1]
                 shift = of_ones * offset
-        noise = (_read_noise(options, shift.shape) / scale).astype(np.float32) if options.noise else 0.0
-        return cls(options, edit_method(options) or "", net, operator, noise, scale, shift)
+        noise, method = _read_noise(options, shift.shape) if options.noise else 0.0, edit_method(options) or ""
+        if not _is_covariance(np.shape(noise), shift.shape):
+            return cls(options, method, net, operator, (noise / scale).astype(np.float32), scale, shift)
+        is_hidden = False if operator.diagonal is None else np.asarray(operator.diagonal) == 0
+        variances = np.diag(noise).reshape(shift.shape)
+        std = np.where(np.isfinite(variances) & ~np.broadcast_to(is_hidden, shift.shape), 1.0, np.inf)
+        units = np.broadcast_to(scale, shift.shape).ravel()
+        whitening = _whiten(noise / np.outer(units, units), std.ravel() == 1)
+        operator = compose(LinearOperator(jax.tree_util.Partial(_times, whitening)), operator)
+        return cls(options, method, net, operator, std.astype(np.float32), scale, shift, whitening)
 
     def with_covariance(self, covariance: covariances.Covariance | None) -> Problem:
         """Adds the covariance of x_0, and that of x_0 given y. Raises: UserError."""
@@ -118,6 +129,13 @@ class Problem:
         return self.wants_data and self.covariance is not None
 
     @property
+    def _plain(self) -> LinearOperator:
+        """The operator without `whitening`."""
+        if self.whitening is None:
+            return self.operator
+        return cast(jax.tree_util.Partial, self.operator.measure).args[1]
+
+    @property
     def y_shape(self) -> tuple[int, ...]:
         """The shape of y for one example."""
         return self.shift.shape
@@ -134,8 +152,12 @@ class Problem:
         The array is the mask, the kernel, the points, the frequencies or the angles in radians. For the task linear, it is
         the matrix [*y_shape, *shape] in data units, unless this matrix is large.
         """
-        found = {"noise": np.broadcast_to(self.noise * self.scale, self.y_shape).astype(np.float32)}
-        leaves, shape, measure = jax.tree.leaves(self.operator.measure), self.net.example_shape, self.operator.measure
+        if self.whitening is None:
+            found = {"noise": np.broadcast_to(self.noise * self.scale, self.y_shape).astype(np.float32)}
+        else:
+            found = {"noise": _read_noise(self.options, self.y_shape)}
+        measure, shape = self._plain.measure, self.net.example_shape
+        leaves = jax.tree.leaves(measure)
         if not isinstance(measure, _InDataUnits):
             return found | dict(zip(["operator"], map(np.asarray, leaves), strict=False))
         rows = math.prod(self.y_shape)
@@ -147,11 +169,14 @@ class Problem:
 
     def to_network(self, y: np.ndarray) -> np.ndarray:
         """Converts y [N, ...] from data units to float32 network units."""
-        return ((y - self.shift) / self.scale).astype(np.float32)
+        y = (y - self.shift) / self.scale
+        return np.asarray(y if self.whitening is None else _times(self.whitening, y), np.float32)
 
     def to_data(self, y: np.ndarray) -> np.ndarray:
         """Converts y [N, ...] from network units to data units."""
-        return np.asarray(y, np.float64) * self.scale + self.shift
+        y = np.asarray(y, np.float64)
+        y = y if self.whitening is None else _times(np.linalg.pinv(self.whitening), y)
+        return y * self.scale + self.shift
 
     def simulate(self, x_0: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Measures examples [N, ...] in network units, with noise that depends on the index of an example alone."""
@@ -166,10 +191,10 @@ class Problem:
             return np.full(self.net.example_shape, np.nan)  # it has no place in the picture
         if self.options.task in ("deblur", "tomography", "linear"):
             return y
-        adjoint = self.operator.adjoint(jnp.zeros((1, *self.net.example_shape)))
+        adjoint = self._plain.adjoint(jnp.zeros((1, *self.net.example_shape)))
         if self.options.task == "fourier":  # a coefficient counts twice if y leaves out its conjugate
             column, size = np.arange(y.shape[-3]), self.net.image_size[-1]
-            is_known = np.asarray(self.operator.diagonal)[..., 0, 0] > 0
+            is_known = np.asarray(self._plain.diagonal)[..., 0, 0] > 0
             axes = tuple(range(is_known.ndim - 1))
             conjugate = np.roll(np.flip(is_known, axes), 1, axes)  # of a coefficient in the first or last column
             y = np.where((column > 0) & (2 * column < size), 2, 2 - conjugate)[..., None, None] * y
@@ -240,16 +265,49 @@ class _InDataUnits:
         return self.operator.linear(self.scale * x)
 
 
+def _is_covariance(noise_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array with `noise_shape` is a covariance [M, M] of the M numbers of y [*shape]."""
+    return noise_shape == (math.prod(shape),) * 2 and not broadcasts_to(noise_shape, shape)
+
+
+def _whiten(covariance: np.ndarray, is_measured: np.ndarray) -> np.ndarray:
+    """Returns `Problem.whitening`. Raises: UserError for a matrix that is no covariance."""
+    kept = np.ix_(is_measured, is_measured)
+    try:
+        if not np.allclose(covariance[kept], covariance[kept].T, rtol=1e-5):
+            raise np.linalg.LinAlgError
+        root = np.linalg.cholesky(covariance[kept])
+    except np.linalg.LinAlgError as error:
+        raise UserError(
+            "editing.noise is a matrix, and must be a covariance: symmetric, with eigenvalues above 0"
+        ) from error
+    found = np.zeros_like(covariance)
+    found[kept] = np.linalg.inv(root)
+    return found
+
+
+def _times(matrix, y):
+    """Returns the matrix [M, M] times the M numbers of each row of y."""
+    with jax.default_matmul_precision("highest"):
+        return (y.reshape(len(y), -1) @ matrix.T.astype(y.dtype)).reshape(y.shape)
+
+
 def _read_noise(options: ConfigDict, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns `editing.noise` in data units, with a shape that broadcasts to y [*shape]. Raises: UserError."""
+    """Returns `editing.noise` in data units: standard deviations that broadcast to y [*shape], or its covariance.
+
+    Raises: UserError.
+    """
     noise, is_fourier = options.noise, options.task == "fourier"
     noise = load_arrays("editing.noise", noise) if isinstance(noise, str) else noise
     noise = np.zeros(0) if isinstance(noise, dict) else np.asarray(noise, np.float64)
     noise = noise[:, None] if isinstance(options.noise, tuple) and is_fourier else noise  # real and imaginary parts
-    if not broadcasts_to(noise.shape, shape) or not (noise > 0).all() or not np.isfinite(noise).any():
+    size, is_matrix = math.prod(shape), _is_covariance(noise.shape, shape)
+    values = np.diag(noise) if is_matrix else noise
+    fits = is_matrix or broadcasts_to(noise.shape, shape)
+    if not fits or not (values > 0).all() or not np.isfinite(values).any():
         raise UserError(
             f"editing.noise={options.noise!r} must be standard deviations above 0, not all infinite, that broadcast to the "
-            f"measurement, {list(shape)}; an .npy holds {list(noise.shape)}"
+            f"measurement, {list(shape)}, or a covariance [{size}, {size}]; an .npy holds {list(noise.shape)}"
         )
     return noise
 

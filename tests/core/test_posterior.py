@@ -13,8 +13,7 @@ from diffusion_jax.measurements import LinearOperator, Measurement, masked, mix_
 
 PATH = schedules.edm(0.002, 80.0)
 X = np.zeros((2, 8), np.float32)
-KEY, STEPS = jax.random.key(0), schedules.edm_steps(4)
-FROM_PURE_NOISE = schedules.from_betas(schedules.betas("jsd", 4))
+
 NUM_MEASURED = {2: 1, 8: 5, 64: 30}
 
 
@@ -255,16 +254,6 @@ def test_new_measurements_and_inputs_do_not_compile_again():
         (lambda d, m: posterior.relative_residual(d, m, X, level_at(1.0, 2, 8), iterations=0), "iterations must be"),
         (lambda d, m: posterior.mmps(d, dataclasses.replace(m, noise=-1.0)), "noise is a standard deviation above 0"),
         (lambda d, m: posterior.mmps(d, m)(jnp.zeros((3, 8)), level_at(1.0, 3, 8)), "its own row of y"),
-        (lambda d, m: posterior.smc(KEY, STEPS, d, m, jnp.zeros(4)), r"x_T must be \[P, B, ...\]"),
-        (lambda d, m: posterior.smc(KEY, STEPS, d, m, jnp.zeros((4, 2, 8)), data_std=0.0), "data_std must be a number"),
-        (
-            lambda d, m: posterior.smc(KEY, STEPS, d, dataclasses.replace(m, noise=lambda u: u), jnp.zeros((4, 2, 8))),
-            "smc needs the noise",
-        ),
-        (
-            lambda d, m: posterior.smc(KEY, FROM_PURE_NOISE, lambda x_t, time: x_t, m, jnp.zeros((4, 2, 8))),
-            "does not determine x_0",
-        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(make, words):
@@ -272,144 +261,3 @@ def test_bad_arguments_are_refused_in_one_line(make, words):
     with pytest.raises(ValueError, match=words) as caught:
         make(problem.denoiser(), problem.measurement(2))
     assert "\n" not in str(caught.value)
-
-
-# Sequential Monte Carlo
-
-
-def test_systematic_resampling_keeps_each_particle_in_proportion():
-    weights = np.array([0.0, 0.5, 0.125, 0.375, 0.0])
-    counts = np.stack(
-        [
-            np.bincount(posterior.systematic_resample(jax.random.key(seed), jnp.asarray(weights)), minlength=5)
-            for seed in range(200)
-        ]
-    )
-    expected = 5 * weights
-    assert ((counts == np.floor(expected)) | (counts == np.ceil(expected))).all()
-    np.testing.assert_allclose(counts.mean(axis=0), expected, atol=4 * 0.5 / np.sqrt(200))
-
-
-MIXTURE = np.array([-1.0, 1.0]), np.array([0.3, 0.7]), 0.2  # means, weights, deviation
-
-
-def mixture_denoiser(schedule):
-    """The exact denoiser of the mixture."""
-    means, weights, std = MIXTURE
-
-    def network(x_t, time):
-        level = schedule.path.at(time, x_t)
-        variance, distance = level.alpha**2 * std**2 + level.sigma**2, x_t - level.alpha * means
-        share = jax.nn.softmax(jnp.log(weights) - 0.5 * distance**2 / variance, axis=-1)
-        return jnp.sum(share * (means + level.alpha * std**2 / variance * distance), axis=-1, keepdims=True)
-
-    return Denoiser(network, prediction="x_0", variance="fixed_small", clip=False)
-
-
-def draw_particles(count, y, noise, rows, **options):
-    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 100)
-    y = np.broadcast_to(np.asarray(y, np.float32), (rows,))[:, None]
-    measurement = Measurement(lambda x: x, y, noise)
-
-    @jax.jit
-    def draw(key):
-        x_T = jax.random.normal(jax.random.fold_in(key, 1), (count, rows, 1))
-        return posterior.smc(key, schedule, mixture_denoiser(schedule), measurement, x_T, **options)
-
-    return draw(jax.random.key(count))
-
-
-@pytest.mark.thorough
-def test_the_error_of_smc_falls_with_the_root_of_the_number_of_particles():
-    """The weight of the right mode, against the mixture's exact posterior; four standard errors of 400 examples, and 0.005
-    for the 100 steps."""
-    means, weights, std = MIXTURE
-    y, noise, rows = 0.2, 0.8, 400
-    exact = weights * np.exp(-0.5 * (y - means) ** 2 / (std**2 + noise**2))
-    exact = exact[1] / exact.sum()
-    errors = []
-    for count in (4, 64):
-        found = draw_particles(count, y, noise, rows)
-        right = np.asarray(jnp.sum(found.weights * (found.x_0[..., 0] > 0), axis=0))
-        assert abs(right.mean() - exact) < 4 * right.std() / np.sqrt(rows) + 0.005
-        errors.append(np.sqrt(np.mean((right - exact) ** 2)))
-        assert 0.25 < errors[-1] * np.sqrt(count) < 0.5
-    assert 3 < errors[0] / errors[1] < 5.5  # sqrt(64 / 4) = 4
-
-
-def test_smc_resamples_where_few_particles_count():
-    """A precise y agrees with few particles of its own row; the share below which examples are resampled is honored."""
-    y = np.array([0.9, -0.9, 0.9])
-    found = draw_particles(32, y, 0.05, 3, resample_below=0.9)
-    low = np.asarray(found.effective) < 0.9 * 32
-    np.testing.assert_array_equal(found.resampled[:-1], low[:-1])
-    assert np.asarray(found.resampled).any(axis=0).all() and not found.resampled[-1].any()
-    np.testing.assert_allclose(found.weights.sum(axis=0), 1, rtol=1e-5)
-    np.testing.assert_allclose(found.effective[-1], 1 / np.square(found.weights).sum(axis=0), rtol=1e-5)
-    exact_mean = (y / 0.05**2 + np.sign(y) / 0.2**2) / (1 / 0.05**2 + 1 / 0.2**2)
-    mean = jnp.sum(found.weights * found.x_0[..., 0], axis=0)
-    np.testing.assert_allclose(mean, exact_mean, atol=0.04)
-    never = draw_particles(32, 0.9, 0.05, 3, resample_below=0.0)
-    assert not never.resampled.any()
-
-
-def test_error_bars_and_masks_of_each_example_hold_for_its_particles():
-    """Against calls with one example each; the noise of the steps differs, so the weights of the start are compared."""
-    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), 1)
-    rng = np.random.default_rng(8)
-    mask, y, noise = rng.random((2, 3)) < 0.7, rng.normal(size=(2, 3)).astype(np.float32), rng.random((2, 3)) + 0.1
-    x_T = jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.float32)
-    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", clip=False)
-
-    @jax.jit
-    def weights(mask, y, noise, x_T):
-        measurement = Measurement(masked(mask), y, noise)
-        return posterior.smc(jax.random.key(0), schedule, denoiser, measurement, x_T).weights
-
-    noise = noise.astype(np.float32)
-    both = weights(mask, y, noise, x_T)
-    each = [weights(mask[[i]], y[[i]], noise[[i]], x_T[:, [i]]) for i in (0, 1)]
-    np.testing.assert_allclose(both, np.concatenate(each, axis=1), rtol=1e-5)
-    assert np.ptp(both) > 0.01
-
-
-def test_the_weights_of_smc_are_ratios_of_densities():
-    """Two steps in NumPy: x_1 follows from the result, because the last step has no noise and the network is 0.5 x."""
-    schedule = schedules.respace(schedules.from_betas(schedules.betas("linear", 1000)), [200, 500])
-    x_T, y, noise = np.array([-1.5, -0.4, 0.1, 0.7, 1.3, 2.2]), 0.8, 0.3
-    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", variance="fixed_small", clip=False)
-    measurement = Measurement(LinearOperator(lambda x: x, diagonal=1.0), np.full((1, 1), y, np.float32), noise)
-    draw = jax.jit(lambda x: posterior.smc(jax.random.key(1), schedule, denoiser, measurement, x, resample_below=0.0))
-    found = draw(x_T.astype(np.float32)[:, None, None])
-    low, high = schedule.alpha_bar
-    beta = 1 - high / low
-    variance = beta * (1 - low) / (1 - high)
-    mean = (beta * np.sqrt(low) * 0.5 * x_T + np.sqrt(1 - beta) * (1 - low) * x_T) / (1 - high)
-    gradient = 0.5 * (y - 0.5 * x_T) / (noise**2 + 1 - high)  # the variance of x_0 for white data is 1 - alpha_bar
-    x_0 = np.asarray(found.x_0, np.float64).ravel()
-    moved = 2 * x_0 - mean
-    ratio = ((moved - variance * gradient) ** 2 - moved**2) / (2 * variance)  # log p - log q
-    first, last = (np.exp(ratio - (y - x_0) ** 2 / (2 * (noise**2 + rest))) for rest in (1 - low, 0))
-    np.testing.assert_allclose(found.weights[:, 0], last / last.sum(), rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(
-        found.effective[:, 0], [each.sum() ** 2 / (each**2).sum() for each in (first, last)], rtol=1e-3
-    )
-
-
-def test_smc_draws_noise_and_resamples_with_keys_of_their_own(monkeypatch):
-    seen = []
-
-    def recorded(function):
-        def call(key, *arguments):
-            jax.debug.callback(lambda data: seen.append(tuple(np.ravel(data).tolist())), jax.random.key_data(key))
-            return function(key, *arguments)
-
-        return call
-
-    for name in ("normal", "systematic_resample"):
-        monkeypatch.setattr(posterior, name, recorded(getattr(posterior, name)))
-    measurement = Measurement(lambda x: x, np.zeros((1, 1), np.float32), 1.0)
-    denoiser = Denoiser(lambda x_t, time: 0.5 * x_t, prediction="x_0", clip=False)
-    jax.jit(lambda x: posterior.smc(jax.random.key(0), STEPS, denoiser, measurement, x))(jnp.ones((2, 1, 1)))
-    jax.effects_barrier()
-    assert len(seen) == len(set(seen)) == 2 * (STEPS.num_timesteps - 1)

@@ -134,6 +134,25 @@ def test_a_function_in_data_units_is_an_operator_and_the_file_repeats_the_poster
     z = (found["mean"].ravel() - mean - gain @ difference) / (deviation / np.sqrt(400))
     assert np.abs(z).max() < 5
     np.testing.assert_allclose(found["deviation"].ravel() / deviation, 1, atol=0.15)
+    # A covariance of the noise, which is not measured at the same entries.
+    full = np.linalg.inv(np.linalg.inv(np.diag(np.where(kept, noise.ravel(), 1) ** 2)) + 0.02)
+    np.save(root / "noise.npy", np.where(np.outer(kept, kept), full, np.inf))
+    found = edited(exact, **settings, noise=str(root / "noise.npy"), num_samples=400)
+    np.testing.assert_allclose(found["noise"][np.ix_(kept, kept)], full[np.ix_(kept, kept)], rtol=1e-6)
+    np.testing.assert_allclose(found["measurement"], y, rtol=1e-5)
+    matrix = a @ prior @ a.T + full[np.ix_(kept, kept)]
+    gain = prior @ a.T @ np.linalg.inv(matrix)
+    deviation = np.sqrt(np.diag(prior - gain @ a @ prior))
+    z = (found["mean"].ravel() - mean - gain @ difference) / (deviation / np.sqrt(400))
+    assert np.abs(z).max() < 5
+    np.testing.assert_allclose(found["deviation"].ravel() / deviation, 1, atol=0.15)
+    residual = found["arr_0"].reshape(400, 16)[:, None] @ a.T
+    residual = (y - 32).ravel()[kept] - residual[:, 0]
+    weighted = residual @ np.linalg.inv(full[np.ix_(kept, kept)])
+    np.testing.assert_allclose(found["chi_squared"], (residual * weighted).mean(axis=1), rtol=1e-2)
+    np.save(root / "noise.npy", -np.triu(np.ones((8, 8))) + 2 * np.eye(8))
+    with pytest.raises(errors.UserError, match="must be a covariance: symmetric, with eigenvalues above 0"):
+        edited(exact, **settings, noise=str(root / "noise.npy"))
     for name, words in (
         ("rounds", "must be linear"),
         ("mixes", "must be linear row by row"),
